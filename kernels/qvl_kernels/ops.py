@@ -1,0 +1,160 @@
+"""The operations a Qwen-VL is made of: the one interface between the model and a backend.
+
+Every operation writes into arrays its caller owns, so that a sequence of them has fixed addresses and can be
+captured once and replayed (`Ops.capture`): a CUDA graph on a GPU, one parallel region on a CPU. What changes from
+token to token (ids, the position) therefore lives in arrays, too.
+
+An `Array` is whatever the backend computes on. The model asks of it only `shape`, `dtype`, and slices of the
+leading dimension, ``a[i:j]``, which share memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from qvl_kernels.packing import Matrix
+
+Array = Any
+"""A backend's array."""
+
+Weight = Any
+"""A backend's form of a `Matrix`, made by `Ops.weight`."""
+
+
+class DeviceError(RuntimeError):
+    """A device is missing, unsupported or too small: one line that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Norm:
+    """Parameters of a normalisation over the last dimension: RMSNorm without `bias`, LayerNorm with it.
+
+    RMSNorm: ``x * rsqrt(mean(x^2) + eps) * weight``. LayerNorm: ``(x - mean) * rsqrt(var + eps) * weight + bias``.
+    """
+
+    weight: Array
+    bias: Array | None
+    eps: float
+
+
+class KVCache(Protocol):
+    """Keys and values of all layers, in the backend's own layout."""
+
+    capacity: int
+    nbytes: int
+
+    def resized(self, capacity: int, length: int) -> KVCache:
+        """A cache of another capacity that holds the first `length` positions of this one."""
+
+
+class Ops(Protocol):
+    """A backend.
+
+    Attributes
+    ----------
+    name : str
+        "reference", "cpu" or "cuda".
+    activation_dtype : numpy dtype
+        Of the arrays between a product and the next: float32, or float16 on a GPU. The residual stream, norms'
+        inputs and logits are always float32.
+    score_cache_dtype : str
+        The most precise cache ("fp32" or "fp16"), for scoring.
+    """
+
+    name: str
+    activation_dtype: np.dtype
+    score_cache_dtype: str
+
+    # memory
+    def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> Array:
+        """An uninitialised array."""
+
+    def upload(self, values: np.ndarray) -> Array:
+        """A copy of `values` on the device (the same memory where that is possible)."""
+
+    def write(self, target: Array, values: np.ndarray) -> None:
+        """Overwrite `target`, keeping its address."""
+
+    def download(self, array: Array) -> np.ndarray:
+        """The values as a numpy array of the caller's own."""
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy `source` into `target` of the same shape, converting between float32 and float16."""
+
+    def weight(self, matrix: Matrix) -> Weight:
+        """Prepare a matrix for the products below."""
+
+    def kv_cache(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
+        """A cache for `capacity` positions. `dtype`: "fp16", "int8" (a scale a position and head), or
+        `score_cache_dtype`."""
+
+    # products
+    def embed(self, ids: Array, table: Weight, out: Array) -> None:
+        """``out [T, D] = table[ids]``; ids int32 [T], out float32."""
+
+    def linear(
+        self,
+        x: Array,
+        w: Weight,
+        out: Array,
+        *,
+        norm: Norm | None = None,
+        gelu: bool = False,
+        residual: Array | None = None,
+    ) -> None:
+        """``out [T, N] = gelu?(norm?(x [T, K]) @ w.T + bias) + residual?``; gelu is the exact (erf) one.
+
+        `residual` [T, N] is float32 and may be `out` itself.
+        """
+
+    def gate_up(self, x: Array, gate: Weight, up: Weight, out: Array, *, norm: Norm) -> None:
+        """SwiGLU: ``h = norm(x)``, ``out [T, F] = silu(h @ gate.T) * (h @ up.T)`` (biases added when present)."""
+
+    # elementwise
+    def normalize(self, x: Array, norm: Norm, out: Array) -> None:
+        """``out [T, D] = norm(x)``."""
+
+    def add(self, x: Array, y: Array, out: Array) -> None:
+        """``out = x + y``, all of one shape."""
+
+    # attention; scores are scaled by 1/sqrt(head_dim) and accumulated in float32
+    def vision_attention(self, qkv: Array, heads: int, out: Array) -> None:
+        """Full self-attention. qkv [P, heads * 3 * d], each head's q, k, v side by side; out [P, heads * d]."""
+
+    def cross_attention(self, q: Array, k: Array, v: Array, heads: int, out: Array) -> None:
+        """Full attention of q [Q, heads * d] over k, v [P, heads * d]; out [Q, heads * d]."""
+
+    def rope_append(
+        self, qkv: Array, rope: Array, logn: Array, cache: KVCache, layer: int, start: Array
+    ) -> None:
+        """Rotate q and k of qkv [T, 3 * heads * d] (all q, then k, then v) and append k and v to the cache.
+
+        Row t has position ``start[0] + t``. rope [capacity, d] float32 holds cos in its first half and sin in its
+        second; rotation is half-split (neox): ``[a, b] -> [a cos - b sin, b cos + a sin]``. After it q is
+        multiplied by ``logn[position]`` (float32 [capacity]). q is changed in place; what becomes of the k and v
+        parts of `qkv` is unspecified.
+        """
+
+    def cached_attention(self, qkv: Array, cache: KVCache, layer: int, start: Array, out: Array) -> None:
+        """Causal attention of the q part of `qkv` over positions 0 .. ``start[0] + t`` of the cache.
+
+        Keys and values are read from the cache alone, as it rounds them, so an answer does not depend on how its
+        prompt was cut into pieces. out [T, heads * d].
+        """
+
+    # choosing
+    def argmax(self, logits: Array, out: Array) -> None:
+        """``out [T] int32``: index of the largest of each row of logits [T, V], the first if tied."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record the operations `step` calls and return a function that repeats them on the same arrays.
+
+        `step` itself is run at most once, while recording; its results are not to be relied on.
+        """
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for is done."""

@@ -1,0 +1,140 @@
+"""The truth: every operation in plain numpy and float32, short enough to be checked by reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qvl_kernels.ops import Norm
+from qvl_kernels.packing import Matrix
+from qvl_kernels.reference.functions import attention, dequantize_kv, erf_gelu, quantize_kv, silu
+
+CACHE_DTYPES = ("fp32", "fp16", "int8")
+
+
+class ReferenceCache:
+    """Keys and values as float32 ``[layers, 2, heads, capacity, head_dim]``, each rounded as `dtype` would."""
+
+    def __init__(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str):
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache dtype {dtype!r}: expected one of {CACHE_DTYPES}")
+        self.capacity, self.dtype = capacity, dtype
+        self.values = np.zeros((layers, 2, heads, capacity, head_dim), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def resized(self, capacity: int, length: int) -> ReferenceCache:
+        layers, _, heads, _, head_dim = self.values.shape
+        other = ReferenceCache(layers, heads, head_dim, capacity, self.dtype)
+        other.values[:, :, :, :length] = self.values[:, :, :, :length]
+        return other
+
+    def append(self, layer: int, start: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Store k and v, float32 ``[heads, T, head_dim]``, from position `start` on."""
+        for slot, x in enumerate((k, v)):
+            if self.dtype == "fp16":
+                x = x.astype(np.float16)
+            elif self.dtype == "int8":
+                x = dequantize_kv(*quantize_kv(x))
+            self.values[layer, slot, :, start : start + x.shape[1]] = x
+
+
+class ReferenceOps:
+    """The `Ops` protocol in numpy."""
+
+    name = "reference"
+    activation_dtype = np.dtype(np.float32)
+    score_cache_dtype = "fp32"
+
+    def empty(self, shape, dtype=np.float32):
+        return np.empty(shape, dtype)
+
+    def upload(self, values):
+        return np.ascontiguousarray(values)
+
+    def write(self, target, values):
+        target[...] = values
+
+    def download(self, array):
+        return np.array(array)
+
+    def copy(self, source, target):
+        target[...] = source
+
+    def weight(self, matrix: Matrix) -> Matrix:
+        return matrix
+
+    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
+        return ReferenceCache(layers, heads, head_dim, capacity, dtype)
+
+    def embed(self, ids, table, out):
+        out[...] = table.rows(ids)
+
+    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+        h = x if norm is None else self._norm(x, norm)
+        y = h @ w.dequantize().T
+        if w.bias is not None:
+            y += w.bias
+        if gelu:
+            y = erf_gelu(y)
+        out[...] = y if residual is None else y + residual
+
+    def gate_up(self, x, gate, up, out, *, norm):
+        h = self._norm(x, norm)
+        g, u = np.empty((len(x), gate.n), np.float32), np.empty((len(x), up.n), np.float32)
+        self.linear(h, gate, g)
+        self.linear(h, up, u)
+        out[...] = silu(g) * u
+
+    def _norm(self, x: np.ndarray, norm: Norm) -> np.ndarray:
+        if norm.bias is None:
+            return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + norm.eps) * norm.weight
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + norm.eps) * norm.weight + norm.bias
+
+    def normalize(self, x, norm, out):
+        out[...] = self._norm(x, norm)
+
+    def add(self, x, y, out):
+        out[...] = x + y
+
+    def vision_attention(self, qkv, heads, out):
+        q, k, v = qkv.reshape(len(qkv), heads, 3, -1).transpose(2, 1, 0, 3)
+        out[...] = attention(q, k, v).reshape(out.shape)
+
+    def cross_attention(self, q, k, v, heads, out):
+        q, k, v = (a.reshape(len(a), heads, -1).swapaxes(0, 1) for a in (q, k, v))
+        out[...] = attention(q, k, v).reshape(out.shape)
+
+    def rope_append(self, qkv, rope, logn, cache, layer, start):
+        begin, heads = int(start[0]), cache.values.shape[2]
+        positions = slice(begin, begin + len(qkv))
+        q, k, v = qkv.reshape(len(qkv), 3, heads, -1).transpose(1, 2, 0, 3)
+        cos, sin = np.split(rope[positions], 2, axis=-1)
+
+        def rotate(x: np.ndarray) -> np.ndarray:
+            a, b = np.split(x, 2, axis=-1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        cache.append(layer, begin, rotate(k), v)
+        q[...] = rotate(q) * logn[positions, None]
+
+    def cached_attention(self, qkv, cache, layer, start, out):
+        begin, heads = int(start[0]), cache.values.shape[2]
+        end = begin + len(qkv)
+        q = qkv.reshape(len(qkv), 3, heads, -1)[:, 0].swapaxes(0, 1)
+        k, v = cache.values[layer, :, :, :end]
+        visible = np.arange(end) <= np.arange(begin, end)[:, None]
+        out[...] = attention(q, k, v, visible).reshape(out.shape)
+
+    def argmax(self, logits, out):
+        out[...] = logits.argmax(-1)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
+
+    def synchronize(self):
+        pass
