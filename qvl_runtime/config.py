@@ -74,9 +74,7 @@ class VisionConfig:
         where = f"{where}: visual"
         _check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
         kinds = {f.name: {"int": int, "float": float}[f.type] for f in dataclasses.fields(cls)}
-        config = cls(
-            **{k: _take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()}
-        )
+        config = cls(**{k: _take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
         for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "n_queries"):
             _check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
         _check(config.mlp_ratio > 0, where, f"'mlp_ratio' is {config.mlp_ratio}, expected > 0")
@@ -144,9 +142,7 @@ class ModelConfig:
             where,
             f"model_type is {model_type!r}; this runtime runs 'qwen' (Qwen-VL, Qwen-VL-Chat, Qwen-7B)",
         )
-        kinds = {
-            f.name: {"int": int, "float": float, "bool": bool}.get(f.type) for f in dataclasses.fields(cls)
-        }
+        kinds = {f.name: {"int": int, "float": float, "bool": bool}.get(f.type) for f in dataclasses.fields(cls)}
         values = {k: _take(data, k, t, where) for k, t in kinds.items() if t is not None}
         visual = data.get("visual")
         config = cls(**values, visual=None if visual is None else VisionConfig.from_dict(visual, where))

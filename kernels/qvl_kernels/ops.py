@@ -128,9 +128,7 @@ class Ops(Protocol):
     def cross_attention(self, q: Array, k: Array, v: Array, heads: int, out: Array) -> None:
         """Full attention of q [Q, heads * d] over k, v [P, heads * d]; out [Q, heads * d]."""
 
-    def rope_append(
-        self, qkv: Array, rope: Array, logn: Array, cache: KVCache, layer: int, start: Array
-    ) -> None:
+    def rope_append(self, qkv: Array, rope: Array, logn: Array, cache: KVCache, layer: int, start: Array) -> None:
         """Rotate q and k of qkv [T, 3 * heads * d] (all q, then k, then v) and append k and v to the cache.
 
         Row t has position ``start[0] + t``. rope [capacity, d] float32 holds cos in its first half and sin in its

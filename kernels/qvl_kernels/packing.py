@@ -42,9 +42,7 @@ def packed_shapes(n: int, k: int, bits: int, group_size: int = BLOCK, *, zeros: 
     if bits == 16:
         return {"weight": ((n, k), np.dtype(np.float16))}
     if bits not in SYMMETRIC_ZERO or group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"bits {bits} with groups of {group_size}: expected 4, 8 or 16 bits and {GROUP_SIZES}"
-        )
+        raise ValueError(f"bits {bits} with groups of {group_size}: expected 4, 8 or 16 bits and {GROUP_SIZES}")
     row_blocks, blocks = round_up(n, ROWS) // ROWS, round_up(k, BLOCK) // BLOCK
     groups = (row_blocks, blocks * (BLOCK // group_size), ROWS)
     shapes = {
