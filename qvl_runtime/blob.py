@@ -1,0 +1,156 @@
+"""The `.qvl` file: one valid safetensors file that holds a whole model, mapped and never copied.
+
+Metadata keys (all text, most of it JSON): `format` ("qvl"), `version`, `config`, `generation_config`,
+`preprocessing` (image mean and std), `quantization` (what was asked for, by part), `source` (what it was made from),
+`hashes` (SHA-256 of every tensor). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or `NAME.qweight`,
+`NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each `VectorSpec` under its
+name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
+from qvl_runtime.architecture import PARTS, MatrixSpec, VectorSpec, tensors
+from qvl_runtime.config import GenerationConfig, ModelConfig
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tensorfile import TensorFile
+
+FORMAT, VERSION = "qvl", "1"
+RANKS = "tokenizer.ranks"
+REMEDY = "convert the model again"
+
+
+class Blob:
+    """An opened `.qvl` file.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    generation_config : GenerationConfig
+    metadata : dict
+        The other metadata, parsed: `preprocessing`, `quantization`, `source`, `hashes`.
+
+    Raises
+    ------
+    QvlError
+        When the file is damaged, of another format or version, or does not fit its own config.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.file = TensorFile(path)
+        self.path = self.file.path
+        raw = self.file.metadata
+        if raw.get("format") != FORMAT:
+            raise QvlError(f"{self.path}: is no .qvl file; make one with: qvl convert FOLDER OUT.qvl")
+        if raw.get("version") != VERSION:
+            raise QvlError(
+                f"{self.path}: has format version {raw.get('version')!r}, this program reads {VERSION!r}; {REMEDY}"
+            )
+        self.config = ModelConfig.from_dict(self._json("config"), f"{self.path}: config")
+        self.generation_config = GenerationConfig.from_dict(
+            self._json("generation_config"), f"{self.path}: generation_config"
+        )
+        self.metadata = {key: self._json(key) for key in ("preprocessing", "quantization", "source", "hashes")}
+        self._matrices = {s.name: s for s in tensors(self.config) if isinstance(s, MatrixSpec)}
+        self._vectors = {s.name: s for s in tensors(self.config) if isinstance(s, VectorSpec)}
+
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.file.metadata[key])
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+            return value
+        except (KeyError, ValueError) as error:
+            raise QvlError(f"{self.path}: its metadata {key!r} is missing or malformed ({error}); {REMEDY}") from None
+
+    @property
+    def ranks(self) -> bytes:
+        """The tokenizer's rank file."""
+        return self.file.array(RANKS).tobytes()
+
+    def vector(self, name: str) -> np.ndarray:
+        """A `VectorSpec` tensor, float32."""
+        return self._typed(name, self._vectors[name].shape, np.dtype(np.float32))
+
+    def matrix(self, name: str) -> Matrix:
+        """A `MatrixSpec` weight with its bias, as views of the file."""
+        spec = self._matrices[name]
+        bits, group_size = self._bits(name)
+        asymmetric = f"{name}.zeros" in self.file
+        shapes = packed_shapes(spec.n, spec.k, bits, group_size, zeros=asymmetric)
+        arrays = {suffix: self._typed(f"{name}.{suffix}", *wanted) for suffix, wanted in shapes.items()}
+        scales = arrays.get("scales")
+        if scales is not None and bool(np.any((scales.view(np.uint16) & 0x7C00) == 0x7C00)):
+            raise QvlError(f"{self.path}: '{name}.scales' holds a value that is not finite; {REMEDY}")
+        perm = self._optional(f"{name}.perm", (spec.k,), np.int32)
+        if perm is not None and not np.array_equal(np.sort(perm), np.arange(spec.k)):
+            raise QvlError(f"{self.path}: '{name}.perm' is no permutation of {spec.k} columns; {REMEDY}")
+        return Matrix(
+            n=spec.n,
+            k=spec.k,
+            bits=bits,
+            group_size=group_size,
+            weight=arrays["weight" if bits == 16 else "qweight"],
+            scales=scales,
+            zeros=arrays.get("zeros"),
+            perm=perm,
+            bias=self._optional(f"{name}.bias", (spec.n,), np.float32),
+        )
+
+    def _bits(self, name: str) -> tuple[int, int]:
+        """Bits and group size of a matrix, as its arrays' shapes tell."""
+        if f"{name}.weight" in self.file:
+            return 16, BLOCK
+        qweight, scales = self.file.array(f"{name}.qweight"), self.file.array(f"{name}.scales")
+        bits = {16: 4, 32: 8}.get(qweight.shape[2] if qweight.ndim == 5 else 0)
+        groups = scales.shape[1] // qweight.shape[1] if scales.ndim == 3 and qweight.shape[1] else 0
+        if bits is None or groups not in [BLOCK // g for g in GROUP_SIZES]:
+            raise QvlError(
+                f"{self.path}: '{name}' has arrays of shapes {list(qweight.shape)} and {list(scales.shape)}, "
+                f"which no int4 or int8 matrix has; {REMEDY}"
+            )
+        return bits, BLOCK // groups
+
+    def _typed(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        array = self.file.array(name)
+        if array.shape != shape or array.dtype != dtype:
+            raise QvlError(
+                f"{self.path}: '{name}' is {array.dtype} {list(array.shape)}, "
+                f"its config asks for {np.dtype(dtype)} {list(shape)}; {REMEDY}"
+            )
+        return array
+
+    def _optional(self, name: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray | None:
+        return self._typed(name, shape, np.dtype(dtype)) if name in self.file else None
+
+    def part_sizes(self) -> dict[str, int]:
+        """Bytes by part (the keys of `PARTS`)."""
+        sizes = dict.fromkeys(PARTS, 0)
+        owners = {**self._matrices, **self._vectors}
+        for name, entry in self.file.entries.items():
+            spec = owners.get(name) or owners.get(name.rpartition(".")[0])
+            if spec is not None:
+                sizes[spec.part] += entry.stop - entry.start
+        return {part: size for part, size in sizes.items() if size}
+
+    def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Verify the hash of every tensor; `progress` is told how many bytes each took.
+
+        Raises
+        ------
+        QvlError
+            Naming the first tensor whose bytes are not those that were written.
+        """
+        hashes = self.metadata["hashes"]
+        for name, entry in self.file.entries.items():
+            if hashlib.sha256(self.file.bytes(name)).hexdigest() != hashes.get(name):
+                raise QvlError(f"{self.path}: tensor '{name}' is damaged (its hash differs); copy the file again")
+            progress(entry.stop - entry.start)

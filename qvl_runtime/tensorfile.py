@@ -1,0 +1,141 @@
+"""Reading safetensors files without trusting them: the header is checked before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from qvl_runtime.errors import QvlError
+
+MAX_HEADER = 100 << 20
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its bytes are ``[start, stop)`` of the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """A mapped safetensors file.
+
+    Attributes
+    ----------
+    entries : dict of str to Entry
+        In file order.
+    metadata : dict of str to str
+        The header's `__metadata__`.
+
+    Raises
+    ------
+    QvlError
+        When the file is missing, is no safetensors file, is truncated, or its offsets overlap or leave gaps.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 8:
+                    raise QvlError(f"{self.path}: {size} bytes are no safetensors file; download it again")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise QvlError(f"{self.path}: no such file; check the path") from None
+        except (IsADirectoryError, PermissionError, OSError) as error:
+            raise QvlError(f"{self.path}: cannot be read ({error.strerror or error}); check the path") from None
+        self.entries, self.metadata = self._read_header(size)
+
+    def _read_header(self, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+        length = int.from_bytes(self._map[:8], "little")
+        if length > min(MAX_HEADER, size - 8):
+            raise QvlError(
+                f"{self.path}: its header claims {length} bytes of a {size}-byte file; "
+                "it is truncated or no safetensors file: download it again"
+            )
+        try:
+            header = json.loads(self._map[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
+            metadata = header.pop("__metadata__", {})
+            if not all(isinstance(v, str) for v in metadata.values()):
+                raise ValueError("its metadata holds something else than text")
+            entries = {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise QvlError(f"{self.path}: its header is malformed ({error}); download it again") from None
+        end = 8 + length
+        entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+        for name, entry in entries.items():
+            if entry.start != end:
+                raise QvlError(f"{self.path}: tensor {name!r} overlaps another or leaves a gap; download it again")
+            end = entry.stop
+        if end != size:
+            raise QvlError(
+                f"{self.path}: holds {size} bytes where its header describes {end}; it is truncated: download it again"
+            )
+        return entries, metadata
+
+    @staticmethod
+    def _entry(name: str, fields: dict, base: int) -> Entry:
+        if fields["dtype"] not in DTYPES:
+            raise ValueError(f"tensor {name!r} has the unknown dtype {fields['dtype']!r}")
+        dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
+        begin, end = fields["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError(f"tensor {name!r} has a negative or fractional size")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - begin} bytes")
+        return Entry(dtype, shape, base + begin, base + end)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of the mapped file.
+
+        Raises
+        ------
+        QvlError
+            When there is no such tensor.
+        """
+        try:
+            entry = self.entries[name]
+        except KeyError:
+            raise QvlError(f"{self.path}: has no tensor {name!r}; is it complete, and of this model family?") from None
+        flat = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, entry.start)
+        if flat.ctypes.data % entry.dtype.itemsize:
+            flat = flat.copy()
+        return flat.view(entry.dtype).reshape(entry.shape)
+
+    def bytes(self, name: str) -> memoryview:
+        """The raw bytes of a tensor."""
+        entry = self.entries[name]
+        return memoryview(self._map)[entry.start : entry.stop]
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return result
