@@ -3,8 +3,8 @@
 Metadata keys (all text, most of it JSON): `format` ("qvl"), `version`, `config`, `generation_config`,
 `preprocessing` (image mean and std), `quantization` (what was asked for, by part), `source` (what it was made from),
 `hashes` (SHA-256 of every tensor). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or `NAME.qweight`,
-`NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each `VectorSpec` under its
-name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
+`NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each `VectorSpec` under
+its name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
 """
 
 from __future__ import annotations
