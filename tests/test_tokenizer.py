@@ -1,0 +1,205 @@
+"""The tokenizer against the golden data: real vocabulary, tiny vocabulary, Qwen-7B."""
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tokenizer import StreamDecoder, Tokenizer, split_images
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_RANKS = (GOLDEN / "ckpt/tiny-vl/qwen.tiktoken").read_bytes()
+RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+
+TINY = Tokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=640)
+
+
+def real_ranks() -> bytes:
+    dashscope = pytest.importorskip("dashscope", reason="the real vocabulary comes with the dashscope package")
+    data = (Path(dashscope.__file__).parent / "resources/qwen.tiktoken").read_bytes().replace(b"\r\n", b"\n")
+    assert hashlib.sha256(data).hexdigest() == RANKS_SHA256
+    return data
+
+
+@pytest.fixture
+def tiny() -> Tokenizer:
+    return TINY
+
+
+@pytest.fixture(scope="module")
+def full() -> Tokenizer:
+    return Tokenizer.from_ranks(real_ranks(), image_tags=True, vocab_size=151936)
+
+
+@pytest.fixture(scope="module")
+def q7() -> Tokenizer:
+    return Tokenizer.from_ranks(real_ranks(), image_tags=False, vocab_size=151936)
+
+
+def golden(name: str) -> dict:
+    return json.loads((GOLDEN / "tok" / name).read_text(encoding="utf-8"))
+
+
+def expand(runs: list) -> list[int]:
+    """Undo the run-length notation of the golden ids."""
+    return [i for run in runs for i in ([run[0]] * run[1] if isinstance(run, list) else [run])]
+
+
+def pad_slots(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Replace the path bytes that the original writes into an image slot."""
+    out, inside = [], False
+    for i in ids:
+        if i == tokenizer.img_end_id:
+            inside = False
+        out.append(tokenizer.img_pad_id if inside else i)
+        if i == tokenizer.img_start_id:
+            inside = True
+    return out
+
+
+VOCABULARIES = [("full", "vl_full.json"), ("tiny", "vl_tiny.json")]
+
+
+@pytest.mark.parametrize(("name", "file"), VOCABULARIES)
+def test_special_ids(name, file, request):
+    tokenizer, data = request.getfixturevalue(name), golden(file)
+    assert {key: getattr(tokenizer, key) for key in data["special"]} == data["special"]
+    assert tokenizer.n_vocab == data["vocab_len"]
+
+
+@pytest.mark.parametrize(("name", "file"), VOCABULARIES)
+def test_encode(name, file, request):
+    tokenizer, checked = request.getfixturevalue(name), 0
+    for case in golden(file)["strings"]:
+        text = case["text"]
+        if isinstance(case["ids"], dict):
+            if "too long" in case["ids"]["msg"]:  # the original's limit on paths is not imitated
+                assert tokenizer.encode(text).count(tokenizer.img_pad_id) == 256
+            elif "<|endoftext|>" not in text:
+                with pytest.raises(QvlError):
+                    tokenizer.encode(text)
+        else:
+            expected = expand(case["ids"])
+            chat = expand(case.get("ids_chat", case["ids"]))
+            ordinary = expand(case.get("ids_nospecial", case["ids"]))
+            assert tokenizer.encode(text) == pad_slots(expected, tokenizer), text
+            assert tokenizer.encode_chat(text) == pad_slots(chat, tokenizer), text
+            assert tokenizer.encode_ordinary(text) == ordinary, text
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize(("name", "file"), VOCABULARIES)
+def test_decode(name, file, request):
+    tokenizer, checked = request.getfixturevalue(name), 0
+    data = golden(file)
+    cases = data["decode"] + [c for c in data["strings"] if isinstance(c["ids"], list)]
+    for case in cases:
+        if isinstance(case["decode"], str):
+            ids = expand(case["ids"])
+            assert tokenizer.decode(ids) == case["decode"]
+            stream = StreamDecoder(tokenizer)
+            pieces = [stream.push(i) for i in ids]
+            assert "".join(pieces) + stream.finish() == case["decode"]
+            checked += 1
+    assert checked > 100
+
+
+def test_q7(q7):
+    data = golden("q7_full_diff.json")
+    differ = {case["text"]: case for case in data["strings"]}
+    for case in golden("vl_full.json")["strings"]:
+        expected = differ.get(case["text"], case)
+        assert q7.encode(case["text"]) == expand(expected["ids"])
+        assert q7.encode_chat(case["text"]) == q7.encode_ordinary(case["text"])
+    for case in data["decode"]:
+        assert q7.decode(expand(case["ids"])) == case["decode"]
+    assert (q7.n_vocab, q7.img_start_id, q7.box_end_id) == (data["vocab_len"], None, None)
+
+
+def test_slot_length_follows_n_queries():
+    tokenizer = Tokenizer.from_ranks(TINY_RANKS, image_tags=True, n_queries=3)
+    pad = tokenizer.img_pad_id
+    assert tokenizer.encode("<img>x</img>") == [tokenizer.img_start_id, pad, pad, pad, tokenizer.img_end_id]
+
+
+def test_padding_and_foreign_ids(tiny):
+    assert tiny.decode([39, 617, 639, 39]) == "HH"
+    for bad in (640, -1):
+        with pytest.raises(QvlError, match=str(bad)):
+            tiny.decode([bad])
+
+
+def test_crlf_ranks():
+    crlf = Tokenizer.from_ranks(TINY_RANKS.replace(b"\n", b"\r\n"), image_tags=True)
+    lf = Tokenizer.from_ranks(TINY_RANKS, image_tags=True)
+    text = "Hello, world! 你好 <img>a</img>"
+    assert crlf.encode(text) == lf.encode(text)
+
+
+LINES = TINY_RANKS.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"\n\n", "empty"),
+        (b"not a rank file", "line 1"),
+        (b"\n".join([*LINES[:300], b"IQ== x"]), "line 301"),
+        (b"\n".join([*LINES[:300], b"I!== 300"]), "line 301"),
+        (b"\n".join([*LINES[:300], LINES[0]]), "twice"),
+        (b"\n".join([*LINES[:300], b"AAEC 299"]), "doubled"),
+        (b"\n".join(LINES[:300] + LINES[301:]), "missing"),
+        (b"\n".join(LINES[:200]), "cut short"),
+    ],
+)
+def test_broken_ranks(data, message):
+    with pytest.raises(QvlError, match=message):
+        Tokenizer.from_ranks(data, image_tags=True)
+
+
+def test_vocab_size_smaller_than_tokenizer():
+    with pytest.raises(QvlError, match="600"):
+        Tokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=600)
+
+
+def test_split_images():
+    assert split_images("a<img>b</img>c<img></img>") == ["a", "b", "c", "", ""]
+    assert split_images("no picture </img>") == ["no picture </img>"]
+    for bad, message in [("x<img>y", "unclosed"), ("<img>a<box></img>", "nest"), ("<img>a<img>b</img>", "nest")]:
+        with pytest.raises(QvlError, match=message):
+            split_images(bad)
+
+
+def test_not_a_string(tiny):
+    with pytest.raises(QvlError, match="bytes"):
+        tiny.encode(b"text")
+
+
+@given(st.text())
+def test_round_trip(text):
+    assert TINY.decode(TINY.encode_ordinary(text)) == unicodedata.normalize("NFC", text)
+
+
+@given(st.lists(st.integers(0, 639)))
+def test_stream_equals_decode(ids):
+    stream = StreamDecoder(TINY)
+    assert "".join(map(stream.push, ids)) + stream.finish() == TINY.decode(ids)
+
+
+def test_stream_never_shows_half_a_character(tiny):
+    text = "你好 😀 é"
+    stream = StreamDecoder(tiny)
+    pieces = [stream.push(i) for i in tiny.encode(text)]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert "" in pieces
+    assert stream.finish() == ""
+    stream.push(tiny.encode("你")[0])
+    assert stream.finish() == "\ufffd"
