@@ -1,0 +1,157 @@
+"""From logits to the next token: plain functions on a float32 vector, and the callable that strings them together.
+
+Each step takes the logits [vocab] and returns new ones; -inf means "never". A new step is one more function and one
+more line in `Sampler.__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from qvl_runtime.errors import QvlError
+
+
+def apply_repetition_penalty(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np.ndarray:
+    """Make ids that occurred less likely: positive logits are divided, negative ones multiplied (CTRL, 2019).
+
+    Parameters
+    ----------
+    logits : numpy.ndarray
+        float32 [vocab].
+    token_ids : sequence of int
+        The prompt and what was generated so far; how often an id occurs does not matter.
+    penalty : float
+        1 changes nothing.
+    """
+    out = logits.copy()
+    seen = np.unique(np.asarray(token_ids, np.int64))
+    out[seen] = np.where(out[seen] < 0, out[seen] * np.float32(penalty), out[seen] / np.float32(penalty))
+    return out
+
+
+def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Divide the logits by the temperature (> 0); below 1e-6, which is greedy already, they would overflow."""
+    return logits / np.float32(max(temperature, 1e-6))
+
+
+def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    """Keep the k highest logits, and those equal to the k-th; the others become -inf."""
+    if k >= logits.size:
+        return logits
+    threshold = np.partition(logits, logits.size - k)[logits.size - k]
+    return np.where(logits >= threshold, logits, np.float32(-np.inf))
+
+
+def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
+    """Keep the smallest set of tokens whose probability exceeds p, at least one; the others become -inf."""
+    probabilities = softmax(logits)
+    # All tokens less likely than this together have less than 1 - p: they cannot be in the set, so only the others
+    # are sorted, often a few hundred of the 151,936.
+    candidates = np.flatnonzero(probabilities >= (1 - p) / logits.size)
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    mass = np.cumsum(probabilities[order], dtype=np.float64)
+    kept = order[: np.searchsorted(mass, p, side="right") + 1]
+    out = np.full_like(logits, -np.inf)
+    out[kept] = logits[kept]
+    return out
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float32 [vocab] of float32 logits [vocab]; exactly 0 where the logit is -inf."""
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Chooses the next token: repetition penalty, temperature, top_k, top_p, then one draw.
+
+    One sampler serves one answer: it carries the state of the random generator.
+
+    Parameters
+    ----------
+    temperature : float
+        0 takes the most likely token (greedy); top_k, top_p and seed are then without effect.
+    top_k : int
+        0 is off.
+    top_p : float
+        1 is off.
+    repetition_penalty : float
+        1 is off. It also acts on greedy choices.
+    seed : int, optional
+        The same seed and logits give the same tokens; None takes fresh randomness.
+
+    Raises
+    ------
+    QvlError
+        A value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0 (greedy) up")
+        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for off")
+        _check("top_p", self.top_p, 0 <= self.top_p <= 1, "a number from 0 to 1 (off)")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "a number above 0, 1 for off")
+        seed_fits = self.seed is None or (_is_integer(self.seed) and self.seed >= 0)
+        _check("seed", self.seed, seed_fits, "a whole number from 0 up, or None")
+
+        self._random = np.random.default_rng(self.seed)
+        self._steps: list[Callable[[np.ndarray], np.ndarray]] = []
+        if self.temperature > 0:
+            self._steps.append(partial(apply_temperature, temperature=self.temperature))
+            if self.top_k > 0:
+                self._steps.append(partial(keep_top_k, k=self.top_k))
+            if self.top_p < 1:
+                self._steps.append(partial(keep_top_p, p=self.top_p))
+
+    def __call__(self, logits: np.ndarray, token_ids: Sequence[int]) -> int:
+        """Choose the next token.
+
+        Parameters
+        ----------
+        logits : numpy.ndarray
+            float32 [vocab]; not changed.
+        token_ids : sequence of int
+            The ids before it, prompt and answer, for the repetition penalty.
+
+        Raises
+        ------
+        QvlError
+            The best logit is not finite: the model's weights or arithmetic are broken.
+        """
+        best = int(np.argmax(logits))  # NaN wins against every number
+        if not np.isfinite(logits[best]):
+            raise QvlError(f"the model's logits hold {logits[best]} (token {best}): check the model file")
+        if self.temperature == 0 and self.repetition_penalty == 1:
+            return best
+        if self.repetition_penalty != 1:
+            logits = apply_repetition_penalty(logits, token_ids, self.repetition_penalty)
+        if self.temperature == 0:
+            return int(np.argmax(logits))
+        for step in self._steps:
+            logits = step(logits)
+        probabilities = softmax(logits)
+        possible = np.flatnonzero(probabilities)
+        mass = np.cumsum(probabilities[possible], dtype=np.float64)
+        return int(possible[np.searchsorted(mass[:-1], self._random.random() * mass[-1], side="right")])
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check(name: str, value: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise QvlError(f"{name} is {value!r}, expected {wanted}")
