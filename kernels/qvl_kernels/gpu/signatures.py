@@ -1,0 +1,290 @@
+"""Every GPU kernel: its source function, its arguments in launch order, its variants, and its grid.
+
+A kernel is compiled once for each variant and architecture under the name ``family.variant``. Tile shapes, warps and
+pipeline stages are data (tiles.json); everything else that is fixed at compile time is listed here.
+
+Conventions every launch keeps
+------------------------------
+* Arrays are contiguous and every base pointer is a multiple of 16 bytes wherever its row length is a multiple of
+  16 elements. A pointer of type ``*fp32`` named in a flag's description may point at fp16: the flag says so.
+* Pointers that a flag switches off are never read: pass 0.
+* `counters` is int32, zeroed once; every launch that uses it leaves it zero again. Kernels that may run at the same
+  time need counters of their own. `partials` is scratch without a state.
+* Padded sizes: ``rows = round_up(n, 128)`` of a weight on the device, ``blocks = ceil(k / 128)``. The `x` of a
+  product is fp16 ``[m, 128 * blocks]`` with zeros in the padding columns (`norm` and `gather` write them).
+
+The weight on the device
+------------------------
+``int4``: `codes` int32 ``[blocks, rows, 16]``, nibble j of word i holds column ``128 g + 16 j + i``.
+``int8``: `codes` int32 ``[blocks, rows, 32]``, byte j of word i holds column ``128 g + 32 j + i``.
+``fp16``: `codes` fp16 ``[rows, 128 * blocks]``, zeros in the padding columns.
+`scales`: int32 ``[128 * blocks / group_size, rows]``, fp16 scale in the low half and fp16 zero in the high half; unused
+for fp16. ``group_shift = log2(group_size / 32)``.
+
+The key/value cache of a layer
+------------------------------
+`k`, `v`: fp16 or int8 ``[heads, capacity, d]``; int8 has `k_scale`, `v_scale` fp16 ``[heads, capacity]``. d is even and
+at most 128.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+ROW_PADDING = 128
+"""Rows of a weight on the device are padded to a multiple of this."""
+
+# flags of `linear`, `gate_up`
+BIAS, GELU, RESIDUAL, OUT_HALF = 1, 2, 4, 8
+BIAS_UP = 2
+# flags of `norm`, `gather`, `add`, `swiglu`, `embed`, `pack_scales` (OUT_HALF as above)
+LAYER_NORM, PERMUTED, X_HALF, Y_HALF = 1, 2, 4, 16
+HAS_ZEROS = 1
+
+DECODE_SPLITS = 16
+"""Programs that share the positions of one head in `decode_attention`."""
+
+ARGMAX_PARTS = 64
+"""Programs that share one row in `argmax`."""
+
+ELEMENTS = 1024
+"""Elements a program of the elementwise kernels handles."""
+
+ROPE_HEADS = 8
+"""Heads a program of `rope_append` handles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One family of kernels.
+
+    Attributes
+    ----------
+    source : str
+        ``module.function`` in qvl_kernels.gpu.kernels.
+    arguments : tuple of (str, str)
+        Name and Triton type of every launch argument, in order. Two null pointers (scratch) follow at launch.
+    variants : dict
+        Variant name -> compile-time constants, without those in tiles.json.
+    grid : str
+        How many programs to launch, in words the runtime follows: BM, BN and the like are the variant's constants.
+    """
+
+    source: str
+    arguments: tuple[tuple[str, str], ...]
+    variants: dict[str, dict[str, int | bool]]
+    grid: str
+
+
+def _arguments(text: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, kind) for name, kind in (item.split(":") for item in text.split()))
+
+
+_TILES = ("small", "large")
+
+
+def _linear_variants(tiles: tuple[str, ...]) -> dict[str, dict[str, int | bool]]:
+    variants = {}
+    for tile in tiles:
+        variants[f"int4.{tile}"] = {"BITS": 4, "FINE": False}
+        variants[f"int4_fine.{tile}"] = {"BITS": 4, "FINE": True}
+        variants[f"int8.{tile}"] = {"BITS": 8, "FINE": False}
+        variants[f"int8_fine.{tile}"] = {"BITS": 8, "FINE": True}
+        variants[f"fp16.{tile}"] = {"BITS": 16, "FINE": False}
+    return variants
+
+
+_CACHE = "k:*fp16 v:*fp16 k_scale:*fp16 v_scale:*fp16 start:*i32"
+
+KERNELS: dict[str, Kernel] = {
+    # products ---------------------------------------------------------------------------------------------------
+    # out [m, n] = gelu?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k the
+    # partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to arrive:
+    # the same bits every time. `counters`: one a tile. flags: BIAS, GELU, RESIDUAL, OUT_HALF (out is fp16).
+    "linear": Kernel(
+        "matmul.linear",
+        _arguments(
+            "x:*fp16 codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 "
+            "m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+        ),
+        _linear_variants(_TILES),
+        "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
+    ),
+    # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF. Both weights have the same bits, group
+    # size and column order (others: two `linear` into float32 and `swiglu`). partials: float32
+    # [tiles, split, 2 * BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
+    "gate_up": Kernel(
+        "matmul.gate_up",
+        _arguments(
+            "x:*fp16 gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
+            "out:*fp32 partials:*fp32 counters:*i32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+        ),
+        {
+            f"{name}.{tile}": {"BITS": 4, "FINE": fine}
+            for tile in _TILES
+            for name, fine in (("int4", False), ("int4_fine", True))
+        },
+        "(ceil(m / BM) * (rows // BN), split)",
+    ),
+    # out [n_ids, d] float32 = table[ids]; perm as in `packing.Matrix`. flags: PERMUTED.
+    "embed": Kernel(
+        "embed.embed",
+        _arguments(
+            "ids:*i32 codes:*i32 scales:*i32 perm:*i32 out:*fp32 d:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+        ),
+        {"int4": {"BITS": 4}, "int8": {"BITS": 8}, "fp16": {"BITS": 16}},
+        "(blocks, n_ids)",
+    ),
+    # rows -------------------------------------------------------------------------------------------------------
+    # out [m, padded] = norm(x [m, k]) with columns gathered by perm (int32 [k]) and zeros from column k on; padded is k
+    # or a product's 128 * blocks, and at most BLOCK. flags: LAYER_NORM (bias is read), PERMUTED, OUT_HALF.
+    "norm": Kernel(
+        "norm.norm",
+        _arguments("x:*fp32 weight:*fp32 bias:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 eps:fp32 flags:i32"),
+        {"1024": {"BLOCK": 1024}, "4096": {"BLOCK": 4096}, "16384": {"BLOCK": 16384}},
+        "(m,)",
+    ),
+    # The same without a norm: cast, pad and permute. A plain copy of any shape is one row of k = padded = its size.
+    # flags: PERMUTED, X_HALF (x is fp16), OUT_HALF.
+    "gather": Kernel(
+        "elementwise.gather",
+        _arguments("x:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 flags:i32"),
+        {"any": {}},
+        "(ceil(padded / ELEMENTS), m)",
+    ),
+    # out = x + y, size elements. flags: X_HALF, Y_HALF, OUT_HALF.
+    "add": Kernel(
+        "elementwise.add",
+        _arguments("x:*fp32 y:*fp32 out:*fp32 size:i32 flags:i32"),
+        {"any": {}},
+        "(ceil(size / ELEMENTS),)",
+    ),
+    # out = silu(gate) * up, size elements, gate and up float32. flags: OUT_HALF.
+    "swiglu": Kernel(
+        "elementwise.swiglu",
+        _arguments("gate:*fp32 up:*fp32 out:*fp32 size:i32 flags:i32"),
+        {"any": {}},
+        "(ceil(size / ELEMENTS),)",
+    ),
+    # attention; qkv, q, out are fp16, scale is 1/sqrt(d) ----------------------------------------------------------
+    # Rotates q in place and appends k and v at start[0] + t. `int8` quantises the cache: k and v point at int8.
+    "rope_append": Kernel(
+        "rope.rope_append",
+        _arguments(f"qkv:*fp16 rope:*fp32 logn:*fp32 {_CACHE} heads:i32 capacity:i32 d:i32"),
+        {"fp16": {"INT8": False}, "int8": {"INT8": True}},
+        "(t, ceil(heads / ROPE_HEADS))",
+    ),
+    # Causal, over positions 0 .. start[0] + row. `128` needs d == 128, `any` takes every d.
+    "cached_attention": Kernel(
+        "attention.cached_attention",
+        _arguments(f"qkv:*fp16 {_CACHE} out:*fp16 t:i32 heads:i32 capacity:i32 d:i32 scale:fp32"),
+        {
+            f"{dtype}.{size}": {"INT8": dtype == "int8", "EXACT": size == "128"}
+            for dtype in ("fp16", "int8")
+            for size in ("128", "any")
+        },
+        "(ceil(t / BM), heads)",
+    ),
+    # The same for t = 1. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
+    "decode_attention": Kernel(
+        "decode_attention.decode_attention",
+        _arguments(
+            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 heads:i32 capacity:i32 d:i32 scale:fp32"
+        ),
+        {"fp16": {"INT8": False}, "int8": {"INT8": True}},
+        "(heads, DECODE_SPLITS)",
+    ),
+    # Full attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart: parts
+    # is 3 for the vision tower (k = q + d, v = q + 2 d, in elements), 1 for separate arrays. out [q_rows, heads * d].
+    # `104` and `128` need that d, `any` takes every d up to 128.
+    "attention": Kernel(
+        "attention.attention",
+        _arguments("q:*fp16 k:*fp16 v:*fp16 out:*fp16 q_rows:i32 k_rows:i32 heads:i32 parts:i32 d:i32 scale:fp32"),
+        {"104": {"D": 104}, "128": {"D": 128}, "any": {"D": 0}},
+        "(ceil(q_rows / BM), heads)",
+    ),
+    # choosing ---------------------------------------------------------------------------------------------------
+    # out [t] int32. values float32, indices int32 [t, ARGMAX_PARTS]; counters: one a row.
+    "argmax": Kernel(
+        "sampling.argmax",
+        _arguments("logits:*fp32 out:*i32 values:*fp32 indices:*i32 counters:*i32 size:i32"),
+        {"any": {}},
+        "(ARGMAX_PARTS, t)",
+    ),
+    # out [1] int32: a draw from softmax(logits [size] / temperature) cut by top_k (0: off), then top_p.
+    # settings float32 [3]: temperature, top_p, a uniform number in [0, 1); top_k int32 [1]. One program.
+    "sample": Kernel(
+        "sampling.sample",
+        _arguments("logits:*fp32 settings:*fp32 top_k:*i32 out:*i32 size:i32"),
+        {"any": {}},
+        "(1,)",
+    ),
+    # loading: bring bytes of the blob (see packing.py) into the layout above. A launch takes `count` of the matrix's
+    # 32-row blocks from `first` on, whose bytes lie at `source`: large matrices are uploaded in pieces ------------------
+    "reorder": Kernel(
+        "pack.reorder",
+        _arguments("source:*i32 codes:*i32 first:i32 rows:i32 blocks:i32"),
+        {"int4": {"BITS": 4}, "int8": {"BITS": 8}},
+        "(blocks, count)",
+    ),
+    # groups = 128 * blocks / group_size; flags: HAS_ZEROS, otherwise every zero is `zero` (8 or 128).
+    "pack_scales": Kernel(
+        "pack.pack_scales",
+        _arguments("source:*fp16 zeros:*u8 scales:*i32 first:i32 rows:i32 groups:i32 zero:i32 flags:i32"),
+        {"any": {}},
+        "(groups, count)",
+    ),
+    # fp16 weights: source rows [count, k] -> codes [rows, padded] from row `first` on.
+    "pad_rows": Kernel(
+        "pack.pad_rows",
+        _arguments("source:*fp16 codes:*fp16 first:i32 k:i32 padded:i32"),
+        {"any": {}},
+        "(ceil(padded / ELEMENTS), count)",
+    ),
+    # Resize a cache: size 16-bit units of every row, rows source_stride and target_stride units apart.
+    "move_rows": Kernel(
+        "pack.move_rows",
+        _arguments("source:*i16 target:*i16 size:i32 source_stride:i32 target_stride:i32"),
+        {"any": {}},
+        "(ceil(size / ELEMENTS), number of rows)",
+    ),
+}
+
+ARCHITECTURES = (75, 80, 90, 120)
+"""Compute capabilities kernels are built for; code for 80 also runs on 86, 87 and 89."""
+
+
+def names() -> list[str]:
+    """All kernels, as ``family.variant``."""
+    return [f"{family}.{variant}" for family, kernel in KERNELS.items() for variant in kernel.variants]
+
+
+@functools.cache
+def _tiles() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(Path(__file__).with_name("tiles.json").read_text())
+
+
+def tile(name: str, architecture: int) -> dict[str, int]:
+    """What tiles.json says about a kernel: `warps`, `stages`, `max_m` (of products) and compile-time constants.
+
+    The longest matching prefix of `name` (in whole dotted parts) counts, first under the architecture, then under
+    "default".
+    """
+    parts = name.split(".")
+    prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+    for section in (str(architecture), "default"):
+        for prefix in prefixes:
+            found = _tiles().get(section, {}).get(prefix)
+            if found is not None:
+                return found
+    raise KeyError(f"tiles.json has no entry for {name}")
+
+
+def constants(name: str, architecture: int) -> dict[str, int | bool]:
+    """All compile-time constants of a kernel on an architecture."""
+    family, variant = name.split(".", 1)
+    shapes = {key: value for key, value in tile(name, architecture).items() if key.isupper()}
+    return KERNELS[family].variants[variant] | shapes
