@@ -1,0 +1,91 @@
+"""Which instructions the kernels are written for, settled before anything is compiled.
+
+A wrong choice kills the process, so it is taken from what LLVM reports of this processor. ``QVL_CPU`` overrides it
+(for tests, or to get around a broken report) with one of `LEVELS`; the code is then compiled for that level's own
+processor model, so that nothing newer slips in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One way to multiply bytes.
+
+    Attributes
+    ----------
+    name : str
+        The value of ``QVL_CPU`` that selects it.
+    lanes : int
+        32-bit lanes of a register.
+    needs : tuple of str
+        LLVM features that must all be present.
+    cpu, features : str
+        LLVM's processor model and features to compile for when the level is forced.
+    """
+
+    name: str
+    lanes: int
+    needs: tuple[str, ...]
+    cpu: str
+    features: str
+
+
+LEVELS = {
+    level.name: level
+    for level in (
+        Level("avx512", 16, ("avx512vnni", "avx512bw", "avx512vl", "avx512dq", "f16c"), "cascadelake", ""),
+        Level("avxvnni", 8, ("avxvnni", "avx2", "fma", "f16c"), "alderlake", ""),
+        Level("avx2", 8, ("avx2", "fma", "f16c"), "haswell", ""),
+        Level("neon", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod"),
+        Level("plain", 4, (), "generic", ""),
+    )
+}
+"""Best first."""
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """LLVM's names of the instruction sets of this processor."""
+    try:
+        found = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    except RuntimeError:
+        found = set()
+    if platform.machine() in ("aarch64", "arm64"):
+        # LLVM's own list leaves these two out on macOS and, in older releases, on Linux.
+        cpuinfo = Path("/proc/cpuinfo")
+        if platform.system() == "Darwin" or (cpuinfo.exists() and "asimddp" in cpuinfo.read_text()):
+            found |= {"neon", "dotprod"}
+    return frozenset(found)
+
+
+@functools.cache
+def selected() -> Level:
+    """The best level this processor has, or the one ``QVL_CPU`` names."""
+    name = os.environ.get("QVL_CPU", "")
+    if not name:
+        return next(level for level in LEVELS.values() if host_features().issuperset(level.needs))
+    if name not in LEVELS:
+        raise ValueError(f"QVL_CPU={name}: expected one of {', '.join(LEVELS)}")
+    missing = set(LEVELS[name].needs) - host_features()
+    if missing:
+        raise ValueError(f"QVL_CPU={name}: this processor lacks {', '.join(sorted(missing))}; unset QVL_CPU")
+    return LEVELS[name]
+
+
+@functools.cache
+def target() -> tuple[str, str]:
+    """LLVM's processor model and feature string to compile for."""
+    level = selected()
+    if os.environ.get("QVL_CPU"):
+        return level.cpu, level.features
+    # LLVM may know the model and still not switch on what a hypervisor hides, so each feature is stated.
+    return llvm.get_host_cpu_name(), ",".join("+" + name for name in sorted(host_features()))

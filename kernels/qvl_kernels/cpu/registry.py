@@ -1,0 +1,60 @@
+"""What is compiled: kernels, and the routines they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+KERNELS: dict[str, Callable] = {}
+"""Every `kernel`, by name."""
+
+ENTRY = types.void(types.int64, types.int64, types.int64)
+
+
+def routine(function: Callable) -> Callable:
+    """A function for kernels to call: compiled into them, with neither wrappers nor Python exceptions."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(function, nogil=True, error_model="numpy", **options)
+
+
+def kernel(function: Callable) -> Callable:
+    """Register ``function(args, thread, threads)`` under its name as an instruction (see `qvl_kernels.cpu`)."""
+    if function.__name__ in KERNELS:
+        raise ValueError(f"two kernels are called {function.__name__}")
+    KERNELS[function.__name__] = function
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def unpack(typing, args, count):
+    """The first `count` (a literal) arguments of an instruction, as a tuple of int64."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    result = types.UniTuple(types.int64, count.literal_value)
+
+    def codegen(context, b, sig, values):
+        words = b.inttoptr(values[0], ir.IntType(64).as_pointer())
+        loaded = [b.load(b.gep(words, [ir.Constant(ir.IntType(64), i)])) for i in range(count.literal_value)]
+        return context.make_tuple(b, result, loaded)
+
+    return result(args, count), codegen
+
+
+@intrinsic
+def as_f32(typing, word):
+    """The float32 that travels in an argument (`qvl_kernels.cpu.runner.float_word`)."""
+
+    def codegen(context, b, sig, values):
+        return b.bitcast(b.trunc(values[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(word), codegen
+
+
+@routine
+def share(n, thread, threads):
+    """The range of 0..n that is this thread's: neighbours, sizes differing by at most one."""
+    return n * thread // threads, n * (thread + 1) // threads
