@@ -1,0 +1,79 @@
+"""The past of one conversation: its keys and values, and the positions they were computed with."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from qvl_kernels.ops import Ops
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.positions import logn_table, ntk_alpha, rotary_table
+
+PAGE = 256
+"""Capacity grows in steps of this many positions."""
+
+
+class Context:
+    """A KV cache with its length, its rotary tables, and the rule of dynamic NTK.
+
+    Attributes
+    ----------
+    store : KVCache
+        The backend's arrays.
+    start : Array
+        int32 ``[1]`` on the device: the position of the next token.
+    rope, logn : Array
+        Tables of all positions of the window, for `Ops.rope_append`.
+    length : int
+        Positions filled.
+    alpha : int
+        The NTK factor the keys in the store were rotated with.
+    """
+
+    def __init__(self, ops: Ops, config: ModelConfig, dtype: str, capacity: int, layers: int | None = None):
+        self.ops, self.config = ops, config
+        self.window = config.max_position_embeddings
+        self._layers = config.num_hidden_layers if layers is None else layers
+        self.store = ops.kv_cache(self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype)
+        self.start = ops.upload(np.zeros(1, np.int32))
+        self.rope = ops.upload(_rotary(self.window, 1, config))
+        self.logn = ops.upload(logn_table(self.window, config))
+        self.length, self.alpha = 0, 1
+
+    def _pages(self, capacity: int) -> int:
+        return min(-(-capacity // PAGE) * PAGE, max(self.window, PAGE))
+
+    def layer(self, index: int) -> int:
+        """Where a layer's keys lie: a context of fewer layers than the model reuses them in turn."""
+        return index % self._layers
+
+    def begin(self, length: int) -> None:
+        """Prepare for a prompt of `length` tokens in all, of which the first `self.length` are in the cache.
+
+        Where the longer prompt asks for another NTK factor the cached keys are void and `length` drops to 0.
+        """
+        alpha = ntk_alpha(length, self.config)
+        if alpha != self.alpha:
+            self.ops.write(self.rope, _rotary(self.window, alpha, self.config))
+            self.alpha, self.length = alpha, 0
+        self.truncate(self.length)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` positions, keeping those that are filled."""
+        if capacity > self.store.capacity:
+            self.store = self.store.resized(self._pages(capacity), self.length)
+
+    def advance(self, count: int) -> None:
+        """Count `count` more positions as filled."""
+        self.truncate(self.length + count)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        self.length = length
+        self.ops.write(self.start, np.array([length], np.int32))
+
+
+@functools.lru_cache(maxsize=8)
+def _rotary(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
+    return rotary_table(positions, alpha, config)
