@@ -9,7 +9,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -58,13 +58,22 @@ def load_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
         return _from_stream(io.BytesIO(source), "the image bytes")
     if isinstance(source, str) and source.startswith("data:"):
         return _from_stream(io.BytesIO(_read_data_url(source)), "the data: URL")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if is_url(source):
         return _from_stream(io.BytesIO(_fetch(source, allow_urls)), source)
     if isinstance(source, str | Path):
         return _from_file(source)
     raise QvlError(
         f"an image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(source).__name__}"
     )
+
+
+def is_url(source: ImageSource) -> bool:
+    """Whether a picture would have to be fetched from a network."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def refuse_url(url: str) -> NoReturn:
+    raise QvlError(f"no URL is fetched unless you allow it: download {url} and pass the file's path or bytes")
 
 
 def _from_file(path: str | Path) -> Image.Image:
@@ -90,7 +99,7 @@ def _read_data_url(url: str) -> bytes:
 
 def _fetch(url: str, allow_urls: bool) -> bytes:
     if not allow_urls:
-        raise QvlError(f"no URL is fetched unless you allow it: download {url} and pass the file's path or bytes")
+        refuse_url(url)
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             data = reply.read(MAX_FETCH_BYTES + 1)

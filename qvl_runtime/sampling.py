@@ -116,6 +116,11 @@ class Sampler:
             if self.top_p < 1:
                 self._steps.append(partial(keep_top_p, p=self.top_p))
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is always the highest logit, so that nobody need fetch the others."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def __call__(self, logits: np.ndarray, token_ids: Sequence[int]) -> int:
         """Choose the next token.
 
@@ -134,7 +139,7 @@ class Sampler:
         best = int(np.argmax(logits))  # NaN wins against every number
         if not np.isfinite(logits[best]):
             raise QvlError(f"the model's logits hold {logits[best]} (token {best}): check the model file")
-        if self.temperature == 0 and self.repetition_penalty == 1:
+        if self.is_argmax:
             return best
         if self.repetition_penalty != 1:
             logits = apply_repetition_penalty(logits, token_ids, self.repetition_penalty)
