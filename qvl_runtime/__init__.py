@@ -1,0 +1,15 @@
+"""Qwen-VL, Qwen-VL-Chat and Qwen-7B from one file, without PyTorch.
+
+>>> import qvl_runtime as qvl
+>>> model = qvl.load("qwen-vl-chat.qvl")
+>>> model.generate("<img>cat.jpg</img>Describe the image in English:").text
+"""
+
+from qvl_kernels.ops import DeviceError
+from qvl_runtime.boxes import Box
+from qvl_runtime.errors import QvlError
+from qvl_runtime.generation import Piece, Result, Timings
+from qvl_runtime.model import ChatResult, Model, load
+
+__all__ = ["Box", "ChatResult", "DeviceError", "Model", "Piece", "QvlError", "Result", "Timings", "load"]
+__version__ = "0.1.0"

@@ -1,0 +1,87 @@
+"""What the tests share: the golden data, converted once a run, and the backends."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qvl_runtime as qvl
+from qvl_convert.convert import convert
+
+GOLDEN = Path(__file__).parent / "golden"
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of the golden data; see its README.md."""
+    return GOLDEN
+
+
+@pytest.fixture
+def in_golden(monkeypatch) -> None:
+    """Run with the golden folder as the current directory, as the image paths of its prompts expect."""
+    monkeypatch.chdir(GOLDEN)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """``checkpoint(name, variant)``: a golden checkpoint's folder, with the variant's config values replaced."""
+
+    @functools.cache
+    def make(name: str, variant: str = "base") -> Path:
+        source = GOLDEN / "ckpt" / name
+        overrides = json.loads((GOLDEN / "ckpt" / "variants.json").read_text())[variant]
+        if not overrides:
+            return source
+        folder = tmp_path_factory.mktemp(f"{name}-{variant}") / name
+        folder.mkdir()
+        for file in source.iterdir():
+            if file.name != "config.json":
+                os.symlink(file, folder / file.name)
+        config = json.loads((source / "config.json").read_text())
+        for key, value in overrides.items():
+            config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def blob(checkpoint, tmp_path_factory):
+    """``blob(name, variant, **options)``: the path of a golden checkpoint, converted."""
+    folder = tmp_path_factory.mktemp("blobs")
+
+    @functools.cache
+    def make(name: str, variant: str = "base", **options) -> Path:
+        label = "-".join([name, variant, *(f"{k}{v}" for k, v in sorted(options.items()))])
+        out = folder / f"{label}.qvl"
+        convert(checkpoint(name, variant), out, **options)
+        return out
+
+    yield make
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def model(blob):
+    """``model(name, variant, device=…, kv_cache=…, activations=…, **options)``: a loaded golden checkpoint."""
+
+    @functools.cache
+    def make(name: str, variant: str = "base", device="reference", kv_cache="fp16", activations="auto", **options):
+        path = blob(name, variant, **options)
+        return qvl.load(path, device=device, kv_cache=kv_cache, activations=activations)
+
+    return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20231001)
