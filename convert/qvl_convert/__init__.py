@@ -1,0 +1,1 @@
+"""Makes a `.qvl` file out of a published checkpoint."""

@@ -1,0 +1,263 @@
+"""A published checkpoint: a folder with config, tokenizer, and weight shards, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
+from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.config import GenerationConfig, ModelConfig
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tensorfile import Entry, TensorFile
+from qvl_runtime.tokenizer import Tokenizer
+
+FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
+# Buffers that some published checkpoints carry and that this runtime computes by itself.
+BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
+MAX_JSON = 64 << 20
+
+
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the published, unquantised checkpoint of a model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in tensors(config):
+        if isinstance(spec, VectorSpec):
+            shapes[spec.name] = spec.shape
+            continue
+        rows = spec.first_row + spec.n
+        if spec.transposed:
+            shapes[spec.source] = (spec.k, rows)
+        elif spec.source.endswith(".conv1.weight"):
+            side = config.visual.patch_size
+            shapes[spec.source] = (rows, 3, side, side)
+        else:
+            shapes[spec.source] = (rows, spec.k)
+        if spec.bias is not None:
+            shapes[spec.bias] = (rows,)
+    return shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that nobody vouches for.
+
+    Raises
+    ------
+    QvlError
+        When it is missing, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError("too large")
+        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise QvlError(f"{path}: no such file; is {path.parent} the folder of a Hugging Face model?") from None
+    except (ValueError, RecursionError) as error:
+        raise QvlError(f"{path}: is not readable as JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise QvlError(f"{path}: holds no JSON object; download it again")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return result
+
+
+class Checkpoint:
+    """A folder in Hugging Face layout.
+
+    Attributes
+    ----------
+    folder : Path
+    config : ModelConfig
+    raw_config : dict
+        `config.json` as it is.
+    generation_config : GenerationConfig
+        Defaults when the folder has none.
+    ranks : bytes
+        The tokenizer's rank file.
+
+    Raises
+    ------
+    QvlError
+        When a file is missing or damaged, or config and tokenizer do not belong together.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise QvlError(f"{self.folder}: is no folder; give the folder of a Hugging Face model")
+        self.raw_config = read_json(self.folder / "config.json")
+        self.config = ModelConfig.from_dict(self.raw_config, str(self.folder / "config.json"))
+        generation = self.folder / "generation_config.json"
+        self.generation_config = GenerationConfig.from_dict(
+            read_json(generation) if generation.exists() else {}, str(generation)
+        )
+        self.ranks = self._read_ranks()
+        self._shards = self._open_shards()
+        self._owners: dict[str, TensorFile | PickleFile] = {}
+        for shard in self._shards:
+            for name in shard.entries:
+                if name in self._owners:
+                    raise QvlError(
+                        f"{shard.path}: tensor {name!r} stands in {self._owners[name].path.name} too; "
+                        "remove the shards of another model"
+                    )
+                self._owners[name] = shard
+        self._check_index()
+
+    def _read_ranks(self) -> bytes:
+        path = self.folder / "qwen.tiktoken"
+        try:
+            ranks = path.read_bytes()
+        except FileNotFoundError:
+            raise QvlError(f"{path}: no such file; download it from the model's repository") from None
+        visual = self.config.visual
+        try:
+            Tokenizer.from_ranks(
+                ranks,
+                image_tags=visual is not None,
+                n_queries=visual.n_queries if visual else 0,
+                vocab_size=self.config.vocab_size,
+            )
+        except QvlError as error:
+            raise QvlError(f"{path}: {error}") from None
+        return ranks
+
+    def _open_shards(self) -> list[TensorFile | PickleFile]:
+        self._index: dict[str, str] = {}
+        self._index_path = next((self.folder / name for name in INDEXES if (self.folder / name).exists()), None)
+        if self._index_path is not None:
+            self._index = self._read_index(self._index_path, INDEXES[self._index_path.name])
+            names = sorted(set(self._index.values()))
+        else:
+            names = sorted(p.name for p in self.folder.glob("*.safetensors")) or sorted(
+                p.name for p in self.folder.glob("pytorch_model*.bin")
+            )
+        if not names:
+            raise QvlError(f"{self.folder}: holds no weights: neither *.safetensors nor pytorch_model*.bin")
+        paths = [self.folder / name for name in names]
+        for path in paths:
+            if not path.is_file():
+                raise QvlError(f"{path}: no such file, but {self._index_path.name} names it; finish the download")
+        return [TensorFile(p) if p.suffix == ".safetensors" else PickleFile(p) for p in paths]
+
+    @staticmethod
+    def _read_index(path: Path, suffix: str) -> dict[str, str]:
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise QvlError(f"{path}: has no 'weight_map'; download it again")
+        for shard in index.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+", shard) or not shard.endswith(suffix):
+                raise QvlError(f"{path}: names the shard {str(shard)[:100]!r}, expected a {suffix} file beside it")
+        return index
+
+    def _check_index(self) -> None:
+        for name, shard in self._index.items():
+            owner = self._owners.get(name)
+            if owner is None or owner.path.name != shard:
+                raise QvlError(f"{self.folder / shard}: has no tensor {name!r}, but {self._index_path.name} says so")
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in file order."""
+        return list(self._owners)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owners
+
+    def entry(self, name: str) -> Entry | PickledTensor:
+        """Dtype and shape of a tensor, without reading it."""
+        return self._owners[name].entries[name]
+
+    def path(self, name: str) -> Path:
+        """The shard a tensor lies in."""
+        return self._owners[name].path
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor, read-only, mapped for as long as the array lives.
+
+        Raises
+        ------
+        QvlError
+            When there is no such tensor.
+        """
+        shard = self._owners.get(name)
+        if shard is None:
+            raise QvlError(f"{self.folder}: has no tensor {name!r}; is the download complete?")
+        if isinstance(shard, PickleFile):
+            return shard.array(name)
+        entry = shard.entries[name]
+        return map_bytes(shard.path, entry.start, entry.stop, entry.dtype).reshape(entry.shape)
+
+    def check(self, wanted: dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]) -> None:
+        """Compare the folder's tensors with those that a config asks for.
+
+        Parameters
+        ----------
+        wanted : dict
+            Shape and possible dtypes of every tensor.
+
+        Raises
+        ------
+        QvlError
+            For the first tensor that is missing, has another shape or dtype, or does not belong here.
+        """
+        for name, (shape, dtypes) in wanted.items():
+            if name not in self:
+                raise QvlError(f"{self.folder}: has no tensor {name!r}, which its config asks for; finish the download")
+            entry = self.entry(name)
+            if entry.shape != shape:
+                raise QvlError(
+                    f"{self.path(name)}: {name!r} has the shape {list(entry.shape)}, "
+                    f"config.json asks for {list(shape)}; do they belong together?"
+                )
+            if entry.dtype not in dtypes:
+                known = " or ".join(dtype.name for dtype in dtypes)
+                raise QvlError(f"{self.path(name)}: {name!r} is {entry.dtype}, expected {known}; download it again")
+        for name in self.names:
+            if name not in wanted and not BUFFERS.search(name):
+                raise QvlError(
+                    f"{self.path(name)}: {name!r} is a tensor which config.json does not describe; "
+                    "do they belong together?"
+                )
+
+    def fingerprint(self) -> dict[str, str]:
+        """A short hash per weight file, of its size and of bytes all over it: enough to tell two sources apart."""
+        return {shard.path.name: _fingerprint(shard.path) for shard in self._shards}
+
+
+def _fingerprint(path: Path, samples: int = 64, length: int = 4096) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(samples):
+            file.seek(max(size - length, 0) * i // (samples - 1))
+            digest.update(file.read(length))
+    return digest.hexdigest()[:32]
+
+
+def matrix(checkpoint: Checkpoint, spec: MatrixSpec) -> np.ndarray:
+    """The published weight of a matrix as ``[n, k]``, in the dtype it has."""
+    weight = checkpoint.tensor(spec.source)
+    if spec.transposed:
+        return np.ascontiguousarray(weight.T)[spec.first_row : spec.first_row + spec.n]
+    return weight.reshape(len(weight), -1)[spec.first_row : spec.first_row + spec.n]
+
+
+def bias(checkpoint: Checkpoint, spec: MatrixSpec) -> np.ndarray | None:
+    """The published bias of a matrix as float32 ``[n]``, or None."""
+    if spec.bias is None:
+        return None
+    return checkpoint.tensor(spec.bias)[spec.first_row : spec.first_row + spec.n].astype(np.float32)

@@ -1,0 +1,131 @@
+"""From a published checkpoint to a `.qvl` file, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.plan import MatrixPlan, Recipe, Source
+from qvl_convert.writer import BlobWriter, Layout
+from qvl_kernels.packing import Matrix
+from qvl_runtime.architecture import PARTS, VectorSpec, tensors
+from qvl_runtime.blob import FORMAT, RANKS, VERSION
+from qvl_runtime.images import MEAN, STD
+
+Producer = Callable[[Source, list[MatrixPlan]], Iterator[tuple[MatrixPlan, Matrix]]]
+Progress = Callable[[str, int, int], None]
+
+
+def each_by_itself(source: Source, plans: list[MatrixPlan]) -> Iterator[tuple[MatrixPlan, Matrix]]:
+    """The producer of everything that needs no calibration."""
+    for plan in plans:
+        yield plan, source.matrix(plan)
+
+
+def convert(
+    src: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    vision_bits: int | None = None,
+    head_bits: int | None = None,
+    method: str = "rtn",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = lambda name, done, total: None,
+    produce: Producer = each_by_itself,
+) -> None:
+    """Convert the folder of a Hugging Face model into one file.
+
+    Parameters
+    ----------
+    src : path
+        Folder of Qwen-VL, Qwen-VL-Chat, Qwen-7B, or their 4-bit AutoGPTQ editions, which are taken over as they are.
+    out : path
+        The file to write. While it is written it is called ``OUT.partial``.
+    bits, vision_bits, head_bits : int
+        4, 8 or 16: of the decoder's linears; of ViT and adapter; of embedding and output head. The last two are
+        16 with ``bits=16``, else 8, when not given.
+    group_size : int
+        32, 64 or 128 columns share a scale.
+    method : str
+        "rtn" or "gptq", for the decoder's linears.
+    resume : bool
+        Take up an unfinished conversion of the same model with the same settings.
+    force : bool
+        Replace `out` if it exists.
+    progress : callable
+        Told the name of each finished tensor, the bytes of the file that are done, and its size.
+    produce : callable
+        Makes the matrices that are still missing, in any order.
+
+    Raises
+    ------
+    QvlError
+        When source or settings are refused; nothing is left behind then.
+    """
+    default = 16 if bits == 16 else 8
+    recipe = Recipe(
+        bits=bits,
+        group_size=group_size,
+        vision_bits=default if vision_bits is None else vision_bits,
+        head_bits=default if head_bits is None else head_bits,
+        method=method,
+    )
+    source = Source(Checkpoint(src))
+    plans = source.plan(recipe)
+    vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
+    layout = _layout(source, plans, vectors)
+    writer = BlobWriter(Path(out), layout, _metadata(source, plans), resume=resume, force=force)
+    with writer:
+
+        def report(name: str) -> None:
+            progress(name, writer.written, writer.size)
+
+        pending = [p for p in plans if not all(writer.done(name) for name in p.layout())]
+        for plan, matrix in produce(source, pending):
+            writer.write_matrix(plan.spec.name, matrix)
+            report(plan.spec.name)
+        for spec in vectors:
+            if not writer.done(spec.name):
+                writer.write(spec.name, source.vector(spec))
+        if not writer.done(RANKS):
+            writer.write(RANKS, np.frombuffer(source.checkpoint.ranks, np.uint8))
+        writer.finish()
+        report(RANKS)
+
+
+def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) -> Layout:
+    layout: Layout = {}
+    for plan in plans:
+        layout |= plan.layout()
+    layout |= {spec.name: (spec.shape, np.dtype(np.float32)) for spec in vectors}
+    layout[RANKS] = ((len(source.checkpoint.ranks),), np.dtype(np.uint8))
+    return layout
+
+
+def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
+    checkpoint = source.checkpoint
+    parts = {}
+    for plan in plans:
+        parts.setdefault(plan.spec.part, {"bits": plan.bits, "group_size": plan.group_size, "method": plan.method})
+    sees = checkpoint.config.visual is not None
+    values = {
+        "config": checkpoint.config.to_dict(),
+        "generation_config": checkpoint.generation_config.to_dict(),
+        "preprocessing": {"mean": MEAN.tolist(), "std": STD.tolist()} if sees else {},
+        "quantization": {part: parts[part] for part in PARTS if part in parts},
+        "source": {
+            "name": checkpoint.folder.resolve().name,
+            "files": checkpoint.fingerprint(),
+            "made_by": f"qvl {version('qvl-runtime')}",
+        },
+    }
+    return {"format": FORMAT, "version": VERSION, **{key: json.dumps(value) for key, value in values.items()}}

@@ -1,0 +1,218 @@
+"""What becomes of each matrix of a checkpoint, and making one matrix by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from qvl_convert import autogptq, rtn
+from qvl_convert import checkpoint as published
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.writer import Layout
+from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
+from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.errors import QvlError
+
+METHODS = ("rtn", "gptq")
+ROW_CHUNK = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is to be quantised.
+
+    Attributes
+    ----------
+    bits, vision_bits, head_bits : int
+        4, 8 or 16: of the decoder's linears; of ViT and adapter; of embedding and output head.
+    group_size : int
+        Columns that share a scale: 32, 64 or 128.
+    method : str
+        Of the decoder's linears, "rtn" or "gptq". The other parts are rounded to nearest.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    vision_bits: int = 8
+    head_bits: int = 8
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "vision_bits", "head_bits"):
+            if getattr(self, name) not in (4, 8, 16):
+                raise QvlError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose 4, 8 or 16")
+        if self.group_size not in GROUP_SIZES:
+            raise QvlError(f"--group-size {self.group_size!r}: choose 32, 64 or 128")
+        if self.method not in METHODS:
+            raise QvlError(f"--method {self.method!r}: choose rtn or gptq")
+
+    def bits_of(self, part: str) -> int:
+        """Bits of a part (a key of `qvl_runtime.architecture.PARTS`)."""
+        return {"decoder": self.bits, "vision": self.vision_bits, "adapter": self.vision_bits}.get(part, self.head_bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixPlan:
+    """What a matrix will be in the file.
+
+    Attributes
+    ----------
+    method : str
+        "fp16", "rtn", "gptq", or "autogptq" (imported as it is).
+    zeros, perm, bias : bool
+        Whether it has them.
+    """
+
+    spec: MatrixSpec
+    bits: int
+    group_size: int
+    method: str
+    bias: bool
+    zeros: bool = False
+    perm: bool = False
+
+    def layout(self) -> Layout:
+        """Shapes and dtypes of its arrays by their names in the file."""
+        spec = self.spec
+        arrays = packed_shapes(spec.n, spec.k, self.bits, self.group_size, zeros=self.zeros)
+        if self.perm:
+            arrays["perm"] = ((spec.k,), np.dtype(np.int32))
+        if self.bias:
+            arrays["bias"] = ((spec.n,), np.dtype(np.float32))
+        return {f"{spec.name}.{suffix}": value for suffix, value in arrays.items()}
+
+
+class Source:
+    """A checkpoint whose tensors are known to be those that its config asks for.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    imported : set of str
+        Names of the matrices that are AutoGPTQ's.
+
+    Raises
+    ------
+    QvlError
+        When a tensor is missing, has another shape, or the layout is unknown.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._autogptq = autogptq.settings(checkpoint)
+        imported = {} if self._autogptq is None else autogptq.layout(checkpoint, self._autogptq)
+        self.imported = set(imported)
+        shapes = published.published_shapes(checkpoint.config)
+        wanted = {name: (shape, published.FLOATS) for name, shape in shapes.items()}
+        for name, arrays in imported.items():
+            del wanted[f"{name}.weight"]
+            wanted |= arrays
+        checkpoint.check(wanted)
+
+    def plan(self, recipe: Recipe) -> list[MatrixPlan]:
+        """Decide about every matrix, in the order in which the model uses them.
+
+        Raises
+        ------
+        QvlError
+            When an AutoGPTQ source is to become 8 bits.
+        """
+        specs = [spec for spec in tensors(self.checkpoint.config) if isinstance(spec, MatrixSpec)]
+        return [self._plan(spec, recipe) for spec in specs]
+
+    def _plan(self, spec: MatrixSpec, recipe: Recipe) -> MatrixPlan:
+        bits = recipe.bits_of(spec.part)
+        if spec.name in self.imported:
+            return self._plan_import(spec, bits)
+        if bits == 16:
+            method = "fp16"
+        else:
+            method = recipe.method if spec.part == "decoder" else "rtn"
+        return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias is not None)
+
+    def _plan_import(self, spec: MatrixSpec, bits: int) -> MatrixPlan:
+        bias = f"{spec.name}.bias" in self.checkpoint
+        if bits == 16:
+            return MatrixPlan(spec, 16, BLOCK, "autogptq", bias)
+        if bits != 4:
+            raise QvlError(
+                f"{self._autogptq.path}: the model is quantised to 4 bits and cannot become {bits}; "
+                "use --bits 4 to keep it as it is, or --bits 16"
+            )
+        group_size = self._autogptq.group_size
+        return MatrixPlan(
+            spec,
+            4,
+            autogptq.stored_group_size(group_size),
+            "autogptq",
+            bias,
+            zeros=autogptq.zeros(self.checkpoint, spec) is not None,
+            perm=autogptq.perm(self.checkpoint, spec, group_size) is not None,
+        )
+
+    def weight(self, spec: MatrixSpec) -> np.ndarray:
+        """The published weight of a matrix that is not imported: ``[n, k]``, in the dtype it has."""
+        return published.matrix(self.checkpoint, spec)
+
+    def bias(self, spec: MatrixSpec) -> np.ndarray | None:
+        """The published bias of a matrix, float32 ``[n]``."""
+        return published.bias(self.checkpoint, spec)
+
+    def matrix(self, plan: MatrixPlan) -> Matrix:
+        """Make a matrix by itself: imported, rounded to nearest, or kept at 16 bits.
+
+        Raises
+        ------
+        QvlError
+            When a weight is not finite or out of range.
+        """
+        spec = plan.spec
+        if plan.method == "autogptq":
+            matrix = autogptq.read(self.checkpoint, spec, self._autogptq.group_size)
+            return matrix if plan.bits == 4 else _at_16_bits(matrix)
+        name = f"{self.checkpoint.path(spec.source)}: {spec.source!r}"
+        weight, bias = self.weight(spec), self.bias(spec)
+        if plan.bits == 16:
+            half = to_half(weight, name)
+            return Matrix(n=spec.n, k=spec.k, bits=16, group_size=BLOCK, weight=half, bias=bias)
+        return rtn.quantize(weight, plan.bits, plan.group_size, bias=bias, name=name)
+
+    def vector(self, spec: VectorSpec) -> np.ndarray:
+        """A tensor that is kept in float32.
+
+        Raises
+        ------
+        QvlError
+            When a value is not finite.
+        """
+        vector = self.checkpoint.tensor(spec.name).astype(np.float32)
+        if not np.isfinite(vector).all():
+            path = self.checkpoint.path(spec.name)
+            raise QvlError(f"{path}: {spec.name!r} holds a value that is not finite; download the model again")
+        return vector
+
+
+def to_half(weight: np.ndarray, name: str) -> np.ndarray:
+    """Round a matrix to fp16, a few rows at a time.
+
+    Raises
+    ------
+    QvlError
+        When a value is not finite or beyond fp16's range of 65504.
+    """
+    half = np.empty(weight.shape, np.float16)
+    rows = max(1, ROW_CHUNK // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        chunk = half[start : start + rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            chunk[:] = weight[start : start + rows]
+        if not np.isfinite(chunk).all():
+            raise QvlError(f"{name} holds a weight that is not finite or beyond fp16's range; use --bits 8 or 4")
+    return half
+
+
+def _at_16_bits(matrix: Matrix) -> Matrix:
+    """The dequantised weight, rounded to fp16 as the published code does."""
+    half = matrix.dequantize().astype(np.float16)
+    return Matrix(n=matrix.n, k=matrix.k, bits=16, group_size=BLOCK, weight=half, bias=matrix.bias)

@@ -1,0 +1,316 @@
+"""Reading PyTorch's pickle shards without running them.
+
+A pickle is a program for a stack machine. This module interprets the few instructions that `torch.save` writes for a
+dictionary of tensors, on plain Python values: a name the pickle asks for is looked up in a table of tensor builders,
+never imported, and any other name or instruction is refused. The tensors' bytes lie uncompressed in the zip file
+around the pickle, so they are mapped, not copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qvl_runtime.errors import QvlError
+
+STORAGES = {
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch HalfStorage": np.dtype(np.float16),
+    "torch FloatStorage": np.dtype(np.float32),
+    "torch DoubleStorage": np.dtype(np.float64),
+    "torch BoolStorage": np.dtype(np.bool_),
+    "torch ByteStorage": np.dtype(np.uint8),
+    "torch CharStorage": np.dtype(np.int8),
+    "torch ShortStorage": np.dtype(np.int16),
+    "torch IntStorage": np.dtype(np.int32),
+    "torch LongStorage": np.dtype(np.int64),
+}
+DICTIONARY, TENSOR, PARAMETER = (
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+)
+MAX_PICKLE = 64 << 20
+REMEDY = "only files that hold nothing but tensors are read; take the model's safetensors files"
+
+
+@dataclasses.dataclass(frozen=True)
+class PickledTensor:
+    """Where a tensor lies in a shard.
+
+    Attributes
+    ----------
+    start, stop : int
+        Its storage's bytes in the file.
+    offset : int
+        First element, counted from `start`.
+    strides : tuple of int
+        In elements.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int
+    strides: tuple[int, ...]
+
+
+class PickleFile:
+    """A pickle shard as `torch.save` has written it since PyTorch 1.6.
+
+    Attributes
+    ----------
+    entries : dict of str to PickledTensor
+
+    Raises
+    ------
+    QvlError
+        When the file is missing, damaged, of the older layout, or asks for anything but tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                if file.read(2) != b"PK":
+                    raise QvlError(
+                        f"{path}: is no zip file: truncated, or saved by PyTorch before 1.6; "
+                        "download it again, or save it with a newer PyTorch"
+                    )
+                pickle, self._storages = _read_archive(file)
+        except FileNotFoundError:
+            raise QvlError(f"{path}: no such file; is the download complete?") from None
+        except QvlError:
+            raise
+        # zipfile documents no complete list of what a damaged archive makes it raise.
+        except Exception as error:
+            raise QvlError(f"{path}: cannot be read ({error}); download it again") from None
+        try:
+            self.entries = _Interpreter(self._storages).run(pickle)
+        except _Refused as error:
+            raise QvlError(f"{path}: {error}; {REMEDY}") from None
+        # What a damaged pickle makes the interpreter raise: popping an empty stack, a wrong operand.
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise QvlError(f"{path}: its pickle is malformed ({error}); download it again") from None
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor, mapped for as long as the array lives; copied only when it is not contiguous."""
+        entry = self.entries[name]
+        if 0 in entry.shape:
+            return np.empty(entry.shape, entry.dtype)
+        storage = map_bytes(self.path, entry.start, entry.stop, entry.dtype)
+        strides = [s * entry.dtype.itemsize for s in entry.strides]
+        view = np.lib.stride_tricks.as_strided(storage[entry.offset :], entry.shape, strides, writeable=False)
+        return np.ascontiguousarray(view).reshape(entry.shape)
+
+
+def map_bytes(path: Path, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+    """Map bytes ``[start, stop)`` of a file as a flat read-only array.
+
+    Every array has its own mapping, which goes with it: mapped pages count as used memory, and a shard is larger than
+    a conversion may use.
+    """
+    if start == stop:
+        return np.empty(0, dtype)
+    raw = np.asarray(np.memmap(path, np.uint8, "r", start, (stop - start,)))
+    if raw.ctypes.data % dtype.itemsize:
+        raw = raw.copy()
+    return raw.view(dtype)
+
+
+def _read_archive(file: Any) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The pickle of a shard, and where each storage lies: ``{key: (start, stop)}``."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        names = [r.filename for r in records]
+        if len(set(names)) != len(names):
+            raise ValueError("a record stands in it twice")
+        pickles = [name for name in names if name.endswith("data.pkl") and name.count("/") <= 1]
+        if len(pickles) != 1:
+            raise ValueError("it holds no data.pkl")
+        size = file.seek(0, 2)
+        spans = {r.filename: _span(file, r, size) for r in records}
+    root = pickles[0].removesuffix("data.pkl")
+    start, stop = spans[pickles[0]]
+    if stop - start > MAX_PICKLE:
+        raise ValueError(f"its data.pkl has {stop - start} bytes")
+    file.seek(start)
+    pickle = file.read(stop - start)
+    if f"{root}byteorder" in spans:
+        start, stop = spans[f"{root}byteorder"]
+        file.seek(start)
+        if file.read(min(stop - start, 16)) != b"little":
+            raise ValueError("it was saved on a big-endian machine")
+    prefix = f"{root}data/"
+    return pickle, {name.removeprefix(prefix): span for name, span in spans.items() if name.startswith(prefix)}
+
+
+def _span(file: Any, record: zipfile.ZipInfo, size: int) -> tuple[int, int]:
+    """Where the bytes of an uncompressed record lie."""
+    if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 or record.compress_size != record.file_size:
+        raise ValueError(f"its record {record.filename!r} is compressed or encrypted")
+    file.seek(record.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise ValueError(f"its record {record.filename!r} has no header")
+    # The local header's name and extra field may be longer than the directory says: PyTorch pads there.
+    start = (
+        record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    )
+    if start + record.file_size > size:
+        raise ValueError(f"its record {record.filename!r} reaches past the end")
+    return start, start + record.file_size
+
+
+class _Refused(Exception):
+    """The pickle asks for something that is no tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    start: int
+    stop: int
+
+
+class _Mark:
+    pass
+
+
+class _Interpreter:
+    """Runs the instructions of one pickle; the only values it makes are those of this module and plain data."""
+
+    def __init__(self, storages: dict[str, tuple[int, int]]):
+        self.storages = storages
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, pickle: bytes) -> dict[str, PickledTensor]:
+        for instruction, operand, _ in pickletools.genops(pickle):
+            self._step(instruction.name, operand)
+        (result,) = self.stack
+        if not isinstance(result, dict):
+            raise _Refused("holds no dictionary of tensors")
+        for name, value in result.items():
+            if not isinstance(value, PickledTensor):
+                raise _Refused(f"{name!r} in it is no tensor")
+        return result
+
+    def _step(self, name: str, operand: Any) -> None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                stack.append(_Mark)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT":
+                stack.append(operand)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(self._pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(reversed([stack.pop() for _ in range(int(name[-1]))])))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[operand] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[operand])
+            case "GLOBAL":
+                stack.append(_known(operand))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_known(f"{module:s} {attribute:s}"))
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_build(function, arguments))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._set(key, value)
+            case "SETITEMS":
+                items = self._pop_to_mark()
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    self._set(key, value)
+            case "BUILD":
+                # A state dict carries version numbers as its state; nothing here needs them.
+                stack.pop()
+                if not isinstance(stack[-1], dict):
+                    raise _Refused("its pickle sets the state of an object")
+            case _:
+                raise _Refused(f"its pickle uses the instruction {name}")
+
+    def _pop_to_mark(self) -> list[Any]:
+        items = []
+        while (item := self.stack.pop()) is not _Mark:
+            items.append(item)
+        return items[::-1]
+
+    def _set(self, key: Any, value: Any) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or not isinstance(key, str):
+            raise ValueError("an item outside a dictionary")
+        if key in target:
+            raise ValueError(f"{key!r} stands in it twice")
+        target[key] = value
+
+    def _storage(self, identity: Any) -> _Storage:
+        kind, storage_type, key, _, count = identity
+        if kind != "storage" or not isinstance(storage_type, _Global) or storage_type.name not in STORAGES:
+            raise ValueError("a storage of no known type")
+        dtype = STORAGES[storage_type.name]
+        start, stop = self.storages[key]
+        if type(count) is not int or count < 0 or count * dtype.itemsize > stop - start:
+            raise ValueError(f"storage {key!r} claims {count} values, its record holds {stop - start} bytes")
+        return _Storage(dtype, start, start + count * dtype.itemsize)
+
+
+def _known(name: str) -> _Global:
+    if name not in STORAGES and name not in (DICTIONARY, TENSOR, PARAMETER):
+        raise _Refused(f"its pickle calls {name.replace(' ', '.')[:100]!r}, which builds no tensor: it was not run")
+    return _Global(name)
+
+
+def _build(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        raise ValueError("a call of no function")
+    if function.name == DICTIONARY and not arguments:
+        return {}
+    if function.name == PARAMETER and isinstance(arguments[0], PickledTensor):
+        return arguments[0]
+    if function.name == TENSOR and isinstance(arguments[0], _Storage):
+        return _tensor(*arguments[:4])
+    raise ValueError(f"{function.name} called with the wrong operands")
+
+
+def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> PickledTensor:
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides) or len(shape) > 8:
+        raise ValueError("a tensor without shape and strides")
+    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
+        raise ValueError("a tensor with a negative or fractional size")
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, strides)):
+        raise ValueError("a tensor that repeats its values")
+    count = (storage.stop - storage.start) // storage.dtype.itemsize
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides) if size > 1)
+    if math.prod(shape) and last >= count:
+        raise ValueError(f"a tensor of shape {list(shape)} reaches past its storage of {count} values")
+    return PickledTensor(storage.dtype, shape, storage.start, storage.stop, offset, strides)

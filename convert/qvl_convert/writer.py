@@ -1,0 +1,209 @@
+"""Writing a `.qvl` file: its whole layout is known first, then each tensor goes to its place, in any order.
+
+The file grows under a temporary name. Its header holds a hash per tensor, of fixed length, which is filled in as the
+tensor is written: so the header of an unfinished file says what is done, and `resume` needs no other journal.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from qvl_kernels.packing import Matrix
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tensorfile import DTYPES
+
+DATA_ALIGNMENT = 4096
+PIECE = 16 << 20
+NO_HASH = "0" * 64
+# Wide and even sizes first, so that every tensor is naturally aligned without gaps, which safetensors forbids.
+SUFFIX_ORDER = ("qweight", "scales")
+DTYPE_ORDER = ("float32", "int32", "float16", "uint8")
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def _order(name: str, dtype: np.dtype) -> int:
+    suffix = name.rpartition(".")[2]
+    if suffix in SUFFIX_ORDER:
+        return SUFFIX_ORDER.index(suffix)
+    return len(SUFFIX_ORDER) + DTYPE_ORDER.index(dtype.name)
+
+
+class BlobWriter:
+    """Writes the tensors of one file.
+
+    Parameters
+    ----------
+    path : Path
+        The finished file; until then ``path.partial``.
+    layout : dict
+        Shape and dtype of every tensor, in the order in which the model uses them.
+    metadata : dict of str to str
+        The header's metadata, without `hashes`.
+    resume : bool
+        Take up an unfinished file, if there is one.
+    force : bool
+        Replace a finished file.
+
+    Raises
+    ------
+    QvlError
+        When the file exists, the unfinished one was made from something else, or the disk is full.
+
+    Notes
+    -----
+    As a context manager: an error of the input (`QvlError`) removes the unfinished file, anything else leaves it.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self._force = force
+        self._refuse_existing()
+        self._plan(layout, metadata)
+        resume = resume and self.partial.exists()
+        if not resume:
+            self._check_space()
+        try:
+            self._file = open(self.partial, "r+b" if resume else "w+b")  # noqa: SIM115
+        except FileNotFoundError:
+            raise QvlError(f"{path}: its folder does not exist; create it first") from None
+        self._done: set[str] = set()
+        if resume:
+            self._take_up()
+        else:
+            self._file.write(self._header)
+            self._file.truncate(self.size)
+
+    def _refuse_existing(self) -> None:
+        if self.path.is_dir():
+            raise QvlError(f"{self.path}: is a folder; name a file, such as {self.path / 'model.qvl'}")
+        if self.path.exists() and not self._force:
+            raise QvlError(f"{self.path}: exists already; choose another name, or --force to replace it")
+
+    def _plan(self, layout: Layout, metadata: dict[str, str]) -> None:
+        names = sorted(layout, key=lambda name: _order(name, layout[name][1]))
+        hashes = json.dumps(dict.fromkeys(names, NO_HASH))
+        header: dict[str, object] = {"__metadata__": {**metadata, "hashes": hashes}}
+        spans, end = {}, 0
+        for name in names:
+            shape, dtype = layout[name]
+            start, end = end, end + int(np.prod(shape, dtype=object)) * dtype.itemsize
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            spans[name] = (start, end)
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._layout = layout
+        self._spans = {name: (len(self._header) + a, len(self._header) + b) for name, (a, b) in spans.items()}
+        self.size = len(self._header) + end
+        # The hashes are JSON inside a JSON string, so their quotes are escaped.
+        position = self._header.index(b'"hashes": ')
+        self._hash_at = {}
+        for name in names:
+            key = json.dumps(json.dumps(name) + ': "')[1:-1].encode()
+            position = self._header.index(key, position) + len(key)
+            self._hash_at[name] = position
+
+    def _check_space(self) -> None:
+        folder = self.path.parent
+        if folder.is_dir():
+            free = shutil.disk_usage(folder).free
+            if self.partial.exists():
+                free += self.partial.stat().st_blocks * 512
+            if free < self.size:
+                raise QvlError(
+                    f"{self.path}: needs {self.size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room"
+                )
+
+    def _take_up(self) -> None:
+        header = bytearray(self._file.read(len(self._header)))
+        found = {}
+        for name, at in self._hash_at.items():
+            found[name] = header[at : at + 64].decode("ascii", "replace")
+            header[at : at + 64] = NO_HASH.encode()
+        if bytes(header) != self._header or os.fstat(self._file.fileno()).st_size != self.size:
+            self._file.close()
+            raise QvlError(
+                f"{self.partial}: was begun with other settings or from another model; "
+                "convert without --resume to begin anew"
+            )
+        self._done = {name for name, value in found.items() if value != NO_HASH and self._hash(name) == value}
+
+    def _hash(self, name: str) -> str:
+        start, stop = self._spans[name]
+        digest = hashlib.sha256()
+        self._file.seek(start)
+        for at in range(start, stop, PIECE):
+            digest.update(self._file.read(min(PIECE, stop - at)))
+        return digest.hexdigest()
+
+    def done(self, name: str) -> bool:
+        """Whether a tensor is in the file already."""
+        return name in self._done
+
+    @property
+    def written(self) -> int:
+        """Bytes of the file that are done."""
+        return len(self._header) + sum(stop - start for start, stop in map(self._spans.get, self._done))
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Write a tensor to its place."""
+        shape, dtype = self._layout[name]
+        if array.shape != shape or array.dtype != dtype:
+            raise RuntimeError(f"{name}: planned {dtype} {shape}, made {array.dtype} {array.shape}")
+        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._file.seek(self._spans[name][0])
+        self._file.write(data)
+        # The tensor must be in the file before its hash says so.
+        self._file.flush()
+        self._file.seek(self._hash_at[name])
+        self._file.write(hashlib.sha256(data).hexdigest().encode())
+        self._file.flush()
+        self._done.add(name)
+
+    def write_matrix(self, name: str, matrix: Matrix) -> None:
+        """Write the arrays of a matrix to their places."""
+        for suffix, array in matrix_arrays(matrix).items():
+            self.write(f"{name}.{suffix}", array)
+
+    def finish(self) -> None:
+        """Give the complete file its name."""
+        if missing := [name for name in self._layout if name not in self._done]:
+            raise RuntimeError(f"{self.path}: {missing[0]} was never written")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._refuse_existing()
+        os.replace(self.partial, self.path)
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            return
+        self._file.close()
+        if isinstance(error, QvlError):
+            self.partial.unlink(missing_ok=True)
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise QvlError(f"{self.path}: the disk is full; make room and continue with --resume") from None
+
+
+def matrix_arrays(matrix: Matrix) -> dict[str, np.ndarray]:
+    """The arrays of a matrix by the suffix they have in the file."""
+    arrays = {
+        "weight" if matrix.bits == 16 else "qweight": matrix.weight,
+        "scales": matrix.scales,
+        "zeros": matrix.zeros,
+        "perm": matrix.perm,
+        "bias": matrix.bias,
+    }
+    return {suffix: array for suffix, array in arrays.items() if array is not None}
