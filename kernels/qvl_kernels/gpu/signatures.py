@@ -97,6 +97,11 @@ def _linear_variants(tiles: tuple[str, ...]) -> dict[str, dict[str, int | bool]]
     return variants
 
 
+_CACHE_VARIANTS: dict[str, dict[str, int | bool]] = {
+    f"{dtype}.{size}": {"INT8": dtype == "int8", "EXACT": size == "128"}
+    for dtype in ("fp16", "int8")
+    for size in ("128", "any")
+}
 _CACHE = "k:*fp16 v:*fp16 k_scale:*fp16 v_scale:*fp16 start:*i32"
 
 KERNELS: dict[str, Kernel] = {
@@ -113,8 +118,8 @@ KERNELS: dict[str, Kernel] = {
         _linear_variants(_TILES),
         "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
     ),
-    # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF. Both weights have the same bits, group
-    # size and column order (others: two `linear` into float32 and `swiglu`). partials: float32
+    # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF. Both weights have the same bits,
+    # group size and column order (others: two `linear` into float32 and `swiglu`). partials: float32
     # [tiles, split, 2 * BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
     "gate_up": Kernel(
         "matmul.gate_up",
@@ -181,20 +186,16 @@ KERNELS: dict[str, Kernel] = {
     "cached_attention": Kernel(
         "attention.cached_attention",
         _arguments(f"qkv:*fp16 {_CACHE} out:*fp16 t:i32 heads:i32 capacity:i32 d:i32 scale:fp32"),
-        {
-            f"{dtype}.{size}": {"INT8": dtype == "int8", "EXACT": size == "128"}
-            for dtype in ("fp16", "int8")
-            for size in ("128", "any")
-        },
+        _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for t = 1. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
+    # The same for t = 1, with the same variants. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
             f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 heads:i32 capacity:i32 d:i32 scale:fp32"
         ),
-        {"fp16": {"INT8": False}, "int8": {"INT8": True}},
+        _CACHE_VARIANTS,
         "(heads, DECODE_SPLITS)",
     ),
     # Full attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart: parts
@@ -223,7 +224,7 @@ KERNELS: dict[str, Kernel] = {
         "(1,)",
     ),
     # loading: bring bytes of the blob (see packing.py) into the layout above. A launch takes `count` of the matrix's
-    # 32-row blocks from `first` on, whose bytes lie at `source`: large matrices are uploaded in pieces ------------------
+    # 32-row blocks from `first` on, whose bytes lie at `source`: large matrices are uploaded in pieces --------------
     "reorder": Kernel(
         "pack.reorder",
         _arguments("source:*i32 codes:*i32 first:i32 rows:i32 blocks:i32"),
@@ -237,7 +238,7 @@ KERNELS: dict[str, Kernel] = {
         {"any": {}},
         "(groups, count)",
     ),
-    # fp16 weights: source rows [count, k] -> codes [rows, padded] from row `first` on.
+    # fp16 weights: source rows [count, k] -> codes [rows, padded] from row `first` on, at most 65535 at once.
     "pad_rows": Kernel(
         "pack.pad_rows",
         _arguments("source:*fp16 codes:*fp16 first:i32 k:i32 padded:i32"),
