@@ -196,8 +196,9 @@ def _has_glyphs(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -
 
 
 def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, character: str) -> bytes:
-    canvas = Image.new("L", (96, 96))
-    ImageDraw.Draw(canvas).text((8, 8), character, fill=255, font=font)
+    size = round(getattr(font, "size", 16))
+    canvas = Image.new("L", (2 * size, 2 * size))
+    ImageDraw.Draw(canvas).text((size // 4, size // 4), character, fill=255, font=font)
     return canvas.tobytes()
 
 

@@ -135,32 +135,29 @@ def build_chat(
         As `build_prompt`.
     """
     images = _checked_images(images)
-    newline = tokenizer.encode_ordinary("\n")
-    spoken = [_read(system, tokenizer)]
+    spoken, turns = [_read(system, tokenizer)], []
     for turn in history or ():
         if isinstance(turn, str) or len(turn) != 2:
             raise QvlError(f"a turn of the history must be a pair (query, answer), not {turn!r:.80}")
-        asked, answer = turn
-        spoken.append(_read(asked, tokenizer, _count_slots(spoken)))
-        spoken.append(_read("" if answer is None else answer, tokenizer))
+        asked = _read(turn[0], tokenizer, _count_slots(spoken))
+        answered = None if turn[1] is None else _read(turn[1], tokenizer)
+        turns.append((asked, answered))
+        spoken += [asked, answered or []]
     spoken.append(_read(query, tokenizer, _count_slots(spoken)))
-    spoken = _fill(spoken, images, tokenizer)
+    asking = _fill(spoken, images, tokenizer)[-1]
 
+    newline = Prompt(tokenizer.encode_ordinary("\n"), [])
     first = _say(tokenizer, "system", spoken[0])
-    last = _say(tokenizer, "user", spoken[-1])
     kept, size = [], len(first.ids)
-    for number in reversed(range(len(history or ()))):
-        ids = [*newline]
-        asked, answer = _say(tokenizer, "user", spoken[2 * number + 1]), Prompt([], [])
-        if history[number][1] is not None:
-            answer = _say(tokenizer, "assistant", spoken[2 * number + 2])
-        ids += asked.ids + newline + answer.ids
-        size += len(ids)
+    for asked, answered in reversed(turns):
+        said = [] if answered is None else [_say(tokenizer, "assistant", answered)]
+        turn = _join([newline, _say(tokenizer, "user", asked), newline, *said])
+        size += len(turn.ids)
         if size >= max_window_size:
             break
-        kept.append(Prompt(ids, asked.images + answer.images))
-    prompt = _join([first, *reversed(kept), Prompt(newline, []), last, Prompt(_answer_head(tokenizer), [])])
-    return _check_urls(prompt, allow_urls), _for_history(query, spoken[-1])
+        kept.insert(0, turn)
+    prompt = _join([first, *kept, newline, _say(tokenizer, "user", asking), _answer_head(tokenizer)])
+    return _check_urls(prompt, allow_urls), _for_history(query, asking)
 
 
 def list_to_text(pieces: Sequence[Mapping[str, Any]]) -> str:
@@ -284,9 +281,9 @@ def _say(tokenizer: Tokenizer, role: str, parts: _Parts) -> Prompt:
     return Prompt([*head, *content, tokenizer.im_end_id], _sources(parts))
 
 
-def _answer_head(tokenizer: Tokenizer) -> list[int]:
+def _answer_head(tokenizer: Tokenizer) -> Prompt:
     newline = tokenizer.encode_ordinary("\n")
-    return [*newline, tokenizer.im_start_id, *tokenizer.encode_ordinary("assistant"), *newline]
+    return Prompt([*newline, tokenizer.im_start_id, *tokenizer.encode_ordinary("assistant"), *newline], [])
 
 
 def _join(prompts: Sequence[Prompt]) -> Prompt:
@@ -313,7 +310,7 @@ def _from_messages(messages: Sequence[Mapping[str, Any]], images: list[ImageSour
     newline = Prompt(tokenizer.encode_ordinary("\n"), [])
     turns = [_say(tokenizer, role, parts) for role, parts in zip(roles, spoken)]
     separated = [prompt for turn in turns for prompt in (newline, turn)][1:]
-    return _join([*separated, Prompt(_answer_head(tokenizer), [])])
+    return _join([*separated, _answer_head(tokenizer)])
 
 
 def _from_ids(ids: Any, images: list[ImageSource], tokenizer: Tokenizer) -> Prompt:
@@ -347,13 +344,17 @@ def _is_ids(prompt: Any) -> bool:
         if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
             raise QvlError(f"token ids must be a 1-D array of integers, not {prompt.dtype} {list(prompt.shape)}")
         return True
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], int | np.integer)
+    return _all_are(int | np.integer, prompt)
 
 
 def _is_messages(prompt: Any) -> bool:
+    return _all_are(Mapping, prompt) and any("role" in message for message in prompt)
+
+
+def _all_are(kind: Any, prompt: Any) -> bool:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         return False
-    return bool(prompt) and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+    return bool(prompt) and all(isinstance(item, kind) for item in prompt)
 
 
 def _checked_images(images: Any) -> list[ImageSource]:

@@ -1,29 +1,14 @@
 """The tokenizer against the golden data: real vocabulary, tiny vocabulary, Qwen-7B."""
 
-import hashlib
-import json
 import unicodedata
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.tokenizer import StreamDecoder, Tokenizer, split_images
-
-GOLDEN = Path(__file__).parent / "golden"
-TINY_RANKS = (GOLDEN / "ckpt/tiny-vl/qwen.tiktoken").read_bytes()
-RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
-
-TINY = Tokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=640)
-
-
-def real_ranks() -> bytes:
-    dashscope = pytest.importorskip("dashscope", reason="the real vocabulary comes with the dashscope package")
-    data = (Path(dashscope.__file__).parent / "resources/qwen.tiktoken").read_bytes().replace(b"\r\n", b"\n")
-    assert hashlib.sha256(data).hexdigest() == RANKS_SHA256
-    return data
 
 
 @pytest.fixture
@@ -41,33 +26,12 @@ def q7() -> Tokenizer:
     return Tokenizer.from_ranks(real_ranks(), image_tags=False, vocab_size=151936)
 
 
-def golden(name: str) -> dict:
-    return json.loads((GOLDEN / "tok" / name).read_text(encoding="utf-8"))
-
-
-def expand(runs: list) -> list[int]:
-    """Undo the run-length notation of the golden ids."""
-    return [i for run in runs for i in ([run[0]] * run[1] if isinstance(run, list) else [run])]
-
-
-def pad_slots(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Replace the path bytes that the original writes into an image slot."""
-    out, inside = [], False
-    for i in ids:
-        if i == tokenizer.img_end_id:
-            inside = False
-        out.append(tokenizer.img_pad_id if inside else i)
-        if i == tokenizer.img_start_id:
-            inside = True
-    return out
-
-
 VOCABULARIES = [("full", "vl_full.json"), ("tiny", "vl_tiny.json")]
 
 
 @pytest.mark.parametrize(("name", "file"), VOCABULARIES)
 def test_special_ids(name, file, request):
-    tokenizer, data = request.getfixturevalue(name), golden(file)
+    tokenizer, data = request.getfixturevalue(name), read(file)
     assert {key: getattr(tokenizer, key) for key in data["special"]} == data["special"]
     assert tokenizer.n_vocab == data["vocab_len"]
 
@@ -75,7 +39,7 @@ def test_special_ids(name, file, request):
 @pytest.mark.parametrize(("name", "file"), VOCABULARIES)
 def test_encode(name, file, request):
     tokenizer, checked = request.getfixturevalue(name), 0
-    for case in golden(file)["strings"]:
+    for case in read(file)["strings"]:
         text = case["text"]
         if isinstance(case["ids"], dict):
             if "too long" in case["ids"]["msg"]:  # the original's limit on paths is not imitated
@@ -97,7 +61,7 @@ def test_encode(name, file, request):
 @pytest.mark.parametrize(("name", "file"), VOCABULARIES)
 def test_decode(name, file, request):
     tokenizer, checked = request.getfixturevalue(name), 0
-    data = golden(file)
+    data = read(file)
     cases = data["decode"] + [c for c in data["strings"] if isinstance(c["ids"], list)]
     for case in cases:
         if isinstance(case["decode"], str):
@@ -111,9 +75,9 @@ def test_decode(name, file, request):
 
 
 def test_q7(q7):
-    data = golden("q7_full_diff.json")
+    data = read("q7_full_diff.json")
     differ = {case["text"]: case for case in data["strings"]}
-    for case in golden("vl_full.json")["strings"]:
+    for case in read("vl_full.json")["strings"]:
         expected = differ.get(case["text"], case)
         assert q7.encode(case["text"]) == expand(expected["ids"])
         assert q7.encode_chat(case["text"]) == q7.encode_ordinary(case["text"])
