@@ -175,10 +175,11 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Text that is certainly before any stop string."""
         self.held += text
-        cuts = [i for i in (self.held.find(stop) for stop in self.stops) if i >= 0]
-        if cuts:
+        # The string that is complete first ends the text, so it does not matter how the text was cut into parts.
+        spans = [(i + len(stop), i) for stop in self.stops if (i := self.held.find(stop)) >= 0]
+        if spans:
             self.found = True
-            return self._release(min(cuts))
+            return self._release(min(spans)[1])
         return self._release(len(self.held) - max(map(self._overlap, self.stops), default=0))
 
     def _overlap(self, stop: str) -> int:

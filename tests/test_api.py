@@ -1,0 +1,157 @@
+"""The Python API as a user meets it: every form of prompt and image, chat, sampling, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import qvl_runtime as qvl
+
+IMAGE = "images/rgb_odd.png"
+QUESTION = "What is this? Answer:!"
+
+
+@pytest.fixture
+def tiny(model, in_golden):
+    return model("tiny-vl", device="cpu", bits=16)
+
+
+def test_every_form_of_prompt_gives_the_same_answer(tiny):
+    text = f"Picture 1: <img>{IMAGE}</img>\n{QUESTION}"
+    wanted = tiny.generate(text, max_new_tokens=6)
+    listed = tiny.generate([{"image": IMAGE}, {"text": QUESTION}], max_new_tokens=6)
+    given = tiny.generate(QUESTION, [IMAGE], max_new_tokens=6)
+    ids = tiny.generate(tiny.tokenizer.encode(text), [IMAGE], max_new_tokens=6)
+    assert wanted.token_ids == listed.token_ids == given.token_ids == ids.token_ids
+    assert wanted.prompt_tokens == len(tiny.tokenizer.encode(text))
+
+
+def test_every_form_of_image_gives_the_same_features(tiny, golden):
+    path = golden / IMAGE
+    picture = Image.open(path).convert("RGB")
+    wanted = tiny.encode_image(str(path))
+    for form in (path, path.read_bytes(), picture, np.asarray(picture)):
+        assert np.array_equal(tiny.encode_image(form), wanted)
+
+
+def test_images_fill_their_slots_in_order(tiny):
+    both = tiny.logits("a<img></img>b<img></img>c", [IMAGE, "images/rgba.png"])
+    swapped = tiny.logits("a<img></img>b<img></img>c", ["images/rgba.png", IMAGE])
+    named = tiny.logits(f"a<img>{IMAGE}</img>b<img>images/rgba.png</img>c")
+    assert np.array_equal(both, named)
+    assert np.abs(both - swapped).max() > 0.01
+
+
+def test_stream_equals_generate(tiny):
+    pieces = list(tiny.stream(QUESTION, max_new_tokens=12))
+    result = tiny.generate(QUESTION, max_new_tokens=12)
+    assert "".join(p.text for p in pieces) == result.text
+    assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == result.finish_reason
+    assert pieces[-1].timings.new_tokens == len(result.token_ids)
+
+
+def test_golden_conversations(tiny, golden):
+    """`chat` against the published one, greedy. It drops the last token of an answer without stop token; we do not."""
+    for case in json.loads((golden / "lm" / "behaviour.json").read_text())["chat"]:
+        history = [tuple(turn) for turn in case["history"]]
+        answer = tiny.chat(case["query"], history, temperature=0, max_new_tokens=case["max_new_tokens"])
+        stops = [i for i, t in enumerate(case["generated"]) if t in tiny._stop_ids()]
+        assert answer.token_ids == case["generated"][: stops[0] if stops else None]
+        assert answer.history[:-1] == history
+        assert answer.history[-1] == (case["query"], answer.text)
+        if stops:
+            assert answer.text == case["response"].strip()
+
+
+def test_golden_repetition_penalty(tiny, golden):
+    behaviour = json.loads((golden / "lm" / "behaviour.json").read_text())
+    prompt = behaviour["stop_words"][0]["input_ids"]
+    wanted = behaviour["repetition_penalty_1.3"]["generated"]
+    answer = tiny.generate(prompt, max_new_tokens=len(wanted), repetition_penalty=1.3)
+    assert answer.token_ids == wanted
+
+
+def test_a_seed_repeats_an_answer(tiny):
+    options = {"temperature": 1.0, "max_new_tokens": 12}
+    one, two, other = (tiny.generate(QUESTION, seed=seed, **options).token_ids for seed in (7, 7, 8))
+    assert one == two != other
+
+
+def test_an_answer_does_not_outgrow_the_window(checkpoint, tmp_path, in_golden):
+    from qvl_convert.convert import convert
+
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for file in checkpoint("tiny-vl").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    convert(folder, tmp_path / "short.qvl", bits=16)
+    model = qvl.load(tmp_path / "short.qvl", device="cpu")
+    ids = model.tokenizer.encode("Hello, world! Hello, world!")
+    answer = model.generate(ids, max_new_tokens=500)
+    assert len(ids) + len(answer.token_ids) == 40
+    assert answer.finish_reason == "length"
+    with pytest.raises(qvl.QvlError, match="window is 40"):
+        model.generate(ids * 3)
+
+
+def test_a_text_model_sees_nothing(model, in_golden):
+    model = model("tiny-q7-gptq-asym", device="cpu")
+    assert len(model.generate("Hello", max_new_tokens=3).token_ids) <= 3
+    with pytest.raises(qvl.QvlError, match="vision"):
+        model.encode_image(IMAGE)
+    with pytest.raises(qvl.QvlError):
+        model.generate("Hello", [IMAGE])
+
+
+def test_a_base_model_does_not_chat(checkpoint, tmp_path):
+    from qvl_convert.convert import convert
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in checkpoint("tiny-vl").iterdir():
+        if file.name != "generation_config.json":
+            (folder / file.name).symlink_to(file)
+    (folder / "generation_config.json").write_text('{"chat_format": "raw", "eos_token_id": 400}')
+    convert(folder, tmp_path / "base.qvl", bits=16)
+    model = qvl.load(tmp_path / "base.qvl", device="reference")
+    with pytest.raises(qvl.QvlError, match="generate"):
+        model.chat("Hello")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate(""), "empty"),
+        (lambda m: m.generate("<img>never closed"), "unclosed"),
+        (lambda m: m.generate("<img>nowhere.png</img>x"), "nowhere.png"),
+        (lambda m: m.generate("x", ["nowhere.png"]), "nowhere.png"),
+        (lambda m: m.generate("<img></img><img></img>", [IMAGE]), "2"),
+        (lambda m: m.generate("x", max_new_tokens=-1), "max_new_tokens"),
+        (lambda m: m.generate("x", temperature=-1), "temperature"),
+        (lambda m: m.generate("x", ["http://example.com/a.png"]), "URL"),
+        (lambda m: m.generate([10**9]), "1000000000"),
+        (lambda m: m.generate(3.5), "prompt"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(tiny, call, message):
+    with pytest.raises(qvl.QvlError, match=re.escape(message)) as error:
+        call(tiny)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_load_arguments(blob):
+    path = blob("tiny-vl", bits=16)
+    with pytest.raises(qvl.QvlError, match="device 'tpu'"):
+        qvl.load(path, device="tpu")
+    with pytest.raises(qvl.QvlError, match="kv_cache 'fp8'"):
+        qvl.load(path, kv_cache="fp8")
+    with pytest.raises(qvl.QvlError, match="no such file"):
+        qvl.load("missing.qvl")

@@ -1,0 +1,90 @@
+"""From tokens to text: stop strings, half characters, and why an answer ended; no model needed."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvl_runtime.generation import StopStrings, Timings, collect, stream_generate
+from qvl_runtime.tokenizer import Tokenizer
+
+RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
+TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True)
+
+
+def _stream(tokens, *, stop=(), max_new_tokens=100, stop_ids=()):
+    return stream_generate(
+        iter(tokens),
+        TOKENIZER,
+        stop_ids=frozenset(stop_ids),
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        timings=Timings(),
+    )
+
+
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=12),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_do_not_depend_on_how_text_arrives(pieces, stops):
+    watch, out = StopStrings(stops), ""
+    for piece in pieces:
+        out += watch.push(piece)
+        if watch.found:
+            break
+    out += watch.flush()
+    text = "".join(pieces)
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert watch.found == bool(ends)
+    assert out == (text[: min(ends)[1]] if ends else text)
+
+
+def test_stop_string_across_tokens_ends_the_answer():
+    tokens = TOKENIZER.encode("one two END three")
+    result = collect(_stream(tokens, stop=["END"]))
+    assert result.text == "one two "
+    assert result.finish_reason == "stop"
+    assert result.timings.new_tokens < len(tokens)
+
+
+def test_stop_token_is_not_part_of_the_answer():
+    tokens = [*TOKENIZER.encode("hello"), TOKENIZER.im_end_id, *TOKENIZER.encode("more")]
+    result = collect(_stream(tokens, stop_ids=[TOKENIZER.im_end_id]))
+    assert (result.text, result.finish_reason) == ("hello", "stop")
+    assert result.token_ids == TOKENIZER.encode("hello")
+
+
+def test_length_keeps_every_token():
+    tokens = TOKENIZER.encode("hello world")
+    result = collect(_stream(tokens, max_new_tokens=3))
+    assert result.finish_reason == "length"
+    assert result.token_ids == tokens[:3]
+    assert result.text == TOKENIZER.decode(tokens[:3])
+
+
+def test_no_token_at_all_is_an_empty_answer():
+    result = collect(_stream(TOKENIZER.encode("hello"), max_new_tokens=0))
+    assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
+
+
+def test_stream_never_shows_half_a_character():
+    text = "框出图中击掌的位置 🐕‍🦺 done"
+    pieces = list(_stream(TOKENIZER.encode(text)))
+    assert "".join(p.text for p in pieces) == text
+    assert all("\ufffd" not in p.text for p in pieces)
+    assert len(pieces) > 5
+    assert [t for p in pieces for t in p.token_ids] == TOKENIZER.encode(text)
+
+
+def test_text_held_for_a_stop_string_comes_out_at_the_end():
+    result = collect(_stream(TOKENIZER.encode("wait EN"), stop=["END"]))
+    assert (result.text, result.finish_reason) == ("wait EN", "length")
+
+
+def test_rates_count_the_tokens_after_the_first():
+    timings = Timings(prefill=2.0, decode=4.0, prompt_tokens=100, new_tokens=9)
+    assert timings.prefill_tokens_per_second == 50
+    assert timings.decode_tokens_per_second == pytest.approx(2.0)
