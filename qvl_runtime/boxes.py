@@ -19,6 +19,7 @@ from qvl_runtime.images import ImageSource, load_image
 
 # A tag that opens twice was not closed the first time: the span begins at the later one.
 _SPAN = re.compile(r"<(ref|box|quad|img)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
+_OPENED = re.compile(r"(?:<ref>[^<]*</ref>)?<box>[^<]*\Z")
 _CORNERS = re.compile(r"\s*,\s*".join([r"(\d{1,4})"] * 4), re.ASCII)
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -103,6 +104,18 @@ def parse_boxes(text: str) -> list[Box]:
             if corners and max(values := [int(v) for v in corners.groups()]) <= 1000:
                 boxes.append(Box(ref if span.start() == ref_end else None, *values))
     return boxes
+
+
+def opened_box(prompt: str) -> str:
+    """The box a prompt leaves for its answer to complete, with its ref: "" if it ends outside of one.
+
+    Examples
+    --------
+    >>> opened_box("<img>a.png</img><ref>the dog</ref><box>")
+    '<ref>the dog</ref><box>'
+    """
+    found = _OPENED.search(prompt)
+    return found[0] if found else ""
 
 
 def format_box(box: Box) -> str:

@@ -157,12 +157,12 @@ def stream_generate(
     yield Piece(rest, tuple(pending), reason, timings)
 
 
-def collect(pieces: Iterator[Piece]) -> Result:
-    """The whole answer of a stream."""
+def collect(pieces: Iterator[Piece], opened: str = "") -> Result:
+    """The whole answer of a stream; `opened` is a box the prompt left open, see `opened_box`."""
     pieces = list(pieces)
     text, last = "".join(p.text for p in pieces), pieces[-1]
     ids = [token for p in pieces for token in p.token_ids]
-    return Result(text, ids, last.finish_reason, parse_boxes(text), last.timings.prompt_tokens, last.timings)
+    return Result(text, ids, last.finish_reason, parse_boxes(opened + text), last.timings.prompt_tokens, last.timings)
 
 
 class StopStrings:

@@ -35,7 +35,9 @@ class Context:
         self.ops, self.config = ops, config
         self.window = config.max_position_embeddings
         self._layers = config.num_hidden_layers if layers is None else layers
-        self.store = ops.kv_cache(self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype)
+        self.store = ops.kv_cache(
+            self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype
+        )
         self.start = ops.upload(np.zeros(1, np.int32))
         self.rope = ops.upload(_rotary(self.window, 1, config))
         self.logn = ops.upload(logn_table(self.window, config))

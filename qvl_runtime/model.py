@@ -14,6 +14,7 @@ from PIL import Image
 from qvl_kernels.ops import Array
 from qvl_runtime.adapter import Adapter
 from qvl_runtime.blob import Blob
+from qvl_runtime.boxes import opened_box
 from qvl_runtime.decoder import Decoder
 from qvl_runtime.devices import make_ops
 from qvl_runtime.errors import QvlError
@@ -107,7 +108,8 @@ class Model:
 
     def generate(self, prompt: Any, images: Sequence[ImageSource] | None = None, **options: Any) -> Result:
         """Answer a prompt; the options are those of `stream`."""
-        return collect(self.stream(prompt, images, **options))
+        opened = opened_box(prompt) if isinstance(prompt, str) else ""
+        return collect(self.stream(prompt, images, **options), opened)
 
     def stream(
         self,

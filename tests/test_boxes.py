@@ -8,7 +8,7 @@ from PIL import Image
 from text_golden import read
 
 from qvl_runtime import boxes as module
-from qvl_runtime.boxes import Box, draw_boxes, format_box, parse_boxes
+from qvl_runtime.boxes import Box, draw_boxes, format_box, opened_box, parse_boxes
 from qvl_runtime.errors import QvlError
 
 LISTS = read("listformat.json")
@@ -142,3 +142,10 @@ def test_saving(tmp_path):
         with pytest.raises(QvlError, match=message):
             draw_boxes(GREY, [], tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_prompt_may_open_the_box_its_answer_completes():
+    assert opened_box("<img>a.png</img><ref>the dog</ref><box>") == "<ref>the dog</ref><box>"
+    assert opened_box("find <box>(1,2),") == "<box>(1,2),"
+    assert opened_box("<ref>dog</ref><box>(1,2),(3,4)</box> what is it?") == ""
+    assert parse_boxes(opened_box("<ref>x</ref><box>") + "(1,2),(3,4)</box>") == [Box("x", 1, 2, 3, 4)]

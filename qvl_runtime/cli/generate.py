@@ -1,0 +1,94 @@
+"""`qvl generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvl_runtime.boxes import draw_boxes, opened_box
+from qvl_runtime.errors import QvlError
+from qvl_runtime.generation import Piece, Result, collect
+from qvl_runtime.images import ImageSource
+from qvl_runtime.model import load
+from qvl_runtime.tokenizer import split_images
+
+ImageOption = Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")]
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    image: ImageOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeat for several.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
+    kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
+    activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")] = False,
+) -> None:
+    """Answer a prompt, with pictures if the model sees.
+
+    The prompt is taken as it is, without chat turns: see `qvl chat` for those.
+
+    Examples:
+
+      qvl generate qwen-vl.qvl "Describe the image in English:" --image cat.jpg
+
+      qvl generate qwen-vl.qvl "<img>cat.jpg</img><ref>the cat</ref><box>" --draw found.png
+
+      qvl generate qwen-vl.qvl - --json < prompt.txt
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    picture = _last_picture(text, image) if draw is not None else None
+    loaded = load(model, device, kv_cache, activations=activations)
+    pieces = loaded.stream(
+        text,
+        image,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        allow_urls=allow_urls,
+    )
+    result = collect(pieces if as_json else _shown(pieces), opened_box(text))
+    print(json.dumps(to_json(result), ensure_ascii=False) if as_json else "")
+    if picture is not None:
+        for number, label in draw_boxes(picture, result.boxes, draw).legend.items():
+            print(f"{number}: {label}", file=sys.stderr)
+
+
+def _last_picture(prompt: str, images: list[Path] | None) -> ImageSource:
+    named = split_images(prompt)[1::2]
+    if not (images or named):
+        raise QvlError("--draw needs a picture to draw on; name one with --image")
+    return named[-1] if named and named[-1] else images[-1]
+
+
+def _shown(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        yield piece
+
+
+def to_json(result: Result) -> dict:
+    """A result as JSON types, with its rates."""
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    document = dataclasses.asdict(result)
+    document["timings"] |= {name: round(getattr(result.timings, name), 3) for name in rates}
+    return document
