@@ -168,6 +168,8 @@ class Source:
             When a weight is not finite or out of range.
         """
         spec = plan.spec
+        if plan.method == "gptq":
+            raise RuntimeError(f"{spec.name}: gptq looks at whole layers, not at one matrix")
         if plan.method == "autogptq":
             matrix = autogptq.read(self.checkpoint, spec, self._autogptq.group_size)
             return matrix if plan.bits == 4 else _at_16_bits(matrix)

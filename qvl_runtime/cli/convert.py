@@ -1,0 +1,65 @@
+"""`qvl convert`: a Hugging Face folder becomes one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qvl_convert.convert import Progress as Report
+from qvl_convert.convert import convert as run
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
+    out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
+    bits: Annotated[int, typer.Option(help="4, 8 or 16, for the decoder's linears; 16 alone keeps everything.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 128,
+    vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
+    head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
+    method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Make a .qvl file out of a Hugging Face model.
+
+    Reads Qwen-VL, Qwen-VL-Chat and Qwen-7B from safetensors or PyTorch files, and takes over their 4-bit AutoGPTQ
+    editions as they are. No code of the model is run.
+
+    Examples:
+
+      qvl convert Qwen-VL-Chat qwen-vl-chat.qvl
+
+      qvl convert Qwen-VL-Chat small.qvl --vision-bits 4 --head-bits 4
+
+      qvl convert Qwen-VL-Chat reference.qvl --bits 16
+    """
+    with _bar() as report:
+        run(
+            src,
+            out,
+            bits=bits,
+            group_size=group_size,
+            vision_bits=vision_bits,
+            head_bits=head_bits,
+            method=method,
+            resume=resume,
+            force=force,
+            progress=report,
+        )
+    print(f"{out}: {out.stat().st_size / 1e9:.3f} GB")
+
+
+@contextmanager
+def _bar() -> Iterator[Report]:
+    """A progress bar on a terminal, nothing in a pipe."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

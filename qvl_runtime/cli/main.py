@@ -1,0 +1,97 @@
+"""The command `qvl`: finds the verb, runs it, and turns what the user can mend into one line."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from qvl_kernels.ops import DeviceError
+from qvl_runtime.errors import QvlError
+
+VERBS = {
+    "convert": "Make a .qvl file out of a Hugging Face model.",
+    "generate": "Answer a prompt, with pictures if the model sees.",
+    "chat": "Talk with a chat model.",
+    "info": "Tell what a .qvl file holds.",
+    "verify": "Measure how far a .qvl file is from the model it was made from.",
+    "bench": "Measure how fast a .qvl file runs here.",
+    "demo": "Try the small model that comes with the package.",
+    "export": "Write a .qvl file's weights as a Hugging Face model.",
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its status: 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    _app(verb)(arguments, prog_name="qvl")
+
+
+def _app(wanted: str | None) -> typer.Typer:
+    """The commands; only the wanted one is imported, of the others the summary is enough."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True)(_root)
+    for verb, summary in VERBS.items():
+        module = f"{__package__}.{verb}"
+        if importlib.util.find_spec(module) is None:
+            continue
+        function = _guarded(getattr(importlib.import_module(module), verb)) if verb == wanted else _listed
+        app.command(verb, short_help=summary)(function)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Ask questions about pictures on your own machine: Qwen-VL, Qwen-VL-Chat and Qwen-7B from one file.
+
+    Each command has its own help: qvl generate --help
+    """
+    if version:
+        from qvl_runtime import __version__
+
+        print(f"qvl {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _listed() -> None:
+    """Stands for a verb that was not asked for."""
+
+
+def _guarded(verb: Callable) -> Callable:
+    @functools.wraps(verb)
+    def guarded(*args, **kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader has gone, and flushing at exit would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (QvlError, DeviceError, OSError) as error:
+            print(f"qvl: {_one_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()
