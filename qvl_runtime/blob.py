@@ -2,9 +2,9 @@
 
 Metadata keys (all text, most of it JSON): `format` ("qvl"), `version`, `config`, `generation_config`,
 `preprocessing` (image mean and std), `quantization` (what was asked for, by part), `source` (what it was made from),
-`hashes` (SHA-256 of every tensor). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or `NAME.qweight`,
-`NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each `VectorSpec` under
-its name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
+`hashes` (SHA-256 of every tensor, and of the other metadata). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or
+`NAME.qweight`, `NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each
+`VectorSpec` under its name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ from qvl_runtime.tensorfile import TensorFile
 
 FORMAT, VERSION = "qvl", "1"
 RANKS = "tokenizer.ranks"
+METADATA = "__metadata__"
 REMEDY = "convert the model again"
+
+
+def metadata_hash(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the metadata without `hashes`."""
+    rest = sorted((key, value) for key, value in metadata.items() if key != "hashes")
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 class Blob:
@@ -110,8 +117,9 @@ class Blob:
         if f"{name}.weight" in self.file:
             return 16, BLOCK
         qweight, scales = self.file.array(f"{name}.qweight"), self.file.array(f"{name}.scales")
-        bits = {16: 4, 32: 8}.get(qweight.shape[2] if qweight.ndim == 5 else 0)
-        groups = scales.shape[1] // qweight.shape[1] if scales.ndim == 3 and qweight.shape[1] else 0
+        bits = groups = None
+        if qweight.ndim == 5 and scales.ndim == 3 and qweight.shape[1]:
+            bits, groups = {16: 4, 32: 8}.get(qweight.shape[2]), scales.shape[1] // qweight.shape[1]
         if bits is None or groups not in [BLOCK // g for g in GROUP_SIZES]:
             raise QvlError(
                 f"{self.path}: '{name}' has arrays of shapes {list(qweight.shape)} and {list(scales.shape)}, "
@@ -142,7 +150,7 @@ class Blob:
         return {part: size for part, size in sizes.items() if size}
 
     def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Verify the hash of every tensor; `progress` is told how many bytes each took.
+        """Verify the hash of the metadata and of every tensor; `progress` is told how many bytes each took.
 
         Raises
         ------
@@ -150,6 +158,8 @@ class Blob:
             Naming the first tensor whose bytes are not those that were written.
         """
         hashes = self.metadata["hashes"]
+        if metadata_hash(self.file.metadata) != hashes.get(METADATA):
+            raise QvlError(f"{self.path}: its metadata is damaged (its hash differs); copy the file again")
         for name, entry in self.file.entries.items():
             if hashlib.sha256(self.file.bytes(name)).hexdigest() != hashes.get(name):
                 raise QvlError(f"{self.path}: tensor '{name}' is damaged (its hash differs); copy the file again")

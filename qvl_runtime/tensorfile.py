@@ -15,6 +15,7 @@ import numpy as np
 from qvl_runtime.errors import QvlError
 
 MAX_HEADER = 100 << 20
+MAX_DIMS = 8
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -102,6 +103,8 @@ class TensorFile:
             raise ValueError(f"tensor {name!r} has the unknown dtype {fields['dtype']!r}")
         dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
         begin, end = fields["data_offsets"]
+        if len(shape) > MAX_DIMS:
+            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions")
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise ValueError(f"tensor {name!r} has a negative or fractional size")
         if end - begin != math.prod(shape) * dtype.itemsize:

@@ -125,14 +125,14 @@ class Checkpoint:
             raise QvlError(f"{path}: no such file; download it from the model's repository") from None
         visual = self.config.visual
         try:
-            Tokenizer.from_ranks(
-                ranks,
-                image_tags=visual is not None,
-                n_queries=visual.n_queries if visual else 0,
-                vocab_size=self.config.vocab_size,
-            )
+            tokenizer = Tokenizer.from_ranks(ranks, image_tags=visual is not None, vocab_size=self.config.vocab_size)
         except QvlError as error:
             raise QvlError(f"{path}: {error}") from None
+        if visual is not None and visual.image_start_id != tokenizer.img_start_id:
+            raise QvlError(
+                f"{self.folder / 'config.json'}: visual 'image_start_id' is {visual.image_start_id}, but <img> is "
+                f"{tokenizer.img_start_id} in {path.name}; do they belong together?"
+            )
         return ranks
 
     def _open_shards(self) -> list[TensorFile | PickleFile]:

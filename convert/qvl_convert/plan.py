@@ -101,6 +101,13 @@ class Source:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self._autogptq = autogptq.settings(checkpoint)
+        if self._autogptq is None:
+            packed = next((name for name in checkpoint.names if name.endswith(".qweight")), None)
+            if packed is not None:
+                raise QvlError(
+                    f"{checkpoint.path(packed)}: {packed!r} is quantised, but there is no quantize_config.json "
+                    "that says how; finish the download"
+                )
         imported = {} if self._autogptq is None else autogptq.layout(checkpoint, self._autogptq)
         self.imported = set(imported)
         shapes = published.published_shapes(checkpoint.config)

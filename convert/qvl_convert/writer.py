@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qvl_kernels.packing import Matrix
+from qvl_runtime.blob import METADATA, metadata_hash
 from qvl_runtime.errors import QvlError
 from qvl_runtime.tensorfile import DTYPES
 
@@ -91,7 +92,7 @@ class BlobWriter:
 
     def _plan(self, layout: Layout, metadata: dict[str, str]) -> None:
         names = sorted(layout, key=lambda name: _order(name, layout[name][1]))
-        hashes = json.dumps(dict.fromkeys(names, NO_HASH))
+        hashes = json.dumps({METADATA: metadata_hash(metadata)} | dict.fromkeys(names, NO_HASH))
         header: dict[str, object] = {"__metadata__": {**metadata, "hashes": hashes}}
         spans, end = {}, 0
         for name in names:

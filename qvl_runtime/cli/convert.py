@@ -52,7 +52,7 @@ def convert(
             force=force,
             progress=report,
         )
-    print(f"{out}: {out.stat().st_size / 1e9:.3f} GB")
+    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def describe(blob: Blob) -> dict[str, Any]:
 
 def _text(facts: dict[str, Any]) -> str:
     config, lines = facts["config"], []
-    lines.append(f"{facts['file']}: {facts['model']}, {facts['bytes'] / 1e9:.3f} GB")
+    lines.append(f"{facts['file']}: {facts['model']}, {facts['bytes'] / 1e6:,.1f} MB")
     lines.append(f"  made from    {facts['source'].get('name')} by {facts['source'].get('made_by')}")
     lines.append(
         f"  decoder      {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
@@ -82,7 +82,7 @@ def _text(facts: dict[str, Any]) -> str:
     for part in facts["parts"].values():
         bits, method = part.get("bits"), part.get("method")
         kind = "fp16" if bits == 16 else f"int{bits}, groups of {part.get('group_size')}, {method}"
-        lines.append(f"  {part['label']:<12} {part['bytes'] / 1e6:10.1f} MB  {kind}")
+        lines.append(f"  {part['label']:<12} {part['bytes'] / 1e6:10,.1f} MB  {kind}")
     if "check" in facts:
         lines.append("  every hash is right")
     return "\n".join(lines)
