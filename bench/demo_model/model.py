@@ -125,14 +125,18 @@ class VisionTower(nn.Module):
         self.ln_post = nn.LayerNorm(output_dim, eps=1e-6)
         self.proj = nn.Parameter(torch.randn(output_dim, output_dim) * output_dim**-0.5)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def both(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patches after the last block [B, P, width], and the features."""
         patch = self.conv1.kernel_size[0]
         x = F.unfold(pixels, patch, stride=patch).transpose(1, 2)
         x = F.linear(x, self.conv1.weight.flatten(1))
         x = self.ln_pre(x + resample_grid(self.positional_embedding, x.shape[1]))
         for block in self.transformer.resblocks:
             x = block(x)
-        return self.ln_post(self.attn_pool(x)) @ self.proj
+        return x, self.ln_post(self.attn_pool(x)) @ self.proj
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.both(pixels)[1]
 
 
 class DecoderBlock(nn.Module):

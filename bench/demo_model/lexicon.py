@@ -1,0 +1,82 @@
+"""What the training pictures may have printed on them, and in which fonts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DIGITS = "0123456789"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+HANZI = "天地人日月水火山石田土木米鱼鸟马牛羊大小上下中口手目心一二三四五六七八九十百千春秋东西南北风云雨"
+CHARSET = DIGITS + LETTERS + HANZI
+WORDS = [
+    "HELLO",
+    "APPLE",
+    "BREAD",
+    "CHAIR",
+    "DANCE",
+    "EARTH",
+    "FLAG",
+    "GREEN",
+    "HOUSE",
+    "ICE",
+    "JUICE",
+    "KING",
+    "LEMON",
+    "MUSIC",
+    "NIGHT",
+    "OCEAN",
+    "PAPER",
+    "QUEEN",
+    "RIVER",
+    "STONE",
+    "TABLE",
+    "UNCLE",
+    "VOICE",
+    "WATER",
+    "XRAY",
+    "YELLOW",
+    "ZEBRA",
+    "OPEN",
+    "EXIT",
+    "STOP",
+    "SALE",
+    "TAXI",
+    "BUS",
+    "CAFE",
+    "BOOK",
+    "FISH",
+    "MILK",
+    "TEA",
+    "RICE",
+    "CAKE",
+    "SHOP",
+    "BANK",
+    "PARK",
+    "ROAD",
+    "ZOO",
+    "HOTEL",
+    "PHONE",
+    "LIGHT",
+    "SOUTH",
+    "NORTH",
+    "EAST",
+    "WEST",
+]
+
+DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
+LATIN_FONTS = [
+    "",
+    "",
+    *(str(DEJAVU / f"DejaVu{name}.ttf") for name in ("Sans", "Sans-Bold", "Serif", "SansMono")),
+]
+HANZI_FONTS = ["/usr/share/fonts/truetype/wqy/wqy-microhei.ttc"]
+
+
+def text_options() -> dict:
+    """Arguments of `random_text`; fonts that are not installed (fonts-dejavu-core, fonts-wqy-microhei) are left out."""
+    return {
+        "fonts": [name for name in LATIN_FONTS if not name or Path(name).exists()],
+        "hanzi_fonts": [name for name in HANZI_FONTS if Path(name).exists()],
+        "words": WORDS,
+        "hanzi": HANZI,
+    }

@@ -1,0 +1,66 @@
+"""Muon for the matrices of the network's body, AdamW for everything else.
+
+Muon (Jordan 2024): the momentum of a matrix is replaced by the nearest semi-orthogonal matrix, found by five
+Newton-Schulz steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def orthogonalise(g: torch.Tensor) -> torch.Tensor:
+    """Five quintic Newton-Schulz steps in bfloat16 towards U V^T of a matrix g = U S V^T."""
+    x = g.bfloat16()
+    wide = g.shape[0] <= g.shape[1]
+    x = x if wide else x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+    return (x if wide else x.T).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum 0.95, orthogonalised, scaled by sqrt(max(1, rows / columns))."""
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["velocity"] = torch.zeros_like(p)
+                velocity = state["velocity"]
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(velocity, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def build(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
+    """The two optimisers over all trainable parameters of `modules`."""
+    named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
+    body = {n: p for n, p in named if p.ndim == 2 and (".h." in n or "resblocks" in n or "attn_pool.attn" in n)}
+    rest = [p for n, p in named if n not in body]
+    matrices = [
+        {"params": [p for n, p in body.items() if ".h." in n], "lr": 0.02},
+        {"params": [p for n, p in body.items() if ".h." not in n], "lr": 0.01},
+    ]
+    return [
+        Muon([g for g in matrices if g["params"]], weight_decay=0.03),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Scale every group's first learning rate by `factor`."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * factor

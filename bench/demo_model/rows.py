@@ -1,0 +1,124 @@
+"""Training rows: one to three pictures, then many independent questions that each see only the pictures.
+
+A row is a shared prefix (system text and pictures) followed by branches. Every branch continues the positions of the
+prefix and attends to the prefix and itself alone, so each is exactly the prompt of a single conversation, while the
+pictures are encoded once. The loss falls on the answers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from conversations import Exchange, ask
+from lexicon import text_options
+from pretrain_vision import DRAWN_AT, pixels_of
+from targets import cell_targets
+from tiktoken import Encoding
+
+from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, random_scene
+
+
+class Writer:
+    """Turns conversations into ids the way the runtime's prompt builder does."""
+
+    def __init__(self, encoding: Encoding, n_queries: int):
+        self.encoding, self.n_queries = encoding, n_queries
+        self.newline = self.text("\n")
+        self.user = self.text("<|im_start|>") + self.text("user") + self.newline
+        self.assistant = self.text("<|im_start|>") + self.text("assistant") + self.newline
+        self.end, self.stop = self.text("<|im_end|>"), self.text("<|endoftext|>")
+
+    def text(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
+
+    def prefix(self, pictures: int, raw: bool) -> list[int]:
+        """Everything before the first question."""
+        slot = f"<img>{'<imgpad>' * self.n_queries}</img>\n"
+        ids = self.text("".join(f"Picture {i + 1}: {slot}" for i in range(pictures)))
+        if raw:
+            return ids
+        head = self.text("<|im_start|>") + self.text("system") + self.newline
+        head += self.text("You are a helpful assistant.") + self.end + self.newline
+        return head + self.user + ids
+
+    def branch(self, exchange: Exchange, raw: bool) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation after the prefix, and which of them are to be predicted."""
+        ids, wanted = [], []
+        for i, (question, answer) in enumerate(exchange.turns):
+            if raw:
+                asked, told = self.text(question), self.newline + self.text(answer) + self.stop
+            else:
+                again = self.newline + self.user if i else []
+                asked = again + self.text(question) + self.end + self.newline + self.assistant
+                told = self.text(answer) + self.end
+            ids += asked + told
+            wanted += [False] * len(asked) + [True] * len(told)
+        return ids, wanted
+
+
+def random_scenes(rng: np.random.Generator, options: dict) -> list[Scene]:
+    """One picture, or two or three that share a few kinds of shapes."""
+    if rng.random() < 0.85:
+        return [random_scene(rng, text_share=0.4, **options)]
+    kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
+    count = 2 if rng.random() < 0.75 else 3
+    return [random_scene(rng, 4, 0.0, kinds, **options) for _ in range(count)]
+
+
+class Rows:
+    """Endless batches of rows, from one seed.
+
+    A batch: ids, positions, segment (0 prefix, 1.. branches, -1 padding), weight of predicting each token [B, T];
+    pixels uint8 [N, 3, S, S] and cell targets of all its pictures; the exchanges of every row.
+    """
+
+    def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int):
+        self.writer, self.seed, self.batch, self.length = writer, seed, batch, length
+        self.size, self.grid = size, grid
+
+    def row(self, rng: np.random.Generator, options: dict) -> tuple[np.ndarray, list[Scene], list[Exchange]]:
+        scenes = random_scenes(rng, options)
+        raw = len(scenes) == 1 and rng.random() < 0.12
+        prefix = self.writer.prefix(len(scenes), raw)
+        columns = [(t, i, 0, 0.0) for i, t in enumerate(prefix)]
+        exchanges: list[Exchange] = []
+        failures, asked = 0, set()
+        while failures < 8:
+            exchange = ask(rng, scenes)
+            if exchange is None or exchange.turns in asked or (raw and len(exchange.turns) > 1):
+                failures += 1
+                continue
+            asked.add(exchange.turns)
+            ids, wanted = self.writer.branch(exchange, raw)
+            if len(columns) + len(ids) > self.length:
+                failures += 3
+                continue
+            exchanges.append(exchange)
+            weight = sum(wanted) ** -0.5
+            columns += [(t, len(prefix) + i, len(exchanges), weight * w) for i, (t, w) in enumerate(zip(ids, wanted))]
+        columns += [(0, 0, -1, 0.0)] * (self.length - len(columns))
+        return np.array(columns).T, scenes, exchanges
+
+    def __iter__(self):
+        rng = np.random.default_rng(self.seed)
+        options = text_options()
+        while True:
+            rows = [self.row(rng, options) for _ in range(self.batch)]
+            scenes = [s for row in rows for s in row[1]]
+            table = np.stack([row[0] for row in rows])
+            sides = rng.choice(DRAWN_AT, len(scenes), p=(0.3, 0.3, 0.19, 0.19, 0.02))
+            yield (
+                *(torch.from_numpy(table[:, i].astype(np.int64)) for i in range(3)),
+                torch.from_numpy(table[:, 3].astype(np.float32)),
+                torch.from_numpy(np.stack([pixels_of(s, self.size, int(d)) for s, d in zip(scenes, sides)])),
+                torch.from_numpy(np.stack([cell_targets(s, self.grid) for s in scenes])),
+                [row[2] for row in rows],
+            )
+
+
+def attention_mask(segment: torch.Tensor) -> torch.Tensor:
+    """Additive bfloat16 [B, 1, T, T]: 0 where a row may look, -inf elsewhere."""
+    length = segment.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
+    return torch.zeros(same.shape, dtype=torch.bfloat16).masked_fill(~(same & before), float("-inf"))[:, None]

@@ -1,0 +1,148 @@
+"""Second stage: pictures and conversations together.
+
+nice -n 19 python bench/demo_model/train.py --out RUN --minutes 80
+
+RUN holds the first stage's vision.pt. The learning rate follows the clock, so that the run ends as planned however busy
+the machine is; a run that was stopped goes on from RUN/state.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from optimiser import build
+from parallel import Progress, launch, share
+from pretrain_vision import new_model, normalise
+from rows import Rows, Writer, attention_mask
+from targets import CellHead
+from vocabulary import read
+
+BOX = re.compile(r"\((\d+),(\d+)\),\((\d+),(\d+)\)")
+
+
+def iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """Intersection over union of two boxes."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0, w) * max(0, h)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared + 1e-9)
+
+
+def forward(model, head, batch):
+    """Hidden states before each weighted token, those tokens, their weights, and the cell loss."""
+    ids, positions, segment, weight, pixels, cells, _ = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.transformer.visual(normalise(pixels))
+        hidden = model.hidden(ids, features, positions, attention_mask(segment))
+        rows, columns = (weight > 0).nonzero(as_tuple=True)
+        logits = model.lm_head(hidden[rows, columns - 1]).float()
+    cell_loss, log = head.loss(features, cells)
+    return logits, ids[rows, columns], weight[rows, columns], rows, segment[rows, columns], cell_loss, log
+
+
+@torch.no_grad()
+def evaluate(model, head, batches, encoding) -> str:
+    """Exact match by skill and language with the true answer fed back; boxes: the share with IoU >= 0.5."""
+    score = defaultdict(list)
+    for batch in batches:
+        logits, ids, _, rows, segments, _, _ = forward(model, head, batch)
+        best = logits.argmax(-1)
+        for row, exchanges in enumerate(batch[-1]):
+            for i, exchange in enumerate(exchanges):
+                chosen = (rows == row) & (segments == i + 1)
+                said, true = (
+                    encoding.decode([t for t in x[chosen].tolist() if t < encoding.n_vocab]) for x in (best, ids)
+                )
+                want, got = ([tuple(map(int, m)) for m in BOX.findall(t)] for t in (true, said))
+                if exchange.skill in ("find", "ground"):
+                    good = len(want) == len(got) and all(iou(a, b) >= 0.5 for a, b in zip(want, got))
+                else:
+                    good = said == true
+                score[exchange.skill].append(good)
+                score[exchange.language].append(good)
+    return " ".join(f"{k} {100 * sum(v) / len(v):.0f}" for k, v in sorted(score.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--length", type=int, default=320)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = new_model(args.seed)
+    head = CellHead(model.config["hidden_size"])
+    vision = torch.load(args.out / "vision.pt")
+    model.load_state_dict({k: v for k, v in vision["model"].items() if ".visual." in k}, strict=False)
+    head.load_state_dict(vision["head"])
+    optimisers = build({"model": model, "head": head})
+    progress = Progress(args.minutes)
+    saved = args.out / "state.pt"
+    if saved.exists():
+        state = torch.load(saved)
+        model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
+        for optimiser, old in zip(optimisers, state["optimisers"]):
+            optimiser.load_state_dict(old)
+        progress = Progress(args.minutes, state["step"], state["begin"])
+    share([model, head], optimisers)
+    encoding = read(args.out / "qwen.tiktoken")
+    size, queries = model.config["visual"]["image_size"], model.config["visual"]["n_queries"]
+    writer = Writer(encoding, queries)
+    first = progress.counter.value
+
+    def rows(seed: int, batch: int) -> Rows:
+        return Rows(writer, seed, batch, args.length, size, int(queries**0.5))
+
+    held_out = list(itertools.islice(rows(10**6, 32), 3))
+
+    def batches(rank: int) -> Rows:
+        return rows(args.seed * 10**6 + first * 10 + rank, args.batch)
+
+    def loss_of(batch):
+        logits, ids, weight, _, _, cell_loss, log = forward(model, head, batch)
+        loss = (F.cross_entropy(logits, ids, reduction="none") * weight).sum() / weight.sum()
+        return loss + 0.1 * cell_loss, f"words {loss.item():.3f} {log}"
+
+    def schedule(step: int, done: float) -> float:
+        return min(1, (step + 1) / 100, 1.4 * (1 - done) + 0.02)
+
+    last = {"save": time.time(), "test": first}
+
+    def after(step: int) -> None:
+        if time.time() - last["save"] > 180:
+            save(saved, model, head, optimisers, progress)
+            last["save"] = time.time()
+        if step - last["test"] >= 200:
+            print(f"step {step} held out: {evaluate(model, head, held_out, encoding)}", flush=True)
+            last["test"] = step
+
+    launch(
+        args.workers, args.out / "trainer.pid",
+        progress, batches, loss_of, list(model.parameters()), optimisers, schedule, after,
+    )  # fmt: skip
+    save(saved, model, head, optimisers, progress)
+    print(f"step {progress.counter.value} held out: {evaluate(model, head, held_out, encoding)}", flush=True)
+
+
+def save(path: Path, model, head, optimisers, progress: Progress) -> None:
+    """Write the state under a temporary name, then rename it."""
+    state = {
+        "model": model.state_dict(), "head": head.state_dict(), "begin": progress.begin,
+        "step": progress.counter.value, "optimisers": [o.state_dict() for o in optimisers],
+    }  # fmt: skip
+    torch.save(state, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
+if __name__ == "__main__":
+    main()
