@@ -29,3 +29,7 @@ own, with one line on standard error), `cache` keeps it in the user's cache fold
 these sources, the versions of Numba and llvmlite, and the processor; afterwards llvmlite loads it in milliseconds and
 Numba is not even imported. Choose a variant (per head size, per type) by making several kernels from one factory.
 """
+
+from qvl_kernels.cpu.ops import CpuOps
+
+__all__ = ["CpuOps"]

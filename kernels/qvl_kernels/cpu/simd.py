@@ -15,10 +15,11 @@ factory (call at module level)         makes
 ``zeros(el, n, m=1)``                  ``f()``: all zero
 ``splats(el, n)``                      ``f(x)``: a scalar in every lane
 ``loads(el, n, m=1)``                  ``f(addr)``: `m` vectors, one behind the other
+``rows(el, n, m)``                     ``f(addr, stride)``: vector i from ``addr + i * stride``; "f16" becomes f32
 ``spreads(el, n, m=1)``                ``f(addr, stride)``: vector i holds the scalar at ``addr + i * stride``
 ``parts(n)``                           ``f(addr, count)``: the first `count` float32, the rest 0
 ``halves(n)``                          ``f(addr)``: fp16 in memory as f32
-``bytes_(n, signed)``                  ``f(addr)``: 8-bit integers in memory as i32
+``bytes_(n, signed, m=1)``             ``f(addr)``: 8-bit integers in memory as i32
 =====================================  =================================================================
 
 Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``store_part(addr, v, count)``,
@@ -117,6 +118,11 @@ def _pointer(b, address, pointee, offset=0):
     if offset:
         address = b.add(address, ir.Constant(address.type, offset))
     return b.inttoptr(address, pointee.as_pointer())
+
+
+def _word(b, value):
+    """An integer as int64."""
+    return b.sext(value, I64) if value.type.width < 64 else value
 
 
 def _constant(vector, value):
@@ -260,7 +266,7 @@ def _unary(name):
     @intrinsic
     def f(typing, a):
         emit = _elementwise(lambda b, v: _call(b, f"llvm.{name}.{_suffix(v.type)}", v.type, [v]))
-        return isinstance(a, Vec) and (a(a), emit(a)) or None
+        return (a(a), emit(a)) if isinstance(a, Vec) else None
 
     return f
 
@@ -395,13 +401,37 @@ def loads(el, n, m=1):
 
 
 @functools.cache
+def rows(el, n, m):
+    """``f(addr, stride)``: vector i is loaded from ``addr + i * stride``; el may be "f16" (as f32)."""
+    half = el == "f16"
+    result = Vec("f32" if half else el, n, m)
+
+    @intrinsic
+    def f(typing, addr, stride):
+        def codegen(context, b, sig, args):
+            address, step = args[0], _word(b, args[1])
+            vectors = []
+            for _ in range(m):
+                if half:
+                    vectors.append(_load_half(b, address, n))
+                else:
+                    vectors.append(b.load(_pointer(b, address, result.vector), align=1))
+                address = b.add(address, step)
+            return _gather(b, vectors)
+
+        return result(addr, stride), codegen
+
+    return f
+
+
+@functools.cache
 def spreads(el, n, m=1):
     result = Vec(el, n, m)
 
     @intrinsic
     def f(typing, addr, stride):
         def codegen(context, b, sig, args):
-            address, step = args[0], b.sext(args[1], I64) if args[1].type.width < 64 else args[1]
+            address, step = args[0], _word(b, args[1])
             vectors = []
             for _ in range(m):
                 scalar = b.load(_pointer(b, address, ELEMENTS[el]), align=1)
@@ -494,14 +524,15 @@ def halves(n):
 
 
 @functools.cache
-def bytes_(n, signed):
-    result = Vec("i32", n)
+def bytes_(n, signed, m=1):
+    result = Vec("i32", n, m)
 
     @intrinsic
     def f(typing, addr):
         def codegen(context, b, sig, args):
-            value = b.load(_pointer(b, args[0], ir.VectorType(I8, n)), align=1)
-            return b.sext(value, result.vector) if signed else b.zext(value, result.vector)
+            extend = b.sext if signed else b.zext
+            loaded = [b.load(_pointer(b, args[0], ir.VectorType(I8, n), i * n), align=1) for i in range(m)]
+            return _gather(b, [extend(v, result.vector) for v in loaded])
 
         return result(addr), codegen
 
@@ -539,7 +570,7 @@ def store_rows(typing, addr, v, stride):
     """Write vector i at ``addr + i * stride``."""
 
     def codegen(context, b, sig, args):
-        address, step = args[0], b.sext(args[2], I64) if args[2].type.width < 64 else args[2]
+        address, step = args[0], _word(b, args[2])
         for i in range(v.m):
             b.store(_take(b, args[1], i), _pointer(b, address, v.vector), align=1)
             address = b.add(address, step)
@@ -701,7 +732,7 @@ def _dot(emit):
         step = LANES * (2 if acc.el == "i16" else 1)
 
         def codegen(context, b, sig, args):
-            address, stride = args[2], b.sext(args[3], I64) if args[3].type.width < 64 else args[3]
+            address, stride = args[2], _word(b, args[3])
             sums = []
             for i in range(acc.m):
                 block, bytes_ = _take(b, args[0], i), _take(b, args[1], i)

@@ -1,0 +1,107 @@
+"""What the kernels read besides plain arrays: prepared weights and the KV cache. Everything is checked here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qvl_kernels.cpu.runner import aligned
+from qvl_kernels.packing import Matrix, packed_shapes, round_up
+
+CACHE_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+
+
+def address(array: np.ndarray | None) -> int:
+    """Where an array lies; 0 for none."""
+    return 0 if array is None else array.ctypes.data
+
+
+def check(name: str, array: np.ndarray, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Refuse anything but a C-contiguous numpy array of this type and shape (None: any length)."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name}: expected a numpy array, got {type(array).__name__}")
+    fits = len(array.shape) == len(shape) and all(want in (None, got) for got, want in zip(array.shape, shape))
+    if array.dtype != dtype or not fits:
+        want = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+        raise ValueError(f"{name}: expected {np.dtype(dtype).name} {want}, got {array.dtype.name} {list(array.shape)}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: expected a contiguous array")
+    return array
+
+
+class CpuWeight:
+    """A `Matrix` whose arrays are known to be what the kernels expect; nothing is copied."""
+
+    def __init__(self, matrix: Matrix):
+        self.matrix = matrix
+        self.n, self.k, self.bits, self.group_size = matrix.n, matrix.k, matrix.bits, matrix.group_size
+        has_zeros = matrix.zeros is not None
+        for suffix, (shape, dtype) in packed_shapes(
+            matrix.n, matrix.k, matrix.bits, matrix.group_size, zeros=has_zeros
+        ).items():
+            check(suffix, matrix.weight if suffix in ("weight", "qweight") else getattr(matrix, suffix), dtype, shape)
+        if matrix.perm is not None:
+            check("perm", matrix.perm, np.int32, (matrix.k,))
+            if not np.array_equal(np.sort(matrix.perm), np.arange(matrix.k)):
+                raise ValueError("perm: expected every column once")
+        if matrix.bias is not None:
+            check("bias", matrix.bias, np.float32, (matrix.n,))
+        self.weight, self.scales, self.zeros, self.perm, self.bias = (
+            address(a) for a in (matrix.weight, matrix.scales, matrix.zeros, matrix.perm, matrix.bias)
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns."""
+        return round_up(self.k, 128) // 128
+
+
+class CpuCache:
+    """Keys and values of all layers, laid out as `cached` describes."""
+
+    def __init__(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str):
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache dtype {dtype!r}: expected one of {', '.join(CACHE_DTYPES)}")
+        if min(layers, heads, capacity) < 1 or head_dim < 2 or head_dim % 2 or head_dim > 256:
+            raise ValueError(f"cache of {layers} layers, {heads} heads of {head_dim}, {capacity} positions")
+        self.layers, self.heads, self.head_dim, self.capacity, self.dtype = layers, heads, head_dim, capacity, dtype
+        self.depth, self.width = round_up(head_dim, 4), round_up(head_dim, 16)
+        self.padded = round_up(capacity, 16)
+        kind = CACHE_DTYPES[dtype]
+        # Zeroed, because padding is multiplied by zero and must be finite; the system hands the pages out when used.
+        self.keys = _zeros((layers, heads, self.padded // 16, self.depth * 16), kind)
+        self.values = _zeros((layers, heads, self.padded, self.width), kind)
+        scales = (2, layers, heads, self.padded) if dtype == "int8" else (2, layers, 0, 0)
+        self.scales = _zeros(scales, np.dtype(np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.scales.nbytes
+
+    def addresses(self, layer: int) -> tuple[int, int, int, int]:
+        """Keys, values, key scales and value scales of a layer."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer {layer} of a cache of {self.layers}")
+        return tuple(address(a) for a in (self.keys[layer], self.values[layer], *self.scales[:, layer]))
+
+    def resized(self, capacity: int, length: int) -> CpuCache:
+        """A cache of another capacity that holds the first `length` positions of this one."""
+        if length > min(capacity, self.capacity):
+            raise ValueError(f"{length} positions do not fit from {self.capacity} into {capacity}")
+        other = CpuCache(self.layers, self.heads, self.head_dim, capacity, self.dtype)
+        blocks = round_up(length, 16) // 16
+        other.keys[:, :, :blocks] = self.keys[:, :, :blocks]
+        other.values[:, :, :length] = self.values[:, :, :length]
+        other.scales[..., :length] = self.scales[..., :length]
+        return other
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    count = int(np.prod(shape))
+    buffer = np.zeros(count + 64 // dtype.itemsize, dtype)
+    offset = -buffer.ctypes.data % 64 // dtype.itemsize
+    return buffer[offset : offset + count].reshape(shape)
+
+
+def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """An uninitialised array that starts on a cache line."""
+    return aligned(int(np.prod(shape)), dtype).reshape(shape)

@@ -1,0 +1,386 @@
+"""The KV cache: appending rotated keys and values, and decode attention over it.
+
+Of each layer, head-major: keys ``[heads, capacity/16, depth, 16]`` (one load holds one dimension of 16 positions; int8:
+``[heads, capacity/16, depth/4, 16, 4]`` bytes, stored + 128, for the dot product of bytes) and values
+``[heads, capacity, width]``, with `depth` the head size rounded up to 4 and `width` to 16; the padding is zero. int8
+caches have a scale a position and head, float32 ``[heads, capacity]`` (rounded to fp16 values).
+"""
+
+from __future__ import annotations
+
+from numba import float32
+
+from qvl_kernels.cpu.quantize import take
+from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
+from qvl_kernels.cpu.simd import (
+    BYTE_BIAS,
+    absolute,
+    bytes_,
+    dot_bytes,
+    exp2,
+    fma,
+    get_f16,
+    get_f32,
+    get_i32,
+    loads,
+    max_all,
+    maximum,
+    put_f16,
+    put_f32,
+    put_i32,
+    rint,
+    rows,
+    sar,
+    shl,
+    splats,
+    spreads,
+    store,
+    store_bytes,
+    store_part,
+    sum_all,
+    to_f32,
+    zeros,
+)
+
+CHUNK = 128
+"""Positions whose scores are held at once."""
+LOWEST = float32(-1e30)
+
+load, splat, spread = loads("f32", 16), splats("f32", 16), spreads("f32", 16)
+none, none_i32, word = zeros("f32", 16), zeros("i32", 16), spreads("i32", 16)
+keys_i8 = loads("i8", 64)
+signed = bytes_(16, True)
+
+
+# ------------------------------------------------------------------------------------------------ appending
+@routine
+def largest(x, n):
+    top = none()
+    for i in range(0, n, 16):
+        top = maximum(top, absolute(take(x + 4 * i, n - i)))
+    return max_all(top)
+
+
+@routine
+def int8_scale(x, n, scratch):
+    """The scale of n float32 as an fp16 value (what `reference.functions.quantize_kv` computes), and its divisor."""
+    put_f16(scratch, largest(x, n) / float32(127))
+    scale = get_f16(scratch)
+    return scale, scale if scale > 0 else float32(1)
+
+
+def _make_append(kind: str):
+    size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
+    if kind == "int8":
+
+        @routine
+        def put_vectors(
+            k, v, keys, values, key_scales, value_scales, depth, width, head_dim, capacity, head, position, t
+        ):
+            where = 4 * (head * capacity + position)
+            scale, divisor = int8_scale(k, head_dim, t)
+            put_f32(key_scales + where, scale)
+            base = keys + ((head * (capacity // 16) + position // 16) * depth * 16) + position % 16 * 4
+            for i in range(0, head_dim, 16):
+                q = rint(take(k + 4 * i, head_dim - i) / divisor)
+                store_bytes(t, q + 128)
+                for j in range(0, min(16, depth - i), 4):
+                    put_i32(base + (i + j) * 16, get_i32(t + j))
+            scale, divisor = int8_scale(v, head_dim, t)
+            put_f32(value_scales + where, scale)
+            base = values + (head * capacity + position) * width
+            for i in range(0, head_dim, 16):
+                store_bytes(base + i, rint(take(v + 4 * i, head_dim - i) / divisor))
+
+    else:
+
+        @routine
+        def put_vectors(
+            k, v, keys, values, key_scales, value_scales, depth, width, head_dim, capacity, head, position, t
+        ):
+            key = keys + size * ((head * (capacity // 16) + position // 16) * depth * 16 + position % 16)
+            value = values + size * (head * capacity + position) * width
+            for i in range(head_dim):
+                if size == 2:
+                    put_f16(key + 32 * i, get_f32(k + 4 * i))
+                    put_f16(value + 2 * i, get_f32(v + 4 * i))
+                else:
+                    put_f32(key + 64 * i, get_f32(k + 4 * i))
+                    put_f32(value + 4 * i, get_f32(v + 4 * i))
+
+    def rope_append(args, thread, threads):
+        (
+            qkv,
+            tokens,
+            heads,
+            head_dim,
+            rope,
+            logn,
+            start,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            capacity,
+            depth,
+            width,
+            scratch,
+        ) = unpack(args, 15)
+        scratch += thread * 4096
+        half, begin = head_dim // 2, int(get_i32(start))
+        first, last = share(tokens * heads, thread, threads)
+        for item in range(first, last):
+            token = item // heads
+            head, position = item - token * heads, begin + token
+            if position >= capacity:
+                continue
+            row = qkv + 4 * (token * 3 * heads + head) * head_dim
+            angles = rope + 4 * position * head_dim
+            rotate(row, angles, half, get_f32(logn + 4 * position))
+            row += 4 * heads * head_dim
+            rotate(row, angles, half, float32(1))
+            put_vectors(
+                row,
+                row + 4 * heads * head_dim,
+                keys,
+                values,
+                key_scales,
+                value_scales,
+                depth,
+                width,
+                head_dim,
+                capacity,
+                head,
+                position,
+                scratch,
+            )
+
+    rope_append.__name__ = f"rope_append_{kind}"
+    return kernel(rope_append)
+
+
+@routine
+def rotate(x, angles, half, factor):
+    """Rotate one head in place (neox halves) and scale it."""
+    for i in range(0, half, 16):
+        count = half - i
+        a, b = take(x + 4 * i, count), take(x + 4 * (half + i), count)
+        c, s = take(angles + 4 * i, count), take(angles + 4 * (half + i), count)
+        if count >= 16:
+            store(x + 4 * i, (a * c - b * s) * factor)
+            store(x + 4 * (half + i), (b * c + a * s) * factor)
+        else:
+            store_part(x + 4 * i, (a * c - b * s) * factor, count)
+            store_part(x + 4 * (half + i), (b * c + a * s) * factor, count)
+
+
+for _kind in ("fp32", "fp16", "int8"):
+    _make_append(_kind)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+def _make_attention(kind: str, vectors: int):
+    """Attention of one query and head; values are summed `vectors` * 16 columns at a time."""
+    size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
+    floats = rows("f16" if kind == "fp16" else "f32", 16, 1)
+    values_f = rows("f16" if kind == "fp16" else "f32", 16, vectors)
+    held, none_held = loads("f32", 16, vectors), zeros("f32", 16, vectors)
+    values_i = bytes_(16, True, vectors)
+
+    if kind == "int8":
+
+        @routine
+        def scores(query, keys, key_scales, depth):
+            """Scores of 16 positions; `query` holds the sum, the scale and two planes."""
+            high, low = none_i32(), word(query, 0)
+            for i in range(0, depth, 4):
+                k = keys_i8(keys + 16 * i)
+                high = dot_bytes(high, k, query + 64 + i, 0)
+                low = dot_bytes(low, k, query + 64 + depth + i, 0)
+            return to_f32(shl(high, 8) + low) * (load(key_scales) * spread(query + 4, 0))
+
+        @routine
+        def load_values(v):
+            return to_f32(values_i(v))
+
+    else:
+
+        @routine
+        def scores(query, keys, key_scales, depth):
+            a, b, c, d = none(), none(), none(), none()
+            for _ in range(0, depth, 4):
+                a = fma(floats(keys, 0), spread(query, 0), a)
+                b = fma(floats(keys + 16 * size, 0), spread(query + 4, 0), b)
+                c = fma(floats(keys + 32 * size, 0), spread(query + 8, 0), c)
+                d = fma(floats(keys + 48 * size, 0), spread(query + 12, 0), d)
+                keys += 64 * size
+                query += 16
+            return (a + b) + (c + d)
+
+        @routine
+        def load_values(v):
+            return values_f(v, 16 * size)
+
+    @routine
+    def attend(query, keys, values, key_scales, value_scales, depth, width, begin, end, weights, out):
+        """Online softmax over positions begin (a multiple of 16) .. end.
+
+        Writes the unnormalised sum, float32 ``[width]``, and behind it the maximum and the sum of weights.
+        """
+        top, total = LOWEST, none()
+        for i in range(0, width, 16 * vectors):
+            store(out + 4 * i, none_held())
+        for chunk in range(begin, end, CHUNK):
+            count = min(CHUNK, end - chunk)
+            best = splat(LOWEST)
+            for i in range(0, count, 16):
+                s = scores(query, keys + (chunk + i) * depth * size, key_scales + 4 * (chunk + i), depth)
+                if count - i < 16:
+                    store(weights + 4 * i, s)
+                    for j in range(count - i, 16):
+                        put_f32(weights + 4 * (i + j), LOWEST)
+                    s = load(weights + 4 * i)
+                best = maximum(best, s)
+                store(weights + 4 * i, s)
+            highest, factor = max_all(best), splat(float32(1))
+            if highest > top:
+                factor = exp2(splat(top - highest))
+                top = highest
+                total = total * factor
+            for i in range(0, count, 16):
+                p = exp2(load(weights + 4 * i) - top)
+                total = total + p
+                if kind == "int8":
+                    p = p * load(value_scales + 4 * (chunk + i))
+                store(weights + 4 * i, p)
+            for i in range(0, width, 16 * vectors):
+                o = held(out + 4 * i) * factor
+                v = values + (chunk * width + i) * size
+                for j in range(count):
+                    o = fma(load_values(v), spread(weights + 4 * j, 0), o)
+                    v += width * size
+                store(out + 4 * i, o)
+        put_f32(out + 4 * width, top)
+        put_f32(out + 4 * width + 4, sum_all(total))
+
+    def attention(args, thread, threads):
+        (
+            qkv,
+            tokens,
+            heads,
+            head_dim,
+            start,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            capacity,
+            depth,
+            width,
+            splits,
+            out,
+            factor,
+            partial,
+            scratch,
+        ) = unpack(args, 17)
+        scratch += thread * 16384
+        record = 4 * (width + 16)
+        begin = int(get_i32(start))
+        first, last = share(tokens * heads * splits, thread, threads)
+        for item in range(first, last):
+            which, split = item // splits, item % splits
+            token = which // heads
+            head = which - token * heads
+            length = min(begin + token + 1, capacity)
+            pieces = (length + 15) // 16
+            low, high = pieces * split // splits * 16, min(pieces * (split + 1) // splits * 16, length)
+            query = scratch
+            prepare(qkv + 4 * (token * 3 * heads + head) * head_dim, head_dim, depth, as_f32(factor), query)
+            target = partial + item * record if splits > 1 else scratch + 8192
+            attend(
+                query,
+                keys + head * capacity * depth * size,
+                values + head * capacity * width * size,
+                key_scales + 4 * head * capacity,
+                value_scales + 4 * head * capacity,
+                depth,
+                width,
+                low,
+                high,
+                scratch + 4096,
+                target,
+            )
+            if splits == 1:
+                merge(target, record, 1, width, head_dim, out + 4 * which * head_dim)
+
+    if kind == "int8":
+
+        @routine
+        def prepare(q, n, depth, factor, query):
+            """Two planes of ``q * factor``: int32 -128 * sum, float32 scale, then int8 [depth] high and low."""
+            top = largest(q, n)
+            inverse = float32(32512) / top if top > float32(1e-30) else float32(0)
+            total = none_i32()
+            for i in range(0, n, 16):
+                v = rint(take(q + 4 * i, n - i) * inverse)
+                h = sar(v + 128, 8)
+                total = total + v
+                # The planes are `depth` apart, the last vector may be wider: low after high, and all high ones first.
+                store_bytes(query + 64 + i, h)
+            for i in range(0, n, 16):
+                v = rint(take(q + 4 * i, n - i) * inverse)
+                store_bytes(query + 64 + depth + i, v - shl(sar(v + 128, 8), 8))
+            put_i32(query, sum_all(total) * (BYTE_BIAS - 128))
+            put_f32(query + 4, top / float32(32512) * factor)
+
+    else:
+
+        @routine
+        def prepare(q, n, depth, factor, query):
+            for i in range(0, n, 16):
+                store(query + 4 * i, take(q + 4 * i, n - i) * factor)
+
+    attention.__name__ = f"attention_{kind}_{16 * vectors}"
+    return kernel(attention)
+
+
+@routine
+def merge(partial, record, splits, width, head_dim, out):
+    """Join the partial sums of one query and head."""
+    top = LOWEST
+    for i in range(splits):
+        top = max(top, get_f32(partial + i * record + 4 * width))
+    total = float32(0)
+    for i in range(splits):
+        p = partial + i * record + 4 * width
+        total += get_f32(p + 4) * weight_of(get_f32(p) - top)
+    for c in range(0, head_dim, 16):
+        o = none()
+        for i in range(splits):
+            p = partial + i * record
+            o = fma(load(p + 4 * c), exp2(splat(get_f32(p + 4 * width) - top)), o)
+        o = o * (float32(1) / total)
+        if head_dim - c >= 16:
+            store(out + 4 * c, o)
+        else:
+            store_part(out + 4 * c, o, head_dim - c)
+
+
+@routine
+def weight_of(x):
+    return max_all(exp2(splat(x)))
+
+
+@kernel
+def attention_merge(args, thread, threads):
+    """Second step of a split attention: `items` queries and heads of `splits` records each."""
+    partial, items, splits, width, head_dim, out = unpack(args, 6)
+    record = 4 * (width + 16)
+    first, last = share(items, thread, threads)
+    for item in range(first, last):
+        merge(partial + item * splits * record, record, splits, width, head_dim, out + 4 * item * head_dim)
+
+
+for _kind in ("fp32", "fp16", "int8"):
+    for _vectors in (1, 8):
+        _make_attention(_kind, _vectors)

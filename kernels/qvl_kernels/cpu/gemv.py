@@ -1,0 +1,218 @@
+"""Packed matrix times a few vectors: int4 and int8 weights, 16-bit activations in two planes.
+
+One pass over the weights serves all vectors: a block of 32 rows (some 70 KB) stays in the cache while the vectors
+are taken `TOKENS` at a time. Integer sums are exact, and the scaled sums of the groups are added from left to right,
+so a vector's result is the same whatever the number of vectors.
+"""
+
+from __future__ import annotations
+
+from qvl_kernels.cpu.epilogue import finish
+from qvl_kernels.cpu.registry import kernel, routine, share, unpack
+from qvl_kernels.cpu.simd import (
+    BYTE_BIAS,
+    HIGH_SHIFT,
+    LANES,
+    LEVEL,
+    SUM_EL,
+    SUM_PER_LANE,
+    SUM_STEPS,
+    bytes_,
+    dot,
+    dot_bytes,
+    fma,
+    halves,
+    high,
+    loads,
+    low,
+    sar,
+    shl,
+    spreads,
+    store_rows,
+    to_f32,
+    widen,
+    zeros,
+)
+
+TOKENS = 2 if LEVEL.name in ("avx2", "avxvnni") else 4
+"""Vectors at a time, so that the accumulators fit the registers."""
+
+
+def _make_tile(bits: int, group: int, width: int, tokens: int):
+    """A routine: `width` of a block's rows by `tokens` vectors."""
+    weights = loads("i8", 4 * width)
+    none, none_i32, none_f32 = (
+        zeros(SUM_EL, width * SUM_PER_LANE, tokens),
+        zeros("i32", width, tokens),
+        zeros("f32", width, tokens),
+    )
+    scalars, integers = spreads("f32", width, tokens), spreads("i32", width, tokens)
+    half, byte = halves(width), bytes_(width, False)
+    groups = 128 // group
+    spans = 2 if bits == 4 and group == 32 else 1  # runs of steps between two scalings
+    steps = (16 if bits == 4 else 32 // groups) // spans
+    rounds = max(1, steps // SUM_STEPS)
+    chunk = steps // rounds
+    symmetric = 8 if bits == 4 else 128
+
+    @routine
+    def join(upper, lower):
+        """The two planes' sums as one."""
+        return shl(upper, 8) + lower
+
+    @routine
+    def nibble_sums(w, xh, xl, stride):
+        """Sums of low and of high nibbles over `steps` steps."""
+        lows, highs = none_i32(), none_i32()
+        for _ in range(rounds):
+            lh, ll, hh, hl = none(), none(), none(), none()
+            for _ in range(chunk):
+                v = weights(w)
+                a = low(v)
+                lh = dot(lh, a, xh, stride)
+                ll = dot(ll, a, xl, stride)
+                c = high(v)
+                hh = dot(hh, c, xh + 64, stride)
+                hl = dot(hl, c, xl + 64, stride)
+                w += 128
+                xh += 4
+                xl += 4
+            lows = lows + join(widen(lh), widen(ll))
+            highs = highs + sar(join(widen(hh), widen(hl)), HIGH_SHIFT)
+        return lows, highs
+
+    @routine
+    def byte_sums(w, xh, xl, stride):
+        sh, sl = none_i32(), none_i32()
+        for _ in range(steps):
+            v = weights(w)
+            sh = dot_bytes(sh, v, xh, stride)
+            sl = dot_bytes(sl, v, xl, stride)
+            w += 128
+            xh += 4
+            xl += 4
+        return join(sh, sl)
+
+    @routine
+    def scaled(total, acc, scales, zero, xs, xs_stride, sums, sums_stride):
+        """``acc + scale * x_scale * (total - zero * sum)``."""
+        s = integers(sums, sums_stride)
+        if zero == 0:
+            total = total - s * (symmetric - BYTE_BIAS if bits == 8 else symmetric)
+        else:
+            z = byte(zero)
+            if bits == 8:
+                z = z - BYTE_BIAS
+            total = total - s * z
+        return fma(to_f32(total), scalars(xs, xs_stride) * half(scales), acc)
+
+    if bits == 4:
+
+        @routine
+        def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
+            stride, acc = blocks * 128, none_f32()
+            for _ in range(blocks):
+                for span in range(spans):
+                    lows, highs = nibble_sums(
+                        w + span * steps * 128, xh + span * steps * 4, xl + span * steps * 4, stride
+                    )
+                    z = zeros_ + span * 32 if zeros_ != 0 else 0
+                    s, t = scales + span * 64, sums + span * 4
+                    if group == 128:
+                        acc = scaled(lows + highs, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
+                    else:
+                        acc = scaled(lows, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
+                        z = z + 16 * groups if z != 0 else 0
+                        acc = scaled(
+                            highs, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, stride * 4 // group
+                        )
+                w += 2048
+                xh += 128
+                xl += 128
+                scales += 64 * groups
+                if zeros_ != 0:
+                    zeros_ += 32 * groups
+                xs += 4
+                sums += 4 * groups
+            store_rows(y, acc, 128)
+
+    else:
+
+        @routine
+        def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
+            stride, acc = blocks * 128, none_f32()
+            for _ in range(blocks):
+                for _ in range(groups):
+                    acc = scaled(
+                        byte_sums(w, xh, xl, stride), acc, scales, zeros_, xs, blocks * 4, sums, stride * 4 // group
+                    )
+                    w += steps * 128
+                    xh += steps * 4
+                    xl += steps * 4
+                    scales += 64
+                    if zeros_ != 0:
+                        zeros_ += 32
+                    sums += 4
+                xs += 4
+            store_rows(y, acc, 128)
+
+    return tile
+
+
+def _make(bits: int, group: int):
+    one_width, many_width = max(2 * LANES, 16), LANES if LANES > 4 else 8
+    one, many = _make_tile(bits, group, one_width, 1), _make_tile(bits, group, many_width, TOKENS)
+    block_bytes, groups = 2048 * bits // 4, 128 // group
+
+    def gemv(args, thread, threads):
+        (w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated, scratch) = unpack(
+            args, 16
+        )
+        y = scratch + thread * 128 * TOKENS
+        first, last = share((n + 31) // 32, thread, threads)
+        for block in range(first, last):
+            bw, bs = w + block * blocks * block_bytes, scales + block * blocks * groups * 64
+            bz = zeros_ + block * blocks * groups * 32 if zeros_ != 0 else 0
+            row = 0
+            while row < rows:
+                o, count = row * blocks, 1
+                if rows - row >= TOKENS:
+                    count = TOKENS
+                    for i in range(0, 32, many_width):
+                        z = bz + i if bz != 0 else 0
+                        many(
+                            bw + 4 * i,
+                            bs + 2 * i,
+                            z,
+                            xh + o * 128,
+                            xl + o * 128,
+                            xs + 4 * o,
+                            sums + 4 * o * groups,
+                            blocks,
+                            y + 4 * i,
+                        )
+                else:
+                    for i in range(0, 32, one_width):
+                        z = bz + i if bz != 0 else 0
+                        one(
+                            bw + 4 * i,
+                            bs + 2 * i,
+                            z,
+                            xh + o * 128,
+                            xl + o * 128,
+                            xs + 4 * o,
+                            sums + 4 * o * groups,
+                            blocks,
+                            y + 4 * i,
+                        )
+                for i in range(count):
+                    finish(y + 128 * i, out, bias, gelu, residual, gated, row + i, 32 * block, n, 32)
+                row += count
+
+    gemv.__name__ = f"gemv{bits}_{group}"
+    return kernel(gemv)
+
+
+for _bits in (4, 8):
+    for _group in (32, 64, 128):
+        _make(_bits, _group)

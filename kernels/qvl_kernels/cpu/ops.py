@@ -1,0 +1,286 @@
+"""`CpuOps`: the `Ops` protocol as instructions for the pool."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from qvl_kernels.cpu import arrays
+from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
+from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
+from qvl_kernels.ops import Norm
+from qvl_kernels.packing import Matrix
+
+F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
+
+
+class CpuOps:
+    """The `Ops` protocol on the processor.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Threads to compute with; by default ``QVL_THREADS``, else all processors this process may use.
+
+    Notes
+    -----
+    Constructing it compiles the kernels if this machine has not done so before. Several Python threads may share one
+    instance: their operations (and replayed captures) follow one another.
+    """
+
+    name = "cpu"
+    activation_dtype = F32
+    score_cache_dtype = "fp32"
+
+    def __init__(self, *, threads: int | None = None):
+        self.threads = threads or default_threads()
+        self._pool = Pool(self.threads)
+        self._local = threading.local()
+        self._scratch: dict[str, np.ndarray] = {}
+
+    # ---------------------------------------------------------------------------------------------- programs
+    @contextlib.contextmanager
+    def _program(self) -> Iterator[Program]:
+        """The program being recorded by this thread, or one that is run at once."""
+        recording = getattr(self._local, "recording", None)
+        if recording is not None:
+            yield recording
+            return
+        program = Program()
+        yield program
+        self._pool.run(program)
+
+    def _memory(self, program: Program, purpose: str, nbytes: int) -> int:
+        """Scratch that is free again after the program's next operation.
+
+        Programs run one at a time, so they share it; one that outgrows it leaves the old memory to those that hold it.
+        """
+        block = self._scratch.get(purpose)
+        if block is None or block.nbytes < nbytes:
+            block = self._scratch[purpose] = aligned(nbytes * 5 // 4 + 4096)
+        program.keep(block)
+        return address(block)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        program = self._local.recording = Program()
+        try:
+            step()
+        finally:
+            self._local.recording = None
+        program.words()
+        return lambda: self._pool.run(program)
+
+    def synchronize(self) -> None:
+        pass
+
+    # ---------------------------------------------------------------------------------------------- memory
+    def empty(self, shape, dtype=np.float32):
+        return arrays.empty(shape, dtype)
+
+    def upload(self, values):
+        return np.ascontiguousarray(values)
+
+    def write(self, target, values):
+        target[...] = values
+
+    def download(self, array):
+        return np.array(array)
+
+    def copy(self, source, target):
+        if source.dtype == target.dtype and source.dtype not in (np.float32, np.float16):
+            raise ValueError(f"copy: expected float32 or float16, got {source.dtype.name}")
+        check("source", source, source.dtype, target.shape)
+        check("target", target, target.dtype, source.shape)
+        with self._program() as program:
+            program.keep(source, target)
+            sizes = source.dtype.itemsize, target.dtype.itemsize
+            program.add("copy", address(source), sizes[0], address(target), sizes[1], source.size)
+
+    def weight(self, matrix: Matrix) -> CpuWeight:
+        return CpuWeight(matrix)
+
+    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
+        return CpuCache(layers, heads, head_dim, capacity, dtype)
+
+    # ---------------------------------------------------------------------------------------------- products
+    def embed(self, ids, table, out):
+        check("ids", ids, I32, (None,))
+        check("out", out, F32, (len(ids), table.k))
+        with self._program() as program:
+            program.keep(ids, table, out)
+            w = table
+            program.add(
+                "embed", address(ids), len(ids), w.weight, w.scales, w.zeros, w.perm, w.bits, w.group_size, w.n, w.k,
+                address(out),
+            )  # fmt: skip
+
+    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+        check("x", x, F32, (None, w.k))
+        check("out", out, F32, (len(x), w.n))
+        if residual is not None:
+            check("residual", residual, F32, out.shape)
+        with self._program() as program:
+            program.keep(x, w, out, residual)
+            planes = self._activations(program, x, w, norm)
+            self._product(program, w, planes, len(x), out, gelu=gelu, residual=residual)
+
+    def gate_up(self, x, gate, up, out, *, norm):
+        check("x", x, F32, (None, gate.k))
+        check("out", out, F32, (len(x), gate.n))
+        if (gate.n, gate.k) != (up.n, up.k):
+            raise ValueError(f"gate is [{gate.n}, {gate.k}], up is [{up.n}, {up.k}]")
+        with self._program() as program:
+            program.keep(x, gate, up, out)
+            planes = self._activations(program, x, gate, norm)
+            self._product(program, gate, planes, len(x), out)
+            if (gate.bits, gate.group_size, gate.perm, up.perm) != (up.bits, up.group_size, 0, 0):
+                planes = self._activations(program, x, up, norm)
+            self._product(program, up, planes, len(x), out, gated=True)
+
+    def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
+        """Bring x into the form the products of `w` take: for fp16 weights float32, else two planes."""
+        rows, k = x.shape
+        source, parameters = address(x), (0, 0, 0)
+        if norm is not None:
+            parameters = self._norm(program, norm, k)
+        if norm is not None and (w.perm or w.bits == 16):
+            target = self._memory(program, "normal", 4 * rows * k)
+            program.add("normalize", source, rows, k, *parameters, target)
+            source, parameters = target, (0, 0, 0)
+        if w.perm:
+            target = self._memory(program, "gathered", 4 * rows * k)
+            program.add("gather", source, rows, k, w.perm, target)
+            source = target
+        if w.bits == 16:
+            return (source,)
+        blocks = w.blocks
+        size = rows * blocks * 128
+        planes = self._memory(program, "planes", 2 * size + 4 * rows * blocks + 4 * size // 32)
+        high, low, scales, sums = planes, planes + size, planes + 2 * size, planes + 2 * size + 4 * rows * blocks
+        scratch = self._memory(program, "columns", 512 * self.threads)
+        program.add("quantize_planes", source, rows, k, *parameters, high, low, scales, sums, w.group_size, scratch)
+        return high, low, scales, sums
+
+    def _norm(self, program: Program, norm: Norm, k: int) -> tuple[int, int, int]:
+        check("norm.weight", norm.weight, F32, (k,))
+        if norm.bias is not None:
+            check("norm.bias", norm.bias, F32, (k,))
+        program.keep(norm)
+        return address(norm.weight), address(norm.bias), float_word(norm.eps)
+
+    def _product(self, program, w, activations, rows, out, *, gelu=False, residual=None, gated=False) -> None:
+        scratch = self._memory(program, "tile", 512 * self.threads)
+        after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
+        if w.bits == 16:
+            program.add("gemv16", w.weight, w.n, w.k, *activations, rows, *after)
+        else:
+            name = f"gemv{w.bits}_{w.group_size}"
+            program.add(name, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after)
+
+    # ---------------------------------------------------------------------------------------------- elementwise
+    def normalize(self, x, norm, out):
+        check("x", x, F32, (None, None))
+        check("out", out, F32, x.shape)
+        with self._program() as program:
+            program.keep(x, out)
+            program.add("normalize", address(x), *x.shape, *self._norm(program, norm, x.shape[1]), address(out))
+
+    def add(self, x, y, out):
+        for name, array in (("x", x), ("y", y), ("out", out)):
+            check(name, array, F32, x.shape)
+        with self._program() as program:
+            program.keep(x, y, out)
+            program.add("add", address(x), address(y), address(out), x.size)
+
+    # ---------------------------------------------------------------------------------------------- attention
+    def vision_attention(self, qkv, heads, out):
+        check("qkv", qkv, F32, (None, None))
+        d = qkv.shape[1] // (3 * heads)
+        check("qkv", qkv, F32, (len(qkv), heads * 3 * d))
+        check("out", out, F32, (len(qkv), heads * d))
+        with self._program() as program:
+            program.keep(qkv, out)
+            base, stride = address(qkv), heads * 3 * d
+            self._attend(
+                program, base, stride, base + 4 * d, base + 8 * d, stride, 3 * d, 3 * d, qkv, qkv, heads, d, out
+            )
+
+    def cross_attention(self, q, k, v, heads, out):
+        check("q", q, F32, (None, None))
+        width, d = q.shape[1], q.shape[1] // heads
+        check("q", q, F32, (len(q), heads * d))
+        check("k", k, F32, (None, width))
+        check("v", v, F32, k.shape)
+        check("out", out, F32, q.shape)
+        with self._program() as program:
+            program.keep(q, k, v, out)
+            self._attend(program, address(q), width, address(k), address(v), width, d, d, q, k, heads, d, out)
+
+    def _attend(self, program, q, q_stride, k, v, k_stride, q_head, k_head, queries, keys, heads, d, out) -> None:
+        scratch = self._memory(program, "scores", 4 * self.threads * (len(keys) + 16))
+        program.add(
+            "full_attention", q, q_stride, k, v, k_stride, q_head, k_head, len(queries), len(keys), heads, d,
+            address(out), _softmax_scale(d), scratch,
+        )  # fmt: skip
+
+    def rope_append(self, qkv, rope, logn, cache, layer, start):
+        self._check_cached(qkv, cache, start)
+        check("rope", rope, F32, (None, cache.head_dim))
+        check("logn", logn, F32, (None,))
+        if min(len(rope), len(logn)) < cache.capacity:
+            raise ValueError(f"rope and logn: {len(rope)} and {len(logn)} positions for a cache of {cache.capacity}")
+        with self._program() as program:
+            program.keep(qkv, rope, logn, cache, start)
+            scratch = self._memory(program, "append", 4096 * self.threads)
+            program.add(
+                f"rope_append_{cache.dtype}", address(qkv), len(qkv), cache.heads, cache.head_dim, address(rope),
+                address(logn), address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, scratch,
+            )  # fmt: skip
+
+    def cached_attention(self, qkv, cache, layer, start, out):
+        self._check_cached(qkv, cache, start)
+        items = len(qkv) * cache.heads
+        check("out", out, F32, (len(qkv), cache.heads * cache.head_dim))
+        splits = self._splits(items)
+        with self._program() as program:
+            program.keep(qkv, cache, start, out)
+            partial = self._memory(program, "partial", items * splits * 4 * (cache.width + 16)) if splits > 1 else 0
+            vectors = 8 if cache.width == 128 else 1
+            program.add(
+                f"attention_{cache.dtype}_{16 * vectors}", address(qkv), len(qkv), cache.heads, cache.head_dim,
+                address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits, address(out),
+                _softmax_scale(cache.head_dim), partial, self._memory(program, "attend", 16384 * self.threads),
+            )  # fmt: skip
+            if splits > 1:
+                program.add("attention_merge", partial, items, splits, cache.width, cache.head_dim, address(out))
+
+    def _splits(self, items: int) -> int:
+        """Pieces each query and head is cut into, so that no thread waits long for another."""
+        if items % self.threads == 0 or items >= 8 * self.threads:
+            return 1
+        return -(-4 * self.threads // items)
+
+    def _check_cached(self, qkv: np.ndarray, cache: CpuCache, start: np.ndarray) -> None:
+        check("qkv", qkv, F32, (None, 3 * cache.heads * cache.head_dim))
+        check("start", start, I32, (None,))
+        if not len(start):
+            raise ValueError("start: empty")
+        if getattr(self._local, "recording", None) is None and not 0 <= start[0] <= cache.capacity - len(qkv):
+            raise ValueError(f"start {start[0]}: {len(qkv)} more positions do not fit a cache of {cache.capacity}")
+
+    # ---------------------------------------------------------------------------------------------- choosing
+    def argmax(self, logits, out):
+        check("logits", logits, F32, (None, None))
+        check("out", out, I32, (len(logits),))
+        with self._program() as program:
+            program.keep(logits, out)
+            program.add("argmax", address(logits), *logits.shape, address(out))
+
+
+def _softmax_scale(d: int) -> int:
+    """The factor that turns ``q . k`` into a power of two for softmax."""
+    return float_word(math.log2(math.e) / math.sqrt(d))

@@ -1,0 +1,125 @@
+"""Elementwise kernels, table look-up and choosing."""
+
+from __future__ import annotations
+
+from numba import float32
+
+from qvl_kernels.cpu.quantize import take
+from qvl_kernels.cpu.registry import kernel, routine, share, unpack
+from qvl_kernels.cpu.simd import (
+    get_f16,
+    get_f32,
+    get_i32,
+    get_u8,
+    halves,
+    loads,
+    max_all,
+    maximum,
+    put_f16,
+    put_f32,
+    put_i32,
+    splats,
+    store,
+    store_half,
+    store_part,
+)
+
+load, half, lowest = loads("f32", 16), halves(16), splats("f32", 16)
+
+
+@kernel
+def add(args, thread, threads):
+    """``out = x + y`` of n float32."""
+    x, y, out, n = unpack(args, 4)
+    first, last = share((n + 15) // 16, thread, threads)
+    for i in range(first, last):
+        o, count = 64 * i, n - 16 * i
+        v = take(x + o, count) + take(y + o, count)
+        if count >= 16:
+            store(out + o, v)
+        else:
+            store_part(out + o, v, count)
+
+
+@kernel
+def copy(args, thread, threads):
+    """``out = x``, n values each of 2 (fp16) or 4 (float32) bytes."""
+    x, x_size, out, out_size, n = unpack(args, 5)
+    first, last = share((n + 15) // 16, thread, threads)
+    for i in range(first, last):
+        source, target = x + 16 * x_size * i, out + 16 * out_size * i
+        if n - 16 * i >= 16:
+            v = half(source) if x_size == 2 else load(source)
+            if out_size == 2:
+                store_half(target, v)
+            else:
+                store(target, v)
+        else:
+            for j in range(n - 16 * i):
+                s = get_f16(source + 2 * j) if x_size == 2 else get_f32(source + 4 * j)
+                if out_size == 2:
+                    put_f16(target + 2 * j, s)
+                else:
+                    put_f32(target + 4 * j, s)
+
+
+@kernel
+def embed(args, thread, threads):
+    """``out [count, k] = table[ids]``; ids int32. Rows past the table are clamped, so nothing is read outside."""
+    ids, count, w, scales, zeros, perm, bits, group, n, k, out = unpack(args, 11)
+    blocks = (k + 127) // 128
+    groups = 128 // group
+    first, last = share(count * blocks, thread, threads)
+    for item in range(first, last):
+        token = item // blocks
+        block = item - token * blocks
+        row = min(max(int(get_i32(ids + 4 * token)), 0), n - 1)
+        begin, target = 128 * block, out + 4 * token * k
+        if bits == 16:
+            for column in range(begin, min(begin + 128, k)):
+                put_f32(target + 4 * column, get_f16(w + 2 * (row * k + column)))
+            continue
+        line, lane = row // 32, row % 32
+        base = w + ((line * blocks + block) * (4 * bits) * 32 + lane) * 4
+        for column in range(begin, min(begin + 128, k)):
+            i = column - begin
+            which = ((line * blocks + block) * groups + i // group) * 32 + lane
+            if bits == 8:
+                code = get_u8(base + i // 4 * 128 + i % 4)
+            else:
+                code = get_u8(base + i % 64 // 4 * 128 + i % 4)
+                code = code >> 4 if i >= 64 else code & 15
+            zero = get_u8(zeros + which) if zeros != 0 else (8 if bits == 4 else 128)
+            place = int(get_i32(perm + 4 * column)) if perm != 0 else column
+            put_f32(target + 4 * place, float32(code - zero) * get_f16(scales + 2 * which))
+
+
+@routine
+def first_largest(x, n):
+    """Index of the largest of n float32, the first if tied."""
+    whole = n // 16 * 16
+    top = get_f32(x)
+    best = lowest(top)
+    for i in range(0, whole, 16):
+        best = maximum(best, load(x + 4 * i))
+    top = max_all(best)
+    for i in range(whole, n):
+        top = max(top, get_f32(x + 4 * i))
+    for i in range(0, whole, 16):
+        if max_all(load(x + 4 * i)) >= top:
+            for j in range(i, i + 16):
+                if get_f32(x + 4 * j) >= top:
+                    return j
+    for i in range(whole, n):
+        if get_f32(x + 4 * i) >= top:
+            return i
+    return 0
+
+
+@kernel
+def argmax(args, thread, threads):
+    """``out [rows] int32`` of float32 ``[rows, n]``."""
+    x, rows, n, out = unpack(args, 4)
+    first, last = share(rows, thread, threads)
+    for row in range(first, last):
+        put_i32(out + 4 * row, first_largest(x + 4 * row * n, n))
