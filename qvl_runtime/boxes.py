@@ -155,7 +155,7 @@ def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | 
     QvlError
         The picture cannot be read, or `out_path` cannot be written.
     """
-    picture = load_image(image).copy()
+    picture = load_image(image)
     width, height = picture.size
     pen = ImageDraw.Draw(picture)
     line = max(2, round(min(width, height) / 200))

@@ -137,7 +137,7 @@ def build_chat(
     images = _checked_images(images)
     spoken, turns = [_read(system, tokenizer)], []
     for turn in history or ():
-        if isinstance(turn, str) or len(turn) != 2:
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
             raise QvlError(f"a turn of the history must be a pair (query, answer), not {turn!r:.80}")
         asked = _read(turn[0], tokenizer, _count_slots(spoken))
         answered = None if turn[1] is None else _read(turn[1], tokenizer)

@@ -48,14 +48,14 @@ def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
 
 
 def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
-    """Keep the smallest set of tokens whose probability exceeds p, at least one; the others become -inf."""
+    """Keep the smallest set of tokens whose probability reaches p, at least one; the others become -inf."""
     probabilities = softmax(logits)
     # All tokens less likely than this together have less than 1 - p: they cannot be in the set, so only the others
     # are sorted, often a few hundred of the 151,936.
     candidates = np.flatnonzero(probabilities >= (1 - p) / logits.size)
     order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     mass = np.cumsum(probabilities[order], dtype=np.float64)
-    kept = order[: np.searchsorted(mass, p, side="right") + 1]
+    kept = order[: np.searchsorted(mass, p) + 1]
     out = np.full_like(logits, -np.inf)
     out[kept] = logits[kept]
     return out

@@ -203,6 +203,7 @@ def test_token_ids_of_the_published_tokenizer_carry_the_path():
         ([39], ["a"], "0 image slots, but images has 1"),
         (TINY.encode("a<img></img>")[:-1], ["a"], "position 1"),
         (TINY.encode("a<img></img>")[:5], ["a"], "position 1"),
+        ([614, *[616] * 100, 615, *[616] * 155, 615], ["a"], "position 0"),
         (np.zeros((1, 3), np.int64), None, "1-D"),
         (np.zeros(3), None, "float64"),
     ],
@@ -275,7 +276,7 @@ def test_pictures_of_a_dropped_turn_are_dropped():
     assert prompt.images == ["b"]
 
 
-@pytest.mark.parametrize("history", [["question"], [("a", "b", "c")]])
+@pytest.mark.parametrize("history", [["question"], [("a", "b", "c")], [7]])
 def test_bad_history(history):
     with pytest.raises(QvlError, match="pair"):
         build_chat(TINY, "q", history)

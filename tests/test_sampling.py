@@ -82,7 +82,7 @@ def test_top_p_of_a_large_vocabulary(scale, p):
     logits = (np.random.default_rng(1).standard_normal(20_000) * scale).astype(np.float32)
     probabilities = softmax(logits).astype(np.float64)
     order = np.argsort(-probabilities, kind="stable")
-    count = int(np.searchsorted(np.cumsum(probabilities[order]), p, side="right")) + 1
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
     kept = np.flatnonzero(np.isfinite(keep_top_p(logits, p)))
     assert len(kept) == count
     assert probabilities[kept].min() == probabilities[order[:count]].min()
@@ -91,6 +91,11 @@ def test_top_p_of_a_large_vocabulary(scale, p):
 def test_tiny_temperature_is_greedy():
     logits = np.array([1.0, 80.0, 79.0], np.float32)
     assert set(draws(Sampler(temperature=1e-45, seed=0), logits, 50)) == {1}
+
+
+def test_top_p_that_is_reached_exactly():
+    """As transformers has it: what is left out may have exactly 1 - p."""
+    assert np.isfinite(keep_top_p(np.zeros(4, np.float32), 0.5)).sum() == 2
 
 
 def test_top_k_larger_than_the_vocabulary():

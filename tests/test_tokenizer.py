@@ -99,6 +99,20 @@ def test_padding_and_foreign_ids(tiny):
             tiny.decode([bad])
 
 
+def test_what_only_begins_like_a_slot(tiny):
+    start, pad, end = tiny.img_start_id, tiny.img_pad_id, tiny.img_end_id
+    one, other = tiny.decode([65]), tiny.decode([300])
+    assert tiny.decode([start, 65, 300, 300]) == f"<img>{one}{other}{other}"
+    assert tiny.decode([start, pad, 65, pad, end]) == f"<img><imgpad>{one}<imgpad></img>"
+    assert tiny.decode([start, start, pad, end, start]) == "<img><img></img><img>"
+
+
+def test_contractions_are_cut_in_either_case(full):
+    for contraction, rest in (("'T", "hree"), ("'t", "hree"), ("'RE", "d")):
+        together = full.encode("x" + contraction + rest)
+        assert together == full.encode("x") + full.encode(contraction) + full.encode(rest)
+
+
 def test_crlf_ranks():
     crlf = Tokenizer.from_ranks(TINY_RANKS.replace(b"\n", b"\r\n"), image_tags=True)
     lf = Tokenizer.from_ranks(TINY_RANKS, image_tags=True)
@@ -116,7 +130,7 @@ LINES = TINY_RANKS.splitlines()
         (b"\n\n", "empty"),
         (b"not a rank file", "line 1"),
         (b"\n".join([*LINES[:300], b"IQ== x"]), "line 301"),
-        (b"\n".join([*LINES[:300], b"I!== 300"]), "line 301"),
+        (b"\n".join([*LINES[:300], b"I!Q== 300"]), "line 301"),
         (b"\n".join([*LINES[:300], LINES[0]]), "twice"),
         (b"\n".join([*LINES[:300], b"AAEC 299"]), "doubled"),
         (b"\n".join(LINES[:300] + LINES[301:]), "missing"),
