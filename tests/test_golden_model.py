@@ -109,11 +109,15 @@ def _check_greedy(model, ids, images, expected):
 @pytest.mark.parametrize("device", BACKENDS)
 @pytest.mark.parametrize("case", _cases("lm/index_gptq.json"), ids=_case_id)
 def test_imported_int4_stays_within_its_rounding(case, device, model, in_golden):
-    """Kept at int4, products are scale * code in float32; the golden data rounds that product to fp16."""
+    """Kept at int4, products are scale * code in float32; the golden data rounds that product to fp16.
+
+    The CPU's 16-bit activations add up to 1e-3 on logits of about 2.
+    """
     model = model(case["ckpt"], case["variant"], device=device, bits=4, vision_bits=16, head_bits=16)
     for ids, expected in _rows(case):
         logits = model.logits(ids, _images(ids, model.config))
-        limit = max(LOGITS, 1.2 * case.get("fp32_product_vs_fp16_product_max", 5e-3))
+        rounding = case.get("fp32_product_vs_fp16_product_max", 5e-3)
+        limit = 1.2 * rounding + (1e-3 if device == "cpu" else LOGITS)
         assert np.abs(logits[expected["logits_at"]] - expected["logits"]).max() < limit
 
 
