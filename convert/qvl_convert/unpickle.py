@@ -199,8 +199,13 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> dict[str, PickledTensor]:
-        for instruction, operand, _ in pickletools.genops(pickle):
-            self._step(instruction.name, operand)
+        program = [(instruction.name, operand) for instruction, operand, _ in pickletools.genops(pickle)]
+        # Named before anything else is refused: what a hostile file calls is what its reader wants to know.
+        for name, operand in program:
+            if name in ("GLOBAL", "INST"):
+                _known(operand)
+        for name, operand in program:
+            self._step(name, operand)
         (result,) = self.stack
         if not isinstance(result, dict):
             raise _Refused("holds no dictionary of tensors")
@@ -222,6 +227,14 @@ class _Interpreter:
                 stack.append(operand)
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "APPENDS":
+                items = self._pop_to_mark()
+                stack[-1].extend(items)
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE":

@@ -1,0 +1,225 @@
+"""Reading a folder in Hugging Face layout: what belongs together is read, what does not is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors import safe_open
+from shards import all_tensors, changed_copy, safetensors_bytes
+
+from qvl_convert.checkpoint import Checkpoint, published_shapes
+from qvl_convert.plan import Source
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.errors import QvlError
+
+CKPT = GOLDEN / "ckpt"
+VL, BIN, ASYM = CKPT / "tiny-vl", CKPT / "tiny-vl-bin", CKPT / "tiny-q7-gptq-asym"
+WTE = "transformer.wte.weight"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the golden VL checkpoint, to be spoilt."""
+    return Path(shutil.copytree(VL, tmp_path / "copy"))
+
+
+def refused(folder: Path, *parts: str) -> None:
+    """Opening a folder fails with one line that holds all the parts."""
+    with pytest.raises(QvlError) as caught:
+        Source(Checkpoint(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_every_tensor_is_what_another_reader_sees():
+    checkpoint = Checkpoint(VL)
+    seen = set()
+    for path in VL.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = checkpoint.tensor(name)
+                assert tensor.dtype == ml_dtypes.bfloat16
+                np.testing.assert_array_equal(tensor, file.get_tensor(name))
+                seen.add(name)
+    assert seen == set(checkpoint.names)
+
+
+@pytest.mark.parametrize("name", ["tiny-vl", "tiny-vl-bin"])
+def test_names_and_shapes_are_those_of_the_published_model(name):
+    checkpoint = Checkpoint(CKPT / name)
+    shapes = published_shapes(checkpoint.config)
+    assert {n: checkpoint.entry(n).shape for n in checkpoint.names} == shapes
+    assert checkpoint.ranks == (CKPT / name / "qwen.tiktoken").read_bytes()
+    assert checkpoint.generation_config.chat_format == "chatml"
+
+
+def test_a_tensor_is_a_view_of_the_file_and_is_read_only():
+    tensor = Checkpoint(BIN).tensor("lm_head.weight")
+    assert not tensor.flags.writeable
+    assert tensor.base is not None
+
+
+def test_single_file_without_index(tmp_path):
+    folder = changed_copy(VL, tmp_path / "one")
+    Source(Checkpoint(folder))
+    for name, array in all_tensors(VL).items():
+        np.testing.assert_array_equal(Checkpoint(folder).tensor(name), array)
+
+
+def test_missing_generation_config_gives_defaults(copy):
+    (copy / "generation_config.json").unlink()
+    assert Checkpoint(copy).generation_config.chat_format == "raw"
+
+
+def test_ranks_with_crlf(copy):
+    path = copy / "qwen.tiktoken"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    Checkpoint(copy)
+
+
+def test_known_buffers_are_tolerated(tmp_path):
+    def add(tensors):
+        tensors["transformer.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["transformer.h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
+        tensors["transformer.h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.bool_)
+
+    Source(Checkpoint(changed_copy(VL, tmp_path / "x", add)))
+
+
+def test_missing_files(copy, tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "is no folder")
+    for name, remedy in (("qwen.tiktoken", "download"), ("config.json", "Hugging Face")):
+        moved = (copy / name).rename(tmp_path / name)
+        refused(copy, name, "no such file", remedy)
+        moved.rename(copy / name)
+    shard = copy / "model-00002-of-00003.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    refused(copy, shard.name, "no such file", "finish the download")
+    shard.write_bytes(data[:-1])
+    refused(copy, shard.name, "truncated")
+    shard.write_bytes(data[:4])
+    refused(copy, shard.name, "4 bytes")
+    shard.write_bytes((1 << 40).to_bytes(8, "little") + data[8:])
+    refused(copy, shard.name, "header claims")
+    shard.write_bytes(b"<!DOCTYPE html><html>not found</html>")
+    refused(copy, shard.name, "no safetensors file")
+    for path in copy.glob("model*"):
+        path.unlink()
+    refused(copy, "holds no weights")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not readable"),
+        ("[]", "no JSON object"),
+        ("[" * 100_000, "not readable"),
+        ('{"weight_map": {}}', "no 'weight_map'"),
+        ('{"weight_map": {"a": 1}}', "names the shard '1'"),
+        ('{"weight_map": {"a": "../model-00001-of-00003.safetensors"}}', "../model-00001"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "/etc/passwd"),
+        ('{"weight_map": {"a": "x.bin"}}', "expected a .safetensors file"),
+        ('{"weight_map": {"a": "model-00001-of-00003.safetensors"}}', "has no tensor 'a'"),
+        ('{"weight_map": {"a": "b.safetensors", "a": "b.safetensors"}}', "twice"),
+    ],
+)
+def test_broken_index(copy, content, message):
+    (copy / "model.safetensors.index.json").write_text(content)
+    refused(copy, message)
+
+
+def test_index_that_names_the_wrong_shard(copy):
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][WTE] = "model-00002-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    refused(copy, "model-00002-of-00003.safetensors", WTE)
+
+
+def test_tensor_in_two_shards(copy):
+    shutil.copy(copy / "model-00001-of-00003.safetensors", copy / "model-00004.safetensors")
+    (copy / "model.safetensors.index.json").unlink()
+    refused(copy, "model-00004.safetensors", "stands in model-00001-of-00003.safetensors too")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda t: t.pop(WTE), [WTE, "finish the download"]),
+        (lambda t: t.update({WTE: t[WTE][:-1]}), [WTE, "[639, 256]", "[640, 256]"]),
+        (lambda t: t.update({WTE: t[WTE].T.copy()}), [WTE, "[256, 640]"]),
+        (lambda t: t.update({WTE: t[WTE].astype(np.int32)}), [WTE, "int32", "float16"]),
+        (lambda t: t.update({"transformer.h.3.ln_1.weight": t[WTE]}), ["transformer.h.3.ln_1.weight", "describe"]),
+        (lambda t: t.update({"lm_head.qweight": np.zeros((2, 2), np.int32)}), ["lm_head.qweight", "quantize_config"]),
+    ],
+)
+def test_tensors_that_contradict_the_config(tmp_path, change, parts):
+    refused(changed_copy(VL, tmp_path / "x", change), *parts)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"model_type": "llama"}, ["model_type", "'llama'"]),
+        ({"num_hidden_layers": 2}, ["transformer.h.2.", "describe"]),
+        ({"num_hidden_layers": 4}, ["transformer.h.3.", "finish"]),
+        ({"hidden_size": 512}, ["512"]),
+        ({"vocab_size": 600}, ["vocab_size"]),
+        ({"rotary_pct": 0.25}, ["rotary_pct"]),
+        ({"seq_length": "2048"}, ["seq_length"]),
+        ({"visual": None}, ["transformer.visual.", "describe"]),
+        ({"visual": {"image_size": 448}}, ["visual", "missing"]),
+        ({"intermediate_size": 10**30}, ["mlp.w1.weight"]),
+    ],
+)
+def test_config_that_contradicts_the_tensors(copy, config, parts):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    refused(copy, *parts)
+
+
+def test_image_start_id_that_contradicts_the_tokenizer(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["visual"]["image_start_id"] += 1
+    path.write_text(json.dumps(config))
+    refused(copy, "config.json", "615", "614")
+
+
+def test_broken_ranks(copy):
+    (copy / "qwen.tiktoken").write_bytes(b"IQ== 0\n")
+    refused(copy, "qwen.tiktoken", "single byte")
+
+
+def test_fingerprint_tells_sources_apart(copy):
+    before = Checkpoint(copy).fingerprint()
+    assert before == Checkpoint(VL).fingerprint()
+    path = copy / "model-00003-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    after = Checkpoint(copy).fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {path.name}
+
+
+def test_qwen_7b_is_the_text_half():
+    raw = json.loads((VL / "config.json").read_text())
+    both = published_shapes(ModelConfig.from_dict(raw))
+    text = published_shapes(ModelConfig.from_dict({k: v for k, v in raw.items() if k != "visual"}))
+    assert text == {name: shape for name, shape in both.items() if ".visual." not in name}
+
+
+def test_shard_bytes_helper_is_what_the_library_reads(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    (tmp_path / "x.safetensors").write_bytes(safetensors_bytes({"a": values}, {"k": "v"}))
+    with safe_open(tmp_path / "x.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor("a"), values)
