@@ -1,0 +1,239 @@
+"""Attention of many queries at a time: blocked, with an online softmax (Dao et al. 2022, "FlashAttention").
+
+A task is one head and up to `QUERIES` queries. Keys and values are gone through `KEYS` at a time: converted to float32
+in this thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 32),
+then used by all of the task's queries, `TOKENS` by `TOKENS`: scores, weights, weighted values. All of it is float32.
+"""
+
+from __future__ import annotations
+
+from numba import float32
+
+from qvl_kernels.cpu.gemm import transpose
+from qvl_kernels.cpu.gemm_tile import WIDTH, tile_float
+from qvl_kernels.cpu.quantize import take
+from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
+from qvl_kernels.cpu.simd import (
+    bytes_,
+    exp2,
+    get_f32,
+    get_i32,
+    halves,
+    loads,
+    max_all,
+    maximum,
+    put_f32,
+    rows,
+    sar,
+    splats,
+    store,
+    store_part,
+    store_rows,
+    sum_all,
+    to_f32,
+    zeros,
+)
+from qvl_kernels.cpu.tiles import KEYS, QUERIES, TOKENS
+
+LOWEST = float32(-1e30)
+SCORE_ROW = 4 * KEYS
+
+load, half, words, signed = loads("f32", 16), halves(16), loads("i32", 16), bytes_(16, True)
+zero, blank, splat, square = zeros("f32", 16), zeros("f32", WIDTH), splats("f32", 16), rows("f32", 16, 16)
+
+
+# ------------------------------------------------------------------------------------------------ a task's memory
+@routine
+def layout(scratch, d):
+    """Where queries, keys, values, scores, outputs and the rows' maxima and sums lie in a thread's scratch memory."""
+    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
+    keys = scratch + 4 * QUERIES * wide
+    values = keys + 4 * KEYS * d
+    scores = values + 4 * KEYS * padded
+    out = scores + 4 * KEYS * TOKENS
+    return scratch, keys, values, scores, out, out + 4 * QUERIES * padded
+
+
+@routine
+def begin(q, row, count, d, factor, queries, out, state):
+    """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
+    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
+    for i in range((count + TOKENS - 1) // TOKENS * TOKENS):
+        for c in range(0, wide, 16):
+            if i < count:
+                store(queries + 4 * (i * wide + c), take(q + i * row + 4 * c, d - c) * factor)
+            else:
+                store(queries + 4 * (i * wide + c), zero())
+        for c in range(0, padded, 16):
+            store(out + 4 * (i * padded + c), zero())
+        put_f32(state + 8 * i, LOWEST)
+        put_f32(state + 8 * i + 4, float32(0))
+
+
+@routine
+def weigh(scores, visible, limit, state, out, padded):
+    """Scores of one row to weights, 0 from `visible` to `limit`; rescales what the row has accumulated."""
+    best = splat(LOWEST)
+    for i in range(0, visible, 16):
+        if visible - i < 16:
+            for j in range(visible - i, 16):
+                put_f32(scores + 4 * (i + j), LOWEST)
+        best = maximum(best, load(scores + 4 * i))
+    old = get_f32(state)
+    top = max(max_all(best), old)
+    if top > old:
+        put_f32(state, top)
+        factor = exp2(splat(old - top))
+        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
+        for c in range(0, padded, 16):
+            store(out + 4 * c, load(out + 4 * c) * factor)
+    total = zero()
+    for i in range(0, limit, 16):
+        if i < visible:
+            p = exp2(load(scores + 4 * i) - top)
+            if visible - i < 16:
+                # exp2 ends at 2**-126: what is masked must be nothing at all.
+                store(scores + 4 * i, p)
+                for j in range(visible - i, 16):
+                    put_f32(scores + 4 * (i + j), float32(0))
+                p = load(scores + 4 * i)
+            store(scores + 4 * i, p)
+            total = total + p
+        else:
+            store(scores + 4 * i, zero())
+    put_f32(state + 4, get_f32(state + 4) + sum_all(total))
+
+
+@routine
+def attend(scratch, d, count, held, visible, step):
+    """All queries of a task over the `held` keys and values in scratch; query i sees ``visible + i * step`` of them."""
+    queries, keys, values, scores, out, state = layout(scratch, d)
+    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
+    for first in range(0, count, TOKENS):
+        limit = min(held, visible + (first + TOKENS - 1) * step)
+        if limit <= 0:
+            continue
+        target = out + 4 * first * padded
+        for column in range(0, limit, 32):
+            for i in range(column, column + 32, WIDTH):
+                for m in range(TOKENS):
+                    store(scores + m * SCORE_ROW + 4 * i, blank())
+                tile_float(
+                    keys + 4 * (column * d + i - column), 128, queries + 4 * first * wide, 4, 4 * wide, d,
+                    scores + 4 * i, SCORE_ROW,
+                )  # fmt: skip
+        for m in range(TOKENS):
+            seen = max(0, min(held, visible + (first + m) * step))
+            weigh(scores + m * SCORE_ROW, seen, limit, state + 8 * (first + m), target + 4 * m * padded, padded)
+        for c in range(0, padded, WIDTH):
+            tile_float(values + 4 * c, 4 * padded, scores, 4, SCORE_ROW, limit, target + 4 * c, 4 * padded)
+
+
+@routine
+def end(scratch, d, count, target, row):
+    """Write the weighted means."""
+    _, _, _, _, out, state = layout(scratch, d)
+    padded = (d + 31) // 32 * 32
+    for i in range(count):
+        scale = float32(1) / get_f32(state + 8 * i + 4)
+        for c in range(0, d, 16):
+            v = load(out + 4 * (i * padded + c)) * scale
+            if d - c >= 16:
+                store(target + i * row + 4 * c, v)
+            else:
+                store_part(target + i * row + 4 * c, v, d - c)
+
+
+# ------------------------------------------------------------------------------------------------ where keys come from
+ROWS, INT8, FP16, FP32 = 0, 1, 2, 4
+"""`kind`: float32 rows, or the bytes of an element of the cache (`qvl_kernels.cpu.cached` describes it)."""
+
+
+@routine
+def cached_keys(kind, source, scales, d, target):
+    """16 positions of one head to float32 ``[d, 32]``, half of it."""
+    if kind == FP32:
+        for i in range(d):
+            store(target + 128 * i, load(source + 64 * i))
+    elif kind == FP16:
+        for i in range(d):
+            store(target + 128 * i, half(source + 32 * i))
+    else:
+        scale = load(scales)
+        for i in range(0, d, 4):
+            w = words(source + 16 * i)
+            for j in range(min(4, d - i)):
+                # A byte is u + 128: moved to the top it loses the 128 to the wrap-around.
+                store(target + 128 * (i + j), to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale)
+
+
+@routine
+def cached_values(kind, source, scale, width, target):
+    if kind == FP32:
+        for c in range(0, width, 16):
+            store(target + 4 * c, load(source + 4 * c))
+    elif kind == FP16:
+        for c in range(0, width, 16):
+            store(target + 4 * c, half(source + 2 * c))
+    else:
+        for c in range(0, width, 16):
+            store(target + 4 * c, to_f32(signed(source + c)) * get_f32(scale))
+
+
+@routine
+def row_keys(source, row, lines, d, target):
+    """Up to 16 float32 rows, transposed."""
+    whole = d // 16 * 16 if lines == 16 else 0
+    for c in range(0, whole, 16):
+        store_rows(target + 128 * c, transpose(square(source + 4 * c, row)), 128)
+    for c in range(whole, d):
+        for j in range(lines):
+            put_f32(target + 128 * c + 4 * j, get_f32(source + j * row + 4 * c))
+
+
+@routine
+def row_values(source, d, padded, target):
+    for c in range(0, padded, 16):
+        store(target + 4 * c, take(source + 4 * c, d - c) if c < d else zero())
+
+
+@kernel
+def block_attention(args, thread, threads):
+    """Attention of every query, over all keys or (`start`, the address of the first query's position) the past.
+
+    Queries and `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart; else
+    `depth` and `width` are the cache's. `length` counts the keys, or the cache's capacity.
+    """
+    (q, q_row, q_head, queries, heads, d, kind, keys, values, key_scales, value_scales, depth, width, length, start,
+     out, factor, scratch, scratch_bytes) = unpack(args, 19)  # fmt: skip
+    scratch += thread * scratch_bytes
+    held_queries, held_keys, held_values, _, sums, state = layout(scratch, d)
+    padded = (d + 31) // 32 * 32
+    blocks = (queries + QUERIES - 1) // QUERIES
+    # The longest tasks first, dealt out in turn.
+    for task in range(thread, blocks * heads, threads):
+        head, row = task % heads, (blocks - 1 - task // heads) * QUERIES
+        count, end_key, seen = min(QUERIES, queries - row), length, length
+        if start != 0:
+            seen = int(get_i32(start)) + row + 1
+            end_key = min(length, seen + count - 1)
+        begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, state)
+        for first in range(0, end_key, KEYS):
+            held = min(KEYS, end_key - first)
+            for i in range(0, held, 16):
+                target, where = held_keys + 4 * (i // 32 * 32 * d + i % 32), head * length + first + i
+                if kind == ROWS:
+                    source = keys + 4 * ((first + i) * depth + head * width)
+                    row_keys(source, 4 * depth, min(16, held - i), d, target)
+                else:
+                    cached_keys(kind, keys + where * depth * kind, key_scales + 4 * where, d, target)
+            for i in range(held):
+                target, where = held_values + 4 * i * padded, head * length + first + i
+                if kind == ROWS:
+                    row_values(values + 4 * ((first + i) * depth + head * width), d, padded, target)
+                else:
+                    cached_values(kind, values + where * width * kind, value_scales + 4 * where, width, target)
+                    if width < padded:
+                        store(target + 4 * width, zero())
+            attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
+        end(scratch, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)

@@ -1,0 +1,153 @@
+"""The inner kernels of the matrix-matrix products: a tile of `TOKENS` rows times two vectors of weights.
+
+Each is one description for all processors: the vectors are as wide as `WIDTH` says, and `simd.dot` becomes what the
+processor has. The sums of a span of columns are integers; scaled by the activations' scale they are added up in
+float32 over a group of the weights, then scaled by the weights' scale and added to the tile.
+
+Loop counts are arguments even where they are always 8 or 32: LLVM would unroll them, keep the weights of several steps
+in registers that are not there, and spill.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from qvl_kernels.cpu.registry import routine
+from qvl_kernels.cpu.simd import (
+    BYTE_BIAS,
+    LEVEL,
+    SUM_EL,
+    SUM_PER_LANE,
+    UNSHIFTED,
+    bytes_,
+    dot,
+    dot_bytes,
+    fma,
+    halves,
+    loads,
+    piece,
+    rows,
+    spreads,
+    store_rows,
+    to_f32,
+    widen,
+    zeros,
+)
+from qvl_kernels.cpu.tiles import TOKENS
+
+LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
+"""Rows of weights in a vector: twice this many by `TOKENS` accumulators fit the registers."""
+WIDTH = 2 * LANES
+TOKEN_BYTES = 4 * TOKENS
+
+weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
+no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
+spread, tile_rows, vector = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS), loads("f32", LANES)
+
+
+@intrinsic
+def nibble(typing, v, upper):
+    """Low nibbles of i8 or, if `upper` is not 0, high ones as `simd.high` gives them."""
+
+    def codegen(context, b, sig, args):
+        wide = ir.VectorType(ir.IntType(16), v.n // 2)
+
+        def everywhere(value):
+            one = b.insert_element(ir.Constant(wide, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), wide.count), [0] * wide.count)
+            return b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), lanes)
+
+        def choose(yes, no):
+            i16 = ir.IntType(16)
+            taken = b.icmp_signed("!=", args[1], ir.Constant(args[1].type, 0))
+            return everywhere(b.select(taken, ir.Constant(i16, yes), ir.Constant(i16, no)))
+
+        block = args[0]
+        mask, amount = (choose(0xF0F0 - 0x10000, 0x0F0F), None) if UNSHIFTED else (None, choose(4, 0))
+        for i in range(v.m):
+            x = b.bitcast(b.extract_value(block, i), wide)
+            if UNSHIFTED:
+                x = b.and_(x, mask)
+            else:
+                x = b.and_(b.lshr(x, amount), ir.Constant(wide, [0x0F0F] * wide.count))
+            block = b.insert_value(block, b.bitcast(x, v.vector), i)
+        return block
+
+    return v(v, upper), codegen
+
+
+def _make_tile(bits: int):
+    none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
+
+    if bits == 4:
+
+        @routine
+        def locate(w, span, steps):
+            """Where the bytes of a span begin; spans 2 and 3 of 128 columns are the high nibbles of 0 and 1."""
+            return w + (span >> 2) * 2048 + (span & 1) * 1024
+
+        @routine
+        def step(a, b, source, span, x):
+            u = nibble(weights(source), span & 2)
+            return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
+
+    else:
+
+        @routine
+        def locate(w, span, steps):
+            return w + span * steps * 128
+
+        @routine
+        def step(a, b, source, span, x):
+            u = weights(source)
+            return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
+
+    @routine
+    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, planes, y):
+        """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`."""
+        span = 0
+        for _ in range(groups):
+            p = spread(sums, 4)
+            q = p
+            if zero_points != 0:
+                p = p * (to_f32(byte(zero_points)) - bias)
+                q = q * (to_f32(byte(zero_points + LANES)) - bias)
+                zero_points += 32
+            for _ in range(spans):
+                for _ in range(planes):
+                    source = locate(w, span, steps)
+                    a, b = none(), none()
+                    for _ in range(steps):
+                        a, b = step(a, b, source, span, x)
+                        source += 128
+                        x += TOKEN_BYTES
+                    scale = spread(xs, 4)
+                    p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
+                    xs += TOKEN_BYTES
+                span += 1
+            sums += TOKEN_BYTES
+            store_rows(y, fma(p, half(scales), tile_rows(y, 128)), 128)
+            store_rows(y + 4 * LANES, fma(q, half(scales + 2 * LANES), tile_rows(y + 4 * LANES, 128)), 128)
+            scales += 64
+
+    return tile
+
+
+tile4, tile8 = _make_tile(4), _make_tile(8)
+
+
+@routine
+def tile_float(w, w_step, x, x_step, x_row, count, y, y_row):
+    """``y[m, :WIDTH] += sum over i < count of x[m, i] * w[i, :WIDTH]``, all float32.
+
+    Steps and rows in bytes: w[i] at ``w + i * w_step``, x[m, i] at ``x + i * x_step + m * x_row``.
+    """
+    p, q = tile_rows(y, y_row), tile_rows(y + 4 * LANES, y_row)
+    for _ in range(count):
+        v = spread(x, x_row)
+        p, q = fma(v, vector(w), p), fma(v, vector(w + 4 * LANES), q)
+        w += w_step
+        x += x_step
+    store_rows(y, p, y_row)
+    store_rows(y + 4 * LANES, q, y_row)

@@ -1,0 +1,40 @@
+"""Sizes the matrix-matrix and prefill kernels agree on, and how much memory they need (no Numba here)."""
+
+from __future__ import annotations
+
+TOKENS = 6
+"""Rows of activations in a tile: with two vectors of weights, 12 accumulators and as many scaled sums."""
+PIECE = 256
+"""Columns of 16-bit weights that are converted at a time."""
+FLOAT_TILES = 64
+"""Tiles of activations that use such a piece."""
+QUERIES = 96
+"""Queries of an attention task."""
+KEYS = 256
+"""Keys and values converted at a time."""
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def int8_bytes(rows: int, k: int, group: int, span: int, planes: int) -> tuple[int, int, int]:
+    """Bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
+    values = _up(rows, TOKENS) * _up(k, 128)
+    return values * planes, values // span * planes * 4, values // group * 4
+
+
+def float_bytes(rows: int, k: int) -> int:
+    """Bytes of `packed` of ``gemm_pack.pack_float``."""
+    return _up(rows, TOKENS) * k * 4
+
+
+def gemm_scratch_bytes(k: int) -> int:
+    """Scratch memory a thread needs for any of the pack and gemm kernels."""
+    return max(8 * _up(k, 128) + 64, PIECE * 128 + FLOAT_TILES * TOKENS * 128)
+
+
+def attention_scratch_bytes(head_dim: int) -> int:
+    """Scratch memory a thread needs for the prefill attention kernels."""
+    wide, padded = _up(head_dim, 16), _up(head_dim, 32)
+    return 4 * (QUERIES * (wide + padded + 2) + KEYS * (head_dim + padded + TOKENS))
