@@ -5,6 +5,7 @@ Run as a process of its own, so that Numba and LLVM's optimiser (150 MB) never e
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -26,6 +27,15 @@ def _library(function) -> tuple[str, llvm.ModuleRef]:
     return compiled.fndesc.llvm_func_name, compiled.library.get_llvm_str()
 
 
+def _without_machine_code(context, library, fndesc, env):
+    """In place of ``CPUContext.get_executable``: optimise, but leave out the machine code of each single routine.
+
+    Nothing is called from Python here; Numba only wants some distinct built-in function to file it under.
+    """
+    library._ensure_finalized()
+    return [].append
+
+
 def _entry(name: str, symbol: str) -> str:
     """IR of the C function `name` around a Numba function, which returns a status and takes two result pointers."""
     return f"""
@@ -41,6 +51,10 @@ define void @{name}(i64 %args, i64 %thread, i64 %threads) {{
 def compile_kernels() -> bytes:
     """The object file; each kernel is the symbol ``qvl_NAME``."""
     import numba
+    from numba.core.cpu import CPUContext
+
+    gc.disable()
+    CPUContext.get_executable = _without_machine_code
 
     cpu, flags = features.target()
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = cpu, flags
