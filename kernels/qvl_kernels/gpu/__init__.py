@@ -1,0 +1,51 @@
+"""The GPU backend: Triton kernels compiled ahead of time, launched through cuda-core. Neither PyTorch nor Triton.
+
+signatures.py  kernels/  build.py     what the kernels are, their sources, how they are compiled
+driver.py                             the NVIDIA driver: the only module that talks to it
+arrays.py  memory.py  weights.py  cache.py     what lies on the device
+launcher.py  graph.py  loader.py      compiled kernels, and the order in which they run
+ops.py                                the `Ops` protocol, on top of all these
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qvl_kernels.ops import DeviceError
+
+if TYPE_CHECKING:
+    from qvl_kernels.gpu.ops import CudaOps
+
+
+def available() -> tuple[bool, str]:
+    """Whether a usable GPU is there, and which; or why not, on one line."""
+    from qvl_kernels.gpu.driver import Driver
+
+    try:
+        driver = Driver()
+    except DeviceError as error:
+        return False, str(error)
+    return True, driver.name
+
+
+def absent() -> bool:
+    """Whether this computer has no NVIDIA driver at all, so that nobody expects a GPU to be used."""
+    import ctypes
+    import sys
+
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
+def __getattr__(name: str) -> object:
+    if name == "CudaOps":
+        from qvl_kernels.gpu.ops import CudaOps
+
+        return CudaOps
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["CudaOps", "absent", "available"]

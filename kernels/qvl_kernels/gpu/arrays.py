@@ -1,0 +1,50 @@
+"""Arrays in device memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+class DeviceArray:
+    """A contiguous array on the GPU, or a slice of one's leading dimension.
+
+    Attributes
+    ----------
+    address : int
+        Of the first value.
+    shape : tuple of int
+    dtype : numpy dtype
+    owner : object
+        Keeps the memory; a slice shares its array's.
+    """
+
+    __slots__ = ("address", "dtype", "owner", "shape")
+
+    def __init__(self, address: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike, owner: Any):
+        self.address, self.shape, self.dtype, self.owner = address, tuple(shape), np.dtype(dtype), owner
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Rows ``i:j`` of the leading dimension, in the same memory."""
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise TypeError(f"a device array takes slices a[i:j] of its leading dimension, not {rows!r}")
+        start, stop, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(self.address + start * row, (max(stop - start, 0), *self.shape[1:]), self.dtype, self.owner)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.dtype} {list(self.shape)} at {self.address:#x})"

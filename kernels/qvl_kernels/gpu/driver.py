@@ -1,0 +1,244 @@
+"""The NVIDIA driver through cuda-core: the one place that talks to it.
+
+`Driver` is the seam: the modules above it use nothing else, and a test can put another object in its place.
+Memory comes from plain `cuMemAlloc`, whose sizes are exactly those asked for, so that a plan made beforehand holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qvl_kernels.ops import DeviceError
+
+MINIMUM_DRIVER = (12, 0)
+"""The CUDA version a driver must support: that of the format of the kernels we ship."""
+
+MINIMUM_CAPABILITY = (7, 5)
+"""Turing: the oldest GPUs with the matrix instructions the kernels use."""
+
+STATIC_SHARED_LIMIT = 48 * 1024
+"""Shared memory a kernel may use without asking (CUDA C programming guide, dynamic shared memory)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel on the device: what a launch needs to know of it."""
+
+    handle: Any
+    name: str
+    threads: int
+    shared: int
+
+
+class Driver:
+    """One GPU, one stream.
+
+    Attributes
+    ----------
+    name : str
+        As the driver calls the GPU.
+    capability : tuple of int
+        Compute capability, (major, minor).
+    shared_limit : int
+        Most bytes of shared memory a block may use.
+    multiprocessors : int
+
+    Raises
+    ------
+    DeviceError
+        There is no driver, no GPU, or one that is too old; or the packages that talk to it are not installed.
+    """
+
+    name = "NVIDIA driver"
+
+    def __init__(self, index: int = 0):
+        self._api, core = _import()
+        api = self._api
+        try:
+            status = api.cuInit(0)[0]
+        except RuntimeError as e:  # cuda-pathfinder's DynamicLibNotFoundError
+            raise DeviceError("no NVIDIA driver found: install one from nvidia.com/drivers, or use the CPU") from e
+        if status != 0:
+            raise DeviceError(f"no usable NVIDIA GPU: the driver says {self._error(status)}; use the CPU")
+        self.driver_version = divmod(self._ok(api.cuDriverGetVersion()) // 10, 100)
+        if self.driver_version < MINIMUM_DRIVER:
+            raise DeviceError(
+                f"the NVIDIA driver supports CUDA {_dots(self.driver_version)} and {_dots(MINIMUM_DRIVER)} is needed: "
+                "update it from nvidia.com/drivers, or use the CPU"
+            )
+        if index >= self._ok(api.cuDeviceGetCount()):
+            raise DeviceError("no NVIDIA GPU found: use the CPU")
+        self._device = core.Device(index)
+        self.name = str(self._device.name)
+        self.capability = tuple(int(x) for x in self._device.compute_capability)
+        if self.capability < MINIMUM_CAPABILITY:
+            raise DeviceError(
+                f"{self.name} has compute capability {_dots(self.capability)} and {_dots(MINIMUM_CAPABILITY)} "
+                "(Turing, 2018) is the oldest supported: use the CPU"
+            )
+        self._core = core
+        self._current = threading.local()
+        self._enter()
+        self._stream = self._device.create_stream()
+        self._raw_stream = api.CUstream(int(self._stream.handle))
+        properties = self._device.properties
+        self.shared_limit = properties.max_shared_memory_per_block_optin
+        self.multiprocessors = properties.multiprocessor_count
+        self._configs: dict[tuple, Any] = {}
+
+    # memory
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and bytes there are."""
+        self._enter()
+        free, total = self._ok(self._api.cuMemGetInfo())
+        return int(free), int(total)
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of `nbytes` bytes of device memory."""
+        self._enter()
+        status, address = self._api.cuMemAlloc(nbytes)
+        if status == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise DeviceError(
+                f"{self.name} is out of memory: {nbytes / 1e9:.2f} GB asked for, {self.memory()[0] / 1e9:.2f} GB free; "
+                "close other programs that use it, or take an int8 KV cache or a shorter context"
+            )
+        return int(self._ok((status, address)))
+
+    def free(self, address: int) -> None:
+        """Give memory back; waits until nothing uses it."""
+        self._enter()
+        self._ok(self._api.cuMemFree(address))
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Page-locked host memory, uint8 [nbytes], which the device reads while the host goes on. Never freed."""
+        self._enter()
+        address = int(self._ok(self._api.cuMemHostAlloc(nbytes, 0)))
+        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+
+    def to_device(self, address: int, values: np.ndarray) -> None:
+        """Copy contiguous `values` to the device, in order with everything else.
+
+        Pageable memory may be changed at once; pinned memory only after `wait` on a later `mark`.
+        """
+        self._enter()
+        self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._raw_stream))
+
+    def to_host(self, target: np.ndarray, address: int) -> None:
+        """Fill contiguous `target` from the device; returns when it is there."""
+        self._enter()
+        self._ok(self._api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, self._raw_stream))
+        self.synchronize()
+
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        """Copy within the device."""
+        self._enter()
+        self._ok(self._api.cuMemcpyDtoDAsync(target, source, nbytes, self._raw_stream))
+
+    def fill(self, address: int, value: int, nbytes: int) -> None:
+        """Set every byte."""
+        self._enter()
+        self._ok(self._api.cuMemsetD8Async(address, value, nbytes, self._raw_stream))
+
+    # kernels
+
+    def load(self, image: bytes, kind: str, name: str, threads: int, shared: int) -> Kernel:
+        """Load kernel `name` from a cubin or from PTX (`kind`), which the driver compiles."""
+        self._enter()
+        if kind == "cubin":
+            code = self._core.ObjectCode.from_cubin(image)
+        else:
+            code = self._core.ObjectCode.from_ptx(image.rstrip(b"\0") + b"\0")
+        handle = code.get_kernel(name)
+        if shared > STATIC_SHARED_LIMIT:
+            attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            kernel = self._api.CUkernel(int(handle.handle))
+            device = self._ok(self._api.cuDeviceGet(self._device.device_id))
+            self._ok(self._api.cuKernelSetAttribute(attribute, shared, kernel, device))
+        # a kernel that is first touched while a stream is captured cannot be loaded then
+        self._ok(self._api.cuKernelGetFunction(self._api.CUkernel(int(handle.handle))))
+        return Kernel(handle, name, threads, shared)
+
+    def launch(self, kernel: Kernel, grid: tuple[int, int, int], args: Sequence[np.generic]) -> None:
+        """Run `kernel` over `grid`; `args` are numpy scalars of the widths it declares, pointers uint64."""
+        self._enter()
+        key = (grid, kernel.threads, kernel.shared)
+        config = self._configs.get(key)
+        if config is None:
+            config = self._core.LaunchConfig(grid=grid, block=(kernel.threads, 1, 1), shmem_size=kernel.shared)
+            self._configs[key] = config
+        self._core.launch(self._stream, config, kernel.handle, *args)
+
+    # order and time
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._enter()
+        self._ok(self._api.cuStreamSynchronize(self._raw_stream))
+
+    def mark(self) -> Any:
+        """A point in the stream."""
+        self._enter()
+        event = self._ok(self._api.cuEventCreate(0))
+        self._ok(self._api.cuEventRecord(event, self._raw_stream))
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Wait until the stream has passed `event`."""
+        self._ok(self._api.cuEventSynchronize(event))
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Time the device took from one mark to another."""
+        self.wait(end)
+        return float(self._ok(self._api.cuEventElapsedTime(begin, end))) * 1e-3
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """A graph of what `work` asks of the stream, which is not carried out."""
+        self._enter()
+        builder = self._stream.create_graph_builder()
+        builder.begin_building()
+        try:
+            work()
+        finally:
+            builder.end_building()
+        return builder.complete()
+
+    def replay(self, graph: Any) -> None:
+        """Carry out a captured graph."""
+        self._enter()
+        graph.launch(self._stream)
+
+    def _enter(self) -> None:
+        """Make the GPU current in this thread."""
+        if not getattr(self._current, "done", False):
+            self._device.set_current()
+            self._current.done = True
+
+    def _ok(self, result: tuple) -> Any:
+        status, *values = result
+        if status != 0:
+            raise DeviceError(f"{self.name}: the driver reports {self._error(status)}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _error(self, status: Any) -> str:
+        text = self._api.cuGetErrorString(status)[1]
+        return f"{getattr(status, 'name', status)} ({text.decode() if text else 'unknown'})"
+
+
+def _dots(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _import() -> tuple[Any, Any]:
+    try:
+        import cuda.core as core
+        from cuda.bindings import driver as api
+    except ImportError as e:
+        raise DeviceError(f"the GPU packages are not installed ({e}): pip install 'qvl-runtime[gpu]'") from e
+    return api, core

@@ -1,0 +1,101 @@
+"""From a kernel's name and its arguments to a launch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from qvl_kernels.gpu.arrays import DeviceArray
+from qvl_kernels.gpu.driver import Driver, Kernel
+from qvl_kernels.gpu.graph import Queue
+from qvl_kernels.gpu.signatures import KERNELS
+from qvl_kernels.ops import DeviceError
+
+ALIGNMENT = 16
+"""Of every pointer: kernels are compiled for it."""
+
+_SCALARS = {"i32": np.int32, "fp32": np.float32}
+_NULL = np.uint64(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A compiled kernel.
+
+    Attributes
+    ----------
+    code : bytes
+    kind : str
+        "cubin" or "ptx".
+    symbol : str
+        Its name inside `code`.
+    warps, shared : int
+        Warps of a program, and its shared memory in bytes.
+    constants : dict
+        What it was compiled with: tile shapes and the like.
+    """
+
+    code: bytes
+    kind: str
+    symbol: str
+    warps: int
+    shared: int
+    constants: dict[str, int | bool]
+
+
+class Images(Protocol):
+    """Compiled kernels by name."""
+
+    def __getitem__(self, name: str) -> Image: ...
+
+
+class Launcher:
+    """Loads kernels when they are first asked for and launches them."""
+
+    def __init__(self, driver: Driver, queue: Queue, images: Images):
+        self.driver, self.queue, self.images = driver, queue, images
+        self._kernels: dict[str, Kernel] = {}
+
+    def constants(self, name: str) -> dict[str, int | bool]:
+        """What kernel `name` was compiled with."""
+        return self.images[name].constants
+
+    def __call__(self, name: str, grid: tuple[int, ...], *args: DeviceArray | int | float | None) -> None:
+        """Launch kernel ``family.variant`` with the arguments its signature lists.
+
+        A pointer is an array, a (array, offset in bytes) pair, or None for one that is not read.
+        """
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            image = self.images[name]
+            if image.shared > self.driver.shared_limit:
+                raise DeviceError(
+                    f"kernel {name} needs {image.shared} bytes of shared memory, "
+                    f"{self.driver.name} has {self.driver.shared_limit}"
+                )
+            kernel = self.driver.load(image.code, image.kind, image.symbol, 32 * image.warps, image.shared)
+            self._kernels[name] = kernel
+        converters = _CONVERTERS[name.partition(".")[0]]
+        if len(args) != len(converters):
+            raise TypeError(f"kernel {name} takes {len(converters)} arguments, got {len(args)}")
+        values = [convert(value) for convert, value in zip(converters, args)]
+        values += [_NULL, _NULL]  # Triton's global and profile scratch, unused
+        shape = (*grid, 1, 1)[:3]
+        self.queue(self.driver.launch, kernel, shape, values, keep=args)
+
+
+def _pointer(value: Any) -> np.uint64:
+    if value is None:
+        return _NULL
+    address = value[0].address + value[1] if isinstance(value, tuple) else value.address
+    if address % ALIGNMENT:
+        raise ValueError(f"{value} is not aligned to {ALIGNMENT} bytes: rows and heads must be multiples of 8 wide")
+    return np.uint64(address)
+
+
+_CONVERTERS: dict[str, tuple[Callable, ...]] = {
+    family: tuple(_SCALARS.get(kind, _pointer) for _, kind in kernel.arguments) for family, kernel in KERNELS.items()
+}

@@ -1,0 +1,230 @@
+"""Device memory: what will fit, said before anything is loaded; blocks; and getting weights up there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+
+from qvl_kernels.gpu.arrays import DeviceArray
+from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.ops import DeviceError
+
+RESERVE = 256 << 20
+"""Bytes left alone: the driver's own, and the kernels'."""
+
+ALIGNMENT = 256
+"""Of every block, as `cuMemAlloc` aligns."""
+
+POOL_LIMIT = 128 << 20
+"""Most bytes of freed blocks kept for the next request of their size."""
+
+_USEFUL_CONTEXT, _CONTEXT_STEP = 1024, 256
+"""Tokens: an image and a few turns; and the steps in which a context is offered."""
+
+STAGE = 32 << 20
+"""Bytes of one of the two page-locked buffers uploads go through."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the memory of a GPU goes, in bytes.
+
+    Attributes
+    ----------
+    weights, cache, workspace : int
+        What the model needs; `reserve` is left to the driver.
+    free : int
+        What the GPU has to give.
+    """
+
+    weights: int
+    cache: int
+    workspace: int
+    free: int
+    reserve: int = RESERVE
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.cache + self.workspace + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        parts = (self.weights, self.cache, self.workspace, self.reserve)
+        weights, cache, workspace, reserve = (f"{part / 1e9:.2f} GB" for part in parts)
+        return (
+            f"{self.needed / 1e9:.2f} GB needed ({weights} weights, {cache} KV cache, {workspace} workspace, "
+            f"{reserve} driver), {self.free / 1e9:.2f} GB free"
+        )
+
+
+def plan(
+    weights_bytes: int,
+    cache_bytes: int,
+    workspace_bytes: int,
+    free_bytes: int,
+    *,
+    int8_cache_bytes: int | None = None,
+    context: int | None = None,
+    vision_bytes: int = 0,
+) -> Plan:
+    """Decide before loading whether a model fits.
+
+    Parameters
+    ----------
+    weights_bytes : int
+        All weights that go to the GPU, as they lie in the blob.
+    cache_bytes, workspace_bytes : int
+        KV cache at its full capacity; activations and scratch.
+    free_bytes : int
+        As `Driver.memory` tells.
+    int8_cache_bytes : int, optional
+        Size of the same cache in int8, when it is not int8 already: offered as a way out.
+    context : int, optional
+        Tokens the cache holds: with it a shorter context can be offered.
+    vision_bytes : int
+        The part of `weights_bytes` that could run on the CPU instead.
+
+    Raises
+    ------
+    DeviceError
+        When it does not fit, with all sizes and what would: an int8 cache, fewer tokens of context, vision on the
+        CPU, or these together; or that nothing would.
+    """
+    whole = Plan(weights_bytes, cache_bytes, workspace_bytes, free_bytes)
+    if whole.fits:
+        return whole
+    remedy = _remedy(whole, int8_cache_bytes, context, vision_bytes)
+    raise DeviceError(f"the model does not fit on the GPU: {whole}; {remedy}")
+
+
+def _remedy(whole: Plan, int8_cache: int | None, context: int | None, vision: int) -> str:
+    """The mildest change that makes it fit."""
+    int8, off = "an int8 KV cache", "vision on the CPU"
+    options = []
+    if int8_cache is not None:
+        options.append((int8, dataclasses.replace(whole, cache=int8_cache)))
+    if vision:
+        options.append((off, dataclasses.replace(whole, weights=whole.weights - vision)))
+    if int8_cache is not None and vision:
+        both = dataclasses.replace(whole, cache=int8_cache, weights=whole.weights - vision)
+        options.append((f"{int8} and {off}", both))
+    for name, option in options:
+        if option.fits:
+            return f"what fits: {name} ({option.needed / 1e9:.2f} GB)"
+    shorter = [(name, _tokens(option, context)) for name, option in [("", whole), *options]] if context else []
+    for name, tokens in [*(s for s in shorter if s[1] >= _USEFUL_CONTEXT), *shorter[::-1]]:
+        if tokens > 0:
+            return f"what fits: {name and name + ' with '}a context of {tokens} tokens instead of {context}"
+    return "nothing would make it fit: use the CPU, or close other programs that use the GPU"
+
+
+def _tokens(option: Plan, context: int) -> int:
+    """How long a context there is room for."""
+    room = option.free - (option.needed - option.cache)
+    return context * room // option.cache // _CONTEXT_STEP * _CONTEXT_STEP
+
+
+class Memory:
+    """Blocks of device memory, given back when the last array in them is gone.
+
+    Work runs in the order of one stream, so a block may be handed out again while what last used it still runs.
+
+    Attributes
+    ----------
+    in_use, peak : int
+        Bytes in live arrays now, and the most there were.
+    """
+
+    def __init__(self, driver: Driver):
+        self.driver = driver
+        self.in_use = self.peak = 0
+        self._pool: dict[int, list[int]] = collections.defaultdict(list)
+        self._pooled = 0
+
+    def array(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
+        """An uninitialised array."""
+        block = Block(self, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+        return DeviceArray(block.address, shape, dtype, block)
+
+    def take(self, nbytes: int) -> int:
+        """The address of a block."""
+        if self._pool[nbytes]:
+            address = self._pool[nbytes].pop()
+            self._pooled -= nbytes
+        else:
+            try:
+                address = self.driver.allocate(nbytes)
+            except DeviceError:
+                if not self._pooled:
+                    raise
+                self.trim()
+                address = self.driver.allocate(nbytes)
+        self.in_use += nbytes
+        self.peak = max(self.peak, self.in_use)
+        return address
+
+    def give(self, address: int, nbytes: int) -> None:
+        """Take a block back."""
+        self.in_use -= nbytes
+        if self._pooled + nbytes <= POOL_LIMIT:
+            self._pool[nbytes].append(address)
+            self._pooled += nbytes
+        else:
+            self.driver.free(address)
+
+    def trim(self) -> None:
+        """Give the blocks kept for later back to the driver."""
+        for addresses in self._pool.values():
+            for address in addresses:
+                self.driver.free(address)
+        self._pool.clear()
+        self._pooled = 0
+
+
+class Block:
+    """One allocation; it lives as long as an array refers to it."""
+
+    __slots__ = ("__weakref__", "address")
+
+    def __init__(self, memory: Memory, nbytes: int):
+        nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
+        self.address = memory.take(nbytes)
+        weakref.finalize(self, memory.give, self.address, nbytes).atexit = False
+
+
+class Uploader:
+    """Copies host arrays to the device through two page-locked buffers: one fills while the other travels."""
+
+    def __init__(self, driver: Driver, progress: Callable[[int], None]):
+        self.driver, self.progress = driver, progress
+        self._stages: list[np.ndarray] = []
+        self._sent: list = [None, None]
+        self._next = 0
+
+    def __call__(self, values: np.ndarray, target: DeviceArray) -> None:
+        """Copy `values`, of any layout, into `target`; `progress` is told of the bytes as they leave."""
+        values = np.ascontiguousarray(values)
+        if values.nbytes <= 1 << 16:
+            self.driver.to_device(target.address, values)
+            self.progress(values.nbytes)
+            return
+        if not self._stages:
+            self._stages = [self.driver.pinned(STAGE) for _ in range(2)]
+        data = values.reshape(-1).view(np.uint8)
+        for first in range(0, len(data), STAGE):
+            part = data[first : first + STAGE]
+            slot, self._next = self._next, 1 - self._next
+            if self._sent[slot] is not None:
+                self.driver.wait(self._sent[slot])
+            stage = self._stages[slot][: len(part)]
+            stage[:] = part
+            self.driver.to_device(target.address + first, stage)
+            self._sent[slot] = self.driver.mark()
+            self.progress(len(part))

@@ -1,0 +1,270 @@
+"""The `Ops` protocol on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from qvl_kernels.gpu import signatures as s
+from qvl_kernels.gpu.arrays import DeviceArray
+from qvl_kernels.gpu.cache import CudaCache
+from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.gpu.graph import Queue, Replay
+from qvl_kernels.gpu.launcher import Images, Launcher
+from qvl_kernels.gpu.memory import Memory, Uploader
+from qvl_kernels.gpu.weights import DeviceMatrix, to_device
+from qvl_kernels.ops import Norm
+from qvl_kernels.packing import Matrix
+
+_HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
+
+_COUNTERS = 1 << 16
+"""Tiles of one product that may be split along k."""
+
+_MAX_SPLIT = 16
+
+
+class CudaOps:
+    """One GPU.
+
+    Parameters
+    ----------
+    driver : Driver, optional
+        The first GPU by default.
+    images : mapping of str to Image, optional
+        Compiled kernels; those found by `loader.find` by default.
+    progress : callable
+        Told the number of bytes of every upload, as they leave.
+
+    Raises
+    ------
+    DeviceError
+        There is no usable GPU, or no kernels for it.
+    """
+
+    name = "cuda"
+    activation_dtype = _HALF
+    score_cache_dtype = "fp16"
+
+    def __init__(
+        self,
+        driver: Driver | None = None,
+        images: Images | None = None,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ):
+        self.driver = Driver() if driver is None else driver
+        if images is None:
+            from qvl_kernels.gpu.loader import find
+
+            images = find(self.driver.capability, self.driver.shared_limit)
+        self.memory = Memory(self.driver)
+        self.queue = Queue(self.driver)
+        self.launch = Launcher(self.driver, self.queue, images)
+        self.uploader = Uploader(self.driver, progress)
+        self._counters = self.empty((_COUNTERS,), np.int32)
+        self.driver.fill(self._counters.address, 0, self._counters.nbytes)
+
+    # memory
+
+    def empty(self, shape, dtype=np.float32):
+        return self.memory.array(shape, dtype)
+
+    def upload(self, values):
+        self.queue.host_access("an upload")
+        array = self.memory.array(values.shape, values.dtype)
+        self.uploader(values, array)
+        return array
+
+    def write(self, target, values):
+        self.queue.host_access("a write")
+        values = np.ascontiguousarray(values, target.dtype)
+        _same_shape(target, values)
+        self.uploader(values, target)
+
+    def download(self, array):
+        self.queue.host_access("a download")
+        values = np.empty(array.shape, array.dtype)
+        if values.size:
+            self.driver.to_host(values, array.address)
+        return values
+
+    def copy(self, source, target):
+        _same_shape(source, target)
+        if source.dtype == target.dtype:
+            self.queue(self.driver.move, target.address, source.address, source.nbytes, keep=(source, target))
+        else:
+            self._gather(source, None, target, source.size, source.size, 1)
+
+    def weight(self, matrix: Matrix) -> DeviceMatrix:
+        return to_device(self, matrix)
+
+    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
+        return CudaCache(self.memory, self.launch, layers, heads, head_dim, capacity, dtype)
+
+    # products
+
+    def embed(self, ids, table, out):
+        _expect(out, (ids.shape[0], table.k), _FLOAT)
+        kind, flags = table.kind.removesuffix("_fine"), s.PERMUTED if table.perm is not None else 0
+        sizes = (table.k, table.rows, table.blocks, table.group_shift, flags)
+        grid = (table.blocks, ids.shape[0])
+        self.launch(f"embed.{kind}", grid, ids, table.codes, table.scales, table.perm, out, *sizes)
+
+    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+        _expect(out, (x.shape[0], w.n))
+        if residual is not None:
+            _expect(residual, out.shape, _FLOAT)
+        h = self._prepare(x, w, norm)
+        flags = _flags((w.bias, s.BIAS), (gelu, s.GELU), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
+        name, grid, partials = self._tiles("linear", w, x.shape[0])
+        operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
+        self.launch(name, grid, *operands, x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
+
+    def gate_up(self, x, gate, up, out, *, norm):
+        m = x.shape[0]
+        _expect(out, (m, gate.n))
+        if f"{gate.kind}.small" not in s.KERNELS["gate_up"].variants or not _alike(gate, up):
+            g, u = self.empty((m, gate.n)), self.empty((m, up.n))
+            self.linear(x, gate, g, norm=norm)
+            self.linear(x, up, u, norm=norm)
+            flags = _flags((out.dtype == _HALF, s.OUT_HALF))
+            self.launch("swiglu.any", (_elements(out.size),), g, u, out, out.size, flags)
+            return
+        h = self._prepare(x, gate, norm)
+        flags = _flags((gate.bias, s.BIAS), (up.bias, s.BIAS_UP), (out.dtype == _HALF, s.OUT_HALF))
+        name, grid, partials = self._tiles("gate_up", gate, m)
+        operands = (h, gate.codes, gate.scales, gate.bias, up.codes, up.scales, up.bias, out, partials, self._counters)
+        self.launch(name, grid, *operands, m, gate.n, gate.rows, gate.blocks, gate.group_shift, flags)
+
+    def _prepare(self, x: DeviceArray, w: DeviceMatrix, norm: Norm | None) -> DeviceArray:
+        """The activations as a product wants them: fp16, in the weight's order of columns, padded with zeros."""
+        if x.shape[1] != w.k:
+            raise ValueError(f"a product of x {list(x.shape)} with a weight of {w.k} columns")
+        if norm is None and x.dtype == _HALF and w.perm is None and w.padded == w.k:
+            return x
+        h = self.empty((x.shape[0], w.padded), np.float16)
+        if norm is None:
+            self._gather(x, w.perm, h, w.k, w.padded, x.shape[0])
+        else:
+            self._norm(x, norm, w.perm, h, w.padded)
+        return h
+
+    def _tiles(self, family: str, w: DeviceMatrix, m: int) -> tuple[str, tuple[int, int], DeviceArray | None]:
+        """Kernel, grid, and scratch of a product over `m` rows.
+
+        Few tiles leave multiprocessors idle: then several programs share the columns of one, two for each
+        multiprocessor in all.
+        """
+        name = f"{family}.{w.kind}.small"
+        constants = self.launch.constants(name)
+        if m > constants["BM"]:
+            name = f"{family}.{w.kind}.large"
+            constants = self.launch.constants(name)
+        tiles = -(-m // constants["BM"]) * (w.rows // constants["BN"])
+        wanted = 2 * self.driver.multiprocessors // tiles
+        split = min(max(wanted, 1), _MAX_SPLIT, w.blocks) if tiles <= _COUNTERS else 1
+        partials = None
+        if split > 1:
+            partials = self.empty((tiles, split, constants["BM"] * constants["BN"] * (2 if family == "gate_up" else 1)))
+        return name, (tiles, split), partials
+
+    # elementwise
+
+    def normalize(self, x, norm, out):
+        _same_shape(x, out)
+        self._norm(x, norm, None, out, x.shape[1])
+
+    def _norm(self, x: DeviceArray, norm: Norm, perm: DeviceArray | None, out: DeviceArray, padded: int) -> None:
+        _expect(x, x.shape, _FLOAT)
+        variant = next((v for v, c in s.KERNELS["norm"].variants.items() if c["BLOCK"] >= padded), None)
+        if variant is None:
+            raise ValueError(f"a norm of {padded} columns: the GPU kernels take at most 16384")
+        flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
+        arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
+        self.launch(f"norm.{variant}", (x.shape[0],), *arguments)
+
+    def _gather(self, x: DeviceArray, perm, out: DeviceArray, k: int, padded: int, rows: int) -> None:
+        flags = _flags((perm, s.PERMUTED), (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF))
+        self.launch("gather.any", (_elements(padded), rows), x, perm, out, k, padded, flags)
+
+    def add(self, x, y, out):
+        _same_shape(x, y)
+        _same_shape(x, out)
+        halves = (x.dtype == _HALF, s.X_HALF), (y.dtype == _HALF, s.Y_HALF), (out.dtype == _HALF, s.OUT_HALF)
+        self.launch("add.any", (_elements(out.size),), x, y, out, out.size, _flags(*halves))
+
+    # attention
+
+    def vision_attention(self, qkv, heads, out):
+        d = qkv.shape[1] // (3 * heads)
+        self._attention((qkv, (qkv, 2 * d), (qkv, 4 * d)), qkv.shape[0], qkv.shape[0], heads, 3, d, out)
+
+    def cross_attention(self, q, k, v, heads, out):
+        self._attention((q, k, v), q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
+
+    def _attention(self, qkv: tuple, q_rows: int, k_rows: int, heads: int, parts: int, d: int, out) -> None:
+        _expect(out, (q_rows, heads * d), _HALF)
+        variant = str(d) if str(d) in s.KERNELS["attention"].variants else "any"
+        name = f"attention.{variant}"
+        grid = (-(-q_rows // self.launch.constants(name)["BM"]), heads)
+        self.launch(name, grid, *qkv, out, q_rows, k_rows, heads, parts, d, 1 / math.sqrt(d))
+
+    def rope_append(self, qkv, rope, logn, cache, layer, start):
+        grid = (qkv.shape[0], -(-cache.heads // s.ROPE_HEADS))
+        sizes = (cache.heads, cache.stride, cache.head_dim)
+        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *cache.layer(layer), start, *sizes)
+
+    def cached_attention(self, qkv, cache, layer, start, out):
+        t, d = qkv.shape[0], cache.head_dim
+        _expect(out, (t, cache.heads * d), _HALF)
+        arguments = (qkv, *cache.layer(layer), start, out)
+        sizes = (cache.heads, cache.stride, d, 1 / math.sqrt(d))
+        variant = f"{cache.dtype}.{'128' if d == 128 else 'any'}"
+        if t == 1:
+            partials = self.empty((cache.heads, s.DECODE_SPLITS, 128 + 1))
+            grid = (cache.heads, s.DECODE_SPLITS)
+            self.launch(f"decode_attention.{variant}", grid, *arguments, partials, self._counters, *sizes)
+        else:
+            name = f"cached_attention.{variant}"
+            grid = (-(-t // self.launch.constants(name)["BM"]), cache.heads)
+            self.launch(name, grid, *arguments, t, *sizes)
+
+    # choosing
+
+    def argmax(self, logits, out):
+        t, size = logits.shape
+        values, indices = self.empty((t, s.ARGMAX_PARTS)), self.empty((t, s.ARGMAX_PARTS), np.int32)
+        self.launch("argmax.any", (s.ARGMAX_PARTS, t), logits, out, values, indices, self._counters, size)
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        return self.queue.capture(step)
+
+    def synchronize(self):
+        self.driver.synchronize()
+
+
+def _flags(*conditions: tuple) -> int:
+    """The sum of the flags whose condition is an array or True."""
+    return sum(flag for condition, flag in conditions if condition is not None and condition is not False)
+
+
+def _alike(a: DeviceMatrix, b: DeviceMatrix) -> bool:
+    """Whether one kernel can read both weights side by side."""
+    return (a.n, a.k, a.kind, a.group_shift, a.order) == (b.n, b.k, b.kind, b.group_shift, b.order)
+
+
+def _elements(size: int) -> int:
+    return -(-size // s.ELEMENTS)
+
+
+def _same_shape(a, b) -> None:
+    if tuple(a.shape) != tuple(b.shape):
+        raise ValueError(f"arrays of shapes {list(a.shape)} and {list(b.shape)}, expected equal ones")
+
+
+def _expect(array: DeviceArray, shape: tuple[int, ...], dtype: np.dtype | None = None) -> None:
+    if tuple(array.shape) != tuple(shape) or (dtype is not None and array.dtype != dtype):
+        wanted = f"{dtype or ''} {list(shape)}".strip()
+        raise ValueError(f"{array} where {wanted} is expected")

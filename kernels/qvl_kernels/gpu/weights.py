@@ -1,0 +1,152 @@
+"""Packed matrices on the device: the blob's bytes, reordered there for the tensor cores.
+
+`signatures` describes the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from qvl_kernels.gpu.arrays import DeviceArray
+from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.gpu.graph import Queue
+from qvl_kernels.gpu.launcher import Launcher
+from qvl_kernels.gpu.memory import Memory, Uploader
+from qvl_kernels.gpu.signatures import ELEMENTS, HAS_ZEROS, ROW_PADDING
+from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, round_up
+
+STAGE = 32 << 20
+"""Bytes of the blob that wait on the device to be reordered."""
+
+_MAX_GRID = 65535
+"""Programs in the second dimension of a grid (CUDA C programming guide, compute capabilities)."""
+
+
+class Device(Protocol):
+    """What putting a matrix on the device takes."""
+
+    driver: Driver
+    memory: Memory
+    queue: Queue
+    launch: Launcher
+    uploader: Uploader
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeviceMatrix:
+    """A weight ``[n, k]`` on the device.
+
+    Attributes
+    ----------
+    kind : str
+        The variant of the kernels that read it: "int4", "int8", "fp16", with "_fine" for groups under 128.
+    rows, blocks : int
+        Padded sizes: rows, and blocks of 128 columns.
+    group_shift : int
+        log2(group_size / 32).
+    codes : DeviceArray
+    scales, perm, bias : DeviceArray or None
+    order : bytes
+        Identifies `perm`: equal for weights that share an order of columns.
+    """
+
+    n: int
+    k: int
+    kind: str
+    rows: int
+    blocks: int
+    group_shift: int
+    codes: DeviceArray
+    scales: DeviceArray | None
+    perm: DeviceArray | None
+    bias: DeviceArray | None
+    order: bytes
+
+    @property
+    def padded(self) -> int:
+        """Columns of the activations it multiplies."""
+        return self.blocks * BLOCK
+
+
+def device_bytes(n: int, k: int, bits: int, group_size: int) -> int:
+    """Bytes an ``[n, k]`` matrix takes on the device, without bias and column order."""
+    rows, columns = round_up(n, ROW_PADDING), round_up(k, BLOCK)
+    return rows * columns * bits // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
+
+
+def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
+    """Upload a matrix, in pieces that the device reorders."""
+    device.queue.host_access("a weight")
+    m, rows, blocks = matrix, round_up(matrix.n, ROW_PADDING), round_up(matrix.k, BLOCK) // BLOCK
+    fine = m.bits != 16 and m.group_size < BLOCK
+    if m.bits == 16:
+        codes, scales = _pad_rows(device, m, rows, blocks), None
+    else:
+        codes, scales = _reorder(device, m, rows, blocks), _pack_scales(device, m, rows, blocks)
+    return DeviceMatrix(
+        n=m.n,
+        k=m.k,
+        kind=("fp16" if m.bits == 16 else f"int{m.bits}") + ("_fine" if fine else ""),
+        rows=rows,
+        blocks=blocks,
+        group_shift=(m.group_size // 32).bit_length() - 1,
+        codes=codes,
+        scales=scales,
+        perm=None if m.perm is None else _copy(device, np.asarray(m.perm, np.int32)),
+        bias=None if m.bias is None else _copy(device, np.asarray(m.bias, np.float32)),
+        order=b"" if m.perm is None else np.ascontiguousarray(m.perm, np.int32).tobytes(),
+    )
+
+
+def _copy(device: Device, values: np.ndarray) -> DeviceArray:
+    array = device.memory.array(values.shape, values.dtype)
+    device.uploader(values, array)
+    return array
+
+
+def _pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Pairs of a first row and `values` from it on, of at most `STAGE` bytes each."""
+    step = min(max(STAGE // values[:1].nbytes, 1), _MAX_GRID)
+    for first in range(0, len(values), step):
+        yield first, values[first : first + step]
+
+
+def _reorder(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
+    codes = device.memory.array((blocks, rows, 4 * m.bits), np.int32)
+    _clear(device, codes, round_up(m.n, ROWS) < rows)
+    for first, piece in _pieces(m.weight):
+        source = _copy(device, piece)
+        device.launch(f"reorder.int{m.bits}", (blocks, len(piece)), source, codes, first, rows, blocks)
+    return codes
+
+
+def _pack_scales(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
+    groups = blocks * (BLOCK // m.group_size)
+    scales = device.memory.array((groups, rows), np.int32)
+    _clear(device, scales, round_up(m.n, ROWS) < rows)
+    source, zeros = _copy(device, m.scales), None if m.zeros is None else _copy(device, m.zeros)
+    flags = 0 if zeros is None else HAS_ZEROS
+    zero = SYMMETRIC_ZERO[m.bits]
+    grid = (groups, len(m.scales))
+    device.launch("pack_scales.any", grid, source, zeros, scales, 0, rows, groups, zero, flags)
+    return scales
+
+
+def _pad_rows(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
+    padded = blocks * BLOCK
+    codes = device.memory.array((rows, padded), np.float16)
+    _clear(device, codes, m.n < rows)
+    for first, piece in _pieces(m.weight):
+        grid = (-(-padded // ELEMENTS), len(piece))
+        device.launch("pad_rows.any", grid, _copy(device, piece), codes, first, m.k, padded)
+    return codes
+
+
+def _clear(device: Device, array: DeviceArray, padded: bool) -> None:
+    """Rows that the upload does not write hold zeros, not what the memory held before."""
+    if padded:
+        device.queue(device.driver.fill, array.address, 0, array.nbytes, keep=array)

@@ -1,0 +1,141 @@
+"""A GPU made of host memory: the seam of `qvl_kernels.gpu.driver`, with kernels recorded or interpreted.
+
+An address is that of a host buffer; a launch is recorded, and given to an executor if there is one. Fresh memory is
+filled with NaN so that what is read before it is written shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import numpy as np
+
+from qvl_kernels.gpu import signatures
+from qvl_kernels.gpu.driver import Kernel
+from qvl_kernels.gpu.launcher import Image
+from qvl_kernels.ops import DeviceError
+
+ARCHITECTURE = 80
+
+
+class Images(dict):
+    """An empty image of every kernel, with the constants it would be compiled with."""
+
+    def __missing__(self, name: str) -> Image:
+        tile = signatures.tile(name, ARCHITECTURE)
+        self[name] = Image(name.encode(), "cubin", name, tile["warps"], 0, signatures.constants(name, ARCHITECTURE))
+        return self[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch as the driver would see it: `args` holds every argument by name, pointers as addresses."""
+
+    name: str
+    grid: tuple[int, int, int]
+    args: dict[str, int | float]
+
+
+class FakeDriver:
+    """Stands in for `qvl_kernels.gpu.driver.Driver`."""
+
+    name = "Fake GPU"
+    capability = (8, 0)
+    shared_limit = 101376
+    multiprocessors = 4
+
+    def __init__(self, total: int = 1 << 33, executor=None):
+        self.total, self.executor = total, executor
+        self.buffers: dict[int, np.ndarray] = {}
+        self.launches: list[Launch] = []
+        self.allocations = 0
+        self._tape = None
+
+    def memory(self):
+        return self.total - sum(len(b) for b in self.buffers.values()), self.total
+
+    def allocate(self, nbytes):
+        if nbytes > self.memory()[0]:
+            raise DeviceError(f"{self.name} is out of memory")
+        self.allocations += 1
+        raw = np.full(nbytes + 256, 0xFF, np.uint8)
+        address = -(-raw.ctypes.data // 256) * 256
+        self.buffers[address] = raw[:nbytes]
+        return address
+
+    def free(self, address):
+        del self.buffers[address]
+
+    def pinned(self, nbytes):
+        return np.empty(nbytes, np.uint8)
+
+    def to_device(self, address, values):
+        assert values.flags.c_contiguous and self._tape is None
+        self.check(address, values.nbytes)
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+    def to_host(self, target, address):
+        assert target.flags.c_contiguous and self._tape is None
+        self.check(address, target.nbytes)
+        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+    def move(self, target, source, nbytes):
+        self.check(target, nbytes)
+        self.check(source, nbytes)
+        self._issue(ctypes.memmove, target, source, nbytes)
+
+    def fill(self, address, value, nbytes):
+        self.check(address, nbytes)
+        self._issue(ctypes.memset, address, value, nbytes)
+
+    def load(self, image, kind, name, threads, shared):
+        assert self._tape is None, "kernels cannot be loaded within a capture"
+        return Kernel(name, name, threads, shared)
+
+    def launch(self, kernel, grid, args):
+        *values, scratch, profile = args
+        assert scratch == profile == 0 and all(n > 0 for n in grid) and max(grid[1:]) <= 65535
+        named = {}
+        for (name, kind), value in zip(signatures.types(kernel.name).items(), values, strict=True):
+            assert isinstance(value, {"i32": np.int32, "fp32": np.float32}.get(kind, np.uint64))
+            named[name] = value.item()
+            if kind.startswith("*") and value:
+                self.check(int(value), 1)
+        self._issue(self._run, Launch(kernel.name, grid, named))
+
+    def synchronize(self):
+        pass
+
+    def mark(self):
+        return object()
+
+    def wait(self, event):
+        pass
+
+    def capture(self, work):
+        self._tape = tape = []
+        try:
+            work()
+        finally:
+            self._tape = None
+        return tape
+
+    def replay(self, graph):
+        for action, args in graph:
+            action(*args)
+
+    def _issue(self, action, *args):
+        if self._tape is None:
+            action(*args)
+        else:
+            self._tape.append((action, args))
+
+    def _run(self, launch):
+        self.launches.append(launch)
+        if self.executor is not None:
+            self.executor(launch)
+
+    def check(self, address, nbytes):
+        """Everything is inside a live allocation."""
+        assert any(b <= address and address + nbytes <= b + len(raw) for b, raw in self.buffers.items())

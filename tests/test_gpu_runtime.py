@@ -1,0 +1,444 @@
+"""The GPU runtime without a GPU: memory, launches, graphs and whole steps on a fake driver.
+
+Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes.gpu import FakeDriver, Images
+
+from qvl_kernels import gpu, packing
+from qvl_kernels.gpu import memory as gpu_memory
+from qvl_kernels.gpu import signatures
+from qvl_kernels.gpu.cache import cache_bytes
+from qvl_kernels.gpu.graph import Replay
+from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
+from qvl_kernels.gpu.ops import CudaOps
+from qvl_kernels.gpu.weights import device_bytes
+from qvl_kernels.ops import DeviceError, Norm
+
+TESTS = Path(__file__).parent
+GB = 1_000_000_000
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    return FakeDriver()
+
+
+@pytest.fixture
+def ops(driver) -> CudaOps:
+    return CudaOps(driver, Images())
+
+
+def _matrix(n: int, k: int, bits: int, group_size: int = 128, seed: int = 0, **options) -> packing.Matrix:
+    rng = np.random.default_rng(seed)
+    if bits == 16:
+        return packing.Matrix(n, k, 16, 128, rng.standard_normal((n, k)).astype(np.float16))
+    codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+    return packing.pack(codes, rng.random((n, -(-k // group_size))) / 50, bits, group_size, **options)
+
+
+# arrays and memory
+
+
+def test_slices_of_the_leading_dimension_share_memory(ops):
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    array = ops.upload(values)
+    part = array[1:3]
+    assert (part.shape, part.dtype, part.nbytes) == ((2, 6), np.float32, 48)
+    np.testing.assert_array_equal(ops.download(part), values[1:3])
+    ops.write(part[1:], np.full((1, 6), 7))
+    np.testing.assert_array_equal(ops.download(array)[2], 7)
+    assert array[3:9].shape == (1, 6) and array[4:].shape == array[3:1].shape == (0, 6)
+    assert ops.download(array[4:]).shape == (0, 6)
+    for index in (0, slice(None, None, 2)):
+        with pytest.raises(TypeError, match="slices"):
+            array[index]
+
+
+def test_values_are_copied_and_shapes_checked(ops):
+    values = np.arange(6, dtype=np.int32)
+    array = ops.upload(values)
+    values[:] = 0
+    np.testing.assert_array_equal(ops.download(array), np.arange(6))
+    with pytest.raises(ValueError, match=r"\[6\] and \[5\]"):
+        ops.write(array, np.zeros(5, np.int32))
+    other = ops.empty((6,), np.int32)
+    ops.copy(array, other)
+    np.testing.assert_array_equal(ops.download(other), np.arange(6))
+
+
+def test_memory_comes_back_when_its_last_array_goes(driver):
+    memory = Memory(driver)
+    free = driver.memory()[0]
+    array = memory.array((1000,), np.float32)
+    part = array[10:20]
+    del array
+    assert memory.in_use == memory.peak == 4096 and driver.memory()[0] == free - 4096
+    address = part.owner.address
+    del part
+    assert (memory.in_use, memory.peak) == (0, 4096)
+    again = memory.array((1010,), np.float32)
+    assert again.address == address, "a block of the same size is used again"
+    assert driver.allocations == 1
+    del again
+    memory.trim()
+    assert driver.memory()[0] == free
+
+
+def test_large_blocks_are_not_kept(driver):
+    memory = Memory(driver)
+    free = driver.memory()[0]
+    memory.array((gpu_memory.POOL_LIMIT + 1,), np.uint8)
+    assert driver.memory()[0] == free and memory.in_use == 0
+
+
+def test_kept_blocks_make_room_before_memory_runs_out():
+    memory = Memory(FakeDriver(total=10_000))
+    memory.array((6000,), np.uint8)
+    block = memory.array((8000,), np.uint8)
+    with pytest.raises(DeviceError, match="out of memory"):
+        memory.array((4000,), np.uint8)
+    assert memory.in_use == 8192 and block.nbytes == 8000
+
+
+@pytest.mark.parametrize("nbytes", [1, 1 << 16, (1 << 16) + 1, 3 * (1 << 17), (1 << 18) + 5])
+def test_uploads_of_every_size_arrive_and_are_counted(driver, nbytes, monkeypatch):
+    monkeypatch.setattr(gpu_memory, "STAGE", 1 << 17)
+    counted, waited = [], []
+    monkeypatch.setattr(driver, "wait", waited.append)
+    upload, memory = Uploader(driver, counted.append), Memory(driver)
+    values = np.random.default_rng(0).integers(0, 256, (2, nbytes), np.uint8)[:, ::-1]
+    array = memory.array(values.shape, values.dtype)
+    upload(values, array)
+    result = np.empty(values.shape, np.uint8)
+    driver.to_host(result, array.address)
+    np.testing.assert_array_equal(result, values)
+    assert sum(counted) == values.nbytes
+    stages = -(-values.nbytes // (1 << 17)) if values.nbytes > 1 << 16 else 0
+    assert len(waited) == max(stages - 2, 0), "a buffer is filled again only after it was sent"
+
+
+# the plan
+
+
+def test_a_model_that_fits_is_planned():
+    result = plan(5 * GB, GB, GB, 12 * GB)
+    assert result.fits and result.needed == 7 * GB + gpu_memory.RESERVE
+    assert "7.27 GB needed (5.00 GB weights, 1.00 GB KV cache, 1.00 GB workspace, 0.27 GB driver)" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "remedy"),
+    [
+        (8.0, {"int8_cache_bytes": 2 * GB}, "an int8 KV cache (7.77 GB)"),
+        (8.0, {"int8_cache_bytes": 2 * GB, "vision_bytes": 2 * GB}, "an int8 KV cache (7.77 GB)"),
+        (8.0, {"vision_bytes": 2 * GB}, "vision on the CPU (7.77 GB)"),
+        (6.0, {"int8_cache_bytes": 2 * GB, "vision_bytes": 2 * GB}, "an int8 KV cache and vision on the CPU (5.77 GB)"),
+        (8.0, {"context": 8192}, "a context of 4352 tokens instead of 8192"),
+        (7.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "what fits: a context of 2304 tokens instead of 8192"),
+        (6.2, {"context": 8192, "int8_cache_bytes": 2 * GB}, "an int8 KV cache with a context of 1536 tokens"),
+        (6.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "an int8 KV cache with a context of 768 tokens"),
+        (5.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "nothing would make it fit"),
+        (8.0, {}, "nothing would make it fit"),
+    ],
+)
+def test_too_little_memory_names_the_sizes_and_what_would_fit(free, options, remedy):
+    with pytest.raises(DeviceError) as error:
+        plan(5 * GB, 4 * GB, GB // 2, int(free * GB), **options)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "9.77 GB needed (5.00 GB weights, 4.00 GB KV cache, 0.50 GB workspace, 0.27 GB driver)" in message
+    assert f"{free:.2f} GB free" in message
+    assert remedy in message
+
+
+def test_every_remedy_holds():
+    """What a plan offers fits, and a slightly larger context would not."""
+    cache, context, free = 4 * GB, 8192, 7 * GB
+    with pytest.raises(DeviceError) as error:
+        plan(5 * GB, cache, 0, free, context=context)
+    tokens = int(str(error.value).split("a context of ")[1].split()[0])
+    assert Plan(5 * GB, cache * tokens // context, 0, free).fits
+    assert not Plan(5 * GB, cache * (tokens + 256) // context, 0, free).fits
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, 64), (16, 128)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 588), (256, 256)])
+def test_sizes_are_known_beforehand(ops, bits, group_size, n, k):
+    before = ops.memory.in_use
+    weight = ops.weight(_matrix(n, k, bits, group_size))
+    assert weight.codes.nbytes + (weight.scales.nbytes if weight.scales else 0) == device_bytes(n, k, bits, group_size)
+    gc.collect()
+    taken = ops.memory.in_use - before
+    assert 0 <= taken - device_bytes(n, k, bits, group_size) < 2 * 256
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_cache_sizes_are_known_beforehand(ops, dtype):
+    cache = ops.kv_cache(3, 2, 128, 100, dtype)
+    assert cache.nbytes == cache_bytes(3, 2, 128, 100, dtype)
+    assert cache.capacity == 100
+
+
+# launches
+
+
+def test_a_launch_is_what_the_signature_says(ops, driver):
+    x, out = ops.upload(np.ones((3, 200), np.float32)), ops.empty((3, 70))
+    w = ops.weight(_matrix(70, 200, 4, 64, bias=np.zeros(70)))
+    driver.launches.clear()
+    ops.linear(x, w, out, residual=out)
+    gather, linear = driver.launches
+    assert gather.name == "gather.any" and gather.grid == (1, 3, 1)
+    assert (gather.args["k"], gather.args["padded"]) == (200, 256)
+    assert linear.name == "linear.int4_fine.small"
+    assert linear.args["residual"] == linear.args["out"] == out.address
+    assert linear.args["codes"] == w.codes.address and linear.args["bias"] == w.bias.address
+    sizes = {"m": 3, "n": 70, "rows": 128, "blocks": 2, "group_shift": 1}
+    assert sizes.items() <= linear.args.items()
+    assert linear.args["flags"] == signatures.BIAS | signatures.RESIDUAL
+    tiles, split, _ = linear.grid
+    assert tiles == 128 // Images()["linear.int4_fine.small"].constants["BN"] and 1 <= split <= 2
+
+
+def test_activations_are_prepared_only_where_they_must(ops, driver):
+    half, w = ops.empty((4, 256), np.float16), ops.weight(_matrix(64, 256, 4))
+    driver.launches.clear()
+    ops.linear(half, w, ops.empty((4, 64)))
+    assert [launch.name for launch in driver.launches] == ["linear.int4.small"]
+    assert driver.launches[0].args["x"] == half.address
+    permuted = ops.weight(_matrix(64, 256, 4, perm=np.arange(256)[::-1]))
+    driver.launches.clear()
+    ops.linear(half, permuted, ops.empty((4, 64), np.float16))
+    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int4.small"]
+    assert driver.launches[0].args["perm"] == permuted.perm.address
+    assert driver.launches[1].args["flags"] == signatures.OUT_HALF
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(1, "small"), (16, "small"), (17, "large"), (300, "large")])
+def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
+    w = ops.weight(_matrix(256, 128, 8))
+    ops.linear(ops.empty((rows, 128), np.float16), w, ops.empty((rows, 256)))
+    assert driver.launches[-1].name == f"linear.int8.{tile}"
+
+
+def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
+    norm = Norm(ops.upload(np.ones(128, np.float32)), None, 1e-6)
+    x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
+    order = np.random.default_rng(0).permutation(128)
+    for gate, up, names in (
+        (_matrix(64, 128, 4), _matrix(64, 128, 4), ["norm.1024", "gate_up.int4.small"]),
+        (_matrix(64, 128, 4, perm=order), _matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.small"]),
+        (_matrix(64, 128, 4, perm=order), _matrix(64, 128, 4), None),
+        (_matrix(64, 128, 4), _matrix(64, 128, 4, 32), None),
+        (_matrix(64, 128, 8), _matrix(64, 128, 8), None),
+    ):
+        weights = ops.weight(gate), ops.weight(up)
+        driver.launches.clear()
+        ops.gate_up(x, *weights, out, norm=norm)
+        launched = [launch.name for launch in driver.launches]
+        assert launched == names if names else launched[-1] == "swiglu.any" and len(launched) == 5
+
+
+def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):
+    from qvl_kernels.gpu import weights
+
+    ops = CudaOps(driver, Images())
+    monkeypatch.setattr(weights, "STAGE", 3 * 2 * 2048)  # three blocks of 32 rows and 256 columns
+    ops.weight(_matrix(250, 256, 4))
+    pieces = [launch for launch in driver.launches if launch.name == "reorder.int4"]
+    assert [(piece.args["first"], piece.grid) for piece in pieces] == [(0, (2, 3, 1)), (3, (2, 3, 1)), (6, (2, 2, 1))]
+
+
+def test_wrong_calls_are_refused(ops):
+    w = ops.weight(_matrix(64, 128, 4))
+    with pytest.raises(ValueError, match="128 columns"):
+        ops.linear(ops.empty((2, 64)), w, ops.empty((2, 64)))
+    with pytest.raises(ValueError, match="expected"):
+        ops.linear(ops.empty((2, 128)), w, ops.empty((2, 60)))
+    with pytest.raises(ValueError, match="16384"):
+        ops.normalize(ops.empty((1, 20000)), Norm(ops.empty((20000,)), None, 1e-6), ops.empty((1, 20000)))
+    with pytest.raises(ValueError, match="head_dim 130"):
+        ops.kv_cache(1, 1, 130, 64, "fp16")
+    with pytest.raises(ValueError, match="fp32"):
+        ops.kv_cache(1, 1, 128, 64, "fp32")
+    with pytest.raises(TypeError, match="takes"):
+        ops.launch("gather.any", (1,), ops.empty((1,)))
+    with pytest.raises(ValueError, match="aligned"):
+        ops.add(ops.empty((2, 3))[1:], ops.empty((1, 3)), ops.empty((1, 3)))
+
+
+def test_a_kernel_too_large_for_the_gpu_is_an_error(driver):
+    images = Images()
+    driver.shared_limit = images["add.any"].shared - 1
+    ops = CudaOps(driver, images)
+    with pytest.raises(DeviceError, match="shared memory"):
+        ops.add(*(ops.empty((4,)) for _ in range(3)))
+
+
+def test_a_resized_cache_moves_what_is_filled(ops, driver):
+    cache = ops.kv_cache(2, 3, 16, 64, "int8")
+    driver.launches.clear()
+    other = cache.resized(200, 10)
+    values, scales = driver.launches
+    assert other.capacity == 200
+    expected = {"size": 10 * 16 // 2, "source_stride": 64 * 8, "target_stride": 256 * 8}
+    assert expected.items() <= values.args.items() and values.grid == (1, 2 * 2 * 3, 1)
+    assert {"size": 10, "source_stride": 64, "target_stride": 256}.items() <= scales.args.items()
+
+
+# graphs
+
+
+def test_a_captured_step_runs_when_replayed_only(ops, driver):
+    x, y = ops.upload(np.zeros(4, np.float32)), ops.upload(np.ones(4, np.float32))
+
+    def step():
+        ops.copy(y, x)
+        ops.add(x, y, y)
+
+    replay = ops.capture(step)
+    assert not driver.launches and not ops.download(x).any()
+    for _ in range(3):
+        replay()
+    assert [launch.name for launch in driver.launches] == ["add.any"] * 3
+    assert ops.download(x).all()
+
+
+def _captured_product(ops) -> Replay:
+    """A step whose arrays nobody else holds; with 64 columns it pads its activations into scratch."""
+    x, w, out = ops.empty((1, 64), np.float16), ops.weight(_matrix(32, 64, 8)), ops.empty((1, 32))
+    return ops.capture(lambda: ops.linear(x, w, out))
+
+
+def test_a_captured_step_keeps_its_memory(ops, driver):
+    before = ops.memory.in_use
+    replay = _captured_product(ops)
+    gc.collect()
+    ops.memory.trim()
+    driver.launches.clear()
+    replay()
+    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int8.small"]
+    for launch in driver.launches:
+        for name, kind in signatures.types(launch.name).items():
+            if kind.startswith("*") and launch.args[name]:
+                driver.check(launch.args[name], 1)
+    del replay
+    gc.collect()
+    assert ops.memory.in_use == before
+
+
+def test_what_cannot_be_replayed_is_refused(ops):
+    x = ops.empty((4,))
+    for step in (
+        lambda: ops.upload(np.zeros(4)),
+        lambda: ops.write(x, np.zeros(4)),
+        lambda: ops.download(x),
+        lambda: ops.weight(_matrix(32, 128, 4)),
+        lambda: ops.capture(lambda: None),
+    ):
+        with pytest.raises(RuntimeError, match="captured step"):
+            ops.capture(step)
+    ops.write(x, np.zeros(4))
+
+
+# a whole decode step, with neither torch nor triton
+
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, sys.argv[1])
+"""
+
+DECODE = (
+    ABSENT
+    + """
+from fakes.gpu import FakeDriver, Images
+from qvl_kernels import gpu
+from qvl_kernels.gpu import ops
+from qvl_runtime import devices
+from qvl_runtime.blob import Blob
+from qvl_runtime.decoder import Decoder, DecodeStep
+from qvl_runtime.kv_cache import Context
+from qvl_runtime.weights import Weights
+
+driver = FakeDriver()
+blob = Blob(sys.argv[2])
+cuda = ops.CudaOps(driver, Images())
+decoder = Decoder(Weights(blob, cuda))
+for dtype in ("fp16", "int8"):
+    context = Context(cuda, blob.config, dtype, 16)
+    context.begin(2)
+    work = decoder.workspace(2)
+    decoder.embed([1, 2], [], work.x)
+    decoder.forward(work, context)
+    context.advance(2)
+    step = DecodeStep(decoder, context)
+    step(3)
+    driver.launches.clear()
+    step(4)
+    first = list(driver.launches)
+    driver.launches.clear()
+    step(5)
+    assert driver.launches == first, "one graph serves every step"
+    assert int(cuda.download(context.start)[0]) == context.length == 5
+    names = [launch.name.partition(".")[0] for launch in first]
+    layers = blob.config.num_hidden_layers
+    assert names.count("decode_attention") == names.count("rope_append") == names.count("gate_up") == layers
+    assert names[0] == "embed" and names[-1] == "argmax"
+    context.reserve(300)
+    allocations = driver.allocations
+    step(6)
+    assert context.store.capacity >= 300
+assert not {"torch", "triton"} & sys.modules.keys()
+print("decoded")
+"""
+)
+
+
+def _python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, str(TESTS), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def test_a_decode_step_needs_neither_torch_nor_triton(blob):
+    path = blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=8)
+    result = _python(DECODE, path)
+    assert result.stdout == "decoded\n", result.stderr
+
+
+# choosing the device
+
+
+def test_without_a_driver_there_is_one_clear_line(monkeypatch):
+    usable, reason = gpu.available()
+    if usable:
+        pytest.skip("this machine has a GPU")
+    assert "\n" not in reason and reason
+
+
+def test_names_of_the_package():
+    assert gpu.CudaOps is CudaOps
+    with pytest.raises(AttributeError):
+        _ = gpu.nothing
