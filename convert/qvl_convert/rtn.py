@@ -43,7 +43,7 @@ def group_scales(
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = _to_half(high / np.float32(levels) - low / np.float32(levels))
     step = scales.astype(np.float32)
-    zeros = np.divide(-low, step, out=np.zeros_like(step), where=step > 0)
+    zeros = np.divide(-low, step, out=np.zeros_like(step), where=(step > 0) & np.isfinite(step))
     return scales, np.clip(np.rint(zeros), 0, levels).astype(np.uint8)
 
 
