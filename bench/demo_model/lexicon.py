@@ -72,11 +72,18 @@ LATIN_FONTS = [
 HANZI_FONTS = ["/usr/share/fonts/truetype/wqy/wqy-microhei.ttc"]
 
 
-def text_options() -> dict:
-    """Arguments of `random_text`; fonts that are not installed (fonts-dejavu-core, fonts-wqy-microhei) are left out."""
+SHARES = {"digits": (1.0, 0.0, 0.0, 0.0), "latin": (0.6, 0.25, 0.15, 0.0), "all": (0.4, 0.2, 0.15, 0.25)}
+
+
+def text_options(level: str) -> dict:
+    """Arguments of `random_text` for a level of SHARES.
+
+    Latin fonts that are not installed (Debian's fonts-dejavu-core) are left out; Chinese needs fonts-wqy-microhei.
+    """
     return {
         "fonts": [name for name in LATIN_FONTS if not name or Path(name).exists()],
-        "hanzi_fonts": [name for name in HANZI_FONTS if Path(name).exists()],
+        "hanzi_fonts": HANZI_FONTS,
         "words": WORDS,
         "hanzi": HANZI,
+        "shares": SHARES[level],
     }

@@ -11,15 +11,15 @@ from torch import nn
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:
-    """Five quintic Newton-Schulz steps in bfloat16 towards U V^T of a matrix g = U S V^T."""
-    x = g.bfloat16()
-    wide = g.shape[0] <= g.shape[1]
+    """Five quintic Newton-Schulz steps in bfloat16 towards U V^T of g = U S V^T, a matrix or a stack of filters."""
+    x = g.flatten(1).bfloat16()
+    wide = g.shape[0] <= g[0].numel()
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-    return (x if wide else x.T).float()
+    return (x if wide else x.T).float().view_as(g)
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,10 +44,13 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+BODY = (".h.", "resblocks", "attn_pool.attn", "kv_proj", "conv1")
+
+
 def build(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
     """The two optimisers over all trainable parameters of `modules`."""
     named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
-    body = {n: p for n, p in named if p.ndim == 2 and (".h." in n or "resblocks" in n or "attn_pool.attn" in n)}
+    body = {n: p for n, p in named if p.ndim > 1 and any(x in n for x in BODY)}
     rest = [p for n, p in named if n not in body]
     matrices = [
         {"params": [p for n, p in body.items() if ".h." in n], "lr": 0.02},

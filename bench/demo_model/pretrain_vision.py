@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lexicon import text_options
+from lexicon import SHARES, text_options
 from model import QwenVL, Resampler, resample_grid
 from optimiser import build
 from parallel import Progress, launch, share
@@ -44,14 +44,13 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 class Pictures:
     """Endless batches of (pixels, cell targets), from one seed."""
 
-    def __init__(self, seed: int, batch: int, size: int, grid: int):
-        self.seed, self.batch, self.size, self.grid = seed, batch, size, grid
+    def __init__(self, seed: int, batch: int, size: int, grid: int, text: str):
+        self.seed, self.batch, self.size, self.grid, self.options = seed, batch, size, grid, text_options(text)
 
     def __iter__(self):
         rng = np.random.default_rng(self.seed)
-        options = text_options()
         while True:
-            scenes = [random_scene(rng, text_share=0.5, **options) for _ in range(self.batch)]
+            scenes = [random_scene(rng, text_share=0.4, **self.options) for _ in range(self.batch)]
             sides = rng.choice(DRAWN_AT, self.batch, p=(0.3, 0.3, 0.19, 0.19, 0.02))
             yield (
                 torch.from_numpy(np.stack([pixels_of(s, self.size, int(d)) for s, d in zip(scenes, sides)])),
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--text", choices=SHARES, default="all")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -124,19 +124,24 @@ def main() -> None:
     visual = model.transformer.visual
     queries = visual.attn_pool.query.shape[0]
     inner, outer = CellHead(visual.conv1.out_channels), CellHead(model.config["hidden_size"])
+    if (args.out / "vision.pt").exists():
+        vision = torch.load(args.out / "vision.pt")
+        visual.load_state_dict({k[19:]: v for k, v in vision["model"].items() if ".visual." in k})
+        outer.load_state_dict(vision["head"])
     optimisers = build({"visual": visual, "inner": inner, "outer": outer})
     share([model, inner, outer], optimisers)
     progress = Progress(args.minutes)
 
     def batches(rank: int) -> Pictures:
-        return Pictures(args.seed * 1000 + rank, args.batch, model.config["visual"]["image_size"], int(queries**0.5))
+        size = model.config["visual"]["image_size"]
+        return Pictures(args.seed * 1000 + rank, args.batch, size, int(queries**0.5), args.text)
 
     def loss_of(batch):
         pixels, target = batch
         with torch.autocast("cpu", torch.bfloat16):
             patches, features = visual.both(normalise(pixels))
         loss, log = outer.loss(features, target)
-        return loss + 0.5 * inner.loss(patches, target)[0], log
+        return loss + 0.5 * inner.loss(patches, target)[0], f"cells {loss.item():.2f} {log}"
 
     def schedule(step: int, done: float) -> float:
         return min(1, (step + 1) / 50, (1 - done) / 0.3 + 0.05)

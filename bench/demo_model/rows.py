@@ -59,7 +59,7 @@ class Writer:
 def random_scenes(rng: np.random.Generator, options: dict) -> list[Scene]:
     """One picture, or two or three that share a few kinds of shapes."""
     if rng.random() < 0.85:
-        return [random_scene(rng, text_share=0.4, **options)]
+        return [random_scene(rng, text_share=0.35, **options)]
     kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
     count = 2 if rng.random() < 0.75 else 3
     return [random_scene(rng, 4, 0.0, kinds, **options) for _ in range(count)]
@@ -72,12 +72,12 @@ class Rows:
     pixels uint8 [N, 3, S, S] and cell targets of all its pictures; the exchanges of every row.
     """
 
-    def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int):
+    def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int, text: str):
         self.writer, self.seed, self.batch, self.length = writer, seed, batch, length
-        self.size, self.grid = size, grid
+        self.size, self.grid, self.options = size, grid, text_options(text)
 
-    def row(self, rng: np.random.Generator, options: dict) -> tuple[np.ndarray, list[Scene], list[Exchange]]:
-        scenes = random_scenes(rng, options)
+    def row(self, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene], list[Exchange]]:
+        scenes = random_scenes(rng, self.options)
         raw = len(scenes) == 1 and rng.random() < 0.12
         prefix = self.writer.prefix(len(scenes), raw)
         columns = [(t, i, 0, 0.0) for i, t in enumerate(prefix)]
@@ -101,9 +101,8 @@ class Rows:
 
     def __iter__(self):
         rng = np.random.default_rng(self.seed)
-        options = text_options()
         while True:
-            rows = [self.row(rng, options) for _ in range(self.batch)]
+            rows = [self.row(rng) for _ in range(self.batch)]
             scenes = [s for row in rows for s in row[1]]
             table = np.stack([row[0] for row in rows])
             sides = rng.choice(DRAWN_AT, len(scenes), p=(0.3, 0.3, 0.19, 0.19, 0.02))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lexicon import SHARES
 from optimiser import build
 from parallel import Progress, launch, share
 from pretrain_vision import new_model, normalise
@@ -39,9 +40,9 @@ def forward(model, head, batch):
     ids, positions, segment, weight, pixels, cells, _ = batch
     with torch.autocast("cpu", torch.bfloat16):
         features = model.transformer.visual(normalise(pixels))
-        hidden = model.hidden(ids, features, positions, attention_mask(segment))
         rows, columns = (weight > 0).nonzero(as_tuple=True)
-        logits = model.lm_head(hidden[rows, columns - 1]).float()
+        hidden = model.hidden(ids, features, positions, attention_mask(segment), (rows, columns - 1))
+        logits = model.lm_head(hidden).float()
     cell_loss, log = head.loss(features, cells)
     return logits, ids[rows, columns], weight[rows, columns], rows, segment[rows, columns], cell_loss, log
 
@@ -74,9 +75,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--length", type=int, default=320)
+    parser.add_argument("--length", type=int, default=288)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--text", choices=SHARES, default="all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = new_model(args.seed)
@@ -101,7 +103,7 @@ def main() -> None:
     first = progress.counter.value
 
     def rows(seed: int, batch: int) -> Rows:
-        return Rows(writer, seed, batch, args.length, size, int(queries**0.5))
+        return Rows(writer, seed, batch, args.length, size, int(queries**0.5), args.text)
 
     held_out = list(itertools.islice(rows(10**6, 32), 3))
 

@@ -131,16 +131,16 @@ def random_thing(rng: np.random.Generator, shape: str | None = None, color: str 
     return Thing(shape, color or str(rng.choice(list(COLORS))), size, (x, y, x + w, y + h), turn)
 
 
-def random_string(rng: np.random.Generator, words: Sequence[str], hanzi: str) -> str:
-    """Digits, capital letters, a word, or Chinese characters where `hanzi` gives some."""
-    kind = rng.random()
-    if hanzi and kind < 0.3:
-        return "".join(rng.choice(list(hanzi), int(rng.integers(1, 5))))
-    if kind < 0.65:
+def random_string(rng: np.random.Generator, shares: Sequence[float], words: Sequence[str], hanzi: str) -> str:
+    """Digits, capital letters, a word or Chinese characters, each as often as `shares` says."""
+    kind = int(rng.choice(4, p=shares))
+    if kind == 0:
         return "".join(rng.choice(list("0123456789"), int(rng.integers(1, 9))))
-    if kind < 0.85 or not words:
+    if kind == 1:
         return "".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), int(rng.integers(1, 7))))
-    return str(rng.choice(words))
+    if kind == 2:
+        return str(rng.choice(words))
+    return "".join(rng.choice(list(hanzi), int(rng.integers(1, 5))))
 
 
 def random_text(
@@ -149,12 +149,11 @@ def random_text(
     hanzi_fonts: Sequence[str] = (),
     words: Sequence[str] = (),
     hanzi: str = "",
+    shares: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
 ) -> Text:
     """One or two printed lines that lie wholly inside the unit square."""
     for _ in range(50):
-        lines = [random_string(rng, words, hanzi if hanzi_fonts else "")]
-        if rng.random() < 0.2:
-            lines.append(random_string(rng, words, hanzi if hanzi_fonts else ""))
+        lines = [random_string(rng, shares, words, hanzi) for _ in range(1 + (rng.random() < 0.2))]
         chinese = any(ord(c) > 0x2E80 for line in lines for c in line)
         font = str(rng.choice(hanzi_fonts if chinese else fonts))
         height = rng.uniform(0.17, 0.24) if chinese else rng.uniform(0.12, 0.2)
