@@ -39,8 +39,8 @@ class Context:
             self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype
         )
         self.start = ops.upload(np.zeros(1, np.int32))
-        self.rope = ops.upload(_rotary(self.window, 1, config))
-        self.logn = ops.upload(logn_table(self.window, config))
+        self.rope = ops.upload(_rotary(self._pages(self.window), 1, config))
+        self.logn = ops.upload(logn_table(self._pages(self.window), config))
         self.length, self.alpha = 0, 1
 
     def _pages(self, capacity: int) -> int:
@@ -57,7 +57,7 @@ class Context:
         """
         alpha = ntk_alpha(length, self.config)
         if alpha != self.alpha:
-            self.ops.write(self.rope, _rotary(self.window, alpha, self.config))
+            self.ops.write(self.rope, _rotary(self._pages(self.window), alpha, self.config))
             self.alpha, self.length = alpha, 0
         self.truncate(self.length)
 
