@@ -1,3 +1,4 @@
 """The modules that hold the kernels."""
 
-MODULES = tuple(f"qvl_kernels.cpu.{name}" for name in ("sync", "small", "quantize", "gemv", "half", "cached", "full"))
+NAMES = ("sync", "small", "quantize", "gemv", "half", "cached", "gemm", "gemm_pack", "attention_prefill")
+MODULES = tuple(f"qvl_kernels.cpu.{name}" for name in NAMES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qvl_kernels.cpu import arrays
+from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
 from qvl_kernels.ops import Norm
@@ -133,6 +134,9 @@ class CpuOps:
             check("residual", residual, F32, out.shape)
         with self._program() as program:
             program.keep(x, w, out, residual)
+            if len(x) > batched.FEW:
+                self._many(program, x, w, norm)(w, out, gelu=gelu, residual=residual)
+                return
             planes = self._activations(program, x, w, norm)
             self._product(program, w, planes, len(x), out, gelu=gelu, residual=residual)
 
@@ -143,11 +147,30 @@ class CpuOps:
             raise ValueError(f"gate is [{gate.n}, {gate.k}], up is [{up.n}, {up.k}]")
         with self._program() as program:
             program.keep(x, gate, up, out)
+            if len(x) > batched.FEW:
+                product = self._many(program, x, gate, norm)
+                product(gate, out)
+                if not batched.same_activations(gate, up):
+                    product = self._many(program, x, up, norm)
+                product(up, out, gated=True)
+                return
             planes = self._activations(program, x, gate, norm)
             self._product(program, gate, planes, len(x), out)
             if (gate.bits, gate.group_size, gate.perm, up.perm) != (up.bits, up.group_size, 0, 0):
                 planes = self._activations(program, x, up, norm)
             self._product(program, up, planes, len(x), out, gated=True)
+
+    def _many(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> Callable[..., None]:
+        """Pack many rows for the products of `w`; returns what adds such a product."""
+        memory = functools.partial(self._memory, program)
+        parameters = self._norm(program, norm, w.k) if norm is not None else (0, 0, 0)
+        planes = batched.planes(w, self.activations)
+        packed = batched.pack(program, memory, self.threads, x, w, parameters, planes)
+
+        def product(w: CpuWeight, out: np.ndarray, **after) -> None:
+            batched.product(program, memory, self.threads, w, packed, planes, out, **after)
+
+        return product
 
     def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
         """Bring x into the form the products of `w` take: for fp16 weights float32, else two planes."""
@@ -212,10 +235,9 @@ class CpuOps:
         check("out", out, F32, (len(qkv), heads * d))
         with self._program() as program:
             program.keep(qkv, out)
-            base, stride = address(qkv), heads * 3 * d
-            self._attend(
-                program, base, stride, base + 4 * d, base + 8 * d, stride, 3 * d, 3 * d, qkv, qkv, heads, d, out
-            )
+            base, row, head = address(qkv), heads * 3 * d, 3 * d
+            key = base + 4 * d, base + 8 * d, row, head, len(qkv)
+            self._attend(program, (base, row, head, len(qkv)), key, heads, d, out)
 
     def cross_attention(self, q, k, v, heads, out):
         check("q", q, F32, (None, None))
@@ -226,14 +248,12 @@ class CpuOps:
         check("out", out, F32, q.shape)
         with self._program() as program:
             program.keep(q, k, v, out)
-            self._attend(program, address(q), width, address(k), address(v), width, d, d, q, k, heads, d, out)
+            key = address(k), address(v), width, d, len(k)
+            self._attend(program, (address(q), width, d, len(q)), key, heads, d, out)
 
-    def _attend(self, program, q, q_stride, k, v, k_stride, q_head, k_head, queries, keys, heads, d, out) -> None:
-        scratch = self._memory(program, "scores", 4 * self.threads * (len(keys) + 16))
-        program.add(
-            "full_attention", q, q_stride, k, v, k_stride, q_head, k_head, len(queries), len(keys), heads, d,
-            address(out), _softmax_scale(d), scratch,
-        )  # fmt: skip
+    def _attend(self, program, query, key, heads, d, out) -> None:
+        memory = functools.partial(self._memory, program)
+        batched.full_attention(program, memory, self.threads, query, key, heads, d, out, _softmax_scale(d))
 
     def rope_append(self, qkv, rope, logn, cache, layer, start):
         self._check_cached(qkv, cache, start)
@@ -253,6 +273,12 @@ class CpuOps:
         self._check_cached(qkv, cache, start)
         items = len(qkv) * cache.heads
         check("out", out, F32, (len(qkv), cache.heads * cache.head_dim))
+        if len(qkv) > batched.FEW:
+            with self._program() as program:
+                program.keep(qkv, cache, start, out)
+                memory, factor = functools.partial(self._memory, program), _softmax_scale(cache.head_dim)
+                batched.cached_attention(program, memory, self.threads, qkv, cache, layer, start, out, factor)
+            return
         splits = self._splits(items)
         with self._program() as program:
             program.keep(qkv, cache, start, out)

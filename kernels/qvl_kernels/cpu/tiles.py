@@ -8,6 +8,8 @@ PIECE = 256
 """Columns of 16-bit weights that are converted at a time."""
 FLOAT_TILES = 64
 """Tiles of activations that use such a piece."""
+SPAN = 32
+"""Columns of activations with one scale."""
 QUERIES = 96
 """Queries of an attention task."""
 KEYS = 256
