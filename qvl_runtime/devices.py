@@ -38,4 +38,4 @@ def make_ops(device: str, activations: str = "auto") -> Ops:
             print(f"qvl: no usable GPU ({reason}); running on the CPU", file=sys.stderr)
     from qvl_kernels.cpu import CpuOps
 
-    return CpuOps()
+    return CpuOps(activations=activations)
