@@ -1,0 +1,180 @@
+"""Score what a model can do on freshly drawn pictures, by skill and language.
+
+    python bench/skills.py                          the shipped model as fp16, int8, int4 (RTN) and int4 (GPTQ)
+    python bench/skills.py a.qvl FOLDER             these: .qvl files, or Hugging Face folders (kept at 16 bits)
+    python bench/skills.py --seed 7 --count 100     another test set: so many questions a skill and language
+
+Exact match, except for boxes (`find`, `ground`, places in `second`): one counts when its IoU with the true one is at
+least 0.5. A table for people, then one JSON document as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from demo_model.conversations import LANGUAGES, SINGLE, Exchange, compare
+from demo_model.lexicon import SHARES, text_options
+from PIL import Image
+
+import qvl_runtime as qvl
+from qvl_convert.convert import convert
+from qvl_runtime.boxes import parse_boxes
+from qvl_runtime.demo import checkpoint_folder
+from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, draw, random_scene
+
+KINDS = {
+    "fp16": {"bits": 16},
+    "int8": {"bits": 8},
+    "int4 RTN": {"bits": 4},
+    "int4 GPTQ": {"bits": 4, "method": "gptq"},
+}
+READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
+SKILLS = (*(name for name in SINGLE if name != "read"), *READING, "compare 2", "compare 3")
+GROUPS = {
+    "boxes": ("find", "ground"),
+    "attributes and counting": ("color", "shape", "size", "count", "position"),
+    "reading": tuple(READING),
+    "comparison": ("compare 2", "compare 3"),
+    "absent": ("absent",),
+}
+
+
+@dataclass
+class Case:
+    """A question about pictures, and what is true."""
+
+    skill: str
+    exchange: Exchange
+    pictures: list[Image.Image]
+
+
+@dataclass
+class Score:
+    """Right answers, and the IoU of every box that was asked for (0 where none came)."""
+
+    right: list[float] = field(default_factory=list)
+    iou: list[float] = field(default_factory=list)
+
+
+def scenes_for(rng: np.random.Generator, skill: str) -> list[Scene]:
+    """Pictures on which the skill can be asked."""
+    if skill.startswith("compare"):
+        kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
+        return [random_scene(rng, 4, 0.0, kinds) for _ in range(int(skill[-1]))]
+    shares = READING.get(skill, SHARES["digits"])
+    return [random_scene(rng, text_share=float(skill in READING) or 0.25, **text_options("all") | {"shares": shares})]
+
+
+def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, side: int = 336) -> Iterator[Case]:
+    """A test set: `count` questions for every skill and language, each on pictures of its own."""
+    for skill in skills:
+        rng = np.random.default_rng([seed, SKILLS.index(skill)])
+        for language in LANGUAGES:
+            made = 0
+            while made < count:
+                scenes = scenes_for(rng, skill)
+                ask = compare if skill.startswith("compare") else SINGLE[skill.split()[0]][0]
+                exchange = ask(rng, language, *scenes)
+                if exchange:
+                    made += 1
+                    yield Case(skill, exchange, [draw(scene, side) for scene in scenes])
+
+
+def iou(a: qvl.Box, b: qvl.Box) -> float:
+    """Intersection over union."""
+    w, h = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
+    shared = max(0, w) * max(0, h)
+    return shared / ((a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - shared)
+
+
+def mark(case: Case, answer: str, score: Score) -> None:
+    """Add one answer to a score."""
+    truth = case.exchange.turns[-1][1]
+    wanted, found = parse_boxes(truth), parse_boxes(answer)
+    if not wanted:
+        score.right.append(float(answer.strip() == truth))
+        return
+    found += [None] * (len(wanted) - len(found))
+    overlaps = [
+        iou(b, w) if b and b.ref == w.ref and b.x2 > b.x1 and b.y2 > b.y1 else 0.0 for w, b in zip(wanted, found)
+    ]
+    score.iou += overlaps
+    score.right.append(float(len(found) == len(wanted) and min(overlaps) >= 0.5))
+
+
+def ask(model: qvl.Model, case: Case) -> str:
+    """The model's answer to the last turn; the turns before it are given as they should have been answered."""
+    *before, (question, _) = case.exchange.turns
+    messages = []
+    for asked, answered in before:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": question})
+    slots = "".join(f"Picture {i + 1}: <img></img>\n" for i in range(len(case.pictures)))
+    messages[0]["content"] = slots + messages[0]["content"]
+    return model.generate(messages, case.pictures, max_new_tokens=160).text
+
+
+def run(model: qvl.Model, test: Iterable[Case]) -> dict[tuple[str, str], Score]:
+    """Scores by (skill, language)."""
+    scores: dict[tuple[str, str], Score] = defaultdict(Score)
+    for case in test:
+        mark(case, ask(model, case), scores[case.skill, case.exchange.language])
+    return scores
+
+
+def percent(values: list[float]) -> float | None:
+    return round(100 * float(np.mean(values)), 1) if values else None
+
+
+def summary(scores: dict[tuple[str, str], Score]) -> dict:
+    """Percentages by skill and language, and over the groups that the acceptance bars name."""
+    rows = {f"{skill} {language}": percent(s.right) for (skill, language), s in scores.items()}
+    for group, skills in GROUPS.items():
+        rows[group] = percent([r for (skill, _), s in scores.items() if skill in skills for r in s.right])
+    rows["mean IoU"] = percent([v for s in scores.values() for v in s.iou])
+    return rows
+
+
+def columns(paths: list[Path], kinds: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and blob of every column, converted where needed."""
+    for path in paths:
+        if path.suffix == ".qvl":
+            yield path.name, path
+        else:
+            convert(path, out := folder / f"{path.name}.qvl", bits=16)
+            yield path.name, out
+    for kind in [] if paths else kinds:
+        convert(checkpoint_folder(), out := folder / f"{kind}.qvl", **KINDS[kind])
+        yield kind, out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--skills", nargs="+", choices=SKILLS, default=list(SKILLS))
+    parser.add_argument("--seed", type=int, default=20_000)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    test = list(cases(args.seed, args.count, args.skills))
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, blob in columns(args.models, args.kinds, Path(folder)):
+            results[name] = summary(run(qvl.load(blob, args.device), test)) | {"bytes": blob.stat().st_size}
+    print(f"{'right answers, %':28}" + "".join(f"{name:>12}" for name in results))
+    for row in next(iter(results.values())):
+        values = ("-" if r[row] is None else f"{r[row]:,}" for r in results.values())
+        print(f"{row:28}" + "".join(f"{value:>12}" for value in values))
+    print(json.dumps({"seed": args.seed, "count": args.count, "device": args.device, "scores": results}))
+
+
+if __name__ == "__main__":
+    main()
