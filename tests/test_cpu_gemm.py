@@ -1,0 +1,206 @@
+"""Products and attention of many rows on the CPU against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qvl_kernels.cpu.ops import CpuOps
+from qvl_kernels.ops import Norm
+from qvl_kernels.packing import Matrix, pack
+from qvl_kernels.reference import ReferenceOps
+
+REFERENCE = ReferenceOps()
+# Relative error of a product from its activations alone, measured 2e-5 and 4e-3 to 1e-2.
+LIMIT = {"int16": 1e-4, "int8": 1.5e-2}
+FLOAT_LIMIT = 2e-6
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return {name: CpuOps(threads=2, activations=name) for name in LIMIT}
+
+
+def normal(rng, *shape) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def poisoned(*shape) -> np.ndarray:
+    return np.full(shape, np.nan, np.float32)
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def matrix(rng, n, k, bits, group=128, *, asymmetric=False, permuted=False, bias=False) -> Matrix:
+    bias = normal(rng, n) if bias else None
+    if bits == 16:
+        return Matrix(n, k, 16, 128, normal(rng, n, k).astype(np.float16), bias=bias)
+    codes = 1 << bits
+    scales = rng.random((n, -(-k // group))) * 0.02 + 0.01
+    zeros = rng.integers(0, codes, scales.shape).astype(np.uint8) if asymmetric else None
+    perm = rng.permutation(k).astype(np.int32) if permuted else None
+    values = rng.integers(0, codes, (n, k)).astype(np.uint8)
+    return pack(values, scales, bits, group, zeros=zeros, perm=perm, bias=bias)
+
+
+def rounded(x: np.ndarray, activations: str) -> np.ndarray:
+    """What the kernels make of activations: integers with a scale for 32 columns."""
+    limit = {"int8": 127, "int16": 32512}[activations]
+    rows, k = x.shape
+    spans = np.zeros((rows, -(-k // 32) * 32), np.float32)
+    spans[:, :k] = x
+    spans = spans.reshape(rows, -1, 32)
+    scale = np.abs(spans).max(-1, keepdims=True) / limit
+    return (np.rint(spans / np.where(scale == 0, 1, scale)) * scale).reshape(rows, -1)[:, :k]
+
+
+@pytest.mark.parametrize("activations", LIMIT)
+@pytest.mark.parametrize("rows,n,k", [(17, 5, 7), (18, 32, 128), (25, 33, 130), (31, 70, 333), (97, 64, 256)])
+@pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_quantised_product_is_that_of_rounded_activations(cpu, rng, activations, rows, n, k, bits, group, asymmetric):
+    x = normal(rng, rows, k)
+    w = matrix(rng, n, k, bits, group, asymmetric=asymmetric)
+    out, want = poisoned(rows, n), poisoned(rows, n)
+    cpu[activations].linear(x, cpu[activations].weight(w), out)
+    REFERENCE.linear(rounded(x, activations), w, want)
+    # A value half-way between two integers may be rounded the other way.
+    assert error(out, want) < (2e-3 if activations == "int8" else 2e-5)
+    REFERENCE.linear(x, w, want)
+    assert error(out, want) < LIMIT[activations]
+
+
+@pytest.mark.parametrize("activations", LIMIT)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outlier_channel(cpu, rng, activations, bits):
+    x = normal(rng, 40, 512)
+    x[:, 77] *= 1000
+    w = matrix(rng, 96, 512, bits)
+    out, want = poisoned(40, 96), poisoned(40, 96)
+    cpu[activations].linear(x, cpu[activations].weight(w), out)
+    REFERENCE.linear(x, w, want)
+    assert error(out, want) < LIMIT[activations]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("kind", ["rms", "layer", "none"])
+def test_everything_around_a_product(cpu, rng, bits, kind):
+    rows, n, k = 23, 70, 333
+    ops = cpu["int16"]
+    x, residual = normal(rng, rows, k), normal(rng, rows, n)
+    w = matrix(rng, n, k, bits, 64, permuted=bits < 16, bias=True)
+    norm = None if kind == "none" else Norm(normal(rng, k), normal(rng, k) if kind == "layer" else None, 1e-6)
+    out, want = poisoned(rows, n), poisoned(rows, n)
+    for gelu in (False, True):
+        ops.linear(x, ops.weight(w), out, norm=norm, gelu=gelu, residual=residual)
+        REFERENCE.linear(x, w, want, norm=norm, gelu=gelu, residual=residual)
+        assert error(out, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+    inplace = residual.copy()
+    ops.linear(x, ops.weight(w), inplace, residual=inplace)
+    REFERENCE.linear(x, w, want, residual=residual)
+    assert error(inplace, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("alike", [True, False])
+def test_gate_up(cpu, rng, bits, alike):
+    rows, n, k = 19, 40, 160
+    ops = cpu["int16"]
+    x = normal(rng, rows, k)
+    gate = matrix(rng, n, k, bits, bias=True)
+    up = matrix(rng, n, k, bits, permuted=not alike and bits < 16, asymmetric=not alike)
+    norm = Norm(normal(rng, k) * np.float32(0.1), None, 1e-6)
+    out, want = poisoned(rows, n), poisoned(rows, n)
+    ops.gate_up(x, ops.weight(gate), ops.weight(up), out, norm=norm)
+    REFERENCE.gate_up(x, gate, up, want, norm=norm)
+    assert error(out, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+
+
+@pytest.mark.parametrize("rows,n,k", [(17, 3, 5), (400, 33, 588), (24, 64, 1024)])
+def test_float_product(cpu, rng, rows, n, k):
+    x, w = normal(rng, rows, k), matrix(rng, n, k, 16)
+    out, want = poisoned(rows, n), poisoned(rows, n)
+    cpu["int16"].linear(x, cpu["int16"].weight(w), out)
+    REFERENCE.linear(x, w, want)
+    assert error(out, want) < FLOAT_LIMIT
+
+
+def test_zero_rows_stay_zero(cpu, rng):
+    x = normal(rng, 20, 128)
+    x[3] = 0
+    w = matrix(rng, 32, 128, 4)
+    out = poisoned(20, 32)
+    cpu["int8"].linear(x, cpu["int8"].weight(w), out)
+    assert not out[3].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_threads_do_not_change_a_result(cpu, rng, bits):
+    x, w = normal(rng, 50, 256), matrix(rng, 100, 256, bits)
+    results = []
+    for threads in (1, 2, 5):
+        ops = CpuOps(threads=threads, activations="int8")
+        out = poisoned(50, 100)
+        ops.linear(x, ops.weight(w), out)
+        results.append(out)
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def attended(ops, qkv, cache, heads, pieces):
+    """Append and attend piece by piece; rope is the identity."""
+    rope = np.zeros((cache.capacity, qkv.shape[1] // (3 * heads)), np.float32)
+    rope[:, : rope.shape[1] // 2] = 1
+    logn = np.ones(cache.capacity, np.float32)
+    out = poisoned(len(qkv), qkv.shape[1] // 3)
+    begin = 0
+    for count in pieces:
+        piece, start = qkv[begin : begin + count].copy(), np.array([begin], np.int32)
+        ops.rope_append(piece, rope, logn, cache, 0, start)
+        ops.cached_attention(piece, cache, 0, start, out[begin : begin + count])
+        begin += count
+    return out
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("head_dim", [16, 22, 128])
+@pytest.mark.parametrize("pieces", [[17], [40, 30], [100, 200], [3, 290, 18]])
+def test_cached_attention(cpu, rng, kind, head_dim, pieces):
+    heads, length = 3, sum(pieces)
+    # Strong scores, so that the maximum moves from block to block.
+    qkv = normal(rng, length, 3 * heads * head_dim) * 2
+    cache = cpu["int16"].kv_cache(1, heads, head_dim, length + 5, kind)
+    want = attended(REFERENCE, qkv, REFERENCE.kv_cache(1, heads, head_dim, length + 5, kind), heads, [length])
+    got = attended(cpu["int16"], qkv, cache, heads, pieces)
+    # Up to 16 rows the int8 cache is read with 16-bit queries.
+    assert error(got, want) < (1e-4 if kind == "int8" and min(pieces) <= 16 else FLOAT_LIMIT)
+
+
+def test_int8_cache_of_equal_scores(cpu):
+    """Every byte of a key, and exactly equal weights: each query's answer is the mean of the values it may see."""
+    length, d = 255, 128
+    qkv = np.zeros((length, 3 * d), np.float32)
+    qkv[:, d : 2 * d] = np.arange(-127, 128)[:, None]
+    qkv[:, 2 * d :] = np.arange(length)[:, None] - 100
+    out = attended(cpu["int16"], qkv, cpu["int16"].kv_cache(1, 1, d, length, "int8"), 1, [length])
+    np.testing.assert_allclose(out[:, 5], np.arange(length) / 2 - 100, atol=0.2)
+
+
+@pytest.mark.parametrize("patches,heads,d", [(17, 1, 8), (64, 2, 104), (300, 2, 104), (257, 1, 20)])
+def test_vision_attention(cpu, rng, patches, heads, d):
+    qkv = normal(rng, patches, heads * 3 * d)
+    out, want = poisoned(patches, heads * d), poisoned(patches, heads * d)
+    cpu["int16"].vision_attention(qkv, heads, out)
+    REFERENCE.vision_attention(qkv, heads, want)
+    assert error(out, want) < FLOAT_LIMIT
+
+
+@pytest.mark.parametrize("queries,keys", [(1, 1), (19, 70), (256, 300)])
+def test_cross_attention(cpu, rng, queries, keys):
+    heads, d = 2, 128
+    q, k, v = normal(rng, queries, heads * d), normal(rng, keys, heads * d), normal(rng, keys, heads * d)
+    out, want = poisoned(queries, heads * d), poisoned(queries, heads * d)
+    cpu["int16"].cross_attention(q, k, v, heads, out)
+    REFERENCE.cross_attention(q, k, v, heads, want)
+    assert error(out, want) < FLOAT_LIMIT
