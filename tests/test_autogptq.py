@@ -177,6 +177,7 @@ def test_8_bits_of_a_4_bit_model_are_refused_with_the_remedy(tmp_path):
     ("change", "parts"),
     [
         (lambda t: t[f"{MODULE}.scales"].__setitem__((0, 3), np.inf), [f"{MODULE}.scales", "not finite"]),
+        (lambda t: t[f"{MODULE}.bias"].__setitem__(3, np.nan), [f"{MODULE}.bias", "not finite"]),
         (lambda t: t[f"{MODULE}.g_idx"].__setitem__(5, 1), [f"{MODULE}.g_idx", "groups of 64"]),
         (lambda t: t[f"{MODULE}.g_idx"].__setitem__(5, -1), [f"{MODULE}.g_idx", "groups of 64"]),
         (lambda t: t.pop(f"{MODULE}.qzeros"), [f"{MODULE}.qzeros", "has no tensor"]),

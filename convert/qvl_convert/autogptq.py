@@ -132,7 +132,7 @@ def read(checkpoint: Checkpoint, spec: MatrixSpec, group_size: int) -> Matrix:
         scales = scales[:, group_of]
         zero_points = None if zero_points is None else zero_points[:, group_of]
     name = f"{spec.name}.bias"
-    bias = checkpoint.tensor(name).astype(np.float32) if name in checkpoint else None
+    bias = checkpoint.vector(name) if name in checkpoint else None
     return pack(codes, scales, 4, stored, zeros=zero_points, perm=order, bias=bias)
 
 

@@ -201,6 +201,19 @@ class Checkpoint:
         entry = shard.entries[name]
         return map_bytes(shard.path, entry.start, entry.stop, entry.dtype).reshape(entry.shape)
 
+    def vector(self, name: str) -> np.ndarray:
+        """A tensor as float32, in memory.
+
+        Raises
+        ------
+        QvlError
+            When there is no such tensor, or a value is not finite.
+        """
+        vector = self.tensor(name).astype(np.float32)
+        if not np.isfinite(vector).all():
+            raise QvlError(f"{self.path(name)}: {name!r} holds a value that is not finite; download the model again")
+        return vector
+
     def check(self, wanted: dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]) -> None:
         """Compare the folder's tensors with those that a config asks for.
 
@@ -260,4 +273,4 @@ def bias(checkpoint: Checkpoint, spec: MatrixSpec) -> np.ndarray | None:
     """The published bias of a matrix as float32 ``[n]``, or None."""
     if spec.bias is None:
         return None
-    return checkpoint.tensor(spec.bias)[spec.first_row : spec.first_row + spec.n].astype(np.float32)
+    return checkpoint.vector(spec.bias)[spec.first_row : spec.first_row + spec.n]

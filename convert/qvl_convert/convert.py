@@ -95,7 +95,7 @@ def convert(
             report(plan.spec.name)
         for spec in vectors:
             if not writer.done(spec.name):
-                writer.write(spec.name, source.vector(spec))
+                writer.write(spec.name, source.checkpoint.vector(spec.name))
         if not writer.done(RANKS):
             writer.write(RANKS, np.frombuffer(source.checkpoint.ranks, np.uint8))
         writer.finish()

@@ -11,7 +11,7 @@ from qvl_convert import checkpoint as published
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.writer import Layout
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
-from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.errors import QvlError
 
 METHODS = ("rtn", "gptq")
@@ -186,20 +186,6 @@ class Source:
             half = to_half(weight, name)
             return Matrix(n=spec.n, k=spec.k, bits=16, group_size=BLOCK, weight=half, bias=bias)
         return rtn.quantize(weight, plan.bits, plan.group_size, bias=bias, name=name)
-
-    def vector(self, spec: VectorSpec) -> np.ndarray:
-        """A tensor that is kept in float32.
-
-        Raises
-        ------
-        QvlError
-            When a value is not finite.
-        """
-        vector = self.checkpoint.tensor(spec.name).astype(np.float32)
-        if not np.isfinite(vector).all():
-            path = self.checkpoint.path(spec.name)
-            raise QvlError(f"{path}: {spec.name!r} holds a value that is not finite; download the model again")
-        return vector
 
 
 def to_half(weight: np.ndarray, name: str) -> np.ndarray:

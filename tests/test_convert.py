@@ -1,0 +1,355 @@
+"""From a checkpoint to a file: what lies in it, what an interruption leaves, and what a refusal leaves (nothing)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors.numpy import load_file
+from shards import all_tensors, changed_copy
+
+from qvl_convert import writer as writer_module
+from qvl_convert.convert import convert, each_by_itself
+from qvl_convert.rtn import quantize
+from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tensorfile import TensorFile
+
+CKPT = GOLDEN / "ckpt"
+VL, BIN = CKPT / "tiny-vl", CKPT / "tiny-vl-bin"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def published(source: dict[str, np.ndarray], spec: MatrixSpec) -> np.ndarray:
+    """The weight a matrix was made from, found independently of the converter."""
+    weight = source[spec.source].astype(np.float32)
+    weight = weight.reshape(len(weight), -1)
+    return (weight.T if spec.transposed else weight)[spec.first_row : spec.first_row + spec.n]
+
+
+@pytest.mark.parametrize("name", ["tiny-vl", "tiny-vl-bin"])
+def test_16_bits_hold_every_published_value(blob, name):
+    made, source = Blob(blob(name, bits=16)), all_tensors(CKPT / name)
+    for spec in tensors(made.config):
+        if isinstance(spec, VectorSpec):
+            np.testing.assert_array_equal(made.vector(spec.name), source[spec.name].astype(np.float32))
+            continue
+        matrix = made.matrix(spec.name)
+        assert matrix.bits == 16
+        np.testing.assert_array_equal(matrix.weight, published(source, spec).astype(np.float16))
+        if spec.bias is None:
+            assert matrix.bias is None
+        else:
+            rows = slice(spec.first_row, spec.first_row + spec.n)
+            np.testing.assert_array_equal(matrix.bias, source[spec.bias][rows].astype(np.float32))
+    assert made.ranks == (CKPT / name / "qwen.tiktoken").read_bytes()
+
+
+def test_the_transposed_and_the_stacked_weights_are_where_they_belong(blob):
+    # Random square matrices: any mistake in orientation or order shows.
+    made, source = Blob(blob("tiny-vl", bits=16)), all_tensors(VL)
+    proj = source["transformer.visual.proj"].astype(np.float16)
+    np.testing.assert_array_equal(made.matrix("transformer.visual.proj").weight, proj.T)
+    stacked = source["transformer.visual.attn_pool.attn.in_proj_weight"].astype(np.float16)
+    parts = [made.matrix(f"transformer.visual.attn_pool.attn.{p}_proj").weight for p in "qkv"]
+    np.testing.assert_array_equal(np.concatenate(parts), stacked)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({}, {"decoder": 4, "vision": 8, "adapter": 8, "embedding": 8, "head": 8}),
+        ({"bits": 16}, {"decoder": 16, "vision": 16, "adapter": 16, "embedding": 16, "head": 16}),
+        ({"bits": 16, "head_bits": 8}, {"decoder": 16, "vision": 16, "adapter": 16, "embedding": 8, "head": 8}),
+        (
+            {"bits": 8, "vision_bits": 4, "head_bits": 16, "group_size": 32},
+            {"decoder": 8, "vision": 4, "adapter": 4, "embedding": 16, "head": 16},
+        ),
+    ],
+)
+def test_bits_by_part(blob, options, bits):
+    made, source = Blob(blob("tiny-vl", **options)), all_tensors(VL)
+    assert {part: values["bits"] for part, values in made.metadata["quantization"].items()} == bits
+    for spec in tensors(made.config):
+        if isinstance(spec, MatrixSpec):
+            matrix = made.matrix(spec.name)
+            assert matrix.bits == bits[spec.part]
+            if matrix.bits != 16:
+                group_size = options.get("group_size", 128)
+                assert matrix.group_size == group_size
+                expected = quantize(published(source, spec), matrix.bits, group_size)
+                np.testing.assert_array_equal(matrix.weight, expected.weight)
+                np.testing.assert_array_equal(matrix.scales, expected.scales)
+
+
+def test_file_is_plain_safetensors_aligned_and_without_gaps(blob):
+    path = blob("tiny-vl", bits=4, vision_bits=16)
+    loaded, file = load_file(path), TensorFile(path)
+    assert set(loaded) == set(file.entries)
+    for name, entry in file.entries.items():
+        assert entry.start % entry.dtype.itemsize == 0
+        np.testing.assert_array_equal(loaded[name], file.array(name))
+    first = min(entry.start for entry in file.entries.values())
+    assert first % 4096 == 0
+    packed = [e.start for name, e in file.entries.items() if name.endswith((".qweight", ".scales"))]
+    assert all((start - first) % 64 == 0 for start in packed)
+
+
+def test_qwen_7b_has_no_picture_parts(blob):
+    made = Blob(blob("tiny-q7-gptq-asym"))
+    assert made.config.visual is None
+    assert set(made.metadata["quantization"]) == {"decoder", "embedding", "head"}
+    assert made.metadata["preprocessing"] == {}
+    assert not [name for name in made.file.entries if ".visual." in name]
+
+
+def test_metadata_tell_where_the_file_comes_from(blob):
+    metadata = Blob(blob("tiny-vl-bin")).metadata
+    assert metadata["source"]["name"] == "tiny-vl-bin"
+    assert set(metadata["source"]["files"]) == {p.name for p in BIN.glob("*.bin")}
+    assert metadata["preprocessing"]["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert metadata["preprocessing"]["std"] == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+
+
+def test_conversion_is_reproducible_and_the_order_of_production_does_not_matter(tmp_path):
+    convert(BIN, tmp_path / "a.qvl")
+    convert(BIN, tmp_path / "b.qvl", produce=lambda source, plans: each_by_itself(source, plans[::-1]))
+    assert sha256(tmp_path / "a.qvl") == sha256(tmp_path / "b.qvl")
+
+
+def test_progress_grows_to_the_size_of_the_file(tmp_path):
+    seen = []
+    convert(BIN, tmp_path / "a.qvl", progress=lambda name, done, total: seen.append((done, total)))
+    size = (tmp_path / "a.qvl").stat().st_size
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert {total for _, total in seen} == {size}
+    assert seen[-1] == (size, size)
+
+
+class Interrupt:
+    """Stops a conversion after some matrices, as Ctrl-C does."""
+
+    def __init__(self, after: int):
+        self.left = after
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def made_in_two(source: Path, out: Path, after: int, spoil=lambda partial: None, **options) -> list[str]:
+    """Interrupt a conversion, spoil what it left, resume; returns the matrices that were made anew."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, progress=Interrupt(after), **options)
+    assert not out.exists()
+    spoil(out.with_name(f"{out.name}.partial"))
+    names = []
+    convert(source, out, resume=True, progress=lambda name, done, total: names.append(name), **options)
+    return names[:-1]
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_resume_gives_the_same_file_and_does_nothing_twice(tmp_path, after):
+    convert(BIN, tmp_path / "whole.qvl")
+    names = made_in_two(BIN, tmp_path / "x.qvl", after)
+    assert sha256(tmp_path / "x.qvl") == sha256(tmp_path / "whole.qvl")
+    matrices = [s.name for s in tensors(Blob(tmp_path / "x.qvl").config) if isinstance(s, MatrixSpec)]
+    assert names == matrices[after:]
+    assert not (tmp_path / "x.qvl.partial").exists()
+
+
+def test_resume_makes_damaged_tensors_anew(tmp_path):
+    convert(BIN, tmp_path / "whole.qvl")
+
+    def spoil(partial: Path) -> None:
+        entry = TensorFile(partial).entries["transformer.visual.conv1.qweight"]
+        with open(partial, "r+b") as file:
+            file.seek(entry.start + 5)
+            file.write(b"\x00\x01\x02\x03")
+
+    names = made_in_two(BIN, tmp_path / "x.qvl", 7, spoil)
+    assert names[0] == "transformer.visual.conv1"
+    assert sha256(tmp_path / "x.qvl") == sha256(tmp_path / "whole.qvl")
+
+
+def test_resume_without_anything_to_resume_begins(tmp_path):
+    convert(BIN, tmp_path / "x.qvl", resume=True)
+    Blob(tmp_path / "x.qvl").check()
+
+
+def test_without_resume_an_unfinished_file_is_replaced(tmp_path):
+    (tmp_path / "x.qvl.partial").write_bytes(b"something else")
+    convert(BIN, tmp_path / "x.qvl")
+    Blob(tmp_path / "x.qvl").check()
+
+
+@pytest.mark.parametrize("other", ["settings", "model", "length"])
+def test_resume_refuses_what_was_begun_otherwise(tmp_path, other):
+    out = tmp_path / "x.qvl"
+    with pytest.raises(KeyboardInterrupt):
+        convert(BIN, out, progress=Interrupt(5))
+    source, options = BIN, {}
+    if other == "settings":
+        options = {"head_bits": 4}
+    elif other == "model":
+        source = changed_copy(BIN, tmp_path / "y", lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * 2}))
+    else:
+        os.truncate(tmp_path / "x.qvl.partial", 300_000)
+    with pytest.raises(QvlError, match=r"x\.qvl\.partial.*begin anew"):
+        convert(source, out, resume=True, **options)
+    assert (tmp_path / "x.qvl.partial").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_conversion_leaves_no_file_and_can_be_resumed(tmp_path):
+    out = tmp_path / "x.qvl"
+    program = (
+        "import sys, time; from qvl_convert.convert import convert\n"
+        "convert(sys.argv[1], sys.argv[2], progress=lambda n, d, t: (print(n, flush=True), time.sleep(0.2)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, BIN, out], stdout=subprocess.PIPE)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    assert (tmp_path / "x.qvl.partial").exists()
+    convert(BIN, out, resume=True)
+    Blob(out).check()
+    convert(BIN, tmp_path / "whole.qvl")
+    assert sha256(out) == sha256(tmp_path / "whole.qvl")
+
+
+def refused(source: Path, out: Path, *parts: str, **options) -> None:
+    """A conversion fails with one line that holds all the parts, and leaves nothing behind."""
+    before = sorted(out.parent.iterdir()) if out.parent.exists() else []
+    with pytest.raises(QvlError) as caught:
+        convert(source, out, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    assert (sorted(out.parent.iterdir()) if out.parent.exists() else []) == before
+
+
+def test_existing_output_is_refused_without_force(tmp_path):
+    out = tmp_path / "x.qvl"
+    out.write_bytes(b"precious")
+    refused(BIN, out, "x.qvl", "exists already", "--force")
+    assert out.read_bytes() == b"precious"
+    convert(BIN, out, force=True)
+    Blob(out).check()
+
+
+def test_output_made_by_another_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "x.qvl"
+
+    def appear(name, done, total):
+        out.write_bytes(b"precious")
+
+    with pytest.raises(QvlError, match="exists already"):
+        convert(BIN, out, progress=appear)
+    assert out.read_bytes() == b"precious"
+
+
+def test_impossible_outputs(tmp_path):
+    (tmp_path / "folder").mkdir()
+    refused(BIN, tmp_path / "folder", "is a folder")
+    refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"bits": 5}, "--bits 5"),
+        ({"vision_bits": 3}, "--vision-bits 3"),
+        ({"head_bits": 2}, "--head-bits 2"),
+        ({"group_size": 48}, "--group-size 48"),
+        ({"method": "magic"}, "--method 'magic'"),
+    ],
+)
+def test_unknown_settings(tmp_path, options, part):
+    refused(BIN, tmp_path / "x.qvl", part, "choose", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options"),
+    [
+        ("transformer.h.1.mlp.w1.weight", np.nan, {}),
+        ("transformer.visual.conv1.weight", np.inf, {"bits": 16}),
+        ("transformer.ln_f.weight", np.nan, {}),
+        ("transformer.h.0.attn.c_attn.bias", -np.inf, {}),
+        ("lm_head.weight", 70000.0, {"bits": 16}),
+    ],
+)
+def test_values_that_cannot_be_kept_are_refused_by_name(tmp_path, name, value, options):
+    def spoil(tensors):
+        tensors[name] = tensors[name].astype(np.float32)
+        tensors[name].flat[-1] = value
+
+    source = changed_copy(BIN, tmp_path / "source", spoil)
+    (tmp_path / "out").mkdir()
+    refused(source, tmp_path / "out" / "x.qvl", "model.safetensors", name, **options)
+
+
+def test_large_weights_can_still_be_quantised(tmp_path):
+    def enlarge(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
+        tensors["lm_head.weight"].flat[-1] = 70000.0
+
+    convert(changed_copy(BIN, tmp_path / "source", enlarge), tmp_path / "x.qvl")
+    assert Blob(tmp_path / "x.qvl").matrix("lm_head").dequantize().max() == pytest.approx(70000, rel=1e-3)
+
+
+def test_too_little_room_is_said_before_work_begins(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(BIN, tmp_path / "x.qvl", "x.qvl", "needs", "free")
+
+
+def test_a_disk_that_fills_up_is_one_line_and_can_be_resumed(tmp_path, monkeypatch):
+    write = writer_module.BlobWriter.write
+
+    def full(self, name, array):
+        if name.startswith("transformer.h.1.mlp.w2"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, array)
+
+    monkeypatch.setattr(writer_module.BlobWriter, "write", full)
+    with pytest.raises(QvlError, match=r"x\.qvl: the disk is full.*--resume"):
+        convert(BIN, tmp_path / "x.qvl")
+    monkeypatch.undo()
+    convert(BIN, tmp_path / "x.qvl", resume=True)
+    Blob(tmp_path / "x.qvl").check()
+
+
+def test_source_is_left_alone(tmp_path):
+    source = Path(shutil.copytree(VL, tmp_path / "source"))
+    before = {path.name: (sha256(path), path.stat().st_mtime_ns) for path in source.iterdir()}
+    convert(source, source / "x.qvl")
+    (source / "x.qvl").unlink()
+    assert {path.name: (sha256(path), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+
+
+def test_config_travels_inside(blob):
+    made = Blob(blob("tiny-vl"))
+    raw = json.loads((VL / "config.json").read_text())
+    assert made.config.visual.n_queries == 256
+    assert made.config.to_dict().items() >= {k: raw[k] for k in ("hidden_size", "seq_length", "vocab_size")}.items()
+    assert made.generation_config.top_p == 0.3
