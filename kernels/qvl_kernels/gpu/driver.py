@@ -6,10 +6,11 @@ Memory comes from plain `cuMemAlloc`, whose sizes are exactly those asked for, s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,11 +152,12 @@ class Driver:
     def load(self, image: bytes, kind: str, name: str, threads: int, shared: int) -> Kernel:
         """Load kernel `name` from a cubin or from PTX (`kind`), which the driver compiles."""
         self._enter()
-        if kind == "cubin":
-            code = self._core.ObjectCode.from_cubin(image)
-        else:
-            code = self._core.ObjectCode.from_ptx(image.rstrip(b"\0") + b"\0")
-        handle = code.get_kernel(name)
+        with self._errors(f"does not take kernel {name}"):
+            if kind == "cubin":
+                code = self._core.ObjectCode.from_cubin(image)
+            else:
+                code = self._core.ObjectCode.from_ptx(image.rstrip(b"\0") + b"\0")
+            handle = code.get_kernel(name)
         if shared > STATIC_SHARED_LIMIT:
             attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             kernel = self._api.CUkernel(int(handle.handle))
@@ -173,7 +175,8 @@ class Driver:
         if config is None:
             config = self._core.LaunchConfig(grid=grid, block=(kernel.threads, 1, 1), shmem_size=kernel.shared)
             self._configs[key] = config
-        self._core.launch(self._stream, config, kernel.handle, *args)
+        with self._errors(f"does not run kernel {kernel.name}"):
+            self._core.launch(self._stream, config, kernel.handle, *args)
 
     # order and time
 
@@ -201,24 +204,36 @@ class Driver:
     def capture(self, work: Callable[[], None]) -> Any:
         """A graph of what `work` asks of the stream, which is not carried out."""
         self._enter()
-        builder = self._stream.create_graph_builder()
-        builder.begin_building()
-        try:
-            work()
-        finally:
-            builder.end_building()
-        return builder.complete()
+        with self._errors("does not take a graph"):
+            builder = self._stream.create_graph_builder()
+            builder.begin_building()
+            try:
+                work()
+            finally:
+                builder.end_building()
+            return builder.complete()
 
     def replay(self, graph: Any) -> None:
         """Carry out a captured graph."""
         self._enter()
-        graph.launch(self._stream)
+        with self._errors("does not run a graph"):
+            graph.launch(self._stream)
 
     def _enter(self) -> None:
         """Make the GPU current in this thread."""
         if not getattr(self._current, "done", False):
             self._device.set_current()
             self._current.done = True
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """cuda-core's errors as ours."""
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as e:
+            raise DeviceError(f"{self.name} {what}: {str(e).partition(chr(10))[0]}") from e
 
     def _ok(self, result: tuple) -> Any:
         status, *values = result

@@ -1,0 +1,53 @@
+"""Decode steps of a blob on the fake GPU, with neither torch nor triton: ``decode_run.py BLOB``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fakes.absent  # noqa: F401
+from fakes.gpu import FakeDriver, Images
+
+from qvl_kernels.gpu import CudaOps
+from qvl_runtime.blob import Blob
+from qvl_runtime.decoder import Decoder, DecodeStep
+from qvl_runtime.kv_cache import Context
+from qvl_runtime.weights import Weights
+
+
+def main(path: str) -> None:
+    driver, blob = FakeDriver(), Blob(path)
+    ops = CudaOps(driver, Images())
+    decoder = Decoder(Weights(blob, ops))
+    for dtype in ("fp16", "int8"):
+        context = Context(ops, blob.config, dtype, 16)
+        context.begin(2)
+        work = decoder.workspace(2)
+        decoder.embed([1, 2], [], work.x)
+        decoder.forward(work, context)
+        context.advance(2)
+        step = DecodeStep(decoder, context)
+        step(3)
+
+        driver.launches.clear()
+        step(4)
+        first = list(driver.launches)
+        driver.launches.clear()
+        step(5)
+        assert driver.launches == first, "one graph serves every step"
+        assert int(ops.download(context.start)[0]) == context.length == 5
+        families = [launch.name.partition(".")[0] for launch in first]
+        layers = blob.config.num_hidden_layers
+        for family in ("decode_attention", "rope_append", "gate_up"):
+            assert families.count(family) == layers
+        assert families[0] == "embed" and families[-1] == "argmax"
+
+        context.reserve(300)
+        step(6)
+        assert context.store.capacity >= 300 and context.length == 6
+    assert not {"torch", "triton"} & sys.modules.keys()
+    print("decoded")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

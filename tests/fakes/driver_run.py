@@ -1,0 +1,158 @@
+"""What the runtime does through the real cuda-core, on the driver library built from libcuda.c.
+
+driver_run.py LIBRARY seam | model BLOB | refused
+"""
+
+import ctypes
+import dataclasses
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fakes.absent  # noqa: F401
+import numpy as np
+from fakes.gpu import Images
+
+from qvl_kernels import gpu
+from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.ops import DeviceError
+
+RUN, STORE, REPLAY = 0, 1, 2
+
+Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+def raises(message: str, call) -> None:
+    try:
+        call()
+    except DeviceError as error:
+        assert message in str(error) and "\n" not in str(error), error
+    else:
+        raise AssertionError(f"no error: {message}")
+
+
+def memory(driver: Driver) -> None:
+    free, total = driver.memory()
+    assert free == total == 1 << 33
+    a, b = driver.allocate(1000), driver.allocate(1000)
+    assert driver.memory() == (total - 2000, total)
+    values, result = np.arange(250, dtype=np.float32), np.empty(250, np.float32)
+    driver.to_device(a, values)
+    driver.move(b, a, 1000)
+    driver.to_host(result, b)
+    assert (result == values).all()
+    stage = driver.pinned(1000)
+    stage[:] = 7
+    driver.to_device(b, stage)
+    driver.wait(driver.mark())
+    driver.to_host(result, b)
+    assert (result.view(np.uint8) == 7).all()
+    assert driver.seconds(driver.mark(), driver.mark()) == 0.001
+    raises("out of memory: 1099.51 GB asked for, 8.59 GB free", lambda: driver.allocate(1 << 40))
+    raises("the driver reports", lambda: driver.free(12345))
+    driver.free(a)
+    driver.free(b)
+    assert driver.memory() == (total, total)
+    thread = threading.Thread(target=lambda: driver.free(driver.allocate(10)))
+    thread.start()
+    thread.join()
+
+
+def launches(driver: Driver, library: ctypes.CDLL) -> None:
+    seen, a = [], driver.allocate(1000)
+
+    @Callback
+    def on_launch(mode, stored, name, dims, params):
+        if mode == REPLAY:
+            seen.append(("replayed", stored))
+            return 0
+        kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64)
+        seen.append((mode, name, dims[:7], [kind.from_address(params[i]).value for i, kind in enumerate(kinds)]))
+        return len(seen)
+
+    library.fake_on_launch(on_launch)
+    kernel = driver.load(b"\x7fELF...", "cubin", "a_kernel", 128, 60000)
+    arguments = [np.uint64(a), np.int32(-4), np.float32(0.5), np.uint64(0), np.uint64(0)]
+    driver.launch(kernel, (3, 2, 1), arguments)
+    expected = (b"a_kernel", [3, 2, 1, 128, 1, 1, 60000], [a, -4, 0.5, 0, 0])
+    assert seen == [(RUN, *expected)], seen
+
+    result = np.empty(250, np.float32)
+    driver.fill(a, 1, 1000)
+    graph = driver.capture(lambda: (driver.launch(kernel, (3, 2, 1), arguments), driver.fill(a, 0, 1000)))
+    assert seen[1:] == [(STORE, *expected)]
+    driver.to_host(result, a)
+    assert result.all(), "a capture carries nothing out"
+    driver.replay(graph)
+    driver.replay(graph)
+    assert seen[2:] == [("replayed", 2)] * 2
+    driver.to_host(result, a)
+    assert not result.any()
+    assert driver.load(b"// PTX", "ptx", "other", 32, 0).name == "other"
+    raises("does not take kernel x", lambda: driver.load(b"nonsense", "cubin", "x", 32, 0))
+
+
+def seam(library: ctypes.CDLL) -> None:
+    driver = Driver()
+    assert (driver.name, driver.capability, driver.driver_version) == ("Fake GPU", (9, 0), (12, 8))
+    assert (driver.shared_limit, driver.multiprocessors) == (101376, 20)
+    memory(driver)
+    launches(driver, library)
+
+
+class Elves(Images):
+    """Images that look like cubins."""
+
+    def __missing__(self, name):
+        self[name] = dataclasses.replace(super().__missing__(name), code=b"\x7fELF")
+        return self[name]
+
+
+def model(library: ctypes.CDLL, path: str) -> None:
+    from qvl_runtime.blob import Blob
+    from qvl_runtime.decoder import Decoder, DecodeStep
+    from qvl_runtime.kv_cache import Context
+    from qvl_runtime.weights import Weights
+
+    seen, moved = [], []
+
+    @Callback
+    def on_launch(mode, stored, name, dims, params):
+        seen.append(mode)
+        return len(seen)
+
+    library.fake_on_launch(on_launch)
+    ops, blob = gpu.CudaOps(Driver(), Elves(), progress=moved.append), Blob(path)
+    decoder = Decoder(Weights(blob, ops))
+    assert sum(moved) > 500_000
+    step = DecodeStep(decoder, Context(ops, blob.config, "int8", 16))
+    step(3)
+    seen.clear()
+    step(4)
+    assert seen and set(seen) == {REPLAY}, "a decode step is one graph"
+    used, most = ctypes.c_int64(), ctypes.c_int64()
+    library.fake_memory(ctypes.byref(used), ctypes.byref(most))
+    assert ops.memory.in_use <= used.value <= ops.memory.in_use + (128 << 20) and most.value >= ops.memory.peak
+
+
+def refused(library: ctypes.CDLL | None) -> None:
+    usable, reason = gpu.available()
+    assert not usable and "\n" not in reason
+    print(reason)
+
+
+if __name__ == "__main__":
+    path, part, *rest = sys.argv[1:]
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
+    {"seam": seam, "model": model, "refused": refused}[part](library, *rest)
+    assert not {"torch", "triton"} & sys.modules.keys()
+    print("done")
