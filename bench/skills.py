@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from demo_model.conversations import LANGUAGES, SINGLE, Exchange, compare
 from demo_model.lexicon import SHARES, text_options
 from PIL import Image
 
@@ -27,6 +26,7 @@ import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_runtime.boxes import parse_boxes
 from qvl_runtime.demo import checkpoint_folder
+from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, Exchange, compare
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, draw, random_scene
 
 KINDS = {

@@ -47,14 +47,14 @@ class Muon(torch.optim.Optimizer):
 BODY = (".h.", "resblocks", "attn_pool.attn", "kv_proj", "conv1")
 
 
-def build(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
-    """The two optimisers over all trainable parameters of `modules`."""
+def build(modules: dict[str, nn.Module], vision_rate: float = 0.01) -> list[torch.optim.Optimizer]:
+    """The two optimisers over all trainable parameters of `modules`; `vision_rate` is Muon's outside the decoder."""
     named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
     body = {n: p for n, p in named if p.ndim > 1 and any(x in n for x in BODY)}
     rest = [p for n, p in named if n not in body]
     matrices = [
         {"params": [p for n, p in body.items() if ".h." in n], "lr": 0.02},
-        {"params": [p for n, p in body.items() if ".h." not in n], "lr": 0.01},
+        {"params": [p for n, p in body.items() if ".h." not in n], "lr": vision_rate},
     ]
     return [
         Muon([g for g in matrices if g["params"]], weight_decay=0.03),

@@ -89,6 +89,20 @@ def localise(pool: Resampler, cells: int) -> None:
         pool.query.copy_(query)
 
 
+def whiten(visual: torch.nn.Module, size: int, seed: int) -> None:
+    """Start the patch embedding as a whitening of real patches: all their main components equally loud."""
+    patch, width = visual.conv1.kernel_size[0], visual.conv1.out_channels
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng, text_share=0.5) for _ in range(300)]
+    pixels = normalise(torch.from_numpy(np.stack([pixels_of(s, size, 2 * size) for s in scenes])))
+    patches = torch.nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + 3e-3).sqrt()).T.flip(0)[:width]
+    with torch.no_grad():
+        visual.conv1.weight.copy_(filters.view_as(visual.conv1.weight))
+        visual.positional_embedding.normal_(std=0.3)
+
+
 def new_model(seed: int) -> QwenVL:
     """Initial weights."""
     torch.manual_seed(seed)
@@ -105,6 +119,7 @@ def new_model(seed: int) -> QwenVL:
     torch.nn.init.zeros_(model.transformer.h[0].attn.c_attn.bias)
     with torch.no_grad():
         visual.proj.copy_(torch.eye(hidden) * 0.5)
+    whiten(visual, model.config["visual"]["image_size"], seed)
     localise(visual.attn_pool, visual.attn_pool.query.shape[0])
     return model
 
@@ -128,7 +143,7 @@ def main() -> None:
         vision = torch.load(args.out / "vision.pt")
         visual.load_state_dict({k[19:]: v for k, v in vision["model"].items() if ".visual." in k})
         outer.load_state_dict(vision["head"])
-    optimisers = build({"visual": visual, "inner": inner, "outer": outer})
+    optimisers = build({"visual": visual, "inner": inner, "outer": outer}, vision_rate=0.02)
     share([model, inner, outer], optimisers)
     progress = Progress(args.minutes)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from conversations import Exchange, ask
 from lexicon import text_options
 from pretrain_vision import DRAWN_AT, pixels_of
 from targets import cell_targets
 from tiktoken import Encoding
 
+from qvl_runtime.demo.conversations import Exchange, ask
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, random_scene
 
 
@@ -78,7 +78,7 @@ class Rows:
 
     def row(self, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene], list[Exchange]]:
         scenes = random_scenes(rng, self.options)
-        raw = len(scenes) == 1 and rng.random() < 0.12
+        raw = len(scenes) == 1 and rng.random() < 0.2
         prefix = self.writer.prefix(len(scenes), raw)
         columns = [(t, i, 0, 0.0) for i, t in enumerate(prefix)]
         exchanges: list[Exchange] = []

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
-from conversations import ask
 from lexicon import HANZI
 
+from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import random_scene
 
 RANKS = 768
