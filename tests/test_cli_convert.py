@@ -1,0 +1,181 @@
+"""`qvl convert` and `qvl info` as a user meets them: output, exit status, one line for what can be mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from qvl_runtime.blob import Blob
+from qvl_runtime.cli.main import main
+from qvl_runtime.tensorfile import TensorFile
+
+BIN = GOLDEN / "ckpt/tiny-vl-bin"
+
+
+@pytest.fixture
+def qvl(capfd):
+    """``qvl(*arguments)`` -> (status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        return (caught.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+def fails(result: tuple[int, str, str], *parts: object) -> None:
+    """Status 1, nothing on standard output, exactly one line on standard error, with all the parts."""
+    status, out, err = result
+    assert (status, out) == (1, "")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert str(part) in err
+
+
+def test_convert_then_info(qvl, tmp_path):
+    out = tmp_path / "x.qvl"
+    status, text, err = qvl("convert", BIN, out, "--bits", "8", "--vision-bits", "4", "--head-bits", "16")
+    assert (status, err) == (0, "")
+    assert text.startswith(str(out))
+    status, text, err = qvl("info", out, "--check")
+    assert (status, err) == (0, "")
+    assert "Qwen-VL-Chat" in text.splitlines()[0]
+    lines = {line[2:14].strip(): line for line in text.splitlines()[4:]}
+    assert "int4, groups of 128, rtn" in lines["ViT"]
+    assert "int4, groups of 128, rtn" in lines["adapter"]
+    assert "int8, groups of 128, rtn" in lines["decoder"]
+    assert lines["output head"].endswith("fp16")
+    assert "every hash is right" in text
+    sizes = Blob(out).part_sizes()
+    assert f"{sizes['decoder'] / 1e6:.1f} MB" in lines["decoder"]
+
+
+def test_info_json(qvl, blob):
+    path = blob("tiny-vl-bin")
+    status, text, _ = qvl("info", path, "--json")
+    facts = json.loads(text)
+    assert status == 0
+    assert text.count("\n") == 1
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["parts"]["vision"] == {
+        "label": "ViT",
+        "bytes": Blob(path).part_sizes()["vision"],
+        "bits": 8,
+        "group_size": 128,
+        "method": "rtn",
+    }
+    assert facts["config"]["visual"]["width"] == 104
+    assert "check" not in facts
+    assert json.loads(qvl("info", path, "--json", "--check")[1])["check"] == "passed"
+
+
+def test_info_names_a_text_model(qvl, blob):
+    assert "Qwen-7B" in qvl("info", blob("tiny-q7-gptq-asym"))[1]
+
+
+def test_group_size_resume_and_force(qvl, tmp_path):
+    out = tmp_path / "x.qvl"
+    assert qvl("convert", BIN, out, "--group-size", "32", "--resume")[0] == 0
+    assert Blob(out).matrix("lm_head").group_size == 32
+    fails(qvl("convert", BIN, out), out, "--force")
+    assert qvl("convert", BIN, out, "--force")[0] == 0
+    assert Blob(out).matrix("lm_head").group_size == 128
+
+
+def test_errors_are_one_line(qvl, tmp_path, blob):
+    fails(qvl("convert", tmp_path / "nowhere", tmp_path / "x.qvl"), "nowhere", "is no folder")
+    fails(qvl("convert", BIN, tmp_path / "no" / "x.qvl"), "folder does not exist")
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--bits", "5"), "--bits 5", "choose 4, 8 or 16")
+    fails(qvl("convert", GOLDEN / "ckpt/tiny-vl-gptq", tmp_path / "x.qvl", "--bits", "8"), "cannot become 8")
+    fails(qvl("info", tmp_path / "missing.qvl"), "missing.qvl", "no such file")
+    fails(qvl("info", BIN / "config.json"), "config.json", "no safetensors file")
+    fails(qvl("info", GOLDEN / "ckpt/tiny-vl/model-00001-of-00003.safetensors"), "is no .qvl file", "qvl convert")
+    damaged = tmp_path / "damaged.qvl"
+    content = bytearray(blob("tiny-vl-bin").read_bytes())
+    content[TensorFile(blob("tiny-vl-bin")).entries["lm_head.qweight"].start] ^= 1
+    damaged.write_bytes(content)
+    fails(qvl("info", damaged, "--check"), "damaged.qvl", "lm_head.qweight", "copy the file again")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.qvl"]
+
+
+def test_a_folder_without_permission_is_one_line(qvl, tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "x.qvl"))
+
+    monkeypatch.setattr("qvl_convert.convert.BlobWriter", denied)
+    fails(qvl("convert", BIN, tmp_path / "x.qvl"), f"{tmp_path / 'x.qvl'}: Permission denied")
+
+
+def test_interrupt_is_130_and_leaves_the_unfinished_file(qvl, tmp_path, monkeypatch):
+    def interrupt(self, name, array):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvl_convert.writer.BlobWriter.write", interrupt)
+    assert qvl("convert", BIN, tmp_path / "x.qvl")[0] == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["x.qvl.partial"]
+
+
+@pytest.mark.parametrize("arguments", [("convert",), ("convert", "a"), ("frobnicate",), ("info", "x", "--nonsense")])
+def test_wrong_usage_is_2(qvl, arguments):
+    status, out, err = qvl(*arguments)
+    assert (status, out) == (2, "")
+    assert "Usage: qvl" in err
+
+
+def test_help_and_version(qvl):
+    import qvl_runtime
+
+    status, text, _ = qvl("--help")
+    assert status == 0
+    assert "Make a .qvl file out of a Hugging Face model." in text
+    assert qvl()[1] == text
+    assert qvl("--version") == (0, f"qvl {qvl_runtime.__version__}\n", "")
+    status, text, _ = qvl("convert", "--help")
+    assert status == 0
+    assert "qvl convert Qwen-VL-Chat qwen-vl-chat.qvl" in text
+
+
+def test_only_the_wanted_verb_is_imported(blob):
+    program = (
+        "import sys; from qvl_runtime.cli.main import main\n"
+        "try: main(['info', sys.argv[1]])\n"
+        "except SystemExit: print([m for m in ('qvl_convert', 'qvl_runtime.cli.generate') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, blob("tiny-vl-bin")], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def on_terminal(command: list[str]) -> str:
+    """What a command writes to standard error when that is a terminal."""
+    leader, follower = pytest.importorskip("pty").openpty()
+    process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
+    os.close(follower)
+    seen = b""
+    try:
+        while piece := os.read(leader, 65536):
+            seen += piece
+    except OSError:
+        # Linux reports the end of a terminal as an error.
+        pass
+    os.close(leader)
+    assert process.wait() == 0
+    return seen.decode(errors="replace")
+
+
+def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path):
+    command = [sys.executable, "-m", "qvl_runtime.cli.main", "convert", str(BIN)]
+    shown = on_terminal([*command, str(tmp_path / "a.qvl")])
+    assert "MB" in shown
+    piped = subprocess.run([*command, str(tmp_path / "b.qvl")], capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    assert piped.stdout == f"{tmp_path / 'b.qvl'}: {Path(tmp_path / 'b.qvl').stat().st_size / 1e6:,.1f} MB\n"
