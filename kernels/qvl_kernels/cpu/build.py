@@ -1,4 +1,4 @@
-"""Compile every kernel into one object file: ``python -m qvl_kernels.cpu.build OUT``.
+"""Compile every kernel into one file of machine code: ``python -m qvl_kernels.cpu.build OUT``.
 
 Run as a process of its own, so that Numba and LLVM's optimiser (150 MB) never enter the process that answers.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import multiprocessing
 import os
+import struct
 import sys
 
 import llvmlite.binding as llvm
@@ -48,34 +50,18 @@ define void @{name}(i64 %args, i64 %thread, i64 %threads) {{
 }}"""
 
 
-def compile_kernels() -> bytes:
-    """The object file; each kernel is the symbol ``qvl_NAME``."""
-    import numba
-    from numba.core.cpu import CPUContext
-
-    gc.disable()
-    CPUContext.get_executable = _without_machine_code
-
-    cpu, flags = features.target()
-    numba.config.CPU_NAME, numba.config.CPU_FEATURES = cpu, flags
-
-    from qvl_kernels.cpu import kernels
+def compile_kernel(name: str) -> bytes:
+    """The object file of one kernel: the symbol ``qvl_NAME`` and nothing else that is visible."""
     from qvl_kernels.cpu.registry import KERNELS
 
-    for module in kernels.MODULES:
-        importlib.import_module(module)
-
-    whole = None
-    for name, function in KERNELS.items():
-        symbol, text = _library(function)
-        module = llvm.parse_assembly(text)
-        module.link_in(llvm.parse_assembly(_entry(f"qvl_{name}", symbol)))
-        if whole is None:
-            whole = module
-        else:
-            whole.link_in(module)
-    whole.verify()
-    target = llvm.Target.from_triple(whole.triple)
+    symbol, text = _library(KERNELS[name])
+    module = llvm.parse_assembly(text)
+    module.link_in(llvm.parse_assembly(_entry(f"qvl_{name}", symbol)))
+    for function in module.functions:
+        if not function.is_declaration and function.name != f"qvl_{name}":
+            function.linkage = "internal"
+    cpu, flags = features.target()
+    target = llvm.Target.from_triple(module.triple)
     machine = target.create_target_machine(
         cpu=cpu,
         features=flags,
@@ -84,11 +70,47 @@ def compile_kernels() -> bytes:
         codemodel="jitdefault",
         jit=True,
     )
-    return machine.emit_object(whole)
+    # Routines that were inlined everywhere would be emitted once more by themselves.
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(0)))
+    module.verify()
+    return machine.emit_object(module)
+
+
+def prepare() -> list[str]:
+    """Import the kernels, set Numba up for `features.target`, and return the kernels' names."""
+    import numba
+    from numba.core.cpu import CPUContext
+
+    gc.disable()
+    CPUContext.get_executable = _without_machine_code
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = features.target()
+
+    from qvl_kernels.cpu import kernels
+    from qvl_kernels.cpu.registry import KERNELS
+
+    for module in kernels.MODULES:
+        importlib.import_module(module)
+    return list(KERNELS)
+
+
+def compile_kernels() -> bytes:
+    """All kernels: a uint32 count, that many uint32 sizes, and the object files."""
+    names = prepare()
+    # Children share what the parent has imported; elsewhere than on Linux a forked child may not use system libraries.
+    workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    if workers > 1:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            objects = pool.map(compile_kernel, names, chunksize=1)
+    else:
+        objects = [compile_kernel(name) for name in names]
+    sizes = [len(data) for data in objects]
+    return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
 
 
 def main(path: str) -> None:
-    """Write the object file at once or not at all, whoever else is writing it."""
+    """Write the file at once or not at all, whoever else is writing it."""
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "wb") as file:
         file.write(compile_kernels())

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,14 @@ def folder() -> Path:
     return Path(base) / "qvl"
 
 
+HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "ops.py", "runner.py"}
+"""Sources that only call kernels."""
+
+
 def key() -> str:
     """A hash of everything the machine code depends on."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in HOST):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     digest.update(repr((versions, platform.machine(), features.selected().name, features.target())).encode())
@@ -53,9 +58,8 @@ def _compile(path: Path) -> None:
         raise DeviceError(f"the CPU kernels could not be compiled ({last}); try QVL_CPU=plain or device='reference'")
 
 
-@functools.cache
-def _object_file() -> bytes:
-    path = folder() / f"kernels-{key()}" / "kernels.o"
+def _machine_code() -> bytes:
+    path = folder() / f"kernels-{key()}" / "kernels.bin"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +69,8 @@ def _object_file() -> bytes:
         if not writable:
             # No home to write to: this process compiles for itself.
             with tempfile.TemporaryDirectory() as scratch:
-                _compile(Path(scratch) / "kernels.o")
-                return (Path(scratch) / "kernels.o").read_bytes()
+                _compile(Path(scratch) / "kernels.bin")
+                return (Path(scratch) / "kernels.bin").read_bytes()
         _compile(path)
     return path.read_bytes()
 
@@ -77,7 +81,12 @@ def _engine():
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(_object_file()))
+    data = _machine_code()
+    (count,) = struct.unpack_from("<I", data)
+    offset = 4 + 4 * count
+    for size in struct.unpack_from(f"<{count}I", data, 4):
+        engine.add_object_file(llvm.ObjectFileRef.from_data(data[offset : offset + size]))
+        offset += size
     engine.finalize_object()
     return engine
 
