@@ -159,6 +159,18 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(QvlError, match="compressed"):
         shard(tmp_path, good, method=zipfile.ZIP_DEFLATED)
     path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", state_dict({"w": tensor_call("0", 1 << 20, (1 << 20,), (1,))}))
+        archive.writestr("archive/data/0", bytes(8))
+        # The directory at the end is written on closing.
+        archive.filelist[-1].file_size = archive.filelist[-1].compress_size = 4 << 20
+    with pytest.raises(QvlError, match="reaches past the end"):
+        PickleFile(path)
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for _ in range(2):
+            archive.writestr("archive/data.pkl", state_dict({}))
+    with pytest.raises(QvlError, match="twice"):
+        PickleFile(path)
     with pytest.raises(QvlError, match="no such file"):
         PickleFile(tmp_path / "missing.bin")
     path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"rest")

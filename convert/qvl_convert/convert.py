@@ -16,6 +16,7 @@ from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
 from qvl_runtime.architecture import PARTS, VectorSpec, tensors
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
+from qvl_runtime.errors import QvlError
 from qvl_runtime.images import MEAN, STD
 
 Producer = Callable[[Source, list[MatrixPlan]], Iterator[tuple[MatrixPlan, Matrix]]]
@@ -79,6 +80,8 @@ def convert(
         head_bits=default if head_bits is None else head_bits,
         method=method,
     )
+    if method == "gptq" and produce is each_by_itself:
+        raise QvlError("--method gptq: needs a producer that calibrates; use --method rtn")
     source = Source(Checkpoint(src))
     plans = source.plan(recipe)
     vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
