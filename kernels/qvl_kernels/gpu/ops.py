@@ -12,7 +12,7 @@ from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
-from qvl_kernels.gpu.launcher import Images, Launcher
+from qvl_kernels.gpu.launcher import ALIGNMENT, Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
 from qvl_kernels.ops import Norm
@@ -198,8 +198,21 @@ class CudaOps:
     # attention
 
     def vision_attention(self, qkv, heads, out):
-        d = qkv.shape[1] // (3 * heads)
-        self._attention((qkv, (qkv, 2 * d), (qkv, 4 * d)), qkv.shape[0], qkv.shape[0], heads, 3, d, out)
+        rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
+        if 2 * d % ALIGNMENT:
+            self._attention(self._parts(qkv, heads, d), rows, rows, heads, 1, d, out)
+        else:
+            self._attention((qkv, (qkv, 2 * d), (qkv, 4 * d)), rows, rows, heads, 3, d, out)
+
+    def _parts(self, qkv: DeviceArray, heads: int, d: int) -> list[DeviceArray]:
+        """q, k and v of all heads as arrays of their own, where the kernels could not begin in the middle of a head."""
+        columns = np.arange(3 * heads * d, dtype=np.int32).reshape(heads, 3, d)
+        parts = []
+        for i in range(3):
+            part = self.empty((qkv.shape[0], heads * d), np.float16)
+            self._gather(qkv, self.upload(columns[:, i].ravel()), part, qkv.shape[1], heads * d, qkv.shape[0])
+            parts.append(part)
+        return parts
 
     def cross_attention(self, q, k, v, heads, out):
         self._attention((q, k, v), q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
