@@ -66,7 +66,8 @@ class Kernel:
     source : str
         ``module.function`` in qvl_kernels.gpu.kernels.
     arguments : tuple of (str, str)
-        Name and Triton type of every launch argument, in order. Two null pointers (scratch) follow at launch.
+        Name and Triton type of every launch argument, in order; "*cache" is fp16 or int8 with the variant. Two null
+        pointers (scratch) follow at launch.
     variants : dict
         Variant name -> compile-time constants, without those in tiles.json.
     grid : str
@@ -102,7 +103,7 @@ _CACHE_VARIANTS: dict[str, dict[str, int | bool]] = {
     for dtype in ("fp16", "int8")
     for size in ("128", "any")
 }
-_CACHE = "k:*fp16 v:*fp16 k_scale:*fp16 v_scale:*fp16 start:*i32"
+_CACHE = "k:*cache v:*cache k_scale:*fp16 v_scale:*fp16 start:*i32"
 
 KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ KERNELS: dict[str, Kernel] = {
     "norm": Kernel(
         "norm.norm",
         _arguments("x:*fp32 weight:*fp32 bias:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 eps:fp32 flags:i32"),
-        {"1024": {"BLOCK": 1024}, "4096": {"BLOCK": 4096}, "16384": {"BLOCK": 16384}},
+        {"1024": {"BLOCK": 1024}, "4096": {"BLOCK": 4096}, "8192": {"BLOCK": 8192}},
         "(m,)",
     ),
     # The same without a norm: cast, pad and permute. A plain copy of any shape is one row of k = padded = its size.
@@ -189,7 +190,7 @@ KERNELS: dict[str, Kernel] = {
         _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for t = 1, with the same variants. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
+    # The same for t = 1. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
@@ -258,6 +259,14 @@ ARCHITECTURES = (75, 80, 90, 120)
 """Compute capabilities kernels are built for; code for 80 also runs on 86, 87 and 89."""
 
 
+def types(name: str) -> dict[str, str]:
+    """Triton type of every launch argument of a kernel, in order."""
+    family, variant = name.split(".", 1)
+    kernel = KERNELS[family]
+    cache = "*i8" if kernel.variants[variant].get("INT8") else "*fp16"
+    return {argument: cache if kind == "*cache" else kind for argument, kind in kernel.arguments}
+
+
 def names() -> list[str]:
     """All kernels, as ``family.variant``."""
     return [f"{family}.{variant}" for family, kernel in KERNELS.items() for variant in kernel.variants]
@@ -269,7 +278,7 @@ def _tiles() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def tile(name: str, architecture: int) -> dict[str, int]:
-    """What tiles.json says about a kernel: `warps`, `stages`, `max_m` (of products) and compile-time constants.
+    """What tiles.json says about a kernel: `warps`, `stages` and compile-time constants.
 
     The longest matching prefix of `name` (in whole dotted parts) counts, first under the architecture, then under
     "default".

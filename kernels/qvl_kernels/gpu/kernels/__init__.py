@@ -1,0 +1,1 @@
+"""Triton sources, one file a subject. `qvl_kernels.gpu.signatures` lists their arguments and variants."""

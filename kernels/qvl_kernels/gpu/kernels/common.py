@@ -1,0 +1,72 @@
+"""What several kernels share: arrays whose type a flag decides, packed scales, and meeting of programs."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INLINE_ASM = tl.constexpr(not knobs.runtime.interpret)
+"""Triton's interpreter has no inline assembly: there, the plain form of the same arithmetic runs."""
+
+# flags, as in signatures.py
+BIAS = tl.constexpr(1)
+GELU = tl.constexpr(2)
+RESIDUAL = tl.constexpr(4)
+OUT_HALF = tl.constexpr(8)
+BIAS_UP = tl.constexpr(2)
+LAYER_NORM = tl.constexpr(1)
+PERMUTED = tl.constexpr(2)
+X_HALF = tl.constexpr(4)
+Y_HALF = tl.constexpr(16)
+HAS_ZEROS = tl.constexpr(1)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def to_half(x):
+    """float32 to fp16; what is too large becomes the largest number instead of infinity."""
+    return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def load_as_float(base, first, offsets, mask, is_half):
+    """float32 values at ``first + offsets`` of an array that is fp16 if `is_half`.
+
+    `first` is a scalar and may be int64; the offsets from it then fit int32, which saves registers.
+    """
+    if is_half:
+        value = tl.load(base.to(tl.pointer_type(tl.float16)) + first + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(base + first + offsets, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def store_float(base, first, offsets, value, mask, is_half):
+    """Store float32 values at ``first + offsets`` of an array that is fp16 if `is_half`."""
+    if is_half:
+        tl.store(base.to(tl.pointer_type(tl.float16)) + first + offsets, to_half(value), mask=mask)
+    else:
+        tl.store(base + first + offsets, value, mask=mask)
+
+
+@triton.jit
+def unpack_scale(packed):
+    """Scale and zero, fp16, of int32 words that hold them in their low and high half."""
+    scale = (packed & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale, zero
+
+
+@triton.jit
+def last_to_arrive(counter, parts):
+    """Whether this program is the last of `parts` to come here; it then sees what the others stored before.
+
+    The barriers make one thread's atomic speak for all threads of its program. The counter ends at zero.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
