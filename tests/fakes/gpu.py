@@ -113,6 +113,9 @@ class FakeDriver:
     def wait(self, event):
         pass
 
+    def seconds(self, begin, end):
+        return 1e-3
+
     def capture(self, work):
         self._tape = tape = []
         try:

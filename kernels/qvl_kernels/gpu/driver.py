@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +37,16 @@ class Kernel:
     name: str
     threads: int
     shared: int
+
+
+class Mark:
+    """A point in a stream, as `Driver.mark` makes it."""
+
+    __slots__ = ("__weakref__", "event")
+
+    def __init__(self, event: Any, destroy: Callable[[Any], Any]):
+        self.event = event
+        weakref.finalize(self, destroy, event).atexit = False
 
 
 class Driver:
@@ -185,21 +197,21 @@ class Driver:
         self._enter()
         self._ok(self._api.cuStreamSynchronize(self._raw_stream))
 
-    def mark(self) -> Any:
+    def mark(self) -> Mark:
         """A point in the stream."""
         self._enter()
-        event = self._ok(self._api.cuEventCreate(0))
-        self._ok(self._api.cuEventRecord(event, self._raw_stream))
-        return event
+        mark = Mark(self._ok(self._api.cuEventCreate(0)), self._api.cuEventDestroy)
+        self._ok(self._api.cuEventRecord(mark.event, self._raw_stream))
+        return mark
 
-    def wait(self, event: Any) -> None:
-        """Wait until the stream has passed `event`."""
-        self._ok(self._api.cuEventSynchronize(event))
+    def wait(self, mark: Mark) -> None:
+        """Wait until the stream has passed `mark`."""
+        self._ok(self._api.cuEventSynchronize(mark.event))
 
-    def seconds(self, begin: Any, end: Any) -> float:
+    def seconds(self, begin: Mark, end: Mark) -> float:
         """Time the device took from one mark to another."""
         self.wait(end)
-        return float(self._ok(self._api.cuEventElapsedTime(begin, end))) * 1e-3
+        return float(self._ok(self._api.cuEventElapsedTime(begin.event, end.event))) * 1e-3
 
     def capture(self, work: Callable[[], None]) -> Any:
         """A graph of what `work` asks of the stream, which is not carried out."""
@@ -251,6 +263,8 @@ def _dots(version: tuple[int, ...]) -> str:
 
 
 def _import() -> tuple[Any, Any]:
+    # cuda-core warns of drivers older than its bindings; `Driver` checks for what is used here
+    os.environ.setdefault("CUDA_PYTHON_DISABLE_MAJOR_VERSION_WARNING", "1")
     try:
         import cuda.core as core
         from cuda.bindings import driver as api
