@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from demo_model.lexicon import SHARES, text_options
+from demo_model.lexicon import LEVELS, scene_options
 from PIL import Image
 
 import qvl_runtime as qvl
@@ -36,6 +36,7 @@ KINDS = {
     "int4 GPTQ": {"bits": 4, "method": "gptq"},
 }
 READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
+SIDE = 336
 SKILLS = (*(name for name in SINGLE if name != "read"), *READING, "compare 2", "compare 3")
 GROUPS = {
     "boxes": ("find", "ground"),
@@ -63,28 +64,30 @@ class Score:
     iou: list[float] = field(default_factory=list)
 
 
-def scenes_for(rng: np.random.Generator, skill: str) -> list[Scene]:
+def scenes_for(rng: np.random.Generator, skill: str, level: str) -> list[Scene]:
     """Pictures on which the skill can be asked."""
     if skill.startswith("compare"):
         kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
-        return [random_scene(rng, 4, 0.0, kinds) for _ in range(int(skill[-1]))]
-    shares = READING.get(skill, SHARES["digits"])
-    return [random_scene(rng, text_share=float(skill in READING) or 0.25, **text_options("all") | {"shares": shares})]
+        return [random_scene(rng, 4, 0.0, kinds, **scene_options(level)) for _ in range(int(skill[-1]))]
+    options = scene_options(level)
+    if skill in READING:
+        options |= {"text_share": 1.0, "shares": READING[skill]}
+    return [random_scene(rng, **{"text_share": 0.25, **options})]
 
 
-def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, side: int = 336) -> Iterator[Case]:
+def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, level: str = "digits") -> Iterator[Case]:
     """A test set: `count` questions for every skill and language, each on pictures of its own."""
     for skill in skills:
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
         for language in LANGUAGES:
             made = 0
             while made < count:
-                scenes = scenes_for(rng, skill)
+                scenes = scenes_for(rng, skill, level)
                 ask = compare if skill.startswith("compare") else SINGLE[skill.split()[0]][0]
                 exchange = ask(rng, language, *scenes)
                 if exchange:
                     made += 1
-                    yield Case(skill, exchange, [draw(scene, side) for scene in scenes])
+                    yield Case(skill, exchange, [draw(scene, SIDE) for scene in scenes])
 
 
 def iou(a: qvl.Box, b: qvl.Box) -> float:
@@ -162,9 +165,10 @@ def main() -> None:
     parser.add_argument("--skills", nargs="+", choices=SKILLS, default=list(SKILLS))
     parser.add_argument("--seed", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--level", choices=LEVELS, default="digits", help="how hard the pictures are")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    test = list(cases(args.seed, args.count, args.skills))
+    test = list(cases(args.seed, args.count, args.skills, args.level))
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, blob in columns(args.models, args.kinds, Path(folder)):
@@ -173,7 +177,11 @@ def main() -> None:
     for row in next(iter(results.values())):
         values = ("-" if r[row] is None else f"{r[row]:,}" for r in results.values())
         print(f"{row:28}" + "".join(f"{value:>12}" for value in values))
-    print(json.dumps({"seed": args.seed, "count": args.count, "device": args.device, "scores": results}))
+    print(
+        json.dumps(
+            {"seed": args.seed, "level": args.level, "count": args.count, "device": args.device, "scores": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -72,11 +72,16 @@ LATIN_FONTS = [
 HANZI_FONTS = ["/usr/share/fonts/truetype/wqy/wqy-microhei.ttc"]
 
 
-SHARES = {"digits": (1.0, 0.0, 0.0, 0.0), "latin": (0.6, 0.25, 0.15, 0.0), "all": (0.4, 0.2, 0.15, 0.25)}
+LEVELS = {
+    "calm digits": {"shares": (1.0, 0.0, 0.0, 0.0), "calm": True},
+    "digits": {"shares": (1.0, 0.0, 0.0, 0.0)},
+    "latin": {"shares": (0.6, 0.25, 0.15, 0.0)},
+    "all": {"shares": (0.4, 0.2, 0.15, 0.25)},
+}
 
 
-def text_options(level: str) -> dict:
-    """Arguments of `random_text` for a level of SHARES.
+def scene_options(level: str) -> dict:
+    """Arguments of `random_scene` for a level of difficulty.
 
     Latin fonts that are not installed (Debian's fonts-dejavu-core) are left out; Chinese needs fonts-wqy-microhei.
     """
@@ -85,5 +90,5 @@ def text_options(level: str) -> dict:
         "hanzi_fonts": HANZI_FONTS,
         "words": WORDS,
         "hanzi": HANZI,
-        "shares": SHARES[level],
+        **LEVELS[level],
     }

@@ -58,7 +58,7 @@ def build(modules: dict[str, nn.Module], vision_rate: float = 0.01) -> list[torc
     ]
     return [
         Muon([g for g in matrices if g["params"]], weight_decay=0.03),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lexicon import SHARES, text_options
+from lexicon import LEVELS, scene_options
 from model import QwenVL, Resampler, resample_grid
 from optimiser import build
 from parallel import Progress, launch, share
@@ -44,8 +44,8 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 class Pictures:
     """Endless batches of (pixels, cell targets), from one seed."""
 
-    def __init__(self, seed: int, batch: int, size: int, grid: int, text: str):
-        self.seed, self.batch, self.size, self.grid, self.options = seed, batch, size, grid, text_options(text)
+    def __init__(self, seed: int, batch: int, size: int, grid: int, level: str):
+        self.seed, self.batch, self.size, self.grid, self.options = seed, batch, size, grid, scene_options(level)
 
     def __iter__(self):
         rng = np.random.default_rng(self.seed)
@@ -97,7 +97,7 @@ def whiten(visual: torch.nn.Module, size: int, seed: int) -> None:
     pixels = normalise(torch.from_numpy(np.stack([pixels_of(s, size, 2 * size) for s in scenes])))
     patches = torch.nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + 3e-3).sqrt()).T.flip(0)[:width]
+    filters = (vectors / (values + 0.02).sqrt()).T.flip(0)[:width]
     with torch.no_grad():
         visual.conv1.weight.copy_(filters.view_as(visual.conv1.weight))
         visual.positional_embedding.normal_(std=0.3)
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--text", choices=SHARES, default="all")
+    parser.add_argument("--level", choices=LEVELS, default="all")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def main() -> None:
 
     def batches(rank: int) -> Pictures:
         size = model.config["visual"]["image_size"]
-        return Pictures(args.seed * 1000 + rank, args.batch, size, int(queries**0.5), args.text)
+        return Pictures(args.seed * 1000 + rank, args.batch, size, int(queries**0.5), args.level)
 
     def loss_of(batch):
         pixels, target = batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lexicon import text_options
+from lexicon import scene_options
 from pretrain_vision import DRAWN_AT, pixels_of
 from targets import cell_targets
 from tiktoken import Encoding
@@ -58,7 +58,7 @@ class Writer:
 
 def random_scenes(rng: np.random.Generator, options: dict) -> list[Scene]:
     """One picture, or two or three that share a few kinds of shapes."""
-    if rng.random() < 0.85:
+    if rng.random() < 0.9:
         return [random_scene(rng, text_share=0.35, **options)]
     kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
     count = 2 if rng.random() < 0.75 else 3
@@ -72,9 +72,9 @@ class Rows:
     pixels uint8 [N, 3, S, S] and cell targets of all its pictures; the exchanges of every row.
     """
 
-    def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int, text: str):
+    def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int, level: str):
         self.writer, self.seed, self.batch, self.length = writer, seed, batch, length
-        self.size, self.grid, self.options = size, grid, text_options(text)
+        self.size, self.grid, self.options = size, grid, scene_options(level)
 
     def row(self, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene], list[Exchange]]:
         scenes = random_scenes(rng, self.options)

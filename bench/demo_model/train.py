@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lexicon import SHARES
+from lexicon import LEVELS
 from optimiser import build
 from parallel import Progress, launch, share
 from pretrain_vision import new_model, normalise
@@ -74,11 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=288)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--text", choices=SHARES, default="all")
+    parser.add_argument("--level", choices=LEVELS, default="all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = new_model(args.seed)
@@ -103,7 +103,7 @@ def main() -> None:
     first = progress.counter.value
 
     def rows(seed: int, batch: int) -> Rows:
-        return Rows(writer, seed, batch, args.length, size, int(queries**0.5), args.text)
+        return Rows(writer, seed, batch, args.length, size, int(queries**0.5), args.level)
 
     held_out = list(itertools.islice(rows(10**6, 32), 3))
 
@@ -113,7 +113,7 @@ def main() -> None:
     def loss_of(batch):
         logits, ids, weight, _, _, cell_loss, log = forward(model, head, batch)
         loss = (F.cross_entropy(logits, ids, reduction="none") * weight).sum() / weight.sum()
-        return loss + 0.1 * cell_loss, f"words {loss.item():.3f} {log}"
+        return loss + 0.3 * cell_loss, f"words {loss.item():.3f} {log}"
 
     def schedule(step: int, done: float) -> float:
         return min(1, (step + 1) / 100, 1.4 * (1 - done) + 0.02)

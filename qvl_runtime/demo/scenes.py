@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -75,7 +75,6 @@ class Scene:
     clutter: int = 0
     noise: float = 0.0
     seed: int = 0
-    tags: dict = field(default_factory=dict)
 
 
 @lru_cache(maxsize=256)
@@ -178,6 +177,7 @@ def random_scene(
     max_things: int = 6,
     text_share: float = 0.4,
     palette: Sequence[tuple[str, str]] = (),
+    calm: bool = False,
     **text_options,
 ) -> Scene:
     """A scene of 1 to `max_things` shapes (fewer beside text), some of them partly covered.
@@ -188,6 +188,8 @@ def random_scene(
         How often there is printed text.
     palette : sequence of (shape, color)
         Kinds to draw from; any kind when empty.
+    calm : bool
+        Without texture, clutter and noise.
     text_options
         For `random_text`.
     """
@@ -208,17 +210,17 @@ def random_scene(
             ):
                 things.append(thing)
                 break
-    return Scene(
+    ground = np.clip(np.add(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng.integers(-8, 9, 3)), 0, 255)
+    scene = Scene(
         tuple(things),
         text,
-        tuple(
-            int(c) for c in np.clip(np.add(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng.integers(-8, 9, 3)), 0, 255)
-        ),
+        tuple(int(c) for c in ground),
         str(rng.choice(["plain", "gradient", "stripes", "checks"])),
         int(rng.integers(1, 7)) if rng.random() < 0.4 else 0,
         float(rng.uniform(2, 10)) if rng.random() < 0.5 else 0.0,
         int(rng.integers(2**31)),
     )
+    return replace(scene, texture="gradient", clutter=0, noise=0.0) if calm else scene
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
