@@ -96,6 +96,8 @@ def convert(
         for plan, matrix in produce(source, pending):
             writer.write_matrix(plan.spec.name, matrix)
             report(plan.spec.name)
+            # An embedding is large: it must be gone before the next matrix is made.
+            del matrix
         for spec in vectors:
             if not writer.done(spec.name):
                 writer.write(spec.name, source.checkpoint.vector(spec.name))
