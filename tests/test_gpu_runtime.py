@@ -6,8 +6,10 @@ Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's i
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ import pytest
 from fakes.gpu import FakeDriver, Images
 
 from qvl_kernels import gpu, packing
+from qvl_kernels.gpu import build, loader, signatures
 from qvl_kernels.gpu import memory as gpu_memory
-from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.cache import cache_bytes
 from qvl_kernels.gpu.graph import Replay
+from qvl_kernels.gpu.launcher import Image
 from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.gpu.weights import device_bytes
@@ -265,7 +268,7 @@ def test_wrong_calls_are_refused(ops):
         ops.linear(ops.empty((2, 64)), w, ops.empty((2, 64)))
     with pytest.raises(ValueError, match="expected"):
         ops.linear(ops.empty((2, 128)), w, ops.empty((2, 60)))
-    with pytest.raises(ValueError, match="16384"):
+    with pytest.raises(ValueError, match="at most"):
         ops.normalize(ops.empty((1, 20000)), Norm(ops.empty((20000,)), None, 1e-6), ops.empty((1, 20000)))
     with pytest.raises(ValueError, match="head_dim 130"):
         ops.kv_cache(1, 1, 130, 64, "fp16")
@@ -359,6 +362,62 @@ def test_a_decode_step_needs_neither_torch_nor_triton(blob):
     command = [sys.executable, str(TESTS / "fakes" / "decode_run.py"), str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.stdout == "decoded\n", result.stderr
+
+
+# choosing the kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [
+        ((7, 5), (75, "cubin")),
+        ((8, 0), (80, "cubin")),
+        ((8, 6), (80, "cubin")),
+        ((8, 9), (80, "cubin")),
+        ((9, 0), (90, "cubin")),
+        ((10, 0), (80, "ptx")),
+        ((12, 0), (120, "cubin")),
+        ((12, 1), (80, "ptx")),
+    ],
+)
+def test_code_is_chosen_by_compute_capability(capability, chosen):
+    assert loader.choose(capability) == chosen
+
+
+def _bundle(path: Path, sources: str, names=("add.any",)) -> None:
+    entry = {"symbol": "add", "warps": 4, "shared": 8, "constants": {"A": 1}, "cubin": "a.cubin", "ptx": "a.ptx"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as bundle:
+        bundle.writestr("a.cubin", b"code")
+        bundle.writestr("a.ptx", b"text")
+        kernels = {name: {"80": entry} for name in names}
+        bundle.writestr("manifest.json", json.dumps({"triton": "3.6.0", "sources": sources, "kernels": kernels}))
+
+
+def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, monkeypatch, capsys):
+    built = []
+
+    def compile_all(path, architectures, progress):
+        built.append(architectures)
+        _bundle(path, build.source_hash())
+
+    monkeypatch.setattr(build, "build", compile_all)
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
+    monkeypatch.setattr(loader, "cache_folder", lambda: tmp_path / "cache")
+    for _ in range(2):
+        bundle = loader.find((8, 6))
+        assert bundle["add.any"] == Image(b"code", "cubin", "add", 4, 8, {"A": 1})
+    assert built == [[80]], "compiled once"
+    assert capsys.readouterr().err.count("\n") == 1
+    assert loader.find((10, 0))["add.any"].code == b"text" and loader.find((10, 0)).architecture == 80
+
+    _bundle(loader.BUNDLE, build.source_hash())
+    assert loader.find((8, 6)).path == loader.BUNDLE
+    _bundle(loader.BUNDLE, "of other sources")
+    assert loader.find((8, 6)).path != loader.BUNDLE
+    loader.BUNDLE.write_bytes(b"nonsense")
+    with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
+        loader.find((8, 6))
 
 
 # choosing the device

@@ -22,6 +22,8 @@ ARCHITECTURE = 80
 class Images(dict):
     """An empty image of every kernel, with the constants it would be compiled with."""
 
+    architecture = ARCHITECTURE
+
     def __missing__(self, name: str) -> Image:
         tile = signatures.tile(name, ARCHITECTURE)
         self[name] = Image(name.encode(), "cubin", name, tile["warps"], 0, signatures.constants(name, ARCHITECTURE))

@@ -11,7 +11,7 @@ import numpy as np
 from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.driver import Driver, Kernel
 from qvl_kernels.gpu.graph import Queue
-from qvl_kernels.gpu.signatures import KERNELS
+from qvl_kernels.gpu.signatures import KERNELS, tile
 from qvl_kernels.ops import DeviceError
 
 ALIGNMENT = 16
@@ -47,7 +47,9 @@ class Image:
 
 
 class Images(Protocol):
-    """Compiled kernels by name."""
+    """Compiled kernels by name, all for one architecture."""
+
+    architecture: int
 
     def __getitem__(self, name: str) -> Image: ...
 
@@ -62,6 +64,10 @@ class Launcher:
     def constants(self, name: str) -> dict[str, int | bool]:
         """What kernel `name` was compiled with."""
         return self.images[name].constants
+
+    def tile(self, name: str) -> dict[str, int]:
+        """What tiles.json says about kernel `name`."""
+        return tile(name, self.images.architecture)
 
     def __call__(self, name: str, grid: tuple[int, ...], *args: DeviceArray | int | float | None) -> None:
         """Launch kernel ``family.variant`` with the arguments its signature lists.

@@ -23,7 +23,7 @@ _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 _COUNTERS = 1 << 16
 """Tiles of one product that may be split along k."""
 
-_MAX_SPLIT = 16
+_MAX_SPLIT, _WAVES = 16, 2
 
 
 class CudaOps:
@@ -58,7 +58,7 @@ class CudaOps:
         if images is None:
             from qvl_kernels.gpu.loader import find
 
-            images = find(self.driver.capability, self.driver.shared_limit)
+            images = find(self.driver.capability)
         self.memory = Memory(self.driver)
         self.queue = Queue(self.driver)
         self.launch = Launcher(self.driver, self.queue, images)
@@ -154,16 +154,15 @@ class CudaOps:
     def _tiles(self, family: str, w: DeviceMatrix, m: int) -> tuple[str, tuple[int, int], DeviceArray | None]:
         """Kernel, grid, and scratch of a product over `m` rows.
 
-        Few tiles leave multiprocessors idle: then several programs share the columns of one, two for each
+        Few tiles leave multiprocessors idle: then several programs share the columns of one, `waves` for each
         multiprocessor in all.
         """
         name = f"{family}.{w.kind}.small"
-        constants = self.launch.constants(name)
-        if m > constants["BM"]:
+        if m > self.launch.tile(name).get("max_m", self.launch.constants(name)["BM"]):
             name = f"{family}.{w.kind}.large"
-            constants = self.launch.constants(name)
+        tile, constants = self.launch.tile(name), self.launch.constants(name)
         tiles = -(-m // constants["BM"]) * (w.rows // constants["BN"])
-        wanted = 2 * self.driver.multiprocessors // tiles
+        wanted = tile.get("waves", _WAVES) * self.driver.multiprocessors // tiles
         split = min(max(wanted, 1), _MAX_SPLIT, w.blocks) if tiles <= _COUNTERS else 1
         partials = None
         if split > 1:
@@ -180,7 +179,8 @@ class CudaOps:
         _expect(x, x.shape, _FLOAT)
         variant = next((v for v, c in s.KERNELS["norm"].variants.items() if c["BLOCK"] >= padded), None)
         if variant is None:
-            raise ValueError(f"a norm of {padded} columns: the GPU kernels take at most 16384")
+            most = max(c["BLOCK"] for c in s.KERNELS["norm"].variants.values())
+            raise ValueError(f"a norm of {padded} columns: the GPU kernels take at most {most}")
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
         self.launch(f"norm.{variant}", (x.shape[0],), *arguments)
