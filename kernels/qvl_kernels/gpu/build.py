@@ -1,0 +1,214 @@
+"""Compile every kernel ahead of time, without a GPU: ``python -m qvl_kernels.gpu.build [OUT.zip] [--arch 86]…``.
+
+The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for GPUs that none was made for, which
+their driver compiles, and manifest.json (see loader.py). It is a product of the sources, so it is not kept beside them:
+run this before a wheel is made, and the wheel takes kernels.zip along. An installation without it compiles what its own
+GPU needs, once, into the user's cache.
+
+Triton is a build-time dependency. Version 3.6.0 is asked for: its cubins have an ABI that drivers from CUDA 12 on read,
+and a launch of its kernels takes the arguments that launcher.py gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from qvl_kernels.gpu.loader import BUNDLE, PTX_ARCHITECTURE
+from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
+from qvl_kernels.ops import DeviceError
+
+TRITON_VERSION = "3.6.0"
+
+_MULTIPLES_OF_16 = {"rows"}
+"""Integer arguments that always are, which the compiler is told."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture.
+
+    Attributes
+    ----------
+    cubin, ptx : bytes
+    symbol : str
+        The kernel's name inside them.
+    warps, shared : int
+        Warps of a program, and its shared memory in bytes.
+    constants : dict
+        What it was compiled with.
+    """
+
+    cubin: bytes
+    ptx: bytes
+    symbol: str
+    warps: int
+    shared: int
+    constants: dict[str, int | bool]
+
+
+def compile_kernel(name: str, architecture: int) -> Compiled:
+    """Compile kernel ``family.variant`` for a compute capability (75, 80, ...).
+
+    Raises
+    ------
+    DeviceError
+        The installed Triton is another version, or none.
+    """
+    triton = _triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    family = KERNELS[name.partition(".")[0]]
+    module, function = family.source.split(".")
+    source = getattr(importlib.import_module(f"qvl_kernels.gpu.kernels.{module}"), function)
+    kinds, fixed, shape = types(name), constants(name, architecture), tile(name, architecture)
+    if [*kinds, *fixed] != source.arg_names and {*kinds, *fixed} != {*source.arg_names}:
+        raise TypeError(f"{name}: {family.source} takes {source.arg_names}, listed are {[*kinds, *fixed]}")
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(source.arg_names)
+        if kinds.get(argument, "").startswith("*") or argument in _MULTIPLES_OF_16
+    }
+    options = {
+        "num_warps": shape["warps"],
+        "num_stages": 1 if architecture == 75 else shape["stages"],
+        "enable_fp_fusion": True,
+    }
+    if architecture == PTX_ARCHITECTURE:
+        options["ptx_version"] = 75
+    with _compiler_settings(architecture):
+        result = triton.compile(
+            ASTSource(
+                source,
+                {argument: kinds.get(argument, "constexpr") for argument in source.arg_names},
+                {(i,): fixed[argument] for i, argument in enumerate(source.arg_names) if argument in fixed},
+                attributes,
+            ),
+            target=GPUTarget("cuda", architecture, 32),
+            options=options,
+        )
+    meta = result.metadata
+    if meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1 or meta.launch_pdl:
+        raise RuntimeError(f"{name} for sm_{architecture} wants more of a launch than launcher.py gives: {meta}")
+    return Compiled(result.asm["cubin"], result.asm["ptx"].encode(), meta.name, meta.num_warps, meta.shared, fixed)
+
+
+def build(
+    path: Path,
+    architectures: Sequence[int] = ARCHITECTURES,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Path:
+    """Compile all kernels for `architectures` into a bundle at `path`, which is replaced when all is done.
+
+    `progress` is called with the number of compilations done, of all, and the name of the next.
+    """
+    work = [(name, architecture) for architecture in architectures for name in names()]
+    entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle:
+            for done, (name, architecture) in enumerate(work):
+                progress(done, len(work), f"{name} sm_{architecture}")
+                code = compile_kernel(name, architecture)
+                entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
+                entry["cubin"] = f"sm_{architecture}/{name}.cubin"
+                _add(bundle, entry["cubin"], code.cubin)
+                if architecture == PTX_ARCHITECTURE:
+                    entry["ptx"] = f"sm_{architecture}/{name}.ptx"
+                    _add(bundle, entry["ptx"], code.ptx)
+                entries[name][str(architecture)] = entry
+            manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
+            _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def source_hash() -> str:
+    """A hash of everything the compiled kernels depend on."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(TRITON_VERSION.encode())
+    for file in [*sorted((here / "kernels").glob("*.py")), *(here / n for n in _ALSO_SOURCES)]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+_ALSO_SOURCES = ("signatures.py", "tiles.json", "build.py", "turing.py")
+
+
+def _triton():
+    try:
+        import triton
+        from triton import knobs
+    except ImportError as e:
+        raise DeviceError(
+            f"compiling the GPU kernels needs Triton ({e}): pip install triton=={TRITON_VERSION}, or use the CPU"
+        ) from e
+    if triton.__version__ != TRITON_VERSION:
+        raise DeviceError(
+            f"Triton {triton.__version__} is installed and the GPU kernels are compiled with {TRITON_VERSION}: "
+            f"pip install triton=={TRITON_VERSION}"
+        )
+    if knobs.runtime.interpret:
+        raise DeviceError("TRITON_INTERPRET is set, under which Triton compiles nothing: unset it")
+    return triton
+
+
+@contextlib.contextmanager
+def _compiler_settings(architecture: int) -> Iterator[None]:
+    """No line numbers, which would make the code three times as long; a cache of its own, which sees no old hook."""
+    from triton import knobs
+
+    from qvl_kernels.gpu import turing
+
+    with contextlib.ExitStack() as stack:
+        for group in (knobs.runtime, knobs.compilation, knobs.cache):
+            stack.enter_context(group.scope())
+        knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+        knobs.compilation.disable_line_info = True
+        knobs.runtime.add_stages_inspection_hook = turing.stages if architecture == 75 else None
+        yield
+
+
+def _add(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Without the time of day: the same sources give the same bytes."""
+    bundle.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, compresslevel=9)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qvl_kernels.gpu.build", description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=BUNDLE, help="the bundle to write (%(default)s)")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only these; may be repeated")
+    options = parser.parse_args(arguments)
+
+    def show(done: int, total: int, name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done:4d} of {total}  {name:<50}", end="", file=sys.stderr, flush=True)
+
+    try:
+        build(options.out, options.arch or ARCHITECTURES, show)
+    except DeviceError as e:
+        print(e, file=sys.stderr)
+        return 1
+    if sys.stderr.isatty():
+        print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
+    print(f"{options.out}: {len(names())} kernels, {options.out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

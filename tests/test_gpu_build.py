@@ -1,0 +1,119 @@
+"""Every GPU kernel compiles for every architecture, within its shared memory and without spills; and the bundle."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from qvl_kernels.gpu import signatures, turing
+from qvl_kernels.gpu.build import BUNDLE, source_hash
+
+TRITON = importlib.util.find_spec("triton")
+if TRITON is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+SHARED_LIMIT = {75: 64 << 10, 80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""What a block may use (CUDA C programming guide, technical specifications). Code for 80 runs on 86 and 89, too."""
+
+BUNDLE_LIMIT = 6e6
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """The whole bundle, built once, by a process of its own: this one may be an interpreter."""
+    path = tmp_path_factory.mktemp("gpu") / "kernels.zip"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    command = [sys.executable, "-m", "qvl_kernels.gpu.build", str(path)]
+    subprocess.run(command, env=environment, check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def manifest(bundle):
+    with zipfile.ZipFile(bundle) as archive:
+        return json.loads(archive.read("manifest.json"))
+
+
+@pytest.fixture(scope="session")
+def resources(bundle, tmp_path_factory):
+    """``{architecture: {kernel: {"REG": …, "STACK": …, "SHARED": …, "LOCAL": …}}}`` as the compiler reports them."""
+    folder = tmp_path_factory.mktemp("cubins")
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(folder)
+    dump = Path(TRITON.origin).parent / "backends/nvidia/bin/cuobjdump"
+    found: dict[int, dict[str, dict[str, int]]] = {}
+    for cubin in sorted(folder.glob("sm_*/*.cubin")):
+        report = subprocess.run([dump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+        found.setdefault(int(cubin.parent.name.removeprefix("sm_")), {})[cubin.stem] = usage
+    return found
+
+
+@pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
+def test_every_kernel_fits(architecture, manifest, resources):
+    assert set(resources[architecture]) == set(signatures.names())
+    for name, usage in resources[architecture].items():
+        shared = manifest["kernels"][name][str(architecture)]["shared"] + usage["SHARED"]
+        assert shared <= SHARED_LIMIT[architecture], f"{name}: {shared} bytes of shared memory"
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
+
+
+@pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
+def test_products_use_the_tensor_cores(architecture, bundle, tmp_path):
+    """Triton replaces them by ordinary multiplications where it knows no better, without a word."""
+    disassembler = Path(TRITON.origin).parent / "backends/nvidia/bin/nvdisasm"
+    with zipfile.ZipFile(bundle) as archive:
+        for name in ("linear.int4.small", "linear.int8.large", "gate_up.int4.large", "attention.104"):
+            cubin = archive.extract(f"sm_{architecture}/{name}.cubin", tmp_path)
+            code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+            assert re.search(r"\b(HMMA|HGMMA|QGMMA)\b", code), name
+
+
+def test_the_bundle_says_what_it_holds(bundle, manifest):
+    assert bundle.stat().st_size < BUNDLE_LIMIT
+    assert manifest["sources"] == source_hash()
+    with zipfile.ZipFile(bundle) as archive:
+        held = set(archive.namelist())
+        for name, entries in manifest["kernels"].items():
+            for architecture, entry in entries.items():
+                assert entry["cubin"] in held
+                assert archive.read(entry["cubin"])[:4] == b"\x7fELF"
+                assert ("ptx" in entry) == (architecture == "80")
+                assert entry["constants"] == signatures.constants(name, int(architecture))
+        ptx = archive.read(manifest["kernels"]["linear.int4.small"]["80"]["ptx"]).decode()
+    assert ".version 7.5" in ptx and ".target sm_80" in ptx
+
+
+def test_a_launch_takes_the_listed_arguments_and_two_null_pointers(bundle, manifest):
+    """The order of arguments is the launcher's contract with the compiler: read it in the code itself."""
+    widths = {"i32": "u32", "fp32": "f32"}
+    with zipfile.ZipFile(bundle) as archive:
+        for name, entries in manifest["kernels"].items():
+            ptx = archive.read(entries["80"]["ptx"]).decode()
+            header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
+            found = re.findall(r"\.param \.(\w+)", header)
+            expected = [widths.get(kind, "u64") for kind in signatures.types(name).values()]
+            assert [t.replace("b32", "u32") for t in found] == [*expected, "u64", "u64"], name
+
+
+def test_a_turing_product_is_two_halves():
+    whole = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{ %f5, %f6, %f7, %f8 }, { %r1, %r2, %r3, %r4 }, { %r5, %r6 }, { %f1, %f2, %f3, %f4 };"
+    )
+    first, second = turing.split_mma(whole).split(";")[:2]
+    assert "{ %f5, %f6, %f7, %f8 }, { %r1, %r2 }, { %r5 }, { %f1, %f2, %f3, %f4 }" in first
+    assert "{ %f5, %f6, %f7, %f8 }, { %r3, %r4 }, { %r6 }, { %f5, %f6, %f7, %f8 }" in second
+    assert "m16n8k16" not in first + second
+
+
+def test_no_bundle_is_kept_in_the_sources():
+    """It would go stale: a wheel takes a fresh one along."""
+    tracked = subprocess.run(["git", "ls-files", str(BUNDLE)], capture_output=True, text=True, cwd=BUNDLE.parent)
+    assert not tracked.stdout
