@@ -1,0 +1,141 @@
+"""GPTQ against a plain float64 transcription of the paper, and against what it promises."""
+
+import numpy as np
+import pytest
+
+from qvl_convert import gptq
+from qvl_runtime.errors import QvlError
+
+
+def problem(n=70, k=200, tokens=2000, seed=0):
+    """Weights and correlated inputs with a few strong channels."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, k)) @ (np.eye(k) + 0.3 * rng.standard_normal((k, k)) / np.sqrt(k) * 3)
+    x *= np.exp(rng.standard_normal(k))
+    h = gptq.Hessian(k)
+    for part in np.array_split(x, 3):
+        h.add(part.reshape(1, -1, k))
+    return (rng.standard_normal((n, k)) * 0.05).astype(np.float32), h.mean(), x
+
+
+def round_to_nearest(w, scales, zeros, bits, group_size):
+    group = np.arange(w.shape[1]) // group_size
+    return np.clip(np.rint(w / scales[:, group]) + zeros[:, group], 0, 2**bits - 1).astype(np.uint8)
+
+
+def paper_gptq(w, hessian, scales, zeros, bits, group_size, order):
+    """Algorithm 1 of Frantar et al. 2022, column by column, float64, with the inverse Hessian."""
+    upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)].astype(np.float64))).T
+    w = w[:, order].astype(np.float64)
+    codes = np.empty(w.shape, np.uint8)
+    for i, column in enumerate(order):
+        s, z = scales[:, column // group_size].astype(np.float64), zeros[:, column // group_size]
+        codes[:, column] = np.clip(np.rint(w[:, i] / s) + z, 0, 2**bits - 1)
+        error = (w[:, i] - s * (codes[:, column].astype(np.float64) - z)) / upper[i, i]
+        w[:, i:] -= np.outer(error, upper[i, i:])
+    return codes
+
+
+def test_hessian_is_the_mean_outer_product_of_the_inputs():
+    _, mean, x = problem()
+    np.testing.assert_allclose(mean, x.T @ x / len(x), rtol=0, atol=2e-5 * np.abs(mean).max())
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_pass_chooses_what_the_papers_algorithm_chooses(bits, sym, act_order):
+    w, h, _ = problem()
+    factor = gptq.factorize(h, act_order=act_order)
+    scales, zeros = gptq.search_scales(w, factor.price, bits, 64, sym)
+    want = paper_gptq(w, factor.hessian, scales, zeros, bits, 64, factor.order)
+    codes, got_scales, got_zeros = gptq.gptq(w, factor, bits=bits, group_size=64, sym=sym, sweeps=0)
+    np.testing.assert_array_equal(got_scales, scales.astype(np.float16))
+    if not sym:
+        np.testing.assert_array_equal(got_zeros, zeros)
+    # float32 against float64: a value on the edge between two integers may fall to either side and move later ones
+    assert (codes == want).mean() > 0.995
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(1, 32, 32), (70, 200, 64), (33, 129, 128), (40, 300, 32)])
+def test_each_step_lowers_the_output_error(n, k, group_size, sym):
+    w, h, x = problem(n, k)
+    factor = gptq.factorize(h)
+    scales, zeros = gptq.search_scales(w, factor.price, 4, group_size, sym)
+    nearest = gptq.dequantize(round_to_nearest(w, scales, zeros, 4, group_size), scales, zeros, group_size)
+    errors = [np.square((w - nearest) @ x.T).sum()]
+    for sweeps in (0, 1, 4):
+        codes, scales, zeros = gptq.gptq(w, factor, group_size=group_size, sym=sym, sweeps=sweeps)
+        q = gptq.dequantize(codes, scales, 8 if sym else zeros, group_size)
+        errors.append(np.square((w - q) @ x.T).sum())
+        assert scales.shape == (n, -(-k // group_size)) and scales.dtype == np.float16
+        assert codes.max() <= 15 and (sym or (zeros.min() >= 1 and zeros.max() <= 15))
+    # one row is one draw of luck: only the sum over rows must fall at the first step
+    assert errors[1] < 0.8 * errors[0] or n == 1
+    assert errors[2] < errors[1] and errors[3] <= errors[2] * 1.001
+
+
+def test_output_error_is_measured_on_the_output():
+    w, h, x = problem()
+    q = w + np.float32(0.01)
+    want = np.square((w - q) @ x.T).sum() / np.square(w @ x.T).sum()
+    assert gptq.output_error(w, q, h) == pytest.approx(want, rel=1e-3)
+
+
+def test_rows_do_not_depend_on_their_neighbours(monkeypatch):
+    w, h, _ = problem(100, 200)
+    factor = gptq.factorize(h)
+    whole = gptq.gptq(w, factor, group_size=64)
+    monkeypatch.setattr(gptq, "CHUNK", 32)
+    parts = gptq.gptq(w, factor, group_size=64)
+    assert (whole[0] == parts[0]).mean() > 0.999
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dead_columns_and_zero_rows_stay_finite_and_are_rounded_to_nearest(bits):
+    w, h, _ = problem()
+    w[3] = 0
+    h[:, 5] = h[5] = 0
+    factor = gptq.factorize(h)
+    assert factor.dead == 1
+    codes, scales, _ = gptq.gptq(w, factor, bits=bits, group_size=64)
+    q = gptq.dequantize(codes, scales, 2 ** (bits - 1), 64)
+    assert np.isfinite(q).all() and not q[3].any()
+    step = np.abs(scales[:, 0].astype(np.float32))
+    inside = np.abs(w[:, 5]) < step * (2 ** (bits - 1) - 1)
+    assert inside.sum() > 50 and (np.abs(w[:, 5] - q[:, 5])[inside] <= step[inside] * 0.501).all()
+
+
+def test_outlier_channels_survive():
+    w, h, x = problem()
+    x[:, 7] *= 1000
+    h = (x.T @ x / len(x)).astype(np.float32)
+    codes, scales, _ = gptq.gptq(w, gptq.factorize(h), group_size=64)
+    q = gptq.dequantize(codes, scales, 8, 64)
+    assert np.isfinite(q).all() and gptq.output_error(w, q, h) < 1e-4
+
+
+def test_a_singular_hessian_is_damped_more_and_said(caplog):
+    w, _, x = problem()
+    few = x[:20]
+    h = few.T @ few / 20
+    factor = gptq.factorize(h - 2e-3 * np.diagonal(h).mean() * np.eye(len(h)), damp=1e-6, name="h.0.mlp.w1")
+    assert factor.damp > 1e-6 and "h.0.mlp.w1" in caplog.text
+    codes, scales, _ = gptq.gptq(w, factor, group_size=64)
+    assert gptq.output_error(w, gptq.dequantize(codes, scales, 8, 64), h) < 0.01
+
+
+def test_an_unusable_hessian_is_an_error_that_names_the_matrix():
+    with pytest.raises(QvlError, match=r"h\.0\.attn.*finite"):
+        gptq.factorize(np.full((4, 4), np.nan), name="h.0.attn")
+    with pytest.raises(QvlError, match=r"h\.0\.attn.*singular"):
+        gptq.factorize(np.array([[1.0, 9.0], [9.0, 1.0]]), name="h.0.attn")
+
+
+def test_no_activation_at_all_means_round_to_nearest():
+    w, h, _ = problem()
+    factor = gptq.factorize(np.zeros_like(h))
+    codes, scales, _ = gptq.gptq(w, factor, group_size=64, sweeps=0)
+    zeros = np.full(scales.shape, 8)
+    np.testing.assert_array_equal(codes, round_to_nearest(w, scales.astype(np.float32), zeros, 4, 64))
