@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from numba import float32
 
+from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import (
@@ -109,23 +110,8 @@ def _make_append(kind: str):
                     put_f32(value + 4 * i, get_f32(v + 4 * i))
 
     def rope_append(args, thread, threads):
-        (
-            qkv,
-            tokens,
-            heads,
-            head_dim,
-            rope,
-            logn,
-            start,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            capacity,
-            depth,
-            width,
-            scratch,
-        ) = unpack(args, 15)
+        (qkv, tokens, heads, head_dim, rope, logn, start, keys, values, key_scales, value_scales, capacity, depth,
+         width, scratch) = unpack(args, 15)  # fmt: skip
         scratch += thread * 4096
         half, begin = head_dim // 2, int(get_i32(start))
         first, last = share(tokens * heads, thread, threads)
@@ -263,56 +249,6 @@ def _make_attention(kind: str, vectors: int):
         put_f32(out + 4 * width, top)
         put_f32(out + 4 * width + 4, sum_all(total))
 
-    def attention(args, thread, threads):
-        (
-            qkv,
-            tokens,
-            heads,
-            head_dim,
-            start,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            capacity,
-            depth,
-            width,
-            splits,
-            out,
-            factor,
-            partial,
-            scratch,
-        ) = unpack(args, 17)
-        scratch += thread * 16384
-        record = 4 * (width + 16)
-        begin = int(get_i32(start))
-        first, last = share(tokens * heads * splits, thread, threads)
-        for item in range(first, last):
-            which, split = item // splits, item % splits
-            token = which // heads
-            head = which - token * heads
-            length = min(begin + token + 1, capacity)
-            pieces = (length + 15) // 16
-            low, high = pieces * split // splits * 16, min(pieces * (split + 1) // splits * 16, length)
-            query = scratch
-            prepare(qkv + 4 * (token * 3 * heads + head) * head_dim, head_dim, depth, as_f32(factor), query)
-            target = partial + item * record if splits > 1 else scratch + 8192
-            attend(
-                query,
-                keys + head * capacity * depth * size,
-                values + head * capacity * width * size,
-                key_scales + 4 * head * capacity,
-                value_scales + 4 * head * capacity,
-                depth,
-                width,
-                low,
-                high,
-                scratch + 4096,
-                target,
-            )
-            if splits == 1:
-                merge(target, record, 1, width, head_dim, out + 4 * which * head_dim)
-
     if kind == "int8":
 
         @routine
@@ -339,6 +275,31 @@ def _make_attention(kind: str, vectors: int):
         def prepare(q, n, depth, factor, query):
             for i in range(0, n, 16):
                 store(query + 4 * i, take(q + 4 * i, n - i) * factor)
+
+    def attention(args, thread, threads):
+        (counters, qkv, tokens, heads, head_dim, start, keys, values, key_scales, value_scales, capacity, depth, width,
+         splits, out, factor, partial, scratch) = unpack(args, 18)  # fmt: skip
+        query = scratch + thread * 16384
+        weights, whole = query + 4096, query + 8192
+        record, items = 4 * (width + 16), tokens * heads * splits
+        for turn in range(threads):
+            owner = (thread + turn) % threads
+            item, last = claim(counters, owner, threads, items, 1)
+            while item < last:
+                which, split = item // splits, item % splits
+                token = which // heads
+                head = which - token * heads
+                length = min(int(get_i32(start)) + token + 1, capacity)
+                blocks = (length + 15) // 16
+                low, high = blocks * split // splits * 16, min(blocks * (split + 1) // splits * 16, length)
+                prepare(qkv + 4 * (token * 3 * heads + head) * head_dim, head_dim, depth, as_f32(factor), query)
+                target = partial + item * record if splits > 1 else whole
+                k, v = keys + head * capacity * depth * size, values + head * capacity * width * size
+                k_scales, v_scales = key_scales + 4 * head * capacity, value_scales + 4 * head * capacity
+                attend(query, k, v, k_scales, v_scales, depth, width, low, high, weights, target)
+                if splits == 1:
+                    merge(target, record, 1, width, head_dim, out + 4 * which * head_dim)
+                item, last = claim(counters, owner, threads, items, 1)
 
     attention.__name__ = f"attention_{kind}_{16 * vectors}"
     return kernel(attention)

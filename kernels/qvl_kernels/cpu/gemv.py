@@ -7,8 +7,9 @@ so a vector's result is the same whatever the number of vectors.
 
 from __future__ import annotations
 
+from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish
-from qvl_kernels.cpu.registry import kernel, routine, share, unpack
+from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     HIGH_SHIFT,
@@ -36,6 +37,8 @@ from qvl_kernels.cpu.simd import (
 
 TOKENS = 2 if LEVEL.name in ("avx2", "avxvnni") else 4
 """Vectors at a time, so that the accumulators fit the registers."""
+STEP_BYTES = 256 << 10
+"""Of weights a thread takes at once: some 10 microseconds."""
 
 
 def _make_tile(bits: int, group: int, width: int, tokens: int):
@@ -160,54 +163,41 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
 
 
 def _make(bits: int, group: int):
-    one_width, many_width = max(2 * LANES, 16), LANES if LANES > 4 else 8
+    one_width, many_width = max(2 * LANES, 16), max(LANES, 8)
     one, many = _make_tile(bits, group, one_width, 1), _make_tile(bits, group, many_width, TOKENS)
     block_bytes, groups = 2048 * bits // 4, 128 // group
 
+    @routine
+    def multiply(w, scales, zeros_, xh, xl, xs, sums, blocks, rows, y):
+        """A block of 32 weight rows by one vector or `TOKENS`: y float32 ``[rows, 32]``."""
+        if rows == 1:
+            for i in range(0, 32, one_width):
+                one(w + 4 * i, scales + 2 * i, zeros_ + i if zeros_ != 0 else 0, xh, xl, xs, sums, blocks, y + 4 * i)
+        else:
+            for i in range(0, 32, many_width):
+                many(w + 4 * i, scales + 2 * i, zeros_ + i if zeros_ != 0 else 0, xh, xl, xs, sums, blocks, y + 4 * i)
+
     def gemv(args, thread, threads):
-        (w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated, scratch) = unpack(
-            args, 16
-        )
-        y = scratch + thread * 128 * TOKENS
-        first, last = share((n + 31) // 32, thread, threads)
-        for block in range(first, last):
-            bw, bs = w + block * blocks * block_bytes, scales + block * blocks * groups * 64
-            bz = zeros_ + block * blocks * groups * 32 if zeros_ != 0 else 0
-            row = 0
-            while row < rows:
-                o, count = row * blocks, 1
-                if rows - row >= TOKENS:
-                    count = TOKENS
-                    for i in range(0, 32, many_width):
-                        z = bz + i if bz != 0 else 0
-                        many(
-                            bw + 4 * i,
-                            bs + 2 * i,
-                            z,
-                            xh + o * 128,
-                            xl + o * 128,
-                            xs + 4 * o,
-                            sums + 4 * o * groups,
-                            blocks,
-                            y + 4 * i,
-                        )
-                else:
-                    for i in range(0, 32, one_width):
-                        z = bz + i if bz != 0 else 0
-                        one(
-                            bw + 4 * i,
-                            bs + 2 * i,
-                            z,
-                            xh + o * 128,
-                            xl + o * 128,
-                            xs + 4 * o,
-                            sums + 4 * o * groups,
-                            blocks,
-                            y + 4 * i,
-                        )
-                for i in range(count):
-                    finish(y + 128 * i, out, bias, gelu, residual, gated, row + i, 32 * block, n, 32)
-                row += count
+        (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated,
+         scratch) = unpack(args, 17)  # fmt: skip
+        y, lines = scratch + thread * 128 * TOKENS, (n + 31) // 32
+        step = max(1, STEP_BYTES // (blocks * block_bytes))
+        for turn in range(threads):
+            owner = (thread + turn) % threads
+            first, last = claim(counters, owner, threads, lines, step)
+            while first < last:
+                for line in range(first, last):
+                    bw, bs = w + line * blocks * block_bytes, scales + line * blocks * groups * 64
+                    bz = zeros_ + line * blocks * groups * 32 if zeros_ != 0 else 0
+                    row = 0
+                    while row < rows:
+                        o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
+                        high_plane, low_plane = xh + o * 128, xl + o * 128
+                        multiply(bw, bs, bz, high_plane, low_plane, xs + 4 * o, sums + 4 * o * groups, blocks, count, y)
+                        for i in range(count):
+                            finish(y + 128 * i, out, bias, gelu, residual, gated, row + i, 32 * line, n, 32)
+                        row += count
+                first, last = claim(counters, owner, threads, lines, step)
 
     gemv.__name__ = f"gemv{bits}_{group}"
     return kernel(gemv)

@@ -1,4 +1,4 @@
 """The modules that hold the kernels."""
 
-NAMES = ("sync", "small", "quantize", "gemv", "half", "cached", "gemm", "gemm_pack", "attention_prefill")
+NAMES = ("sync", "small", "quantize", "gemv", "half", "cached", "gemm", "gemm_pack", "attention_prefill", "limits")
 MODULES = tuple(f"qvl_kernels.cpu.{name}" for name in NAMES)

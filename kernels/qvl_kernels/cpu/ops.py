@@ -61,6 +61,10 @@ class CpuOps:
             return
         program = Program()
         yield program
+        self.run(program)
+
+    def run(self, program: Program) -> None:
+        """Execute a program with this backend's threads."""
         self._pool.run(program)
 
     def _memory(self, program: Program, purpose: str, nbytes: int) -> int:
@@ -207,10 +211,12 @@ class CpuOps:
         scratch = self._memory(program, "tile", 512 * self.threads)
         after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
         if w.bits == 16:
-            program.add("gemv16", w.weight, w.n, w.k, *activations, rows, *after)
+            program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
         else:
             name = f"gemv{w.bits}_{w.group_size}"
-            program.add(name, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after)
+            program.add(
+                name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after
+            )
 
     # ---------------------------------------------------------------------------------------------- elementwise
     def normalize(self, x, norm, out):
@@ -285,9 +291,10 @@ class CpuOps:
             partial = self._memory(program, "partial", items * splits * 4 * (cache.width + 16)) if splits > 1 else 0
             vectors = 8 if cache.width == 128 else 1
             program.add(
-                f"attention_{cache.dtype}_{16 * vectors}", address(qkv), len(qkv), cache.heads, cache.head_dim,
-                address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits, address(out),
-                _softmax_scale(cache.head_dim), partial, self._memory(program, "attend", 16384 * self.threads),
+                f"attention_{cache.dtype}_{16 * vectors}", self._pool.counters, address(qkv), len(qkv), cache.heads,
+                cache.head_dim, address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits,
+                address(out), _softmax_scale(cache.head_dim), partial,
+                self._memory(program, "attend", 16384 * self.threads),
             )  # fmt: skip
             if splits > 1:
                 program.add("attention_merge", partial, items, splits, cache.width, cache.head_dim, address(out))

@@ -93,7 +93,7 @@ class Pool:
     def __init__(self, threads: int):
         self.threads = threads
         self._lock = threading.Lock()
-        self._control = aligned(24, np.int64)
+        self._control = aligned(24 + 8 * threads, np.int64)
         self._control[:] = 0
         self._yield, self._control[3] = _yield_address()
         self._control[2] = WORDS
@@ -101,10 +101,15 @@ class Pool:
         self._wake: list[threading.Lock] = []
         self._pid = 0
 
+    @property
+    def counters(self) -> int:
+        """The address `atomics.claim` wants, for instructions this pool will run."""
+        return self._control.ctypes.data + 192
+
     def _start(self) -> None:
         """Start the workers, again in a forked child, which has none."""
         self._lock, self._pid = threading.Lock(), os.getpid()
-        self._control[8] = self._control[16] = 0
+        self._control[8:] = 0
         # A lock is acquired by its worker and released by whoever has work: the cheapest way to sleep.
         self._wake = [threading.Lock() for _ in range(self.threads - 1)]
         for index, wake in enumerate(self._wake, 1):

@@ -8,41 +8,12 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu import features
+from qvl_kernels.cpu.atomics import fetch_add, read, write
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import get_i64
 
-I64 = ir.IntType(64)
 SPINS = 4000
 """Looks at the barrier (some 40 us) before giving the core to others between looks."""
-
-
-def _pointer(b, address):
-    return b.inttoptr(address, I64.as_pointer())
-
-
-@intrinsic
-def _increment(typing, addr):
-    def codegen(context, b, sig, args):
-        return b.atomic_rmw("add", _pointer(b, args[0]), ir.Constant(I64, 1), "acq_rel")
-
-    return types.int64(addr), codegen
-
-
-@intrinsic
-def _read(typing, addr):
-    def codegen(context, b, sig, args):
-        return b.load_atomic(_pointer(b, args[0]), "acquire", 8)
-
-    return types.int64(addr), codegen
-
-
-@intrinsic
-def _write(typing, addr, value):
-    def codegen(context, b, sig, args):
-        b.store_atomic(args[1], _pointer(b, args[0]), "release", 8)
-        return context.get_dummy_value()
-
-    return types.none(addr, value), codegen
 
 
 @intrinsic
@@ -61,7 +32,7 @@ def _call(typing, function, args, thread, threads):
     """Call a kernel by its address."""
 
     def codegen(context, b, sig, values):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
         b.call(b.inttoptr(values[0], kind.as_pointer()), values[1:])
         return context.get_dummy_value()
 
@@ -81,17 +52,23 @@ def _yield(typing, function):
 
 
 @routine
-def barrier(arrived, generation, threads, give_way):
-    """Wait until all threads are here. `arrived` and `generation` are addresses on cache lines of their own."""
+def barrier(arrived, generation, counters, threads, give_way):
+    """Wait until all threads are here, and set the counters of `atomics.claim` back.
+
+    `arrived` and `generation` are addresses on cache lines of their own.
+    """
     if threads == 1:
+        write(counters, 0)
         return
-    now = _read(generation)
-    if _increment(arrived) == threads - 1:
-        _write(arrived, 0)
-        _increment(generation)
+    now = read(generation)
+    if fetch_add(arrived, 1) == threads - 1:
+        for i in range(threads):
+            write(counters + 64 * i, 0)
+        write(arrived, 0)
+        fetch_add(generation, 1)
         return
     looks = 0
-    while _read(generation) == now:
+    while read(generation) == now:
         _pause()
         looks += 1
         if looks > SPINS:
@@ -100,10 +77,10 @@ def barrier(arrived, generation, threads, give_way):
 
 @kernel
 def run(control, thread, threads):
-    """Execute a program: `control` holds program, instructions, words of an instruction, yield function, and, a cache
-    line apart each, the barrier's two counters."""
+    """Execute a program: `control` holds its address, instructions, words of an instruction, yield function, and from
+    its second cache line on, a line each, the barrier's two counters and those of `atomics.claim`."""
     program, count, words, give_way = unpack(control, 4)
     for _ in range(count):
         _call(get_i64(program), program + 8, thread, threads)
-        barrier(control + 64, control + 128, threads, give_way)
+        barrier(control + 64, control + 128, control + 192, threads, give_way)
         program += 8 * words
