@@ -61,6 +61,21 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
     return out
 
 
+def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:
+    """Keep tokens at least p times as likely as the likeliest (Nguyen et al. 2024); the others become -inf."""
+    return np.where(logits >= logits.max() + np.float32(math.log(p)), logits, np.float32(-np.inf))
+
+
+def apply_count_penalties(
+    logits: np.ndarray, answer_ids: Sequence[int], presence: float, frequency: float
+) -> np.ndarray:
+    """Lower the logits of ids the answer already holds: by `presence` once, and by `frequency` each time (OpenAI)."""
+    out = logits.copy()
+    seen, counts = np.unique(np.asarray(answer_ids, np.int64), return_counts=True)
+    out[seen] -= np.float32(presence) + np.float32(frequency) * counts.astype(np.float32)
+    return out
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities float32 [vocab] of float32 logits [vocab]; exactly 0 where the logit is -inf."""
     weights = np.exp(logits - logits.max())
@@ -69,22 +84,26 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass
 class Sampler:
-    """Chooses the next token: repetition penalty, temperature, top_k, top_p, then one draw.
+    """Chooses the next token: penalties, temperature, top_k, top_p, min_p, then one draw.
 
     One sampler serves one answer: it carries the state of the random generator.
 
     Parameters
     ----------
     temperature : float
-        0 takes the most likely token (greedy); top_k, top_p and seed are then without effect.
+        0 takes the most likely token (greedy); top_k, top_p, min_p and seed are then without effect.
     top_k : int
         0 is off.
     top_p : float
         1 is off.
     repetition_penalty : float
-        1 is off. It also acts on greedy choices.
+        1 is off. It acts on prompt and answer, and on greedy choices, too.
     seed : int, optional
         The same seed and logits give the same tokens; None takes fresh randomness.
+    min_p : float
+        0 is off.
+    presence_penalty, frequency_penalty : float
+        From -2 to 2, 0 is off. They act on the answer alone, and on greedy choices, too.
 
     Raises
     ------
@@ -97,6 +116,9 @@ class Sampler:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0 (greedy) up")
@@ -104,10 +126,15 @@ class Sampler:
         _check("top_p", self.top_p, 0 <= self.top_p <= 1, "a number from 0 to 1 (off)")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "a number above 0, 1 for off")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 (off) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(name, value, -2 <= value <= 2, "a number from -2 to 2, 0 for off")
         seed_fits = self.seed is None or (_is_integer(self.seed) and self.seed >= 0)
         _check("seed", self.seed, seed_fits, "a whole number from 0 up, or None")
 
         self._random = np.random.default_rng(self.seed)
+        self._prompt_length: int | None = None
         self._steps: list[Callable[[np.ndarray], np.ndarray]] = []
         if self.temperature > 0:
             self._steps.append(partial(apply_temperature, temperature=self.temperature))
@@ -115,11 +142,17 @@ class Sampler:
                 self._steps.append(partial(keep_top_k, k=self.top_k))
             if self.top_p < 1:
                 self._steps.append(partial(keep_top_p, p=self.top_p))
+            if self.min_p > 0:
+                self._steps.append(partial(keep_min_p, p=self.min_p))
 
     @property
     def is_argmax(self) -> bool:
         """Whether the choice is always the highest logit, so that nobody need fetch the others."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.temperature == 0 and not self._penalises
+
+    @property
+    def _penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __call__(self, logits: np.ndarray, token_ids: Sequence[int]) -> int:
         """Choose the next token.
@@ -129,28 +162,36 @@ class Sampler:
         logits : numpy.ndarray
             float32 [vocab]; not changed.
         token_ids : sequence of int
-            The ids before it, prompt and answer, for the repetition penalty.
+            The ids before it: the prompt at the first call, prompt and answer later.
 
         Raises
         ------
         QvlError
             The best logit is not finite: the model's weights or arithmetic are broken.
         """
-        best = int(np.argmax(logits))  # NaN wins against every number
-        if not np.isfinite(logits[best]):
-            raise QvlError(f"the model's logits hold {logits[best]} (token {best}): check the model file")
-        if self.is_argmax:
-            return best
-        if self.repetition_penalty != 1:
-            logits = apply_repetition_penalty(logits, token_ids, self.repetition_penalty)
+        logits = self.adjust(logits, token_ids)
         if self.temperature == 0:
             return int(np.argmax(logits))
-        for step in self._steps:
-            logits = step(logits)
         probabilities = softmax(logits)
         possible = np.flatnonzero(probabilities)
         mass = np.cumsum(probabilities[possible], dtype=np.float64)
         return int(possible[np.searchsorted(mass[:-1], self._random.random() * mass[-1], side="right")])
+
+    def adjust(self, logits: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+        """The logits a token is drawn from (or, greedily, the highest taken): after penalties and truncation."""
+        best = int(np.argmax(logits))  # NaN wins against every number
+        if not np.isfinite(logits[best]):
+            raise QvlError(f"the model's logits hold {logits[best]} (token {best}): check the model file")
+        if self._prompt_length is None:
+            self._prompt_length = len(token_ids)
+        if self.repetition_penalty != 1:
+            logits = apply_repetition_penalty(logits, token_ids, self.repetition_penalty)
+        if self.presence_penalty or self.frequency_penalty:
+            answer = token_ids[self._prompt_length :]
+            logits = apply_count_penalties(logits, answer, self.presence_penalty, self.frequency_penalty)
+        for step in self._steps:
+            logits = step(logits)
+        return logits
 
 
 def _is_integer(value: object) -> bool:

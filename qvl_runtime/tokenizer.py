@@ -172,6 +172,11 @@ class Tokenizer:
         """Whether ``<img>``, ``<ref>``, ``<box>`` and the others are special here."""
         return self.img_start_id is not None
 
+    @property
+    def encoding(self) -> tiktoken.Encoding:
+        """The tiktoken encoding behind it, for libraries that take one."""
+        return self._bpe
+
     def encode(self, text: str) -> list[int]:
         """Encode a raw prompt: every special form becomes its id, every image span an image slot.
 

@@ -11,6 +11,7 @@ from qvl_runtime.sampling import (
     Sampler,
     apply_repetition_penalty,
     apply_temperature,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     softmax,
@@ -136,3 +137,24 @@ def test_broken_logits(bad, temperature):
     logits = np.array([1.0, bad, 2.0], np.float32)
     with pytest.raises(QvlError, match="token 1"):
         Sampler(temperature=temperature, seed=0)(logits, [])
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    logits = np.log(np.array([0.5, 0.26, 0.2, 0.04], np.float32))
+    assert np.isfinite(keep_min_p(logits, 0.5)).tolist() == [True, True, False, False]
+    assert np.isfinite(keep_min_p(logits, 1.0)).tolist() == [True, False, False, False]
+
+
+def test_count_penalties_see_the_answer_and_not_the_prompt():
+    logits = np.array([1.0, 0.9, 0.0], np.float32)
+    sampler = Sampler(frequency_penalty=0.2, presence_penalty=0.1)
+    assert sampler(logits, [0, 0, 0]) == 0
+    assert sampler(logits, [0, 0, 0, 0]) == 1
+    adjusted = sampler.adjust(logits, [0, 0, 0, 0, 1, 1])
+    np.testing.assert_allclose(adjusted, [0.7, 0.4, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("option", [{"min_p": 2}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}])
+def test_further_options_are_checked(option):
+    with pytest.raises(QvlError, match=next(iter(option))):
+        Sampler(**option)

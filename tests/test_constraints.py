@@ -1,0 +1,127 @@
+"""Constrained answers: whatever the model wants to say, what comes out has the form that was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvl_runtime.boxes import parse_boxes
+from qvl_runtime.constraints import Grounding, JsonSchema, Regex, box_can_become, mask
+from qvl_runtime.errors import QvlError
+from qvl_runtime.sampling import Sampler
+from qvl_runtime.tokenizer import Tokenizer
+
+RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
+TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True, vocab_size=640)
+STOPS = frozenset({TOKENIZER.eod_id, TOKENIZER.im_end_id})
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 3},
+    },
+    "required": ["name", "count", "tags"],
+    "additionalProperties": False,
+}
+
+
+def _answer(form, seed: int, limit: int, opened: str = "") -> str:
+    """What a model of random logits says under a form, at temperature 1.5."""
+    random = np.random.default_rng(seed)
+    sampler = Sampler(temperature=1.5, seed=seed)
+    constraint = form.start(TOKENIZER, STOPS, limit, opened)
+    ids: list[int] = []
+    while len(ids) < limit:
+        logits = (2 * random.standard_normal(640)).astype(np.float32)
+        token = sampler(mask(logits, constraint), ids)
+        if token in STOPS:
+            break
+        constraint.push(token)
+        ids.append(token)
+    return TOKENIZER.decode(ids)
+
+
+@given(st.text("(),0123456789", max_size=20))
+def test_a_box_can_become_what_its_beginning_allows(text):
+    """Against plain enumeration over a coarser set: everything a valid box starts with is allowed, nothing else."""
+    match = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", text)
+    if match:
+        x1, y1, x2, y2 = map(int, match.groups())
+        canonical = text == f"({x1},{y1}),({x2},{y2})"
+        assert box_can_become(text) == (canonical and x1 < x2 <= 999 and y1 < y2 <= 999)
+
+
+@given(x=st.tuples(st.integers(0, 999), st.integers(0, 999)), y=st.tuples(st.integers(0, 999), st.integers(0, 999)))
+def test_every_beginning_of_a_valid_box_is_allowed(x, y):
+    (x1, x2), (y1, y2) = sorted(x), sorted(y)
+    text = f"({x1},{y1}),({x2},{y2})"
+    valid = x1 < x2 and y1 < y2
+    assert all(box_can_become(text[:n]) for n in range(len(text) + 1)) == valid
+
+
+def test_a_beginning_that_no_box_completes_is_refused():
+    assert not box_can_become("(999,")
+    assert not box_can_become("(99,5),(99,")
+    assert not box_can_become("(1,2),(05")
+    assert not box_can_become("(1,2) ")
+    assert box_can_become("(998,0),(999,")
+
+
+@pytest.mark.parametrize("limit", [25, 40, 100])
+def test_grounding_is_always_well_formed(limit):
+    for seed in range(60):
+        text = _answer(Grounding(), seed, limit)
+        whole = re.fullmatch(r"(?:<ref>[^<]+</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>)+", text, re.DOTALL)
+        assert whole, text
+        for box in parse_boxes(text):
+            assert 0 <= box.x1 < box.x2 <= 999
+            assert 0 <= box.y1 < box.y2 <= 999
+        assert len(parse_boxes(text)) == text.count("<box>")
+
+
+def test_grounding_completes_the_box_a_prompt_opened():
+    for seed in range(40):
+        text = _answer(Grounding(), seed, 60, opened="<ref>the dog</ref><box>(12,")
+        first = parse_boxes("<ref>the dog</ref><box>(12," + text)[0]
+        assert (first.ref, first.x1) == ("the dog", 12)
+        assert first.x2 > 12
+
+
+def test_grounding_refuses_what_cannot_be_completed():
+    with pytest.raises(QvlError, match="needs 24"):
+        Grounding().start(TOKENIZER, STOPS, 23, "")
+    with pytest.raises(QvlError, match="no box completes"):
+        Grounding().start(TOKENIZER, STOPS, 50, "<box>(7;")
+    text_only = Tokenizer.from_ranks(RANKS, image_tags=False)
+    with pytest.raises(QvlError, match="Qwen-VL"):
+        Grounding().start(text_only, STOPS, 50, "")
+
+
+def test_json_always_parses_and_fits():
+    for seed in range(60):
+        document = json.loads(_answer(JsonSchema(SCHEMA), seed, 300))
+        assert set(document) == {"name", "count", "tags"}
+        assert len(document["name"]) <= 5
+        assert 0 <= document["count"] <= 99
+        assert set(document["tags"]) <= {"red", "green"}
+
+
+def test_regex_always_matches():
+    pattern = r"(yes|no), [a-z]{1,8}[.!]"
+    answers = {_answer(Regex(pattern), seed, 60) for seed in range(60)}
+    assert all(re.fullmatch(pattern, answer) for answer in answers)
+    assert len(answers) > 20
+
+
+@pytest.mark.parametrize("form", [Regex("(unclosed"), JsonSchema("{not json"), JsonSchema({"type": "nonsense"})])
+def test_a_bad_grammar_is_one_clear_line(form):
+    with pytest.raises(QvlError, match="cannot be used") as error:
+        form.start(TOKENIZER, STOPS, 50, "")
+    assert "\n" not in str(error.value)
