@@ -23,7 +23,7 @@ class Constraint(Protocol):
     def allowed(self) -> np.ndarray:
         """Which tokens may come next: bool ``[vocab_size]``. Stop tokens are among them where the answer may end."""
 
-    def push(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Note that `token`, which was allowed, is the next one."""
 
 
@@ -157,7 +157,7 @@ class _GroundingConstraint:
             tokens[ids.ref_start_id] = self._left > len(CORNERS) + 5
         return tokens
 
-    def push(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         ids = self._tokenizer
         self._left -= 1
         following = {
@@ -218,7 +218,7 @@ class _GrammarConstraint:
         tokens[list(self._stop_ids)] = self._matcher.is_accepting() or self._matcher.is_stopped()
         return tokens
 
-    def push(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         if token not in self._stop_ids and not self._matcher.consume_token(token):
             raise QvlError(f"token {token} does not fit the grammar: {_one_line(self._matcher.get_error())}")
 

@@ -43,7 +43,7 @@ def _answer(form, seed: int, limit: int, opened: str = "") -> str:
         token = sampler(mask(logits, constraint), ids)
         if token in STOPS:
             break
-        constraint.push(token)
+        constraint.advance(token)
         ids.append(token)
     return TOKENIZER.decode(ids)
 
