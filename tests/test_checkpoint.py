@@ -10,11 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from shards import all_tensors, changed_copy, safetensors_bytes
 
 from qvl_convert.checkpoint import Checkpoint, published_shapes
-from qvl_convert.plan import Source
+from qvl_convert.plan import Recipe, Source
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import QvlError
 
@@ -224,3 +226,53 @@ def test_shard_bytes_helper_is_what_the_library_reads(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes({"a": values}, {"k": "v"}))
     with safe_open(tmp_path / "x.safetensors", "np") as file:
         np.testing.assert_array_equal(file.get_tensor("a"), values)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+CONFIG_KEYS = [*json.loads((CKPT / "tiny-vl-gptq/config.json").read_text()), "x"]
+VISUAL_KEYS = [*json.loads((VL / "config.json").read_text())["visual"], "n_queries"]
+GPTQ_KEYS = [*json.loads((ASYM / "quantize_config.json").read_text()), "quant_method", "checkpoint_format"]
+GENERATION_KEYS = [*json.loads((VL / "generation_config.json").read_text()), "temperature", "repetition_penalty"]
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory):
+    """A folder whose weights are links to a golden checkpoint's and whose JSON files can be overwritten."""
+    folder = tmp_path_factory.mktemp("linked")
+    source = CKPT / "tiny-vl-gptq"
+    for path in source.iterdir():
+        if path.name in ("config.json", "generation_config.json", "quantize_config.json"):
+            shutil.copy(path, folder)
+        else:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@given(
+    place=st.sampled_from(
+        [("config", None, key) for key in CONFIG_KEYS]
+        + [("config", "visual", key) for key in VISUAL_KEYS]
+        + [("config", "quantization_config", key) for key in GPTQ_KEYS]
+        + [("quantize_config", None, key) for key in GPTQ_KEYS]
+        + [("generation_config", None, key) for key in GENERATION_KEYS]
+    ),
+    value=JSON,
+)
+@settings(max_examples=400, deadline=None)
+def test_any_value_in_the_json_files_is_read_or_refused(linked, place, value):
+    stem, section, key = place
+    path = linked / f"{stem}.json"
+    original = path.read_text()
+    content = json.loads(original)
+    (content if section is None else content[section])[key] = value
+    path.write_text(json.dumps(content))
+    try:
+        Source(Checkpoint(linked)).plan(Recipe())
+    except QvlError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(original)
