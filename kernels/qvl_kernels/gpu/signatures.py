@@ -119,8 +119,8 @@ KERNELS: dict[str, Kernel] = {
         _linear_variants(_TILES),
         "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
     ),
-    # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF. Both weights have the same bits,
-    # group size and column order (others: two `linear` into float32 and `swiglu`). partials: float32
+    # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF, for two int4 weights with groups of
+    # 128 and one order of columns (others: two `linear` into float32 and `swiglu`). partials: float32
     # [tiles, split, 2 * BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
     "gate_up": Kernel(
         "matmul.gate_up",
@@ -128,11 +128,7 @@ KERNELS: dict[str, Kernel] = {
             "x:*fp16 gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
             "out:*fp32 partials:*fp32 counters:*i32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
         ),
-        {
-            f"{name}.{tile}": {"BITS": 4, "FINE": fine}
-            for tile in _TILES
-            for name, fine in (("int4", False), ("int4_fine", True))
-        },
+        {f"int4.{tile}": {"BITS": 4, "FINE": False} for tile in _TILES},
         "(ceil(m / BM) * (rows // BN), split)",
     ),
     # out [n_ids, d] float32 = table[ids]; perm as in `packing.Matrix`. flags: PERMUTED.
