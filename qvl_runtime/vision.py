@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Norm, Weight
+from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_runtime.config import VisionConfig
 from qvl_runtime.images import patches
 from qvl_runtime.positions import interpolate_grid
 from qvl_runtime.weights import Trace, Weights, no_trace
@@ -25,9 +26,51 @@ class Block:
     c_fc: Weight
     c_proj: Weight
 
+    @classmethod
+    def load(cls, weights: Weights, index: int) -> Block:
+        """The `index`-th block of a model."""
+        name = f"{NAME}.transformer.resblocks.{index}"
+        return cls(
+            ln_1=weights.layer_norm(f"{name}.ln_1"),
+            in_proj=weights.matrix(f"{name}.attn.in_proj"),
+            out_proj=weights.matrix(f"{name}.attn.out_proj"),
+            ln_2=weights.layer_norm(f"{name}.ln_2"),
+            c_fc=weights.matrix(f"{name}.mlp.c_fc"),
+            c_proj=weights.matrix(f"{name}.mlp.c_proj"),
+        )
 
-class VisionTower:
-    """Patch embedding, position, and the transformer blocks, without a final norm."""
+    def __call__(self, ops: Ops, work: Workspace, heads: int) -> None:
+        """Run over ``work.x`` in place."""
+        ops.linear(work.x, self.in_proj, work.qkv, norm=self.ln_1)
+        ops.vision_attention(work.qkv, heads, work.attended)
+        ops.linear(work.attended, self.out_proj, work.x, residual=work.x)
+        ops.linear(work.x, self.c_fc, work.hidden, norm=self.ln_2, gelu=True)
+        ops.linear(work.hidden, self.c_proj, work.x, residual=work.x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workspace:
+    """Arrays for one picture."""
+
+    x: Array
+    qkv: Array
+    attended: Array
+    hidden: Array
+
+    @classmethod
+    def empty(cls, ops: Ops, config: VisionConfig) -> Workspace:
+        """Uninitialised arrays."""
+        count, width = config.patches, config.width
+        return cls(
+            x=ops.empty((count, width)),
+            qkv=ops.empty((count, 3 * width), ops.activation_dtype),
+            attended=ops.empty((count, width), ops.activation_dtype),
+            hidden=ops.empty((count, config.mlp_width), ops.activation_dtype),
+        )
+
+
+class PatchEmbedding:
+    """What comes before the blocks: patches, their positions, and a norm."""
 
     def __init__(self, weights: Weights):
         self.ops, self.config = weights.ops, weights.blob.config.visual
@@ -35,7 +78,24 @@ class VisionTower:
         positions = weights.vector(f"{NAME}.positional_embedding")
         self.positions = self.ops.upload(interpolate_grid(positions, self.config.grid))
         self.ln_pre = weights.layer_norm(f"{NAME}.ln_pre")
-        self.blocks = [_block(weights, f"{NAME}.transformer.resblocks.{i}") for i in range(self.config.layers)]
+
+    def __call__(self, pixels: np.ndarray, out: Array, trace: Trace = no_trace) -> None:
+        """Embed a picture, normalised float32 ``[3, image_size, image_size]``, into `out` ``[patches, width]``."""
+        raw = self.ops.empty(out.shape)
+        patch_rows = self.ops.upload(patches(pixels, self.config.patch_size))
+        self.ops.linear(patch_rows, self.conv1, raw, residual=self.positions)
+        trace("patch_pos", raw)
+        self.ops.normalize(raw, self.ln_pre, out)
+        trace("ln_pre", out)
+
+
+class VisionTower:
+    """Patch embedding, position, and the transformer blocks, without a final norm."""
+
+    def __init__(self, weights: Weights):
+        self.ops, self.config = weights.ops, weights.blob.config.visual
+        self.embed = PatchEmbedding(weights)
+        self.blocks = [Block.load(weights, i) for i in range(self.config.layers)]
 
     def __call__(self, pixels: np.ndarray, trace: Trace = no_trace) -> Array:
         """Encode one picture.
@@ -50,32 +110,9 @@ class VisionTower:
         Array
             float32 ``[patches, width]``.
         """
-        ops, config = self.ops, self.config
-        count, width = config.patches, config.width
-        raw, x = ops.empty((count, width)), ops.empty((count, width))
-        qkv = ops.empty((count, 3 * width), ops.activation_dtype)
-        attended = ops.empty((count, width), ops.activation_dtype)
-        hidden = ops.empty((count, config.mlp_width), ops.activation_dtype)
-        ops.linear(ops.upload(patches(pixels, config.patch_size)), self.conv1, raw, residual=self.positions)
-        trace("patch_pos", raw)
-        ops.normalize(raw, self.ln_pre, x)
-        trace("ln_pre", x)
+        work = Workspace.empty(self.ops, self.config)
+        self.embed(pixels, work.x, trace)
         for i, block in enumerate(self.blocks):
-            ops.linear(x, block.in_proj, qkv, norm=block.ln_1)
-            ops.vision_attention(qkv, config.heads, attended)
-            ops.linear(attended, block.out_proj, x, residual=x)
-            ops.linear(x, block.c_fc, hidden, norm=block.ln_2, gelu=True)
-            ops.linear(hidden, block.c_proj, x, residual=x)
-            trace(f"block{i}", x)
-        return x
-
-
-def _block(weights: Weights, name: str) -> Block:
-    return Block(
-        ln_1=weights.layer_norm(f"{name}.ln_1"),
-        in_proj=weights.matrix(f"{name}.attn.in_proj"),
-        out_proj=weights.matrix(f"{name}.attn.out_proj"),
-        ln_2=weights.layer_norm(f"{name}.ln_2"),
-        c_fc=weights.matrix(f"{name}.mlp.c_fc"),
-        c_proj=weights.matrix(f"{name}.mlp.c_proj"),
-    )
+            block(self.ops, work, self.config.heads)
+            trace(f"block{i}", work.x)
+        return work.x
