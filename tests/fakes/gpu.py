@@ -44,6 +44,7 @@ class FakeDriver:
 
     name = "Fake GPU"
     capability = (8, 0)
+    driver_version = (12, 8)
     shared_limit = 101376
     multiprocessors = 4
 

@@ -1,0 +1,114 @@
+"""Everything the GPU backend promises, in one command: is it right, how fast is it, how much memory does it take.
+
+    python bench/gpu.py                         all sections, within ten minutes
+    python bench/gpu.py --only golden decode    these
+    python bench/gpu.py --out gpu.json          also write the JSON here (default: bench/gpu.json)
+
+Sections run one after another, each in a process of its own with a time limit, so that neither a crash, nor a fault on
+the device, nor a hang takes the others along. Every section prints its tables; the summary at the end names the bars,
+and the last line is one JSON document. torch is the peer where it is installed; nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+SECTIONS = {
+    "kernels": ("setup.kernels", 240),
+    "operations": ("parity.operations", 90),
+    "true_sizes": ("parity.true_sizes", 90),
+    "golden": ("parity.golden", 120),
+    "true_model": ("parity.true_model", 90),
+    "bandwidth": ("speed.bandwidth", 30),
+    "matvec": ("speed.matvec", 60),
+    "matmul": ("speed.matmul", 90),
+    "attention": ("speed.attention", 60),
+    "decode": ("model.decode", 90),
+    "picture": ("model.picture", 90),
+    "memory": ("model.memory", 90),
+}
+"""Name -> function in gpu_bench, and the seconds it may take."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=" ".join(SECTIONS))
+    parser.add_argument("--out", type=Path, default=HERE / "gpu.json", help="where the JSON goes (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="end after so long, whatever is left (%(default)s)")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.section:
+        return _section(options.section, options.out)
+
+    end, found = time.monotonic() + 60 * options.minutes, {}
+    for name in options.only or SECTIONS:
+        found[name] = _run(name, min(SECTIONS[name][1], end - time.monotonic()))
+        print(f"[{name}: {found[name]['status']}, {found[name]['wall']:.0f} s]", flush=True)
+        options.out.write_text(json.dumps({"date": str(date.today()), "sections": found}, indent=1))
+    report = {"date": str(date.today()), "gpu": found.get("kernels", {}).get("gpu"), "sections": found}
+    report["bars"] = _bars(found)
+    options.out.write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+    return 0 if all(s["status"] == "ok" for s in found.values()) else 1
+
+
+def _run(name: str, limit: float) -> dict:
+    """A section in a process of its own: what it returned, with `status` ok, failed, timeout or skipped."""
+    if limit < 5:
+        return {"status": "skipped", "wall": 0.0}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "section.json"
+        command = [sys.executable, str(HERE / "gpu.py"), "--section", name, "--out", str(out)]
+        try:
+            code = subprocess.run(command, timeout=limit, check=False).returncode
+            status = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        result = json.loads(out.read_text()) if out.exists() else {}
+    if result.get("failures") or result.get("error"):
+        status = "failed"
+    return {"status": status, "wall": time.monotonic() - begin, **result}
+
+
+def _section(name: str, out: Path) -> int:
+    # a checkout that is not installed works, too
+    for folder in (HERE, HERE.parent / "convert", HERE.parent / "kernels", HERE.parent):
+        sys.path.insert(0, str(folder))
+    module, function = SECTIONS[name][0].split(".")
+    try:
+        result = getattr(importlib.import_module(f"gpu_bench.{module}"), function)()
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    out.write_text(json.dumps(result))
+    sys.stdout.flush()
+    # memory that is returned piece by piece at exit can take long, and after a fault on the device it fails
+    os._exit(1 if "error" in result else 0)
+
+
+def _bars(found: dict) -> list[dict]:
+    """The promises, each with what was found; `met` is None where it was not measured."""
+    sys.path.insert(0, str(HERE))
+    from gpu_bench.bars import bars, show
+
+    rows = bars(found)
+    show(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

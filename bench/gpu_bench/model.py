@@ -1,0 +1,214 @@
+"""The whole model at its true size, with random weights: decode, prefill, a picture, and memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import numpy as np
+
+from gpu_bench import common
+from gpu_bench.common import table, torch_or_none
+from gpu_bench.speed import copy_bandwidth
+from qvl_kernels.gpu.cache import cache_bytes
+from qvl_runtime.adapter import Adapter
+from qvl_runtime.decoder import Decoder, DecodeStep
+from qvl_runtime.kv_cache import Context
+from qvl_runtime.vision import VisionTower
+
+GB = 1e9
+STEPS = 32
+ROWS = 512
+"""Tokens of a prompt computed at a time, as the runtime does."""
+
+
+def decode() -> dict:
+    """Token by token with 512 and with 8000 tokens of context, and prefill, beside what the memory allows."""
+    ops, config = common.make_ops(), common.true_config()
+    rate = copy_bandwidth(ops)
+    decoder = Decoder(common.synthetic(ops, config, common.BITS))
+    weights = sum(_bytes(w) for w in _matrices(decoder))
+    rows, found = [], {}
+    for kind in ("fp16", "int8"):
+        for length in (512, 8000):
+            context = Context(ops, config, kind, min(length + 2 * STEPS, config.max_position_embeddings))
+            ops.driver.fill(context.store.values.address, 0, context.store.values.nbytes)
+            context.truncate(length)
+            step = DecodeStep(decoder, context)
+            graph, loop = _decode(ops, step, context, length)
+            cache = cache_bytes(config.num_hidden_layers, config.num_attention_heads, config.head_dim, length, kind)
+            limit = (weights + cache) / rate
+            found[f"{kind} {length}"] = {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
+            rows.append([f"{kind}, {length}", loop * 1e3, graph * 1e3, limit * 1e3, 1 / loop, f"{limit / loop:.0%}"])
+            del context, step
+    header = ("cache, context", "ms a token", "graph alone", "bytes / copy rate", "tokens/s", "of the limit")
+    table(f"Decode, {weights / GB:.2f} GB of weights a token", header, rows)
+    found["prefill"] = _prefill(ops, decoder)
+    return found
+
+
+def _matrices(decoder: Decoder):
+    for block in decoder.blocks:
+        yield from (block.c_attn, block.attn_proj, block.w1, block.w2, block.mlp_proj)
+    yield decoder.head
+
+
+def _bytes(w) -> int:
+    return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
+
+
+def _decode(ops, step: DecodeStep, context: Context, length: int) -> tuple[float, float]:
+    """Seconds a step: of its graph alone, and as greedy generation runs it, reading each token back."""
+    for _ in range(3):
+        step(7)
+    context.truncate(length)
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        step(7)
+        ops.download(step.best)
+    loop = (time.perf_counter() - begin) / STEPS
+    context.truncate(length)
+    replay, driver, times = step._captured(1), ops.driver, []
+    for _ in range(STEPS):
+        begin = driver.mark()
+        replay()
+        times.append(driver.seconds(begin, driver.mark()))
+    return float(np.median(times)), loop
+
+
+def prefill(decoder: Decoder, step: DecodeStep, ids: list[int], images: list) -> None:
+    """A prompt through the decoder, in pieces."""
+    work = decoder.workspace(min(len(ids), ROWS))
+    for first in range(0, len(ids), ROWS):
+        part = ids[first : first + ROWS]
+        rows = work.rows(len(part))
+        decoder.embed(part, [(row - first, features) for row, features in images], rows.x)
+        decoder.forward(rows, step.context)
+        step.context.advance(len(part))
+    decoder.logits(rows.x[len(part) - 1 : len(part)], step.logits)
+
+
+def _prefill(ops, decoder: Decoder) -> dict:
+    rows, found = [], {}
+    for length in (512, 2048):
+        step = DecodeStep(decoder, Context(ops, decoder.config, "fp16", length))
+        times = []
+        for _ in range(4):
+            step.context.truncate(0)
+            begin = time.perf_counter()
+            prefill(decoder, step, list(range(length)), [])
+            ops.synchronize()
+            times.append(time.perf_counter() - begin)
+        seconds = float(np.median(times[1:]))
+        found[str(length)] = {"seconds": seconds, "tokens_per_second": length / seconds}
+        rows.append([length, seconds * 1e3, length / seconds])
+    table("Prefill", ("tokens", "ms", "tokens/s"), rows)
+    return found
+
+
+def picture() -> dict:
+    """One picture through the ViT and the adapter, beside fp16 modules of the same shapes in torch."""
+    ops, torch, config = common.make_ops(), torch_or_none(), common.true_config()
+    found, rows, pixels = {}, [], common.pixels(config)
+    peer = _torch_picture(torch, config) if torch is not None else None
+    for bits in (4, 8, 16):
+        weights = common.synthetic(ops, config, dict.fromkeys(common.BITS, bits))
+        tower, adapter = VisionTower(weights), Adapter(weights)
+
+        def ours(tower=tower, adapter=adapter):
+            adapter(tower(pixels))
+            ops.synchronize()
+
+        times = _wall({"ours": ours, **({"torch": peer} if peer else {})})
+        ratio = times["ours"] / times["torch"] if peer else None
+        found[f"int{bits}"] = {"seconds": times["ours"], "torch": times.get("torch"), "times": ratio}
+        rows.append([f"int{bits}", times["ours"] * 1e3, times["torch"] * 1e3 if peer else None, ratio])
+        del tower, adapter, weights
+    table("One picture, ViT and adapter", ("weights", "ms", "torch fp16 ms", "of torch's time"), rows)
+    return found
+
+
+def _wall(calls: dict, repeats: int = 10) -> dict[str, float]:
+    """Median wall-clock seconds, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 2):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - begin)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def _torch_picture(torch, config):
+    """The same shapes in torch, fp16, with its scaled_dot_product_attention."""
+    v, functional = config.visual, torch.nn.functional
+    half = {"dtype": torch.float16, "device": "cuda"}
+
+    def linear(n, k):
+        return torch.randn((n, k), **half) / k**0.5, torch.zeros(n, **half)
+
+    def norm(width):
+        return (width,), torch.ones(width, **half), torch.zeros(width, **half)
+
+    def block():
+        attention = norm(v.width), linear(3 * v.width, v.width), linear(v.width, v.width)
+        return (*attention, norm(v.width), linear(v.mlp_width, v.width), linear(v.width, v.mlp_width))
+
+    layers = [block() for _ in range(v.layers)]
+    conv, kv = linear(v.width, v.patch_dim), linear(v.output_dim, v.width)
+    projections = [linear(v.output_dim, v.output_dim) for _ in range(4)]
+    x0, q0 = torch.randn((v.patches, v.patch_dim), **half), torch.randn((v.n_queries, v.output_dim), **half)
+    wide = norm(v.output_dim)
+
+    @torch.no_grad()
+    def run():
+        x = functional.layer_norm(functional.linear(x0, *conv), *norm(v.width))
+        for ln_1, in_proj, out_proj, ln_2, c_fc, c_proj in layers:
+            h = functional.linear(functional.layer_norm(x, *ln_1), *in_proj)
+            q, k, value = h.view(v.patches, v.heads, 3, v.head_dim).permute(2, 1, 0, 3)
+            h = functional.scaled_dot_product_attention(q[None], k[None], value[None])[0]
+            x = x + functional.linear(h.transpose(0, 1).reshape(v.patches, v.width), *out_proj)
+            h = functional.gelu(functional.linear(functional.layer_norm(x, *ln_2), *c_fc))
+            x = x + functional.linear(h, *c_proj)
+        x = functional.layer_norm(functional.linear(x, *kv), *wide)
+        k, value = (functional.linear(x, *p) for p in projections[:2])
+        q, k, value = (a.view(len(a), v.adapter_heads, -1).transpose(0, 1)[None] for a in (q0, k, value))
+        h = functional.scaled_dot_product_attention(q, k, value)[0].transpose(0, 1).reshape(v.n_queries, v.output_dim)
+        for projection in projections[2:]:
+            h = functional.layer_norm(functional.linear(h, *projection), *wide)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def memory() -> dict:
+    """Peak memory of the GPU: a picture and 2048 tokens; 8192 tokens with an int8 cache.
+
+    "arrays" is the largest sum of live arrays; "in use" all that is taken from the device, driver and graphs included.
+    """
+    rows, found, config = [], {}, common.true_config()
+    for settings, bits in (("default", common.BITS), ("smallest", common.SMALLEST)):
+        ops = common.make_ops()
+        weights = common.synthetic(ops, config, bits)
+        decoder, tower, adapter = Decoder(weights), VisionTower(weights), Adapter(weights)
+        for name, kind, tokens in (("picture + 2048 tokens", "fp16", 2048), ("8192 tokens, int8 cache", "int8", 8192)):
+            ops.memory.trim()
+            ops.memory.peak = ops.memory.in_use
+            tokens = min(tokens, config.max_position_embeddings)
+            step = DecodeStep(decoder, Context(ops, config, kind, tokens))
+            features = adapter(tower(common.pixels(config)))
+            prefill(decoder, step, list(range(100, 100 + tokens - 8)), [(1, features)])
+            for _ in range(8):
+                step(7)
+            ops.synchronize()
+            free, total = ops.driver.memory()
+            figures = {"arrays": ops.memory.peak, "in_use": max(total - free, ops.memory.peak)}
+            found[f"{settings}: {name}"] = figures
+            rows.append([f"{settings}: {name}", *(figure / GB for figure in figures.values())])
+            del step, features
+            gc.collect()
+        del decoder, tower, adapter, weights, ops
+        gc.collect()
+    table("Peak memory, GB", ("", "arrays", "in use"), rows)
+    return found

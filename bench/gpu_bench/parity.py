@@ -1,0 +1,240 @@
+"""Is it right: every operation against the reference, golden checkpoints, and the true sizes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from gpu_bench import common
+from gpu_bench.common import table
+from qvl_kernels.gpu import signatures
+from qvl_kernels.ops import Norm
+from qvl_kernels.reference import ReferenceOps
+
+TESTS = Path(__file__).parents[2] / "tests"
+GOLDEN = TESTS / "golden"
+
+TRUE_SHAPES = ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (8192, 1664), (1664, 8192), (1664, 588))
+"""Weights of Qwen-VL: decoder, then ViT."""
+
+TRUE_LIMIT = 2e-3
+"""Relative error of a product in fp16 with float32 sums."""
+
+
+class Launched:
+    """Which kernels ran."""
+
+    def __init__(self, ops):
+        self.names: set[str] = set()
+        launch = ops.driver.launch
+
+        def noted(kernel, grid, args):
+            self.names.add(kernel.name)
+            launch(kernel, grid, args)
+
+        ops.driver.launch = noted
+
+
+def operations() -> dict:
+    """Every case of the table in tests/test_ops.py, within its limits for this backend."""
+    sys.path.insert(0, str(TESTS))
+    import test_ops
+
+    ops, failures, worst = common.make_ops(), [], {}
+    limits = test_ops.LIMITS["cuda"]
+    for index, case in enumerate(test_ops.CASES):
+        got, want = test_ops.run(ops, case), test_ops.truth(index)
+        error = float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+        worst[case.limit] = max(worst.get(case.limit, 0.0), error)
+        if not error <= limits[case.limit]:
+            failures.append([case.label, error])
+    checks = [lambda k=k: test_ops.test_cache(ops, *k) for k in test_ops.CACHES if k[0] != "fp32"]
+    for check in [*checks, lambda: test_ops.test_capture_repeats_a_step_on_new_values(ops)]:
+        try:
+            check()
+        except AssertionError as e:
+            failures.append([getattr(check, "__defaults__", None) or "capture", str(e)[:200]])
+    table(
+        "Operations: largest relative error",
+        ("limit", "allowed", "found"),
+        [(k, limits[k], v) for k, v in worst.items()],
+    )
+    for failure in failures:
+        print("  FAILED", *failure)
+    return {"cases": len(test_ops.CASES) + len(checks) + 1, "failures": failures, "worst": worst}
+
+
+def true_sizes() -> dict:
+    """Products of the true shapes, by few and many rows, and how many of all kernels they and attention reach."""
+    ops, reference, rng = common.make_ops(), ReferenceOps(), np.random.default_rng(0)
+    launched, rows = Launched(ops), []
+    for n, k in TRUE_SHAPES:
+        for bits in (4, 8, 16):
+            w = common.matrix(n, k, bits)
+            dense, device = w.dequantize(), ops.weight(w)
+            for m in (1, 16, 300):
+                x = rng.standard_normal((m, k)).astype(np.float16)
+                out = ops.empty((m, n))
+                ops.write(out, np.full((m, n), np.nan, np.float32))
+                ops.linear(ops.upload(x), device, out)
+                want = x.astype(np.float32) @ dense.T
+                rows.append([f"int{bits} {n}x{k} m={m}", _relative(ops.download(out), want)])
+    rows += _gate_up(ops, reference, rng)
+    rows += _long_attention(ops, reference, rng)
+    table("True shapes: relative error", ("product", "error"), rows)
+    failures = [row for row in rows if not row[1] <= TRUE_LIMIT]
+    return {"failures": failures, "worst": max(row[1] for row in rows), "kernels": sorted(launched.names)}
+
+
+def _gate_up(ops, reference, rng) -> list:
+    rows, weight = [], np.ones(4096, np.float32)
+    gate, up = common.matrix(11008, 4096, 4), common.matrix(11008, 4096, 4)
+    for m in (1, 300):
+        x, want, out = rng.standard_normal((m, 4096)).astype(np.float32), np.empty((m, 11008), np.float32), None
+        reference.gate_up(x, gate, up, want, norm=Norm(weight, None, 1e-6))
+        out = ops.empty((m, 11008), np.float16)
+        ops.gate_up(ops.upload(x), ops.weight(gate), ops.weight(up), out, norm=Norm(ops.upload(weight), None, 1e-6))
+        rows.append([f"gate_up 11008x4096 m={m}", _relative(ops.download(out).astype(np.float32), want)])
+    return rows
+
+
+def _long_attention(ops, reference, rng) -> list:
+    """A prompt of 2000 tokens, then steps, on caches of both kinds; and the ViT's attention."""
+    rows, heads, d, length = [], 4, 128, 2000
+    angles = np.outer(np.arange(4096), 1 / 10000 ** (np.arange(0, d, 2) / d))
+    rope, logn = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32), np.ones(4096, np.float32)
+    steps = [rng.standard_normal((t, 3 * heads * d)).astype(np.float16) for t in (length, 1, 1)]
+    for kind in ("fp16", "int8"):
+        results = []
+        for backend in (reference, ops):
+            cache, position, seen = backend.kv_cache(1, heads, d, 4096, kind), 0, []
+            for step in steps:
+                qkv = backend.upload(step.astype(backend.activation_dtype))
+                start = backend.upload(np.array([position], np.int32))
+                out = backend.empty((len(step), heads * d), backend.activation_dtype)
+                backend.rope_append(qkv, backend.upload(rope), backend.upload(logn), cache, 0, start)
+                backend.cached_attention(qkv, cache, 0, start, out)
+                seen.append(backend.download(out).astype(np.float32))
+                position += len(step)
+            results.append(seen)
+        names = (f"{kind} cache, {length} tokens", f"{kind} cache, step", f"{kind} cache, next step")
+        rows += [[name, _relative(got, want)] for name, want, got in zip(names, *results)]
+    qkv = rng.standard_normal((1024, 16 * 3 * 104)).astype(np.float16)
+    want, out = np.empty((1024, 1664), np.float32), ops.empty((1024, 1664), np.float16)
+    reference.vision_attention(qkv.astype(np.float32), 16, want)
+    ops.vision_attention(ops.upload(qkv), 16, out)
+    return [*rows, ["ViT attention 1024 x 16 x 104", _relative(ops.download(out).astype(np.float32), want)]]
+
+
+def true_model() -> dict:
+    """Two layers of the decoder and of the ViT at their true width, against the reference."""
+    from qvl_runtime.adapter import Adapter
+    from qvl_runtime.decoder import Decoder
+    from qvl_runtime.generation import score
+    from qvl_runtime.kv_cache import Context
+    from qvl_runtime.vision import VisionTower
+
+    config, ids, found = common.true_config(1, 1), list(range(100, 120)), {}
+    for name, ops in (("reference", ReferenceOps()), ("cuda", common.make_ops())):
+        weights = common.synthetic(ops, config, common.BITS | {"head": 4, "embedding": 4})
+        features = Adapter(weights)(VisionTower(weights)(common.pixels(config)))
+        context = Context(ops, config, ops.score_cache_dtype, len(ids), layers=1)
+        logits = score(Decoder(weights), context, ids, [])
+        found[name] = (ops.download(features), logits)
+    errors = [_relative(got, want) for got, want in zip(found["cuda"], found["reference"])]
+    rows = list(zip(("picture features", "logits"), errors))
+    table("One layer of the true width: relative error", ("", "error"), rows)
+    return {"features": errors[0], "logits": errors[1], "failures": [row for row in rows if not row[1] <= 5e-3]}
+
+
+def _relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def golden() -> dict:
+    """The golden checkpoints through the public API: logits, greedy ids, picture features."""
+    sys.path.insert(0, str(TESTS))
+    import test_golden_model
+
+    import qvl_runtime as qvl
+    from qvl_convert.convert import convert
+
+    rows = []
+    os.chdir(GOLDEN)
+    with tempfile.TemporaryDirectory() as folder:
+
+        @functools.cache
+        def model(name: str, variant: str, bits: int):
+            path = Path(folder) / f"{name}-{variant}-{bits}.qvl"
+            convert(_checkpoint(name, variant, Path(folder)), path, bits=bits, vision_bits=16, head_bits=16)
+            return qvl.load(path, device="cuda")
+
+        for index in ("lm/index.json", "lm/index_gptq.json"):
+            for case in _cases(index):
+                for bits in (16, 4) if "gptq" in index else (16,):
+                    m = model(case["ckpt"], case["variant"], bits)
+                    rows.append(_language(test_golden_model, m, case, bits))
+        rows += [_vision(model(case["ckpt"], case["variant"], 16), case) for case in _cases("vis/index.json")]
+    failures = [row for row in rows if not row[1] <= row[2] or row[3] == "differ"]
+    table("Golden checkpoints: largest error", ("case", "found", "allowed", "greedy ids"), rows)
+    return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
+
+
+def _cases(index: str) -> list[dict]:
+    return json.loads((GOLDEN / index).read_text())["cases"]
+
+
+def _checkpoint(name: str, variant: str, folder: Path) -> Path:
+    """A golden checkpoint with the config values of a variant."""
+    source, overrides = GOLDEN / "ckpt" / name, json.loads((GOLDEN / "ckpt" / "variants.json").read_text())[variant]
+    target = folder / f"{name}-{variant}"
+    if not target.exists():
+        shutil.copytree(source, target)
+        config = json.loads((source / "config.json").read_text())
+        for key, value in overrides.items():
+            config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+FP16_LOGITS = 0.025
+"""How far the published code moves when it runs in fp16 (tests/golden/README.md)."""
+
+
+def _language(tests, model, case: dict, bits: int) -> list:
+    error, same, checked = 0.0, True, False
+    for ids, expected in tests._rows(case):
+        images = tests._images(ids, model.config)
+        logits = model.logits(ids, images)
+        error = max(error, float(np.abs(logits[expected["logits_at"]] - expected["logits"]).max()))
+        if "gen_ids" in expected:
+            unsure = np.flatnonzero(expected["gen_gap"] < 2 * error)
+            count = int(unsure[0]) if len(unsure) else len(expected["gen_ids"])
+            wanted = expected["gen_ids"][:count].tolist()
+            stops = [i for i, token in enumerate(wanted) if token in model._stop_ids()]
+            got = model.generate(ids, images, max_new_tokens=count).token_ids
+            same, checked = same and got == wanted[: stops[0] if stops else None], True
+    return [f"{case['file'][:-4]} int{bits}", error, FP16_LOGITS, ("same" if same else "differ") if checked else "-"]
+
+
+def _vision(model, case: dict) -> list:
+    expected = np.load(GOLDEN / "vis" / case["file"])
+    error = 0.0
+    for i, image in enumerate(case["images"]):
+        features = model.encode_image(image)
+        got = features if expected["final_is_full"] else features[expected["qrows"]]
+        error = max(error, float(np.abs(got - expected["final"][i]).max()))
+    return [case["file"][:-4], error, 1.5 * case["noise"]["original_in_fp16_vs_fp32"], "-"]
+
+
+def untouched(*found: dict) -> list[str]:
+    """Kernels that no parity section ran."""
+    ran = {name for section in found for name in section.get("kernels", ())}
+    return sorted(set(signatures.names()) - ran)

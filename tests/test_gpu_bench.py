@@ -1,0 +1,98 @@
+"""bench/gpu.py without a GPU: every section runs to its end on the fake one, and the command line holds together."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes.gpu import FakeDriver, Images
+
+from qvl_kernels.gpu.ops import CudaOps
+from qvl_runtime.config import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def rehearsal(monkeypatch):
+    """The sections, on small shapes and a GPU that computes nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from gpu_bench import common, model, parity, setup, speed
+
+    config = ModelConfig.from_dict(json.loads((Path(__file__).parent / "golden/ckpt/tiny-vl/config.json").read_text()))
+    vision = dataclasses.replace(config.visual, layers=1)
+    small = dataclasses.replace(config, num_hidden_layers=1, max_position_embeddings=512, visual=vision)
+    monkeypatch.setattr(common, "make_ops", lambda: CudaOps(FakeDriver(), Images()))
+    monkeypatch.setattr(common, "true_config", lambda *layers: small)
+    for module in (common, model, setup, speed):
+        monkeypatch.setattr(module, "torch_or_none", lambda: None)
+    monkeypatch.setattr(common, "BEYOND_CACHE", 1 << 20)
+    monkeypatch.setattr(speed, "DECODER_SHAPES", ((256, 128),))
+    monkeypatch.setattr(parity, "TRUE_SHAPES", ((64, 128),))
+    for module in (speed, model):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda ops: 1e12)
+    monkeypatch.setattr(speed, "HEAD_SHAPE", (640, 128))
+    monkeypatch.setattr(speed, "GATE_SHAPE", (256, 128))
+    monkeypatch.setattr(speed, "LAYERS", 1)
+    yield {"setup": setup, "parity": parity, "speed": speed, "model": model}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gpu_bench"]:
+        del sys.modules[name]
+
+
+def _bench():
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name", ["kernels", "true_model", "matvec", "matmul", "attention", "decode", "picture", "memory"]
+)
+def test_sections_run_and_return_plain_data(rehearsal, name, capsys):
+    module, function = _bench().SECTIONS[name][0].split(".")
+    with np.errstate(all="ignore"):
+        found = getattr(rehearsal[module], function)()
+    json.dumps(found)
+    assert found and capsys.readouterr().out
+
+
+def test_the_summary_names_every_bar(rehearsal):
+    from gpu_bench.bars import bars
+
+    assert {row["met"] for row in bars({})} == {None}
+    found = {
+        "matvec": {"rows": {"int4 a": {"of_copy": 0.9, "faster": 2.0}, "int4 b": {"of_copy": 0.7, "faster": None}}},
+        "memory": {"smallest: picture + 2048 tokens": {"in_use": 7e9}},
+    }
+    rows = {row["what"]: row for row in bars(found)}
+    assert len(rows) == 16
+    share = rows["int4 matrix-vector: share of the copy bandwidth"]
+    assert (share["found"], share["met"]) == (0.7, False)
+    assert rows["int4 matrix-vector: times torch int4"]["met"] is True
+    assert rows["memory, smallest: picture + 2048 tokens"]["met"] is True
+
+
+def test_one_failing_section_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    bench, out = _bench(), tmp_path / "gpu.json"
+    code = bench.main(["--only", "kernels", "bandwidth", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["sections"].keys() == {"kernels", "bandwidth"}
+    statuses = {section["status"] for section in report["sections"].values()}
+    if code:  # without a GPU both say so
+        assert statuses == {"failed"}
+        assert all("DeviceError" in section["error"] for section in report["sections"].values())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    monkeypatch.setitem(bench.SECTIONS, "kernels", ("setup.kernels", 1))
+    assert bench.main(["--only", "kernels", "--minutes", "0", "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["sections"]["kernels"]["status"] == "skipped"
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(SystemExit):
+        _bench().main(["--only", "nonsense"])
