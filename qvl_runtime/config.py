@@ -9,6 +9,9 @@ from typing import Any
 
 from qvl_runtime.errors import QvlError
 
+# Far beyond any model of the family: what sizes memory before a file's tensors can contradict it.
+MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_SIDE, MAX_MLP_RATIO = 1024, 1 << 24, 1 << 24, 1 << 13, 64.0
+
 
 def _take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
     """Read ``data[key]`` as `kind`, refusing a missing or mistyped value by name."""
@@ -77,7 +80,14 @@ class VisionConfig:
         config = cls(**{k: _take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
         for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "n_queries"):
             _check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
-        _check(config.mlp_ratio > 0, where, f"'mlp_ratio' is {config.mlp_ratio}, expected > 0")
+        _check(
+            0 < config.mlp_ratio <= MAX_MLP_RATIO,
+            where,
+            f"'mlp_ratio' is {config.mlp_ratio}, expected > 0 and at most {MAX_MLP_RATIO}",
+        )
+        for name, limit in (("layers", MAX_LAYERS), ("image_size", MAX_SIDE)):
+            value = getattr(config, name)
+            _check(value <= limit, where, f"'{name}' is {value}, expected at most {limit}")
         _check(
             config.image_size % config.patch_size == 0,
             where,
@@ -149,6 +159,14 @@ class ModelConfig:
         for name, kind in kinds.items():
             if kind in (int, float):
                 _check(values[name] > 0, where, f"'{name}' is {values[name]}, expected > 0")
+        for name, limit in (
+            ("num_hidden_layers", MAX_LAYERS),
+            ("seq_length", MAX_POSITIONS),
+            ("max_position_embeddings", MAX_POSITIONS),
+            ("vocab_size", MAX_VOCABULARY),
+        ):
+            _check(values[name] <= limit, where, f"'{name}' is {values[name]}, expected at most {limit}")
+        _check(config.seq_length > 1, where, "'seq_length' is 1, expected > 1")
         _check(config.intermediate_size % 2 == 0, where, "'intermediate_size' is odd")
         _check(config.kv_channels % 2 == 0, where, "'kv_channels' is odd")
         for name, computed in (("rotary_pct", 1.0), ("no_bias", True), ("tie_word_embeddings", False)):

@@ -23,6 +23,7 @@ from qvl_runtime.errors import QvlError
 CKPT = GOLDEN / "ckpt"
 VL, BIN, ASYM = CKPT / "tiny-vl", CKPT / "tiny-vl-bin", CKPT / "tiny-q7-gptq-asym"
 WTE = "transformer.wte.weight"
+VISUAL = json.loads((VL / "config.json").read_text())["visual"]
 
 
 @pytest.fixture
@@ -182,6 +183,13 @@ def test_tensors_that_contradict_the_config(tmp_path, change, parts):
         ({"visual": None}, ["transformer.visual.", "describe"]),
         ({"visual": {"image_size": 448}}, ["visual", "missing"]),
         ({"intermediate_size": 10**30}, ["mlp.w1.weight"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most 1024"]),
+        ({"vocab_size": 2**63}, ["vocab_size", "at most"]),
+        ({"max_position_embeddings": 10**12}, ["max_position_embeddings", "at most"]),
+        ({"seq_length": 1}, ["'seq_length' is 1"]),
+        ({"visual": VISUAL | {"layers": 10**9}}, ["'layers' is 1000000000"]),
+        ({"visual": VISUAL | {"mlp_ratio": 1e308}}, ["'mlp_ratio' is 1e+308"]),
+        ({"visual": VISUAL | {"image_size": 14 * 10**9}}, ["'image_size'", "at most"]),
     ],
 )
 def test_config_that_contradicts_the_tensors(copy, config, parts):
@@ -234,7 +242,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 CONFIG_KEYS = [*json.loads((CKPT / "tiny-vl-gptq/config.json").read_text()), "x"]
-VISUAL_KEYS = [*json.loads((VL / "config.json").read_text())["visual"], "n_queries"]
+VISUAL_KEYS = [*VISUAL, "n_queries"]
 GPTQ_KEYS = [*json.loads((ASYM / "quantize_config.json").read_text()), "quant_method", "checkpoint_format"]
 GENERATION_KEYS = [*json.loads((VL / "generation_config.json").read_text()), "temperature", "repetition_penalty"]
 
