@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Norm, Weight
+from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_runtime.config import ModelConfig
 from qvl_runtime.kv_cache import Context
 from qvl_runtime.weights import Trace, Weights, no_trace
 
@@ -27,6 +29,30 @@ class Block:
     w2: Weight
     mlp_proj: Weight
 
+    @classmethod
+    def load(cls, weights: Weights, index: int) -> Block:
+        """The `index`-th block of a model."""
+        name = f"transformer.h.{index}"
+        return cls(
+            ln_1=weights.rms_norm(f"{name}.ln_1"),
+            c_attn=weights.matrix(f"{name}.attn.c_attn"),
+            attn_proj=weights.matrix(f"{name}.attn.c_proj"),
+            ln_2=weights.rms_norm(f"{name}.ln_2"),
+            w1=weights.matrix(f"{name}.mlp.w1"),
+            w2=weights.matrix(f"{name}.mlp.w2"),
+            mlp_proj=weights.matrix(f"{name}.mlp.c_proj"),
+        )
+
+    def __call__(self, ops: Ops, work: Workspace, context: Context, index: int) -> None:
+        """Run over ``work.x`` in place, appending to `context`."""
+        layer = context.layer(index)
+        ops.linear(work.x, self.c_attn, work.qkv, norm=self.ln_1)
+        ops.rope_append(work.qkv, context.rope, context.logn, context.store, layer, context.start)
+        ops.cached_attention(work.qkv, context.store, layer, context.start, work.attended)
+        ops.linear(work.attended, self.attn_proj, work.x, residual=work.x)
+        ops.gate_up(work.x, self.w2, self.w1, work.hidden, norm=self.ln_2)
+        ops.linear(work.hidden, self.mlp_proj, work.x, residual=work.x)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workspace:
@@ -36,6 +62,16 @@ class Workspace:
     qkv: Array
     attended: Array
     hidden: Array
+
+    @classmethod
+    def empty(cls, ops: Ops, config: ModelConfig, rows: int) -> Workspace:
+        """Uninitialised arrays for a model."""
+        return cls(
+            x=ops.empty((rows, config.hidden_size)),
+            qkv=ops.empty((rows, 3 * config.attention_width), ops.activation_dtype),
+            attended=ops.empty((rows, config.attention_width), ops.activation_dtype),
+            hidden=ops.empty((rows, config.ffn_width), ops.activation_dtype),
+        )
 
     def rows(self, count: int) -> Workspace:
         """The same arrays, cut to `count` tokens."""
@@ -48,19 +84,13 @@ class Decoder:
     def __init__(self, weights: Weights):
         self.ops, self.config = weights.ops, weights.blob.config
         self.embedding = weights.matrix("transformer.wte")
-        self.blocks = [_block(weights, f"transformer.h.{i}") for i in range(self.config.num_hidden_layers)]
+        self.blocks = [Block.load(weights, i) for i in range(self.config.num_hidden_layers)]
         self.ln_f = weights.rms_norm("transformer.ln_f")
         self.head = weights.matrix("lm_head")
 
     def workspace(self, rows: int) -> Workspace:
         """Arrays for up to `rows` tokens at a time."""
-        ops, config = self.ops, self.config
-        return Workspace(
-            x=ops.empty((rows, config.hidden_size)),
-            qkv=ops.empty((rows, 3 * config.attention_width), ops.activation_dtype),
-            attended=ops.empty((rows, config.attention_width), ops.activation_dtype),
-            hidden=ops.empty((rows, config.ffn_width), ops.activation_dtype),
-        )
+        return Workspace.empty(self.ops, self.config, rows)
 
     def embed(self, ids: Sequence[int], images: Sequence[tuple[int, Array]], out: Array) -> None:
         """Embed `ids` into `out` [T, hidden]; each (row, features) of `images` replaces rows from `row` on.
@@ -75,16 +105,9 @@ class Decoder:
 
     def forward(self, work: Workspace, context: Context, trace: Trace = no_trace) -> None:
         """Run all layers over ``work.x`` in place, appending to `context` (whose length is not advanced)."""
-        ops = self.ops
         trace("embed", work.x)
         for i, block in enumerate(self.blocks):
-            ops.linear(work.x, block.c_attn, work.qkv, norm=block.ln_1)
-            layer = context.layer(i)
-            ops.rope_append(work.qkv, context.rope, context.logn, context.store, layer, context.start)
-            ops.cached_attention(work.qkv, context.store, layer, context.start, work.attended)
-            ops.linear(work.attended, block.attn_proj, work.x, residual=work.x)
-            ops.gate_up(work.x, block.w2, block.w1, work.hidden, norm=block.ln_2)
-            ops.linear(work.hidden, block.mlp_proj, work.x, residual=work.x)
+            block(self.ops, work, context, i)
             trace(f"block{i}", work.x)
 
     def logits(self, x: Array, out: Array) -> None:
@@ -93,43 +116,42 @@ class Decoder:
 
 
 class DecodeStep:
-    """One token through the decoder, captured once for a context and replayed for every token."""
+    """A few tokens through the decoder, captured once for a context and replayed for all that follow.
 
-    def __init__(self, decoder: Decoder, context: Context):
+    Attributes
+    ----------
+    logits : Array
+        float32 ``[rows, vocab]``: row i speaks of what follows the i-th token fed.
+    best : Array
+        int32 ``[rows]``: the highest of each row of `logits`.
+    """
+
+    def __init__(self, decoder: Decoder, context: Context, rows: int = 1):
         ops = decoder.ops
         self.ops, self.decoder, self.context = ops, decoder, context
-        self.work = decoder.workspace(1)
-        self.ids = ops.empty((1,), np.int32)
-        self.logits = ops.empty((1, decoder.config.vocab_size))
-        self.best = ops.empty((1,), np.int32)
-        self._store, self._replay = None, None
+        self.work = decoder.workspace(rows)
+        self.ids = ops.empty((rows,), np.int32)
+        self.logits = ops.empty((rows, decoder.config.vocab_size))
+        self.best = ops.empty((rows,), np.int32)
+        self._store, self._replays = None, {}
 
-    def _step(self) -> None:
-        self.ops.embed(self.ids, self.decoder.embedding, self.work.x)
-        self.decoder.forward(self.work, self.context)
-        self.decoder.logits(self.work.x, self.logits)
-        self.ops.argmax(self.logits, self.best)
+    def __call__(self, *tokens: int) -> None:
+        """Feed up to `rows` tokens."""
+        self.context.reserve(self.context.length + len(tokens))
+        self.ops.write(self.ids[: len(tokens)], np.array(tokens, np.int32))
+        self._captured(len(tokens))()
+        self.context.advance(len(tokens))
 
-    def __call__(self, token: int) -> None:
-        """Feed `token`: afterwards `logits` and `best` speak of the one that follows it."""
-        self.context.reserve(self.context.length + 1)
-        self.ops.write(self.ids, np.array([token], np.int32))
-        self._captured()()
-        self.context.advance(1)
-
-    def _captured(self) -> Callable[[], None]:
+    def _captured(self, rows: int) -> Callable[[], None]:
         if self._store is not self.context.store:
-            self._replay, self._store = self.ops.capture(self._step), self.context.store
-        return self._replay
+            self._replays, self._store = {}, self.context.store
+        if rows not in self._replays:
+            self._replays[rows] = self.ops.capture(partial(self._step, rows))
+        return self._replays[rows]
 
-
-def _block(weights: Weights, name: str) -> Block:
-    return Block(
-        ln_1=weights.rms_norm(f"{name}.ln_1"),
-        c_attn=weights.matrix(f"{name}.attn.c_attn"),
-        attn_proj=weights.matrix(f"{name}.attn.c_proj"),
-        ln_2=weights.rms_norm(f"{name}.ln_2"),
-        w1=weights.matrix(f"{name}.mlp.w1"),
-        w2=weights.matrix(f"{name}.mlp.w2"),
-        mlp_proj=weights.matrix(f"{name}.mlp.c_proj"),
-    )
+    def _step(self, rows: int) -> None:
+        work, logits = self.work.rows(rows), self.logits[:rows]
+        self.ops.embed(self.ids[:rows], self.decoder.embedding, work.x)
+        self.decoder.forward(work, self.context)
+        self.decoder.logits(work.x, logits)
+        self.ops.argmax(logits, self.best[:rows])

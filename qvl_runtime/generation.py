@@ -5,34 +5,50 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box, parse_boxes
-from qvl_runtime.decoder import Decoder, DecodeStep
+from qvl_runtime.decoder import Decoder
 from qvl_runtime.kv_cache import Context
 from qvl_runtime.sampling import Sampler
+from qvl_runtime.session import Session
+from qvl_runtime.speculation import PromptLookup
 from qvl_runtime.tokenizer import StreamDecoder, Tokenizer
 from qvl_runtime.weights import Trace, no_trace
-
-PREFILL_ROWS = 512
-"""Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
 
 
 @dataclasses.dataclass
 class Timings:
-    """Where the time went, in seconds."""
+    """Where the time went.
+
+    Attributes
+    ----------
+    image, prefill, decode : float
+        Seconds.
+    prompt_tokens, kept_tokens : int
+        Of the prompt, and those among them that an earlier call had computed already.
+    images, kept_images : int
+        Pictures of the prompt, and those among them that did not pass through the vision tower again.
+    new_tokens : int
+        Of the answer.
+    """
 
     image: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     prompt_tokens: int = 0
+    kept_tokens: int = 0
+    images: int = 0
+    kept_images: int = 0
     new_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill if self.prefill else 0.0
+        """Of the tokens that were computed."""
+        return (self.prompt_tokens - self.kept_tokens) / self.prefill if self.prefill else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -41,16 +57,43 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logprob:
+    """How likely the model held a token.
+
+    Attributes
+    ----------
+    token_id : int
+    logprob : float
+        Natural logarithm of its probability.
+    top : list of (int, float)
+        The most likely tokens and their log probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Choice(NamedTuple):
+    """A token of an answer."""
+
+    token: int
+    logprob: Logprob | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """What a stream yields: some text and the tokens behind it.
 
-    The last piece also says why the answer ended ("stop" or "length") and how long it took.
+    The last piece also says why the answer ended ("stop" or "length") and how long it took. `logprobs` has an
+    entry a token where they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     timings: Timings | None = None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +112,8 @@ class Result:
         All well-formed boxes of the text.
     prompt_tokens : int
     timings : Timings
+    logprobs : list of Logprob
+        One for each of `token_ids` where they were asked for, else empty.
     """
 
     text: str
@@ -77,84 +122,128 @@ class Result:
     boxes: list[Box]
     prompt_tokens: int
     timings: Timings
+    logprobs: list[Logprob] = dataclasses.field(default_factory=list)
 
 
-class Engine:
-    """A decoder at work on one context."""
+class Constraint(Protocol):
+    """What one answer may say, token by token; it carries the answer's state."""
 
-    def __init__(self, decoder: Decoder, context: Context):
-        self.decoder, self.context = decoder, context
-        self.step = DecodeStep(decoder, context)
+    def allowed(self) -> np.ndarray | None:
+        """Which tokens may come next: bool ``[vocab]``, at least one of them true; None for all."""
 
-    def prefill(self, ids: Sequence[int], images: Sequence[tuple[int, Array]]) -> None:
-        """Append `ids` to the context; afterwards the step's logits speak of the token that follows.
-
-        Parameters
-        ----------
-        images : sequence of (int, Array)
-            Index into `ids` of the first of an image's positions, and its features.
-        """
-        ops, work = self.decoder.ops, self.decoder.workspace(min(len(ids), PREFILL_ROWS))
-        for first in range(0, len(ids), PREFILL_ROWS):
-            chunk = ids[first : first + PREFILL_ROWS]
-            rows = work.rows(len(chunk))
-            self.decoder.embed(chunk, [(row - first, features) for row, features in images], rows.x)
-            self.decoder.forward(rows, self.context)
-            self.context.advance(len(chunk))
-        self.decoder.logits(rows.x[len(chunk) - 1 : len(chunk)], self.step.logits)
-        ops.argmax(self.step.logits, self.step.best)
-
-    def choose(self, sampler: Sampler, past: Sequence[int]) -> int:
-        """The next token."""
-        ops = self.decoder.ops
-        if sampler.is_argmax:
-            return int(ops.download(self.step.best)[0])
-        return sampler(ops.download(self.step.logits)[0], past)
+    def advance(self, token: int) -> None:
+        """Take note that `token` came next."""
 
 
-def generate_step(engine: Engine, prompt: Sequence[int], sampler: Sampler) -> Iterator[int]:
-    """Tokens without end, after `engine` was prefilled with `prompt`; each is fed back when the next is asked for."""
-    past = list(prompt)
-    while True:
-        token = engine.choose(sampler, past)
-        yield token
-        past.append(token)
-        engine.step(token)
+@dataclasses.dataclass
+class Chooser:
+    """Makes the choices of one answer: constraint, then sampler, then the record of how likely it was.
+
+    Parameters
+    ----------
+    sampler : Sampler
+    past : list of int
+        The prompt; every choice is appended.
+    constraint : Constraint, optional
+    logprobs : int, optional
+        Record every choice's log probability, with this many alternatives.
+    """
+
+    sampler: Sampler
+    past: list[int]
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+
+    def __call__(self, session: Session, row: int) -> Choice:
+        """Choose from a row of a session's logits."""
+        if self.sampler.is_argmax and self.constraint is None and self.logprobs is None:
+            choice = Choice(session.best(row))
+        else:
+            logits = session.logits(row)
+            allowed = None if self.constraint is None else self.constraint.allowed()
+            token = self.sampler(
+                logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf)), self.past
+            )
+            choice = Choice(token, None if self.logprobs is None else logprob(logits, token, self.logprobs))
+        if self.constraint is not None:
+            self.constraint.advance(choice.token)
+        self.past.append(choice.token)
+        return choice
+
+
+def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
+    """Log probability of a token, and the most likely ones, in the model's own distribution.
+
+    It is that of the logits as they are, before constraint, penalties, temperature and cuts.
+    """
+    shifted = logits - logits.max()
+    shifted -= np.log(np.exp(shifted).sum(dtype=np.float64))
+    count = min(alternatives, logits.size)
+    likely = np.argpartition(-shifted, count - 1)[:count] if count else np.empty(0, int)
+    likely = likely[np.lexsort((likely, -shifted[likely]))]
+    return Logprob(token, float(shifted[token]), [(int(i), float(shifted[i])) for i in likely])
+
+
+def generate_step(session: Session, choose: Chooser, guesses: PromptLookup | None, limit: int) -> Iterator[Choice]:
+    """Up to `limit` tokens, after `session` was prefilled; each is computed on when the next is asked for.
+
+    With `guesses` several tokens are computed at once, and those that were not chosen are forgotten again.
+    """
+    guessed: list[int] = []
+    row = 0
+    for made in range(1, limit + 1):
+        choice = choose(session, row)
+        yield choice
+        if made == limit:
+            return
+        if guesses is not None:
+            guesses.append(choice.token)
+        if row < len(guessed) and guessed[row] == choice.token:
+            row += 1
+            continue
+        if guessed:
+            session.truncate(session.length - len(guessed) + row)
+            guesses.learn(len(guessed), row)
+        guessed = guesses.guess(min(session.room - 1, limit - made - 1)) if guesses is not None else []
+        row = 0
+        session.feed(choice.token, *guessed)
 
 
 def stream_generate(
-    tokens: Iterator[int],
+    choices: Iterator[Choice],
     tokenizer: Tokenizer,
     *,
     stop_ids: frozenset[int],
     stop: Sequence[str],
-    max_new_tokens: int,
     timings: Timings,
 ) -> Iterator[Piece]:
-    """Turn tokens into pieces of text, until a stop token, a stop string, or `max_new_tokens`."""
+    """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`."""
     decoder, watch = StreamDecoder(tokenizer), StopStrings(stop)
     started = time.perf_counter()
     reason, pending = "length", []
-    for token in tokens if max_new_tokens else ():
-        if token in stop_ids:
+    for choice in choices:
+        if choice.token in stop_ids:
             reason = "stop"
             break
         timings.new_tokens += 1
-        pending.append(token)
-        text = watch.push(decoder.push(token))
+        pending.append(choice)
+        text = watch.push(decoder.push(choice.token))
         if watch.found:
             reason = "stop"
-            yield Piece(text, tuple(pending))
+            yield _piece(text, pending)
             pending = []
             break
         if text:
-            yield Piece(text, tuple(pending))
+            yield _piece(text, pending)
             pending = []
-        if timings.new_tokens == max_new_tokens:
-            break
     timings.decode = time.perf_counter() - started
     rest = "" if watch.found else watch.push(decoder.finish()) + watch.flush()
-    yield Piece(rest, tuple(pending), reason, timings)
+    yield dataclasses.replace(_piece(rest, pending), finish_reason=reason, timings=timings)
+
+
+def _piece(text: str, choices: Sequence[Choice]) -> Piece:
+    logprobs = tuple(choice.logprob for choice in choices if choice.logprob is not None)
+    return Piece(text, tuple(choice.token for choice in choices), logprobs=logprobs)
 
 
 def collect(pieces: Iterator[Piece], opened: str = "") -> Result:
@@ -162,7 +251,9 @@ def collect(pieces: Iterator[Piece], opened: str = "") -> Result:
     pieces = list(pieces)
     text, last = "".join(p.text for p in pieces), pieces[-1]
     ids = [token for p in pieces for token in p.token_ids]
-    return Result(text, ids, last.finish_reason, parse_boxes(opened + text), last.timings.prompt_tokens, last.timings)
+    logprobs = [entry for p in pieces for entry in p.logprobs]
+    boxes = parse_boxes(opened + text)
+    return Result(text, ids, last.finish_reason, boxes, last.timings.prompt_tokens, last.timings, logprobs)
 
 
 class StopStrings:

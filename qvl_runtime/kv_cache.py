@@ -57,14 +57,19 @@ class Context:
         """
         alpha = ntk_alpha(length, self.config)
         if alpha != self.alpha:
+            # The keys are void before the table changes: an interrupt must not leave one with the other.
+            self.length, self.alpha = 0, 0
             self.ops.write(self.rope, _rotary(self._pages(self.window), alpha, self.config))
-            self.alpha, self.length = alpha, 0
+            self.alpha = alpha
         self.truncate(self.length)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` positions, keeping those that are filled."""
+        """Make room for `capacity` positions, keeping those that are filled.
+
+        A cache grows by half at least, so that a long conversation is not copied at every turn.
+        """
         if capacity > self.store.capacity:
-            self.store = self.store.resized(self._pages(capacity), self.length)
+            self.store = self.store.resized(self._pages(max(capacity, self.store.capacity * 3 // 2)), self.length)
 
     def advance(self, count: int) -> None:
         """Count `count` more positions as filled."""

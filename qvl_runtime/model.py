@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from qvl_kernels.ops import Array
-from qvl_runtime.adapter import Adapter
 from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import opened_box
 from qvl_runtime.decoder import Decoder
 from qvl_runtime.devices import make_ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.generation import Engine, Piece, Result, Timings, collect, generate_step, score, stream_generate
-from qvl_runtime.images import ImageSource, load_image, preprocess
+from qvl_runtime.generation import (
+    Chooser,
+    Constraint,
+    Piece,
+    Result,
+    Timings,
+    collect,
+    generate_step,
+    score,
+    stream_generate,
+)
+from qvl_runtime.image_cache import MEMORY_BYTES, Picture
+from qvl_runtime.images import ImageSource
 from qvl_runtime.kv_cache import Context
+from qvl_runtime.pictures import PictureEncoder
 from qvl_runtime.prompt import DEFAULT_SYSTEM, Prompt, build_chat, build_prompt
 from qvl_runtime.sampling import Sampler
+from qvl_runtime.session import Key, Sessions
+from qvl_runtime.speculation import ROW_COST, PromptLookup
 from qvl_runtime.tokenizer import Tokenizer
-from qvl_runtime.vision import VisionTower
 from qvl_runtime.weights import Trace, Weights, no_trace
 
 KV_CACHES = ("fp16", "int8")
 
+ANSWER_SHARE = 8
+"""A chat keeps one part in so many of the window free for the answer, if that many tokens are asked for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(Result):
-    """An answer in a chat: `text` is stripped, and `history` holds the conversation with it."""
+    """An answer in a chat.
 
-    history: list[tuple[str, str | None]]
+    Attributes
+    ----------
+    text : str
+        Stripped.
+    history : list of (query, answer)
+        The conversation with this turn.
+    left_out : int
+        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
+    """
+
+    history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
+    left_out: int = 0
 
 
 def load(
@@ -44,6 +70,9 @@ def load(
     *,
     check: bool = False,
     activations: str = "auto",
+    conversations: int = 1,
+    image_cache_bytes: int = MEMORY_BYTES,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Model:
     """Open a `.qvl` file.
 
@@ -60,6 +89,14 @@ def load(
     activations : str
         On the CPU, how exact products of many rows are: "int16", "int8" (a scale per 32 columns; about twice as
         fast), or "auto": int8 only for products large enough for it to matter.
+    conversations : int
+        How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
+        one of them computes only the rest. 0 computes every prompt anew, in one piece: then equal prompts give equal
+        answers to the last bit, where otherwise two nearly equal tokens may be rounded to either side.
+    image_cache_bytes : int
+        Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
+    cache_dir : path, optional
+        A folder in which these features are kept for other runs as well.
 
     Raises
     ------
@@ -70,10 +107,13 @@ def load(
     """
     if kv_cache not in KV_CACHES:
         raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
+    for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
+        if value < 0:
+            raise QvlError(f"{name} is {value}; expected 0 or more")
     blob = Blob(path)
     if check:
         blob.check()
-    return Model(blob, device, kv_cache, activations)
+    return Model(blob, device, kv_cache, activations, conversations, image_cache_bytes, cache_dir)
 
 
 class Model:
@@ -86,9 +126,18 @@ class Model:
     generation_config : GenerationConfig
     """
 
-    def __init__(self, blob: Blob, device: str, kv_cache: str, activations: str):
+    def __init__(
+        self,
+        blob: Blob,
+        device: str,
+        kv_cache: str,
+        activations: str,
+        conversations: int,
+        image_cache_bytes: int,
+        cache_dir: str | os.PathLike | None,
+    ):
         self.ops = make_ops(device, activations)
-        self.blob, self.kv_cache = blob, kv_cache
+        self.blob = blob
         self.config, self.generation_config = blob.config, blob.generation_config
         visual = self.config.visual
         self.tokenizer = Tokenizer.from_ranks(
@@ -99,17 +148,33 @@ class Model:
         )
         weights = Weights(blob, self.ops)
         self.decoder = Decoder(weights)
-        self.vision = (VisionTower(weights), Adapter(weights)) if visual else None
+        self._device = threading.RLock()
+        self._sessions = Sessions(self.decoder, kv_cache, conversations, self._device)
+        self.vision = (
+            PictureEncoder(weights, activations, image_cache_bytes, cache_dir, self._device) if visual else None
+        )
 
     @property
     def is_chat(self) -> bool:
         """Whether the model was trained for turns of a conversation."""
         return self.generation_config.chat_format == "chatml"
 
-    def generate(self, prompt: Any, images: Sequence[ImageSource] | None = None, **options: Any) -> Result:
-        """Answer a prompt; the options are those of `stream`."""
+    def generate(
+        self, prompt: Any, images: Sequence[ImageSource] | None = None, *, n: int | None = None, **options: Any
+    ) -> Result | list[Result]:
+        """Answer a prompt; the options are those of `stream`.
+
+        With `n` it gives a list of so many answers, which share the prompt's computation. Answer i is the one that
+        ``seed + i`` gives alone; without a seed each is random.
+        """
         opened = opened_box(prompt) if isinstance(prompt, str) else ""
-        return collect(self.stream(prompt, images, **options), opened)
+        if n is None:
+            return collect(self.stream(prompt, images, **options), opened)
+        if n < 1:
+            raise QvlError(f"n is {n}; expected 1 or more")
+        seed = options.pop("seed", None)
+        seeds = [None if seed is None else seed + i for i in range(n)]
+        return [collect(self.stream(prompt, images, seed=s, **options), opened) for s in seeds]
 
     def stream(
         self,
@@ -123,6 +188,9 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        constraint: Callable[[], Constraint] | None = None,
+        speculate: bool = True,
         allow_urls: bool = False,
     ) -> Iterator[Piece]:
         """Answer a prompt piece by piece, never showing half a character.
@@ -141,6 +209,13 @@ class Model:
             See `Sampler`. Temperature 0 is greedy.
         stop : str or sequence of str
             Texts that end the answer and are not in it.
+        logprobs : int, optional
+            Give the log probability of every token, and of so many of the most likely ones in its place.
+        constraint : callable, optional
+            Makes the `Constraint` of one answer.
+        speculate : bool
+            Guess tokens that repeat the text so far and compute several at once, as long as the guesses are good.
+            The answer is the same.
         allow_urls : bool
             Let http(s) images be fetched.
 
@@ -155,8 +230,9 @@ class Model:
         """
         prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat, allow_urls=allow_urls)
         sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        return self._answer(self._prepare(prompt, allow_urls), sampler, stops, self._limit(prompt, max_new_tokens))
+        limit = self._limit(prompt, max_new_tokens)
+        request = self._request(prompt, allow_urls)
+        return self._answer(request, sampler, stop, limit, logprobs, constraint, speculate)
 
     def chat(
         self,
@@ -173,7 +249,11 @@ class Model:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        constraint: Callable[[], Constraint] | None = None,
+        speculate: bool = True,
         allow_urls: bool = False,
+        on_piece: Callable[[Piece], None] = lambda piece: None,
     ) -> ChatResult:
         """Answer one turn of a conversation.
 
@@ -186,7 +266,10 @@ class Model:
         images : sequence of image, optional
             For the query's image slots, as in `stream`.
         max_window_size : int
-            Tokens of history that are kept, counted from the newest turn back.
+            Tokens of history that are kept, counted from the newest turn back. The oldest turns leave whole, and
+            also where the question would not fit the model's window with room for an answer.
+        on_piece : callable
+            Called with every `Piece` as it comes; what it raises ends the answer.
         max_new_tokens, temperature, top_p, top_k, repetition_penalty
             The model's own generation config where None.
 
@@ -200,6 +283,8 @@ class Model:
                 f"{self.blob.path}: is a base model and has no chat turns; use generate() with a plain prompt"
             )
         config = self.generation_config
+        wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        window = self.config.max_position_embeddings
         prompt, query = build_chat(
             self.tokenizer,
             query,
@@ -207,6 +292,7 @@ class Model:
             images,
             system=system,
             max_window_size=config.max_window_size if max_window_size is None else max_window_size,
+            max_tokens=window - min(wanted, window // ANSWER_SHARE),
             allow_urls=allow_urls,
         )
         if temperature is None:
@@ -218,12 +304,13 @@ class Model:
             config.repetition_penalty if repetition_penalty is None else repetition_penalty,
             seed,
         )
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        limit = self._limit(prompt, config.max_new_tokens if max_new_tokens is None else max_new_tokens)
-        result = collect(self._answer(self._prepare(prompt, allow_urls), sampler, stops, limit))
+        limit = self._limit(prompt, wanted)
+        request = self._request(prompt, allow_urls)
+        pieces = self._answer(request, sampler, stop, limit, logprobs, constraint, speculate)
+        result = collect(_shown(pieces, on_piece))
         text = result.text.strip()
         fields = {**{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)}, "text": text}
-        return ChatResult(**fields, history=[*(history or []), (query, text)])
+        return ChatResult(**fields, history=[*(history or []), (query, text)], left_out=prompt.left_out)
 
     def logits(
         self,
@@ -237,33 +324,29 @@ class Model:
 
         `trace` is called with each stage of the decoder, for parity checks.
         """
-        prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat)
-        prompt = self._prepare(prompt, allow_urls)
-        slots = self._encode_slots(prompt)
-        context = Context(self.ops, self.config, self.ops.score_cache_dtype, len(prompt.ids), layers=1)
-        context.begin(len(prompt.ids))
-        return score(self.decoder, context, prompt.ids, slots, trace)
+        prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat, allow_urls=allow_urls)
+        request = self._request(prompt, allow_urls)
+        slots, _ = self._encode_slots(request, 0)
+        with self._device:
+            context = Context(self.ops, self.config, self.ops.score_cache_dtype, len(request.ids), layers=1)
+            context.begin(len(request.ids))
+            return score(self.decoder, context, request.ids, slots, trace)
 
     def encode_image(self, image: ImageSource, *, allow_urls: bool = False, trace: Trace = no_trace) -> np.ndarray:
         """What the decoder sees of a picture: float32 ``[n_queries, hidden]``.
 
         `trace` is called with each stage of the ViT and the adapter, for parity checks.
         """
-        return self.ops.download(self._encode(load_image(image, allow_urls=allow_urls), trace))
-
-    def _encode(self, image: Image.Image, trace: Trace = no_trace) -> Array:
         if self.vision is None:
             raise QvlError(f"{self.blob.path}: sees no pictures (it has no vision part); use a Qwen-VL model")
-        tower, adapter = self.vision
-        return adapter(tower(preprocess(image, self.config.visual.image_size), trace), trace)
+        return self.vision.encode(image, allow_urls=allow_urls, trace=trace)
 
-    def _encode_slots(self, prompt: Prompt) -> list[tuple[int, Array]]:
-        """Features of every image of a prompt, with the index of the first position each replaces."""
-        slots = [i + 1 for i, token in enumerate(prompt.ids) if token == self.tokenizer.img_start_id]
-        return [(slot, self._encode(image)) for slot, image in zip(slots, prompt.images, strict=True)]
+    def forget(self) -> None:
+        """Let go of the pasts of earlier calls, and their memory."""
+        self._sessions.clear()
 
-    def _prepare(self, prompt: Prompt, allow_urls: bool) -> Prompt:
-        """Check a prompt's length and load its pictures, so that nothing but arithmetic is left to fail."""
+    def _request(self, prompt: Prompt, allow_urls: bool) -> _Request:
+        """Check a prompt's length and read its pictures, so that nothing but arithmetic is left to fail."""
         window = self.config.max_position_embeddings
         if not prompt.ids:
             raise QvlError("the prompt is empty; say something")
@@ -271,7 +354,27 @@ class Model:
             raise QvlError(
                 f"the prompt takes {len(prompt.ids)} tokens and the model's window is {window}; shorten the prompt"
             )
-        return Prompt(prompt.ids, [load_image(image, allow_urls=allow_urls) for image in prompt.images])
+        keys: list[Key] = list(prompt.ids)
+        starts = [i + 1 for i, token in enumerate(prompt.ids) if token == self.tokenizer.img_start_id]
+        pictures = []
+        for start, image in zip(starts, prompt.images, strict=True):
+            picture = self.vision.read(image, allow_urls=allow_urls)
+            keys[start : start + self.tokenizer.n_queries] = [picture.key] * self.tokenizer.n_queries
+            pictures.append((start, picture))
+        return _Request(prompt.ids, keys, pictures)
+
+    def _encode_slots(self, request: _Request, kept: int) -> tuple[list[tuple[int, Array]], int]:
+        """Features of a prompt's pictures from position `kept` on, with their first positions.
+
+        The second value says how many pictures of the prompt passed through the vision tower for that.
+        """
+        slots, encoded = [], 0
+        for start, picture in request.pictures:
+            if start + self.tokenizer.n_queries > kept:
+                features, known = self.vision.features(picture)
+                slots.append((start, features))
+                encoded += not known
+        return slots, encoded
 
     def _limit(self, prompt: Prompt, max_new_tokens: int) -> int:
         """How many tokens an answer may have: what was asked for, or what the window has room for."""
@@ -279,28 +382,62 @@ class Model:
             raise QvlError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         return min(max_new_tokens, self.config.max_position_embeddings - len(prompt.ids))
 
-    def _answer(self, prompt: Prompt, sampler: Sampler, stops: list[str], limit: int) -> Iterator[Piece]:
-        length = len(prompt.ids)
-        started = time.perf_counter()
-        slots = self._encode_slots(prompt)
-        self.ops.synchronize()
-        encoded = time.perf_counter()
-        context = Context(self.ops, self.config, self.kv_cache, length + limit)
-        context.begin(length)
-        engine = Engine(self.decoder, context)
-        engine.prefill(prompt.ids, slots)
-        self.ops.synchronize()
-        timings = Timings(encoded - started, time.perf_counter() - encoded, prompt_tokens=length)
-        yield from stream_generate(
-            generate_step(engine, prompt.ids, sampler),
-            self.tokenizer,
-            stop_ids=self._stop_ids(),
-            stop=stops,
-            max_new_tokens=limit,
-            timings=timings,
-        )
+    def _answer(
+        self,
+        request: _Request,
+        sampler: Sampler,
+        stop: str | Sequence[str],
+        limit: int,
+        logprobs: int | None,
+        constraint: Callable[[], Constraint] | None,
+        speculate: bool,
+    ) -> Iterator[Piece]:
+        length = len(request.ids)
+        session = self._sessions.take(request.keys, length + limit)
+        try:
+            kept = session.keep(request.keys)
+            started = time.perf_counter()
+            slots, encoded = self._encode_slots(request, kept)
+            self.ops.synchronize()
+            seen = time.perf_counter()
+            session.prefill(request.ids, request.keys, slots, length + limit)
+            self.ops.synchronize()
+            timings = Timings(
+                image=seen - started,
+                prefill=time.perf_counter() - seen,
+                prompt_tokens=length,
+                kept_tokens=kept,
+                images=len(request.pictures),
+                kept_images=len(request.pictures) - encoded,
+            )
+            choose = Chooser(sampler, list(request.ids), constraint and constraint(), logprobs)
+            guesses = PromptLookup(request.ids, ROW_COST.get(self.ops.name, 1.0)) if speculate else None
+            yield from stream_generate(
+                generate_step(session, choose, guesses, limit),
+                self.tokenizer,
+                stop_ids=self._stop_ids(),
+                stop=[stop] if isinstance(stop, str) else list(stop),
+                timings=timings,
+            )
+        finally:
+            self._sessions.give(session)
 
     def _stop_ids(self) -> frozenset[int]:
         tokens = self.tokenizer
         ids = {tokens.im_end_id, tokens.im_start_id, tokens.eod_id, self.generation_config.eos_token_id}
         return frozenset(ids - {None})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A prompt that is ready to be computed: pictures with the first position of their slots."""
+
+    ids: list[int]
+    keys: list[Key]
+    pictures: list[tuple[int, Picture]]
+
+
+def _shown(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> Iterator[Piece]:
+    for piece in pieces:
+        show(piece)
+        yield piece

@@ -31,10 +31,13 @@ class Prompt:
         Every picture takes a slot: ``<img>``, n_queries positions that its features replace, ``</img>``.
     images : list of image sources
         As `load_image` takes them, one for every slot, in order.
+    left_out : int
+        Turns of the history, from the oldest on, that there was no room for.
     """
 
     ids: list[int]
     images: list[ImageSource]
+    left_out: int = 0
 
 
 @dataclasses.dataclass
@@ -103,6 +106,7 @@ def build_chat(
     *,
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = 6144,
+    max_tokens: int | None = None,
     allow_urls: bool = False,
 ) -> tuple[Prompt, Any]:
     """Make the prompt for one more turn of a conversation.
@@ -120,6 +124,8 @@ def build_chat(
     max_window_size : int
         Turns are kept from the newest back while system, kept turns and the next one together have fewer tokens
         than this. The query is not counted, and always kept.
+    max_tokens : int, optional
+        Turns also leave where the whole prompt, with the query, would have more tokens than this.
     allow_urls : bool
         Whether http(s) URLs are accepted as sources.
 
@@ -148,15 +154,16 @@ def build_chat(
 
     newline = Prompt(tokenizer.encode_ordinary("\n"), [])
     first = _say(tokenizer, "system", spoken[0])
+    last = _join([newline, _say(tokenizer, "user", asking), _answer_head(tokenizer)])
     kept, size = [], len(first.ids)
     for asked, answered in reversed(turns):
         said = [] if answered is None else [_say(tokenizer, "assistant", answered)]
         turn = _join([newline, _say(tokenizer, "user", asked), newline, *said])
         size += len(turn.ids)
-        if size >= max_window_size:
+        if size >= max_window_size or (max_tokens is not None and size + len(last.ids) > max_tokens):
             break
         kept.insert(0, turn)
-    prompt = _join([first, *kept, newline, _say(tokenizer, "user", asking), _answer_head(tokenizer)])
+    prompt = dataclasses.replace(_join([first, *kept, last]), left_out=len(turns) - len(kept))
     return _check_urls(prompt, allow_urls), _for_history(query, asking)
 
 

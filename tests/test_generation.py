@@ -7,7 +7,7 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.generation import StopStrings, Timings, collect, stream_generate
+from qvl_runtime.generation import Choice, StopStrings, Timings, collect, stream_generate
 from qvl_runtime.tokenizer import Tokenizer
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
@@ -16,11 +16,10 @@ TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True)
 
 def _stream(tokens, *, stop=(), max_new_tokens=100, stop_ids=()):
     return stream_generate(
-        iter(tokens),
+        map(Choice, tokens[:max_new_tokens]),
         TOKENIZER,
         stop_ids=frozenset(stop_ids),
         stop=stop,
-        max_new_tokens=max_new_tokens,
         timings=Timings(),
     )
 

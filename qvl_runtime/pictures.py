@@ -1,0 +1,86 @@
+"""From a picture to what the decoder sees of it, computed once for each picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from functools import partial
+
+import numpy as np
+
+from qvl_kernels.ops import Array
+from qvl_runtime.adapter import Adapter
+from qvl_runtime.blob import Blob
+from qvl_runtime.image_cache import ImageCache, Picture
+from qvl_runtime.images import ImageSource, load_image, preprocess
+from qvl_runtime.vision import VisionTower
+from qvl_runtime.weights import Trace, Weights, no_trace
+
+FEATURES_VERSION = 1
+"""To be raised where preprocessing or the vision tower's arithmetic changes: what is on disk is then void."""
+
+
+class PictureEncoder:
+    """The vision tower and the adapter, with a cache of what they computed.
+
+    Parameters
+    ----------
+    weights : Weights
+        Of a model with a vision part.
+    activations : str
+        See `load`; part of what features depend on.
+    memory, folder
+        See `ImageCache`.
+    device : threading.RLock
+        Held while something is computed.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        activations: str,
+        memory: int,
+        folder: str | os.PathLike | None,
+        device: threading.RLock,
+    ):
+        config = weights.blob.config
+        self._ops, self._device, self._size = weights.ops, device, config.visual.image_size
+        self._tower, self._adapter = VisionTower(weights), Adapter(weights)
+        identity = _identity(weights.blob, weights.ops.name, activations)
+        self.cache = ImageCache((config.visual.n_queries, config.hidden_size), identity, memory, folder)
+
+    def read(self, image: ImageSource, *, allow_urls: bool = False) -> Picture:
+        """Decode a picture if it is new, so that nothing but arithmetic is left to fail."""
+        return self.cache.picture(image, partial(self._pixels, allow_urls=allow_urls))
+
+    def features(self, picture: Picture) -> tuple[Array, bool]:
+        """What the decoder sees, float32 ``[n_queries, hidden]``, and whether it was known."""
+        known = self.cache.get(picture.key)
+        if known is not None:
+            return self._ops.upload(known), True
+        pixels = self._pixels(picture.content) if picture.pixels is None else picture.pixels
+        features = self._encode(pixels, no_trace)
+        self.cache.put(picture.key, self._ops.download(features))
+        return features, False
+
+    def encode(self, image: ImageSource, *, allow_urls: bool, trace: Trace) -> np.ndarray:
+        """Features of a picture, computed in any case."""
+        return self._ops.download(self._encode(self._pixels(image, allow_urls=allow_urls), trace))
+
+    def _pixels(self, image: ImageSource, *, allow_urls: bool = False) -> np.ndarray:
+        return preprocess(load_image(image, allow_urls=allow_urls), self._size)
+
+    def _encode(self, pixels: np.ndarray, trace: Trace) -> Array:
+        with self._device:
+            return self._adapter(self._tower(pixels, trace), trace)
+
+
+def _identity(blob: Blob, backend: str, activations: str) -> str:
+    """What the features of a picture depend on besides its pixels."""
+    hashes = blob.metadata["hashes"]
+    visual = sorted(name for name in blob.file.entries if name.startswith("transformer.visual."))
+    weights = {name: hashes.get(name) or hashlib.sha256(blob.file.bytes(name)).hexdigest() for name in visual}
+    config = vars(blob.config.visual)
+    return json.dumps([FEATURES_VERSION, weights, config, backend, activations], sort_keys=True)

@@ -1,0 +1,178 @@
+"""What a model remembers between calls: keys and values of earlier prompts, reused as far as a new one agrees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvl_kernels.ops import Array
+from qvl_runtime.decoder import Decoder, DecodeStep
+from qvl_runtime.kv_cache import Context
+from qvl_runtime.speculation import MOST_GUESSED
+
+PREFILL_ROWS = 512
+"""Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
+
+Key = int | bytes
+"""What a position was computed from: a token id, or the hash of the picture that fills the slot it is in."""
+
+
+class Session:
+    """A decoder at work on one conversation.
+
+    Positions are described by their `Key`, so that a prompt finds what it shares with an earlier one even where a
+    picture's path changed, and never takes another picture's features for its own. The keys are noted before a
+    position counts as filled: an error or an interrupt at any point leaves a session that is merely shorter.
+
+    Attributes
+    ----------
+    context : Context
+    """
+
+    def __init__(self, decoder: Decoder, dtype: str, capacity: int, device: threading.RLock):
+        self.decoder, self._device = decoder, device
+        self.context = Context(decoder.ops, decoder.config, dtype, capacity)
+        self._step = DecodeStep(decoder, self.context, 1 + MOST_GUESSED)
+        self._keys: list[Key] = []
+        self._after_prompt: tuple[int, np.ndarray] | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions filled."""
+        return self.context.length
+
+    @property
+    def room(self) -> int:
+        """Positions left in the model's window."""
+        return self.context.window - self.context.length
+
+    def shared(self, keys: Sequence[Key]) -> int:
+        """How many of the first positions of a prompt are those of this session."""
+        differing = (i for i, (a, b) in enumerate(zip(self._keys[: self.length], keys)) if a != b)
+        return next(differing, min(self.length, len(keys)))
+
+    def keep(self, keys: Sequence[Key]) -> int:
+        """Forget what a prompt does not share; returns how many of its positions need no computing.
+
+        All do only where the logits after exactly this prompt are known: it is asked again, or for another answer.
+        Where the prompt's length asks for another NTK factor nothing can be kept.
+        """
+        with self._device:
+            self.context.begin(len(keys))
+            kept = self.shared(keys)
+            if self._after_prompt is not None and self._after_prompt[0] > kept:
+                self._after_prompt = None
+            if kept == len(keys) and (self._after_prompt is None or self._after_prompt[0] < kept):
+                kept -= 1
+            self.truncate(kept)
+        return kept
+
+    def prefill(
+        self, ids: Sequence[int], keys: Sequence[Key], images: Sequence[tuple[int, Array]], capacity: int
+    ) -> None:
+        """Compute what `keep` left of a prompt; afterwards row 0 of `logits` speaks of the token that follows.
+
+        Parameters
+        ----------
+        ids, keys
+            Of the whole prompt.
+        images : sequence of (int, Array)
+            Index into `ids` of the first of an image's positions, and its features. Those kept may be left out.
+        capacity : int
+            Positions to make room for: prompt and answer.
+        """
+        if self._after_prompt is not None and self._after_prompt[0] == len(ids):
+            with self._device:
+                self.decoder.ops.write(self._step.logits[:1], self._after_prompt[1])
+                self.decoder.ops.argmax(self._step.logits[:1], self._step.best[:1])
+            return
+        work = self.decoder.workspace(min(len(ids) - self.length, PREFILL_ROWS))
+        while self.length < len(ids):
+            with self._device:
+                self.context.reserve(capacity)
+                first = self.length
+                chunk = ids[first : first + PREFILL_ROWS]
+                rows = work.rows(len(chunk))
+                self.decoder.embed(chunk, [(row - first, features) for row, features in images], rows.x)
+                self.decoder.forward(rows, self.context)
+                self._fill(keys[first : first + len(chunk)])
+        with self._device:
+            ops, logits = self.decoder.ops, self._step.logits[:1]
+            self.decoder.logits(rows.x[len(chunk) - 1 : len(chunk)], logits)
+            ops.argmax(logits, self._step.best[:1])
+            self._after_prompt = len(ids), ops.download(logits)
+
+    def feed(self, *tokens: int) -> None:
+        """Append tokens; afterwards row i of `logits` speaks of the one that follows ``tokens[i]``."""
+        with self._device:
+            self._keys[self.length :] = tokens
+            self._step(*tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        with self._device:
+            self.context.truncate(length)
+            del self._keys[length:]
+
+    def logits(self, row: int) -> np.ndarray:
+        """float32 ``[vocab]``."""
+        with self._device:
+            return self.decoder.ops.download(self._step.logits[row : row + 1])[0]
+
+    def best(self, row: int) -> int:
+        """The token with the highest logit."""
+        with self._device:
+            return int(self.decoder.ops.download(self._step.best[row : row + 1])[0])
+
+    def _fill(self, keys: Sequence[Key]) -> None:
+        self._keys[self.length :] = keys
+        self.context.advance(len(keys))
+
+
+class Sessions:
+    """The sessions of one model: each answer takes one, and puts it back when it ends.
+
+    An answer that begins while another is not finished (in a second thread, or between two pieces of a stream)
+    gets a session of its own.
+
+    Parameters
+    ----------
+    limit : int
+        Sessions that are kept when nobody uses them, the latest. 0 keeps nothing between calls.
+    device : threading.RLock
+        Held while something is computed.
+    """
+
+    def __init__(self, decoder: Decoder, dtype: str, limit: int, device: threading.RLock):
+        self._decoder, self._dtype, self._limit, self._device = decoder, dtype, limit, device
+        self._idle: list[Session] = []
+        self._lock = threading.Lock()
+
+    def take(self, keys: Sequence[Key], capacity: int) -> Session:
+        """The idle session that shares most with a prompt, or a new one.
+
+        One whose greater part the prompt would throw away goes on waiting for its own conversation as long as
+        there may be another.
+        """
+        with self._lock:
+            best = max(self._idle, key=lambda session: session.shared(keys), default=None)
+            if best is not None and 2 * best.shared(keys) < best.length:
+                best = self._idle[0] if len(self._idle) >= self._limit else None
+            if best is not None:
+                self._idle.remove(best)
+                return best
+        with self._device:
+            return Session(self._decoder, self._dtype, capacity, self._device)
+
+    def give(self, session: Session) -> None:
+        """Put a session back."""
+        with self._lock:
+            self._idle.append(session)
+            del self._idle[: max(0, len(self._idle) - self._limit)]
+
+    def clear(self) -> None:
+        """Let go of all sessions that nobody uses, and their memory."""
+        with self._lock:
+            self._idle.clear()
