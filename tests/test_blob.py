@@ -15,6 +15,7 @@ from shards import safetensors_bytes
 
 from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
 from qvl_runtime.blob import Blob
+from qvl_runtime.cli.info import describe
 from qvl_runtime.errors import QvlError
 from qvl_runtime.tensorfile import TensorFile
 
@@ -145,6 +146,13 @@ def test_contradictions_are_refused(spoilt, change, message):
         everything(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [{}, {"decoder": 4}, {"decoder": {"bytes": "many", "bits": [4]}}])
+def test_whatever_the_metadata_say_about_quantisation_can_be_shown(spoilt, said):
+    facts = describe(Blob(spoilt(meta("quantization", said))))
+    assert facts["parts"]["decoder"]["bytes"] > 0
+    assert facts["parts"]["decoder"].keys() == {"label", "bytes", "bits", "group_size", "method"}
 
 
 def test_check_names_the_damaged_tensor(good, tmp_path):

@@ -49,14 +49,17 @@ def describe(blob: Blob) -> dict[str, Any]:
     """
     chat = blob.generation_config.chat_format == "chatml"
     family = "Qwen-7B" if blob.config.visual is None else "Qwen-VL"
-    quantization = blob.metadata["quantization"]
+
+    def made(part: str) -> dict[str, Any]:
+        said = blob.metadata["quantization"].get(part)
+        return {key: said.get(key) if isinstance(said, dict) else None for key in ("bits", "group_size", "method")}
+
     return {
         "file": str(blob.path),
         "bytes": blob.path.stat().st_size,
         "model": f"{family}{'-Chat' if chat else ''}",
         "parts": {
-            part: {"label": PARTS[part], "bytes": size, **quantization.get(part, {})}
-            for part, size in blob.part_sizes().items()
+            part: {"label": PARTS[part], "bytes": size, **made(part)} for part, size in blob.part_sizes().items()
         },
         "source": blob.metadata["source"],
         "config": blob.config.to_dict(),
@@ -80,8 +83,8 @@ def _text(facts: dict[str, Any]) -> str:
             f"pictures {visual['image_size']} x {visual['image_size']}, {visual['n_queries']} tokens each"
         )
     for part in facts["parts"].values():
-        bits, method = part.get("bits"), part.get("method")
-        kind = "fp16" if bits == 16 else f"int{bits}, groups of {part.get('group_size')}, {method}"
+        bits, group_size, method = part["bits"], part["group_size"], part["method"]
+        kind = "fp16" if bits == 16 else f"int{bits}, groups of {group_size}, {method}"
         lines.append(f"  {part['label']:<12} {part['bytes'] / 1e6:10,.1f} MB  {kind}")
     if "check" in facts:
         lines.append("  every hash is right")
