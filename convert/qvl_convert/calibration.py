@@ -1,0 +1,246 @@
+"""Calibration data: conversations with pictures, whose activations tell which weights matter.
+
+Sources: Qwen-VL's fine-tuning JSON (a list of ``{"id", "conversations": [{"from", "value"}]}`` with
+``Picture 1: <img>path</img>``), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
+folder of pictures (a caption in ``NAME.txt`` beside ``NAME.png``), or "builtin": scenes with shapes and print drawn by
+the package, questions and answers about them, and passages of text, in English and Chinese.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvl_runtime.demo.conversations import ask
+from qvl_runtime.demo.scenes import draw, random_scene
+from qvl_runtime.errors import QvlError
+from qvl_runtime.images import ImageSource, load_image
+from qvl_runtime.prompt import build_prompt
+from qvl_runtime.tokenizer import Tokenizer, split_images
+
+log = logging.getLogger(__name__)
+
+BUILTIN = "builtin"
+MAX_BAD = 10
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+WORDS = ("OPEN", "EXIT", "Hello", "Coffee", "Sale 50%", "Platform 9", "No. 12", "Paris", "STOP", "Menu", "Bus 42")
+
+Turn = tuple[str, str]
+"""A role ("system", "user", "assistant") and what is said."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One conversation or text.
+
+    Attributes
+    ----------
+    ids : list of int
+        With an image slot for each picture.
+    images : list of image sources
+        One for each slot, in order.
+    """
+
+    ids: list[int]
+    images: list[ImageSource]
+
+
+def load(
+    source: str | Path, tokenizer: Tokenizer, *, chat: bool, count: int = 32, max_tokens: int = 1024, seed: int = 0
+) -> list[Sample]:
+    """Read calibration data.
+
+    Parameters
+    ----------
+    source : str or Path
+        "builtin", or a file or folder as the module describes.
+    tokenizer : Tokenizer
+    chat : bool
+        Whether the model knows chat turns; else conversations become plain text.
+    count : int
+        Samples to take, at random where there are more.
+    max_tokens : int
+        Longer samples are cut, before a picture rather than inside its slot.
+    seed : int
+
+    Raises
+    ------
+    QvlError
+        When nothing can be read, more than `MAX_BAD` samples are bad (each is named and skipped), or none is left.
+    """
+    rng = np.random.default_rng(seed)
+    if str(source) == BUILTIN:
+        found = _builtin(rng, count, pictures=tokenizer.has_image_tags)
+    else:
+        found = list(_read(Path(source)))
+        found = [found[i] for i in rng.permutation(len(found))]
+    samples, bad = [], 0
+    for name, turns, images in found:
+        if len(samples) == count:
+            break
+        try:
+            samples.append(_cut(_sample(turns, images, _root(source), tokenizer, chat), max_tokens, tokenizer))
+        except QvlError as error:
+            bad += 1
+            log.warning("%s: skipped: %s", name, error)
+            if bad > MAX_BAD:
+                raise QvlError(f"{source}: more than {MAX_BAD} bad samples, the last is {name}: {error}") from None
+    if not samples:
+        raise QvlError(f"{source}: holds no usable sample; expected conversations, texts or pictures")
+    return samples
+
+
+def digest(samples: list[Sample]) -> str:
+    """A short hash of ids and pictures, by which an interrupted conversion knows its data again."""
+    total = hashlib.sha256()
+    for sample in samples:
+        total.update(np.array(sample.ids, np.int32).tobytes())
+        for image in sample.images:
+            total.update(load_image(image).tobytes())
+    return total.hexdigest()[:32]
+
+
+Found = tuple[str, list[Turn] | str, list[ImageSource]]
+"""A name for messages, turns or a plain text, and pictures for its empty ``<img></img>``."""
+
+
+def _root(source: str | Path) -> Path:
+    path = Path(source)
+    return path if path.is_dir() else path.parent
+
+
+def _read(path: Path) -> Iterator[Found]:
+    if path.is_dir():
+        yield from _read_folder(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QvlError(f"{path}: cannot be read as calibration data ({error}); give a JSON file or a folder") from None
+    if path.suffix == ".jsonl":
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        for name, line in lines:
+            yield name, *_entry(_parse(line, name), name)
+        return
+    entries = _parse(text, str(path))
+    if not isinstance(entries, list):
+        raise QvlError(f"{path}: holds no list of conversations; see Qwen-VL's fine-tuning format")
+    for number, entry in enumerate(entries, 1):
+        label = entry.get("id", number) if isinstance(entry, dict) else number
+        yield f"{path}, sample {label}", *_entry(entry, str(path))
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise QvlError(f"{name}: is not readable as JSON ({error})") from None
+
+
+def _entry(entry: Any, name: str) -> tuple[list[Turn] | str, list[ImageSource]]:
+    """Turns or text of one object; what is wrong with it is found when it is made into a sample."""
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return entry["text"], []
+    conversation = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(conversation, list):
+        return [], []
+    turns = [(t.get("from"), t.get("value")) if isinstance(t, dict) else (None, None) for t in conversation]
+    return [(SPEAKERS.get(str(who).lower(), str(who)), said) for who, said in turns], []
+
+
+def _read_folder(folder: Path) -> Iterator[Found]:
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise QvlError(f"{folder}: holds no pictures ({', '.join(PICTURES)})")
+    for i, path in enumerate(paths):
+        question = ("Describe the picture.", "描述这张图。")[i % 2]
+        turns = [("user", f"Picture 1: <img></img>\n{question}")]
+        caption = path.with_suffix(".txt")
+        if caption.exists():
+            turns.append(("assistant", caption.read_text(encoding="utf-8", errors="replace").strip()))
+        yield str(path), turns, [path]
+
+
+def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Found]:
+    """Two samples with pictures to one of text."""
+    passages = (files(__package__) / "passages.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    order = rng.permutation(len(passages))
+    found: list[Found] = []
+    for i in range(count):
+        if pictures and i % 3 != 2:
+            found.append((f"builtin picture {i}", *_drawn(rng, 1 + (i % 6 == 4))))
+        else:
+            chosen = [passages[order[(3 * i + j) % len(passages)]] for j in range(3)]
+            found.append((f"builtin text {i}", "\n\n".join(chosen), []))
+    return found
+
+
+def _drawn(rng: np.random.Generator, pictures: int) -> tuple[list[Turn], list[ImageSource]]:
+    scenes = [random_scene(rng, words=WORDS, shares=(0.3, 0.2, 0.5, 0.0)) for _ in range(pictures)]
+    exchanges = [exchange for _ in range(40) if (exchange := ask(rng, scenes)) is not None][:8]
+    slots = "".join(f"Picture {n}: <img></img>\n" for n in range(1, pictures + 1))
+    spoken = [turn for exchange in exchanges for turn in exchange.turns]
+    turns = [turn for question, answer in spoken for turn in (("user", question), ("assistant", answer))]
+    turns[0] = ("user", slots + turns[0][1])
+    return turns, [draw(scene, 448) for scene in scenes]
+
+
+def _sample(turns: list[Turn] | str, images: list[ImageSource], root: Path, tokenizer: Tokenizer, chat: bool) -> Sample:
+    if isinstance(turns, str):
+        turns = _resolve(turns, root, tokenizer)
+        prompt = build_prompt(turns, images, tokenizer, chat=chat)
+        return _checked(Sample(prompt.ids, prompt.images))
+    for role, said in turns:
+        if role not in SPEAKERS.values() or not isinstance(said, str):
+            raise QvlError(f"a turn is {role!r}: {str(said)[:40]!r}; expected 'user' or 'assistant' and a text")
+    if not any(role == "user" for role, _ in turns):
+        raise QvlError("has no 'conversations' with a turn of the user")
+    turns = [(role, _resolve(said, root, tokenizer)) for role, said in turns]
+    if not chat:
+        text = "\n".join(said for _, said in turns)
+        prompt = build_prompt(text, images, tokenizer, chat=False)
+        return _checked(Sample(prompt.ids, prompt.images))
+    answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
+    messages = [{"role": role, "content": said} for role, said in turns]
+    prompt = build_prompt(messages, images, tokenizer, chat=True)
+    tail = [] if answer is None else [*tokenizer.encode_chat(answer), tokenizer.im_end_id]
+    return _checked(Sample(prompt.ids + tail, prompt.images))
+
+
+def _resolve(text: str, root: Path, tokenizer: Tokenizer) -> str:
+    """Paths of pictures that are relative to the data's folder, made good from here."""
+    if not tokenizer.has_image_tags:
+        return text
+    pieces = split_images(text)
+    for i in range(1, len(pieces), 2):
+        if pieces[i] and not Path(pieces[i]).exists() and (root / pieces[i]).exists():
+            pieces[i] = str(root / pieces[i])
+    return "".join(f"<img>{piece}</img>" if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _checked(sample: Sample) -> Sample:
+    """Pictures that cannot be read are found now, not hours later."""
+    for image in sample.images:
+        load_image(image)
+    return sample
+
+
+def _cut(sample: Sample, max_tokens: int, tokenizer: Tokenizer) -> Sample:
+    if len(sample.ids) <= max_tokens:
+        return sample
+    starts = [i for i, token in enumerate(sample.ids) if token == tokenizer.img_start_id]
+    split = [start for start in starts if start < max_tokens < start + tokenizer.n_queries + 2]
+    end = split[0] if split else max_tokens
+    kept = Sample(sample.ids[:end], sample.images[: sum(start < end for start in starts)])
+    if not kept.ids:
+        raise QvlError(f"its first picture does not fit into {max_tokens} tokens")
+    return kept

@@ -1,0 +1,135 @@
+"""Calibration data: every source, what is skipped, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvl_convert import calibration
+from qvl_convert.checkpoint import Checkpoint
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    ckpt = Checkpoint(golden / "ckpt" / "tiny-vl")
+    return Tokenizer.from_ranks(ckpt.ranks, image_tags=True, vocab_size=ckpt.config.vocab_size)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.full((20, 30, 3), 7 * ord(name) % 256, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("A grey square.\n")
+    return tmp_path
+
+
+def conversation(question="Picture 1: <img>a.png</img>\nWhat is it?", answer="Grey.", user="user", other="assistant"):
+    return {"id": "x", "conversations": [{"from": user, "value": question}, {"from": other, "value": answer}]}
+
+
+def test_fine_tuning_json_becomes_chat_turns_with_paths_from_its_folder(folder, tokenizer):
+    (folder / "data.json").write_text(json.dumps([conversation()]))
+    (sample,) = calibration.load(folder / "data.json", tokenizer, chat=True)
+    assert tokenizer.decode(sample.ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nPicture 1: <img></img>\nWhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\nGrey.<|im_end|>"
+    )
+    assert sample.images == [str(folder / "a.png")]
+
+
+def test_a_base_model_gets_plain_text(folder, tokenizer):
+    (folder / "data.json").write_text(json.dumps([conversation()]))
+    (sample,) = calibration.load(folder / "data.json", tokenizer, chat=False)
+    assert tokenizer.decode(sample.ids) == "Picture 1: <img></img>\nWhat is it?\nGrey."
+
+
+def test_json_lines_hold_conversations_and_texts(folder, tokenizer):
+    lines = [conversation(user="human", other="gpt"), {"text": "Only words."}]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    samples = calibration.load(folder / "data.jsonl", tokenizer, chat=True)
+    assert sorted(len(s.images) for s in samples) == [0, 1]
+    assert "Only words." in {tokenizer.decode(s.ids) for s in samples}
+
+
+def test_a_folder_gives_its_pictures_with_their_captions(folder, tokenizer):
+    samples = calibration.load(folder, tokenizer, chat=True)
+    texts = sorted(tokenizer.decode(s.ids) for s in samples)
+    assert len(texts) == 2 and sum("A grey square.<|im_end|>" in t for t in texts) == 1
+    assert sorted(s.images[0].name for s in samples) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_builtin_set_is_bilingual_has_pictures_and_is_always_the_same(tokenizer, chat):
+    samples = calibration.load("builtin", tokenizer, chat=chat, count=12)
+    assert len(samples) == 12 and sum(len(s.images) for s in samples) >= 8
+    text = "".join(tokenizer.decode(s.ids) for s in samples)
+    assert sum("一" <= c <= "鿿" for c in text) > 200 and sum(c.isascii() for c in text) > 2000
+    assert calibration.digest(samples) == calibration.digest(
+        calibration.load("builtin", tokenizer, chat=chat, count=12)
+    )
+    assert calibration.digest(samples) != calibration.digest(
+        calibration.load("builtin", tokenizer, chat=chat, count=12, seed=1)
+    )
+    assert all(s.ids.count(tokenizer.img_start_id) == len(s.images) for s in samples)
+
+
+def test_a_model_without_eyes_gets_text_alone(golden):
+    ckpt = Checkpoint(golden / "ckpt" / "tiny-q7-gptq-asym")
+    words = Tokenizer.from_ranks(ckpt.ranks, image_tags=False, vocab_size=ckpt.config.vocab_size)
+    samples = calibration.load("builtin", words, chat=False, count=4)
+    assert len(samples) == 4 and not any(s.images for s in samples)
+
+
+def test_bad_samples_are_named_and_skipped_up_to_a_limit(folder, tokenizer, caplog):
+    good, lost = conversation(), conversation("Picture 1: <img>gone.png</img>\n?")
+    strange = {"id": "odd", "conversations": [{"from": "cat", "value": "meow"}]}
+    (folder / "data.json").write_text(json.dumps([lost, strange, good, {"id": "none"}]))
+    samples = calibration.load(folder / "data.json", tokenizer, chat=True)
+    assert len(samples) == 1
+    assert "gone.png" in caplog.text and "odd" in caplog.text and "cat" in caplog.text and "none" in caplog.text
+    (folder / "data.json").write_text(json.dumps([lost] * (calibration.MAX_BAD + 1)))
+    with pytest.raises(QvlError, match=r"more than 10 bad samples.*gone\.png"):
+        calibration.load(folder / "data.json", tokenizer, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.json", "{", "not readable as JSON"),
+        ("d.json", "{}", "no list of conversations"),
+        ("d.json", "[]", "no usable sample"),
+        ("d.jsonl", "{'a': 1}", "line 1: is not readable"),
+    ],
+)
+def test_what_is_no_calibration_data_is_an_error_that_names_the_file(tmp_path, tokenizer, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(QvlError, match=message) as raised:
+        calibration.load(tmp_path / name, tokenizer, chat=True)
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_missing_files_and_folders_without_pictures_are_errors(tmp_path, tokenizer):
+    with pytest.raises(QvlError, match="cannot be read"):
+        calibration.load(tmp_path / "gone.json", tokenizer, chat=True)
+    with pytest.raises(QvlError, match="no pictures"):
+        calibration.load(tmp_path, tokenizer, chat=True)
+
+
+@pytest.mark.parametrize("limit", [600, 300, 20])
+def test_long_samples_are_cut_before_a_picture_not_inside(folder, tokenizer, limit):
+    text = "one " * 15 + "<img>a.png</img> two " * 2
+    (folder / "data.jsonl").write_text(json.dumps({"text": text}))
+    (sample,) = calibration.load(folder / "data.jsonl", tokenizer, chat=False, max_tokens=limit)
+    pads = sample.ids.count(tokenizer.img_pad_id)
+    assert len(sample.ids) <= limit and pads == tokenizer.n_queries * len(sample.images)
+    assert len(sample.images) == sample.ids.count(tokenizer.img_start_id)
+
+
+def test_nothing_left_after_cutting_is_a_bad_sample(folder, tokenizer):
+    (folder / "data.jsonl").write_text(json.dumps({"text": "<img>a.png</img>"}))
+    with pytest.raises(QvlError, match="no usable sample"):
+        calibration.load(folder / "data.jsonl", tokenizer, chat=False, max_tokens=100)
