@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes.gpu import FakeDriver, Images
 
+from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_runtime.config import ModelConfig
 
@@ -44,8 +47,8 @@ def rehearsal(monkeypatch):
         del sys.modules[name]
 
 
-def _bench():
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+def _bench(name: str = "gpu"):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -96,3 +99,41 @@ def test_one_failing_section_does_not_stop_the_others(tmp_path, capsys, monkeypa
 def test_wrong_arguments_are_refused():
     with pytest.raises(SystemExit):
         _bench().main(["--only", "nonsense"])
+
+
+def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch):
+    from gpu_bench import common
+
+    tune, ops = _bench("gpu_tune"), common.make_ops()
+    name, architecture = "linear.int4.small", ops.launch.images.architecture
+    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BM": (16,), "BN": (32, 64), "warps": (1, 4)}))
+
+    def compiled(name, architecture, shape):
+        if shape["warps"] == 1 and shape["BN"] == 64:
+            return None
+        return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": shape["BM"], "BN": shape["BN"]})
+
+    launches = ops.driver.launches
+    monkeypatch.setattr(tune, "compile_candidate", compiled)
+    monkeypatch.setattr(tune.Trial, "results", lambda self: [np.ones(1)])
+    monkeypatch.setattr(
+        tune.Trial, "seconds", lambda self: [self.calls[0][0]() or 1 / launches[-1].grid[0] / launches[-1].grid[1]]
+    )
+    before = signatures.tile(name, architecture)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        best, timed = tune.tune(name, ops, pool, time.monotonic() + 60)
+    assert best["BN"] == 32 and len(timed) == 1 + 3 * len(tune.WAVES)
+    assert signatures.tile(name, architecture) == before
+    assert ops.launch.constants(name)["BN"] == before["BN"]
+
+
+def test_tuned_shapes_are_written_beside_the_others(tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text(Path(signatures.__file__).with_name("tiles.json").read_text())
+    before = json.loads(path.read_text())
+    _bench("gpu_tune").write(path, "90", {"linear.int4.small": {"BM": 16, "waves": 4}})
+    after = json.loads(path.read_text())
+    assert after["90"].pop("linear.int4.small") == {"BM": 16, "waves": 4}
+    before["90"].pop("linear.int4.small", None)
+    assert after == before
+    assert max(len(line) for line in path.read_text().splitlines()) < 120

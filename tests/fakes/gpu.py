@@ -96,6 +96,9 @@ class FakeDriver:
         assert self._tape is None, "kernels cannot be loaded within a capture"
         return Kernel(name, name, threads, shared)
 
+    def spilled(self, kernel):
+        return 0
+
     def launch(self, kernel, grid, args):
         *values, scratch, profile = args
         assert scratch == profile == 0 and all(n > 0 for n in grid) and max(grid[1:]) <= 65535

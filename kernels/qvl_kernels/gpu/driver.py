@@ -179,6 +179,13 @@ class Driver:
         self._ok(self._api.cuKernelGetFunction(self._api.CUkernel(int(handle.handle))))
         return Kernel(handle, name, threads, shared)
 
+    def spilled(self, kernel: Kernel) -> int:
+        """Bytes a thread keeps in memory because it has too few registers."""
+        attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        device = self._ok(self._api.cuDeviceGet(self._device.device_id))
+        handle = self._api.CUkernel(int(kernel.handle.handle))
+        return int(self._ok(self._api.cuKernelGetAttribute(attribute, handle, device)))
+
     def launch(self, kernel: Kernel, grid: tuple[int, int, int], args: Sequence[np.generic]) -> None:
         """Run `kernel` over `grid`; `args` are numpy scalars of the widths it declares, pointers uint64."""
         self._enter()

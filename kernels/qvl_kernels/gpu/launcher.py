@@ -60,10 +60,19 @@ class Launcher:
     def __init__(self, driver: Driver, queue: Queue, images: Images):
         self.driver, self.queue, self.images = driver, queue, images
         self._kernels: dict[str, Kernel] = {}
+        self._replaced: dict[str, Image] = {}
 
     def constants(self, name: str) -> dict[str, int | bool]:
         """What kernel `name` was compiled with."""
-        return self.images[name].constants
+        return self._image(name).constants
+
+    def replace(self, name: str, image: Image) -> None:
+        """Launch another image under a name from now on: for trying tile shapes."""
+        self._replaced[name] = image
+        self._kernels.pop(name, None)
+
+    def _image(self, name: str) -> Image:
+        return self._replaced.get(name) or self.images[name]
 
     def tile(self, name: str) -> dict[str, int]:
         """What tiles.json says about kernel `name`."""
@@ -76,7 +85,7 @@ class Launcher:
         """
         kernel = self._kernels.get(name)
         if kernel is None:
-            image = self.images[name]
+            image = self._image(name)
             if image.shared > self.driver.shared_limit:
                 raise DeviceError(
                     f"kernel {name} needs {image.shared} bytes of shared memory, "
