@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvl_kernels.gpu import signatures, turing
-from qvl_kernels.gpu.build import BUNDLE, source_hash
+from qvl_kernels.gpu.build import source_hash
 
 TRITON = importlib.util.find_spec("triton")
 if TRITON is None:
@@ -111,9 +111,3 @@ def test_a_turing_product_is_two_halves():
     assert "{ %f5, %f6, %f7, %f8 }, { %r1, %r2 }, { %r5 }, { %f1, %f2, %f3, %f4 }" in first
     assert "{ %f5, %f6, %f7, %f8 }, { %r3, %r4 }, { %r6 }, { %f5, %f6, %f7, %f8 }" in second
     assert "m16n8k16" not in first + second
-
-
-def test_no_bundle_is_kept_in_the_sources():
-    """It would go stale: a wheel takes a fresh one along."""
-    tracked = subprocess.run(["git", "ls-files", str(BUNDLE)], capture_output=True, text=True, cwd=BUNDLE.parent)
-    assert not tracked.stdout

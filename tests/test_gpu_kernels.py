@@ -266,9 +266,10 @@ def test_embed(kind, rng):
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, HALF])
 def test_norm(variant, m, k, layer, dtype, rng):
-    x = activations(rng, m, k, outlier=True) + 3
+    x = activations(rng, m, k) + 3
+    x[0, k // 3] *= 1000
     norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32),
-                rng.standard_normal(k).astype(np.float32) if layer else None, 1e-6)  # fmt: skip
+                rng.standard_normal(k).astype(np.float32) if layer else None, 0.5)  # fmt: skip
     perm = rng.permutation(k).astype(np.int32) if dtype == HALF else None
     expected, padded = poisoned((m, k)), round_up(k, 128) if dtype == HALF else k
     reference.normalize(x, norm, expected)
@@ -433,7 +434,7 @@ def launch_attention(name, q, k, v, out, q_rows, k_rows, heads, parts, d):
 # choosing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 65, 5000])
+@pytest.mark.parametrize("size", [1, 65, 140000])
 def test_argmax(size, rng):
     logits = rng.standard_normal((4, size)).astype(np.float32)
     logits[1] = logits[1].max()  # all tied
@@ -454,7 +455,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1, 0, 1), (0.7, 5, 1), (1.3, 0, 0.5), (0.8, 40, 0.9), (1, 0, 0)]
+    "temperature, top_k, top_p", [(1, 0, 1), (0.7, 2, 1), (1.3, 0, 0.5), (0.8, 40, 0.9), (1, 0, 0)]
 )
 def test_sample_draws_what_the_host_would(temperature, top_k, top_p, rng):
     """The same steps, in float64, with the same uniform number; numbers too near a border are passed over."""

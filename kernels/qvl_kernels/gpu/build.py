@@ -111,7 +111,7 @@ def build(
 ) -> Path:
     """Compile all kernels for `architectures` into a bundle at `path`, which is replaced when all is done.
 
-    `progress` is called with the number of compilations done, of all, and the name of the next.
+    `progress` is called with the number of compilations done, that of all, and the name of the next; at the end with "".
     """
     work = [(name, architecture) for architecture in architectures for name in names()]
     entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
@@ -129,6 +129,7 @@ def build(
                     entry["ptx"] = f"sm_{architecture}/{name}.ptx"
                     _add(bundle, entry["ptx"], code.ptx)
                 entries[name][str(architecture)] = entry
+            progress(len(work), len(work), "")
             manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
             _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
         partial.replace(path)
@@ -197,15 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def show(done: int, total: int, name: str) -> None:
         if sys.stderr.isatty():
-            print(f"\r{done:4d} of {total}  {name:<50}", end="", file=sys.stderr, flush=True)
+            print(f"\r{done:4d} of {total}  {name:<50}", end="\n" * (done == total), file=sys.stderr, flush=True)
 
     try:
         build(options.out, options.arch or ARCHITECTURES, show)
     except DeviceError as e:
         print(e, file=sys.stderr)
         return 1
-    if sys.stderr.isatty():
-        print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
     print(f"{options.out}: {len(names())} kernels, {options.out.stat().st_size / 1e6:.2f} MB")
     return 0
 
