@@ -32,14 +32,16 @@ def folder() -> Path:
     return Path(base) / "qvl"
 
 
-HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "ops.py", "runner.py"}
+HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py"}
 """Sources that only call kernels."""
 
 
 def key() -> str:
     """A hash of everything the machine code depends on."""
     digest = hashlib.sha256()
-    for source in sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in HOST):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        if source.parent == Path(__file__).parent and source.name in HOST:
+            continue
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     digest.update(repr((versions, platform.machine(), features.selected().name, features.target())).encode())

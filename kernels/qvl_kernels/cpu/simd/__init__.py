@@ -1,0 +1,142 @@
+"""Vectors for Numba: a value type and intrinsics that emit LLVM vector instructions.
+
+One description serves every processor. A `Vec` holds `m` vectors of `n` elements; LLVM cuts them into whatever
+registers there are, so elementwise code is written for 16 lanes everywhere. What differs, the product of four bytes
+(`dot`, `dot_bytes`), is emitted here for the selected `features.Level`. Operations loop over the `m` vectors while
+the code is emitted, which is how register-blocked kernels are unrolled without generated source text: keep `m`
+accumulators in one variable, and LLVM puts each in a register.
+
+Everything works on raw addresses (int64). ``+ - * /`` work on vectors of one shape, on an ``m = 1`` vector against an
+``m > 1`` one, and against a scalar. Names follow the element types "i8", "i16", "i32", "f32".
+
+=====================================  =================================================================
+factory (call at module level)         makes
+=====================================  =================================================================
+``zeros(el, n, m=1)``                  ``f()``: all zero
+``splats(el, n)``                      ``f(x)``: a scalar in every lane
+``loads(el, n, m=1)``                  ``f(addr)``: `m` vectors, one behind the other
+``rows(el, n, m)``                     ``f(addr, stride)``: vector i from ``addr + i * stride``; "f16" becomes f32
+``spreads(el, n, m=1)``                ``f(addr, stride)``: vector i holds the scalar at ``addr + i * stride``
+``parts(n)``                           ``f(addr, count)``: the first `count` float32, the rest 0
+``halves(n)``                          ``f(addr)``: fp16 in memory as f32
+``bytes_(n, signed, m=1)``             ``f(addr)``: 8-bit integers in memory as i32
+=====================================  =================================================================
+
+Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``store_part(addr, v, count)``,
+``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b, c)``, ``maximum``, ``minimum``,
+``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``, ``sar(v, k)``,
+``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector);
+``low(v)``, ``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in memory: ``get_f32``,
+``get_f16``, ``get_i32``, ``get_u8``, ``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
+`k` and `i` must be literals or names of integers imported into the kernel's module (``simd.NAME`` is no literal).
+"""
+
+from qvl_kernels.cpu.simd.bytes import (
+    BYTE_BIAS,
+    HIGH_SHIFT,
+    LANES,
+    LEVEL,
+    SUM_EL,
+    SUM_PER_LANE,
+    SUM_STEPS,
+    UNSHIFTED,
+    dot,
+    dot_bytes,
+    high,
+    low,
+    widen,
+)
+from qvl_kernels.cpu.simd.memory import (
+    bytes_,
+    get_f16,
+    get_f32,
+    get_i32,
+    get_i64,
+    get_u8,
+    halves,
+    loads,
+    parts,
+    put_f16,
+    put_f32,
+    put_i8,
+    put_i32,
+    rows,
+    splats,
+    spreads,
+    store,
+    store_bytes,
+    store_half,
+    store_part,
+    store_rows,
+    zeros,
+)
+from qvl_kernels.cpu.simd.vector import (
+    Vec,
+    absolute,
+    choose_gt,
+    exp2,
+    fma,
+    max_all,
+    maximum,
+    minimum,
+    piece,
+    rint,
+    root,
+    sar,
+    shl,
+    sum_all,
+    to_f32,
+)
+
+__all__ = [
+    "BYTE_BIAS",
+    "HIGH_SHIFT",
+    "LANES",
+    "LEVEL",
+    "SUM_EL",
+    "SUM_PER_LANE",
+    "SUM_STEPS",
+    "UNSHIFTED",
+    "Vec",
+    "absolute",
+    "bytes_",
+    "choose_gt",
+    "dot",
+    "dot_bytes",
+    "exp2",
+    "fma",
+    "get_f16",
+    "get_f32",
+    "get_i32",
+    "get_i64",
+    "get_u8",
+    "halves",
+    "high",
+    "loads",
+    "low",
+    "max_all",
+    "maximum",
+    "minimum",
+    "parts",
+    "piece",
+    "put_f16",
+    "put_f32",
+    "put_i8",
+    "put_i32",
+    "rint",
+    "root",
+    "rows",
+    "sar",
+    "shl",
+    "splats",
+    "spreads",
+    "store",
+    "store_bytes",
+    "store_half",
+    "store_part",
+    "store_rows",
+    "sum_all",
+    "to_f32",
+    "widen",
+    "zeros",
+]

@@ -1,0 +1,171 @@
+"""Products of bytes and nibbles, the one thing every processor does in its own way."""
+
+from __future__ import annotations
+
+import functools
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from qvl_kernels.cpu import features
+from qvl_kernels.cpu.simd.emit import (
+    I8,
+    I16,
+    I32,
+    broadcast,
+    call,
+    constant,
+    cut,
+    each,
+    gather,
+    join,
+    pointer,
+    take,
+    word,
+)
+from qvl_kernels.cpu.simd.vector import Vec
+
+LEVEL = features.selected()
+LANES = LEVEL.lanes
+"""32-bit lanes of one register."""
+
+# What the kernels must know about `dot` on this processor.
+UNSHIFTED = LEVEL.name in ("avx512", "avxvnni")
+HIGH_SHIFT = 4 if UNSHIFTED else 0
+"""`high` leaves its nibble times 2**HIGH_SHIFT."""
+BYTE_BIAS = 128 if LEVEL.name == "neon" else 0
+"""`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
+SUM_EL = "i16" if LEVEL.name == "avx2" else "i32"
+"""Element of a `dot` accumulator; ``widen`` turns it into i32."""
+SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
+SUM_STEPS = 8 if SUM_EL == "i16" else 16
+"""Products of nibbles an accumulator holds before it must be widened (8 * 2 * 15 * 127 < 2**15)."""
+
+
+@intrinsic
+def low(typing, v):
+    """Low nibbles of i8."""
+    return v(v), lambda context, b, sig, args: each(b, v.m, lambda x: b.and_(x, constant(x.type, 15)), args[0])
+
+
+@intrinsic
+def high(typing, v):
+    """High nibbles of i8, times ``2**HIGH_SHIFT``."""
+
+    def emit(b, x):
+        return b.and_(x, constant(x.type, 0xF0)) if UNSHIFTED else b.lshr(x, constant(x.type, 4))
+
+    return v(v), lambda context, b, sig, args: each(b, v.m, functools.partial(emit, b), args[0])
+
+
+@functools.cache
+def _byte_operands():
+    """Whether this LLVM's vpdpbusd takes byte vectors (22 and later) or i32 vectors."""
+    name, v, w = "llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>"
+    text = f"declare {v} @{name}({v}, {w}, {w})"
+    return w in str(llvm.parse_assembly(text)).split("declare")[-1]
+
+
+def _vnni(b, acc, u, s):
+    n = acc.type.count
+    operand = ir.VectorType(I8, 4 * n) if _byte_operands() else acc.type
+    args = [acc] + [x if x.type == operand else b.bitcast(x, operand) for x in (u, s)]
+    return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * n}", acc.type, args)
+
+
+def _pairs(b, u, s):
+    """i16 sums of two products, u8 by s8 (saturating)."""
+    return call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), [u, b.bitcast(s, u.type)])
+
+
+def _pair_sums(b, v):
+    ones = constant(v.type, 1)
+    return call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [v, ones])
+
+
+def _sdot(b, acc, u, s):
+    return call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, [acc, u, b.bitcast(s, u.type)])
+
+
+def _plain_dot(b, acc, u, s):
+    u = b.bitcast(u, acc.type)
+    for k in range(4):
+        x = b.lshr(u, constant(u.type, 8 * k)) if k else u
+        x = b.and_(x, constant(u.type, 255))
+        y = b.ashr(b.shl(s, constant(u.type, 24 - 8 * k)) if k < 3 else s, constant(u.type, 24))
+        acc = b.add(acc, b.mul(x, y))
+    return acc
+
+
+def _dot_nibbles(b, acc, u, s):
+    if LEVEL.name == "avx2":
+        return b.add(acc, _pairs(b, u, s))
+    return {"neon": _sdot, "plain": _plain_dot}.get(LEVEL.name, _vnni)(b, acc, u, s)
+
+
+def _dot_any(b, acc, u, s):
+    if LEVEL.name == "avx2":
+        # 255 * 127 * 2 overflows i16; 127 * 127 * 2 and 128 * 127 * 2 do not.
+        for mask in (0x7F, 0x80):
+            acc = b.add(acc, _pair_sums(b, _pairs(b, b.and_(u, constant(u.type, mask)), s)))
+        return acc
+    if LEVEL.name == "neon":
+        u = b.xor(u, constant(u.type, 0x80))
+    return {"neon": _sdot, "plain": _plain_dot}.get(LEVEL.name, _vnni)(b, acc, u, s)
+
+
+def _dot(emit):
+    """An intrinsic ``f(acc, u, addr, stride)``, cut into registers of `LANES` lanes."""
+
+    @intrinsic
+    def f(typing, acc, u, addr, stride):
+        per_lane = acc.n * 4 // u.n
+        step = LANES * (2 if acc.el == "i16" else 1)
+
+        def codegen(context, b, sig, args):
+            address, stride = args[2], word(b, args[3])
+            sums = []
+            for i in range(acc.m):
+                block, bytes_ = take(b, args[0], i), take(b, args[1], i)
+                four = b.load(pointer(b, address, I32), align=1)
+                four = broadcast(b, four, ir.VectorType(I32, LANES))
+                cuts = range(acc.n // step)
+                sums.append(
+                    join(
+                        b,
+                        [
+                            emit(b, cut(b, block, c * step, step), cut(b, bytes_, c * 4 * LANES, 4 * LANES), four)
+                            for c in cuts
+                        ],
+                    )
+                )
+                if i + 1 < acc.m:
+                    address = b.add(address, stride)
+            return gather(b, sums)
+
+        fits = isinstance(u, Vec) and u.el == "i8" and u.m in (1, acc.m) and acc.n % step == 0 and per_lane in (1, 2)
+        return (acc(acc, u, addr, stride), codegen) if fits else None
+
+    return f
+
+
+dot = _dot(_dot_nibbles)
+"""``acc[i] += u . s_i``: bytes u (at most 127, or a nibble as `low` and `high` give it) by the four int8 at
+``addr + i * stride``; each lane of four products is summed into its lane of `acc` (`SUM_EL`)."""
+
+dot_bytes = _dot(_dot_any)
+"""As `dot` with any bytes less `BYTE_BIAS`, into an i32 accumulator."""
+
+
+@intrinsic
+def widen(typing, acc):
+    """A `dot` accumulator as i32."""
+    if acc.el == "i32":
+        return acc(acc), lambda context, b, sig, args: args[0]
+    result = acc.of("i32", acc.n // 2)
+
+    def emit(b, v):
+        return join(b, [_pair_sums(b, cut(b, v, i, 16)) for i in range(0, acc.n, 16)])
+
+    return result(acc), lambda context, b, sig, args: each(b, acc.m, functools.partial(emit, b), args[0])
