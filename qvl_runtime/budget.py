@@ -7,7 +7,7 @@ import os
 
 from qvl_runtime.blob import Blob
 from qvl_runtime.config import ModelConfig
-from qvl_runtime.generation import PREFILL_ROWS
+from qvl_runtime.session import PREFILL_ROWS
 
 VISION_PARTS = ("vision", "adapter")
 CACHE_ELEMENT = {"fp32": 4, "fp16": 2, "int8": 1}

@@ -1,0 +1,154 @@
+"""How fast a model runs here, and how near that is to what the machine can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from qvl_kernels.ops import Ops
+from qvl_runtime.budget import cache_bytes
+from qvl_runtime.model import Model
+from qvl_runtime.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """Medians over the rounds of `measure`; shares are of the machine's limits, measured in the same rounds.
+
+    Attributes
+    ----------
+    image : float or None
+        Seconds from pixels to features, for one picture.
+    prefill, decode : float
+        Tokens a second.
+    bytes_per_token : int
+        Weights and cache that one decoded token reads, at the middle of the answer.
+    bandwidth : float or None
+        Bytes a second the machine reads from memory; None where the backend has no measure of it.
+    int8_peak : float or None
+        Multiplications and additions of int8 a second.
+    decode_share, prefill_share : float or None
+        ``decode * bytes_per_token / bandwidth`` and the prefill's products over `int8_peak`.
+    peak_memory : int or None
+        Bytes the process held at most, mapped weights included.
+    """
+
+    image: float | None
+    prefill: float
+    decode: float
+    bytes_per_token: int
+    bandwidth: float | None
+    int8_peak: float | None
+    decode_share: float | None
+    prefill_share: float | None
+    peak_memory: int | None
+
+
+def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int, rounds: int) -> Speeds:
+    """Time a picture, a prompt and an answer, `rounds` times, each beside the machine's own limits.
+
+    The prompt is random text, the answer whatever comes: stop tokens do not stop it.
+    """
+    random = np.random.default_rng(0)
+    session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, threading.RLock())
+    decode_bytes = _bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
+    products = 2 * prompt_tokens * _decoder_weights(model)
+    seen: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        taken = _limits(model.ops, decode_bytes) if model.ops.name == "cpu" else {}
+        taken |= _once(model, session, random, prompt_tokens, new_tokens)
+        if model.vision is not None:
+            side = model.config.visual.image_size
+            picture = random.integers(0, 256, (side, side, 3), np.uint8)
+            begin = time.perf_counter()
+            model.encode_image(picture)
+            taken["image"] = time.perf_counter() - begin
+        for name, value in taken.items():
+            seen.setdefault(name, []).append(value)
+    # The first round warms caches and finds the pages of the file.
+    median = {name: float(np.median(values[1:])) for name, values in seen.items()}
+    shares = [np.array(seen["decode"][1:]) * decode_bytes, products * np.array(seen["prefill"][1:]) / prompt_tokens]
+    bounds = [np.array(seen[name][1:]) if name in seen else None for name in ("bandwidth", "int8_peak")]
+    decode_share, prefill_share = (
+        None if bound is None else float(np.median(share / bound)) for share, bound in zip(shares, bounds)
+    )
+    return Speeds(
+        image=median.get("image"),
+        prefill=median["prefill"],
+        decode=median["decode"],
+        bytes_per_token=decode_bytes,
+        bandwidth=median.get("bandwidth"),
+        int8_peak=median.get("int8_peak"),
+        decode_share=decode_share,
+        prefill_share=prefill_share,
+        peak_memory=peak_memory(),
+    )
+
+
+def _once(model: Model, session: Session, random: np.random.Generator, prompt: int, new: int) -> dict[str, float]:
+    tokens = random.integers(0, model.tokenizer.eod_id, prompt).tolist()
+    session.keep(tokens[:1])
+    session.truncate(0)
+    session.context.begin(prompt)
+    begin = time.perf_counter()
+    session.prefill(tokens, tokens, [], prompt + new)
+    best = session.best(0)
+    filled = time.perf_counter()
+    for _ in range(new):
+        session.feed(best)
+        best = session.best(0)
+    return {"prefill": prompt / (filled - begin), "decode": new / (time.perf_counter() - filled)}
+
+
+def _limits(ops: Ops, nbytes: int) -> dict[str, float]:
+    """The machine's limits, with the backend's own threads."""
+    from qvl_kernels.cpu.measure import byte_products_per_second, read_seconds
+    from qvl_kernels.cpu.runner import aligned
+
+    memory = aligned(min(nbytes, 1 << 30))
+    memory[:] = 1
+    seconds = min(read_seconds(ops, memory) for _ in range(3))
+    return {"bandwidth": memory.nbytes / seconds, "int8_peak": byte_products_per_second(ops)}
+
+
+def _bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
+    sizes = model.blob.part_sizes()
+    return sizes["decoder"] + sizes["head"] + cache_bytes(model.config, context, kv_cache)
+
+
+def _decoder_weights(model: Model) -> int:
+    """Weights every prompt token is multiplied with; the output head is used for the last one only."""
+    c = model.config
+    layer = 4 * c.attention_width * c.hidden_size + 3 * c.hidden_size * c.ffn_width
+    return c.num_hidden_layers * layer
+
+
+def peak_memory() -> int | None:
+    """Bytes this process held at most, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine() -> str:
+    """What ran it, in words."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {platform.system()} {platform.machine()}"
+
+
+def to_json(speeds: Speeds, **conditions: Any) -> dict[str, Any]:
+    """Speeds with the conditions they were measured under, in JSON types."""
+    return {**conditions, "machine": machine(), **dataclasses.asdict(speeds)}

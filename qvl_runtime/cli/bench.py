@@ -1,0 +1,78 @@
+"""`qvl bench`: how fast a file runs here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvl_runtime.benchmark import Speeds, measure, to_json
+from qvl_runtime.errors import QvlError
+from qvl_runtime.model import load
+
+
+def bench(
+    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Times everything is measured; medians are shown.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
+    kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
+    activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
+) -> None:
+    """Measure how fast a .qvl file runs here, and how near that is to the machine's limits.
+
+    A table, then one JSON document as the last line. QVL_THREADS sets the number of threads.
+
+    Examples:
+
+      qvl bench qwen-vl-chat.qvl
+
+      QVL_THREADS=1 qvl bench qwen-vl-chat.qvl --prompt-tokens 8000 --kv-cache int8
+    """
+    loaded = load(model, device, kv_cache, activations=activations)
+    window = loaded.config.max_position_embeddings
+    if min(prompt_tokens, new_tokens, rounds) < 1:
+        raise QvlError("--prompt-tokens, --new-tokens and --rounds must be at least 1")
+    if prompt_tokens + new_tokens > window:
+        raise QvlError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's window of {window}")
+    speeds = measure(loaded, kv_cache=kv_cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    conditions = {
+        "file": model.name,
+        "device": loaded.ops.name,
+        "threads": getattr(loaded.ops, "threads", None),
+        "kv_cache": kv_cache,
+        "activations": activations,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+    }
+    Console().print(_table(speeds, conditions))
+    print(json.dumps(to_json(speeds, **conditions)))
+
+
+def _table(speeds: Speeds, conditions: dict) -> Table:
+    threads = f", {conditions['threads']} threads" if conditions["threads"] else ""
+    table = Table(title=f"{conditions['file']} on {conditions['device']}{threads}", title_justify="left")
+    for heading in ("work", "speed", "of the machine's limit"):
+        table.add_column(heading, justify="left" if heading == "work" else "right")
+    if speeds.image is not None:
+        table.add_row("one picture", f"{speeds.image:.2f} s", "")
+    prompt, answer = (f"{conditions[name]} tokens" for name in ("prompt_tokens", "new_tokens"))
+    table.add_row(f"prompt of {prompt}", f"{speeds.prefill:.1f} tokens/s", _share(speeds.prefill_share, "int8 peak"))
+    table.add_row(f"answer of {answer}", f"{speeds.decode:.2f} tokens/s", _share(speeds.decode_share, "bandwidth"))
+    table.add_row("bytes an answer's token reads", f"{speeds.bytes_per_token / 1e9:.3f} GB", "")
+    if speeds.bandwidth is not None:
+        table.add_row("the machine reads", f"{speeds.bandwidth / 1e9:.1f} GB/s", "")
+        table.add_row("the machine multiplies int8", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
+    if speeds.peak_memory is not None:
+        table.add_row("peak memory, file included", f"{speeds.peak_memory / 1e9:.2f} GB", "")
+    return table
+
+
+def _share(share: float | None, limit: str) -> str:
+    return "" if share is None else f"{share:.0%} of {limit}"
