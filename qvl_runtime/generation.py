@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box, parse_boxes
+from qvl_runtime.constraints import Constraint, mask
 from qvl_runtime.decoder import Decoder
 from qvl_runtime.kv_cache import Context
 from qvl_runtime.sampling import Sampler
@@ -125,16 +126,6 @@ class Result:
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
 
 
-class Constraint(Protocol):
-    """What one answer may say, token by token; it carries the answer's state."""
-
-    def allowed(self) -> np.ndarray | None:
-        """Which tokens may come next: bool ``[vocab]``, at least one of them true; None for all."""
-
-    def advance(self, token: int) -> None:
-        """Take note that `token` came next."""
-
-
 @dataclasses.dataclass
 class Chooser:
     """Makes the choices of one answer: constraint, then sampler, then the record of how likely it was.
@@ -160,10 +151,8 @@ class Chooser:
             choice = Choice(session.best(row))
         else:
             logits = session.logits(row)
-            allowed = None if self.constraint is None else self.constraint.allowed()
-            token = self.sampler(
-                logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf)), self.past
-            )
+            possible = logits if self.constraint is None else mask(logits, self.constraint)
+            token = self.sampler(possible, self.past)
             choice = Choice(token, None if self.logprobs is None else logprob(logits, token, self.logprobs))
         if self.constraint is not None:
             self.constraint.advance(choice.token)

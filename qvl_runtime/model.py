@@ -14,12 +14,12 @@ import numpy as np
 from qvl_kernels.ops import Array
 from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import opened_box
+from qvl_runtime.constraints import Form
 from qvl_runtime.decoder import Decoder
 from qvl_runtime.devices import make_ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import (
     Chooser,
-    Constraint,
     Piece,
     Result,
     Timings,
@@ -182,16 +182,12 @@ class Model:
         images: Sequence[ImageSource] | None = None,
         *,
         max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
         stop: str | Sequence[str] = (),
+        form: Form | None = None,
         logprobs: int | None = None,
-        constraint: Callable[[], Constraint] | None = None,
         speculate: bool = True,
         allow_urls: bool = False,
+        **sampling: Any,
     ) -> Iterator[Piece]:
         """Answer a prompt piece by piece, never showing half a character.
 
@@ -205,19 +201,20 @@ class Model:
             front, as ``Picture N: <img></img>``.
         max_new_tokens : int
             The answer ends earlier where the model's window does.
-        temperature, top_p, top_k, repetition_penalty, seed
-            See `Sampler`. Temperature 0 is greedy.
         stop : str or sequence of str
             Texts that end the answer and are not in it.
+        form : Form, optional
+            What the answer must look like: see `qvl_runtime.constraints`.
         logprobs : int, optional
             Give the log probability of every token, and of so many of the most likely ones in its place.
-        constraint : callable, optional
-            Makes the `Constraint` of one answer.
         speculate : bool
             Guess tokens that repeat the text so far and compute several at once, as long as the guesses are good.
             The answer is the same.
         allow_urls : bool
             Let http(s) images be fetched.
+        **sampling
+            temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: see
+            `Sampler`. Without them the answer is greedy.
 
         Yields
         ------
@@ -228,11 +225,11 @@ class Model:
         QvlError
             For a prompt, image or option that cannot be used. Raised before the first piece.
         """
+        opened = opened_box(prompt) if isinstance(prompt, str) else ""
         prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat, allow_urls=allow_urls)
-        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
         limit = self._limit(prompt, max_new_tokens)
-        request = self._request(prompt, allow_urls)
-        return self._answer(request, sampler, stop, limit, logprobs, constraint, speculate)
+        choose = self._chooser(Sampler(**sampling), prompt, limit, form, logprobs, opened)
+        return self._answer(self._request(prompt, allow_urls), choose, stop, limit, speculate)
 
     def chat(
         self,
@@ -243,17 +240,13 @@ class Model:
         system: str = DEFAULT_SYSTEM,
         max_window_size: int | None = None,
         max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] = (),
+        form: Form | None = None,
         logprobs: int | None = None,
-        constraint: Callable[[], Constraint] | None = None,
         speculate: bool = True,
         allow_urls: bool = False,
         on_piece: Callable[[Piece], None] = lambda piece: None,
+        **sampling: Any,
     ) -> ChatResult:
         """Answer one turn of a conversation.
 
@@ -270,8 +263,8 @@ class Model:
             also where the question would not fit the model's window with room for an answer.
         on_piece : callable
             Called with every `Piece` as it comes; what it raises ends the answer.
-        max_new_tokens, temperature, top_p, top_k, repetition_penalty
-            The model's own generation config where None.
+        max_new_tokens, **sampling
+            As in `stream`, but from the model's own generation config where they are None or not given.
 
         Raises
         ------
@@ -295,18 +288,14 @@ class Model:
             max_tokens=window - min(wanted, window // ANSWER_SHARE),
             allow_urls=allow_urls,
         )
-        if temperature is None:
-            temperature = config.temperature if config.do_sample else 0.0
-        sampler = Sampler(
-            temperature,
-            config.top_k if top_k is None else top_k,
-            config.top_p if top_p is None else top_p,
-            config.repetition_penalty if repetition_penalty is None else repetition_penalty,
-            seed,
-        )
+        own = {
+            "temperature": config.temperature if config.do_sample else 0.0,
+            **{name: getattr(config, name) for name in ("top_k", "top_p", "repetition_penalty")},
+        }
+        sampler = Sampler(**own | {name: value for name, value in sampling.items() if value is not None})
         limit = self._limit(prompt, wanted)
-        request = self._request(prompt, allow_urls)
-        pieces = self._answer(request, sampler, stop, limit, logprobs, constraint, speculate)
+        choose = self._chooser(sampler, prompt, limit, form, logprobs, "")
+        pieces = self._answer(self._request(prompt, allow_urls), choose, stop, limit, speculate)
         result = collect(_shown(pieces, on_piece))
         text = result.text.strip()
         fields = {**{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)}, "text": text}
@@ -382,15 +371,16 @@ class Model:
             raise QvlError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         return min(max_new_tokens, self.config.max_position_embeddings - len(prompt.ids))
 
+    def _chooser(
+        self, sampler: Sampler, prompt: Prompt, limit: int, form: Form | None, logprobs: int | None, opened: str
+    ) -> Chooser:
+        if logprobs is not None and logprobs < 0:
+            raise QvlError(f"logprobs is {logprobs}; expected 0 or more alternatives, or None")
+        constraint = None if form is None else form.start(self.tokenizer, self._stop_ids(), limit, opened)
+        return Chooser(sampler, list(prompt.ids), constraint, logprobs)
+
     def _answer(
-        self,
-        request: _Request,
-        sampler: Sampler,
-        stop: str | Sequence[str],
-        limit: int,
-        logprobs: int | None,
-        constraint: Callable[[], Constraint] | None,
-        speculate: bool,
+        self, request: _Request, choose: Chooser, stop: str | Sequence[str], limit: int, speculate: bool
     ) -> Iterator[Piece]:
         length = len(request.ids)
         session = self._sessions.take(request.keys, length + limit)
@@ -410,7 +400,6 @@ class Model:
                 images=len(request.pictures),
                 kept_images=len(request.pictures) - encoded,
             )
-            choose = Chooser(sampler, list(request.ids), constraint and constraint(), logprobs)
             guesses = PromptLookup(request.ids, ROW_COST.get(self.ops.name, 1.0)) if speculate else None
             yield from stream_generate(
                 generate_step(session, choose, guesses, limit),

@@ -224,18 +224,21 @@ def test_a_constraint_that_fails_ends_only_its_answer(pair):
     model, fresh = pair()
 
     class Failing:
-        steps = 0
+        def start(self, *asked):
+            self.steps = 0
+            return self
 
         def allowed(self):
             self.steps += 1
             if self.steps == 4:
                 raise RuntimeError("no way on")
+            return np.ones(model.config.vocab_size, bool)
 
         def advance(self, token):
             pass
 
     with pytest.raises(RuntimeError, match="no way on"):
-        model.generate("What is this?", max_new_tokens=8, constraint=Failing)
+        model.generate("What is this?", max_new_tokens=8, form=Failing())
     wanted = fresh.generate("What is this? No.", max_new_tokens=8, logprobs=2)
     _same(model.generate("What is this? No.", max_new_tokens=8), wanted, "fp16")
 

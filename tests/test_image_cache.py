@@ -1,0 +1,164 @@
+"""Features are kept by what a picture is, within a limit, and a damaged file is as good as none."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import qvl_runtime as qvl
+from qvl_runtime.errors import QvlError
+from qvl_runtime.image_cache import ImageCache
+
+SHAPE = (4, 8)
+SIZE = 4 * 8 * 4
+IMAGES = ("images/rgb_odd.png", "images/rgba.png")
+
+
+def _features(value: float) -> np.ndarray:
+    return np.full(SHAPE, value, np.float32)
+
+
+def _key(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_those_used_longest_ago_leave():
+    cache = ImageCache(SHAPE, "weights", 3 * SIZE)
+    for number in range(3):
+        cache.put(_key(number), _features(number))
+    assert np.array_equal(cache.get(_key(0)), _features(0))
+    cache.put(_key(3), _features(3))
+    assert cache.get(_key(1)) is None
+    assert all(cache.get(_key(number)) is not None for number in (0, 2, 3))
+    assert cache.nbytes == 3 * SIZE
+    nothing = ImageCache(SHAPE, "weights", 0)
+    nothing.put(_key(0), _features(0))
+    assert nothing.get(_key(0)) is None and nothing.nbytes == 0
+
+
+def test_a_folder_outlives_the_memory(tmp_path):
+    folder = tmp_path / "a" / "cache"
+    ImageCache(SHAPE, "weights", 0, folder).put(_key(1), _features(1))
+    assert np.array_equal(ImageCache(SHAPE, "weights", 0, folder).get(_key(1)), _features(1))
+    (file,) = folder.iterdir()
+    assert file.name == f"{_key(1).hex()}.safetensors"
+    assert np.array_equal(load_file(file)["features"], _features(1)), "any safetensors tool opens it"
+    assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0 and stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+
+
+def test_a_damaged_file_counts_as_absent(tmp_path):
+    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+    cache.put(_key(1), _features(1))
+    (file,) = tmp_path.iterdir()
+    right = file.read_bytes()
+    for position in range(0, len(right), 7):
+        file.write_bytes(right[:position] + bytes([right[position] ^ 1]) + right[position + 1 :])
+        assert cache.get(_key(1)) is None, f"byte {position}"
+    for length in (0, 7, len(right) // 2, len(right) - 1):
+        file.write_bytes(right[:length])
+        assert cache.get(_key(1)) is None
+    file.write_bytes(right)
+    assert cache.get(_key(1)) is not None
+    shutil.copy(file, tmp_path / f"{_key(2).hex()}.safetensors")
+    assert cache.get(_key(2)) is None, "another picture's"
+    assert ImageCache((8, 8), "weights", 0, tmp_path).get(_key(1)) is None
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(QvlError, match="cache_dir"):
+        ImageCache(SHAPE, "weights", 0, tmp_path / "file")
+    cache = ImageCache(SHAPE, "weights", SIZE, tmp_path / "folder")
+    (tmp_path / "folder").rmdir()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        cache.put(_key(1), _features(1))
+    assert cache.get(_key(1)) is not None, "the memory still serves"
+
+
+def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
+    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        cache.put(_key(1), _features(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_its_pixels(tmp_path):
+    """Names do not matter, nor how pixels are packed; everything that features depend on does."""
+    cache, other = (ImageCache(SHAPE, identity, 0) for identity in ("weights", "other weights"))
+    decoded = []
+
+    def decode(content):
+        decoded.append(content)
+        return np.frombuffer(bytes(content).ljust(12, b"0")[:12], np.float32)
+
+    (tmp_path / "a").write_bytes(b"one picture.")
+    (tmp_path / "b").write_bytes(b"one picture.")
+    first = cache.picture(tmp_path / "a", decode)
+    assert cache.picture(str(tmp_path / "b"), decode).key == cache.picture(b"one picture.", decode).key == first.key
+    assert len(decoded) == 1, "known bytes are not decoded again"
+    assert cache.picture(b"one picture. Packed otherwise.", decode).key == first.key
+    assert cache.picture(b"two pictures", decode).key != first.key
+    assert other.picture(b"one picture.", decode).key != first.key
+    (tmp_path / "a").write_bytes(b"two pictures")
+    assert cache.picture(tmp_path / "a", decode).key != first.key
+
+
+def test_what_is_hashed_is_what_is_decoded(tmp_path):
+    """A file that is exchanged while it is read must not leave its features under another picture's name."""
+    cache = ImageCache(SHAPE, "weights", 0)
+    file = tmp_path / "a"
+    file.write_bytes(b"one picture.")
+
+    def decode(content):
+        file.write_bytes(b"two pictures")
+        return np.frombuffer(content if isinstance(content, bytes) else file.read_bytes(), np.uint8)
+
+    key = cache.picture(file, decode).key
+    assert key == ImageCache(SHAPE, "weights", 0).picture(b"one picture.", lambda b: np.frombuffer(b, np.uint8)).key
+
+
+def test_what_cannot_be_decoded_is_named_by_its_path(tmp_path, blob):
+    model = qvl.load(blob("tiny-vl", bits=16), device="cpu")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(QvlError, match=r"no\.png"):
+        model.generate("x", [tmp_path / "no.png"])
+
+
+def test_a_known_picture_skips_the_vision_tower(blob, golden, tmp_path, monkeypatch):
+    """In the same run, and with `cache_dir` in the next; with other weights it does not."""
+    path, folder = blob("tiny-vl", bits=16), tmp_path / "cache"
+    options = {"device": "cpu", "conversations": 0}
+    picture = golden / IMAGES[0]
+    model = qvl.load(path, cache_dir=folder, **options)
+    asked = [model.generate("What?", [picture], max_new_tokens=4, logprobs=0) for _ in range(2)]
+    assert [a.timings.kept_images for a in asked] == [0, 1]
+    later = qvl.load(path, cache_dir=folder, **options)
+    monkeypatch.setattr(later.vision, "_encode", None)
+    asked.append(later.generate("What?", [picture.read_bytes()], max_new_tokens=4, logprobs=0))
+    assert asked[2].timings.kept_images == 1
+    assert asked[0].logprobs == asked[1].logprobs == asked[2].logprobs
+    with pytest.raises(TypeError):
+        later.generate("What?", [golden / IMAGES[1]], max_new_tokens=1)
+    for other in (blob("tiny-vl", "img112", bits=16), blob("tiny-vl", bits=16, vision_bits=8)):
+        answer = qvl.load(other, cache_dir=folder, **options).generate("What?", [picture], max_new_tokens=1)
+        assert answer.timings.kept_images == 0
+
+
+def test_memory_of_many_pictures_stays_within_the_limit(blob):
+    path = blob("tiny-vl", "img112", bits=16)
+    model = qvl.load(path, device="cpu", image_cache_bytes=3 * 256 * 256 * 4)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        model.generate("x", [rng.integers(0, 255, (20, 20, 3), np.uint8)], max_new_tokens=1)
+    assert model.vision.cache.nbytes == 3 * 256 * 256 * 4
+    with pytest.raises(QvlError, match="image_cache_bytes is -1"):
+        qvl.load(path, image_cache_bytes=-1)
