@@ -2,7 +2,7 @@
 
 A task is one head and up to `QUERIES` queries. Keys and values are gone through `KEYS` at a time: converted to float32
 in this thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 32),
-then used by all of the task's queries, `TOKENS` by `TOKENS`: scores, weights, weighted values. All of it is float32.
+then used by all of the task's queries, `FLOAT_TOKENS` at a time: scores, weights, weighted values, all in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qvl_kernels.cpu.simd import (
     to_f32,
     zeros,
 )
-from qvl_kernels.cpu.tiles import KEYS, QUERIES, TOKENS
+from qvl_kernels.cpu.tiles import FLOAT_TOKENS, KEYS, QUERIES
 
 LOWEST = float32(-1e30)
 SCORE_ROW = 4 * KEYS
@@ -50,7 +50,7 @@ def layout(scratch, d):
     keys = scratch + 4 * QUERIES * wide
     values = keys + 4 * KEYS * d
     scores = values + 4 * KEYS * padded
-    out = scores + 4 * KEYS * TOKENS
+    out = scores + 4 * KEYS * FLOAT_TOKENS
     return scratch, keys, values, scores, out, out + 4 * QUERIES * padded
 
 
@@ -58,7 +58,7 @@ def layout(scratch, d):
 def begin(q, row, count, d, factor, queries, out, state):
     """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
     wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
-    for i in range((count + TOKENS - 1) // TOKENS * TOKENS):
+    for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
         for c in range(0, wide, 16):
             if i < count:
                 store(queries + 4 * (i * wide + c), take(q + i * row + 4 * c, d - c) * factor)
@@ -109,20 +109,20 @@ def attend(scratch, d, count, held, visible, step):
     """All queries of a task over the `held` keys and values in scratch; query i sees ``visible + i * step`` of them."""
     queries, keys, values, scores, out, state = layout(scratch, d)
     wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
-    for first in range(0, count, TOKENS):
-        limit = min(held, visible + (first + TOKENS - 1) * step)
+    for first in range(0, count, FLOAT_TOKENS):
+        limit = min(held, visible + (first + FLOAT_TOKENS - 1) * step)
         if limit <= 0:
             continue
         target = out + 4 * first * padded
         for column in range(0, limit, 32):
             for i in range(column, column + 32, WIDTH):
-                for m in range(TOKENS):
+                for m in range(FLOAT_TOKENS):
                     store(scores + m * SCORE_ROW + 4 * i, blank())
                 tile_float(
                     keys + 4 * (column * d + i - column), 128, queries + 4 * first * wide, 4, 4 * wide, d,
                     scores + 4 * i, SCORE_ROW,
                 )  # fmt: skip
-        for m in range(TOKENS):
+        for m in range(FLOAT_TOKENS):
             seen = max(0, min(held, visible + (first + m) * step))
             weigh(scores + m * SCORE_ROW, seen, limit, state + 8 * (first + m), target + 4 * m * padded, padded)
         for c in range(0, padded, WIDTH):

@@ -1,7 +1,8 @@
 """Matrix-matrix products: ``out [M, N] = x [M, K] @ w.T`` for many rows, packed by `gemm_pack`.
 
-A thread takes a range of the 32-row blocks of the weights. As many tiles of activations as fit the second-level cache
-are gone through for one block after another, so a block's weights are read from memory once for all of them.
+A thread takes a range of the 32-row blocks of the weights. A piece of a block, `PIECE` columns, is multiplied with as
+many tiles of activations as fit the second-level cache, so that weights come from memory once for all of them, and the
+next piece is fetched meanwhile.
 
 16-bit weights lie row by row; a piece of 32 rows is turned into float32 ``[columns, 32]`` first.
 """
@@ -13,22 +14,38 @@ from numba import float32
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.epilogue import finish
-from qvl_kernels.cpu.gemm_tile import WIDTH, tile4, tile8, tile_float
+from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8, tile_float
 from qvl_kernels.cpu.registry import kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import get_f16, put_f32, rows, store, store_rows, zeros
-from qvl_kernels.cpu.tiles import FLOAT_TILES, PIECE, TOKENS
+from qvl_kernels.cpu.tiles import FLOAT_PIECE, FLOAT_TILES, FLOAT_TOKENS, HELD_TILES, PIECE, TOKENS
 
 CACHE_BYTES = 400 << 10
-"""Of packed activations that stay in the second-level cache beside a block of weights."""
-TILE_BYTES = TOKENS * 128
+"""Of packed activations that stay in the second-level cache beside the weights."""
+ROW = 128
+"""Bytes of a row of a tile's results, 32 float32."""
 
-nothing, square = zeros("f32", 32 * TOKENS), rows("f16", 16, 16)
+nothing, square = zeros("f32", 32), rows("f16", 16, 16)
 
 
 @routine
-def finish_tile(y, out, bias, gelu, residual, gated, tile, total, block, n):
-    for m in range(min(TOKENS, total - tile * TOKENS)):
-        finish(y + 128 * m, out, bias, gelu, residual, gated, tile * TOKENS + m, 32 * block, n, 32)
+def clear_tiles(y, row_count):
+    for m in range(row_count):
+        store(y + ROW * m, nothing())
+
+
+@routine
+def expect_rows(out, row, count, block, n):
+    """The lines `finish_rows` will write, before they are needed: a store that misses holds up those behind it."""
+    for m in range(row, row + count):
+        line = out + 4 * (m * n + 32 * block)
+        prefetch_write(line)
+        prefetch_write(line + 64)
+
+
+@routine
+def finish_rows(y, out, bias, gelu, residual, gated, row, count, block, n):
+    for m in range(count):
+        finish(y + ROW * m, out, bias, gelu, residual, gated, row + m, 32 * block, n, 32)
 
 
 def _make(bits: int):
@@ -37,26 +54,43 @@ def _make(bits: int):
     def gemm(args, thread, threads):
         (w, scales, zero_points, n, k, group, x, xs, sums, total, span, planes, out, bias, gelu, residual, gated,
          scratch) = unpack(args, 18)  # fmt: skip
-        y = scratch + thread * TILE_BYTES
+        y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns = (k + 127) // 128 * 128
-        groups = columns // group
         tile_bytes = columns * planes * TOKENS
+        tile_scales, tile_sums = 4 * (columns // span) * planes * TOKENS, 4 * (columns // group) * TOKENS
         tiles = (total + TOKENS - 1) // TOKENS
-        parts = (tiles * tile_bytes + CACHE_BYTES - 1) // CACHE_BYTES
+        held = min(HELD_TILES, CACHE_BYTES // (PIECE * planes * TOKENS))
+        parts = (tiles + held - 1) // held
         first, last = share((n + 31) // 32, thread, threads)
         for part in range(parts):
+            begin, end = tiles * part // parts, tiles * (part + 1) // parts
             for block in range(first, last):
-                bw, bs = w + block * (columns // 128) * block_bytes, scales + block * groups * 64
-                bz = zero_points + block * groups * 32 if zero_points != 0 else 0
-                for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
-                    store(y, nothing())
-                    for i in range(0, 32, WIDTH):
-                        tile_kernel(
-                            bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0, x + tile * tile_bytes,
-                            xs + 4 * tile * (columns // span) * planes * TOKENS, sums + 4 * tile * groups * TOKENS,
-                            groups, group // span, span // 4, planes, y + 4 * i,
-                        )  # fmt: skip
-                    finish_tile(y, out, bias, gelu, residual, gated, tile, total, block, n)
+                clear_tiles(y, (end - begin) * TOKENS)
+                for column in range(0, columns, PIECE):
+                    count = min(PIECE, columns - column)
+                    where = block * columns + column
+                    bw, bs = w + where // 128 * block_bytes, scales + where // group * 64
+                    bz = zero_points + where // group * 32 if zero_points != 0 else 0
+                    ahead = bw + count // 128 * block_bytes
+                    limit = min(ahead + PIECE // 128 * block_bytes, w + last * columns // 128 * block_bytes)
+                    for tile in range(begin, end):
+                        row = tile * TOKENS
+                        rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW
+                        complete = column + count == columns
+                        if complete:
+                            expect_rows(out, row, rows_left, block, n)
+                        for i in range(0, 32, WIDTH):
+                            tile_kernel(
+                                bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0,
+                                x + tile * tile_bytes + column * planes * TOKENS,
+                                xs + tile * tile_scales + 4 * (column // span) * planes * TOKENS,
+                                sums + tile * tile_sums + 4 * (column // group) * TOKENS,
+                                count // group, group // span, span // 4, planes, ty + 4 * i,
+                                ahead if ahead < limit else y,
+                            )  # fmt: skip
+                        ahead += count // group * 64
+                        if complete:
+                            finish_rows(ty, out, bias, gelu, residual, gated, row, rows_left, block, n)
 
     gemm.__name__ = f"gemm{bits}"
     return kernel(gemm)
@@ -105,23 +139,22 @@ def convert_piece(w, n, k, row, column, count, target):
 @kernel
 def gemm16(args, thread, threads):
     w, n, k, x, total, out, bias, gelu, residual, gated, scratch = unpack(args, 11)
-    piece = scratch + thread * (PIECE * 128 + FLOAT_TILES * TILE_BYTES)
-    y = piece + PIECE * 128
-    tiles = (total + TOKENS - 1) // TOKENS
+    piece = scratch + thread * (FLOAT_PIECE + FLOAT_TILES * FLOAT_TOKENS) * ROW
+    y = piece + FLOAT_PIECE * ROW
+    tiles = (total + FLOAT_TOKENS - 1) // FLOAT_TOKENS
     first, last = share((n + 31) // 32, thread, threads)
     for begin in range(0, tiles, FLOAT_TILES):
         end = min(tiles, begin + FLOAT_TILES)
+        row = begin * FLOAT_TOKENS
         for block in range(first, last):
-            for tile in range(end - begin):
-                store(y + tile * TILE_BYTES, nothing())
-            for column in range(0, k, PIECE):
-                count = min(PIECE, k - column)
+            clear_tiles(y, (end - begin) * FLOAT_TOKENS)
+            for column in range(0, k, FLOAT_PIECE):
+                count = min(FLOAT_PIECE, k - column)
                 convert_piece(w, n, k, 32 * block, column, count, piece)
-                for tile in range(end - begin):
+                for tile in range(begin, end):
                     for i in range(0, 32, WIDTH):
                         tile_float(
-                            piece + 4 * i, 128, x + 4 * TOKENS * ((begin + tile) * k + column), 4 * TOKENS, 4, count,
-                            y + tile * TILE_BYTES + 4 * i, 128,
+                            piece + 4 * i, ROW, x + 4 * FLOAT_TOKENS * (tile * k + column), 4 * FLOAT_TOKENS, 4, count,
+                            y + (tile - begin) * FLOAT_TOKENS * ROW + 4 * i, ROW,
                         )  # fmt: skip
-            for tile in range(end - begin):
-                finish_tile(y + tile * TILE_BYTES, out, bias, gelu, residual, gated, begin + tile, total, block, n)
+            finish_rows(y, out, bias, gelu, residual, gated, row, min(end * FLOAT_TOKENS, total) - row, block, n)

@@ -10,7 +10,7 @@ has one scale for each of its int8 planes: one plane, ``x = s q`` with q in -127
 
 `center` is the zero point of symmetric codes, or 1 where the matrix has zero points of its own. Scales of the columns
 that lie in high nibbles are divided by ``2**HIGH_SHIFT``. K is rounded up to 128. For 16-bit weights, `pack_float`
-writes float32 ``[tiles, K, TOKENS]``.
+writes float32 ``[tiles, K, FLOAT_TOKENS]``.
 
 The normalisation before a product and the column order of its matrix are applied on the way. Rows beyond the last are
 left as they are: nothing that is computed from them is stored.
@@ -40,7 +40,7 @@ from qvl_kernels.cpu.simd import (
     sum_all,
     zeros,
 )
-from qvl_kernels.cpu.tiles import TOKENS
+from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
 
 load, zero, zero_i32 = loads("f32", 16), zeros("f32", 16), zeros("i32", 16)
 ONE_PLANE, TWO_PLANES = float32(127), float32(32512)
@@ -142,8 +142,8 @@ def pack_float(args, thread, threads):
     buffer = scratch + thread * (4 * columns)
     first, last = share(rows, thread, threads)
     for index in range(first, last):
-        tile, m = index // TOKENS, index % TOKENS
+        tile, m = index // FLOAT_TOKENS, index % FLOAT_TOKENS
         row = prepare_row(x + 4 * k * index, k, columns, weight, bias, as_f32(eps), 0, buffer)
-        target = packed + 4 * (tile * k * TOKENS + m)
+        target = packed + 4 * (tile * k * FLOAT_TOKENS + m)
         for i in range(k):
-            put_f32(target + 4 * TOKENS * i, get_f32(row + 4 * i))
+            put_f32(target + 4 * FLOAT_TOKENS * i, get_f32(row + 4 * i))

@@ -11,6 +11,8 @@ in registers that are not there, and spill.
 from __future__ import annotations
 
 from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.registry import routine
@@ -34,16 +36,18 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
-from qvl_kernels.cpu.tiles import TOKENS
+from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
-"""Rows of weights in a vector: twice this many by `TOKENS` accumulators fit the registers."""
+"""Rows of weights in a vector: twice this many by `TOKENS` sums of a span, of a group and of all fit the registers."""
 WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
 no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
-spread, tile_rows, vector = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS), loads("f32", LANES)
+spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
+float_spread, float_rows = spreads("f32", LANES, FLOAT_TOKENS), rows("f32", LANES, FLOAT_TOKENS)
+vector = loads("f32", LANES)
 
 
 @intrinsic
@@ -77,6 +81,26 @@ def nibble(typing, v, upper):
     return v(v, upper), codegen
 
 
+def _prefetch(write: int, locality: int):
+    @intrinsic
+    def f(typing, addr):
+        def codegen(context, b, sig, args):
+            i32 = ir.IntType(32)
+            pointer = b.inttoptr(args[0], ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+            function = get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+            b.call(function, [pointer, *(ir.Constant(i32, x) for x in (write, locality, 1))])
+            return context.get_dummy_value()
+
+        return types.none(addr), codegen
+
+    return f
+
+
+prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
+"""Bring a line of weights into the second-level cache; bring a line that will be written into the first."""
+
+
 def _make_tile(bits: int):
     none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
 
@@ -104,10 +128,16 @@ def _make_tile(bits: int):
             return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
 
     @routine
-    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, planes, y):
-        """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`."""
+    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, planes, y, ahead):
+        """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
+
+        A line at `ahead` is fetched with every group: so few at a time never hold up the loads that are waited for.
+        """
         span = 0
+        f, h = tile_rows(y, 128), tile_rows(y + 4 * LANES, 128)
         for _ in range(groups):
+            prefetch_read(ahead)
+            ahead += 64
             p = spread(sums, 4)
             q = p
             if zero_points != 0:
@@ -127,9 +157,10 @@ def _make_tile(bits: int):
                     xs += TOKEN_BYTES
                 span += 1
             sums += TOKEN_BYTES
-            store_rows(y, fma(p, half(scales), tile_rows(y, 128)), 128)
-            store_rows(y + 4 * LANES, fma(q, half(scales + 2 * LANES), tile_rows(y + 4 * LANES, 128)), 128)
+            f, h = fma(p, half(scales), f), fma(q, half(scales + 2 * LANES), h)
             scales += 64
+        store_rows(y, f, 128)
+        store_rows(y + 4 * LANES, h, 128)
 
     return tile
 
@@ -143,9 +174,9 @@ def tile_float(w, w_step, x, x_step, x_row, count, y, y_row):
 
     Steps and rows in bytes: w[i] at ``w + i * w_step``, x[m, i] at ``x + i * x_step + m * x_row``.
     """
-    p, q = tile_rows(y, y_row), tile_rows(y + 4 * LANES, y_row)
+    p, q = float_rows(y, y_row), float_rows(y + 4 * LANES, y_row)
     for _ in range(count):
-        v = spread(x, x_row)
+        v = float_spread(x, x_row)
         p, q = fma(v, vector(w), p), fma(v, vector(w + 4 * LANES), q)
         w += w_step
         x += x_step

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-TOKENS = 6
-"""Rows of activations in a tile: with two vectors of weights, 12 accumulators and as many scaled sums."""
-PIECE = 256
+TOKENS = 4
+"""Rows of quantised activations in a tile."""
+PIECE = 2048
+"""Columns of packed weights that are multiplied with many tiles, one after another."""
+HELD_TILES = 128
+"""Such tiles at most."""
+FLOAT_TOKENS = 6
+"""Rows of float32 activations (or queries) in a tile."""
+FLOAT_PIECE = 256
 """Columns of 16-bit weights that are converted at a time."""
 FLOAT_TILES = 64
 """Tiles of activations that use such a piece."""
@@ -28,15 +34,15 @@ def int8_bytes(rows: int, k: int, group: int, span: int, planes: int) -> tuple[i
 
 def float_bytes(rows: int, k: int) -> int:
     """Bytes of `packed` of ``gemm_pack.pack_float``."""
-    return _up(rows, TOKENS) * k * 4
+    return _up(rows, FLOAT_TOKENS) * k * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:
     """Scratch memory a thread needs for any of the pack and gemm kernels."""
-    return max(8 * _up(k, 128) + 64, PIECE * 128 + FLOAT_TILES * TOKENS * 128)
+    return max(8 * _up(k, 128) + 64, 128 * HELD_TILES * TOKENS, 128 * (FLOAT_PIECE + FLOAT_TILES * FLOAT_TOKENS))
 
 
 def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
     wide, padded = _up(head_dim, 16), _up(head_dim, 32)
-    return 4 * (QUERIES * (wide + padded + 2) + KEYS * (head_dim + padded + TOKENS))
+    return 4 * (QUERIES * (wide + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
