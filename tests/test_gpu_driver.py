@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from fakes.gpu import Images
 
 from qvl_kernels import gpu
+from qvl_kernels.gpu import signatures
+from qvl_kernels.gpu.build import source_hash
 
 pytest.importorskip("cuda.bindings.driver")
 pytest.importorskip("cuda.core")
@@ -35,14 +40,32 @@ def _run(library: Path | str, part: str, *arguments: object, **settings: object)
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("done\n")
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 def test_memory_launches_and_graphs(library):
     _run(library, "seam")
 
 
-def test_a_decode_step_is_one_graph(library, blob):
+def test_the_public_api_on_a_bundle_of_kernels(library, blob, tmp_path, monkeypatch):
+    """In a process that can import neither torch nor triton."""
+    images, kernels = Images(), {}
+    path = tmp_path / "qvl" / f"gpu-kernels-sm90-{source_hash()[:16]}.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as bundle:
+        bundle.writestr("code", b"\x7fELF")
+        for name in signatures.names():
+            image = images[name]
+            entry = {
+                "symbol": name,
+                "warps": image.warps,
+                "shared": 60000,
+                "constants": image.constants,
+                "cubin": "code",
+            }
+            kernels[name] = {"90": entry}
+        bundle.writestr("manifest.json", json.dumps({"sources": source_hash(), "kernels": kernels}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _run(library, "model", blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=16))
 
 
@@ -56,7 +79,9 @@ def test_a_decode_step_is_one_graph(library, blob):
     ],
 )
 def test_what_is_not_usable_is_said_in_one_line(library, settings, message):
-    assert message in _run(library, "refused", **settings)
+    said = _run(library, "refused", **settings)
+    assert message in said
+    assert f"qvl: no usable GPU ({message}" in said
 
 
 def test_no_driver_at_all_is_said_in_one_line():

@@ -4,7 +4,6 @@ driver_run.py LIBRARY seam | model BLOB | refused
 """
 
 import ctypes
-import dataclasses
 import sys
 import threading
 from pathlib import Path
@@ -13,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fakes.absent  # noqa: F401
 import numpy as np
-from fakes.gpu import Images
 
 from qvl_kernels import gpu
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.ops import DeviceError
+from qvl_runtime.devices import make_ops
 
 RUN, STORE, REPLAY = 0, 1, 2
 
@@ -110,44 +109,37 @@ def seam(library: ctypes.CDLL) -> None:
     launches(driver, library)
 
 
-class Elves(Images):
-    """Images that look like cubins."""
-
-    def __missing__(self, name):
-        self[name] = dataclasses.replace(super().__missing__(name), code=b"\x7fELF")
-        return self[name]
-
-
 def model(library: ctypes.CDLL, path: str) -> None:
-    from qvl_runtime.blob import Blob
-    from qvl_runtime.decoder import Decoder, DecodeStep
-    from qvl_runtime.kv_cache import Context
-    from qvl_runtime.weights import Weights
+    """The public API on kernels from a bundle; whatever is asked, the answer is token 65."""
+    import qvl_runtime as qvl
 
-    seen, moved = [], []
+    seen, chosen = [], []
 
     @Callback
     def on_launch(mode, stored, name, dims, params):
+        if mode != REPLAY and name == b"argmax.any":
+            out, rows = ctypes.c_uint64.from_address(params[1]).value, dims[1]
+            chosen.append((ctypes.c_int32 * rows).from_address(out))
+        for out in chosen:
+            out[:] = [65] * len(out)
         seen.append(mode)
         return len(seen)
 
     library.fake_on_launch(on_launch)
-    ops, blob = gpu.CudaOps(Driver(), Elves(), progress=moved.append), Blob(path)
-    decoder = Decoder(Weights(blob, ops))
-    assert sum(moved) > 500_000
-    step = DecodeStep(decoder, Context(ops, blob.config, "int8", 16))
-    step(3)
-    seen.clear()
-    step(4)
-    assert seen and set(seen) == {REPLAY}, "a decode step is one graph"
-    used, most = ctypes.c_int64(), ctypes.c_int64()
+    loaded = qvl.load(path, device="cuda", kv_cache="int8")
+    assert loaded.ops.name == "cuda" and loaded.ops.launch.images.path.name.startswith("gpu-kernels-sm90-")
+    assert loaded.generate([1, 2, 3], max_new_tokens=8).token_ids == [65] * 8
+    assert STORE in seen and seen[-1] == REPLAY, "steps are replayed"
+    memory, used, most = loaded.ops.memory, ctypes.c_int64(), ctypes.c_int64()
     library.fake_memory(ctypes.byref(used), ctypes.byref(most))
-    assert ops.memory.in_use <= used.value <= ops.memory.in_use + (128 << 20) and most.value >= ops.memory.peak
+    assert memory.in_use <= used.value <= memory.in_use + (128 << 20) and most.value >= memory.peak > 500_000
 
 
 def refused(library: ctypes.CDLL | None) -> None:
     usable, reason = gpu.available()
     assert not usable and "\n" not in reason
+    raises(reason, lambda: make_ops("cuda"))
+    assert make_ops("auto").name == "cpu"
     print(reason)
 
 
