@@ -111,7 +111,7 @@ def build(
 ) -> Path:
     """Compile all kernels for `architectures` into a bundle at `path`, which is replaced when all is done.
 
-    `progress` is called with the number of compilations done, that of all, and the name of the next; at the end with "".
+    `progress` is called with the number of compilations done, that of all, and the name of the next; "" at the end.
     """
     work = [(name, architecture) for architecture in architectures for name in names()]
     entries: dict[str, dict[str, dict]] = {name: {} for name in names()}

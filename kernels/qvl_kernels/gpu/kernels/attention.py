@@ -31,18 +31,16 @@ def _half(tile, INT8: tl.constexpr):
 
 @triton.jit
 def _cached_step(
-    q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, d, width, scale,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, INT8: tl.constexpr, BN: tl.constexpr,
+    q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, scale,
+    MASKED: tl.constexpr, INT8: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rn = n0 + tl.arange(0, BN)
     k_tile = k + rn[None, :] * width + rd[:, None]
     v_tile = v + rn[:, None] * width + rd[None, :]
     if MASKED:
-        keys = tl.load(k_tile, mask=(rn < end)[None, :] & (rd < d)[:, None], other=0)
-    elif EXACT:
-        keys = tl.load(k_tile)
+        keys = tl.load(k_tile, mask=(rn < end)[None, :] & (rd < width)[:, None], other=0)
     else:
-        keys = tl.load(k_tile, mask=(rd < d)[:, None], other=0)
+        keys = tl.load(k_tile)
     scores = tl.dot(q, _half(keys, INT8)) * scale
     if INT8:
         scores *= tl.load(k_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
@@ -52,11 +50,9 @@ def _cached_step(
     if INT8:
         weights *= tl.load(v_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
     if MASKED:
-        values = tl.load(v_tile, mask=(rn < end)[:, None] & (rd < d)[None, :], other=0)
-    elif EXACT:
-        values = tl.load(v_tile)
+        values = tl.load(v_tile, mask=(rn < end)[:, None] & (rd < width)[None, :], other=0)
     else:
-        values = tl.load(v_tile, mask=(rd < d)[None, :], other=0)
+        values = tl.load(v_tile)
     acc = tl.dot(weights.to(tl.float16), _half(values, INT8), acc * shrink[:, None])
     return acc, largest, total
 
@@ -89,18 +85,18 @@ def cached_attention(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, 128), tl.float32)
-    # keys every query of the tile sees, then those that need the mask
-    open_end = (begin + tile * BM + 1) // BN * BN
-    for n0 in range(0, open_end, BN):
+    # first the keys that every query of the tile sees, then those that need a mask
+    n_open = 0
+    if EXACT:
+        n_open = (begin + tile * BM + 1) // BN * BN
+        for n0 in range(0, n_open, BN):
+            acc, largest, total = _cached_step(
+                q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, scale, False, INT8, BN
+            )
+    for n0 in range(n_open, tl.minimum(end, begin + (tile + 1) * BM), BN):
         acc, largest, total = _cached_step(
-            q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, width, scale,
-            False, EXACT, INT8, BN,
-        )  # fmt: skip
-    for n0 in range(open_end, tl.minimum(end, begin + (tile + 1) * BM), BN):
-        acc, largest, total = _cached_step(
-            q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, width, scale,
-            True, EXACT, INT8, BN,
-        )  # fmt: skip
+            q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, scale, True, INT8, BN
+        )
     tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc / total[:, None]), mask=mask)
 
 
@@ -117,7 +113,7 @@ def attention(
 @triton.jit
 def _step_128(
     tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale,
-    EXACT: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rn = n0 + tl.arange(0, BN)
     k_tile = k + rn[None, :] * stride + rd[:, None]
@@ -125,20 +121,16 @@ def _step_128(
     seen = rn < k_rows
     if MASKED:
         keys = tl.load(k_tile, mask=seen[None, :] & in_head[:, None], other=0.0)
-    elif EXACT:
-        keys = tl.load(k_tile)
     else:
-        keys = tl.load(k_tile, mask=in_head[:, None], other=0.0)
+        keys = tl.load(k_tile)
     scores = tl.dot(tile, keys) * scale
     if MASKED:
         scores = tl.where(seen[None, :], scores, float("-inf"))
     weights, shrink, largest, total = _weigh(scores, largest, total)
     if MASKED:
         values = tl.load(v_tile, mask=seen[:, None] & in_head[None, :], other=0.0)
-    elif EXACT:
-        values = tl.load(v_tile)
     else:
-        values = tl.load(v_tile, mask=in_head[None, :], other=0.0)
+        values = tl.load(v_tile)
     acc = tl.dot(weights.to(tl.float16), values, acc * shrink[:, None])
     return acc, largest, total
 
@@ -164,14 +156,16 @@ def _attention_128(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, 128), tl.float32)
-    whole = k_rows // BN * BN
-    for n0 in range(0, whole, BN):
+    whole = 0
+    if D != 0:
+        whole = k_rows // BN * BN
+        for n0 in range(0, whole, BN):
+            acc, largest, total = _step_128(
+                tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale, False, BN
+            )
+    for n0 in range(whole, k_rows, BN):
         acc, largest, total = _step_128(
-            tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale, D != 0, False, BN
-        )
-    if whole < k_rows:
-        acc, largest, total = _step_128(
-            tile, acc, largest, total, k, v, whole, k_rows, stride, rd, in_head, scale, D != 0, True, BN
+            tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale, True, BN
         )
     tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc / total[:, None]), mask=mask)
 
