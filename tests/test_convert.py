@@ -127,7 +127,11 @@ def test_metadata_tell_where_the_file_comes_from(blob):
 
 def test_conversion_is_reproducible_and_the_order_of_production_does_not_matter(tmp_path):
     convert(BIN, tmp_path / "a.qvl")
-    convert(BIN, tmp_path / "b.qvl", produce=lambda source, plans: each_by_itself(source, plans[::-1]))
+    convert(
+        BIN,
+        tmp_path / "b.qvl",
+        produce=lambda source, plans, pending, done: each_by_itself(source, plans, pending[::-1], done),
+    )
     assert sha256(tmp_path / "a.qvl") == sha256(tmp_path / "b.qvl")
 
 

@@ -10,22 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
+from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.plan import MatrixPlan, Recipe, Source
+from qvl_convert.quantize_model import Calibrated, Finished
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
 from qvl_runtime.architecture import PARTS, VectorSpec, tensors
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
-from qvl_runtime.errors import QvlError
 from qvl_runtime.images import MEAN, STD
+from qvl_runtime.tokenizer import Tokenizer
 
-Producer = Callable[[Source, list[MatrixPlan]], Iterator[tuple[MatrixPlan, Matrix]]]
+Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
+"""Makes the matrices that are still missing, in any order, given source, all plans, those that are missing, and a
+reader of those that are there."""
 Progress = Callable[[str, int, int], None]
 
 
-def each_by_itself(source: Source, plans: list[MatrixPlan]) -> Iterator[tuple[MatrixPlan, Matrix]]:
+def each_by_itself(
+    source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
+) -> Iterator[tuple[MatrixPlan, Matrix]]:
     """The producer of everything that needs no calibration."""
-    for plan in plans:
+    for plan in pending:
         yield plan, source.matrix(plan)
 
 
@@ -38,10 +44,13 @@ def convert(
     vision_bits: int | None = None,
     head_bits: int | None = None,
     method: str = "rtn",
+    calibration_data: str | os.PathLike = calibration.BUILTIN,
+    calibration_samples: int = 32,
+    device: str = "auto",
     resume: bool = False,
     force: bool = False,
     progress: Progress = lambda name, done, total: None,
-    produce: Producer = each_by_itself,
+    produce: Producer | None = None,
 ) -> None:
     """Convert the folder of a Hugging Face model into one file.
 
@@ -57,7 +66,13 @@ def convert(
     group_size : int
         32, 64 or 128 columns share a scale.
     method : str
-        "rtn" or "gptq", for the decoder's linears.
+        "rtn", or "gptq": calibrated, for the decoder's linears and for whatever else has 4 bits but the embedding.
+    calibration_data : path
+        What "gptq" looks at: "builtin", or a file or folder that `qvl_convert.calibration` reads.
+    calibration_samples : int
+        How many conversations of it.
+    device : str
+        Runs the layers during calibration.
     resume : bool
         Take up an unfinished conversion of the same model with the same settings.
     force : bool
@@ -65,7 +80,7 @@ def convert(
     progress : callable
         Told the name of each finished tensor, the bytes of the file that are done, and its size.
     produce : callable
-        Makes the matrices that are still missing, in any order.
+        Makes the matrices that are still missing; by default what `method` asks for.
 
     Raises
     ------
@@ -80,20 +95,29 @@ def convert(
         head_bits=default if head_bits is None else head_bits,
         method=method,
     )
-    if method == "gptq" and produce is each_by_itself:
-        raise QvlError("--method gptq: needs a producer that calibrates; use --method rtn")
     source = Source(Checkpoint(src))
     plans = source.plan(recipe)
     vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
     layout = _layout(source, plans, vectors)
-    writer = BlobWriter(Path(out), layout, _metadata(source, plans), resume=resume, force=force)
+    metadata = _metadata(source, plans)
+    if produce is None:
+        produce = each_by_itself
+    if any(plan.method == "gptq" for plan in plans):
+        samples = _samples(source, calibration_data, calibration_samples)
+        produce = Calibrated(samples, device=device)
+        used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
+        metadata["calibration"] = json.dumps(used)
+    writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)
     with writer:
+
+        def finished(plan: MatrixPlan) -> Matrix:
+            return plan.matrix({name.rpartition(".")[2]: writer.read(name) for name in plan.layout()})
 
         def report(name: str) -> None:
             progress(name, writer.written, writer.size)
 
         pending = [p for p in plans if not all(writer.done(name) for name in p.layout())]
-        for plan, matrix in produce(source, pending):
+        for plan, matrix in produce(source, plans, pending, finished):
             writer.write_matrix(plan.spec.name, matrix)
             report(plan.spec.name)
             # An embedding is large: it must be gone before the next matrix is made.
@@ -105,6 +129,15 @@ def convert(
             writer.write(RANKS, np.frombuffer(source.checkpoint.ranks, np.uint8))
         writer.finish()
         report(RANKS)
+
+
+def _samples(source: Source, data: str | os.PathLike, count: int) -> list[calibration.Sample]:
+    checkpoint = source.checkpoint
+    tokenizer = Tokenizer.from_ranks(
+        checkpoint.ranks, image_tags=checkpoint.config.visual is not None, vocab_size=checkpoint.config.vocab_size
+    )
+    chat = checkpoint.generation_config.chat_format == "chatml"
+    return calibration.load(data, tokenizer, chat=chat, count=count)
 
 
 def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) -> Layout:

@@ -29,7 +29,7 @@ class Recipe:
     group_size : int
         Columns that share a scale: 32, 64 or 128.
     method : str
-        Of the decoder's linears, "rtn" or "gptq". The other parts are rounded to nearest.
+        "rtn" or "gptq": of the decoder's linears, and of whatever else has 4 bits but the embedding.
     """
 
     bits: int = 4
@@ -81,6 +81,12 @@ class MatrixPlan:
         if self.bias:
             arrays["bias"] = ((spec.n,), np.dtype(np.float32))
         return {f"{spec.name}.{suffix}": value for suffix, value in arrays.items()}
+
+    def matrix(self, arrays: dict[str, np.ndarray]) -> Matrix:
+        """The matrix whose arrays, by the last part of their names, are these."""
+        spec, weight = self.spec, arrays["weight" if self.bits == 16 else "qweight"]
+        rest = {suffix: arrays.get(suffix) for suffix in ("scales", "zeros", "perm", "bias")}
+        return Matrix(spec.n, spec.k, self.bits, self.group_size, weight, **rest)
 
 
 class Source:
@@ -135,7 +141,9 @@ class Source:
         if bits == 16:
             method = "fp16"
         else:
-            method = recipe.method if spec.part == "decoder" else "rtn"
+            # 8 bits lose too little for a calibration of the ViT or the head to be worth hours
+            calibrated = spec.part == "decoder" or (bits == 4 and spec.part != "embedding")
+            method = recipe.method if calibrated else "rtn"
         return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias is not None)
 
     def _plan_import(self, spec: MatrixSpec, bits: int) -> MatrixPlan:

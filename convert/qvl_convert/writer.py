@@ -176,6 +176,13 @@ class BlobWriter:
         for suffix, array in matrix_arrays(matrix).items():
             self.write(f"{name}.{suffix}", array)
 
+    def read(self, name: str) -> np.ndarray:
+        """A tensor that was written."""
+        array = np.empty(*self._layout[name])
+        self._file.seek(self._spans[name][0])
+        self._file.readinto(memoryview(array.reshape(-1).view(np.uint8)))
+        return array
+
     def finish(self) -> None:
         """Give the complete file its name."""
         if missing := [name for name in self._layout if name not in self._done]:

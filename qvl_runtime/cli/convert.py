@@ -23,6 +23,11 @@ def convert(
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
+    calibration: Annotated[
+        str, typer.Option(help="For gptq: 'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
+    ] = "builtin",
+    calibration_samples: Annotated[int, typer.Option(help="For gptq: how many conversations.")] = 32,
+    device: Annotated[str, typer.Option(help="For gptq: auto, cpu or cuda runs the layers.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
@@ -37,6 +42,8 @@ def convert(
 
       qvl convert Qwen-VL-Chat small.qvl --vision-bits 4 --head-bits 4
 
+      qvl convert Qwen-VL-Chat faithful.qvl --method gptq --calibration my-conversations.json
+
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
     with _bar() as report:
@@ -48,6 +55,9 @@ def convert(
             vision_bits=vision_bits,
             head_bits=head_bits,
             method=method,
+            calibration_data=calibration,
+            calibration_samples=calibration_samples,
+            device=device,
             resume=resume,
             force=force,
             progress=report,

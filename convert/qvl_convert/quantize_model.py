@@ -1,0 +1,184 @@
+"""GPTQ over a whole model, layer by layer, each calibrated with the already quantised layers in front of it.
+
+Nothing but the unfinished file is kept of a run: taken up again, the finished layers are run once more from it, which
+gives the remaining ones the same inputs and so the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from qvl_convert.calibration import Sample
+from qvl_convert.gptq import Factor, Hessian, factorize, gptq
+from qvl_convert.plan import MatrixPlan, Source
+from qvl_convert.walk import Published, Stage, Walk, stages
+from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_kernels.packing import Matrix, pack
+from qvl_runtime.devices import make_ops
+from qvl_runtime.weights import Weights
+
+log = logging.getLogger(__name__)
+
+Finished = Callable[[MatrixPlan], Matrix]
+"""Reads a matrix that is in the file already."""
+
+
+class Watch:
+    """A backend that adds up the Hessians of the products it is asked for.
+
+    Parameters
+    ----------
+    ops : Ops
+        What computes.
+    wanted : set of str
+        Names of the matrices to watch.
+
+    Attributes
+    ----------
+    hessians : dict
+        `Hessian` by matrix name; matrices that are given the same input share one.
+    """
+
+    def __init__(self, ops: Ops, wanted: set[str]):
+        self._ops, self._wanted = ops, wanted
+        self._names: dict[int, str] = {}
+        self.hessians: dict[str, Hessian] = {}
+
+    def __getattr__(self, name: str):
+        return getattr(self._ops, name)
+
+    def name(self, weight: Weight, name: str) -> None:
+        """Say which matrix a weight is."""
+        self._names[id(weight)] = name
+
+    def linear(self, x: Array, w: Weight, out: Array, *, norm: Norm | None = None, **rest) -> None:
+        self._see(x, norm, w)
+        self._ops.linear(x, w, out, norm=norm, **rest)
+
+    def gate_up(self, x: Array, gate: Weight, up: Weight, out: Array, *, norm: Norm) -> None:
+        self._see(x, norm, gate, up)
+        self._ops.gate_up(x, gate, up, out, norm=norm)
+
+    def _see(self, x: Array, norm: Norm | None, *weights: Weight) -> None:
+        names = [name for w in weights if (name := self._names[id(w)]) in self._wanted]
+        if not names:
+            return
+        if norm is not None:
+            normed = self._ops.empty(x.shape, self._ops.activation_dtype)
+            self._ops.normalize(x, norm, normed)
+            x = normed
+        shared = self.hessians.get(names[0]) or Hessian(x.shape[1])
+        self.hessians |= dict.fromkeys(names, shared)
+        shared.add(self._ops.download(x))
+
+
+class WatchedWeights(Weights):
+    """Weights that tell a `Watch` their names."""
+
+    ops: Watch
+
+    def matrix(self, name: str) -> Weight:
+        weight = super().matrix(name)
+        self.ops.name(weight, name)
+        return weight
+
+
+class InFile:
+    """The part of a blob that is written already, for `Weights`."""
+
+    def __init__(self, source: Source, plans: list[MatrixPlan], finished: Finished):
+        self.source, self.config = source, source.checkpoint.config
+        self._plans, self._finished = {plan.spec.name: plan for plan in plans}, finished
+
+    def matrix(self, name: str) -> Matrix:
+        return self._finished(self._plans[name])
+
+    def vector(self, name: str) -> np.ndarray:
+        return self.source.checkpoint.vector(name)
+
+
+class Calibrated:
+    """The producer of `convert` for ``method="gptq"``.
+
+    Parameters
+    ----------
+    samples : list of Sample
+    device : str
+        Runs the layers; the algorithm itself runs on the processor.
+    spill : bool
+        Keep the activations in a temporary folder instead of memory.
+    damp : float
+        Share of the mean of a Hessian's diagonal.
+    """
+
+    def __init__(self, samples: list[Sample], *, device: str = "auto", spill: bool = False, damp: float = 0.01):
+        self.samples, self._device, self._spill, self._damp = samples, device, spill, damp
+
+    def __call__(
+        self, source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
+    ) -> Iterator[tuple[MatrixPlan, Matrix]]:
+        """Make the pending matrices."""
+        with tempfile.TemporaryDirectory(prefix="qvl-") if self._spill else nullcontext() as folder:
+            yield from self._layers(source, plans, pending, finished, None if folder is None else Path(folder))
+
+    def _layers(
+        self,
+        source: Source,
+        plans: list[MatrixPlan],
+        pending: list[MatrixPlan],
+        finished: Finished,
+        folder: Path | None,
+    ) -> Iterator[tuple[MatrixPlan, Matrix]]:
+        todo = {plan.spec.name: plan for plan in pending}
+        calibrated = {name for name, plan in todo.items() if plan.method == "gptq"}
+        ops = make_ops(self._device, "int16")
+        walk = Walk(ops, source.checkpoint.config, self.samples, folder)
+        published, quantised = Published(source), InFile(source, plans, finished)
+        for stage in stages(source.checkpoint.config):
+            names = [name for name in stage.matrices if name in todo]
+            hessians = {}
+            if calibrated:
+                hessians = self._hessians(walk, stage, published, calibrated)
+            yield from ((todo[name], source.matrix(todo[name])) for name in names if name not in calibrated)
+            yield from self._quantise(source, [todo[n] for n in names if n in calibrated], hessians)
+            calibrated -= set(names)
+            if calibrated and stage.kind != "norm":
+                walk.run(stage, Weights(quantised, ops))
+
+    def _hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
+        wanted = wanted & set(stage.matrices)
+        if stage.kind == "norm":
+            walk.run(stage, Weights(published, walk.ops))
+            hessian = Hessian(walk.config.hidden_size)
+            for normed in walk.hidden:
+                hessian.add(normed)
+            return dict.fromkeys(wanted, hessian)
+        if not wanted:
+            return {}
+        watch = Watch(walk.ops, wanted)
+        walk.run(stage, WatchedWeights(published, watch), keep=False)
+        return watch.hessians
+
+    def _quantise(
+        self, source: Source, plans: list[MatrixPlan], hessians: dict[str, Hessian]
+    ) -> Iterator[tuple[MatrixPlan, Matrix]]:
+        factors: dict[int, Factor] = {}
+        for plan in plans:
+            started, hessian = time.perf_counter(), hessians[plan.spec.name]
+            if id(hessian) not in factors:
+                # one factor at a time: the largest takes three times a Hessian
+                factors = {id(hessian): factorize(hessian.mean(), damp=self._damp, name=plan.spec.name)}
+            factor = factors[id(hessian)]
+            codes, scales, zeros = gptq(
+                source.weight(plan.spec), factor, bits=plan.bits, group_size=plan.group_size, sym=not plan.zeros
+            )
+            bias = source.bias(plan.spec)
+            yield plan, pack(codes, scales, plan.bits, plan.group_size, zeros=zeros, bias=bias)
+            log.info("%s: %.1f s", plan.spec.name, time.perf_counter() - started)

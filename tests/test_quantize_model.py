@@ -1,0 +1,174 @@
+"""GPTQ over whole models: what comes out, that it is better than rounding, and that an interruption changes nothing."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import qvl_runtime as qvl
+from qvl_convert import calibration
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.convert import convert
+from qvl_convert.gptq import dequantize, factorize, gptq, output_error
+from qvl_convert.plan import Recipe, Source
+from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights
+from qvl_convert.rtn import quantize
+from qvl_convert.walk import Published, Walk, stages
+from qvl_runtime.blob import Blob
+from qvl_runtime.devices import make_ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.weights import Weights
+
+VL = GOLDEN / "ckpt" / "tiny-vl"
+ALL_INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32, "method": "gptq", "device": "reference"}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Source(Checkpoint(VL))
+
+
+@pytest.fixture(scope="module")
+def samples(source):
+    config = source.checkpoint.config
+    tokenizer = Tokenizer.from_ranks(source.checkpoint.ranks, image_tags=True, vocab_size=config.vocab_size)
+    return calibration.load("builtin", tokenizer, chat=True, count=3, max_tokens=600)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, samples):
+    path = tmp_path_factory.mktemp("gptq") / "whole.qvl"
+    convert(VL, path, **ALL_INT4, calibration_samples=3)
+    return path
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_walk_computes_what_the_model_computes(source, samples, model):
+    ops = make_ops("reference")
+    walk, weights = Walk(ops, source.checkpoint.config, samples), Weights(Published(source), ops)
+    for stage in stages(source.checkpoint.config):
+        walk.run(stage, weights)
+    for i, sample in enumerate(samples):
+        want = model("tiny-vl", bits=16).logits(sample.ids, sample.images)
+        np.testing.assert_allclose(np.concatenate(list(walk.logits(weights, i))), want, rtol=0, atol=1e-5)
+
+
+def test_spilled_activations_are_the_same(source, samples, tmp_path):
+    ops = make_ops("reference")
+    weights, results = Weights(Published(source), ops), []
+    for folder in (None, tmp_path):
+        walk = Walk(ops, source.checkpoint.config, samples, folder)
+        for stage in stages(source.checkpoint.config)[:-3]:
+            walk.run(stage, weights)
+        results.append([np.array(x) for x in walk.hidden])
+    assert len(list(tmp_path.iterdir())) == 3
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples):
+    """The Hessian of each product predicts the error of its output."""
+    config, ops = source.checkpoint.config, make_ops("reference")
+    walk, seen = Walk(ops, config, samples), set()
+    for stage in stages(config):
+        names = set(stage.matrices) - {"transformer.wte", "lm_head"}
+        watch = Watch(ops, names)
+        walk.run(stage, WatchedWeights(Published(source), watch), keep=False)
+        assert set(watch.hessians) == names
+        assert all(h.count > 0 and np.trace(h.sum) > 0 for h in watch.hessians.values())
+        seen |= names
+        walk.run(stage, Weights(Published(source), ops))
+    assert len(seen) == sum(len(stage.matrices) for stage in stages(config)) - 2
+
+
+def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
+    blob = Blob(whole)
+    methods = {part: (q["bits"], q["method"]) for part, q in blob.metadata["quantization"].items()}
+    assert methods == {
+        "vision": (4, "gptq"),
+        "adapter": (4, "gptq"),
+        "decoder": (4, "gptq"),
+        "embedding": (4, "rtn"),
+        "head": (4, "gptq"),
+    }
+
+
+def test_it_is_nearer_to_the_original_than_rounding(whole, blob, model, samples):
+    rounded = qvl.load(blob("tiny-vl", vision_bits=4, head_bits=4, group_size=32), device="reference")
+    reference, ours = model("tiny-vl", bits=16), qvl.load(whole, device="reference")
+    sample = samples[0]
+    want = reference.logits(sample.ids, sample.images)
+    errors = [np.square(m.logits(sample.ids, sample.images) - want).mean() for m in (ours, rounded)]
+    assert errors[0] < 0.5 * errors[1]
+    features = reference.encode_image(sample.images[0])
+    errors = [np.square(m.encode_image(sample.images[0]) - features).mean() for m in (ours, rounded)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 7, 14, 17, 24, 30])
+def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, after):
+    out, made = tmp_path / "out.qvl", []
+
+    def die(name, *_):
+        made.append(name)
+        if len(made) == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(VL, out, **ALL_INT4, calibration_samples=3, progress=die)
+    assert not out.exists()
+    again = []
+    convert(VL, out, **ALL_INT4, calibration_samples=3, resume=True, progress=lambda name, *_: again.append(name))
+    assert not set(again) & set(made[:-1]) and sha256(out) == sha256(whole)
+
+
+def test_other_calibration_data_are_not_mixed_into_an_unfinished_file(tmp_path):
+    def die(*_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=3, progress=die)
+    with pytest.raises(QvlError, match="other settings"):
+        convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=4, resume=True)
+
+
+def test_a_finished_walk_is_not_repeated(source, samples, monkeypatch):
+    """Where nothing waits for calibration no layer is run."""
+    monkeypatch.setattr(Walk, "run", lambda *a, **k: pytest.fail("ran a layer"))
+    plans = source.plan(Recipe(method="rtn"))
+    made = list(Calibrated(samples, device="reference")(source, plans, plans[:4], None))
+    assert [plan for plan, _ in made] == plans[:4]
+
+
+def test_bad_calibration_data_leave_nothing_behind(tmp_path):
+    with pytest.raises(QvlError, match=r"gone\.json"):
+        convert(VL, tmp_path / "out.qvl", method="gptq", calibration_data=tmp_path / "gone.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_the_algorithm_sees_is_that_of_the_layer(source, samples):
+    """One decoder matrix: GPTQ on the watched Hessian beats rounding on the layer's own inputs."""
+    config, ops = source.checkpoint.config, make_ops("reference")
+    walk = Walk(ops, config, samples)
+    for stage in stages(config):
+        if stage.kind == "decoder":
+            break
+        walk.run(stage, Weights(Published(source), ops))
+    name = stage.matrices[0]
+    watch = Watch(ops, {name})
+    walk.run(stage, WatchedWeights(Published(source), watch), keep=False)
+    spec = next(plan.spec for plan in source.plan(Recipe()) if plan.spec.name == name)
+    w = source.weight(spec).astype(np.float32)
+    h = watch.hessians[name].mean()
+    codes, scales, _ = gptq(w, factorize(h), group_size=32)
+    ours = output_error(w, dequantize(codes, scales, 8, 32), h)
+    assert ours < 0.75 * output_error(w, quantize(w, 4, 32).dequantize(), h)
