@@ -35,6 +35,8 @@ class Timings:
         Pictures of the prompt, and those among them that did not pass through the vision tower again.
     new_tokens : int
         Of the answer.
+    guessed_tokens, right_guesses : int
+        See `qvl_runtime.speculation`.
     """
 
     image: float = 0.0
@@ -45,6 +47,8 @@ class Timings:
     images: int = 0
     kept_images: int = 0
     new_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -173,7 +177,9 @@ def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
     return Logprob(token, float(shifted[token]), [(int(i), float(shifted[i])) for i in likely])
 
 
-def generate_step(session: Session, choose: Chooser, guesses: PromptLookup | None, limit: int) -> Iterator[Choice]:
+def generate_step(
+    session: Session, choose: Chooser, guesses: PromptLookup | None, limit: int, timings: Timings
+) -> Iterator[Choice]:
     """Up to `limit` tokens, after `session` was prefilled; each is computed on when the next is asked for.
 
     With `guesses` several tokens are computed at once, and those that were not chosen are forgotten again.
@@ -189,12 +195,14 @@ def generate_step(session: Session, choose: Chooser, guesses: PromptLookup | Non
             guesses.append(choice.token)
         if row < len(guessed) and guessed[row] == choice.token:
             row += 1
+            timings.right_guesses += 1
             continue
         if guessed:
             session.truncate(session.length - len(guessed) + row)
             guesses.learn(len(guessed), row)
         guessed = guesses.guess(min(session.room - 1, limit - made - 1)) if guesses is not None else []
         row = 0
+        timings.guessed_tokens += len(guessed)
         session.feed(choice.token, *guessed)
 
 

@@ -402,7 +402,7 @@ class Model:
             )
             guesses = PromptLookup(request.ids, ROW_COST.get(self.ops.name, 1.0)) if speculate else None
             yield from stream_generate(
-                generate_step(session, choose, guesses, limit),
+                generate_step(session, choose, guesses, limit, timings),
                 self.tokenizer,
                 stop_ids=self._stop_ids(),
                 stop=[stop] if isinstance(stop, str) else list(stop),

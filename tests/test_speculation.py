@@ -1,0 +1,162 @@
+"""Guessing changes how fast an answer comes, never the answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import qvl_runtime as qvl
+from qvl_runtime.generation import Chooser, Timings, generate_step
+from qvl_runtime.sampling import Sampler, softmax
+from qvl_runtime.speculation import HOPE, MATCHED, MOST_GUESSED, PromptLookup
+
+MIXED = np.random.default_rng(2).integers(0, 4, 120).tolist()
+
+
+class Chain:
+    """A session whose logits depend on the last two tokens only: a toy that can be enumerated."""
+
+    room = 10**6
+
+    def __init__(self, start: list[int]):
+        self.logits_after = np.random.default_rng(4).normal(0, 1.5, (4, 4, 4)).astype(np.float32)
+        self.tokens, self.rows, self.batches = list(start), [], []
+        self.feed(self.tokens.pop())
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def feed(self, *tokens: int) -> None:
+        self.batches.append(len(tokens))
+        self.rows = []
+        for token in tokens:
+            self.tokens.append(token)
+            self.rows.append(self.logits_after[tuple(self.tokens[-2:])])
+
+    def truncate(self, length: int) -> None:
+        del self.tokens[length:]
+
+    def logits(self, row: int) -> np.ndarray:
+        return self.rows[row]
+
+    def best(self, row: int) -> int:
+        return int(np.argmax(self.rows[row]))
+
+
+def _toy(seed: int, guesses: PromptLookup | None, temperature: float) -> list[int]:
+    choose = Chooser(Sampler(temperature, seed=seed), list(MIXED))
+    return [choice.token for choice in generate_step(Chain(MIXED), choose, guesses, 30, Timings())]
+
+
+def test_sampling_keeps_its_distribution():
+    """All 4^3 continuations, each with its exact probability, against 10000 answers made with guesses (chi-square)."""
+    draws, seen, batches = 10_000, Counter(), Counter()
+    for seed in range(draws):
+        chain, choose = Chain(MIXED), Chooser(Sampler(1.0, seed=seed), list(MIXED))
+        answer = [choice.token for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 4, Timings())]
+        seen[tuple(answer[:3])] += 1
+        batches[max(chain.batches)] += 1
+    after, statistic = Chain(MIXED).logits_after, 0.0
+    x, y = MIXED[-2:]
+    for a, b, c in itertools.product(range(4), repeat=3):
+        chances = [softmax(after[pair])[token] for pair, token in (((x, y), a), ((y, a), b), ((a, b), c))]
+        expected = draws * float(np.prod(chances))
+        statistic += (seen[a, b, c] - expected) ** 2 / expected
+    assert statistic < 63 + 4 * np.sqrt(2 * 63)
+    assert batches[1] < draws / 10, "nearly all answers were guessed at"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guessing_changes_no_token(temperature):
+    """Every token takes one draw with and without guesses, so that even the same seed gives the same answer."""
+    for seed in range(200):
+        plain = _toy(seed, None, temperature)
+        assert _toy(seed, PromptLookup(MIXED, 0.0), temperature) == plain
+        assert len(plain) == 30
+
+
+def test_what_was_not_chosen_is_forgotten():
+    for seed in range(50):
+        chain, choose = Chain(MIXED), Chooser(Sampler(1.0, seed=seed), list(MIXED))
+        answer = []
+        for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 20, Timings()):
+            fed = MIXED + answer
+            assert chain.tokens[: len(fed)] == fed
+            answer.append(choice.token)
+
+
+def test_guesses_stay_within_the_window_and_the_limit():
+    start = [1, 2, 3] * 4
+    chain, choose = Chain(start), Chooser(Sampler(), list(start))
+    chain.logits_after[:] = 0
+    for a, b, c in ((1, 2, 3), (2, 3, 1), (3, 1, 2)):
+        chain.logits_after[a, b, c] = 9
+    chain.rows = [chain.logits_after[2, 3]]
+    chain.room = 3
+    assert len(list(generate_step(chain, choose, PromptLookup(start, 0.0), 9, Timings()))) == 9
+    assert max(chain.batches) == 3, "one token and two guesses"
+    chain.room = 100
+    chain.batches.clear()
+    assert len(list(generate_step(chain, choose, PromptLookup(start, 0.0), 4, Timings()))) == 4
+    assert sum(chain.batches) == 3, "the last token is not computed on"
+
+
+def test_a_guess_is_what_followed_last_time():
+    lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 1, 2], 0.0)
+    assert lookup.guess(7) == [], f"{MATCHED} tokens must agree"
+    lookup.append(3)
+    assert lookup.guess(4) == [6, 7, 8, 9]
+    assert lookup.guess(0) == []
+    lookup.append(5)
+    assert lookup.guess(7) == []
+    loop = PromptLookup([1, 2, 1, 2, 1, 2], 0.0)
+    assert loop.guess(100) == [1, 2, 1, 2, 1, 2, 1][:MOST_GUESSED], "a loop goes on"
+
+
+def test_guesses_that_fail_become_rare():
+    lookup = PromptLookup([1, 2, 3] * 3, 0.45)
+    tried = 0
+    for _ in range(300):
+        guessed = lookup.guess(7)
+        tried += len(guessed)
+        if guessed:
+            lookup.learn(len(guessed), 0)
+        for token in (1, 2, 3):
+            lookup.append(token)
+    assert 1 < tried < 60
+    for _ in range(20):
+        lookup.learn(7, 7)
+    assert len(lookup.guess(7)) == 7
+    assert 0 < HOPE < 1
+
+
+class FewWords:
+    """Lets an answer use four tokens only, so that it repeats itself; a form and its constraint."""
+
+    def start(self, *asked):
+        return self
+
+    def allowed(self) -> np.ndarray:
+        return np.isin(np.arange(640), range(60, 64))
+
+    def advance(self, token: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "seed": 3}, {"repetition_penalty": 1.1, "logprobs": 2}])
+def test_the_models_answer_is_the_same(kv_cache, options, blob):
+    """On the CPU a token's arithmetic does not depend on how many are computed with it, so answers agree exactly."""
+    model = qvl.load(blob("tiny-vl", bits=4), device="cpu", kv_cache=kv_cache, conversations=0)
+    prompt = [60 + token for token in MIXED]
+    for form in (None, FewWords()):
+        plain = model.generate(prompt, max_new_tokens=100, form=form, speculate=False, **options)
+        guessed = model.generate(prompt, max_new_tokens=100, form=form, **options)
+        assert guessed.token_ids == plain.token_ids
+        assert guessed.logprobs == plain.logprobs
+    assert guessed.timings.guessed_tokens > guessed.timings.right_guesses > 5
+    assert len(guessed.token_ids) == 100
