@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 from qvl_runtime.blob import Blob
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.session import PREFILL_ROWS
 
 VISION_PARTS = ("vision", "adapter")
-CACHE_ELEMENT = {"fp32": 4, "fp16": 2, "int8": 1}
+KV_CACHES = ("fp16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ def budget(blob: Blob, context: int, kv_cache: str) -> Budget:
 
 def cache_bytes(config: ModelConfig, context: int, kv_cache: str) -> int:
     """Keys and values of all layers; int8 has a float32 scale for every vector."""
-    vector = config.head_dim * CACHE_ELEMENT[kv_cache] + (4 if kv_cache == "int8" else 0)
+    vector = config.head_dim + 4 if kv_cache == "int8" else 2 * config.head_dim
     return 2 * config.num_hidden_layers * config.num_attention_heads * context * vector
 
 
@@ -76,20 +75,3 @@ def remedies(blob: Blob, context: int, kv_cache: str, free: int) -> list[str]:
     if 256 <= tokens < context:
         found.append(f"--context {tokens}")
     return found
-
-
-def free_memory() -> int | None:
-    """Bytes of main memory a program could still take, or None where the system does not tell.
-
-    Memory that holds files, such as a mapped blob, counts as free: it is given back when asked for.
-    """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

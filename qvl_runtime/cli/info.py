@@ -12,25 +12,35 @@ from rich.progress import BarColumn, DownloadColumn, Progress
 
 from qvl_runtime.architecture import PARTS
 from qvl_runtime.blob import Blob
+from qvl_runtime.budget import KV_CACHES, VISION_PARTS, budget, remedies
+from qvl_runtime.devices import device_memory
+from qvl_runtime.errors import QvlError
 
 
 def info(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     check: Annotated[bool, typer.Option("--check", help="Verify the hash of every tensor.")] = False,
+    context: Annotated[int | None, typer.Option(help="Will it fit, with so many tokens of prompt and answer?")] = None,
+    device: Annotated[str, typer.Option(help="With --context: auto, cpu or cuda.")] = "auto",
+    kv_cache: Annotated[str, typer.Option(help="With --context: fp16 or int8.")] = "fp16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Tell what a .qvl file holds.
+    """Tell what a .qvl file holds, and whether it will fit.
 
     Examples:
 
       qvl info qwen-vl-chat.qvl
 
       qvl info qwen-vl-chat.qvl --check
+
+      qvl info qwen-vl-chat.qvl --context 8192 --kv-cache int8
     """
     blob = Blob(model)
     if check:
         _check(blob)
     facts = describe(blob) | ({"check": "passed"} if check else {})
+    if context is not None:
+        facts["memory"] = fit(blob, context, device, kv_cache)
     print(json.dumps(facts, ensure_ascii=False) if as_json else _text(facts))
 
 
@@ -67,6 +77,60 @@ def describe(blob: Blob) -> dict[str, Any]:
     }
 
 
+def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
+    """What a model with a cache of `context` tokens takes on a device, what is free there, and what to change if not.
+
+    Returns
+    -------
+    dict
+        `device`, `context`, `kv_cache`; bytes of `weights`, `vision` (the part of them that sees), `cache`,
+        `workspace`, `total` and `free` (None where the system does not tell); `fits`; and `remedies`.
+
+    Raises
+    ------
+    QvlError, DeviceError
+        For an unknown device or cache, a context beyond the model's window, or "cuda" without a GPU.
+    """
+    window = blob.config.max_position_embeddings
+    if not 1 <= context <= window:
+        raise QvlError(f"--context is {context}; the model's window is {window} tokens")
+    if kv_cache not in KV_CACHES:
+        raise QvlError(f"--kv-cache is {kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
+    name, free = device_memory(device)
+    needed = budget(blob, context, kv_cache)
+    fits = free is None or needed.total <= free
+    return {
+        "device": name,
+        "context": context,
+        "kv_cache": kv_cache,
+        "weights": needed.weights,
+        "vision": sum(needed.parts.get(part, 0) for part in VISION_PARTS),
+        "cache": needed.cache,
+        "workspace": needed.workspace,
+        "total": needed.total,
+        "free": free,
+        "fits": fits,
+        "remedies": [] if fits else remedies(blob, context, kv_cache, free),
+    }
+
+
+def _fit_text(memory: dict[str, Any]) -> list[str]:
+    def gigabytes(key: str) -> str:
+        return f"{memory[key] / 1e9:.2f} GB"
+
+    free = "an unknown amount is free" if memory["free"] is None else f"{gigabytes('free')} free"
+    lines = [
+        f"  with {memory['context']} tokens on {memory['device']}, {memory['kv_cache']} cache: "
+        f"{gigabytes('total')} needed, {free}",
+        f"    weights {gigabytes('weights')} (vision {gigabytes('vision')}), cache {gigabytes('cache')}, "
+        f"work space {gigabytes('workspace')}",
+    ]
+    if not memory["fits"]:
+        remedies = " or ".join(memory["remedies"])
+        lines.append(f"    it does not fit; {'what fits: ' + remedies if remedies else 'nothing makes it fit'}")
+    return lines
+
+
 def _text(facts: dict[str, Any]) -> str:
     config, lines = facts["config"], []
     lines.append(f"{facts['file']}: {facts['model']}, {facts['bytes'] / 1e6:,.1f} MB")
@@ -86,6 +150,8 @@ def _text(facts: dict[str, Any]) -> str:
         bits, group_size, method = part["bits"], part["group_size"], part["method"]
         kind = "fp16" if bits == 16 else f"int{bits}, groups of {group_size}, {method}"
         lines.append(f"  {part['label']:<12} {part['bytes'] / 1e6:10,.1f} MB  {kind}")
+    if "memory" in facts:
+        lines += _fit_text(facts["memory"])
     if "check" in facts:
         lines.append("  every hash is right")
     return "\n".join(lines)
