@@ -252,6 +252,46 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
         assert launched == names if names else launched[-1] == "swiglu.any" and len(launched) == 5
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
+    heads, d, layer = 3, 16, 1
+    cache = ops.kv_cache(2, heads, d, 100, dtype)
+    qkv, out, start = (
+        ops.empty((rows, 3 * heads * d), np.float16),
+        ops.empty((rows, heads * d), np.float16),
+        ops.empty((1,), np.int32),
+    )
+    rope, logn = ops.empty((200, d)), ops.empty((200,))
+    ops.rope_append(qkv, rope, logn, cache, layer, start)
+    ops.cached_attention(qkv, cache, layer, start, out)
+    append, attend = driver.launches
+    assert append.name == f"rope_append.{dtype}" and append.grid == (rows, 1, 1)
+    assert attend.name == f"{'decode' if rows == 1 else 'cached'}_attention.{dtype}.any"
+    half = cache.values.nbytes // 4
+    for launch in (append, attend):
+        keys, values = launch.args["k"], launch.args["v"]
+        assert (keys - cache.values.address, values - keys) == (2 * half, half)
+        if dtype == "int8":
+            scales = [launch.args[name] - cache.scales.address for name in ("k_scale", "v_scale")]
+            assert scales == [2 * heads * 128 * 2, 3 * heads * 128 * 2]
+        assert {"heads": heads, "capacity": 128, "d": d, "start": start.address}.items() <= launch.args.items()
+    assert attend.args["scale"] == 0.25
+
+
+def test_zero_points_are_used_where_there_are_any(ops, driver):
+    zeros = np.full((64, 1), 3, np.uint8)
+    for matrix, flags, zero in (
+        (_matrix(64, 128, 4), 0, 8),
+        (_matrix(64, 128, 8), 0, 128),
+        (_matrix(64, 128, 4, zeros=zeros), signatures.HAS_ZEROS, 8),
+    ):
+        ops.weight(matrix)
+        packed = driver.launches[-1]
+        assert packed.name == "pack_scales.any" and (packed.args["flags"], packed.args["zero"]) == (flags, zero)
+        assert bool(packed.args["zeros"]) == bool(flags)
+
+
 def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):
     from qvl_kernels.gpu import weights
 

@@ -61,9 +61,12 @@ def memory(driver: Driver) -> None:
     driver.free(a)
     driver.free(b)
     assert driver.memory() == (total, total)
-    thread = threading.Thread(target=lambda: driver.free(driver.allocate(10)))
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append(driver.allocate(10)))
     thread.start()
     thread.join()
+    assert elsewhere, "every thread can use the device"
+    driver.free(*elsewhere)
 
 
 def launches(driver: Driver, library: ctypes.CDLL) -> None:

@@ -14,7 +14,7 @@
 
 #define API __attribute__((visibility("default"))) int
 
-enum { OUT_OF_MEMORY = 2, INVALID = 1, ELAPSED_NS = 1000000 };
+enum { OUT_OF_MEMORY = 2, INVALID = 1, INVALID_CONTEXT = 201, ELAPSED_NS = 1000000 };
 enum { MODE_RUN = 0, MODE_STORE = 1, MODE_REPLAY = 2 };
 
 typedef uint64_t ptr_t;
@@ -28,7 +28,7 @@ static graph_t *capturing;
 static int64_t in_use, peak;
 static int64_t allocations[1 << 16][2];
 static int handle;
-static void *current;
+static __thread void *current;
 
 API fake_on_launch(launch_t f) { on_launch = f; return 0; }
 API fake_memory(int64_t *used, int64_t *most) { *used = in_use; *most = peak; return 0; }
@@ -73,6 +73,7 @@ API cuGetErrorString(int e, const char **s) { *s = "a fake error"; return 0; }
 /* memory */
 API cuMemGetInfo_v2(size_t *available, size_t *total) { *total = capacity(); *available = *total - in_use; return 0; }
 API cuMemAlloc_v2(ptr_t *p, size_t n) {
+  if (!current) return INVALID_CONTEXT;
   if (in_use + (int64_t)n > capacity()) return OUT_OF_MEMORY;
   for (int i = 0; i < 1 << 16; i++)
     if (!allocations[i][0]) {
