@@ -44,6 +44,9 @@ KV_CACHES = ("fp16", "int8")
 ANSWER_SHARE = 8
 """A chat keeps one part in so many of the window free for the answer, if that many tokens are asked for."""
 
+BLOCK_SHARE = 4
+"""Turns leave a full window in blocks of one part in so many."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatResult(Result):
@@ -239,6 +242,7 @@ class Model:
         *,
         system: str = DEFAULT_SYSTEM,
         max_window_size: int | None = None,
+        block: int | None = None,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         form: Form | None = None,
@@ -261,6 +265,9 @@ class Model:
         max_window_size : int
             Tokens of history that are kept, counted from the newest turn back. The oldest turns leave whole, and
             also where the question would not fit the model's window with room for an answer.
+        block : int
+            Turns leave in blocks of at least so many tokens, by default a quarter of `max_window_size`: each time, all
+            that stays has to be computed anew. 1 is the published rule.
         on_piece : callable
             Called with every `Piece` as it comes; what it raises ends the answer.
         max_new_tokens, **sampling
@@ -278,14 +285,17 @@ class Model:
         config = self.generation_config
         wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
         window = self.config.max_position_embeddings
+        if max_window_size is None:
+            max_window_size = config.max_window_size
         prompt, query = build_chat(
             self.tokenizer,
             query,
             history,
             images,
             system=system,
-            max_window_size=config.max_window_size if max_window_size is None else max_window_size,
+            max_window_size=max_window_size,
             max_tokens=window - min(wanted, window // ANSWER_SHARE),
+            block=max(1, min(max_window_size, window) // BLOCK_SHARE if block is None else block),
             allow_urls=allow_urls,
         )
         own = {

@@ -107,6 +107,7 @@ def build_chat(
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = 6144,
     max_tokens: int | None = None,
+    block: int = 1,
     allow_urls: bool = False,
 ) -> tuple[Prompt, Any]:
     """Make the prompt for one more turn of a conversation.
@@ -126,6 +127,9 @@ def build_chat(
         than this. The query is not counted, and always kept.
     max_tokens : int, optional
         Turns also leave where the whole prompt, with the query, would have more tokens than this.
+    block : int
+        Turns leave in blocks of at least so many tokens: then the prompts of the next turns begin alike, and what was
+        computed for one serves the others. 1 is the published rule, after which every prompt begins differently.
     allow_urls : bool
         Whether http(s) URLs are accepted as sources.
 
@@ -155,16 +159,31 @@ def build_chat(
     newline = Prompt(tokenizer.encode_ordinary("\n"), [])
     first = _say(tokenizer, "system", spoken[0])
     last = _join([newline, _say(tokenizer, "user", asking), _answer_head(tokenizer)])
-    kept, size = [], len(first.ids)
-    for asked, answered in reversed(turns):
-        said = [] if answered is None else [_say(tokenizer, "assistant", answered)]
-        turn = _join([newline, _say(tokenizer, "user", asked), newline, *said])
-        size += len(turn.ids)
-        if size >= max_window_size or (max_tokens is not None and size + len(last.ids) > max_tokens):
-            break
-        kept.insert(0, turn)
-    prompt = dataclasses.replace(_join([first, *kept, last]), left_out=len(turns) - len(kept))
+    said = []
+    for asked, answered in turns:
+        answer = [] if answered is None else [_say(tokenizer, "assistant", answered)]
+        said.append(_join([newline, _say(tokenizer, "user", asked), newline, *answer]))
+    room = math.inf if max_tokens is None else max_tokens - len(last.ids)
+    left_out = _turns_that_leave([len(turn.ids) for turn in said], len(first.ids), max_window_size, room, block)
+    prompt = dataclasses.replace(_join([first, *said[left_out:], last]), left_out=left_out)
     return _check_urls(prompt, allow_urls), _for_history(query, asking)
+
+
+def _turns_that_leave(lengths: list[int], size: int, max_window_size: int, room: float, block: int) -> int:
+    """How many turns, from the oldest on; `size` tokens come before them. See `build_chat`."""
+    kept = 0
+    for length in reversed(lengths):
+        size += length
+        if size >= max_window_size or size > room:
+            break
+        kept += 1
+    left_out = len(lengths) - kept
+    tokens = sum(lengths[:left_out])
+    wanted = math.ceil(tokens / block) * block
+    while tokens < wanted and left_out < len(lengths) - 1:
+        tokens += lengths[left_out]
+        left_out += 1
+    return left_out
 
 
 def list_to_text(pieces: Sequence[Mapping[str, Any]]) -> str:

@@ -297,6 +297,8 @@ def test_oldest_turns_leave_a_full_window_and_it_is_said(short_window):
         history = answer.history
         left_out.append(answer.left_out)
     assert left_out[0] == 0 < left_out[-1] and left_out == sorted(left_out)
+    few, many = (short_window.chat("And?", history, block=block, max_new_tokens=1).left_out for block in (1, 100))
+    assert few < many == 7, "the last turn stays"
     with pytest.raises(qvl.QvlError, match="window is 120"):
         short_window.chat("Too long. " * 40, history)
 
@@ -315,3 +317,16 @@ def test_logprobs_are_the_models_own(pair):
     pieces = list(model.stream("What is this?", max_new_tokens=6, logprobs=0))
     assert all(len(p.logprobs) == len(p.token_ids) and all(e.top == [] for e in p.logprobs) for p in pieces)
     assert not model.generate("What is this?", max_new_tokens=2).logprobs
+
+
+def test_turns_leave_in_blocks():
+    from qvl_runtime.prompt import _turns_that_leave
+
+    def leaving(turns, block):
+        return _turns_that_leave([10] * turns, 5, 100, 1000, block)
+
+    assert [leaving(n, 1) for n in range(8, 15)] == [0, 0, 1, 2, 3, 4, 5], "the published rule"
+    assert [leaving(n, 30) for n in range(8, 15)] == [0, 0, 3, 3, 3, 6, 6]
+    assert leaving(1, 30) == 0
+    assert _turns_that_leave([200], 5, 100, 1000, 30) == 1, "not even the last turn fits"
+    assert _turns_that_leave([10, 200, 10], 5, 1000, 50, 300) == 2, "the last turn that fits stays"
