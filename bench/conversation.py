@@ -1,0 +1,183 @@
+"""Time what a conversation feels like: the next question, a known picture, an answer that repeats its prompt.
+
+    python bench/conversation.py MODEL.qvl [turn] [repeat] [long] [--device cpu] [--kv-cache fp16]
+
+turn    one picture and 300 tokens of history, then a question of 20: seconds to the first token of a fresh run, of a
+        new session that knows the picture, and of the next turn.
+repeat  an answer that quotes 96 tokens of its prompt, with and without guesses, in turns. A form dictates the answer,
+        so that the weights need not be those of a model that can quote.
+long    200 turns with 50 pictures: memory, and seconds a turn over time. For a small model.
+
+A table, then one JSON document as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+import qvl_runtime as qvl
+
+HISTORY, QUESTION, ANSWER = 300, 20, 32
+QUOTED = 96
+
+
+class Dictation:
+    """A form that leaves no choice: the answer is these tokens."""
+
+    def __init__(self, tokens: list[int], vocabulary: int):
+        self.tokens, self.vocabulary = tokens, vocabulary
+
+    def start(self, *asked) -> Dictation:
+        self._left: Iterator[int] = iter(self.tokens)
+        self._next = next(self._left)
+        return self
+
+    def allowed(self) -> np.ndarray:
+        allowed = np.zeros(self.vocabulary, bool)
+        allowed[self._next] = True
+        return allowed
+
+    def advance(self, token: int) -> None:
+        self._next = next(self._left, token)
+
+
+def words(rng: np.random.Generator, count: int) -> list[int]:
+    """Random token ids of plain text."""
+    return [int(i) for i in rng.integers(32, 127, count)]
+
+
+def first_token(model: qvl.Model, ids: list[int], image: np.ndarray) -> dict:
+    """Seconds to the first token, and where they went."""
+    started = time.perf_counter()
+    timings = model.generate(ids, [image], max_new_tokens=1).timings
+    return {
+        "seconds": time.perf_counter() - started,
+        "image": timings.image,
+        "prefill": timings.prefill,
+        "kept_tokens": timings.kept_tokens,
+        "prompt_tokens": timings.prompt_tokens,
+    }
+
+
+def bench_turn(path: Path, options: dict, repeats: int) -> dict:
+    rng = np.random.default_rng(0)
+    fresh = qvl.load(path, conversations=0, image_cache_bytes=0, **options)
+    knows = qvl.load(path, conversations=0, **options)
+    talks = qvl.load(path, **options)
+    results: dict[str, list[dict]] = {"fresh": [], "known picture": [], "next turn": []}
+    for repeat in range(repeats):
+        image = rng.integers(0, 255, (448, 448, 3), np.uint8)
+        slot = fresh.tokenizer.encode("Picture 1: <img></img>\n")
+        asked = slot + words(rng, HISTORY - ANSWER)
+        answer = talks.generate(asked, [image], max_new_tokens=ANSWER).token_ids
+        ids = asked + answer + words(rng, QUESTION + ANSWER - len(answer))
+        if repeat == 0:
+            knows.generate(slot, [image], max_new_tokens=1)
+        results["next turn"].append(first_token(talks, ids, image))
+        results["fresh"].append(first_token(fresh, ids, image))
+        knows.generate(slot, [image], max_new_tokens=1)
+        results["known picture"].append(first_token(knows, ids, image))
+    whole = statistics.median(run["seconds"] for run in results["fresh"])
+    print(f"{'':16} {'first token':>12} {'of fresh':>9} {'picture':>9} {'prefill':>9} {'computed':>9}")
+    summary = {}
+    for name, runs in results.items():
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
+        row["of_fresh"] = row["seconds"] / whole
+        summary[name] = row
+        computed = row["prompt_tokens"] - row["kept_tokens"]
+        print(
+            f"{name:16} {row['seconds']:10.2f} s {row['of_fresh']:8.3f}x {row['image']:7.2f} s {row['prefill']:7.2f} s "
+            f"{computed:9.0f}"
+        )
+    return summary
+
+
+def bench_repeat(path: Path, options: dict, repeats: int) -> dict:
+    rng = np.random.default_rng(1)
+    model = qvl.load(path, **options)
+    quoted = words(rng, QUOTED)
+    ids = [*words(rng, 20), *quoted, *words(rng, 20), *quoted[:3]]
+    form = Dictation(quoted[3:], model.config.vocab_size)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for speculate in [False, True] * repeats:
+        result = model.generate(ids, form=form, max_new_tokens=len(form.tokens), speculate=speculate)
+        assert result.token_ids == form.tokens
+        rates[speculate].append(result.timings.decode_tokens_per_second)
+    plain, guessed = (statistics.median(rates[speculate]) for speculate in (False, True))
+    timings = result.timings
+    print(
+        f"{len(form.tokens)} quoted tokens: {plain:.2f} tokens/s; with guesses {guessed:.2f} ({guessed / plain:.2f}x);"
+    )
+    print(f"  {timings.right_guesses} of {timings.guessed_tokens} guesses were right")
+    return {
+        "plain": plain,
+        "guessed": guessed,
+        "ratio": guessed / plain,
+        "rates": {"plain": rates[False], "guessed": rates[True]},
+        "right_guesses": timings.right_guesses,
+        "guessed_tokens": timings.guessed_tokens,
+    }
+
+
+def bench_long(path: Path, options: dict, turns: int = 200, pictures: int = 50) -> dict:
+    rng = np.random.default_rng(2)
+    model = qvl.load(path, image_cache_bytes=16 << 20, **options)
+    history, rows = [], []
+    for turn in range(turns):
+        query = f"Question {turn}: " + " ".join(map(str, rng.integers(0, 999, 12)))
+        images = [rng.integers(0, 255, (448, 448, 3), np.uint8)] if turn % (turns // pictures) == 0 else None
+        started = time.perf_counter()
+        answer = model.chat(query, history, images, temperature=0, max_new_tokens=16)
+        history = answer.history
+        rows.append({
+            "seconds": time.perf_counter() - started,
+            "prompt_tokens": answer.prompt_tokens,
+            "computed": answer.prompt_tokens - answer.timings.kept_tokens,
+            "left_out": answer.left_out,
+            "features_bytes": model.vision.cache.nbytes,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        })  # fmt: skip
+    print(f"{'turns':>10} {'seconds':>8} {'prompt':>7} {'computed':>9} {'left out':>9} {'features':>9} {'peak':>8}")
+    for first in range(0, turns, turns // 8):
+        part = rows[first : first + turns // 8]
+        mean = {key: statistics.mean(row[key] for row in part) for key in part[0]}
+        print(
+            f"{first:4} - {first + len(part) - 1:3} {mean['seconds']:8.3f} {mean['prompt_tokens']:7.0f} "
+            f"{mean['computed']:9.0f} {part[-1]['left_out']:9} {mean['features_bytes'] / 2**20:5.1f} MiB "
+            f"{part[-1]['peak_bytes'] / 2**20:4.0f} MiB"
+        )
+    return {"turns": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("what", nargs="*", choices=["turn", "repeat", "long", []], help="turn and repeat by default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--kv-cache", default="fp16")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    options = {"device": arguments.device, "kv_cache": arguments.kv_cache}
+    results = {}
+    for what in arguments.what or ("turn", "repeat"):
+        if what == "long":
+            results[what] = bench_long(arguments.model, options)
+        else:
+            bench = {"turn": bench_turn, "repeat": bench_repeat}[what]
+            results[what] = bench(arguments.model, options, arguments.repeats)
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({"date": date.today().isoformat(), "machine": machine, **options, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
