@@ -1,16 +1,17 @@
 """Time the CPU kernels at the true shapes of Qwen-VL, against what the machine can read and multiply in the same run.
 
-    python bench/cpu_kernels.py [gemv] [token] [attention] [gemm] [--threads 1 2] [--peers]
+    python bench/cpu_kernels.py [gemv] [token] [attention] [gemm] [--threads 1 2]
 
 Weights are taken from a pool much larger than the caches, one matrix after another. Reading the same bytes and every
 kernel take turns, so that a change of the machine's speed hits all of them; shares are ratios of medians. A table, then
-one JSON document as the last line. `--peers` adds onnxruntime's MatMulNBits, OpenVINO and torch where installed.
+one JSON document as the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -30,16 +31,33 @@ HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 GEMV_SHAPES = ((22016, HIDDEN), (HIDDEN, FFN), (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN))
 
 
+def busy_seconds() -> float:
+    """Processor seconds everybody has used so far (0 where the system does not tell)."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def interleave(calls: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call (what it returns, if anything, else what it took), all taking turns."""
+    """Median seconds of each call (what it returns, if anything, else what it took), all taking turns.
+
+    ``others`` is the number of processors that other programs kept busy meanwhile: on a shared machine it says how
+    far the figures can be trusted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
+    for call in calls.values():
+        call()
+    busy, own_busy, since = busy_seconds(), time.process_time(), time.perf_counter()
+    for _ in range(rounds):
         for name, call in calls.items():
             begin = time.perf_counter()
             own = call()
-            if round_:
-                seconds[name].append(time.perf_counter() - begin if own is None else own)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - begin if own is None else own)
+    others = (busy_seconds() - busy - (time.process_time() - own_busy)) / (time.perf_counter() - since)
+    return {"others": max(others, 0.0), **{name: float(np.median(values)) for name, values in seconds.items()}}
 
 
 class Weights:
@@ -102,7 +120,7 @@ def bench_gemv(ops: CpuOps, rows: list[dict], nbytes: int = 1 << 30) -> None:
             report(rows, {
                 "bench": "gemv", "threads": ops.threads, "weights": label, "n": n, "k": k,
                 "GB/s": weights.used / seconds["gemv"] / 1e9, "read GB/s": weights.used / seconds["read"] / 1e9,
-                "share": seconds["read"] / seconds["gemv"],
+                "share": seconds["read"] / seconds["gemv"], "others": seconds["others"],
             })  # fmt: skip
 
 
@@ -154,7 +172,7 @@ def bench_token(ops: CpuOps, rows: list[dict]) -> None:
             "bench": "token", "threads": ops.threads, "context": context, "cache": kind, "GB": token.bytes / 1e9,
             "tokens/s": 1 / seconds["token"], "GB/s": token.bytes / seconds["token"] / 1e9,
             "read GB/s": weights.used / seconds["read"] / 1e9,
-            "share": seconds["read"] / weights.used * token.bytes / seconds["token"],
+            "share": seconds["read"] / weights.used * token.bytes / seconds["token"], "others": seconds["others"],
         })  # fmt: skip
 
 
@@ -162,24 +180,25 @@ def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
     """Decode attention alone, against reading the cache."""
     for context in (2048, 8192):
         for kind in ("fp16", "int8"):
-            layers = 8
-            cache = CpuCache(layers, HEADS, HIDDEN // HEADS, context, kind)
+            cache = CpuCache(8, HEADS, HIDDEN // HEADS, context, kind)
             cache.keys[:], cache.values[:], cache.scales[:] = 1, 1, 0.01
             qkv, out = np.ones((1, 3 * HIDDEN), np.float32), ops.empty((1, HIDDEN))
             start = np.array([context - 1], np.int32)
             replay = ops.capture(
-                lambda c=cache, q=qkv, s=start, o=out: [ops.cached_attention(q, c, i, s, o) for i in range(layers)]
+                lambda c=cache, q=qkv, s=start, o=out: [ops.cached_attention(q, c, i, s, o) for i in range(8)]
             )
 
             def read(c=cache):
                 return read_seconds(ops, c.keys) + read_seconds(ops, c.values)
 
-            seconds = interleave({"read": read, "attention": replay}, 15)
+            seconds, vectors = (
+                interleave({"read": read, "attention": replay}, 15),
+                cache.keys.nbytes + cache.values.nbytes,
+            )
             report(rows, {
                 "bench": "attention", "threads": ops.threads, "context": context, "cache": kind,
-                "GB/s": cache.nbytes / seconds["attention"] / 1e9,
-                "read GB/s": (cache.keys.nbytes + cache.values.nbytes) / seconds["read"] / 1e9,
-                "share": cache.nbytes / seconds["attention"] * seconds["read"] / (cache.keys.nbytes + cache.values.nbytes),
+                "GB/s": cache.nbytes / seconds["attention"] / 1e9, "read GB/s": vectors / seconds["read"] / 1e9,
+                "share": cache.nbytes / seconds["attention"] * seconds["read"] / vectors, "others": seconds["others"],
             })  # fmt: skip
 
 
@@ -196,7 +215,7 @@ def bench_gemm(ops: CpuOps, rows: list[dict]) -> None:
                 report(rows, {
                     "bench": "gemm", "threads": ops.threads, "weights": label, "activations": activations,
                     "m": m, "n": n, "k": k, "GOP/s": 2e-9 * m * n * k / seconds["gemm"], "peak GOP/s": peak / 1e9,
-                    "share": 2 * m * n * k / seconds["gemm"] / peak,
+                    "share": 2 * m * n * k / seconds["gemm"] / peak, "others": seconds["others"],
                 })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Run as a process of its own, so that Numba and LLVM's optimiser (150 MB) never e
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -29,13 +30,21 @@ def _library(function) -> tuple[str, llvm.ModuleRef]:
     return compiled.fndesc.llvm_func_name, compiled.library.get_llvm_str()
 
 
-def _without_machine_code(context, library, fndesc, env):
-    """In place of ``CPUContext.get_executable``: optimise, but leave out the machine code of each single routine.
+def _only_optimise() -> None:
+    """Keep Numba from emitting machine code of every routine by itself, to be called from Python.
 
-    Nothing is called from Python here; Numba only wants some distinct built-in function to file it under.
+    Nothing is called from Python here. Numba only wants some distinct built-in function to file each routine under.
     """
-    library._ensure_finalized()
-    return [].append
+    from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+    from numba.core.cpu import CPUContext
+
+    def get_executable(context, library, fndesc, env):
+        library._ensure_finalized()
+        return [].append
+
+    CPUContext.get_executable = get_executable
+    JITCPUCodegen._add_module = lambda self, module: None
+    JITCodeLibrary._finalize_specific = lambda self: None
 
 
 def _entry(name: str, symbol: str) -> str:
@@ -81,10 +90,9 @@ def compile_kernel(name: str) -> bytes:
 def prepare() -> list[str]:
     """Import the kernels, set Numba up for `features.target`, and return the kernels' names."""
     import numba
-    from numba.core.cpu import CPUContext
 
     gc.disable()
-    CPUContext.get_executable = _without_machine_code
+    _only_optimise()
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = features.target()
 
     from qvl_kernels.cpu import kernels
@@ -96,7 +104,7 @@ def prepare() -> list[str]:
 
 
 def compile_kernels() -> bytes:
-    """All kernels: a uint32 count, that many uint32 sizes, and the object files."""
+    """All kernels, as `cache` reads them: a uint32 count, that many uint32 sizes, and the object files."""
     names = prepare()
     # Children share what the parent has imported; elsewhere than on Linux a forked child may not use system libraries.
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
@@ -113,7 +121,8 @@ def main(path: str) -> None:
     """Write the file at once or not at all, whoever else is writing it."""
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "wb") as file:
-        file.write(compile_kernels())
+        code = compile_kernels()
+        file.write(hashlib.sha256(code).digest() + code)
     os.replace(temporary, path)
 
 

@@ -60,21 +60,32 @@ def _compile(path: Path) -> None:
         raise DeviceError(f"the CPU kernels could not be compiled ({last}); try QVL_CPU=plain or device='reference'")
 
 
+def _read(path: Path) -> bytes | None:
+    """The machine code in a file, or None if there is none or it is damaged: damaged code must not run."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+
+
 def _machine_code() -> bytes:
     path = folder() / f"kernels-{key()}" / "kernels.bin"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writable = os.access(path.parent, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            # No home to write to: this process compiles for itself.
-            with tempfile.TemporaryDirectory() as scratch:
-                _compile(Path(scratch) / "kernels.bin")
-                return (Path(scratch) / "kernels.bin").read_bytes()
-        _compile(path)
-    return path.read_bytes()
+    if code := _read(path):
+        return code
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    with tempfile.TemporaryDirectory() as scratch:
+        # Nowhere to keep it: this process compiles for itself.
+        target = path if writable else Path(scratch) / path.name
+        _compile(target)
+        code = _read(target)
+    if code is None:
+        raise DeviceError(f"{target}: just written and not readable; set QVL_CACHE_DIR to another folder")
+    return code
 
 
 @functools.cache

@@ -1,0 +1,254 @@
+"""What is particular to the CPU backend: instruction sets, the cache of compiled kernels, threads, bad arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_ops import matrix, random, values
+
+from qvl_kernels.cpu import CpuOps, cache, features, runner
+from qvl_kernels.ops import Norm
+from qvl_kernels.packing import Matrix
+
+TESTS = Path(__file__).parent
+EVERY = 9
+CHECK = f"""
+import sys
+import test_ops
+from qvl_kernels.cpu import CpuOps
+ops = CpuOps(activations="int16", threads=2)
+bad = []
+for index in range(0, len(test_ops.CASES), {EVERY}):
+    found, allowed = test_ops.error(ops, index)
+    if not found <= allowed:
+        bad.append(f"{{test_ops.CASES[index].label}}: {{found:.2g}}")
+for case in test_ops.CACHES[::4]:
+    test_ops.test_cache(ops, *case)
+print("numba" in sys.modules, *bad, sep="\\n")
+"""
+
+
+def start(level: str, **environment: str) -> subprocess.Popen:
+    variables = {**os.environ, "QVL_CPU": level, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHECK], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[list[str], str]:
+    out, err = process.communicate(timeout=570)
+    assert process.returncode == 0, err
+    return out.split("\n")[:-1], err
+
+
+def has(level: str) -> bool:
+    return features.host_features().issuperset(features.LEVELS[level].needs)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avxvnni", "plain"])
+def test_forced_instruction_set(level):
+    if not has(level) or features.selected().name == level:
+        pytest.skip(f"{level} is not there, or is what all other tests run on")
+    lines, _ = finish(start(level))
+    assert lines == ["False"]
+
+
+@pytest.mark.skipif(not has("avx2"), reason="no AVX2")
+def test_two_first_starts_and_a_second_one(tmp_path):
+    """Two processes with an empty cache compile at the same time; the third finds the kernels and no Numba."""
+    first = [start("avx2", QVL_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    for lines, err in map(finish, first):
+        assert lines == ["False"]
+        assert err.count("\n") <= 1 and (not err or err.startswith("qvl: compiling kernels"))
+    lines, err = finish(start("avx2", QVL_CACHE_DIR=str(tmp_path)))
+    assert lines == ["False"] and err == ""
+    assert [path.name for path in tmp_path.glob("*/*")] == ["kernels.bin"]
+
+
+NEON = """
+import re
+import llvmlite.binding as llvm
+from qvl_kernels.cpu import build, features
+level = features.LEVELS["neon"]
+features.selected = lambda: level
+features.target = lambda: ("", "")
+build.prepare()
+from qvl_kernels.cpu.registry import KERNELS
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+machine = target.create_target_machine(cpu=level.cpu, features=level.features, opt=3)
+for name in ("gemv4_128", "gemv8_128", "gemm4", "attention_int8_128"):
+    _, text = build._library(KERNELS[name])
+    text = re.sub(r'target (triple|datalayout) = ".*"', "", text)
+    module = llvm.parse_assembly(text)
+    module.triple = "aarch64-unknown-linux-gnu"
+    print(name, len(re.findall(r"\\bsdot\\b", machine.emit_assembly(module))))
+"""
+
+
+def test_neon_assembly_has_the_dot_product():
+    done = subprocess.run(
+        [sys.executable, "-c", NEON],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {name: int(count) >= 8 for name, count in map(str.split, done.stdout.splitlines())} == {
+        "gemv4_128": True,
+        "gemv8_128": True,
+        "gemm4": True,
+        "attention_int8_128": True,
+    }
+
+
+def test_damaged_cache_is_not_run(tmp_path):
+    path = tmp_path / "kernels.bin"
+    assert cache._read(path) is None
+    path.write_bytes(bytes(32) + b"code")
+    assert cache._read(path) is None
+
+
+def test_key_depends_on_processor(monkeypatch):
+    before = cache.key()
+    assert before == cache.key()
+    monkeypatch.setattr(features, "target", lambda: ("another", "+processor"))
+    assert cache.key() != before
+
+
+def test_unknown_or_missing_instruction_set(monkeypatch):
+    for name, message in (("sse9", "expected one of"), ("neon", "lacks dotprod, neon"), ("avx512", "lacks")):
+        monkeypatch.setenv("QVL_CPU", name)
+        monkeypatch.setattr(features, "host_features", lambda: frozenset({"sse2"}))
+        with pytest.raises(ValueError, match=message):
+            features.selected.__wrapped__()
+
+
+def test_thread_count(monkeypatch):
+    monkeypatch.delenv("QVL_THREADS", raising=False)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    assert runner.default_threads() == 3
+    monkeypatch.setenv("QVL_THREADS", "5")
+    assert runner.default_threads() == 5
+    monkeypatch.setenv("QVL_THREADS", "0")
+    with pytest.raises(ValueError, match="QVL_THREADS=0"):
+        runner.default_threads()
+
+
+# ------------------------------------------------------------------------------------------------ threads
+@pytest.fixture(scope="module")
+def ops():
+    return CpuOps(activations="int16", threads=2)
+
+
+def test_rows_do_not_depend_on_their_neighbours(ops):
+    """Up to 16 rows an answer is the same to the last bit."""
+    rng = random("rows")
+    for bits in (4, 8):
+        w, x = ops.weight(matrix(rng, 70, 300, bits, zeros=True)), values(rng, 16, 300)
+        together, alone = ops.empty((16, 70)), ops.empty((1, 70))
+        ops.linear(x, w, together)
+        for row in range(16):
+            ops.linear(x[row : row + 1], w, alone)
+            assert np.array_equal(alone[0], together[row])
+
+
+def test_two_python_threads_at_once(ops):
+    """Eager and captured operations of several threads follow one another and do not mix their scratch memory."""
+    rng = random("threads")
+    work, failures = [], []
+    for _ in range(3):
+        w, x = ops.weight(matrix(rng, 256, 512, 4)), values(rng, 3, 512)
+        norm, out = Norm(values(rng, 512), None, 1e-6), ops.empty((3, 256))
+        ops.linear(x, w, out, norm=norm, gelu=True)
+        work.append((w, x, norm, out.copy()))
+
+    def run(w, x, norm, want):
+        out = ops.empty(want.shape)
+
+        def step():
+            ops.linear(x, w, out, norm=norm, gelu=True)
+
+        replay = ops.capture(step)
+        for i in range(200):
+            out[:] = np.nan
+            step() if i % 2 else replay()
+            if not np.array_equal(out, want):
+                failures.append(i)
+
+    threads = [threading.Thread(target=run, args=item) for item in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_more_threads_than_work():
+    ops = CpuOps(threads=7)
+    x, out = np.ones((1, 5), np.float32), np.empty((1, 5), np.float32)
+    for _ in range(50):
+        ops.add(x, x, out)
+        assert (out == 2).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_child(ops):
+    x, out = np.ones((1, 64), np.float32), np.empty((1, 64), np.float32)
+    ops.add(x, x, out)
+    child = os.fork()
+    if not child:
+        ops.add(out, x, out)
+        os._exit(int(not (out == 3).all()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# ------------------------------------------------------------------------------------------------ bad arguments
+def bad_calls(ops):
+    f32 = np.float32
+    rng = random("bad")
+    w, x, out = ops.weight(matrix(rng, 64, 128, 4)), np.zeros((2, 128), f32), np.zeros((2, 64), f32)
+    norm, kv = Norm(np.ones(128, f32), None, 1e-6), ops.kv_cache(2, 2, 8, 32, "fp16")
+    qkv, rope, logn = np.zeros((2, 48), f32), np.zeros((32, 8), f32), np.zeros(32, f32)
+    mixed, start = np.zeros((2, 16), f32), np.zeros(1, np.int32)
+    packed = matrix(rng, 64, 128, 4)
+    return {
+        "columns": lambda: ops.linear(x[:, :64].copy(), w, out),
+        "rows": lambda: ops.linear(x, w, out[:1]),
+        "dtype": lambda: ops.linear(x.astype(np.float64), w, out),
+        "strides": lambda: ops.linear(np.zeros((2, 256), f32)[:, ::2], w, out),
+        "not an array": lambda: ops.linear([[0.0] * 128] * 2, w, out),
+        "residual": lambda: ops.linear(x, w, out, residual=out[:1]),
+        "norm": lambda: ops.linear(x, w, out, norm=Norm(np.ones(64, f32), None, 1e-6)),
+        "gate and up": lambda: ops.gate_up(x, w, ops.weight(matrix(rng, 32, 128, 4)), out, norm=norm),
+        "scales": lambda: ops.weight(Matrix(64, 128, 4, 128, packed.weight, packed.scales[:1])),
+        "no scales": lambda: ops.weight(Matrix(64, 128, 4, 128, packed.weight)),
+        "weight": lambda: ops.weight(Matrix(96, 128, 4, 128, packed.weight, packed.scales)),
+        "perm": lambda: ops.weight(Matrix(64, 128, 16, 128, np.zeros((64, 128), np.float16), perm=np.zeros(128, "i4"))),
+        "ids": lambda: ops.embed(np.zeros(2, np.int64), w, x),
+        "copy": lambda: ops.copy(x, out),
+        "copy of integers": lambda: ops.copy(start, start.copy()),
+        "heads": lambda: ops.vision_attention(np.zeros((3, 50), f32), 2, np.zeros((3, 16), f32)),
+        "keys": lambda: ops.cross_attention(mixed, mixed, mixed[:1], 2, mixed.copy()),
+        "cache dtype": lambda: ops.kv_cache(2, 2, 8, 32, "int4"),
+        "layer": lambda: ops.cached_attention(qkv, kv, 2, start, mixed),
+        "full": lambda: ops.rope_append(qkv, rope, logn, kv, 0, np.array([31], np.int32)),
+        "start": lambda: ops.rope_append(qkv, rope, logn, kv, 0, np.zeros(1, np.int64)),
+        "rope": lambda: ops.rope_append(qkv, rope[:8], logn, kv, 0, start),
+        "resized": lambda: kv.resized(8, 9),
+        "argmax": lambda: ops.argmax(out, np.zeros(3, np.int32)),
+        "activations": lambda: CpuOps(activations="int4"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls(CpuOps()))
+def test_bad_arguments_are_refused(ops, name):
+    with pytest.raises(ValueError):
+        bad_calls(ops)[name]()
