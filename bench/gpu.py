@@ -24,13 +24,14 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# a checkout that is not installed works, too
+sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parent / "kernels", HERE.parent / "convert")]
 
 SECTIONS = {
-    "kernels": ("setup.kernels", 240),
+    "setup": ("setup.setup", 240),
+    "kernels": ("parity.kernels", 120),
     "operations": ("parity.operations", 90),
-    "true_sizes": ("parity.true_sizes", 90),
     "golden": ("parity.golden", 120),
-    "true_model": ("parity.true_model", 90),
     "bandwidth": ("speed.bandwidth", 30),
     "matvec": ("speed.matvec", 60),
     "matmul": ("speed.matmul", 90),
@@ -38,6 +39,8 @@ SECTIONS = {
     "decode": ("model.decode", 90),
     "picture": ("model.picture", 90),
     "memory": ("model.memory", 90),
+    "true_sizes": ("parity.true_sizes", 90),
+    "true_model": ("parity.true_model", 90),
 }
 """Name -> function in gpu_bench, and the seconds it may take."""
 
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[name] = _run(name, min(SECTIONS[name][1], end - time.monotonic()))
         print(f"[{name}: {found[name]['status']}, {found[name]['wall']:.0f} s]", flush=True)
         options.out.write_text(json.dumps({"date": str(date.today()), "sections": found}, indent=1))
-    report = {"date": str(date.today()), "gpu": found.get("kernels", {}).get("gpu"), "sections": found}
+    report = {"date": str(date.today()), "gpu": found.get("setup", {}).get("gpu"), "sections": found}
     report["bars"] = _bars(found)
     options.out.write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
@@ -85,9 +88,6 @@ def _run(name: str, limit: float) -> dict:
 
 
 def _section(name: str, out: Path) -> int:
-    # a checkout that is not installed works, too
-    for folder in (HERE, HERE.parent / "convert", HERE.parent / "kernels", HERE.parent):
-        sys.path.insert(0, str(folder))
     module, function = SECTIONS[name][0].split(".")
     try:
         result = getattr(importlib.import_module(f"gpu_bench.{module}"), function)()
@@ -102,7 +102,6 @@ def _section(name: str, out: Path) -> int:
 
 def _bars(found: dict) -> list[dict]:
     """The promises, each with what was found; `met` is None where it was not measured."""
-    sys.path.insert(0, str(HERE))
     from gpu_bench.bars import bars, show
 
     rows = bars(found)

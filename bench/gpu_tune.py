@@ -24,8 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # a checkout that is not installed works, too
-for folder in (HERE, HERE.parent / "convert", HERE.parent / "kernels", HERE.parent):
-    sys.path.insert(0, str(folder))
+sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parent / "kernels", HERE.parent / "convert")]
 
 import numpy as np  # noqa: E402
 from gpu_bench import common  # noqa: E402

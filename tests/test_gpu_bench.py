@@ -37,6 +37,8 @@ def rehearsal(monkeypatch):
     monkeypatch.setattr(common, "BEYOND_CACHE", 1 << 20)
     monkeypatch.setattr(speed, "DECODER_SHAPES", ((256, 128),))
     monkeypatch.setattr(parity, "TRUE_SHAPES", ((64, 128),))
+    monkeypatch.setattr(parity, "GATE_SHAPE", (256, 128))
+    monkeypatch.setattr(parity, "PROMPT", 40)
     for module in (speed, model):
         monkeypatch.setattr(module, "copy_bandwidth", lambda ops: 1e12)
     monkeypatch.setattr(speed, "HEAD_SHAPE", (640, 128))
@@ -55,7 +57,7 @@ def _bench(name: str = "gpu"):
 
 
 @pytest.mark.parametrize(
-    "name", ["kernels", "true_model", "matvec", "matmul", "attention", "decode", "picture", "memory"]
+    "name", ["setup", "true_sizes", "true_model", "matvec", "matmul", "attention", "decode", "picture", "memory"]
 )
 def test_sections_run_and_return_plain_data(rehearsal, name, capsys):
     module, function = _bench().SECTIONS[name][0].split(".")
@@ -74,7 +76,7 @@ def test_the_summary_names_every_bar(rehearsal):
         "memory": {"smallest: picture + 2048 tokens": {"in_use": 7e9}},
     }
     rows = {row["what"]: row for row in bars(found)}
-    assert len(rows) == 16
+    assert len(rows) == 17
     share = rows["int4 matrix-vector: share of the copy bandwidth"]
     assert (share["found"], share["met"]) == (0.7, False)
     assert rows["int4 matrix-vector: times torch int4"]["met"] is True
@@ -83,17 +85,17 @@ def test_the_summary_names_every_bar(rehearsal):
 
 def test_one_failing_section_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     bench, out = _bench(), tmp_path / "gpu.json"
-    code = bench.main(["--only", "kernels", "bandwidth", "--out", str(out)])
+    code = bench.main(["--only", "setup", "bandwidth", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["sections"].keys() == {"kernels", "bandwidth"}
+    assert report["sections"].keys() == {"setup", "bandwidth"}
     statuses = {section["status"] for section in report["sections"].values()}
     if code:  # without a GPU both say so
         assert statuses == {"failed"}
         assert all("DeviceError" in section["error"] for section in report["sections"].values())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
-    monkeypatch.setitem(bench.SECTIONS, "kernels", ("setup.kernels", 1))
-    assert bench.main(["--only", "kernels", "--minutes", "0", "--out", str(out)]) == 1
-    assert json.loads(out.read_text())["sections"]["kernels"]["status"] == "skipped"
+    monkeypatch.setitem(bench.SECTIONS, "setup", ("setup.setup", 1))
+    assert bench.main(["--only", "setup", "--minutes", "0", "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["sections"]["setup"]["status"] == "skipped"
 
 
 def test_wrong_arguments_are_refused():

@@ -6,6 +6,7 @@ Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's i
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fakes.gpu import FakeDriver, Images
 
 from qvl_kernels import gpu, packing
 from qvl_kernels.gpu import build, loader, signatures
+from qvl_kernels.gpu import driver as gpu_driver
 from qvl_kernels.gpu import memory as gpu_memory
 from qvl_kernels.gpu.cache import cache_bytes
 from qvl_kernels.gpu.graph import Replay
@@ -442,6 +444,7 @@ def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, mo
         _bundle(path, build.source_hash())
 
     monkeypatch.setattr(build, "build", compile_all)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: build.TRITON_VERSION)
     monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
     monkeypatch.setattr(loader, "cache_folder", lambda: tmp_path / "cache")
     for _ in range(2):
@@ -458,6 +461,23 @@ def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, mo
     loader.BUNDLE.write_bytes(b"nonsense")
     with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
         loader.find((8, 6))
+
+
+def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
+    monkeypatch.setattr(loader, "cache_folder", lambda: tmp_path)
+    for version, message in ((absent, "no Triton is installed"), (lambda name: "3.9", "Triton 3.9 is installed")):
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        with pytest.raises(DeviceError, match=f"without compiled GPU kernels, and {message}.*pip install triton=="):
+            loader.find((9, 0))
+        monkeypatch.setattr(gpu_driver, "Driver", FakeDriver)
+        usable, reason = gpu.available()
+        assert not usable and message in reason
+    _bundle(loader.BUNDLE, build.source_hash())
+    assert gpu.available() == (True, "Fake GPU")
 
 
 # choosing the device

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +25,50 @@ GOLDEN = TESTS / "golden"
 TRUE_SHAPES = ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (8192, 1664), (1664, 8192), (1664, 588))
 """Weights of Qwen-VL: decoder, then ViT."""
 
+GATE_SHAPE, PROMPT = (11008, 4096), 2000
+
 TRUE_LIMIT = 2e-3
 """Relative error of a product in fp16 with float32 sums."""
 
 
-class Launched:
-    """Which kernels ran."""
+def kernels() -> dict:
+    """tests/test_gpu_kernels.py, every kernel against the reference, with launches on this GPU."""
+    sys.path.insert(0, str(TESTS))
+    import pytest
+    import test_gpu_kernels
 
-    def __init__(self, ops):
-        self.names: set[str] = set()
-        launch = ops.driver.launch
+    ops, ran, failures, passed = common.make_ops(), set(), [], []
 
-        def noted(kernel, grid, args):
-            self.names.add(kernel.name)
-            launch(kernel, grid, args)
+    def launch(name: str, grid: tuple[int, ...], *args: object) -> None:
+        ran.add(name)
+        arrays: dict = {}  # an array that is given twice is one array on the device, too
 
-        ops.driver.launch = noted
+        def upload(value: object) -> object:
+            if not isinstance(value, np.ndarray):
+                return value
+            return arrays.setdefault((value.ctypes.data, value.nbytes), (value, ops.upload(value)))[1]
+
+        ops.launch(name, grid, *map(upload, args))
+        for value, array in arrays.values():
+            result = ops.download(array)
+            if result.tobytes() != value.tobytes():
+                value[...] = result
+
+    class Report:
+        def pytest_runtest_logreport(self, report) -> None:
+            if report.failed:
+                failures.append([report.nodeid.rpartition("::")[2], report.longreprtext.splitlines()[-1][:200]])
+            elif report.when == "call":
+                passed.append(report.nodeid)
+
+    test_gpu_kernels.launch = launch
+    own = {"constants": lambda name, architecture: ops.launch.constants(name)}  # grids follow this GPU's tiles
+    test_gpu_kernels.s = types.SimpleNamespace(**{**vars(signatures), **own})
+    options = ["-q", "--tb=line", "--maxfail=40", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    pytest.main([*options, str(TESTS / "test_gpu_kernels.py")], plugins=[Report()])
+    missing = sorted(set(signatures.names()) - ran)
+    print(f"{len(passed)} passed, {len(failures)} failed, {len(ran)} kernels ran; not reached: {missing or 'none'}")
+    return {"passed": len(passed), "failures": failures, "not_reached": missing}
 
 
 def operations() -> dict:
@@ -72,9 +101,9 @@ def operations() -> dict:
 
 
 def true_sizes() -> dict:
-    """Products of the true shapes, by few and many rows, and how many of all kernels they and attention reach."""
+    """Products of the true shapes by few and many rows, and attention over a long past."""
     ops, reference, rng = common.make_ops(), ReferenceOps(), np.random.default_rng(0)
-    launched, rows = Launched(ops), []
+    rows = []
     for n, k in TRUE_SHAPES:
         for bits in (4, 8, 16):
             w = common.matrix(n, k, bits)
@@ -90,24 +119,24 @@ def true_sizes() -> dict:
     rows += _long_attention(ops, reference, rng)
     table("True shapes: relative error", ("product", "error"), rows)
     failures = [row for row in rows if not row[1] <= TRUE_LIMIT]
-    return {"failures": failures, "worst": max(row[1] for row in rows), "kernels": sorted(launched.names)}
+    return {"failures": failures, "worst": max(row[1] for row in rows)}
 
 
 def _gate_up(ops, reference, rng) -> list:
-    rows, weight = [], np.ones(4096, np.float32)
-    gate, up = common.matrix(11008, 4096, 4), common.matrix(11008, 4096, 4)
+    n, k = GATE_SHAPE
+    rows, weight, w = [], np.ones(k, np.float32), common.matrix(n, k, 4)
     for m in (1, 300):
-        x, want, out = rng.standard_normal((m, 4096)).astype(np.float32), np.empty((m, 11008), np.float32), None
-        reference.gate_up(x, gate, up, want, norm=Norm(weight, None, 1e-6))
-        out = ops.empty((m, 11008), np.float16)
-        ops.gate_up(ops.upload(x), ops.weight(gate), ops.weight(up), out, norm=Norm(ops.upload(weight), None, 1e-6))
-        rows.append([f"gate_up 11008x4096 m={m}", _relative(ops.download(out).astype(np.float32), want)])
+        x, want = rng.standard_normal((m, k)).astype(np.float32), np.empty((m, n), np.float32)
+        reference.gate_up(x, w, w, want, norm=Norm(weight, None, 1e-6))
+        out = ops.empty((m, n), np.float16)
+        ops.gate_up(ops.upload(x), ops.weight(w), ops.weight(w), out, norm=Norm(ops.upload(weight), None, 1e-6))
+        rows.append([f"gate_up {n}x{k} m={m}", _relative(ops.download(out).astype(np.float32), want)])
     return rows
 
 
 def _long_attention(ops, reference, rng) -> list:
     """A prompt of 2000 tokens, then steps, on caches of both kinds; and the ViT's attention."""
-    rows, heads, d, length = [], 4, 128, 2000
+    rows, heads, d, length = [], 4, 128, PROMPT
     angles = np.outer(np.arange(4096), 1 / 10000 ** (np.arange(0, d, 2) / d))
     rope, logn = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32), np.ones(4096, np.float32)
     steps = [rng.standard_normal((t, 3 * heads * d)).astype(np.float16) for t in (length, 1, 1)]
@@ -232,9 +261,3 @@ def _vision(model, case: dict) -> list:
         got = features if expected["final_is_full"] else features[expected["qrows"]]
         error = max(error, float(np.abs(got - expected["final"][i]).max()))
     return [case["file"][:-4], error, 1.5 * case["noise"]["original_in_fp16_vs_fp32"], "-"]
-
-
-def untouched(*found: dict) -> list[str]:
-    """Kernels that no parity section ran."""
-    ran = {name for section in found for name in section.get("kernels", ())}
-    return sorted(set(signatures.names()) - ran)

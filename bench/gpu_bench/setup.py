@@ -9,7 +9,7 @@ from gpu_bench.common import torch_or_none
 from qvl_kernels.gpu import signatures
 
 
-def kernels() -> dict:
+def setup() -> dict:
     """Load every kernel, and say what there is."""
     begin = time.perf_counter()
     ops = common.make_ops()

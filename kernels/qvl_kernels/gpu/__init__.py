@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 def available() -> tuple[bool, str]:
     """Whether a usable GPU is there, and which; or why not, on one line."""
+    from qvl_kernels.gpu import loader
     from qvl_kernels.gpu.driver import Driver
 
     try:
         driver = Driver()
+        if loader.locate(driver.capability) is None:
+            loader.check_compiler()
     except DeviceError as error:
         return False, str(error)
     return True, driver.name

@@ -10,6 +10,7 @@ A bundle is what build.py writes, a zip of cubins and PTX with a manifest.json::
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -83,27 +84,59 @@ def choose(capability: tuple[int, int]) -> tuple[int, str]:
     return PTX_ARCHITECTURE, "ptx"
 
 
+def locate(capability: tuple[int, int]) -> Bundle | None:
+    """The kernels for a GPU of a compute capability that are there already, if any."""
+    from qvl_kernels.gpu.build import source_hash
+
+    architecture, kind = choose(capability)
+    sources = source_hash()
+    for path in (BUNDLE, _made(architecture, sources)):
+        if path.exists():
+            bundle = Bundle(path, architecture, kind)
+            if bundle.sources == sources and len(bundle):
+                return bundle
+    return None
+
+
 def find(capability: tuple[int, int]) -> Bundle:
     """The kernels for a GPU of a compute capability; compiled now, with a word on standard error, if there are none.
 
     Raises
     ------
     DeviceError
-        There are none and Triton is not installed.
+        There are none and the Triton they are compiled with is not installed.
     """
     from qvl_kernels.gpu.build import build, source_hash
 
-    architecture, kind = choose(capability)
-    sources = source_hash()
-    made = cache_folder() / f"gpu-kernels-sm{architecture}-{sources[:16]}.zip"
-    for path in (BUNDLE, made):
-        if path.exists():
-            bundle = Bundle(path, architecture, kind)
-            if bundle.sources == sources and len(bundle):
-                return bundle
-    print(f"qvl: compiling the GPU kernels for sm_{architecture}, once; they are kept in {made}", file=sys.stderr)
-    build(made, [architecture], _show)
-    return Bundle(made, architecture, kind)
+    bundle = locate(capability)
+    if bundle is None:
+        check_compiler()
+        architecture, kind = choose(capability)
+        made = _made(architecture, source_hash())
+        print(f"qvl: compiling the GPU kernels for sm_{architecture}, once; they are kept in {made}", file=sys.stderr)
+        build(made, [architecture], _show)
+        bundle = Bundle(made, architecture, kind)
+    return bundle
+
+
+def check_compiler() -> None:
+    """Raise a DeviceError where kernels could not be compiled; does not import Triton, which takes a while."""
+    from qvl_kernels.gpu.build import TRITON_VERSION
+
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version != TRITON_VERSION:
+        raise DeviceError(
+            "this installation came without compiled GPU kernels, and "
+            f"{f'Triton {version}' if version else 'no Triton'} is installed to compile them with: "
+            f"pip install triton=={TRITON_VERSION}, or use the CPU"
+        )
+
+
+def _made(architecture: int, sources: str) -> Path:
+    return cache_folder() / f"gpu-kernels-sm{architecture}-{sources[:16]}.zip"
 
 
 def cache_folder() -> Path:
