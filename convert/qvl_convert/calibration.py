@@ -48,10 +48,13 @@ class Sample:
         With an image slot for each picture.
     images : list of image sources
         One for each slot, in order.
+    asked : int
+        How many of the ids come before the last answer; 0 where nothing is asked.
     """
 
     ids: list[int]
     images: list[ImageSource]
+    asked: int = 0
 
 
 def load(
@@ -187,6 +190,8 @@ def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Fo
 def _drawn(rng: np.random.Generator, pictures: int) -> tuple[list[Turn], list[ImageSource]]:
     scenes = [random_scene(rng, words=WORDS, shares=(0.3, 0.2, 0.5, 0.0)) for _ in range(pictures)]
     exchanges = [exchange for _ in range(40) if (exchange := ask(rng, scenes)) is not None][:8]
+    if pictures == 1 and (last := ask(rng, scenes, ("find", "ground")[int(rng.integers(2))])) is not None:
+        exchanges[-1] = last
     slots = "".join(f"Picture {n}: <img></img>\n" for n in range(1, pictures + 1))
     spoken = [turn for exchange in exchanges for turn in exchange.turns]
     turns = [turn for question, answer in spoken for turn in (("user", question), ("assistant", answer))]
@@ -205,15 +210,14 @@ def _sample(turns: list[Turn] | str, images: list[ImageSource], root: Path, toke
     if not any(role == "user" for role, _ in turns):
         raise QvlError("has no 'conversations' with a turn of the user")
     turns = [(role, _resolve(said, root, tokenizer)) for role, said in turns]
-    if not chat:
-        text = "\n".join(said for _, said in turns)
-        prompt = build_prompt(text, images, tokenizer, chat=False)
-        return _checked(Sample(prompt.ids, prompt.images))
     answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
-    messages = [{"role": role, "content": said} for role, said in turns]
-    prompt = build_prompt(messages, images, tokenizer, chat=True)
-    tail = [] if answer is None else [*tokenizer.encode_chat(answer), tokenizer.im_end_id]
-    return _checked(Sample(prompt.ids + tail, prompt.images))
+    if chat:
+        prompt = build_prompt([{"role": r, "content": said} for r, said in turns], images, tokenizer, chat=True)
+        tail = [] if answer is None else [*tokenizer.encode_chat(answer), tokenizer.im_end_id]
+    else:
+        prompt = build_prompt("\n".join(said for _, said in turns) + "\n", images, tokenizer, chat=False)
+        tail = [] if answer is None else tokenizer.encode(answer)
+    return _checked(Sample(prompt.ids + tail, prompt.images, len(prompt.ids)))
 
 
 def _resolve(text: str, root: Path, tokenizer: Tokenizer) -> str:
@@ -240,7 +244,8 @@ def _cut(sample: Sample, max_tokens: int, tokenizer: Tokenizer) -> Sample:
     starts = [i for i, token in enumerate(sample.ids) if token == tokenizer.img_start_id]
     split = [start for start in starts if start < max_tokens < start + tokenizer.n_queries + 2]
     end = split[0] if split else max_tokens
-    kept = Sample(sample.ids[:end], sample.images[: sum(start < end for start in starts)])
+    images = sample.images[: sum(start < end for start in starts)]
+    kept = Sample(sample.ids[:end], images, sample.asked if sample.asked <= end else 0)
     if not kept.ids:
         raise QvlError(f"its first picture does not fit into {max_tokens} tokens")
     return kept

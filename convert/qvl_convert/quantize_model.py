@@ -145,14 +145,15 @@ class Calibrated:
             names = [name for name in stage.matrices if name in todo]
             hessians = {}
             if calibrated:
-                hessians = self._hessians(walk, stage, published, calibrated)
+                hessians = self.hessians(walk, stage, published, calibrated)
             yield from ((todo[name], source.matrix(todo[name])) for name in names if name not in calibrated)
-            yield from self._quantise(source, [todo[n] for n in names if n in calibrated], hessians)
+            yield from self.quantise(source, [todo[n] for n in names if n in calibrated], hessians)
             calibrated -= set(names)
             if calibrated and stage.kind != "norm":
                 walk.run(stage, Weights(quantised, ops))
 
-    def _hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
+    def hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
+        """Of the wanted matrices of a stage, with the original weights in it."""
         wanted = wanted & set(stage.matrices)
         if stage.kind == "norm":
             walk.run(stage, Weights(published, walk.ops))
@@ -166,9 +167,10 @@ class Calibrated:
         walk.run(stage, WatchedWeights(published, watch), keep=False)
         return watch.hessians
 
-    def _quantise(
+    def quantise(
         self, source: Source, plans: list[MatrixPlan], hessians: dict[str, Hessian]
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
+        """The matrices of a stage, of which those with the same input should follow one another."""
         factors: dict[int, Factor] = {}
         for plan in plans:
             started, hessian = time.perf_counter(), hessians[plan.spec.name]

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from qvl_convert.plan import Recipe, Source
-from qvl_kernels.ops import Array, Ops
+from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
 from qvl_runtime import decoder, vision
 from qvl_runtime.adapter import Adapter
@@ -143,13 +143,15 @@ class Walk:
             if keep:
                 array[...] = self.ops.download(out)
 
-    def logits(self, weights: Weights, prompt: int, rows: int = 128) -> Iterator[np.ndarray]:
-        """After "norm": a prompt's logits, float32 ``[rows, vocab]`` at a time."""
-        head = weights.matrix("lm_head")
-        for start in range(0, len(self.hidden[prompt]), rows):
+    def logits(self, head: Weight, prompt: int, first: int = 0, rows: int = 64) -> Iterator[np.ndarray]:
+        """After "norm": a prompt's logits from a position on, float32 ``[rows, vocab]`` at a time.
+
+        `head` is the output head; it is large, so the caller fetches it once.
+        """
+        for start in range(first, len(self.hidden[prompt]), rows):
             normed = self.hidden[prompt][start : start + rows].astype(self.ops.activation_dtype)
             out = self.ops.empty((len(normed), self.config.vocab_size))
-            weights.ops.linear(self.ops.upload(normed), head, out)
+            self.ops.linear(self.ops.upload(normed), head, out)
             yield self.ops.download(out)
 
     def _room(self, name: str, shapes: list[tuple[int, int]]) -> list[np.ndarray]:

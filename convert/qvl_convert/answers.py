@@ -1,0 +1,209 @@
+"""The answers of a quantised model beside those of its original.
+
+The original's greedy answers need no run token by token: the quantised model proposes an answer, one walk checks all
+of it at once, and from the first token on which they differ the quantised model proposes anew. That is speculative
+decoding, which gives exactly the answer that the original alone would give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qvl_convert.calibration import Sample
+from qvl_convert.walk import Walk, stages
+from qvl_runtime.boxes import Box, parse_boxes
+from qvl_runtime.model import Model
+from qvl_runtime.weights import Weights
+
+MAX_ROUNDS = 12
+PICTURE_STAGES = ("patches", "vision", "adapter")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass
+class Answers:
+    """What separates greedy answers to the same prompts.
+
+    Attributes
+    ----------
+    count, same : int
+        Answers compared, and those that are equal.
+    first_difference : list of int
+        Tokens before the first difference, of those that are not.
+    edit_distance : float
+        Mean of Levenshtein distance over the longer text's length.
+    boxes : int
+        Boxes in the answers, those of the richer one counting.
+    iou_median, iou_p10, iou_under_half : float or None
+        Intersection over union of boxes in order (0 for a box without a partner), and the share of those below 0.5.
+    unfinished : int
+        Answers left out because the models differed too often to follow both.
+    """
+
+    count: int
+    same: int
+    first_difference: list[int]
+    edit_distance: float
+    boxes: int
+    iou_median: float | None
+    iou_p10: float | None
+    iou_under_half: float | None
+    unfinished: int
+
+
+@dataclasses.dataclass
+class _Answer:
+    """One prompt and what both say to it.
+
+    Attributes
+    ----------
+    first : list of int
+        The quantised model's answer, with the token that ended it.
+    agreed, draft : list of int
+        The beginning of the original's answer, and what the quantised model would go on with.
+    done : bool
+        `agreed` is the original's whole answer.
+    """
+
+    sample: Sample
+    first: list[int]
+    agreed: list[int]
+    draft: list[int]
+    done: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        return self.sample.ids + self.agreed + self.draft
+
+    @property
+    def images(self) -> list:
+        return self.sample.images
+
+
+def compare_answers(
+    model: Model,
+    reference: Weights,
+    samples: Sequence[Sample],
+    features: Sequence[np.ndarray],
+    max_new_tokens: int,
+    progress: Progress,
+) -> Answers:
+    """Let both answer the last question of every sample.
+
+    Parameters
+    ----------
+    model : Model
+        The quantised one.
+    reference : Weights
+        The original's.
+    samples : sequence of Sample
+        Those with ``asked == 0`` are left out.
+    features : sequence of ndarray
+        What the original makes of the pictures of all samples, in order.
+    max_new_tokens : int
+    progress : callable
+    """
+    tokens = model.tokenizer
+    stops = {tokens.im_end_id, tokens.im_start_id, tokens.eod_id, model.generation_config.eos_token_id}
+    answers, seen, left = [], [], list(features)
+    for sample in samples:
+        mine, left = left[: len(sample.images)], left[len(sample.images) :]
+        if not sample.asked:
+            continue
+        count = sample.ids[: sample.asked].count(tokens.img_start_id) if mine else 0
+        prompt = Sample(sample.ids[: sample.asked], sample.images[:count])
+        draft = _propose(model, prompt, [], max_new_tokens)
+        answers.append(_Answer(prompt, draft, [], draft))
+        seen.append(mine[:count])
+    for round_ in range(MAX_ROUNDS):
+        going = [i for i, answer in enumerate(answers) if not answer.done]
+        progress(f"answers, {len(going)} open", round_, MAX_ROUNDS)
+        if not going:
+            break
+        _check(reference, [answers[i] for i in going], [f for i in going for f in seen[i]], stops, max_new_tokens)
+        for i in going:
+            if not answers[i].done:
+                answers[i].draft = _propose(model, answers[i].sample, answers[i].agreed, max_new_tokens)
+    return _summary([answer for answer in answers if answer.done], len(answers), tokens, stops)
+
+
+def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
+    """How the quantised model goes on, with the token that ends it where it ends by itself."""
+    room = limit - len(agreed)
+    result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
+    return result.token_ids + ([model.tokenizer.im_end_id] if result.finish_reason == "stop" else [])
+
+
+def _check(weights: Weights, answers: list[_Answer], features: list[np.ndarray], stops: set, limit: int) -> None:
+    """Extend `agreed` by what the original says in place of the draft, up to where it differs."""
+    walk = Walk(weights.ops, weights.blob.config, answers)
+    for target, values in zip(walk.features, features):
+        target[...] = values
+    for stage in stages(weights.blob.config):
+        if stage.kind not in PICTURE_STAGES:
+            walk.run(stage, weights)
+    head = weights.matrix("lm_head")
+    for i, answer in enumerate(answers):
+        first = len(answer.sample.ids) + len(answer.agreed) - 1
+        said = np.concatenate([part.argmax(1) for part in walk.logits(head, i, first)])
+        for token, proposed in zip(said.tolist(), [*answer.draft, None]):
+            if len(answer.agreed) == limit:
+                break
+            answer.agreed.append(token)
+            if token in stops or token != proposed:
+                break
+        answer.done = len(answer.agreed) == limit or answer.agreed[-1] in stops
+
+
+def _summary(answers: list[_Answer], count: int, tokenizer, stops: set) -> Answers:
+    differences, distances, overlaps = [], [], []
+    for answer in answers:
+        ours, theirs = (_without_stop(ids, stops) for ids in (answer.first, answer.agreed))
+        texts = [tokenizer.decode(ids) for ids in (ours, theirs)]
+        if ours != theirs:
+            pairs = zip([*ours, None], [*theirs, None])
+            differences.append(next(i for i, (a, b) in enumerate(pairs) if a != b))
+        distances.append(edit_distance(*texts) / max(1, *map(len, texts)))
+        boxes = [parse_boxes(text) for text in texts]
+        overlaps += [iou(a, b) for a, b in zip(*boxes)]
+        overlaps += [0.0] * abs(len(boxes[0]) - len(boxes[1]))
+    return Answers(
+        count=len(answers),
+        same=len(answers) - len(differences),
+        first_difference=differences,
+        edit_distance=float(np.mean(distances)) if distances else 0.0,
+        boxes=len(overlaps),
+        iou_median=float(np.median(overlaps)) if overlaps else None,
+        iou_p10=float(np.percentile(overlaps, 10)) if overlaps else None,
+        iou_under_half=float(np.mean(np.array(overlaps) < 0.5)) if overlaps else None,
+        unfinished=count - len(answers),
+    )
+
+
+def _without_stop(ids: list[int], stops: set) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in stops else ids
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, whatever the order of their corners; 1 for equal ones."""
+    if (a.x1, a.y1, a.x2, a.y2) == (b.x1, b.y1, b.x2, b.y2):
+        return 1.0
+    (ax1, ax2), (ay1, ay2) = sorted((a.x1, a.x2)), sorted((a.y1, a.y2))
+    (bx1, bx2), (by1, by2) = sorted((b.x1, b.x2)), sorted((b.y1, b.y2))
+    shared = max(0, min(ax2, bx2) - max(ax1, bx1)) * max(0, min(ay2, by2) - max(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
+    return shared / union if union else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance in characters."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]

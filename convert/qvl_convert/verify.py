@@ -1,0 +1,245 @@
+"""How far a `.qvl` file is from the model it was made from: in probabilities, in answers, and in boxes.
+
+The original runs layer by layer from its own files (`walk`), so a laptop can verify what it can convert.
+
+Every figure stands beside the noise floor: the original with every result rounded to bfloat16, as it was published to
+be run, against the same in full precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qvl_convert.answers import Answers, Progress, compare_answers
+from qvl_convert.calibration import Sample
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.plan import Source
+from qvl_convert.walk import Model, Published, Stage, Walk, stages
+from qvl_kernels.ops import Array, Ops, Weight
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+from qvl_runtime.model import Model as Runtime
+from qvl_runtime.weights import Weights
+
+BIN = 32
+"""Positions whose KL divergence is averaged in `Report.kl_by_position`."""
+
+
+OUT = {
+    "embed": 2,
+    "linear": 2,
+    "gate_up": 3,
+    "normalize": 2,
+    "add": 2,
+    "vision_attention": 2,
+    "cross_attention": 4,
+    "cached_attention": 4,
+}
+"""Where each operation of `Ops` has its `out`."""
+
+
+@dataclasses.dataclass
+class Divergence:
+    """What separates two models over the same tokens.
+
+    Attributes
+    ----------
+    kl_mean, kl_median, kl_p90, kl_p99 : float
+        Kullback-Leibler divergence KL(reference || model) of the next token, in nats, over the positions.
+    same_top : float
+        Share of positions whose most likely token is the same.
+    perplexity : float
+        Of the model, on the text of the samples.
+    features : float or None
+        Relative error of the pictures' features, ``|a - b| / |b|``.
+    """
+
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    same_top: float
+    perplexity: float
+    features: float | None
+
+
+@dataclasses.dataclass
+class Report:
+    """The whole comparison.
+
+    Attributes
+    ----------
+    samples, positions : int
+    reference_perplexity : float
+    model, floor : Divergence
+    layers : list of (str, float)
+        Relative error of what leaves each stage of the model.
+    kl_by_position : list of (int, float)
+        First position of each bin and the mean KL divergence in it.
+    answers : Answers or None
+    """
+
+    samples: int
+    positions: int
+    reference_perplexity: float
+    model: Divergence
+    floor: Divergence
+    layers: list[tuple[str, float]]
+    kl_by_position: list[tuple[int, float]]
+    answers: Answers | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        return dataclasses.asdict(self)
+
+
+class Bf16Ops:
+    """A backend that rounds every result to bfloat16."""
+
+    def __init__(self, ops: Ops):
+        self._ops = ops
+
+    def __getattr__(self, name: str):
+        function = getattr(self._ops, name)
+        return self._rounded(function, OUT[name]) if name in OUT else function
+
+    def _rounded(self, function: Callable, position: int) -> Callable:
+        def call(*args, **options) -> None:
+            function(*args, **options)
+            out: Array = args[position]
+            self._ops.write(out, self._ops.download(out).astype(ml_dtypes.bfloat16).astype(out.dtype))
+
+        return call
+
+
+def open_reference(path: str | Path) -> Model:
+    """The original: a Hugging Face folder, or a `.qvl` file of higher precision."""
+    return Blob(path) if Path(path).is_file() else Published(Source(Checkpoint(path)))
+
+
+def verify(
+    model: Runtime,
+    reference: Model,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 64,
+    progress: Progress = lambda name, done, total: None,
+) -> Report:
+    """Compare a model with its original.
+
+    Parameters
+    ----------
+    model : qvl_runtime.Model
+    reference : Model
+        From `open_reference`.
+    samples : sequence of Sample
+        At best not those the model was calibrated with.
+    max_new_tokens : int
+        Of the answers compared; 0 compares none.
+    progress : callable
+        Told a stage's name, stages done and all stages.
+
+    Raises
+    ------
+    QvlError
+        When the two are different models.
+    """
+    config = model.config
+    if reference.config != config:
+        different = [k for k, v in config.to_dict().items() if reference.config.to_dict().get(k) != v]
+        raise QvlError(f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ")
+    bf16 = Bf16Ops(model.ops)
+    walks = [Walk(ops, config, samples) for ops in (model.ops, model.ops, bf16)]
+    weights = [Weights(reference, model.ops), Weights(model.blob, model.ops), Weights(reference, bf16)]
+    layers, plan = [], stages(config)
+    for done, stage in enumerate(plan):
+        name = stage.kind if stage.kind not in ("vision", "decoder") else f"{stage.kind} {stage.index}"
+        progress(name, done, len(plan))
+        for walk, w in zip(walks, weights):
+            walk.run(stage, w)
+        if outputs := _outputs(walks[1], stage):
+            layers.append((name, _relative(outputs, _outputs(walks[0], stage))))
+    progress("logits", len(plan), len(plan))
+    features = [_relative(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
+    padding = model.tokenizer.img_pad_id
+    nll, scores = _scores(walks, [w.matrix("lm_head") for w in weights], samples, padding)
+    answers = None
+    if max_new_tokens and any(sample.asked for sample in samples):
+        answers = compare_answers(model, weights[0], samples, walks[0].features, max_new_tokens, progress)
+    return Report(
+        samples=len(samples),
+        positions=len(nll),
+        reference_perplexity=float(np.exp(nll.mean())),
+        model=_divergence(scores[0], features[0]),
+        floor=_divergence(scores[1], features[1]),
+        layers=layers,
+        kl_by_position=_by_position(scores[0]),
+        answers=answers,
+    )
+
+
+def _scores(
+    walks: list[Walk], heads: list[Weight], samples: Sequence[Sample], padding: int | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Of every predicted token but a picture's.
+
+    Returns
+    -------
+    nll : ndarray
+        The reference's, ``[positions]``.
+    scores : list of ndarray
+        Of each other walk ``[4, positions]``: position, KL divergence, whether the top is the same, negative log
+        likelihood.
+    """
+    nll, scores = [], [[] for _ in walks[1:]]
+    for i, sample in enumerate(samples):
+        ids, start = np.array(sample.ids), 0
+        for chunks in zip(*(walk.logits(head, i) for walk, head in zip(walks, heads))):
+            at = np.arange(start, min(start + len(chunks[0]), len(ids) - 1))
+            at = at[ids[at + 1] != padding]
+            reference, *others = (_log_softmax(chunk[at - start]) for chunk in chunks)
+            actual = np.arange(len(at)), ids[at + 1]
+            nll.append(-reference[actual])
+            for score, other in zip(scores, others):
+                kl = np.sum(np.exp(reference) * (reference - other), axis=1)
+                same = reference.argmax(1) == other.argmax(1)
+                score.append(np.stack([at, kl, same, -other[actual]]))
+            start += len(chunks[0])
+    return np.concatenate(nll), [np.concatenate(score, axis=1) for score in scores]
+
+
+def _divergence(scores: np.ndarray, features: float | None) -> Divergence:
+    _, kl, same, nll = scores
+    median, p90, p99 = np.percentile(kl, [50, 90, 99])
+    return Divergence(
+        float(kl.mean()), float(median), float(p90), float(p99), float(same.mean()), float(np.exp(nll.mean())), features
+    )
+
+
+def _by_position(scores: np.ndarray) -> list[tuple[int, float]]:
+    at, kl = scores[0].astype(int) // BIN, scores[1]
+    return [(int(b) * BIN, float(kl[at == b].mean())) for b in np.unique(at)]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def _outputs(walk: Walk, stage: Stage) -> list[np.ndarray]:
+    if stage.kind in ("patches", "vision"):
+        return walk.patches
+    return walk.features if stage.kind == "adapter" else walk.hidden
+
+
+def _relative(arrays: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    """``|a - b| / |b|`` over all arrays."""
+    change = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(arrays, reference))
+    return float(np.sqrt(change / sum(float(np.square(b, dtype=np.float64).sum()) for b in reference)))

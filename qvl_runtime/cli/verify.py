@@ -1,0 +1,94 @@
+"""`qvl verify`: how far a file is from the model it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import qvl_runtime as qvl
+from qvl_convert import calibration
+from qvl_convert.verify import Report, open_reference
+from qvl_convert.verify import verify as run
+from qvl_convert.verify_plot import plot as draw
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    reference: Annotated[Path, typer.Option(help="What it was made from: a folder, or a .qvl file at 16 bits.")],
+    data: Annotated[
+        str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
+    ] = "builtin",
+    samples: Annotated[int, typer.Option(help="How many conversations of it.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers compared; 0 compares none.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL by position and error by layer into this file.")] = None,
+) -> None:
+    """Measure how far a .qvl file is from the model it was made from.
+
+    The original runs layer by layer from its own files, so it may be larger than memory. The built-in data are not
+    those that calibration uses.
+
+    Examples:
+
+      qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat
+
+      qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat --data my-conversations.json --plot error.png
+    """
+    loaded = qvl.load(model, device=device)
+    found = calibration.load(data, loaded.tokenizer, chat=loaded.is_chat, count=samples, seed=1)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+        report = run(
+            loaded,
+            open_reference(reference),
+            found,
+            max_new_tokens=max_new_tokens,
+            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+        )
+    if plot is not None:
+        draw(report, plot)
+    print(json.dumps(report.to_dict()) if as_json else text(report))
+
+
+def text(report: Report) -> str:
+    """A report as a table."""
+    lines = [
+        f"{report.samples} samples, {report.positions} tokens; perplexity of the original "
+        f"{report.reference_perplexity:.4f}",
+        f"{'':<26}{'this file':>12}{'noise floor':>14}",
+    ]
+    for label, name, form in (
+        ("KL divergence, mean", "kl_mean", ".6f"),
+        ("               median", "kl_median", ".6f"),
+        ("               p90", "kl_p90", ".6f"),
+        ("               p99", "kl_p99", ".6f"),
+        ("same most likely token", "same_top", ".2%"),
+        ("perplexity", "perplexity", ".4f"),
+        ("error of picture features", "features", ".2%"),
+    ):
+        values = [getattr(part, name) for part in (report.model, report.floor)]
+        if None not in values:
+            lines.append(f"{label:<26}{values[0]:>12{form}}{values[1]:>14{form}}")
+    answers = report.answers
+    if answers is not None:
+        lines.append(
+            f"answers: {answers.same} of {answers.count} the same, edit distance {answers.edit_distance:.2%}"
+            + (f", {answers.unfinished} left out" if answers.unfinished else "")
+        )
+        if answers.first_difference:
+            lines.append(f"  the others first differ after {', '.join(map(str, answers.first_difference))} tokens")
+        if answers.boxes:
+            lines.append(
+                f"  {answers.boxes} boxes: IoU median {answers.iou_median:.3f}, p10 {answers.iou_p10:.3f}, "
+                f"{answers.iou_under_half:.1%} under 0.5"
+            )
+    lines.append("noise floor: the original with every result rounded to bfloat16, against itself in full precision")
+    return "\n".join(lines)

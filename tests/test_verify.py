@@ -1,0 +1,157 @@
+"""Comparing a file with its original: the figures, the answers, and what the command prints."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from qvl_convert import answers as answers_module
+from qvl_convert import calibration
+from qvl_convert.answers import compare_answers, edit_distance, iou
+from qvl_convert.verify import Bf16Ops, open_reference, verify
+from qvl_convert.verify_plot import plot
+from qvl_convert.walk import Walk, stages
+from qvl_runtime.boxes import Box
+from qvl_runtime.devices import make_ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.weights import Weights
+
+VL = GOLDEN / "ckpt" / "tiny-vl"
+INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def samples(model):
+    tokenizer = model("tiny-vl", bits=16).tokenizer
+    return calibration.load("builtin", tokenizer, chat=True, count=3, max_tokens=1000, seed=1)
+
+
+@pytest.fixture(scope="module")
+def report(model, samples):
+    return verify(model("tiny-vl", **INT4), open_reference(VL), samples, max_new_tokens=0)
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def test_the_figures_are_those_of_the_two_models_logits(report, model, samples):
+    ours, original = model("tiny-vl", **INT4), model("tiny-vl", bits=16)
+    kl, same, nll = [], [], []
+    for sample in samples:
+        p, q = (log_softmax(m.logits(sample.ids, sample.images)) for m in (original, ours))
+        kept = [i for i, token in enumerate(sample.ids[1:]) if token != ours.tokenizer.img_pad_id]
+        kl += list((np.exp(p) * (p - q)).sum(1)[kept])
+        same += list((p.argmax(1) == q.argmax(1))[kept])
+        nll += [-q[i, sample.ids[i + 1]] for i in kept]
+    assert report.positions == len(kl)
+    assert report.model.kl_mean == pytest.approx(np.mean(kl), rel=1e-4)
+    assert report.model.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=1e-3)
+    assert report.model.same_top == pytest.approx(np.mean(same), abs=2 / len(same))
+    assert report.model.perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+    pictures = [image for sample in samples for image in sample.images]
+    features = [np.stack([m.encode_image(p) for p in pictures]) for m in (ours, original)]
+    error = np.linalg.norm(features[0] - features[1]) / np.linalg.norm(features[1])
+    assert report.model.features == pytest.approx(error, rel=1e-3)
+
+
+def test_the_noise_floor_is_far_below_int4_and_not_zero(report):
+    assert 0 < report.floor.kl_mean < report.model.kl_mean / 50
+    assert report.floor.same_top > report.model.same_top
+
+
+def test_errors_are_given_layer_by_layer_and_position_by_position(report, model):
+    config = model("tiny-vl", bits=16).config
+    names = [name for name, _ in report.layers]
+    assert names[0] == "patches" and names[-1] == "norm" and f"decoder {config.num_hidden_layers - 1}" in names
+    assert all(0 < error < 1 for _, error in report.layers)
+    assert [at for at, _ in report.kl_by_position] == sorted({at for at, _ in report.kl_by_position})
+
+
+def test_a_model_is_equal_to_itself(model, samples):
+    report = verify(model("tiny-vl", bits=16), open_reference(VL), samples[:2], max_new_tokens=6)
+    assert report.model.kl_mean < 1e-9 and report.model.same_top == 1 and report.model.features < 1e-6
+    assert report.answers.same == report.answers.count == 2 and report.answers.edit_distance == 0
+
+
+def test_a_blob_serves_as_reference_too(blob, model, samples, report):
+    other = verify(model("tiny-vl", **INT4), open_reference(blob("tiny-vl", bits=16)), samples, max_new_tokens=0)
+    assert other.model.kl_mean == pytest.approx(report.model.kl_mean, rel=1e-6)
+
+
+def test_the_originals_answer_is_exactly_its_greedy_one(model, samples, monkeypatch):
+    """However often the proposals are wrong."""
+    ours, original, followed = model("tiny-vl", **INT4), model("tiny-vl", bits=16), []
+    monkeypatch.setattr(answers_module, "_summary", lambda done, *_: followed.extend(done))
+    reference = open_reference(VL)
+    weights = Weights(reference, ours.ops)
+    walk = Walk(ours.ops, reference.config, samples)
+    for stage in stages(reference.config):
+        if stage.kind in answers_module.PICTURE_STAGES:
+            walk.run(stage, weights)
+    asked = [sample for sample in samples if sample.asked]
+    compare_answers(ours, weights, samples, walk.features, 8, lambda *_: None)
+    assert len(followed) == len(asked) == 2
+    for answer, sample in zip(followed, asked):
+        want = original.generate(sample.ids[: sample.asked], sample.images, max_new_tokens=8).token_ids
+        assert answer.agreed[: len(want)] == want
+
+
+def test_answers_that_never_agree_are_counted_as_left_out(model, samples, monkeypatch):
+    monkeypatch.setattr(answers_module, "MAX_ROUNDS", 1)
+    found = verify(model("tiny-vl", **INT4), open_reference(VL), samples, max_new_tokens=8).answers
+    assert found.unfinished + found.count == 2 and found.unfinished > 0
+
+
+def test_rounding_to_bfloat16_reaches_every_result():
+    ops = Bf16Ops(make_ops("reference"))
+    out = ops.empty((1, 4))
+    ops.add(np.full((1, 4), 1.0, np.float32), np.full((1, 4), 0.001, np.float32), out)
+    assert (out == 1.0).all()
+
+
+def test_another_model_is_refused(model, samples):
+    with pytest.raises(QvlError, match="another model"):
+        verify(model("tiny-vl", bits=16), open_reference(GOLDEN / "ckpt" / "tiny-q7-gptq-asym"), samples)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "want"),
+    [
+        ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),
+        ((0, 0, 10, 10), (5, 0, 15, 10), 1 / 3),
+        ((10, 10, 0, 0), (0, 0, 10, 10), 1.0),
+        ((0, 0, 10, 10), (20, 20, 30, 30), 0.0),
+        ((5, 5, 5, 5), (5, 5, 5, 5), 1.0),
+        ((5, 5, 5, 5), (6, 6, 6, 6), 0.0),
+    ],
+)
+def test_iou(a, b, want):
+    assert iou(Box(None, *a), Box("x", *b)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("a", "b", "want"), [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("红色", "红", 1)])
+def test_edit_distance(a, b, want):
+    assert edit_distance(a, b) == edit_distance(b, a) == want
+
+
+def test_the_plot_is_a_picture_and_a_bad_name_an_error(report, tmp_path):
+    plot(report, tmp_path / "x.png")
+    assert np.asarray(Image.open(tmp_path / "x.png")).std() > 5
+    with pytest.raises(QvlError, match=r"nowhere.*cannot be written"):
+        plot(report, tmp_path / "nowhere" / "x.png")
+
+
+def test_the_command_prints_a_table_or_json(blob, tmp_path):
+    command = [sys.executable, "-m", "qvl_runtime.cli.main", "verify", blob("tiny-vl", **INT4), "--reference", VL]
+    command += ["--samples", "1", "--device", "reference", "--max-new-tokens", "2"]
+    shown = subprocess.run([*command, "--plot", tmp_path / "p.png"], capture_output=True, text=True, check=True)
+    assert "KL divergence, mean" in shown.stdout and "noise floor" in shown.stdout and shown.stderr == ""
+    assert (tmp_path / "p.png").exists()
+    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["model"]["kl_mean"] > 0
