@@ -1,7 +1,7 @@
 """Attention of many queries at a time: blocked, with an online softmax (Dao et al. 2022, "FlashAttention").
 
 A task is one head and up to `QUERIES` queries. Keys and values are gone through `KEYS` at a time: converted to float32
-in this thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 32),
+in this thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 16),
 then used by all of the task's queries, `FLOAT_TOKENS` at a time: scores, weights, weighted values, all in float32.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from numba import float32
 
+from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.gemm import transpose
-from qvl_kernels.cpu.gemm_tile import WIDTH, tile_float
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, make_float_tile, make_narrow_tile
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
@@ -36,7 +37,10 @@ from qvl_kernels.cpu.simd import (
 from qvl_kernels.cpu.tiles import FLOAT_TOKENS, KEYS, QUERIES
 
 LOWEST = float32(-1e30)
-SCORE_ROW = 4 * KEYS
+ROW = 4 * KEYS
+"""Bytes of a row of scores and of a query (`KEYS` is also the largest head size)."""
+
+multiply, multiply_narrow = make_float_tile(4, ROW), make_narrow_tile(4, ROW)
 
 load, half, words, signed = loads("f32", 16), halves(16), loads("i32", 16), bytes_(16, True)
 zero, blank, splat, square = zeros("f32", 16), zeros("f32", WIDTH), splats("f32", 16), rows("f32", 16, 16)
@@ -46,8 +50,8 @@ zero, blank, splat, square = zeros("f32", 16), zeros("f32", WIDTH), splats("f32"
 @routine
 def layout(scratch, d):
     """Where queries, keys, values, scores, outputs and the rows' maxima and sums lie in a thread's scratch memory."""
-    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
-    keys = scratch + 4 * QUERIES * wide
+    padded = (d + 15) // 16 * 16
+    keys = scratch + QUERIES * ROW
     values = keys + 4 * KEYS * d
     scores = values + 4 * KEYS * padded
     out = scores + 4 * KEYS * FLOAT_TOKENS
@@ -57,14 +61,10 @@ def layout(scratch, d):
 @routine
 def begin(q, row, count, d, factor, queries, out, state):
     """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
-    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
+    padded = (d + 15) // 16 * 16
     for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
-        for c in range(0, wide, 16):
-            if i < count:
-                store(queries + 4 * (i * wide + c), take(q + i * row + 4 * c, d - c) * factor)
-            else:
-                store(queries + 4 * (i * wide + c), zero())
         for c in range(0, padded, 16):
+            store(queries + i * ROW + 4 * c, take(q + i * row + 4 * c, d - c) * factor if i < count else zero())
             store(out + 4 * (i * padded + c), zero())
         put_f32(state + 8 * i, LOWEST)
         put_f32(state + 8 * i + 4, float32(0))
@@ -108,7 +108,7 @@ def weigh(scores, visible, limit, state, out, padded):
 def attend(scratch, d, count, held, visible, step):
     """All queries of a task over the `held` keys and values in scratch; query i sees ``visible + i * step`` of them."""
     queries, keys, values, scores, out, state = layout(scratch, d)
-    wide, padded = (d + 15) // 16 * 16, (d + 31) // 32 * 32
+    padded = (d + 15) // 16 * 16
     for first in range(0, count, FLOAT_TOKENS):
         limit = min(held, visible + (first + FLOAT_TOKENS - 1) * step)
         if limit <= 0:
@@ -117,23 +117,23 @@ def attend(scratch, d, count, held, visible, step):
         for column in range(0, limit, 32):
             for i in range(column, column + 32, WIDTH):
                 for m in range(FLOAT_TOKENS):
-                    store(scores + m * SCORE_ROW + 4 * i, blank())
-                tile_float(
-                    keys + 4 * (column * d + i - column), 128, queries + 4 * first * wide, 4, 4 * wide, d,
-                    scores + 4 * i, SCORE_ROW,
-                )  # fmt: skip
+                    store(scores + m * ROW + 4 * i, blank())
+                multiply(keys + 4 * (column * d + i - column), 128, queries + first * ROW, d, scores + 4 * i, ROW)
         for m in range(FLOAT_TOKENS):
             seen = max(0, min(held, visible + (first + m) * step))
-            weigh(scores + m * SCORE_ROW, seen, limit, state + 8 * (first + m), target + 4 * m * padded, padded)
-        for c in range(0, padded, WIDTH):
-            tile_float(values + 4 * c, 4 * padded, scores, 4, SCORE_ROW, limit, target + 4 * c, 4 * padded)
+            weigh(scores + m * ROW, seen, limit, state + 8 * (first + m), target + 4 * m * padded, padded)
+        whole = padded // WIDTH * WIDTH
+        for c in range(0, whole, WIDTH):
+            multiply(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
+        for c in range(whole, padded, LANES):
+            multiply_narrow(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
 
 
 @routine
 def end(scratch, d, count, target, row):
     """Write the weighted means."""
     _, _, _, _, out, state = layout(scratch, d)
-    padded = (d + 31) // 32 * 32
+    padded = (d + 15) // 16 * 16
     for i in range(count):
         scale = float32(1) / get_f32(state + 8 * i + 4)
         for c in range(0, d, 16):
@@ -197,6 +197,26 @@ def row_values(source, d, padded, target):
         store(target + 4 * c, take(source + 4 * c, d - c) if c < d else zero())
 
 
+@routine
+def hold(
+    kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d, key_target, value_target
+):  # fmt: skip
+    """Positions first .. first + held of one head, as `attend` wants them."""
+    padded = (d + 15) // 16 * 16
+    for i in range(0, held, 16):
+        target, where = key_target + 4 * (i // 32 * 32 * d + i % 32), head * length + first + i
+        if kind == ROWS:
+            row_keys(keys + 4 * ((first + i) * depth + head * width), 4 * depth, min(16, held - i), d, target)
+        else:
+            cached_keys(kind, keys + where * depth * kind, key_scales + 4 * where, d, target)
+    for i in range(held):
+        target, where = value_target + 4 * i * padded, head * length + first + i
+        if kind == ROWS:
+            row_values(values + 4 * ((first + i) * depth + head * width), d, padded, target)
+        else:
+            cached_values(kind, values + where * width * kind, value_scales + 4 * where, width, target)
+
+
 @kernel
 def block_attention(args, thread, threads):
     """Attention of every query, over all keys or (`start`, the address of the first query's position) the past.
@@ -204,36 +224,25 @@ def block_attention(args, thread, threads):
     Queries and `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart; else
     `depth` and `width` are the cache's. `length` counts the keys, or the cache's capacity.
     """
-    (q, q_row, q_head, queries, heads, d, kind, keys, values, key_scales, value_scales, depth, width, length, start,
-     out, factor, scratch, scratch_bytes) = unpack(args, 19)  # fmt: skip
+    (counters, q, q_row, q_head, queries, heads, d, kind, keys, values, key_scales, value_scales, depth, width, length,
+     start, out, factor, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
     scratch += thread * scratch_bytes
-    held_queries, held_keys, held_values, _, sums, state = layout(scratch, d)
-    padded = (d + 31) // 32 * 32
     blocks = (queries + QUERIES - 1) // QUERIES
-    # The longest tasks first, dealt out in turn.
-    for task in range(thread, blocks * heads, threads):
-        head, row = task % heads, (blocks - 1 - task // heads) * QUERIES
-        count, end_key, seen = min(QUERIES, queries - row), length, length
-        if start != 0:
-            seen = int(get_i32(start)) + row + 1
-            end_key = min(length, seen + count - 1)
-        begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, state)
-        for first in range(0, end_key, KEYS):
-            held = min(KEYS, end_key - first)
-            for i in range(0, held, 16):
-                target, where = held_keys + 4 * (i // 32 * 32 * d + i % 32), head * length + first + i
-                if kind == ROWS:
-                    source = keys + 4 * ((first + i) * depth + head * width)
-                    row_keys(source, 4 * depth, min(16, held - i), d, target)
-                else:
-                    cached_keys(kind, keys + where * depth * kind, key_scales + 4 * where, d, target)
-            for i in range(held):
-                target, where = held_values + 4 * i * padded, head * length + first + i
-                if kind == ROWS:
-                    row_values(values + 4 * ((first + i) * depth + head * width), d, padded, target)
-                else:
-                    cached_values(kind, values + where * width * kind, value_scales + 4 * where, width, target)
-                    if width < padded:
-                        store(target + 4 * width, zero())
-            attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
-        end(scratch, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
+    for turn in range(threads):
+        owner = (thread + turn) % threads
+        task, stop = claim(counters, owner, threads, blocks * heads, 1)
+        while task < stop:
+            head, row = task % heads, (blocks - 1 - task // heads) * QUERIES  # the longest tasks first
+            count, end_key, seen = min(QUERIES, queries - row), length, length
+            if start != 0:
+                seen = int(get_i32(start)) + row + 1
+                end_key = min(length, seen + count - 1)
+            held_queries, held_keys, held_values, _, sums, state = layout(scratch, d)
+            begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, state)
+            for first in range(0, end_key, KEYS):
+                held = min(KEYS, end_key - first)
+                hold(kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d,
+                     held_keys, held_values)  # fmt: skip
+                attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
+            end(scratch, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
+            task, stop = claim(counters, owner, threads, blocks * heads, 1)

@@ -1,6 +1,6 @@
 """Matrix-matrix products: ``out [M, N] = x [M, K] @ w.T`` for many rows, packed by `gemm_pack`.
 
-A thread takes a range of the 32-row blocks of the weights. A piece of a block, `PIECE` columns, is multiplied with as
+Threads take one 32-row block of the weights after another. A piece of a block, `PIECE` columns, is multiplied with as
 many tiles of activations as fit the second-level cache, so that weights come from memory once for all of them, and the
 next piece is fetched meanwhile.
 
@@ -13,9 +13,10 @@ from llvmlite import ir
 from numba import float32
 from numba.extending import intrinsic
 
+from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8, tile_float
-from qvl_kernels.cpu.registry import kernel, routine, share, unpack
+from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import get_f16, put_f32, rows, store, store_rows, zeros
 from qvl_kernels.cpu.tiles import FLOAT_PIECE, FLOAT_TILES, FLOAT_TOKENS, HELD_TILES, PIECE, TOKENS
 
@@ -52,19 +53,21 @@ def _make(bits: int):
     tile_kernel, block_bytes = (tile4, 2048) if bits == 4 else (tile8, 4096)
 
     def gemm(args, thread, threads):
-        (w, scales, zero_points, n, k, group, x, xs, sums, total, span, planes, out, bias, gelu, residual, gated,
-         scratch) = unpack(args, 18)  # fmt: skip
+        (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, planes, out, bias, gelu, residual,
+         gated, scratch) = unpack(args, 19)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
-        columns = (k + 127) // 128 * 128
+        columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * planes * TOKENS
         tile_scales, tile_sums = 4 * (columns // span) * planes * TOKENS, 4 * (columns // group) * TOKENS
         tiles = (total + TOKENS - 1) // TOKENS
         held = min(HELD_TILES, CACHE_BYTES // (PIECE * planes * TOKENS))
         parts = (tiles + held - 1) // held
-        first, last = share((n + 31) // 32, thread, threads)
-        for part in range(parts):
-            begin, end = tiles * part // parts, tiles * (part + 1) // parts
-            for block in range(first, last):
+        for turn in range(threads):
+            owner = (thread + turn) % threads
+            item, stop = claim(counters, owner, threads, parts * blocks, 1)
+            while item < stop:
+                part, block = item // blocks, item % blocks
+                begin, end = tiles * part // parts, tiles * (part + 1) // parts
                 clear_tiles(y, (end - begin) * TOKENS)
                 for column in range(0, columns, PIECE):
                     count = min(PIECE, columns - column)
@@ -72,7 +75,7 @@ def _make(bits: int):
                     bw, bs = w + where // 128 * block_bytes, scales + where // group * 64
                     bz = zero_points + where // group * 32 if zero_points != 0 else 0
                     ahead = bw + count // 128 * block_bytes
-                    limit = min(ahead + PIECE // 128 * block_bytes, w + last * columns // 128 * block_bytes)
+                    limit = min(ahead + PIECE // 128 * block_bytes, w + blocks * columns // 128 * block_bytes)
                     for tile in range(begin, end):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW
@@ -91,6 +94,7 @@ def _make(bits: int):
                         ahead += count // group * 64
                         if complete:
                             finish_rows(ty, out, bias, gelu, residual, gated, row, rows_left, block, n)
+                item, stop = claim(counters, owner, threads, parts * blocks, 1)
 
     gemm.__name__ = f"gemm{bits}"
     return kernel(gemm)
@@ -138,15 +142,17 @@ def convert_piece(w, n, k, row, column, count, target):
 
 @kernel
 def gemm16(args, thread, threads):
-    w, n, k, x, total, out, bias, gelu, residual, gated, scratch = unpack(args, 11)
+    counters, w, n, k, x, total, out, bias, gelu, residual, gated, scratch = unpack(args, 12)
     piece = scratch + thread * (FLOAT_PIECE + FLOAT_TILES * FLOAT_TOKENS) * ROW
     y = piece + FLOAT_PIECE * ROW
-    tiles = (total + FLOAT_TOKENS - 1) // FLOAT_TOKENS
-    first, last = share((n + 31) // 32, thread, threads)
-    for begin in range(0, tiles, FLOAT_TILES):
-        end = min(tiles, begin + FLOAT_TILES)
-        row = begin * FLOAT_TOKENS
-        for block in range(first, last):
+    tiles, blocks = (total + FLOAT_TOKENS - 1) // FLOAT_TOKENS, (n + 31) // 32
+    parts = (tiles + FLOAT_TILES - 1) // FLOAT_TILES
+    for turn in range(threads):
+        owner = (thread + turn) % threads
+        item, stop = claim(counters, owner, threads, parts * blocks, 1)
+        while item < stop:
+            part, block = item // blocks, item % blocks
+            begin, end = tiles * part // parts, tiles * (part + 1) // parts
             clear_tiles(y, (end - begin) * FLOAT_TOKENS)
             for column in range(0, k, FLOAT_PIECE):
                 count = min(FLOAT_PIECE, k - column)
@@ -154,7 +160,9 @@ def gemm16(args, thread, threads):
                 for tile in range(begin, end):
                     for i in range(0, 32, WIDTH):
                         tile_float(
-                            piece + 4 * i, ROW, x + 4 * FLOAT_TOKENS * (tile * k + column), 4 * FLOAT_TOKENS, 4, count,
+                            piece + 4 * i, ROW, x + 4 * FLOAT_TOKENS * (tile * k + column), count,
                             y + (tile - begin) * FLOAT_TOKENS * ROW + 4 * i, ROW,
                         )  # fmt: skip
+            row = begin * FLOAT_TOKENS
             finish_rows(y, out, bias, gelu, residual, gated, row, min(end * FLOAT_TOKENS, total) - row, block, n)
+            item, stop = claim(counters, owner, threads, parts * blocks, 1)

@@ -168,17 +168,62 @@ def _make_tile(bits: int):
 tile4, tile8 = _make_tile(4), _make_tile(8)
 
 
-@routine
-def tile_float(w, w_step, x, x_step, x_row, count, y, y_row):
-    """``y[m, :WIDTH] += sum over i < count of x[m, i] * w[i, :WIDTH]``, all float32.
+@intrinsic
+def fma_spread(typing, p, q, u, v, addr, stride):
+    """``p[i] + u * x, q[i] + v * x`` with x the float32 at ``addr + i * stride``, one after another."""
+    result = types.UniTuple(p, 2)
 
-    Steps and rows in bytes: w[i] at ``w + i * w_step``, x[m, i] at ``x + i * x_step + m * x_row``.
-    """
-    p, q = float_rows(y, y_row), float_rows(y + 4 * LANES, y_row)
-    for _ in range(count):
-        v = float_spread(x, x_row)
-        p, q = fma(v, vector(w), p), fma(v, vector(w + 4 * LANES), q)
-        w += w_step
-        x += x_step
-    store_rows(y, p, y_row)
-    store_rows(y + 4 * LANES, q, y_row)
+    def codegen(context, b, sig, args):
+        p_, q_, u_, v_, address, step = args
+        f32, i32 = ir.FloatType(), ir.IntType(32)
+        name = f"llvm.fma.v{p.n}f32"
+        kind = ir.FunctionType(p.vector, [p.vector] * 3)
+        function = get_or_insert_function(b.module, kind, name)
+        step = b.sext(step, ir.IntType(64)) if step.type.width < 64 else step
+        for i in range(p.m):
+            scalar = b.load(b.inttoptr(address, f32.as_pointer()), align=1)
+            one = b.insert_element(ir.Constant(p.vector, ir.Undefined), scalar, ir.Constant(i32, 0))
+            lanes = ir.Constant(ir.VectorType(i32, p.n), [0] * p.n)
+            x = b.shuffle_vector(one, ir.Constant(p.vector, ir.Undefined), lanes)
+            p_ = b.insert_value(p_, b.call(function, [u_, x, b.extract_value(p_, i)]), i)
+            q_ = b.insert_value(q_, b.call(function, [v_, x, b.extract_value(q_, i)]), i)
+            address = b.add(address, step)
+        return context.make_tuple(b, result, [p_, q_])
+
+    return result(p, q, u, v, addr, stride), codegen
+
+
+def make_float_tile(x_step: int, x_row: int):
+    """A routine for x[m, i] at ``x + i * x_step + m * x_row``: constants, or every row would need a register."""
+
+    @routine
+    def tile(w, w_step, x, count, y, y_row):
+        """``y[m, :WIDTH] += sum over i < count of x[m, i] * w[i, :WIDTH]``, all float32; w_step and y_row in bytes."""
+        p, q = float_rows(y, y_row), float_rows(y + 4 * LANES, y_row)
+        for _ in range(count):
+            p, q = fma_spread(p, q, vector(w), vector(w + 4 * LANES), x, x_row)
+            w += w_step
+            x += x_step
+        store_rows(y, p, y_row)
+        store_rows(y + 4 * LANES, q, y_row)
+
+    return tile
+
+
+def make_narrow_tile(x_step: int, x_row: int):
+    """As `make_float_tile`, half as wide."""
+
+    @routine
+    def tile(w, w_step, x, count, y, y_row):
+        p = float_rows(y, y_row)
+        for _ in range(count):
+            p = fma(float_spread(x, x_row), vector(w), p)
+            w += w_step
+            x += x_step
+        store_rows(y, p, y_row)
+
+    return tile
+
+
+tile_float = make_float_tile(4 * FLOAT_TOKENS, 4)
+"""x as `gemm_pack.pack_float` writes it."""

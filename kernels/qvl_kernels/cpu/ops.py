@@ -164,15 +164,18 @@ class CpuOps:
                 planes = self._activations(program, x, up, norm)
             self._product(program, up, planes, len(x), out, gated=True)
 
+    def _recorder(self, program: Program) -> batched.Recorder:
+        memory = functools.partial(self._memory, program)
+        return batched.Recorder(program, memory, self.threads, self._pool.counters)
+
     def _many(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> Callable[..., None]:
         """Pack many rows for the products of `w`; returns what adds such a product."""
-        memory = functools.partial(self._memory, program)
+        recorder = self._recorder(program)
         parameters = self._norm(program, norm, w.k) if norm is not None else (0, 0, 0)
-        planes = batched.planes(w, self.activations)
-        packed = batched.pack(program, memory, self.threads, x, w, parameters, planes)
+        packed = batched.pack(recorder, x, w, parameters, self.activations)
 
         def product(w: CpuWeight, out: np.ndarray, **after) -> None:
-            batched.product(program, memory, self.threads, w, packed, planes, out, **after)
+            batched.product(recorder, w, packed, out, **after)
 
         return product
 
@@ -258,8 +261,7 @@ class CpuOps:
             self._attend(program, (address(q), width, d, len(q)), key, heads, d, out)
 
     def _attend(self, program, query, key, heads, d, out) -> None:
-        memory = functools.partial(self._memory, program)
-        batched.full_attention(program, memory, self.threads, query, key, heads, d, out, _softmax_scale(d))
+        batched.full_attention(self._recorder(program), query, key, heads, d, out, _softmax_scale(d))
 
     def rope_append(self, qkv, rope, logn, cache, layer, start):
         self._check_cached(qkv, cache, start)
@@ -282,8 +284,8 @@ class CpuOps:
         if len(qkv) > batched.FEW:
             with self._program() as program:
                 program.keep(qkv, cache, start, out)
-                memory, factor = functools.partial(self._memory, program), _softmax_scale(cache.head_dim)
-                batched.cached_attention(program, memory, self.threads, qkv, cache, layer, start, out, factor)
+                factor = _softmax_scale(cache.head_dim)
+                batched.cached_attention(self._recorder(program), qkv, cache, layer, start, out, factor)
             return
         splits = self._splits(items)
         with self._program() as program:

@@ -16,10 +16,10 @@ FLOAT_TILES = 64
 """Tiles of activations that use such a piece."""
 SPAN = 32
 """Columns of activations with one scale."""
-QUERIES = 96
+QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
-"""Keys and values converted at a time."""
+"""Keys and values converted at a time, and the largest head size."""
 
 
 def _up(n: int, multiple: int) -> int:
@@ -44,5 +44,5 @@ def gemm_scratch_bytes(k: int) -> int:
 
 def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
-    wide, padded = _up(head_dim, 16), _up(head_dim, 32)
-    return 4 * (QUERIES * (wide + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
+    padded = _up(head_dim, 16)
+    return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
