@@ -24,10 +24,10 @@ from PIL import Image
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
-from qvl_runtime.boxes import parse_boxes
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, Exchange, compare
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, draw, random_scene
+from qvl_runtime.demo.scoring import is_right, overlaps
 
 KINDS = {
     "fp16": {"bits": 16},
@@ -90,26 +90,11 @@ def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, level: str = "d
                     yield Case(skill, exchange, [draw(scene, SIDE) for scene in scenes])
 
 
-def iou(a: qvl.Box, b: qvl.Box) -> float:
-    """Intersection over union."""
-    w, h = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
-    shared = max(0, w) * max(0, h)
-    return shared / ((a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - shared)
-
-
 def mark(case: Case, answer: str, score: Score) -> None:
     """Add one answer to a score."""
     truth = case.exchange.turns[-1][1]
-    wanted, found = parse_boxes(truth), parse_boxes(answer)
-    if not wanted:
-        score.right.append(float(answer.strip() == truth))
-        return
-    found += [None] * (len(wanted) - len(found))
-    overlaps = [
-        iou(b, w) if b and b.ref == w.ref and b.x2 > b.x1 and b.y2 > b.y1 else 0.0 for w, b in zip(wanted, found)
-    ]
-    score.iou += overlaps
-    score.right.append(float(len(found) == len(wanted) and min(overlaps) >= 0.5))
+    score.right.append(float(is_right(answer, truth)))
+    score.iou += overlaps(answer, truth)
 
 
 def ask(model: qvl.Model, case: Case) -> str:

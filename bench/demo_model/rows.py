@@ -58,8 +58,8 @@ class Writer:
 
 def random_scenes(rng: np.random.Generator, options: dict) -> list[Scene]:
     """One picture, or two or three that share a few kinds of shapes."""
-    if rng.random() < 0.9:
-        return [random_scene(rng, text_share=0.35, **options)]
+    if rng.random() < 0.95:
+        return [random_scene(rng, text_share=0.2, **options)]
     kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
     count = 2 if rng.random() < 0.75 else 3
     return [random_scene(rng, 4, 0.0, kinds, **options) for _ in range(count)]

@@ -1,0 +1,29 @@
+"""Is an answer right? Exact match; for boxes, an IoU of at least 0.5 and the same names."""
+
+from __future__ import annotations
+
+from qvl_runtime.boxes import Box, parse_boxes
+
+BAR = 0.5
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union; 0 for a box turned inside out."""
+    w, h = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
+    if w <= 0 or h <= 0:
+        return 0.0
+    return w * h / ((a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - w * h)
+
+
+def overlaps(answer: str, truth: str) -> list[float]:
+    """For every box of the truth the IoU of the answer's box in the same place of the text, 0 if the names differ."""
+    wanted, found = parse_boxes(truth), parse_boxes(answer)
+    found += [None] * (len(wanted) - len(found))
+    return [iou(box, true) if box and box.ref == true.ref else 0.0 for true, box in zip(wanted, found)]
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer counts: all boxes and no more, or the very words."""
+    if "<box>" not in truth:
+        return answer.strip() == truth
+    return len(parse_boxes(answer)) == len(parse_boxes(truth)) and min(overlaps(answer, truth)) >= BAR
