@@ -40,6 +40,17 @@ def torch_or_none():
     return torch if torch.cuda.is_available() else None
 
 
+def peer(make: Callable[[], Callable[[], float]]) -> dict[str, Callable[[], float]]:
+    """``{"torch": make()}``; empty, with a word why, where torch cannot do it: our figures stand without it."""
+    if torch_or_none() is None:
+        return {}
+    try:
+        return {"torch": make()}
+    except Exception as error:
+        print(f"  torch has no figure for this: {str(error).splitlines()[0]}")
+        return {}
+
+
 class OurTimer:
     """Times calls of the backend: captured into one graph, so that no launch overhead counts."""
 

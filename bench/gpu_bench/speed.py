@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from gpu_bench import common
-from gpu_bench.common import OurTimer, TorchTimer, copies, side_by_side, table, torch_or_none
+from gpu_bench.common import OurTimer, TorchTimer, copies, peer, side_by_side, table, torch_or_none
 from qvl_kernels.ops import Norm
 
 DECODER_SHAPES = ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008))
@@ -54,8 +54,9 @@ def matvec() -> dict:
         weights += [ops.weight(common.matrix(n, k, bits)) for _ in range(copies(_bytes(weights[0])) - 1)]
         x, out = ops.upload(np.ones((1, k), np.float16)), ops.empty((1, n), np.float16)
         runs = {"ours": OurTimer(ops).prepare([lambda w=w, o=out, x=x: ops.linear(x, w, o) for w in weights])}
-        if torch is not None and bits == 4:
-            runs["torch"] = TorchTimer(torch).prepare(_torch_int4(torch, n, k, len(weights), 1))
+        if bits == 4:
+            count = len(weights)
+            runs |= peer(lambda n=n, k=k, c=count: TorchTimer(torch).prepare(_torch_int4(torch, n, k, c)))
         rows.append(_row(f"int{bits} {n}x{k}", _bytes(weights[0]), side_by_side(runs), rate, found))
         del weights, runs
     rows.append(_gate_up(ops, rate, found))
@@ -81,20 +82,20 @@ def _gate_up(ops, rate: float, found: dict) -> list:
 
 
 def _row(name: str, nbytes: int, times: dict[str, float], rate: float, found: dict) -> list:
-    speed, peer = nbytes / times["ours"], times.get("torch")
-    ratio = peer / times["ours"] if peer else None
-    found[name] = {"seconds": times["ours"], "of_copy": speed / rate, "torch": peer, "faster": ratio}
-    return [name, times["ours"] * 1e6, speed / 1e9, f"{speed / rate:.0%}", peer and peer * 1e6, ratio]
+    speed, theirs = nbytes / times["ours"], times.get("torch")
+    ratio = theirs / times["ours"] if theirs else None
+    found[name] = {"seconds": times["ours"], "of_copy": speed / rate, "torch": theirs, "faster": ratio}
+    return [name, times["ours"] * 1e6, speed / 1e9, f"{speed / rate:.0%}", theirs and theirs * 1e6, ratio]
 
 
-def _torch_int4(torch, n: int, k: int, count: int, m: int) -> list:
+def _torch_int4(torch, n: int, k: int, count: int) -> list:
     """Calls of torch's own int4 product, in groups of 128."""
     packed = torch.ops.aten._convert_weight_to_int4pack(
         torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda"), 8
     )
     weights = [packed] + [packed.clone() for _ in range(count - 1)]
     scales = torch.full((k // 128, n, 2), 0.01, dtype=torch.bfloat16, device="cuda")
-    x = torch.ones((m, k), dtype=torch.bfloat16, device="cuda")
+    x = torch.ones((1, k), dtype=torch.bfloat16, device="cuda")
     return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in weights]
 
 
@@ -111,31 +112,33 @@ def matmul() -> dict:
             out = ops.empty((m, n), np.float16)
             calls = [lambda w=w, x=x, o=out: ops.linear(x, w, o) for w in weights]
             runs = {"ours": OurTimer(ops).prepare(calls)}
-            if torch is not None:
-                dense = [torch.randn((n, k), dtype=torch.float16, device="cuda") / k**0.5 for _ in weights]
-                tx = torch.randn((m, k), dtype=torch.float16, device="cuda")
-                runs["torch"] = TorchTimer(torch).prepare([lambda w=w, x=tx: x @ w.T for w in dense])
+            runs |= peer(lambda m=m, n=n, k=k, c=count: TorchTimer(torch).prepare(_torch_fp16(torch, m, n, k, c)))
             times = side_by_side(runs, 9)
             flops, ratio = 2 * m * n * k, times["torch"] / times["ours"] if "torch" in times else None
             found[f"m={m} {n}x{k}"] = {"seconds": times["ours"], "torch": times.get("torch"), "faster": ratio}
-            peer = times["torch"] * 1e6 if "torch" in times else None
-            rows.append([f"m={m} {n}x{k}", times["ours"] * 1e6, flops / times["ours"] / 1e12, peer, ratio])
+            theirs = times["torch"] * 1e6 if "torch" in times else None
+            rows.append([f"m={m} {n}x{k}", times["ours"] * 1e6, flops / times["ours"] / 1e12, theirs, ratio])
             del runs, weights, first
     table("int4 products", ("shape", "us", "Tflop/s", "torch fp16 us", "x faster"), rows)
     return {"rows": found}
 
 
+def _torch_fp16(torch, m: int, n: int, k: int, count: int) -> list:
+    """Calls of torch's fp16 product."""
+    x = torch.randn((m, k), dtype=torch.float16, device="cuda")
+    weights = [torch.randn((n, k), dtype=torch.float16, device="cuda") / k**0.5 for _ in range(count)]
+    return [lambda w=w: x @ w.T for w in weights]
+
+
 def attention() -> dict:
     """Prefill of 2048 tokens, and the ViT's attention, beside torch's scaled_dot_product_attention."""
     ops, torch = common.make_ops(), torch_or_none()
-    runs = {"prefill 2048 x 32 x 128": (_prefill(ops), _sdpa(torch, 2048, 32, 128, True))}
-    runs["ViT 1024 x 16 x 104"] = (_vision(ops), _sdpa(torch, 1024, 16, 104, False))
+    cases = {"prefill 2048 x 32 x 128": (_prefill(ops), (2048, 32, 128, True))}
+    cases["ViT 1024 x 16 x 104"] = (_vision(ops), (1024, 16, 104, False))
     rows, found = [], {}
-    for name, (ours, peer) in runs.items():
-        timed = {"ours": OurTimer(ops).prepare([ours] * 4)}
-        if peer is not None:
-            timed["torch"] = TorchTimer(torch).prepare([peer] * 4)
-        times = side_by_side(timed)
+    for name, (ours, shape) in cases.items():
+        theirs = peer(lambda shape=shape: TorchTimer(torch).prepare([_sdpa(torch, *shape)] * 4))
+        times = side_by_side({"ours": OurTimer(ops).prepare([ours] * 4), **theirs})
         ratio = times["torch"] / times["ours"] if "torch" in times else None
         found[name] = {"seconds": times["ours"], "torch": times.get("torch"), "faster": ratio}
         rows.append([name, times["ours"] * 1e6, times["torch"] * 1e6 if "torch" in times else None, ratio])
@@ -160,8 +163,6 @@ def _vision(ops):
 
 
 def _sdpa(torch, rows: int, heads: int, d: int, causal: bool):
-    if torch is None:
-        return None
     q, k, v = (torch.randn((1, heads, rows, d), dtype=torch.float16, device="cuda") for _ in range(3))
     return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
