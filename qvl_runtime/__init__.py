@@ -7,9 +7,23 @@
 
 from qvl_kernels.ops import DeviceError
 from qvl_runtime.boxes import Box
+from qvl_runtime.constraints import Grounding, JsonSchema, Regex
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import Piece, Result, Timings
 from qvl_runtime.model import ChatResult, Model, load
 
-__all__ = ["Box", "ChatResult", "DeviceError", "Model", "Piece", "QvlError", "Result", "Timings", "load"]
+__all__ = [
+    "Box",
+    "ChatResult",
+    "DeviceError",
+    "Grounding",
+    "JsonSchema",
+    "Model",
+    "Piece",
+    "QvlError",
+    "Regex",
+    "Result",
+    "Timings",
+    "load",
+]
 __version__ = "0.1.0"

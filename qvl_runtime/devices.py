@@ -6,7 +6,12 @@ import os
 import sys
 
 from qvl_kernels.ops import DeviceError, Ops
+from qvl_runtime.blob import Blob
+from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
+
+USUAL_CONTEXT = 2048
+"""Tokens a GPU must have room for: a picture, a question, and a long answer."""
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
 
@@ -39,6 +44,39 @@ def make_ops(device: str, activations: str = "auto") -> Ops:
     from qvl_kernels.cpu import CpuOps
 
     return CpuOps(activations=activations)
+
+
+def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, vision: bool) -> None:
+    """Make sure before loading that a GPU has room for a model; other devices are left to their system.
+
+    Parameters
+    ----------
+    context : int, optional
+        Tokens to make room for; 2048 if not given, or the model's window if that is shorter.
+    vision : bool
+        Whether the vision part goes to the same device.
+
+    Raises
+    ------
+    DeviceError
+        With all sizes, and what would fit.
+    """
+    if ops.name != "cuda":
+        return
+    from qvl_kernels.gpu.memory import plan
+
+    tokens = min(context or USUAL_CONTEXT, blob.config.max_position_embeddings)
+    needed, smaller = budget(blob, tokens, kv_cache), budget(blob, tokens, "int8")
+    seeing = sum(needed.parts.get(part, 0) for part in VISION_PARTS)
+    plan(
+        needed.weights - (0 if vision else seeing),
+        needed.cache,
+        needed.workspace,
+        ops.driver.memory()[0],
+        int8_cache_bytes=None if kv_cache == "int8" else smaller.cache,
+        context=tokens,
+        vision_bytes=seeing if vision else 0,
+    )
 
 
 def device_memory(device: str) -> tuple[str, int | None]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.ops import Array
+from qvl_kernels.ops import Array, Ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import opened_box
+from qvl_runtime.budget import KV_CACHES
 from qvl_runtime.constraints import Form
 from qvl_runtime.decoder import Decoder
-from qvl_runtime.devices import make_ops
+from qvl_runtime.devices import check_fit, make_ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import (
     Chooser,
@@ -38,8 +39,6 @@ from qvl_runtime.session import Key, Sessions
 from qvl_runtime.speculation import ROW_COST, PromptLookup
 from qvl_runtime.tokenizer import Tokenizer
 from qvl_runtime.weights import Trace, Weights, no_trace
-
-KV_CACHES = ("fp16", "int8")
 
 ANSWER_SHARE = 8
 """A chat keeps one part in so many of the window free for the answer, if that many tokens are asked for."""
@@ -73,6 +72,8 @@ def load(
     *,
     check: bool = False,
     activations: str = "auto",
+    context: int | None = None,
+    vision_device: str | None = None,
     conversations: int = 1,
     image_cache_bytes: int = MEMORY_BYTES,
     cache_dir: str | os.PathLike | None = None,
@@ -92,6 +93,11 @@ def load(
     activations : str
         On the CPU, how exact products of many rows are: "int16", "int8" (a scale per 32 columns; about twice as
         fast), or "auto": int8 only for products large enough for it to matter.
+    context : int, optional
+        Tokens a prompt and its answer may have together; all of the model's window where not given. On a GPU, room
+        for them is made sure of before anything is loaded; where not given, for 2048.
+    vision_device : str, optional
+        Another device for the vision part, as `device`: "cpu" leaves 2 GB of a GPU to the rest.
     conversations : int
         How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
         one of them computes only the rest. 0 computes every prompt anew, in one piece: then equal prompts give equal
@@ -110,13 +116,19 @@ def load(
     """
     if kv_cache not in KV_CACHES:
         raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
+    if context is not None and context < 1:
+        raise QvlError(f"context is {context}; expected 1 or more tokens")
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
         if value < 0:
             raise QvlError(f"{name} is {value}; expected 0 or more")
     blob = Blob(path)
     if check:
         blob.check()
-    return Model(blob, device, kv_cache, activations, conversations, image_cache_bytes, cache_dir)
+    ops = make_ops(device, activations)
+    vision_ops = ops if vision_device in (None, device) else make_ops(vision_device, activations)
+    check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
+    pictures = {"memory": image_cache_bytes, "folder": cache_dir, "activations": activations}
+    return Model(blob, ops, vision_ops, kv_cache, context, conversations, pictures)
 
 
 class Model:
@@ -127,35 +139,37 @@ class Model:
     tokenizer : Tokenizer
     config : ModelConfig
     generation_config : GenerationConfig
+    window : int
+        Tokens a prompt and its answer may have together.
     """
 
     def __init__(
         self,
         blob: Blob,
-        device: str,
+        ops: Ops,
+        vision_ops: Ops,
         kv_cache: str,
-        activations: str,
+        context: int | None,
         conversations: int,
-        image_cache_bytes: int,
-        cache_dir: str | os.PathLike | None,
+        pictures: dict[str, Any],
     ):
-        self.ops = make_ops(device, activations)
+        self.ops = ops
         self.blob = blob
         self.config, self.generation_config = blob.config, blob.generation_config
-        visual = self.config.visual
+        window, visual = self.config.max_position_embeddings, self.config.visual
+        self.window = window if context is None else min(context, window)
         self.tokenizer = Tokenizer.from_ranks(
             blob.ranks,
             image_tags=visual is not None,
             n_queries=visual.n_queries if visual else 256,
             vocab_size=self.config.vocab_size,
         )
-        weights = Weights(blob, self.ops)
-        self.decoder = Decoder(weights)
+        self.decoder = Decoder(Weights(blob, ops))
         self._device = threading.RLock()
         self._sessions = Sessions(self.decoder, kv_cache, conversations, self._device)
-        self.vision = (
-            PictureEncoder(weights, activations, image_cache_bytes, cache_dir, self._device) if visual else None
-        )
+        self.vision = None
+        if visual is not None:
+            self.vision = PictureEncoder(Weights(blob, vision_ops), ops, device=self._device, **pictures)
 
     @property
     def is_chat(self) -> bool:
@@ -266,8 +280,8 @@ class Model:
             Tokens of history that are kept, counted from the newest turn back. The oldest turns leave whole, and
             also where the question would not fit the model's window with room for an answer.
         block : int
-            Turns leave in blocks of at least so many tokens, by default a quarter of `max_window_size`: each time, all
-            that stays has to be computed anew. 1 is the published rule.
+            Turns leave in blocks of at least so many tokens: each time, all that stays has to be computed anew. By
+            default a quarter of the model's own window, and 1, the published rule, where `max_window_size` is given.
         on_piece : callable
             Called with every `Piece` as it comes; what it raises ends the answer.
         max_new_tokens, **sampling
@@ -284,9 +298,10 @@ class Model:
             )
         config = self.generation_config
         wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        window = self.config.max_position_embeddings
+        window = self.window
         if max_window_size is None:
             max_window_size = config.max_window_size
+            block = max(1, min(max_window_size, window) // BLOCK_SHARE) if block is None else block
         prompt, query = build_chat(
             self.tokenizer,
             query,
@@ -295,7 +310,7 @@ class Model:
             system=system,
             max_window_size=max_window_size,
             max_tokens=window - min(wanted, window // ANSWER_SHARE),
-            block=max(1, min(max_window_size, window) // BLOCK_SHARE if block is None else block),
+            block=1 if block is None else block,
             allow_urls=allow_urls,
         )
         own = {
@@ -346,7 +361,7 @@ class Model:
 
     def _request(self, prompt: Prompt, allow_urls: bool) -> _Request:
         """Check a prompt's length and read its pictures, so that nothing but arithmetic is left to fail."""
-        window = self.config.max_position_embeddings
+        window = self.window
         if not prompt.ids:
             raise QvlError("the prompt is empty; say something")
         if len(prompt.ids) > window:
@@ -379,7 +394,7 @@ class Model:
         """How many tokens an answer may have: what was asked for, or what the window has room for."""
         if max_new_tokens < 0:
             raise QvlError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-        return min(max_new_tokens, self.config.max_position_embeddings - len(prompt.ids))
+        return min(max_new_tokens, self.window - len(prompt.ids))
 
     def _chooser(
         self, sampler: Sampler, prompt: Prompt, limit: int, form: Form | None, logprobs: int | None, opened: str

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from qvl_kernels.ops import Array
+from qvl_kernels.ops import Array, Ops
 from qvl_runtime.adapter import Adapter
 from qvl_runtime.blob import Blob
 from qvl_runtime.image_cache import ImageCache, Picture
@@ -28,7 +28,9 @@ class PictureEncoder:
     Parameters
     ----------
     weights : Weights
-        Of a model with a vision part.
+        Of a model with a vision part, on the backend that encodes.
+    target : Ops
+        The backend the features are for.
     activations : str
         See `load`; part of what features depend on.
     memory, folder
@@ -40,12 +42,15 @@ class PictureEncoder:
     def __init__(
         self,
         weights: Weights,
+        target: Ops,
+        *,
         activations: str,
         memory: int,
         folder: str | os.PathLike | None,
         device: threading.RLock,
     ):
         config = weights.blob.config
+        self._target = target
         self._ops, self._device, self._size = weights.ops, device, config.visual.image_size
         self._tower, self._adapter = VisionTower(weights), Adapter(weights)
         identity = _identity(weights.blob, weights.ops.name, activations)
@@ -59,11 +64,12 @@ class PictureEncoder:
         """What the decoder sees, float32 ``[n_queries, hidden]``, and whether it was known."""
         known = self.cache.get(picture.key)
         if known is not None:
-            return self._ops.upload(known), True
+            return self._target.upload(known), True
         pixels = self._pixels(picture.content) if picture.pixels is None else picture.pixels
         features = self._encode(pixels, no_trace)
-        self.cache.put(picture.key, self._ops.download(features))
-        return features, False
+        values = self._ops.download(features)
+        self.cache.put(picture.key, values)
+        return features if self._target is self._ops else self._target.upload(values), False
 
     def encode(self, image: ImageSource, *, allow_urls: bool, trace: Trace) -> np.ndarray:
         """Features of a picture, computed in any case."""

@@ -155,3 +155,39 @@ def test_bad_load_arguments(blob):
         qvl.load(path, kv_cache="fp8")
     with pytest.raises(qvl.QvlError, match="no such file"):
         qvl.load("missing.qvl")
+
+
+def test_vision_may_run_elsewhere(blob, tiny):
+    mixed = qvl.load(blob("tiny-vl", bits=16), device="cpu", vision_device="reference")
+    prompt = f"<img>{IMAGE}</img>{QUESTION}"
+    assert mixed.generate(prompt, max_new_tokens=8).token_ids == tiny.generate(prompt, max_new_tokens=8).token_ids
+
+
+def test_a_shorter_context_is_kept_to(blob):
+    model = qvl.load(blob("tiny-vl", bits=16), device="cpu", context=30)
+    ids = model.tokenizer.encode("Hello, world!")
+    assert len(ids) + len(model.generate(ids, max_new_tokens=500).token_ids) == 30
+    with pytest.raises(qvl.QvlError, match="window is 30"):
+        model.generate(ids * 4)
+    with pytest.raises(qvl.QvlError, match="context"):
+        qvl.load(blob("tiny-vl", bits=16), context=0)
+
+
+def test_the_published_rule_decides_which_turns_stay(tiny, golden):
+    """`chat` with a given window sees exactly the history the published code would give the model."""
+    cases = json.loads((golden / "tok" / "chat.json").read_text())["cases"]
+    checked = 0
+    for case in next(c for c in cases if c["vocab"] == "tiny")["make_context"]:
+        if case["max_window_size"] < 6144 and "a.png" not in case["raw_text"]:
+            history = [tuple(turn) for turn in case["history"] or []]
+            answer = tiny.chat(
+                case["query"],
+                history,
+                system=case["system"],
+                max_window_size=case["max_window_size"],
+                temperature=0,
+                max_new_tokens=1,
+            )
+            assert answer.prompt_tokens == case["n_tokens"]
+            checked += 1
+    assert checked >= 4

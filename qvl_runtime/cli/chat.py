@@ -20,6 +20,8 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
     kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
     activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")] = None,
+    vision_device: Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep what was seen of pictures here, for later.")] = None,
 ) -> None:
     """Talk with a chat model; /help inside lists what you can do.
@@ -34,7 +36,15 @@ def chat(
 
       echo "What is the capital of France?" | qvl chat qwen-vl-chat.qvl
     """
-    loaded = load(model, device, kv_cache, activations=activations, cache_dir=cache_dir)
+    loaded = load(
+        model,
+        device,
+        kv_cache,
+        activations=activations,
+        context=context,
+        vision_device=vision_device,
+        cache_dir=cache_dir,
+    )
     conversation = Conversation(loaded, Screen(), system=system)
     for path in image or ():
         conversation.attach(path)

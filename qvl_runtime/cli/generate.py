@@ -37,6 +37,8 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
     kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
     activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")] = None,
+    vision_device: Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")] = False,
 ) -> None:
     """Answer a prompt, with pictures if the model sees.
@@ -53,7 +55,7 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     picture = _last_picture(text, image) if draw is not None else None
-    loaded = load(model, device, kv_cache, activations=activations)
+    loaded = load(model, device, kv_cache, activations=activations, context=context, vision_device=vision_device)
     pieces = loaded.stream(
         text,
         image,
