@@ -274,7 +274,8 @@ def _tiles() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def tile(name: str, architecture: int) -> dict[str, int]:
-    """What tiles.json says about a kernel: `warps`, `stages` and compile-time constants.
+    """What tiles.json says about a kernel: `warps`, `stages`, compile-time constants, and for products `waves`, the
+    programs for each multiprocessor a split aims at.
 
     The longest matching prefix of `name` (in whole dotted parts) counts, first under the architecture, then under
     "default".
