@@ -1,0 +1,219 @@
+"""Writing a `.qvl` file back as a Hugging Face folder: the decoder in AutoGPTQ's layout (version 1), all else at fp16.
+
+The inverse of `autogptq`: what was imported from an AutoGPTQ model comes out bit for bit. A decoder at 16 bits becomes
+a plain fp16 model. The model's own Python files are not part of a `.qvl` file; tools that want them take them from
+the original's repository.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from qvl_convert.checkpoint import published_shapes
+from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
+from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+
+SHARD = 2 << 30
+"""Bytes after which another file is begun."""
+
+CODE_FILES = "configuration_qwen", "modeling_qwen", "tokenization_qwen"
+
+
+def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> None:
+    """Write a model as a Hugging Face folder.
+
+    Parameters
+    ----------
+    blob : Blob
+    folder : path
+        To be made; while it is written it is called ``FOLDER.partial``.
+    force : bool
+        Replace `folder` if it exists.
+
+    Raises
+    ------
+    QvlError
+        When the folder exists, or AutoGPTQ's layout cannot hold the decoder: differing bits or group sizes, or a
+        matrix whose sides are no multiples of what a 32-bit word holds.
+    """
+    folder = Path(folder)
+    if folder.exists() and not force:
+        raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
+    settings = _settings(blob)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_weights(_tensors(blob, settings is not None), partial)
+        _write_texts(blob, settings, partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
+    """A matrix in AutoGPTQ's layout.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        With 4 or 8 bits.
+    name : str
+        What errors call it.
+
+    Returns
+    -------
+    dict
+        `qweight` int32 ``[k * bits / 32, n]``, `qzeros` int32 ``[groups, n * bits / 32]``, `scales` fp16
+        ``[groups, n]``, `g_idx` int32 ``[k]`` and, where there is one, `bias` fp16 ``[n]``.
+    """
+    bits, group_size = matrix.bits, matrix.group_size
+    if matrix.n % (32 // bits) or matrix.k % (32 // bits):
+        raise QvlError(f"{name}: is {matrix.n} x {matrix.k}, no multiples of {32 // bits}, as AutoGPTQ's layout asks")
+    codes, g_idx = matrix.codes(), (np.arange(matrix.k) // group_size).astype(np.int32)
+    if matrix.perm is not None:
+        inverse = np.argsort(matrix.perm)
+        codes, g_idx = codes[:, inverse], g_idx[inverse]
+    scales = unpack_groups(matrix.scales, matrix.n, matrix.k, group_size)
+    zeros = np.full(scales.shape, SYMMETRIC_ZERO[bits], np.uint8)
+    if matrix.zeros is not None:
+        zeros = unpack_groups(matrix.zeros, matrix.n, matrix.k, group_size)
+        if not zeros.all():
+            raise QvlError(f"{name}: has a zero point of 0, which AutoGPTQ's layout has no form for")
+    arrays = {
+        "qweight": _words(codes, bits).T,
+        "qzeros": _words((zeros - 1).T, bits),
+        "scales": scales.T,
+        "g_idx": g_idx,
+    }
+    if matrix.bias is not None:
+        arrays["bias"] = matrix.bias.astype(np.float16)
+    return {suffix: np.ascontiguousarray(array) for suffix, array in arrays.items()}
+
+
+def _words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack uint8 values ``[..., m]`` into int32 ``[..., m * bits / 32]``, the first in the lowest bits."""
+    if bits == 4:
+        values = values[..., 0::2] | (values[..., 1::2] << 4)
+    return np.ascontiguousarray(values).view("<i4").astype(np.int32, copy=False)
+
+
+def _settings(blob: Blob) -> dict[str, Any] | None:
+    """What `quantize_config.json` says; None when the decoder has 16 bits."""
+    specs = [s for s in tensors(blob.config) if isinstance(s, MatrixSpec) and s.part == "decoder"]
+    matrices = [blob.matrix(spec.name) for spec in specs]
+    kinds = {(m.bits, m.group_size) for m in matrices}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{bits} bits in groups of {size}" for bits, size in sorted(kinds))
+        raise QvlError(
+            f"{blob.path}: its decoder mixes {shown}; AutoGPTQ knows one kind: convert without --target-size"
+        )
+    ((bits, group_size),) = kinds
+    if bits == 16:
+        return None
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "damp_percent": 0.01,
+        "desc_act": any(m.perm is not None for m in matrices),
+        "static_groups": False,
+        "sym": all(m.zeros is None for m in matrices),
+        "true_sequential": True,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+    }
+
+
+def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the folder, one at a time, by its published name."""
+    shapes = published_shapes(blob.config)
+    for _, group in itertools.groupby(tensors(blob.config), lambda s: getattr(s, "source", s.name)):
+        specs = list(group)
+        spec = specs[0]
+        if isinstance(spec, VectorSpec):
+            yield spec.name, blob.vector(spec.name).astype(np.float16)
+            continue
+        matrices = [blob.matrix(part.name) for part in specs]
+        if quantised and spec.part == "decoder":
+            yield from ((f"{spec.name}.{k}", v) for k, v in autogptq_arrays(matrices[0], spec.name).items())
+            continue
+        weight = np.concatenate([m.weight if m.bits == 16 else m.dequantize().astype(np.float16) for m in matrices])
+        yield spec.source, np.ascontiguousarray(weight.T if spec.transposed else weight).reshape(shapes[spec.source])
+        biases = [m.bias for m in matrices if m.bias is not None]
+        if spec.bias is not None:
+            yield spec.bias, np.concatenate(biases).astype(np.float16)
+        elif any(bias.any() for bias in biases):
+            raise QvlError(f"{spec.name}: has a bias, for which an unquantised model has no place; export it at 4 bits")
+
+
+def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> None:
+    """Files of about `SHARD` bytes, and their index."""
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(held, folder / f"{len(shards):05}.safetensors", {"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    total = 0
+    for name, array in arrays:
+        held[name] = array
+        total += array.nbytes
+        if sum(a.nbytes for a in held.values()) >= SHARD:
+            flush()
+    if held:
+        flush()
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"{i:05}.safetensors").rename(folder / name)
+    index = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_texts(blob: Blob, settings: dict[str, Any] | None, folder: Path) -> None:
+    """Config, generation config and tokenizer."""
+    configuration, modeling, tokenization = CODE_FILES
+    config = {
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {
+            "AutoConfig": f"{configuration}.QWenConfig",
+            "AutoModelForCausalLM": f"{modeling}.QWenLMHeadModel",
+        },
+        **blob.config.to_dict(),
+        "no_bias": True,
+        "rotary_pct": 1.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    if settings is not None:
+        config["quantization_config"] = settings
+        _write_json(folder / "quantize_config.json", settings)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", blob.generation_config.to_dict())
+    tokenizer = {
+        "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": [f"{tokenization}.QWenTokenizer", None]},
+    }
+    _write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": blob.config.max_position_embeddings})
+    (folder / "qwen.tiktoken").write_bytes(blob.ranks)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,30 @@
+"""`qvl export`: a file becomes a Hugging Face folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvl_convert.export import export as run
+from qvl_runtime.blob import Blob
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace FOLDER if it exists.")] = False,
+) -> None:
+    """Write a .qvl file's weights as a Hugging Face model.
+
+    The decoder keeps its integers, in AutoGPTQ's layout, so that other tools read what was quantised here; everything
+    else becomes fp16. The model's Python files, which some tools ask for, come from the original's repository.
+
+    Examples:
+
+      qvl export qwen-vl-chat.qvl Qwen-VL-Chat-Int4
+    """
+    run(Blob(model), folder, force=force)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {size / 1e6:,.1f} MB")

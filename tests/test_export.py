@@ -1,0 +1,93 @@
+"""Export is the inverse of import, bit for bit, and what was quantised here can be read again."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from shards import all_tensors
+
+import qvl_runtime as qvl
+from qvl_convert import export as export_module
+from qvl_convert.convert import convert
+from qvl_convert.export import autogptq_arrays, export
+from qvl_kernels.packing import pack
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+
+CKPT = GOLDEN / "ckpt"
+KEPT = {"vision_bits": 16, "head_bits": 16}
+
+
+@pytest.mark.parametrize("name", ["tiny-q7-gptq-actorder", "tiny-q7-gptq-asym", "tiny-vl-gptq"])
+def test_an_imported_model_comes_out_bit_for_bit(blob, tmp_path, name):
+    export(Blob(blob(name, **KEPT)), tmp_path / "out")
+    want, got = all_tensors(CKPT / name), all_tensors(tmp_path / "out")
+    assert set(got) == set(want)
+    for tensor, array in want.items():
+        assert got[tensor].dtype == array.dtype, tensor
+        np.testing.assert_array_equal(got[tensor], array, err_msg=tensor)
+    settings, original = (json.loads((f / "quantize_config.json").read_text()) for f in (tmp_path / "out", CKPT / name))
+    assert {k: settings[k] for k in ("bits", "group_size", "sym", "desc_act")} == {
+        k: original[k] for k in ("bits", "group_size", "sym", "desc_act")
+    }
+
+
+def test_what_is_exported_can_be_converted_again_to_the_same_logits(blob, tmp_path):
+    first = blob("tiny-vl", group_size=32, **KEPT)
+    export(Blob(first), tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "again.qvl", **KEPT)
+    models = [qvl.load(path, device="reference") for path in (first, tmp_path / "again.qvl")]
+    a, b = (m.logits("What is this? 这是什么？") for m in models)
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2)
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        np.testing.assert_array_equal(models[0].blob.matrix(name).codes(), models[1].blob.matrix(name).codes())
+
+
+def test_a_model_at_16_bits_becomes_a_plain_one(blob, tmp_path, monkeypatch):
+    """In several files, too."""
+    monkeypatch.setattr(export_module, "SHARD", 100_000)
+    export(Blob(blob("tiny-vl", bits=16)), tmp_path / "out")
+    want, got = all_tensors(CKPT / "tiny-vl"), all_tensors(tmp_path / "out")
+    assert set(got) == set(want) and len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    for tensor, array in want.items():
+        np.testing.assert_array_equal(got[tensor], array.astype(np.float16), err_msg=tensor)
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    convert(tmp_path / "out", tmp_path / "again.qvl", bits=16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_hold_what_the_layout_says(bits, rng):
+    n, k, top = 16, 64, 2**bits
+    codes = rng.integers(0, top, (n, k), dtype=np.uint8)
+    scales, zeros = rng.random((n, 2)).astype(np.float16), rng.integers(1, top, (n, 2), dtype=np.uint8)
+    arrays = autogptq_arrays(pack(codes, scales, bits, 32, zeros=zeros), "m")
+    per = 32 // bits
+    words = arrays["qweight"].view(np.uint32).astype(np.uint64)
+    for column in (0, 1, per - 1, per, k - 1):
+        got = (words[column // per] >> (bits * (column % per))) & (top - 1)
+        np.testing.assert_array_equal(got, codes[:, column])
+    words = arrays["qzeros"].view(np.uint32).astype(np.uint64)
+    got = (words[1, 9 // per] >> (bits * (9 % per))) & (top - 1)
+    assert got + 1 == zeros[9, 1]
+    np.testing.assert_array_equal(arrays["scales"], scales.T)
+
+
+def test_what_the_layout_cannot_hold_is_refused(blob, tmp_path, rng):
+    codes, scales = rng.integers(0, 16, (16, 64), dtype=np.uint8), np.ones((16, 2), np.float16)
+    with pytest.raises(QvlError, match="zero point of 0"):
+        autogptq_arrays(pack(codes, scales, 4, 32, zeros=np.zeros((16, 2), np.uint8)), "m")
+    with pytest.raises(QvlError, match="multiples of 8"):
+        autogptq_arrays(pack(codes[:15], scales[:15], 4, 32), "m")
+
+
+def test_an_existing_folder_is_kept_and_a_failure_leaves_nothing(blob, tmp_path, monkeypatch):
+    model = Blob(blob("tiny-vl", **KEPT))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(QvlError, match="exists already"):
+        export(model, tmp_path / "out")
+    export(model, tmp_path / "out", force=True)
+    monkeypatch.setattr(export_module, "autogptq_arrays", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(model, tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
