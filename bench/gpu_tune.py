@@ -153,11 +153,11 @@ def tune(name: str, ops, pool, end: float) -> tuple[dict[str, int] | None, list]
         compiled = future.result()
         if compiled is None or time.monotonic() > end:
             continue
-        if not install(ops, name, compiled):
-            continue
         for waves in WAVES:
             shape = futures[future] | {"waves": waves}
             with using(name, architecture, shape):
+                if not install(ops, name, compiled):
+                    break
                 got = trial.results()
                 if not all(np.allclose(g, w, rtol=1e-2, atol=1e-2 * np.abs(w).max()) for g, w in zip(got, want)):
                     break

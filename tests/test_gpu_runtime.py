@@ -483,6 +483,13 @@ def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
 # choosing the device
 
 
+def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    usable, reason = gpu.available()
+    assert not usable and reason.startswith("the GPU packages are not installed (")
+    assert reason.endswith("pip install 'qvl-runtime[gpu]'")
+
+
 def test_names_of_the_package():
     assert gpu.CudaOps is CudaOps
     with pytest.raises(AttributeError):

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qvl_kernels.gpu.cache import cache_bytes
+from qvl_kernels.gpu.memory import plan
+from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError
 
 if TYPE_CHECKING:
@@ -51,4 +54,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["CudaOps", "absent", "available"]
+__all__ = ["CudaOps", "absent", "available", "cache_bytes", "device_bytes", "plan"]

@@ -29,7 +29,7 @@ class DeviceArray:
     @property
     def size(self) -> int:
         """Number of values."""
-        return math.prod(self.shape)
+        return math.prod(map(int, self.shape))
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,7 @@ class Launcher:
         self.driver, self.queue, self.images = driver, queue, images
         self._kernels: dict[str, Kernel] = {}
         self._replaced: dict[str, Image] = {}
+        self._tiles: dict[str, dict[str, int]] = {}
 
     def constants(self, name: str) -> dict[str, int | bool]:
         """What kernel `name` was compiled with."""
@@ -70,13 +71,17 @@ class Launcher:
         """Launch another image under a name from now on: for trying tile shapes."""
         self._replaced[name] = image
         self._kernels.pop(name, None)
+        self._tiles.pop(name, None)
 
     def _image(self, name: str) -> Image:
         return self._replaced.get(name) or self.images[name]
 
     def tile(self, name: str) -> dict[str, int]:
         """What tiles.json says about kernel `name`."""
-        return tile(name, self.images.architecture)
+        found = self._tiles.get(name)
+        if found is None:
+            found = self._tiles[name] = tile(name, self.images.architecture)
+        return found
 
     def __call__(self, name: str, grid: tuple[int, ...], *args: DeviceArray | int | float | None) -> None:
         """Launch kernel ``family.variant`` with the arguments its signature lists.

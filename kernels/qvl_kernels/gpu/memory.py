@@ -150,8 +150,10 @@ class Memory:
 
     def array(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
         """An uninitialised array."""
-        block = Block(self, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
-        return DeviceArray(block.address, shape, dtype, block)
+        array = DeviceArray(0, shape, dtype, None)
+        array.owner = Block(self, array.nbytes)
+        array.address = array.owner.address
+        return array
 
     def take(self, nbytes: int) -> int:
         """The address of a block."""
