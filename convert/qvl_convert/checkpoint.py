@@ -74,6 +74,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def read_tensor(shard: TensorFile | PickleFile, name: str) -> np.ndarray:
+    """A tensor of a weight file, read-only, mapped for as long as the array lives."""
+    if isinstance(shard, PickleFile):
+        return shard.array(name)
+    entry = shard.entries[name]
+    return map_bytes(shard.path, entry.start, entry.stop, entry.dtype).reshape(entry.shape)
+
+
 class Checkpoint:
     """A folder in Hugging Face layout.
 
@@ -196,10 +204,7 @@ class Checkpoint:
         shard = self._owners.get(name)
         if shard is None:
             raise QvlError(f"{self.folder}: has no tensor {name!r}; is the download complete?")
-        if isinstance(shard, PickleFile):
-            return shard.array(name)
-        entry = shard.entries[name]
-        return map_bytes(shard.path, entry.start, entry.stop, entry.dtype).reshape(entry.shape)
+        return read_tensor(shard, name)
 
     def vector(self, name: str) -> np.ndarray:
         """A tensor as float32, in memory.

@@ -12,6 +12,7 @@ import numpy as np
 
 from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.lora import Merged
 from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Finished
 from qvl_convert.writer import BlobWriter, Layout
@@ -44,6 +45,7 @@ def convert(
     vision_bits: int | None = None,
     head_bits: int | None = None,
     method: str = "rtn",
+    lora: str | os.PathLike | None = None,
     calibration_data: str | os.PathLike = calibration.BUILTIN,
     calibration_samples: int = 32,
     device: str = "auto",
@@ -67,6 +69,8 @@ def convert(
         32, 64 or 128 columns share a scale.
     method : str
         "rtn", or "gptq": calibrated, for the decoder's linears and for whatever else has 4 bits but the embedding.
+    lora : path, optional
+        Folder of a PEFT adapter, which is merged into the (unquantised) model.
     calibration_data : path
         What "gptq" looks at: "builtin", or a file or folder that `qvl_convert.calibration` reads.
     calibration_samples : int
@@ -95,7 +99,7 @@ def convert(
         head_bits=default if head_bits is None else head_bits,
         method=method,
     )
-    source = Source(Checkpoint(src))
+    source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
     plans = source.plan(recipe)
     vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
     layout = _layout(source, plans, vectors)

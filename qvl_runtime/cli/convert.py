@@ -23,6 +23,7 @@ def convert(
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
+    lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
         str, typer.Option(help="For gptq: 'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
     ] = "builtin",
@@ -44,6 +45,8 @@ def convert(
 
       qvl convert Qwen-VL-Chat faithful.qvl --method gptq --calibration my-conversations.json
 
+      qvl convert Qwen-VL-Chat mine.qvl --lora my-fine-tune
+
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
     with _bar() as report:
@@ -55,6 +58,7 @@ def convert(
             vision_bits=vision_bits,
             head_bits=head_bits,
             method=method,
+            lora=lora,
             calibration_data=calibration,
             calibration_samples=calibration_samples,
             device=device,

@@ -1,0 +1,109 @@
+"""LoRA adapters are merged while a model is read."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors.numpy import save_file
+
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.convert import convert
+from qvl_convert.lora import Merged
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+
+VL = GOLDEN / "ckpt" / "tiny-vl"
+C_ATTN, W1 = "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.w1"
+
+
+@pytest.fixture
+def adapter(tmp_path, rng):
+    """``adapter(config, tensors)``: the folder of an adapter with random factors of rank 4 on two matrices."""
+
+    def make(config=None, **tensors):
+        folder, base = tmp_path / "adapter", Checkpoint(VL)
+        folder.mkdir(exist_ok=True)
+        made = {}
+        for name in (C_ATTN, W1):
+            n, k = base.entry(f"{name}.weight").shape
+            made[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((4, k)).astype(np.float32) * 0.1
+            made[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((n, 4)).astype(np.float32) * 0.1
+        made = {k: v for k, v in (made | tensors).items() if v is not None}
+        save_file(made, folder / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"} | (config or {})
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        return folder, made
+
+    return make
+
+
+@pytest.mark.parametrize(("config", "factor"), [({}, 2.0), ({"use_rslora": True}, 4.0)])
+def test_the_product_is_added_and_all_else_stays(adapter, config, factor):
+    folder, made = adapter(config)
+    base, merged = Checkpoint(VL), Merged(VL, folder)
+    for name in (C_ATTN, W1):
+        a, b = (made[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        want = base.tensor(f"{name}.weight").astype(np.float64) + factor * b.astype(np.float64) @ a
+        np.testing.assert_allclose(merged.tensor(f"{name}.weight"), want, rtol=0, atol=1e-5)
+    for name in base.names:
+        if name not in (f"{C_ATTN}.weight", f"{W1}.weight"):
+            np.testing.assert_array_equal(merged.tensor(name), base.tensor(name))
+    assert set(merged.fingerprint()) > set(base.fingerprint())
+
+
+def test_saved_modules_replace_the_bases(adapter):
+    norm = np.full(Checkpoint(VL).entry("transformer.ln_f.weight").shape, 0.5, np.float32)
+    head = np.ones(Checkpoint(VL).entry("lm_head.weight").shape, np.float16)
+    folder, _ = adapter(
+        **{
+            "base_model.model.transformer.ln_f.weight": norm,
+            "base_model.model.lm_head.modules_to_save.weight": head,
+        }
+    )
+    merged = Merged(VL, folder)
+    np.testing.assert_array_equal(merged.vector("transformer.ln_f.weight"), norm)
+    np.testing.assert_array_equal(merged.tensor("lm_head.weight"), head)
+
+
+def test_a_conversion_takes_the_merged_weights(adapter, tmp_path):
+    folder, _ = adapter()
+    convert(VL, tmp_path / "m.qvl", bits=16, lora=folder)
+    convert(VL, tmp_path / "b.qvl", bits=16)
+    merged, base = Blob(tmp_path / "m.qvl"), Blob(tmp_path / "b.qvl")
+    want = Merged(VL, folder).tensor(f"{C_ATTN}.weight").astype(np.float16)
+    np.testing.assert_array_equal(merged.matrix(C_ATTN).weight, want)
+    assert (merged.matrix(C_ATTN).weight != base.matrix(C_ATTN).weight).any()
+    assert "adapter/adapter_model.safetensors" in merged.metadata["source"]["files"]
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"use_dora": True}, {}, "'use_dora' is 'True'"),
+        ({"bias": "all"}, {}, "'bias' is 'all'"),
+        ({"peft_type": "IA3"}, {}, "'peft_type' is 'IA3'"),
+        ({"lora_alpha": "x"}, {}, "'lora_alpha' is 'x'"),
+        ({}, {f"base_model.model.{W1}.lora_B.weight": None}, "lora_A alone"),
+        ({}, {f"base_model.model.{W1}.lora_A.weight": np.ones((3, 5), np.float32)}, "factors of"),
+        ({}, {"base_model.model.other.weight": np.ones(3, np.float32)}, "'other.weight', which"),
+        ({}, {"base_model.model.transformer.ln_f.weight": np.ones(3, np.float32)}, r"has the shape \[3\]"),
+        ({}, {f"base_model.model.{W1}.lora_magnitude_vector": np.ones(3, np.float32)}, "no part of a LoRA"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(adapter, config, tensors, message):
+    folder, _ = adapter(config, **tensors)
+    with pytest.raises(QvlError, match=message):
+        Merged(VL, folder)
+
+
+def test_a_quantised_base_and_a_missing_file_are_refused(adapter, tmp_path):
+    folder, _ = adapter()
+    with pytest.raises(QvlError, match="take the unquantised base"):
+        Merged(GOLDEN / "ckpt" / "tiny-vl-gptq", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(QvlError, match=r"holds no adapter_model\.safetensors"):
+        Merged(VL, folder)
+    with pytest.raises(QvlError, match=r"adapter_config\.json"):
+        convert(VL, tmp_path / "x.qvl", lora=tmp_path / "gone")
+    assert not (tmp_path / "x.qvl").exists()
