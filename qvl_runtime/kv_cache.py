@@ -39,7 +39,9 @@ class Context:
             self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype
         )
         self.start = ops.upload(np.zeros(1, np.int32))
-        self.rope = ops.upload(_rotary(self._pages(self.window), 1, config))
+        rope = _rotary(self._pages(self.window), 1, config)
+        self.rope = ops.empty(rope.shape)  # not uploaded: that may share memory, and this table is overwritten
+        ops.write(self.rope, rope)
         self.logn = ops.upload(logn_table(self._pages(self.window), config))
         self.length, self.alpha = 0, 1
 
@@ -83,4 +85,6 @@ class Context:
 
 @functools.lru_cache(maxsize=8)
 def _rotary(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
-    return rotary_table(positions, alpha, config)
+    table = rotary_table(positions, alpha, config)
+    table.flags.writeable = False
+    return table

@@ -128,6 +128,17 @@ def test_borders_of_dynamic_ntk(kv_cache, pair):
         _same(answer, fresh.generate(ids[:after], max_new_tokens=8, logprobs=2), kv_cache)
 
 
+def test_each_session_has_its_own_rotary_table(pair):
+    """A prompt of another NTK factor in one session does not reach into the next one's."""
+    model, fresh = pair(variant="long", conversations=2)
+    ids = [int(i) for i in np.random.default_rng(0).integers(32, 127, 90)]
+    wanted = fresh.generate(ids[:40], max_new_tokens=8)
+    stream = model.stream(ids[:40], max_new_tokens=8)
+    pieces = [next(stream)]
+    fresh.generate(ids, max_new_tokens=2)
+    assert qvl.generation.collect([*pieces, *stream]).token_ids == wanted.token_ids
+
+
 def test_the_same_prompt_again_is_not_computed(pair):
     model, _ = pair()
     one = model.generate("What is this?", max_new_tokens=8, temperature=1, seed=3)
