@@ -183,11 +183,11 @@ class Memory:
 
     def trim(self) -> None:
         """Give the blocks kept for later back to the driver."""
-        for addresses in self._pool.values():
+        # a block may come back at any moment: the collector decides
+        pool, self._pool, self._pooled = self._pool, collections.defaultdict(list), 0
+        for addresses in pool.values():
             for address in addresses:
                 self.driver.free(address)
-        self._pool.clear()
-        self._pooled = 0
 
 
 class Block:
