@@ -41,6 +41,8 @@ SECTIONS = {
     "memory": ("model.memory", 90),
     "true_sizes": ("parity.true_sizes", 90),
     "true_model": ("parity.true_model", 90),
+    "kernels_ptx": ("parity.kernels_from_ptx", 120),
+    "kernels_turing": ("parity.kernels_of_turing", 120),
 }
 """Name -> function in gpu_bench, and the seconds it may take."""
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from gpu_bench import common
 from gpu_bench.common import table
-from qvl_kernels.gpu import signatures
-from qvl_kernels.ops import Norm
+from qvl_kernels.gpu import CudaOps, signatures
+from qvl_kernels.gpu.loader import Bundle
+from qvl_kernels.ops import DeviceError, Norm
 from qvl_kernels.reference import ReferenceOps
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -33,11 +34,35 @@ TRUE_LIMIT = 2e-3
 
 def kernels() -> dict:
     """tests/test_gpu_kernels.py, every kernel against the reference, with launches on this GPU."""
+    return _kernels(common.make_ops())
+
+
+def kernels_from_ptx() -> dict:
+    """The same with the code that GPUs get which no cubin was made for."""
+    return _kernels(_with_ptx(80))
+
+
+def kernels_of_turing() -> dict:
+    """The same with the code made for sm_75, whose products are written in a way of their own."""
+    return _kernels(_with_ptx(75))
+
+
+def _with_ptx(architecture: int) -> CudaOps:
+    ops = common.make_ops()
+    ops.launch.images = Bundle(ops.launch.images.path, architecture, "ptx")
+    if not len(ops.launch.images):
+        raise DeviceError(
+            f"{ops.launch.images.path} has no code for sm_{architecture}: python -m qvl_kernels.gpu.build"
+        )
+    return ops
+
+
+def _kernels(ops: CudaOps) -> dict:
     sys.path.insert(0, str(TESTS))
     import pytest
     import test_gpu_kernels
 
-    ops, ran, failures, passed = common.make_ops(), set(), [], []
+    ran, failures, passed = set(), [], []
 
     def launch(name: str, grid: tuple[int, ...], *args: object) -> None:
         ran.add(name)

@@ -1,7 +1,8 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m qvl_kernels.gpu.build [OUT.zip] [--arch 86]…``.
 
 The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for GPUs that none was made for, which
-their driver compiles, and manifest.json (see loader.py). It is a product of the sources, so it is not kept beside them:
+their driver compiles, and manifest.json (see loader.py). The PTX for sm_75 is there so that what turing.py writes can
+be checked on a newer GPU (bench/gpu.py does). It is a product of the sources, so it is not kept beside them:
 run this before a wheel is made, and the wheel takes kernels.zip along. An installation without it compiles what its own
 GPU needs, once, into the user's cache.
 
@@ -29,6 +30,8 @@ from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names,
 from qvl_kernels.ops import DeviceError
 
 TRITON_VERSION = "3.6.0"
+
+_WITH_PTX = (75, PTX_ARCHITECTURE)
 
 _MULTIPLES_OF_16 = {"rows"}
 """Integer arguments that always are, which the compiler is told."""
@@ -85,7 +88,7 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
         "num_stages": 1 if architecture == 75 else shape["stages"],
         "enable_fp_fusion": True,
     }
-    if architecture == PTX_ARCHITECTURE:
+    if architecture in _WITH_PTX:
         options["ptx_version"] = 75
     with _compiler_settings(architecture):
         result = triton.compile(
@@ -125,7 +128,7 @@ def build(
                 entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
                 entry["cubin"] = f"sm_{architecture}/{name}.cubin"
                 _add(bundle, entry["cubin"], code.cubin)
-                if architecture == PTX_ARCHITECTURE:
+                if architecture in _WITH_PTX:
                     entry["ptx"] = f"sm_{architecture}/{name}.ptx"
                     _add(bundle, entry["ptx"], code.ptx)
                 entries[name][str(architecture)] = entry

@@ -5,7 +5,7 @@ A bundle is what build.py writes, a zip of cubins and PTX with a manifest.json::
     {"triton": "3.6.0", "sources": "<hash>", "kernels": {name: {architecture: {
         "symbol": str, "warps": int, "shared": int, "constants": {...}, "cubin": path in the zip, "ptx": the same}}}}
 
-`ptx` is there for the architecture whose PTX stands in on GPUs that no cubin was made for.
+`ptx` is there for the architecture whose PTX stands in on GPUs that no cubin was made for, and for sm_75.
 """
 
 from __future__ import annotations
