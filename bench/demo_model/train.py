@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lexicon import LEVELS
+from model import QwenVL
 from optimiser import build
 from parallel import Progress, launch, share
-from pretrain_vision import new_model, normalise
+from pretrain_vision import config, new_model, normalise
 from rows import Rows, Writer, attention_mask
 from targets import CellHead
 from vocabulary import read
@@ -81,21 +82,22 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = new_model(args.seed)
-    head = CellHead(model.config["hidden_size"])
-    vision = torch.load(args.out / "vision.pt")
-    model.load_state_dict({k: v for k, v in vision["model"].items() if ".visual." in k}, strict=False)
-    head.load_state_dict(vision["head"])
-    optimisers = build({"model": model, "head": head})
-    progress = Progress(args.minutes)
     saved = args.out / "state.pt"
-    if saved.exists():
-        state = torch.load(saved)
+    state = torch.load(saved) if saved.exists() else None
+    model = QwenVL(config()) if state else new_model(args.seed)
+    head = CellHead(model.config["hidden_size"])
+    optimisers = build({"model": model, "head": head})
+    if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
         for optimiser, old in zip(optimisers, state["optimisers"]):
             optimiser.load_state_dict(old)
         progress = Progress(args.minutes, state["step"], state["begin"])
+    else:
+        vision = torch.load(args.out / "vision.pt")
+        model.load_state_dict({k: v for k, v in vision["model"].items() if ".visual." in k}, strict=False)
+        head.load_state_dict(vision["head"])
+        progress = Progress(args.minutes)
     share([model, head], optimisers)
     encoding = read(args.out / "qwen.tiktoken")
     size, queries = model.config["visual"]["image_size"], model.config["visual"]["n_queries"]
