@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qvl_convert import calibration
+from qvl_convert.allocation import allocate, parse_size
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.lora import Merged
 from qvl_convert.plan import MatrixPlan, Recipe, Source
@@ -45,6 +46,7 @@ def convert(
     vision_bits: int | None = None,
     head_bits: int | None = None,
     method: str = "rtn",
+    target_size: str | None = None,
     lora: str | os.PathLike | None = None,
     calibration_data: str | os.PathLike = calibration.BUILTIN,
     calibration_samples: int = 32,
@@ -69,6 +71,8 @@ def convert(
         32, 64 or 128 columns share a scale.
     method : str
         "rtn", or "gptq": calibrated, for the decoder's linears and for whatever else has 4 bits but the embedding.
+    target_size : str, optional
+        Size of the file, such as "5.5GB": bits are chosen layer by layer (`allocation`), whatever is given above.
     lora : path, optional
         Folder of a PEFT adapter, which is merged into the (unquantised) model.
     calibration_data : path
@@ -100,8 +104,18 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
-    plans = source.plan(recipe)
     vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
+    chosen = None
+    if target_size is not None:
+        chosen = allocate(
+            source,
+            _samples(source, calibration_data, calibration_samples),
+            parse_size(target_size),
+            group_size=group_size,
+            size_of=lambda plans: _upper_size(_layout(source, plans, vectors)),
+            device=device,
+        )
+    plans = source.plan(recipe, chosen)
     layout = _layout(source, plans, vectors)
     metadata = _metadata(source, plans)
     if produce is None:
@@ -153,17 +167,22 @@ def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) 
     return layout
 
 
+def _upper_size(layout: Layout) -> int:
+    """Bytes of a file, at most: its tensors, and a header with room for every name, shape and hash."""
+    return (64 << 10) + sum(512 + int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
+
+
 def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
     checkpoint = source.checkpoint
     parts = {}
     for plan in plans:
-        parts.setdefault(plan.spec.part, {"bits": plan.bits, "group_size": plan.group_size, "method": plan.method})
+        parts.setdefault(plan.spec.part, []).append(plan)
     sees = checkpoint.config.visual is not None
     values = {
         "config": checkpoint.config.to_dict(),
         "generation_config": checkpoint.generation_config.to_dict(),
         "preprocessing": {"mean": MEAN.tolist(), "std": STD.tolist()} if sees else {},
-        "quantization": {part: parts[part] for part in PARTS if part in parts},
+        "quantization": {part: _made(parts[part]) for part in PARTS if part in parts},
         "source": {
             "name": checkpoint.folder.resolve().name,
             "files": checkpoint.fingerprint(),
@@ -171,3 +190,9 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
         },
     }
     return {"format": FORMAT, "version": VERSION, **{key: json.dumps(value) for key, value in values.items()}}
+
+
+def _made(plans: list[MatrixPlan]) -> dict[str, int | str]:
+    """How a part is quantised; several kinds are listed, such as ``"4/8"`` bits."""
+    kinds = {key: sorted({getattr(plan, key) for plan in plans}) for key in ("bits", "group_size", "method")}
+    return {key: found[0] if len(found) == 1 else "/".join(map(str, found)) for key, found in kinds.items()}

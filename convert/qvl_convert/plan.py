@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -123,8 +124,14 @@ class Source:
             wanted |= arrays
         checkpoint.check(wanted)
 
-    def plan(self, recipe: Recipe) -> list[MatrixPlan]:
+    def plan(self, recipe: Recipe, bits: Mapping[str, int] | None = None) -> list[MatrixPlan]:
         """Decide about every matrix, in the order in which the model uses them.
+
+        Parameters
+        ----------
+        recipe : Recipe
+        bits : mapping, optional
+            Of single matrices, by name, in place of the recipe's.
 
         Raises
         ------
@@ -132,10 +139,9 @@ class Source:
             When an AutoGPTQ source is to become 8 bits.
         """
         specs = [spec for spec in tensors(self.checkpoint.config) if isinstance(spec, MatrixSpec)]
-        return [self._plan(spec, recipe) for spec in specs]
+        return [self._plan(spec, recipe, (bits or {}).get(spec.name, recipe.bits_of(spec.part))) for spec in specs]
 
-    def _plan(self, spec: MatrixSpec, recipe: Recipe) -> MatrixPlan:
-        bits = recipe.bits_of(spec.part)
+    def _plan(self, spec: MatrixSpec, recipe: Recipe, bits: int) -> MatrixPlan:
         if spec.name in self.imported:
             return self._plan_import(spec, bits)
         if bits == 16:

@@ -20,7 +20,7 @@ from qvl_convert.answers import Answers, Progress, compare_answers
 from qvl_convert.calibration import Sample
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.plan import Source
-from qvl_convert.walk import Model, Published, Stage, Walk, stages
+from qvl_convert.walk import Model, Published, Walk, relative_error, stages
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
@@ -163,10 +163,10 @@ def verify(
         progress(name, done, len(plan))
         for walk, w in zip(walks, weights):
             walk.run(stage, w)
-        if outputs := _outputs(walks[1], stage):
-            layers.append((name, _relative(outputs, _outputs(walks[0], stage))))
+        if outputs := walks[1].outputs(stage):
+            layers.append((name, relative_error(outputs, walks[0].outputs(stage))))
     progress("logits", len(plan), len(plan))
-    features = [_relative(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
+    features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
     padding = model.tokenizer.img_pad_id
     nll, scores = _scores(walks, [w.matrix("lm_head") for w in weights], samples, padding)
     answers = None
@@ -231,15 +231,3 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
-def _outputs(walk: Walk, stage: Stage) -> list[np.ndarray]:
-    if stage.kind in ("patches", "vision"):
-        return walk.patches
-    return walk.features if stage.kind == "adapter" else walk.hidden
-
-
-def _relative(arrays: list[np.ndarray], reference: list[np.ndarray]) -> float:
-    """``|a - b| / |b|`` over all arrays."""
-    change = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(arrays, reference))
-    return float(np.sqrt(change / sum(float(np.square(b, dtype=np.float64).sum()) for b in reference)))

@@ -143,6 +143,12 @@ class Walk:
             if keep:
                 array[...] = self.ops.download(out)
 
+    def outputs(self, stage: Stage) -> list[np.ndarray]:
+        """The arrays that a stage writes."""
+        if stage.kind in ("patches", "vision"):
+            return self.patches
+        return self.features if stage.kind == "adapter" else self.hidden
+
     def logits(self, head: Weight, prompt: int, first: int = 0, rows: int = 64) -> Iterator[np.ndarray]:
         """After "norm": a prompt's logits from a position on, float32 ``[rows, vocab]`` at a time.
 
@@ -234,3 +240,12 @@ class Walk:
 
     def _opens_picture(self, token: int) -> bool:
         return self.config.visual is not None and token == self.config.visual.image_start_id
+
+
+def relative_error(arrays: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """``|a - b| / |b|`` over all arrays; 0 where there is nothing."""
+    change, energy = (
+        sum(float(np.square(x, dtype=np.float64).sum()) for x in values)
+        for values in ((a - b for a, b in zip(arrays, reference)), reference)
+    )
+    return float(np.sqrt(change / energy)) if energy else 0.0

@@ -23,6 +23,9 @@ def convert(
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
+    target_size: Annotated[
+        str | None, typer.Option(help="Size of the file, such as 5.5GB: bits are chosen by what each layer loses.")
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
         str, typer.Option(help="For gptq: 'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
@@ -58,6 +61,7 @@ def convert(
             vision_bits=vision_bits,
             head_bits=head_bits,
             method=method,
+            target_size=target_size,
             lora=lora,
             calibration_data=calibration,
             calibration_samples=calibration_samples,

@@ -1,0 +1,172 @@
+"""Bits for each layer, so that a file has a given size and the model loses as little as it can.
+
+What a layer loses is measured: all prompts pass it with its weights rounded to 4 and to 8 bits, everything before it as
+published, and the relative change of what leaves it is its price. From all layers at 4 bits, the step to 8 or 16 bits
+that saves most per byte is taken until nothing fits any more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from qvl_convert.calibration import Sample
+from qvl_convert.plan import MatrixPlan, Recipe, Source
+from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
+from qvl_kernels.packing import Matrix
+from qvl_runtime.devices import make_ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.weights import Weights
+
+BITS = (4, 8, 16)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SAMPLES = 4
+HEAD_ROWS = 64
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``5.5GB`` or ``900 MiB``.
+
+    Raises
+    ------
+    QvlError
+        For anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
+    if not found:
+        raise QvlError(f"--target-size {text!r}: give a size such as 5.5GB or 900MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def allocate(
+    source: Source,
+    samples: list[Sample],
+    target: int,
+    *,
+    group_size: int,
+    size_of: Callable[[list[MatrixPlan]], int],
+    device: str = "auto",
+) -> dict[str, int]:
+    """Choose bits.
+
+    Parameters
+    ----------
+    source : Source
+    samples : list of Sample
+        A few are enough.
+    target : int
+        Bytes the file may have.
+    group_size : int
+    size_of : callable
+        Bytes of the file that some plans make.
+    device : str
+
+    Returns
+    -------
+    dict
+        Bits by matrix name.
+
+    Raises
+    ------
+    QvlError
+        When even 4 bits everywhere are too large, or the source is quantised already.
+    """
+    if source.imported:
+        raise QvlError(f"{source.checkpoint.folder}: is quantised already; --target-size needs the unquantised model")
+    plans = {bits: _plans(source, bits, group_size) for bits in BITS}
+    smallest = size_of(list(plans[4].values()))
+    if smallest > target:
+        raise QvlError(
+            f"--target-size {target / 1e9:.3f} GB is too small: with 4 bits everywhere and groups of {group_size} "
+            f"the file has {smallest / 1e9:.3f} GB"
+        )
+    units = stages(source.checkpoint.config)
+    losses = measure(source, samples, units, plans, device)
+    weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in BITS} for unit in units]
+    chosen = choose(losses, weights, target - smallest)
+    return {name: bits for unit, bits in zip(units, chosen) for name in unit.matrices}
+
+
+def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], room: int) -> list[int]:
+    """Take the best steps up from 4 bits.
+
+    Parameters
+    ----------
+    losses, sizes : list of dict
+        Loss and bytes of each unit by bits.
+    room : int
+        Bytes to spend beyond 4 bits everywhere.
+
+    Returns
+    -------
+    list of int
+        Bits of each unit.
+    """
+    chosen = [4] * len(losses)
+    while True:
+        steps = []
+        for i, (loss, size) in enumerate(zip(losses, sizes)):
+            for bits in BITS[BITS.index(chosen[i]) + 1 :]:
+                extra, gain = size[bits] - size[chosen[i]], loss[chosen[i]] - loss[bits]
+                if extra <= room and gain > 0:
+                    steps.append((gain / max(extra, 1), -i, bits, extra))
+        if not steps:
+            return chosen
+        _, i, bits, extra = max(steps)
+        chosen[-i] = bits
+        room -= extra
+
+
+def measure(
+    source: Source,
+    samples: list[Sample],
+    units: list[Stage],
+    plans: dict[int, dict[str, MatrixPlan]],
+    device: str,
+) -> list[dict[int, float]]:
+    """Squared relative change of what leaves each unit at 4 and 8 bits; at 16 it counts as 0."""
+    config, ops = source.checkpoint.config, make_ops(device, "int16")
+    walk, published = Walk(ops, config, samples[:SAMPLES]), Published(source)
+    losses = []
+    for unit in units:
+        before = [np.array(x) for x in walk.outputs(unit)]
+        results = {}
+        for bits in BITS:
+            for target, values in zip(walk.outputs(unit), before):
+                target[...] = values
+            model = published if bits == 16 else _Rounded(source, published, plans[bits])
+            weights = Weights(model, ops)
+            walk.run(unit, weights)
+            results[bits] = _seen(walk, unit, weights)
+        losses.append({bits: relative_error(results[bits], results[16]) ** 2 for bits in BITS})
+    return losses
+
+
+class _Rounded:
+    """A published model whose matrices are rounded to nearest."""
+
+    def __init__(self, source: Source, published: Published, plans: dict[str, MatrixPlan]):
+        self.config, self.vector = published.config, published.vector
+        self._source, self._plans = source, plans
+
+    def matrix(self, name: str) -> Matrix:
+        return self._source.matrix(self._plans[name])
+
+
+def _seen(walk: Walk, unit: Stage, weights: Weights) -> list[np.ndarray]:
+    """What leaves a unit: activations, or logits."""
+    if unit.kind != "norm":
+        return [np.array(x) for x in walk.outputs(unit)]
+    head = weights.matrix("lm_head")
+    return [next(walk.logits(head, i, max(0, len(x) - HEAD_ROWS))) for i, x in enumerate(walk.hidden)]
+
+
+def _plans(source: Source, bits: int, group_size: int) -> dict[str, MatrixPlan]:
+    recipe = Recipe(bits=bits, group_size=group_size, vision_bits=bits, head_bits=bits)
+    return {plan.spec.name: plan for plan in source.plan(recipe)}
+
+
+def _nbytes(plan: MatrixPlan) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in plan.layout().values())
