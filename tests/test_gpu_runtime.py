@@ -5,6 +5,7 @@ Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's i
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -252,6 +253,15 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
         ops.gate_up(x, *weights, out, norm=norm)
         launched = [launch.name for launch in driver.launches]
         assert launched == names if names else launched[-1] == "swiglu.any" and len(launched) == 5
+
+
+def test_the_counters_of_split_products_begin_at_zero(ops, driver):
+    w = ops.weight(_matrix(32, 512, 4))
+    ops.linear(ops.empty((1, 512), np.float16), w, ops.empty((1, 32)))
+    launch = driver.launches[-1]
+    assert launch.grid[1] > 1
+    counters = np.frombuffer((ctypes.c_int32 * launch.grid[0]).from_address(launch.args["counters"]), np.int32)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
