@@ -1,4 +1,4 @@
-"""The GPU runtime without a GPU: memory, launches, graphs and whole steps on a fake driver.
+"""The GPU runtime without a GPU: launches, graphs and whole steps on a fake driver.
 
 Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's interpreter.
 """
@@ -16,22 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, Images
+from fakes.gpu import FakeDriver, Images, matrix
 
-from qvl_kernels import gpu, packing
+from qvl_kernels import gpu
 from qvl_kernels.gpu import build, loader, signatures
 from qvl_kernels.gpu import driver as gpu_driver
-from qvl_kernels.gpu import memory as gpu_memory
-from qvl_kernels.gpu.cache import cache_bytes
 from qvl_kernels.gpu.graph import Replay
 from qvl_kernels.gpu.launcher import Image
-from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
 from qvl_kernels.gpu.ops import CudaOps
-from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError, Norm
 
 TESTS = Path(__file__).parent
-GB = 1_000_000_000
 
 
 @pytest.fixture
@@ -44,163 +39,12 @@ def ops(driver) -> CudaOps:
     return CudaOps(driver, Images())
 
 
-def _matrix(n: int, k: int, bits: int, group_size: int = 128, seed: int = 0, **options) -> packing.Matrix:
-    rng = np.random.default_rng(seed)
-    if bits == 16:
-        return packing.Matrix(n, k, 16, 128, rng.standard_normal((n, k)).astype(np.float16))
-    codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
-    return packing.pack(codes, rng.random((n, -(-k // group_size))) / 50, bits, group_size, **options)
-
-
-# arrays and memory
-
-
-def test_slices_of_the_leading_dimension_share_memory(ops):
-    values = np.arange(24, dtype=np.float32).reshape(4, 6)
-    array = ops.upload(values)
-    part = array[1:3]
-    assert (part.shape, part.dtype, part.nbytes) == ((2, 6), np.float32, 48)
-    np.testing.assert_array_equal(ops.download(part), values[1:3])
-    ops.write(part[1:], np.full((1, 6), 7))
-    np.testing.assert_array_equal(ops.download(array)[2], 7)
-    assert array[3:9].shape == (1, 6) and array[4:].shape == array[3:1].shape == (0, 6)
-    assert ops.download(array[4:]).shape == (0, 6)
-    for index in (0, slice(None, None, 2)):
-        with pytest.raises(TypeError, match="slices"):
-            array[index]
-
-
-def test_values_are_copied_and_shapes_checked(ops):
-    values = np.arange(6, dtype=np.int32)
-    array = ops.upload(values)
-    values[:] = 0
-    np.testing.assert_array_equal(ops.download(array), np.arange(6))
-    with pytest.raises(ValueError, match=r"\[6\] and \[5\]"):
-        ops.write(array, np.zeros(5, np.int32))
-    other = ops.empty((6,), np.int32)
-    ops.copy(array, other)
-    np.testing.assert_array_equal(ops.download(other), np.arange(6))
-
-
-def test_memory_comes_back_when_its_last_array_goes(driver):
-    memory = Memory(driver)
-    free = driver.memory()[0]
-    array = memory.array((1000,), np.float32)
-    part = array[10:20]
-    del array
-    assert memory.in_use == memory.peak == 4096 and driver.memory()[0] == free - 4096
-    address = part.owner.address
-    del part
-    assert (memory.in_use, memory.peak) == (0, 4096)
-    again = memory.array((1010,), np.float32)
-    assert again.address == address, "a block of the same size is used again"
-    assert driver.allocations == 1
-    del again
-    memory.trim()
-    assert driver.memory()[0] == free
-
-
-def test_large_blocks_are_not_kept(driver):
-    memory = Memory(driver)
-    free = driver.memory()[0]
-    memory.array((gpu_memory.POOL_LIMIT + 1,), np.uint8)
-    assert driver.memory()[0] == free and memory.in_use == 0
-
-
-def test_kept_blocks_make_room_before_memory_runs_out():
-    memory = Memory(FakeDriver(total=10_000))
-    memory.array((6000,), np.uint8)
-    block = memory.array((8000,), np.uint8)
-    with pytest.raises(DeviceError, match="out of memory"):
-        memory.array((4000,), np.uint8)
-    assert memory.in_use == 8192 and block.nbytes == 8000
-
-
-@pytest.mark.parametrize("nbytes", [1, 1 << 16, (1 << 16) + 1, 3 * (1 << 17), (1 << 18) + 5])
-def test_uploads_of_every_size_arrive_and_are_counted(driver, nbytes, monkeypatch):
-    monkeypatch.setattr(gpu_memory, "STAGE", 1 << 17)
-    counted, waited = [], []
-    monkeypatch.setattr(driver, "wait", waited.append)
-    upload, memory = Uploader(driver, counted.append), Memory(driver)
-    values = np.random.default_rng(0).integers(0, 256, (2, nbytes), np.uint8)[:, ::-1]
-    array = memory.array(values.shape, values.dtype)
-    upload(values, array)
-    result = np.empty(values.shape, np.uint8)
-    driver.to_host(result, array.address)
-    np.testing.assert_array_equal(result, values)
-    assert sum(counted) == values.nbytes
-    stages = -(-values.nbytes // (1 << 17)) if values.nbytes > 1 << 16 else 0
-    assert len(waited) == max(stages - 2, 0), "a buffer is filled again only after it was sent"
-
-
-# the plan
-
-
-def test_a_model_that_fits_is_planned():
-    result = plan(5 * GB, GB, GB, 12 * GB)
-    assert result.fits and result.needed == 7 * GB + gpu_memory.RESERVE
-    assert "7.27 GB needed (5.00 GB weights, 1.00 GB KV cache, 1.00 GB workspace, 0.27 GB driver)" in str(result)
-
-
-@pytest.mark.parametrize(
-    ("free", "options", "remedy"),
-    [
-        (8.0, {"int8_cache_bytes": 2 * GB}, "an int8 KV cache (7.77 GB)"),
-        (8.0, {"int8_cache_bytes": 2 * GB, "vision_bytes": 2 * GB}, "an int8 KV cache (7.77 GB)"),
-        (8.0, {"vision_bytes": 2 * GB}, "vision on the CPU (7.77 GB)"),
-        (6.0, {"int8_cache_bytes": 2 * GB, "vision_bytes": 2 * GB}, "an int8 KV cache and vision on the CPU (5.77 GB)"),
-        (8.0, {"context": 8192}, "a context of 4352 tokens instead of 8192"),
-        (7.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "what fits: a context of 2304 tokens instead of 8192"),
-        (6.2, {"context": 8192, "int8_cache_bytes": 2 * GB}, "an int8 KV cache with a context of 1536 tokens"),
-        (6.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "an int8 KV cache with a context of 768 tokens"),
-        (5.0, {"context": 8192, "int8_cache_bytes": 2 * GB}, "nothing would make it fit"),
-        (8.0, {}, "nothing would make it fit"),
-    ],
-)
-def test_too_little_memory_names_the_sizes_and_what_would_fit(free, options, remedy):
-    with pytest.raises(DeviceError) as error:
-        plan(5 * GB, 4 * GB, GB // 2, int(free * GB), **options)
-    message = str(error.value)
-    assert "\n" not in message
-    assert "9.77 GB needed (5.00 GB weights, 4.00 GB KV cache, 0.50 GB workspace, 0.27 GB driver)" in message
-    assert f"{free:.2f} GB free" in message
-    assert remedy in message
-
-
-def test_every_remedy_holds():
-    """What a plan offers fits, and a slightly larger context would not."""
-    cache, context, free = 4 * GB, 8192, 7 * GB
-    with pytest.raises(DeviceError) as error:
-        plan(5 * GB, cache, 0, free, context=context)
-    tokens = int(str(error.value).split("a context of ")[1].split()[0])
-    assert Plan(5 * GB, cache * tokens // context, 0, free).fits
-    assert not Plan(5 * GB, cache * (tokens + 256) // context, 0, free).fits
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, 64), (16, 128)])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 588), (256, 256)])
-def test_sizes_are_known_beforehand(ops, bits, group_size, n, k):
-    before = ops.memory.in_use
-    weight = ops.weight(_matrix(n, k, bits, group_size))
-    assert weight.codes.nbytes + (weight.scales.nbytes if weight.scales else 0) == device_bytes(n, k, bits, group_size)
-    gc.collect()
-    taken = ops.memory.in_use - before
-    assert 0 <= taken - device_bytes(n, k, bits, group_size) < 2 * 256
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_cache_sizes_are_known_beforehand(ops, dtype):
-    cache = ops.kv_cache(3, 2, 128, 100, dtype)
-    assert cache.nbytes == cache_bytes(3, 2, 128, 100, dtype)
-    assert cache.capacity == 100
-
-
 # launches
 
 
 def test_a_launch_is_what_the_signature_says(ops, driver):
     x, out = ops.upload(np.ones((3, 200), np.float32)), ops.empty((3, 70))
-    w = ops.weight(_matrix(70, 200, 4, 64, bias=np.zeros(70)))
+    w = ops.weight(matrix(70, 200, 4, 64, bias=np.zeros(70)))
     driver.launches.clear()
     ops.linear(x, w, out, residual=out)
     gather, linear = driver.launches
@@ -217,12 +61,12 @@ def test_a_launch_is_what_the_signature_says(ops, driver):
 
 
 def test_activations_are_prepared_only_where_they_must(ops, driver):
-    half, w = ops.empty((4, 256), np.float16), ops.weight(_matrix(64, 256, 4))
+    half, w = ops.empty((4, 256), np.float16), ops.weight(matrix(64, 256, 4))
     driver.launches.clear()
     ops.linear(half, w, ops.empty((4, 64)))
     assert [launch.name for launch in driver.launches] == ["linear.int4.small"]
     assert driver.launches[0].args["x"] == half.address
-    permuted = ops.weight(_matrix(64, 256, 4, perm=np.arange(256)[::-1]))
+    permuted = ops.weight(matrix(64, 256, 4, perm=np.arange(256)[::-1]))
     driver.launches.clear()
     ops.linear(half, permuted, ops.empty((4, 64), np.float16))
     assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int4.small"]
@@ -232,7 +76,7 @@ def test_activations_are_prepared_only_where_they_must(ops, driver):
 
 @pytest.mark.parametrize(("rows", "tile"), [(1, "small"), (16, "small"), (17, "large"), (300, "large")])
 def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
-    w = ops.weight(_matrix(256, 128, 8))
+    w = ops.weight(matrix(256, 128, 8))
     ops.linear(ops.empty((rows, 128), np.float16), w, ops.empty((rows, 256)))
     assert driver.launches[-1].name == f"linear.int8.{tile}"
 
@@ -242,11 +86,11 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
     order = np.random.default_rng(0).permutation(128)
     for gate, up, names in (
-        (_matrix(64, 128, 4), _matrix(64, 128, 4), ["norm.1024", "gate_up.int4.small"]),
-        (_matrix(64, 128, 4, perm=order), _matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.small"]),
-        (_matrix(64, 128, 4, perm=order), _matrix(64, 128, 4), None),
-        (_matrix(64, 128, 4), _matrix(64, 128, 4, 32), None),
-        (_matrix(64, 128, 8), _matrix(64, 128, 8), None),
+        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.1024", "gate_up.int4.small"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.small"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), None),
+        (matrix(64, 128, 4), matrix(64, 128, 4, 32), None),
+        (matrix(64, 128, 8), matrix(64, 128, 8), None),
     ):
         weights = ops.weight(gate), ops.weight(up)
         driver.launches.clear()
@@ -256,7 +100,7 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
 
 
 def test_the_counters_of_split_products_begin_at_zero(ops, driver):
-    w = ops.weight(_matrix(32, 512, 4))
+    w = ops.weight(matrix(32, 512, 4))
     ops.linear(ops.empty((1, 512), np.float16), w, ops.empty((1, 32)))
     launch = driver.launches[-1]
     assert launch.grid[1] > 1
@@ -293,12 +137,12 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
 
 def test_zero_points_are_used_where_there_are_any(ops, driver):
     zeros = np.full((64, 1), 3, np.uint8)
-    for matrix, flags, zero in (
-        (_matrix(64, 128, 4), 0, 8),
-        (_matrix(64, 128, 8), 0, 128),
-        (_matrix(64, 128, 4, zeros=zeros), signatures.HAS_ZEROS, 8),
+    for weight, flags, zero in (
+        (matrix(64, 128, 4), 0, 8),
+        (matrix(64, 128, 8), 0, 128),
+        (matrix(64, 128, 4, zeros=zeros), signatures.HAS_ZEROS, 8),
     ):
-        ops.weight(matrix)
+        ops.weight(weight)
         packed = driver.launches[-1]
         assert packed.name == "pack_scales.any" and (packed.args["flags"], packed.args["zero"]) == (flags, zero)
         assert bool(packed.args["zeros"]) == bool(flags)
@@ -309,13 +153,13 @@ def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):
 
     ops = CudaOps(driver, Images())
     monkeypatch.setattr(weights, "STAGE", 3 * 2 * 2048)  # three blocks of 32 rows and 256 columns
-    ops.weight(_matrix(250, 256, 4))
+    ops.weight(matrix(250, 256, 4))
     pieces = [launch for launch in driver.launches if launch.name == "reorder.int4"]
     assert [(piece.args["first"], piece.grid) for piece in pieces] == [(0, (2, 3, 1)), (3, (2, 3, 1)), (6, (2, 2, 1))]
 
 
 def test_wrong_calls_are_refused(ops):
-    w = ops.weight(_matrix(64, 128, 4))
+    w = ops.weight(matrix(64, 128, 4))
     with pytest.raises(ValueError, match="128 columns"):
         ops.linear(ops.empty((2, 64)), w, ops.empty((2, 64)))
     with pytest.raises(ValueError, match="expected"):
@@ -371,7 +215,7 @@ def test_a_captured_step_runs_when_replayed_only(ops, driver):
 
 def _captured_product(ops) -> Replay:
     """A step whose arrays nobody else holds; with 64 columns it pads its activations into scratch."""
-    x, w, out = ops.empty((1, 64), np.float16), ops.weight(_matrix(32, 64, 8)), ops.empty((1, 32))
+    x, w, out = ops.empty((1, 64), np.float16), ops.weight(matrix(32, 64, 8)), ops.empty((1, 32))
     return ops.capture(lambda: ops.linear(x, w, out))
 
 
@@ -398,7 +242,7 @@ def test_what_cannot_be_replayed_is_refused(ops):
         lambda: ops.upload(np.zeros(4)),
         lambda: ops.write(x, np.zeros(4)),
         lambda: ops.download(x),
-        lambda: ops.weight(_matrix(32, 128, 4)),
+        lambda: ops.weight(matrix(32, 128, 4)),
         lambda: ops.capture(lambda: None),
     ):
         with pytest.raises(RuntimeError, match="captured step"):

@@ -15,6 +15,7 @@ from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.driver import Kernel
 from qvl_kernels.gpu.launcher import Image
 from qvl_kernels.ops import DeviceError
+from qvl_kernels.packing import Matrix, pack
 
 ARCHITECTURE = 80
 
@@ -148,3 +149,12 @@ class FakeDriver:
     def check(self, address, nbytes):
         """Everything is inside a live allocation."""
         assert any(b <= address and address + nbytes <= b + len(raw) for b, raw in self.buffers.items())
+
+
+def matrix(n: int, k: int, bits: int, group_size: int = 128, seed: int = 0, **options) -> Matrix:
+    """A random matrix; `options` go to `pack`."""
+    rng = np.random.default_rng(seed)
+    if bits == 16:
+        return Matrix(n, k, 16, 128, rng.standard_normal((n, k)).astype(np.float16))
+    codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+    return pack(codes, rng.random((n, -(-k // group_size))) / 50, bits, group_size, **options)
