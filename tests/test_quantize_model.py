@@ -1,6 +1,8 @@
 """GPTQ over whole models: what comes out, that it is better than rounding, and that an interruption changes nothing."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +132,15 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, after):
     again = []
     convert(VL, out, **ALL_INT4, calibration_samples=3, resume=True, progress=lambda name, *_: again.append(name))
     assert not set(again) & set(made[:-1]) and sha256(out) == sha256(whole)
+
+
+def test_the_command_calibrates_and_ends_with_a_comparison(whole, tmp_path):
+    command = [sys.executable, "-m", "qvl_runtime.cli.main", "convert", VL, tmp_path / "out.qvl", "--method", "gptq"]
+    command += ["--vision-bits", "4", "--head-bits", "4", "--group-size", "32", "--device", "reference", "--spill"]
+    command += ["--calibration-samples", "3", "--verify", "1"]
+    shown = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    assert "MB" in shown.stdout and "KL divergence, mean" in shown.stdout and "answers" not in shown.stdout
+    assert sha256(tmp_path / "out.qvl") == sha256(whole)
 
 
 def test_other_calibration_data_are_not_mixed_into_an_unfinished_file(tmp_path):

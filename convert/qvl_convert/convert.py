@@ -51,6 +51,7 @@ def convert(
     calibration_data: str | os.PathLike = calibration.BUILTIN,
     calibration_samples: int = 32,
     device: str = "auto",
+    spill: bool = False,
     resume: bool = False,
     force: bool = False,
     progress: Progress = lambda name, done, total: None,
@@ -81,6 +82,8 @@ def convert(
         How many conversations of it.
     device : str
         Runs the layers during calibration.
+    spill : bool
+        Keep the activations of calibration on disk (in the folder for temporary files), not in memory.
     resume : bool
         Take up an unfinished conversion of the same model with the same settings.
     force : bool
@@ -122,7 +125,7 @@ def convert(
         produce = each_by_itself
     if any(plan.method == "gptq" for plan in plans):
         samples = _samples(source, calibration_data, calibration_samples)
-        produce = Calibrated(samples, device=device)
+        produce = Calibrated(samples, device=device, spill=spill)
         used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)
     writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)

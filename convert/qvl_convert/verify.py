@@ -19,6 +19,7 @@ import numpy as np
 from qvl_convert.answers import Answers, Progress, compare_answers
 from qvl_convert.calibration import Sample
 from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.lora import Merged
 from qvl_convert.plan import Source
 from qvl_convert.walk import Model, Published, Walk, relative_error, stages
 from qvl_kernels.ops import Array, Ops, Weight
@@ -118,9 +119,11 @@ class Bf16Ops:
         return call
 
 
-def open_reference(path: str | Path) -> Model:
-    """The original: a Hugging Face folder, or a `.qvl` file of higher precision."""
-    return Blob(path) if Path(path).is_file() else Published(Source(Checkpoint(path)))
+def open_reference(path: str | Path, lora: str | Path | None = None) -> Model:
+    """The original: a Hugging Face folder (with the adapter that was merged), or a `.qvl` file of higher precision."""
+    if Path(path).is_file():
+        return Blob(path)
+    return Published(Source(Checkpoint(path) if lora is None else Merged(path, lora)))
 
 
 def verify(

@@ -32,6 +32,11 @@ def convert(
     ] = "builtin",
     calibration_samples: Annotated[int, typer.Option(help="For gptq: how many conversations.")] = 32,
     device: Annotated[str, typer.Option(help="For gptq: auto, cpu or cuda runs the layers.")] = "auto",
+    spill: Annotated[bool, typer.Option("--spill", help="For gptq: keep activations on disk, not in memory.")] = False,
+    verify: Annotated[
+        int | None,
+        typer.Option(help="Conversations to compare with the original at the end.  [default: 2 with gptq, else 0]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
@@ -66,11 +71,18 @@ def convert(
             calibration_data=calibration,
             calibration_samples=calibration_samples,
             device=device,
+            spill=spill,
             resume=resume,
             force=force,
             progress=report,
         )
     print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
+    if verify is None:
+        verify = 2 if method == "gptq" else 0
+    if verify:
+        from qvl_runtime.cli.verify import verify as compare
+
+        compare(out, reference=src, lora=lora, samples=verify, max_new_tokens=0, device=device)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from qvl_convert.verify_plot import plot as draw
 def verify(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     reference: Annotated[Path, typer.Option(help="What it was made from: a folder, or a .qvl file at 16 bits.")],
+    lora: Annotated[Path | None, typer.Option(help="Folder of the adapter that was merged into it.")] = None,
     data: Annotated[
         str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
     ] = "builtin",
@@ -48,7 +49,7 @@ def verify(
         task = bar.add_task("reading", total=None)
         report = run(
             loaded,
-            open_reference(reference),
+            open_reference(reference, lora),
             found,
             max_new_tokens=max_new_tokens,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
