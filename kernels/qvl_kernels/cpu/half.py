@@ -6,7 +6,11 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish
 from qvl_kernels.cpu.gemv import STEP_BYTES
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import fma, get_f16, get_f32, piece, put_f32, rows, sum_all, zeros
+from qvl_kernels.cpu.simd import fma, get_f16, get_f32, loads, piece, put_f32, rows, store, sum_all, zeros
+
+ONE_STREAM = 4096
+"""Columns of activations that stay in the first-level cache. With more, eight rows share each load of activations; with
+fewer, one row after the other is the faster way through memory."""
 
 
 @routine
@@ -73,13 +77,32 @@ def _make_tile(lines: int, tokens: int):
 tile_1x1, tile_1x4, tile_4x4 = _make_tile(1, 1), _make_tile(1, 4), _make_tile(4, 4)
 
 
+eight, load, none_of_eight = rows("f16", 16, 8), loads("f32", 16), zeros("f32", 16, 8)
+
+
+@routine
+def tile_8x1(w, x, k, y, scratch):
+    """Eight rows by one vector; `scratch`: 512 bytes."""
+    a, whole = none_of_eight(), k // 16 * 16
+    for i in range(0, whole, 16):
+        a = fma(load(x + 4 * i), eight(w + 2 * i, 2 * k), a)
+    store(scratch, a)
+    for i in range(8):
+        total = sum_all(load(scratch + 64 * i))
+        put_f32(y + 4 * i, rest(w + 2 * (i * k + whole), x + 4 * whole, k - whole, total))
+
+
 @routine
 def multiply(w, x, k, lines, tokens, y):
-    """`lines` rows of weights by 1 or 4 vectors: y float32 ``[tokens, 32]``."""
+    """`lines` rows of weights by 1 or 4 vectors: y float32 ``[tokens, 32]``, with scratch behind it."""
     line = 0
     while line < lines:
         by = y + 4 * line
-        if tokens == 1:
+        if tokens == 1 and k > ONE_STREAM and lines - line >= 8:
+            tile_8x1(w, x, k, by, y + 512)
+            line += 7
+            w += 14 * k
+        elif tokens == 1:
             tile_1x1(w, x, k, by)
         elif lines - line >= 4:
             tile_4x4(w, x, k, by)
@@ -95,7 +118,7 @@ def multiply(w, x, k, lines, tokens, y):
 def gemv16(args, thread, threads):
     """As the packed `gemv` kernels, 32 rows at a time."""
     counters, w, n, k, x, rows, out, bias, gelu, residual, gated, scratch = unpack(args, 12)
-    y = scratch + thread * 512
+    y = scratch + thread * 1024
     lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k))
     for turn in range(threads):
         owner = (thread + turn) % threads

@@ -211,7 +211,7 @@ class CpuOps:
         return address(norm.weight), address(norm.bias), float_word(norm.eps)
 
     def _product(self, program, w, activations, rows, out, *, gelu=False, residual=None, gated=False) -> None:
-        scratch = self._memory(program, "tile", 512 * self.threads)
+        scratch = self._memory(program, "tile", 1024 * self.threads)
         after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
