@@ -15,7 +15,11 @@ FEW = 16
 """Up to so many rows a product is the reading of its weights, and `gemv` does that best."""
 SMALL = 1 << 20
 """Weights below which 16-bit activations cost nothing that matters."""
+SHORT = 512
+"""Keys below which the same holds for attention in float32."""
 BYTE_BIAS = 128 if features.selected().name == "neon" else 0
+PAIRS = features.selected().name in ("avx512", "avxvnni")
+"""Whether pairs of int16 are multiplied faster than float32."""
 ROWS_KIND, CACHE_KINDS = 0, {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -106,7 +110,7 @@ def cached_attention(
     to.add(
         "block_attention", to.counters, address(qkv), 3 * cache.heads * d, d, len(qkv), cache.heads, d,
         CACHE_KINDS[cache.dtype], *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start),
-        address(out), factor, *_attention_scratch(to, d),
+        address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
     )  # fmt: skip
 
 
@@ -118,23 +122,30 @@ def full_attention(
     d: int,
     out: np.ndarray,
     factor: int,
+    activations: str,
 ) -> None:
-    """Every query over every key.
+    """Every query over every key, in float32 or (unless `activations` is "int16") 16-bit integers.
 
     `query`: address, float32 in a row, float32 from head to head, rows; `key`: addresses of keys and of values, then
     the same.
     """
     q, q_row, q_head, queries = query
     k, v, k_row, k_head, keys = key
+    if PAIRS and (activations == "int8" or (activations == "auto" and keys >= SHORT)):
+        nbytes = tiles.int16_attention_scratch_bytes(d)
+        to.add(
+            "block_attention_int16", to.counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, keys,
+            address(out), factor, *_attention_scratch(to, d, nbytes),
+        )  # fmt: skip
+        return
     to.add(
         "block_attention", to.counters, q, q_row, q_head, queries, heads, d, ROWS_KIND, k, v, 0, 0, k_row, k_head,
-        keys, 0, address(out), factor, *_attention_scratch(to, d),
+        keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
     )  # fmt: skip
 
 
-def _attention_scratch(to: Recorder, d: int) -> tuple[int, int]:
+def _attention_scratch(to: Recorder, d: int, nbytes: int) -> tuple[int, int]:
     """Address, and bytes for each thread."""
     if d > tiles.KEYS:
         raise ValueError(f"heads of {d}: at most {tiles.KEYS}")
-    nbytes = tiles.attention_scratch_bytes(d)
     return to.memory("attend", to.threads * nbytes), nbytes

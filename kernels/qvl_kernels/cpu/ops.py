@@ -261,7 +261,7 @@ class CpuOps:
             self._attend(program, (address(q), width, d, len(q)), key, heads, d, out)
 
     def _attend(self, program, query, key, heads, d, out) -> None:
-        batched.full_attention(self._recorder(program), query, key, heads, d, out, _softmax_scale(d))
+        batched.full_attention(self._recorder(program), query, key, heads, d, out, _softmax_scale(d), self.activations)
 
     def rope_append(self, qkv, rope, logn, cache, layer, start):
         self._check_cached(qkv, cache, start)

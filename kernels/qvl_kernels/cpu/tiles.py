@@ -10,6 +10,8 @@ HELD_TILES = 128
 """Such tiles at most."""
 FLOAT_TOKENS = 6
 """Rows of float32 activations (or queries) in a tile."""
+PAIR_TOKENS, PAIR_QUERIES = 6, 384
+"""Queries in a tile, and in a task, of attention in 16-bit integers."""
 FLOAT_PIECE = 256
 """Columns of 16-bit weights that are converted at a time."""
 FLOAT_TILES = 64
@@ -46,3 +48,10 @@ def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
     padded = _up(head_dim, 16)
     return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
+
+
+def int16_attention_scratch_bytes(head_dim: int) -> int:
+    """Scratch memory a thread needs for ``attention_int16.block_attention_int16``."""
+    padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
+    held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * (pairs + padded // 2 + 1) + KEYS * PAIR_TOKENS * 3 // 2
+    return 4 * (held + 2 * padded + 16 + 16 * pairs + 64)

@@ -1,0 +1,318 @@
+"""Attention of every query over every key in 16-bit integers, twice as fast as float32 where there is VNNI.
+
+As `attention_prefill`, but queries, keys, weights and values are rounded and multiplied in pairs into int32, which
+never overflows: the lengths of a query and of a key stay below the root of 2**31 (Cauchy and Schwarz), and a row's sum
+of weights times the largest value below 2**31. A query, a key and a row of weights have a scale each, the values one a
+column, all for a block of keys. The mean of the keys is taken off first: it adds the same to all scores of a query,
+which softmax does not see, and it is where keys have their outliers (Zhang et al. 2024, "SageAttention"). Relative
+error 2e-4 to 4e-4.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import float32
+from numba.core import types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+from qvl_kernels.cpu.atomics import claim
+from qvl_kernels.cpu.gemm import transpose
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
+from qvl_kernels.cpu.quantize import take
+from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
+from qvl_kernels.cpu.simd import (
+    UNSHIFTED,
+    absolute,
+    exp2,
+    fma,
+    get_f32,
+    get_i32,
+    loads,
+    max_all,
+    maximum,
+    put_f32,
+    put_i32,
+    rint,
+    rows,
+    splats,
+    spreads,
+    store,
+    store_part,
+    store_rows,
+    sum_all,
+    to_f32,
+    zeros,
+)
+from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
+
+LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
+LOWEST = float32(-1e30)
+ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
+
+load, zero, splat, words = loads("f32", 16), zeros("f32", 16), splats("f32", 16), rows("i32", 16, 16)
+lanes_i32, lanes_f32 = loads("i32", LANES), loads("f32", LANES)
+no_sums, spread = zeros("i32", LANES, PAIR_TOKENS), spreads("f32", LANES, PAIR_TOKENS)
+out_rows = rows("f32", LANES, PAIR_TOKENS)
+
+
+@intrinsic
+def dot_pairs(typing, p, q, u, v, addr, stride):
+    """``p[i] + u . x, q[i] + v . x``: pairs of int16 in each lane, by the pair at ``addr + i * stride``."""
+    result = types.UniTuple(p, 2)
+
+    def codegen(context, b, sig, args):
+        p_, q_, u_, v_, address, step = args
+        i16, i32, i64 = (ir.IntType(bits) for bits in (16, 32, 64))
+        wide, index = p.vector, ir.VectorType(i32, p.n)
+        shorts = ir.VectorType(i16, 2 * p.n)
+        step = b.sext(step, i64) if step.type.width < 64 else step
+
+        def multiply(total, x, y):
+            if UNSHIFTED:
+                kind = ir.FunctionType(wide, [wide, shorts, shorts])
+                name = f"llvm.x86.avx512.vpdpwssd.{32 * p.n}"
+                function = get_or_insert_function(b.module, kind, name)
+                return b.call(function, [total, b.bitcast(x, shorts), b.bitcast(y, shorts)])
+            sixteen = ir.Constant(wide, [16] * p.n)
+            low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
+            return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
+
+        for i in range(p.m):
+            word = b.load(b.inttoptr(address, i32.as_pointer()), align=1)
+            one = b.insert_element(ir.Constant(wide, ir.Undefined), word, ir.Constant(i32, 0))
+            x = b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), ir.Constant(index, [0] * p.n))
+            p_ = b.insert_value(p_, multiply(b.extract_value(p_, i), u_, x), i)
+            q_ = b.insert_value(q_, multiply(b.extract_value(q_, i), v_, x), i)
+            address = b.add(address, step)
+        return context.make_tuple(b, result, [p_, q_])
+
+    return result(p, q, u, v, addr, stride), codegen
+
+
+@intrinsic
+def store_shorts(typing, addr, v):
+    """Write one i32 vector as its low halves."""
+
+    def codegen(context, b, sig, args):
+        half = ir.VectorType(ir.IntType(16), v.n)
+        b.store(b.trunc(args[1], half), b.inttoptr(args[0], half.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(addr, v), codegen
+
+
+@intrinsic
+def pair(typing, low, high):
+    """The low halves of two i32 vectors in one."""
+
+    def codegen(context, b, sig, args):
+        mask, sixteen = (ir.Constant(low.vector, [x] * low.n) for x in (0xFFFF, 16))
+        return b.or_(b.and_(args[0], mask), b.shl(args[1], sixteen))
+
+    return low(low, high), codegen
+
+
+@routine
+def layout(scratch, d):
+    """Where everything lies in a thread's scratch memory."""
+    padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
+    queries = scratch
+    keys = queries + 4 * PAIR_QUERIES * pairs
+    values = keys + 4 * KEYS * pairs
+    scores = values + 2 * KEYS * padded
+    weights = scores + ROW * PAIR_TOKENS
+    out = weights + WEIGHT_ROW * PAIR_TOKENS
+    state = out + 4 * PAIR_QUERIES * padded
+    scales = state + 8 * PAIR_QUERIES
+    return queries, keys, values, scores, weights, out, state, scales
+
+
+@routine
+def round_row(x, mean, d, factor, target):
+    """int16 of ``(x - mean) * factor`` (mean 0: none), in whole vectors with zeros behind; returns the scale."""
+    largest, square = zero(), zero()
+    for c in range(0, d, 16):
+        v = take(x + 4 * c, d - c)
+        if mean != 0:
+            v = v - load(mean + 4 * c)
+        largest, square = maximum(largest, absolute(v)), fma(v, v, square)
+    top, length = max_all(largest), sum_all(square) ** float32(0.5)
+    inverse = min(LIMIT / top, LENGTH_LIMIT / length) if top > float32(1e-18) else float32(0)
+    for c in range(0, (d + 31) // 32 * 32, 16):
+        v = take(x + 4 * c, d - c) if c < d else zero()
+        if mean != 0 and c < d:
+            v = v - load(mean + 4 * c)
+        store_shorts(target + 2 * c, rint(v * inverse))
+    return factor / inverse if inverse > 0 else float32(0)
+
+
+@routine
+def mean_key(keys, row, count, d, target):
+    for c in range(0, d, 16):
+        total = zero()
+        for i in range(count):
+            total = total + take(keys + i * row + 4 * c, d - c)
+        store(target + 4 * c, total * (float32(1) / float32(count)))
+
+
+@routine
+def hold_keys(source, row, held, d, mean, target, scales, buffer):
+    """Keys as pairs ``[held / 32, pairs, 32, 2]``, and their scales."""
+    pairs = (d + 31) // 32 * 16
+    for i in range(0, held, 16):
+        for j in range(16):
+            scale = float32(0)
+            if i + j < held:
+                scale = round_row(source + (i + j) * row, mean, d, float32(1), buffer + 4 * pairs * j)
+            put_f32(scales + 4 * (i + j), scale)
+        for c in range(0, pairs, 16):
+            side = target + 4 * (i // 32 * 32 * pairs + 32 * c + i % 32)
+            store_rows(side, transpose(words(buffer + 4 * c, 4 * pairs)), 128)
+
+
+@routine
+def hold_values(source, row, held, d, target, scales):
+    """Values as pairs of rows ``[held / 2, padded, 2]``, and the columns' scales."""
+    padded = (d + 15) // 16 * 16
+    for c in range(0, d, 16):
+        largest = splat(float32(1e-30))
+        for i in range(held):
+            largest = maximum(largest, absolute(take(source + i * row + 4 * c, d - c)))
+        store(scales + 4 * c, largest * (float32(1) / VALUE_LIMIT))
+        inverse = VALUE_LIMIT / largest
+        for i in range(0, held, 2):
+            low = rint(take(source + i * row + 4 * c, d - c) * inverse)
+            high = rint(take(source + (i + 1) * row + 4 * c, d - c) * inverse if i + 1 < held else zero())
+            store(target + 2 * i * padded + 4 * c, pair(low, high))
+
+
+@routine
+def multiply(w, w_step, x, x_step, x_row, count):
+    a, b = no_sums(), no_sums()
+    for _ in range(count):
+        a, b = dot_pairs(a, b, lanes_i32(w), lanes_i32(w + 4 * LANES), x, x_row)
+        w += w_step
+        x += x_step
+    return a, b
+
+
+@routine
+def weigh(scores, held, weights, state, out, padded, scale_at):
+    """Scores of one row to int16 weights, and their scale; rescales what the row has accumulated."""
+    for j in range(held, (held + 15) // 16 * 16):
+        put_f32(scores + 4 * j, LOWEST)
+    best = splat(LOWEST)
+    for i in range(0, held, 16):
+        best = maximum(best, load(scores + 4 * i))
+    old = get_f32(state)
+    top = max(max_all(best), old)
+    if top > old:
+        put_f32(state, top)
+        factor = exp2(splat(old - top))
+        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
+        for c in range(0, padded, 16):
+            store(out + 4 * c, load(out + 4 * c) * factor)
+    total = zero()
+    for i in range(0, held, 16):
+        p = exp2(load(scores + 4 * i) - top)
+        total = total + p
+        store(scores + 4 * i, p)
+    scale = min(LIMIT, WEIGHTS_LIMIT / sum_all(total))
+    total = zero()
+    for i in range(0, held, 16):
+        p = rint(load(scores + 4 * i) * scale)
+        total = total + to_f32(p)
+        store_shorts(weights + 2 * i, p)
+    scale = float32(1) / scale
+    put_f32(scale_at, scale)
+    # Of the rounded weights: what all of them lost is not missing from the mean.
+    put_f32(state + 4, get_f32(state + 4) + sum_all(total) * scale)
+
+
+@routine
+def attend(scratch, d, count, held, key_scales, value_scales, weight_scales):
+    """All queries of a task over the `held` keys and values in scratch."""
+    queries, keys, values, scores, weights, out, state, query_scales = layout(scratch, d)
+    padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
+    for first in range(0, count, PAIR_TOKENS):
+        x, scale = queries + 4 * first * pairs, spread(query_scales + 4 * first, 4)
+        for column in range(0, held, 32):
+            for i in range(column, column + 32, WIDTH):
+                w = keys + 4 * (column * pairs + i - column)
+                a, b = multiply(w, 128, x, 4 * PAIR_TOKENS, 4, (d + 1) // 2)
+                store_rows(scores + 4 * i, to_f32(a) * scale * lanes_f32(key_scales + 4 * i), ROW)
+                other = i + LANES
+                store_rows(scores + 4 * other, to_f32(b) * scale * lanes_f32(key_scales + 4 * other), ROW)
+        target = out + 4 * first * padded
+        for m in range(PAIR_TOKENS):
+            row = target + 4 * m * padded
+            weigh(scores + m * ROW, held, weights + m * WEIGHT_ROW, state + 8 * (first + m), row, padded,
+                  weight_scales + 4 * m)  # fmt: skip
+        scale = spread(weight_scales, 4)
+        for c in range(0, padded, WIDTH):
+            a, b = multiply(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
+            y, s = target + 4 * c, value_scales + 4 * c
+            store_rows(y, fma(to_f32(a) * scale, lanes_f32(s), out_rows(y, 4 * padded)), 4 * padded)
+            if c + LANES < padded:
+                y, s = y + 4 * LANES, s + 4 * LANES
+                store_rows(y, fma(to_f32(b) * scale, lanes_f32(s), out_rows(y, 4 * padded)), 4 * padded)
+
+
+@routine
+def begin(scratch, q, row, count, d, factor, buffer):
+    """Round the queries (zeros up to whole tiles) as ``[tiles, pairs, PAIR_TOKENS, 2]`` and clear what is summed."""
+    queries, _, _, _, _, out, state, scales = layout(scratch, d)
+    padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
+    for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
+        scale = float32(0)
+        if i < count:
+            scale = round_row(q + i * row, 0, d, factor, buffer)
+            target = queries + 4 * (i // PAIR_TOKENS * PAIR_TOKENS * pairs + i % PAIR_TOKENS)
+            for c in range((d + 1) // 2):
+                put_i32(target + 4 * PAIR_TOKENS * c, get_i32(buffer + 4 * c))
+        put_f32(scales + 4 * i, scale)
+        for c in range(0, padded, 16):
+            store(out + 4 * (i * padded + c), zero())
+        put_f32(state + 8 * i, LOWEST)
+        put_f32(state + 8 * i + 4, float32(0))
+
+
+@kernel
+def block_attention_int16(args, thread, threads):
+    """Rows `q_row` and `k_row` float32 apart, heads `q_head` and `k_head` apart, out ``[rows, heads * d]``."""
+    (counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, length, out, factor, scratch,
+     scratch_bytes) = unpack(args, 16)  # fmt: skip
+    scratch += thread * scratch_bytes
+    padded, blocks = (d + 15) // 16 * 16, (queries + PAIR_QUERIES - 1) // PAIR_QUERIES
+    _, keys, values, _, _, sums, state, query_scales = layout(scratch, d)
+    key_scales = query_scales + 4 * PAIR_QUERIES
+    value_scales = key_scales + 4 * KEYS
+    mean = value_scales + 4 * (padded + 16)
+    weight_scales = mean + 4 * padded
+    buffer = weight_scales + 4 * PAIR_TOKENS
+    for turn in range(threads):
+        owner = (thread + turn) % threads
+        task, stop = claim(counters, owner, threads, blocks * heads, 1)
+        while task < stop:
+            head, row = task // blocks, task % blocks * PAIR_QUERIES
+            count = min(PAIR_QUERIES, queries - row)
+            begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), buffer)
+            source, rows_apart = k + 4 * head * k_head, 4 * k_row
+            mean_key(source, rows_apart, length, d, mean)
+            for first in range(0, length, KEYS):
+                held = min(KEYS, length - first)
+                hold_keys(source + first * rows_apart, rows_apart, held, d, mean, keys, key_scales, buffer)
+                where = v + 4 * (first * k_row + head * k_head)
+                hold_values(where, rows_apart, held, d, values, value_scales)
+                attend(scratch, d, count, held, key_scales, value_scales, weight_scales)
+            for i in range(count):
+                scale = float32(1) / get_f32(state + 8 * i + 4)
+                target = out + 4 * ((row + i) * heads + head) * d
+                for c in range(0, d, 16):
+                    y = load(sums + 4 * (i * padded + c)) * scale
+                    if d - c >= 16:
+                        store(target + 4 * c, y)
+                    else:
+                        store_part(target + 4 * c, y, d - c)
+            task, stop = claim(counters, owner, threads, blocks * heads, 1)
