@@ -90,7 +90,7 @@ class Blob:
     def matrix(self, name: str) -> Matrix:
         """A `MatrixSpec` weight with its bias, as views of the file."""
         spec = self._matrices[name]
-        bits, group_size = self._bits(name)
+        bits, group_size = self.bits(name)
         asymmetric = f"{name}.zeros" in self.file
         shapes = packed_shapes(spec.n, spec.k, bits, group_size, zeros=asymmetric)
         arrays = {suffix: self._typed(f"{name}.{suffix}", *wanted) for suffix, wanted in shapes.items()}
@@ -112,7 +112,7 @@ class Blob:
             bias=self._optional(f"{name}.bias", (spec.n,), np.float32),
         )
 
-    def _bits(self, name: str) -> tuple[int, int]:
+    def bits(self, name: str) -> tuple[int, int]:
         """Bits and group size of a matrix, as its arrays' shapes tell."""
         if f"{name}.weight" in self.file:
             return 16, BLOCK

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable
 
 from qvl_kernels.ops import DeviceError, Ops
+from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.blob import Blob
-from qvl_runtime.budget import VISION_PARTS, budget
+from qvl_runtime.budget import KV_CACHES, VISION_PARTS, workspace_bytes
 from qvl_runtime.errors import QvlError
 
 USUAL_CONTEXT = 2048
@@ -16,8 +19,10 @@ USUAL_CONTEXT = 2048
 DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
-def make_ops(device: str, activations: str = "auto") -> Ops:
+def make_ops(device: str, activations: str = "auto", progress: Callable[[int], None] = lambda nbytes: None) -> Ops:
     """The backend `device` names; "auto" is a usable GPU, or else the CPU, and says why on standard error.
+
+    `progress` is told the bytes of every upload to a GPU.
 
     Raises
     ------
@@ -36,7 +41,7 @@ def make_ops(device: str, activations: str = "auto") -> Ops:
 
         usable, reason = gpu.available()
         if usable:
-            return gpu.CudaOps()
+            return gpu.CudaOps(progress=progress)
         if device == "cuda":
             raise DeviceError(reason)
         if not gpu.absent():
@@ -63,20 +68,38 @@ def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, visio
     """
     if ops.name != "cuda":
         return
-    from qvl_kernels.gpu.memory import plan
+    from qvl_kernels import gpu
 
-    tokens = min(context or USUAL_CONTEXT, blob.config.max_position_embeddings)
-    needed, smaller = budget(blob, tokens, kv_cache), budget(blob, tokens, "int8")
-    seeing = sum(needed.parts.get(part, 0) for part in VISION_PARTS)
-    plan(
-        needed.weights - (0 if vision else seeing),
-        needed.cache,
-        needed.workspace,
+    c = blob.config
+    tokens = min(context or USUAL_CONTEXT, c.max_position_embeddings)
+    fp16, int8 = (
+        gpu.cache_bytes(c.num_hidden_layers, c.num_attention_heads, c.head_dim, tokens, dtype) for dtype in KV_CACHES
+    )
+    sizes = _gpu_sizes(blob)
+    seeing = sum(sizes.get(part, 0) for part in VISION_PARTS)
+    gpu.plan(
+        sum(sizes.values()) - (0 if vision else seeing),
+        int8 if kv_cache == "int8" else fp16,
+        workspace_bytes(c),
         ops.driver.memory()[0],
-        int8_cache_bytes=None if kv_cache == "int8" else smaller.cache,
+        int8_cache_bytes=None if kv_cache == "int8" else int8,
         context=tokens,
         vision_bytes=seeing if vision else 0,
     )
+
+
+def _gpu_sizes(blob: Blob) -> dict[str, int]:
+    """Bytes of the weights by part, as they lie on a GPU."""
+    from qvl_kernels import gpu
+
+    sizes: dict[str, int] = {}
+    for spec in tensors(blob.config):
+        if isinstance(spec, MatrixSpec):
+            nbytes = gpu.device_bytes(spec.n, spec.k, *blob.bits(spec.name)) + (4 * spec.n if spec.bias else 0)
+        else:
+            nbytes = 4 * math.prod(spec.shape)
+        sizes[spec.part] = sizes.get(spec.part, 0) + nbytes
+    return sizes
 
 
 def device_memory(device: str) -> tuple[str, int | None]:

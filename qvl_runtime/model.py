@@ -77,6 +77,7 @@ def load(
     conversations: int = 1,
     image_cache_bytes: int = MEMORY_BYTES,
     cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Model:
     """Open a `.qvl` file.
 
@@ -106,6 +107,8 @@ def load(
         Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
     cache_dir : path, optional
         A folder in which these features are kept for other runs as well.
+    progress : callable
+        Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
 
     Raises
     ------
@@ -124,7 +127,7 @@ def load(
     blob = Blob(path)
     if check:
         blob.check()
-    ops = make_ops(device, activations)
+    ops = make_ops(device, activations, progress)
     vision_ops = ops if vision_device in (None, device) else make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
     pictures = {"memory": image_cache_bytes, "folder": cache_dir, "activations": activations}

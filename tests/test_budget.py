@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import budget, cache_bytes, remedies
 from qvl_runtime.cli.info import fit
+from qvl_runtime.devices import check_fit
 from qvl_runtime.errors import QvlError
 
 
@@ -61,3 +64,16 @@ def test_info_says_whether_it_fits(blob, monkeypatch, capsys):
 def test_impossible_questions_are_refused(blob, context, device, cache, message):
     with pytest.raises(QvlError, match=message):
         fit(Blob(blob("tiny-vl", bits=4)), context, device, cache)
+
+
+def test_a_gpu_is_asked_for_room_before_anything_is_loaded(blob):
+    opened = Blob(blob("tiny-vl", bits=4))
+
+    def gpu(free: int) -> SimpleNamespace:
+        return SimpleNamespace(name="cuda", driver=SimpleNamespace(memory=lambda: (free, free)))
+
+    check_fit(gpu(1 << 40), opened, None, "fp16", vision=True)
+    with pytest.raises(DeviceError, match=r"GB needed .* GB free; what fits|nothing would") as error:
+        check_fit(gpu(300 << 20), opened, 8192, "fp16", vision=True)
+    assert "\n" not in str(error.value)
+    check_fit(SimpleNamespace(name="cpu"), opened, 8192, "fp16", vision=True)

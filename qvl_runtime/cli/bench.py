@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
+from qvl_runtime.cli.loading import load_shown
 from qvl_runtime.errors import QvlError
-from qvl_runtime.model import load
 
 
 def bench(
@@ -34,7 +34,7 @@ def bench(
 
       QVL_THREADS=1 qvl bench qwen-vl-chat.qvl --prompt-tokens 8000 --kv-cache int8
     """
-    loaded = load(model, device, kv_cache, activations=activations)
+    loaded = load_shown(model, device, kv_cache, activations=activations)
     window = loaded.config.max_position_embeddings
     if min(prompt_tokens, new_tokens, rounds) < 1:
         raise QvlError("--prompt-tokens, --new-tokens and --rounds must be at least 1")

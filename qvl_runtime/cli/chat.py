@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.cli.conversation import Conversation
+from qvl_runtime.cli.loading import load_shown
 from qvl_runtime.cli.screen import Screen
-from qvl_runtime.model import load
 
 
 def chat(
@@ -36,7 +36,7 @@ def chat(
 
       echo "What is the capital of France?" | qvl chat qwen-vl-chat.qvl
     """
-    loaded = load(
+    loaded = load_shown(
         model,
         device,
         kv_cache,

@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.boxes import draw_boxes, opened_box
+from qvl_runtime.cli.loading import load_shown
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import Piece, Result, collect
 from qvl_runtime.images import ImageSource
-from qvl_runtime.model import load
 from qvl_runtime.tokenizer import split_images
 
 ImageOption = Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")]
@@ -55,7 +55,7 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     picture = _last_picture(text, image) if draw is not None else None
-    loaded = load(model, device, kv_cache, activations=activations, context=context, vision_device=vision_device)
+    loaded = load_shown(model, device, kv_cache, activations=activations, context=context, vision_device=vision_device)
     pieces = loaded.stream(
         text,
         image,
