@@ -35,7 +35,7 @@ class Session:
         self.decoder, self._device = decoder, device
         self.context = Context(decoder.ops, decoder.config, dtype, capacity)
         self._step = DecodeStep(decoder, self.context, 1 + MOST_GUESSED)
-        self._keys: list[Key] = []
+        self._keys: list[Key] = []  # those from `length` on mean nothing
         self._after_prompt: tuple[int, np.ndarray] | None = None
 
     @property
@@ -114,7 +114,6 @@ class Session:
         """Forget all positions from `length` on."""
         with self._device:
             self.context.truncate(length)
-            del self._keys[length:]
 
     def logits(self, row: int) -> np.ndarray:
         """float32 ``[vocab]``."""
