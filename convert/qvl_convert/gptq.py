@@ -128,8 +128,12 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
     if damp != asked:
         log.warning("%s: its Hessian is singular at damping %g; used %g", name, asked, damp)
     del backwards
-    diagonal = np.diagonal(lower)[::-1]
-    upper = np.triu(lower[::-1, ::-1] / diagonal, 1).astype(np.float32)
+    diagonal = np.diagonal(lower)[::-1].copy()
+    # a Hessian of 11008 columns takes a gigabyte at double precision: keep few at a time
+    upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    del lower
+    upper /= diagonal.astype(np.float32)
+    upper = np.triu(upper, 1)
     price = np.empty(len(order), np.float32)
     price[order] = diagonal**2
     damped = hessian.astype(np.float32)
