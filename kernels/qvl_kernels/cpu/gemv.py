@@ -14,7 +14,6 @@ from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     HIGH_SHIFT,
     LANES,
-    LEVEL,
     SUM_EL,
     SUM_PER_LANE,
     SUM_STEPS,
@@ -35,8 +34,10 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 
-TOKENS = 2 if LEVEL.name in ("avx2", "avxvnni") else 4
-"""Vectors at a time, so that the accumulators fit the registers."""
+WIDTH = max(2 * LANES, 16)
+TOKENS = 2 if LANES == 16 else 1
+"""Rows of a block and vectors taken at once: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. A block's
+rows are read side by side, as they lie in memory, which counts more than further vectors to share the unpacking."""
 STEP_BYTES = 256 << 10
 """Of weights a thread takes at once: some 10 microseconds."""
 
@@ -163,19 +164,18 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
 
 
 def _make(bits: int, group: int):
-    one_width, many_width = max(2 * LANES, 16), max(LANES, 8)
-    one, many = _make_tile(bits, group, one_width, 1), _make_tile(bits, group, many_width, TOKENS)
+    one, many = _make_tile(bits, group, WIDTH, 1), _make_tile(bits, group, WIDTH, TOKENS)
     block_bytes, groups = 2048 * bits // 4, 128 // group
 
     @routine
     def multiply(w, scales, zeros_, xh, xl, xs, sums, blocks, rows, y):
         """A block of 32 weight rows by one vector or `TOKENS`: y float32 ``[rows, 32]``."""
-        if rows == 1:
-            for i in range(0, 32, one_width):
-                one(w + 4 * i, scales + 2 * i, zeros_ + i if zeros_ != 0 else 0, xh, xl, xs, sums, blocks, y + 4 * i)
-        else:
-            for i in range(0, 32, many_width):
-                many(w + 4 * i, scales + 2 * i, zeros_ + i if zeros_ != 0 else 0, xh, xl, xs, sums, blocks, y + 4 * i)
+        for i in range(0, 32, WIDTH):
+            z = zeros_ + i if zeros_ != 0 else 0
+            if rows == 1:
+                one(w + 4 * i, scales + 2 * i, z, xh, xl, xs, sums, blocks, y + 4 * i)
+            else:
+                many(w + 4 * i, scales + 2 * i, z, xh, xl, xs, sums, blocks, y + 4 * i)
 
     def gemv(args, thread, threads):
         (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated,
