@@ -1,0 +1,96 @@
+"""Time and memory of GPTQ at the true shapes of Qwen-VL: one ViT layer and one decoder layer, projected to all of them.
+
+    python bench/synthetic.py TRUE
+    python bench/gptq_time.py TRUE [--samples 32] [--device cpu]
+
+The calibration set is the built-in one; the layers' inputs are random numbers, as are the weights: neither changes the
+time. `wall` is elapsed time; `processor` counts the work of all threads, and so does not suffer from other programs.
+A table, then one JSON document as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+
+import numpy as np
+
+from qvl_convert import calibration
+from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.plan import Recipe, Source
+from qvl_convert.quantize_model import Calibrated
+from qvl_convert.walk import Published, Walk, stages
+from qvl_runtime.devices import make_ops
+from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.weights import Weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kinds", nargs="+", default=["vision", "decoder"], choices=("vision", "decoder"))
+    args = parser.parse_args()
+    source = Source(Checkpoint(args.source))
+    config, ranks = source.checkpoint.config, source.checkpoint.ranks
+    tokenizer = Tokenizer.from_ranks(ranks, image_tags=True, vocab_size=config.vocab_size)
+    samples = calibration.load("builtin", tokenizer, chat=True, count=args.samples)
+    plans = {plan.spec.name: plan for plan in source.plan(Recipe(vision_bits=4, head_bits=4, method="gptq"))}
+    ops, published = make_ops(args.device, "int16"), Published(source)
+    walk, maker = Walk(ops, config, samples), Calibrated(samples, device=args.device)
+    rng = np.random.default_rng(0)
+    for array in (*walk.patches, *walk.hidden):
+        array[...] = rng.standard_normal(array.shape, np.float32)
+    tokens, pictures = sum(len(s.ids) for s in samples), sum(len(s.images) for s in samples)
+    print(f"{args.samples} samples, {tokens} tokens, {pictures} pictures, {os.cpu_count()} processors, {ops.name}")
+    results = {}
+    for kind in args.kinds:
+        stage = next(s for s in stages(config) if s.kind == kind)
+        steps, made = {}, {}
+
+        def timed(name, call, steps=steps):
+            wall, processor = time.perf_counter(), time.process_time()
+            result = call()
+            steps[name] = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+            print(
+                f"  {name:<10} wall {steps[name]['wall']:7.1f} s   processor {steps[name]['processor']:7.1f} s",
+                flush=True,
+            )
+            return result
+
+        print(kind)
+        hessians = timed("hessians", lambda s=stage: maker.hessians(walk, s, published, set(s.matrices)))
+        for plan, matrix in timed(
+            "quantise", lambda s=stage, h=hessians: list(maker.quantise(source, [plans[n] for n in s.matrices], h))
+        ):
+            made[plan.spec.name] = matrix
+        del hessians
+
+        class Made:
+            config, vector = published.config, published.vector
+            matrix = made.__getitem__
+
+        timed("run again", lambda s=stage, m=Made: walk.run(s, Weights(m, ops)))
+        layers = config.visual.layers if kind == "vision" else config.num_hidden_layers
+        total = {key: sum(step[key] for step in steps.values()) for key in ("wall", "processor")}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        results[kind] = {
+            "steps": steps,
+            "layer": total,
+            "all_layers_hours": {k: layers * v / 3600 for k, v in total.items()},
+        }
+        results[kind]["peak_gb"] = peak
+        whole = results[kind]["all_layers_hours"]
+        print(
+            f"  one layer {total['wall']:.1f} s, processor {total['processor']:.1f} s; all {layers}: "
+            f"{whole['wall']:.1f} h, processor {whole['processor']:.1f} h; peak {peak:.1f} GB"
+        )
+    print(json.dumps({"bench": "gptq_time", "samples": args.samples, "tokens": tokens, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
