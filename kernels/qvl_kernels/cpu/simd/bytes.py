@@ -59,17 +59,10 @@ def high(typing, v):
     return v(v), lambda context, b, sig, args: each(b, v.m, functools.partial(emit, b), args[0])
 
 
-@functools.cache
-def _byte_operands():
-    """Whether this LLVM's vpdpbusd takes byte vectors (22 and later) or i32 vectors."""
-    name, v, w = "llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>"
-    text = f"declare {v} @{name}({v}, {w}, {w})"
-    return w in str(llvm.parse_assembly(text)).split("declare")[-1]
-
-
 def _vnni(b, acc, u, s):
     n = acc.type.count
-    operand = ir.VectorType(I8, 4 * n) if _byte_operands() else acc.type
+    # LLVM 22 changed the operands from vectors of i32 to vectors of bytes.
+    operand = ir.VectorType(I8, 4 * n) if llvm.llvm_version_info[0] >= 22 else acc.type
     args = [acc] + [x if x.type == operand else b.bitcast(x, operand) for x in (u, s)]
     return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * n}", acc.type, args)
 
