@@ -12,7 +12,7 @@ from PIL import Image
 from qvl_convert import answers as answers_module
 from qvl_convert import calibration
 from qvl_convert.answers import compare_answers, edit_distance, iou
-from qvl_convert.verify import Bf16Ops, open_reference, verify
+from qvl_convert.verify import Bf16Ops, judged_positions, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
 from qvl_runtime.boxes import Box
@@ -45,7 +45,7 @@ def test_the_figures_are_those_of_the_two_models_logits(report, model, samples):
     kl, same, nll = [], [], []
     for sample in samples:
         p, q = (log_softmax(m.logits(sample.ids, sample.images)) for m in (original, ours))
-        kept = [i for i, token in enumerate(sample.ids[1:]) if token != ours.tokenizer.img_pad_id]
+        kept = judged_positions(sample.ids, ours.tokenizer)
         kl += list((np.exp(p) * (p - q)).sum(1)[kept])
         same += list((p.argmax(1) == q.argmax(1))[kept])
         nll += [-q[i, sample.ids[i + 1]] for i in kept]
@@ -58,6 +58,17 @@ def test_the_figures_are_those_of_the_two_models_logits(report, model, samples):
     features = [np.stack([m.encode_image(p) for p in pictures]) for m in (ours, original)]
     error = np.linalg.norm(features[0] - features[1]) / np.linalg.norm(features[1])
     assert report.model.features == pytest.approx(error, rel=1e-3)
+
+
+def test_in_a_chat_the_answers_are_judged_and_else_all_text(model):
+    tokenizer = model("tiny-vl", bits=16).tokenizer
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    ids = tokenizer.encode(prompt * 2)
+    judged = judged_positions(ids, tokenizer)
+    assert tokenizer.decode([ids[i + 1] for i in judged]) == "Yes.<|im_end|>" * 2
+    ids = tokenizer.encode("One <img></img> two.")
+    judged = judged_positions(ids, tokenizer)
+    assert tokenizer.decode([ids[0], *(ids[i + 1] for i in judged)]) == "One <img></img> two."
 
 
 def test_the_noise_floor_is_far_below_int4_and_not_zero(report):

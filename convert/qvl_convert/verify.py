@@ -26,6 +26,7 @@ from qvl_kernels.ops import Array, Ops, Weight
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model as Runtime
+from qvl_runtime.tokenizer import Tokenizer
 from qvl_runtime.weights import Weights
 
 BIN = 32
@@ -52,11 +53,11 @@ class Divergence:
     Attributes
     ----------
     kl_mean, kl_median, kl_p90, kl_p99 : float
-        Kullback-Leibler divergence KL(reference || model) of the next token, in nats, over the positions.
+        Kullback-Leibler divergence KL(reference || model) of the next token, in nats, over `judged_positions`.
     same_top : float
         Share of positions whose most likely token is the same.
     perplexity : float
-        Of the model, on the text of the samples.
+        Of the model, at the same positions.
     features : float or None
         Relative error of the pictures' features, ``|a - b| / |b|``.
     """
@@ -170,8 +171,8 @@ def verify(
             layers.append((name, relative_error(outputs, walks[0].outputs(stage))))
     progress("logits", len(plan), len(plan))
     features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
-    padding = model.tokenizer.img_pad_id
-    nll, scores = _scores(walks, [w.matrix("lm_head") for w in weights], samples, padding)
+    judged = [judged_positions(sample.ids, model.tokenizer) for sample in samples]
+    nll, scores = _scores(walks, [w.matrix("lm_head") for w in weights], samples, judged)
     answers = None
     if max_new_tokens and any(sample.asked for sample in samples):
         answers = compare_answers(model, weights[0], samples, walks[0].features, max_new_tokens, progress)
@@ -187,10 +188,27 @@ def verify(
     )
 
 
+def judged_positions(ids: Sequence[int], tokenizer: Tokenizer) -> np.ndarray:
+    """The positions whose next token counts: those of the answers in a chat, else of all text.
+
+    A chat model was trained on its answers alone; what it would have asked itself is noise.
+    """
+    following = np.array(ids[1:])
+    if tokenizer.im_start_id not in ids:
+        return np.flatnonzero(following != tokenizer.img_pad_id)
+    head = [tokenizer.im_start_id, *tokenizer.encode_ordinary("assistant"), *tokenizer.encode_ordinary("\n")]
+    positions, answering = [], False
+    for i in range(len(following)):
+        if answering or list(ids[i + 1 - len(head) : i + 1]) == head:
+            answering = ids[i + 1] != tokenizer.im_end_id
+            positions.append(i)
+    return np.array(positions, int)
+
+
 def _scores(
-    walks: list[Walk], heads: list[Weight], samples: Sequence[Sample], padding: int | None
+    walks: list[Walk], heads: list[Weight], samples: Sequence[Sample], judged: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Of every predicted token but a picture's.
+    """Of every judged position.
 
     Returns
     -------
@@ -204,8 +222,7 @@ def _scores(
     for i, sample in enumerate(samples):
         ids, start = np.array(sample.ids), 0
         for chunks in zip(*(walk.logits(head, i) for walk, head in zip(walks, heads))):
-            at = np.arange(start, min(start + len(chunks[0]), len(ids) - 1))
-            at = at[ids[at + 1] != padding]
+            at = judged[i][(judged[i] >= start) & (judged[i] < start + len(chunks[0]))]
             reference, *others = (_log_softmax(chunk[at - start]) for chunk in chunks)
             actual = np.arange(len(at)), ids[at + 1]
             nll.append(-reference[actual])
