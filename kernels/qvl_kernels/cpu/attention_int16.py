@@ -44,6 +44,7 @@ from qvl_kernels.cpu.simd import (
     to_f32,
     zeros,
 )
+from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS
 from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
 
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
@@ -70,10 +71,11 @@ def dot_pairs(typing, p, q, u, v, addr, stride):
 
         def multiply(total, x, y):
             if UNSHIFTED:
-                kind = ir.FunctionType(wide, [wide, shorts, shorts])
+                operand = shorts if NARROW_OPERANDS else wide
+                kind = ir.FunctionType(wide, [wide, operand, operand])
                 name = f"llvm.x86.avx512.vpdpwssd.{32 * p.n}"
                 function = get_or_insert_function(b.module, kind, name)
-                return b.call(function, [total, b.bitcast(x, shorts), b.bitcast(y, shorts)])
+                return b.call(function, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
             sixteen = ir.Constant(wide, [16] * p.n)
             low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
             return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))

@@ -30,6 +30,8 @@ LEVEL = features.selected()
 LANES = LEVEL.lanes
 """32-bit lanes of one register."""
 
+NARROW_OPERANDS = llvm.llvm_version_info[0] >= 22
+"""LLVM 22 changed the operands of the VNNI intrinsics from vectors of i32 to vectors of bytes or shorts."""
 # What the kernels must know about `dot` on this processor.
 UNSHIFTED = LEVEL.name in ("avx512", "avxvnni")
 HIGH_SHIFT = 4 if UNSHIFTED else 0
@@ -61,8 +63,7 @@ def high(typing, v):
 
 def _vnni(b, acc, u, s):
     n = acc.type.count
-    # LLVM 22 changed the operands from vectors of i32 to vectors of bytes.
-    operand = ir.VectorType(I8, 4 * n) if llvm.llvm_version_info[0] >= 22 else acc.type
+    operand = ir.VectorType(I8, 4 * n) if NARROW_OPERANDS else acc.type
     args = [acc] + [x if x.type == operand else b.bitcast(x, operand) for x in (u, s)]
     return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * n}", acc.type, args)
 
