@@ -22,9 +22,10 @@ A kernel is a Python function in one of the modules `kernels.MODULES` names::
         add_range(x, y, out, i, j)
 
 A float argument is passed as ``runner.float_word(value)`` and read by ``registry.as_f32(word)``. Kernels use `simd` on
-raw addresses, allocate nothing and raise nothing. Scratch memory comes from the caller as an address.
+raw addresses, allocate nothing and raise nothing. Scratch memory comes from the caller as an address. Long kernels take
+their work in steps with `atomics.claim`, so that a thread that is held up does not hold up the others.
 
-Numba only writes machine code: `build` compiles all kernels into one object file the first time (in a process of its
+Numba only writes machine code: `build` compiles all kernels into one file the first time (in a process of its
 own, with one line on standard error), `cache` keeps it in the user's cache folder under a name that holds a hash of
 these sources, the versions of Numba and llvmlite, and the processor; afterwards llvmlite loads it in milliseconds and
 Numba is not even imported. Choose a variant (per head size, per type) by making several kernels from one factory.
