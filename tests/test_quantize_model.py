@@ -101,6 +101,28 @@ def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
     }
 
 
+def test_a_layer_is_calibrated_behind_the_quantised_ones(source, samples, whole, monkeypatch, tmp_path):
+    seen, original = {}, Calibrated.hessians
+
+    def spy(self, walk, stage, *rest):
+        seen[stage.kind, stage.index] = [x.copy() for x in walk.outputs(stage)]
+        return original(self, walk, stage, *rest)
+
+    monkeypatch.setattr(Calibrated, "hessians", spy)
+    convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=3)
+    tokens = Tokenizer.from_ranks(
+        source.checkpoint.ranks, image_tags=True, vocab_size=source.checkpoint.config.vocab_size
+    )
+    ops, blob = make_ops("reference"), Blob(whole)
+    walk = Walk(ops, blob.config, calibration.load("builtin", tokens, chat=True, count=3))
+    for stage in stages(blob.config):
+        if stage.index > 0:
+            for got, want in zip(seen[stage.kind, stage.index], walk.outputs(stage)):
+                np.testing.assert_array_equal(got, want)
+        walk.run(stage, Weights(blob, ops))
+    assert ("decoder", 2) in seen and ("vision", 2) in seen
+
+
 def test_it_is_nearer_to_the_original_than_rounding(whole, blob, model, samples):
     rounded = qvl.load(blob("tiny-vl", vision_bits=4, head_bits=4, group_size=32), device="reference")
     reference, ours = model("tiny-vl", bits=16), qvl.load(whole, device="reference")
