@@ -72,7 +72,10 @@ def begin(q, row, count, d, factor, queries, out, state):
 
 @routine
 def weigh(scores, visible, limit, state, out, padded):
-    """Scores of one row to weights, 0 from `visible` to `limit`; rescales what the row has accumulated."""
+    """Scores of one row to weights; rescales what the row has accumulated.
+
+    From `visible` to `limit` weights are 2**-126, where `exp2` ends, or 0.
+    """
     best = splat(LOWEST)
     for i in range(0, visible, 16):
         if visible - i < 16:
@@ -91,12 +94,6 @@ def weigh(scores, visible, limit, state, out, padded):
     for i in range(0, limit, 16):
         if i < visible:
             p = exp2(load(scores + 4 * i) - top)
-            if visible - i < 16:
-                # exp2 ends at 2**-126: what is masked must be nothing at all.
-                store(scores + 4 * i, p)
-                for j in range(visible - i, 16):
-                    put_f32(scores + 4 * (i + j), float32(0))
-                p = load(scores + 4 * i)
             store(scores + 4 * i, p)
             total = total + p
         else:
