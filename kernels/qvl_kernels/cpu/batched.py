@@ -14,9 +14,7 @@ from qvl_kernels.cpu.runner import Program
 FEW = 16
 """Up to so many rows a product is the reading of its weights, and `gemv` does that best."""
 SMALL = 1 << 20
-"""Weights below which 16-bit activations cost nothing that matters."""
-SHORT = 512
-"""Keys below which the same holds for attention in float32."""
+"""Weights, or values of keys, below which the more exact product costs nothing that matters."""
 BYTE_BIAS = 128 if features.selected().name == "neon" else 0
 PAIRS = features.selected().name in ("avx512", "avxvnni")
 """Whether pairs of int16 are multiplied faster than float32."""
@@ -131,7 +129,7 @@ def full_attention(
     """
     q, q_row, q_head, queries = query
     k, v, k_row, k_head, keys = key
-    if PAIRS and (activations == "int8" or (activations == "auto" and keys >= SHORT)):
+    if PAIRS and (activations == "int8" or (activations == "auto" and keys * heads * d >= SMALL)):
         nbytes = tiles.int16_attention_scratch_bytes(d)
         to.add(
             "block_attention_int16", to.counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, keys,
