@@ -32,7 +32,7 @@ class CpuOps:
         relative error below 1e-4, and a row's result does not depend on its neighbours. "int8": a scale for 32
         columns, relative error 0.5 to 1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and
         vision attention in 16-bit integers, below 0.05%, where the processor is fast at it. "auto": int16 for
-        matrices below a million weights and attention below 512 rows, int8 for others.
+        matrices (and exact attention for keys) below a million values, int8 for others.
         Up to 16 rows are int16 always: their cost is reading the weights.
 
     Notes
