@@ -53,7 +53,7 @@ def rehearsal(monkeypatch):
     monkeypatch.setattr(test_ops, "CACHES", test_ops.CACHES[-1:])
     monkeypatch.setattr(parity, "_cases", lambda index: _cases(index)[:1])
     monkeypatch.setattr(gpu, "available", lambda: (True, "Fake GPU"))
-    monkeypatch.setattr(gpu, "CudaOps", lambda: CudaOps(FakeDriver(executor=_choose), Images()), raising=False)
+    monkeypatch.setattr(gpu, "CudaOps", lambda progress: CudaOps(FakeDriver(executor=_choose), Images()), raising=False)
     monkeypatch.chdir(ROOT)
     yield {"setup": setup, "parity": parity, "speed": speed, "model": model}
     for name in [name for name in sys.modules if name.partition(".")[0] == "gpu_bench"]:
