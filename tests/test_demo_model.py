@@ -56,7 +56,7 @@ def test_vocabulary_holds_both_languages(model):
 
 @pytest.mark.parametrize(
     ("skill", "language", "bar"),
-    [("present", "zh", 0.3)],
+    [("present", "zh", 0.8), ("color", "en", 0.8), ("shape", "zh", 0.7), ("size", "zh", 0.7), ("count", "en", 0.5)],
 )
 def test_skill(model, skills, skill, language, bar):
     test = [c for c in skills.cases(77, COUNT, [skill], "calm digits") if c.exchange.language == language]
