@@ -93,9 +93,8 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
 
 def _once(model: Model, session: Session, random: np.random.Generator, prompt: int, new: int) -> dict[str, float]:
     tokens = random.integers(0, model.tokenizer.eod_id, prompt).tolist()
-    session.keep(tokens[:1])
     session.truncate(0)
-    session.context.begin(prompt)
+    session.keep(tokens)
     begin = time.perf_counter()
     session.prefill(tokens, tokens, [], prompt + new)
     best = session.best(0)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
-from qvl_runtime.cli.loading import load_shown
+from qvl_runtime.cli.loading import Activations, Device, KVCache, load_shown
 from qvl_runtime.errors import QvlError
 
 
@@ -20,9 +20,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 32,
     rounds: Annotated[int, typer.Option(help="Times everything is measured; medians are shown.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
-    kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
-    activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
 ) -> None:
     """Measure how fast a .qvl file runs here, and how near that is to the machine's limits.
 

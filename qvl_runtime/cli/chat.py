@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.cli.conversation import Conversation
-from qvl_runtime.cli.loading import load_shown
+from qvl_runtime.cli.loading import Activations, ContextTokens, Device, KVCache, VisionDevice, load_shown
 from qvl_runtime.cli.screen import Screen
 
 
@@ -17,11 +17,11 @@ def chat(
     model: Annotated[Path, typer.Argument(help="A .qvl file of a chat model.")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture to begin with.")] = None,
     system: Annotated[str | None, typer.Option(help="What the assistant is told about itself.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
-    kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
-    activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
-    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")] = None,
-    vision_device: Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")] = None,
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
+    context: ContextTokens = None,
+    vision_device: VisionDevice = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep what was seen of pictures here, for later.")] = None,
 ) -> None:
     """Talk with a chat model; /help inside lists what you can do.

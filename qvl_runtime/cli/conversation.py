@@ -14,7 +14,7 @@ from qvl_runtime.boxes import Box, draw_boxes, format_box
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.errors import QvlError
 from qvl_runtime.images import load_image
-from qvl_runtime.model import ChatResult, Model
+from qvl_runtime.model import Model
 from qvl_runtime.prompt import DEFAULT_SYSTEM
 from qvl_runtime.tokenizer import split_images
 
@@ -52,7 +52,7 @@ class Conversation:
         self.settings: dict[str, Any] = {}
         self._waiting: list[str] = []
         self._boxes: list[Box] = []
-        self._last: ChatResult | None = None
+        self._left_out = 0
         self._commands = {
             name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
         }
@@ -225,12 +225,9 @@ class Conversation:
                 self.history = [*self.history, (query, "".join(said).strip())]
                 self._boxes = []
                 return
-        if result.left_out > self._left_out():
+        if result.left_out > self._left_out:
             self.screen.say(f"(the context is full: the model no longer sees the oldest {result.left_out} turns)")
-        self._last, self.history, self._boxes = result, result.history, result.boxes
-
-    def _left_out(self) -> int:
-        return self._last.left_out if self._last else 0
+        self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
 
     def _picture(self) -> str:
         """The picture last spoken of."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from qvl_convert.convert import convert
 from qvl_runtime.boxes import draw_boxes
+from qvl_runtime.cli.loading import Device
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import SINGLE, Exchange
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
@@ -32,7 +33,7 @@ SIDE = 448
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the picture and the boxes.")] = Path("qvl-demo"),
     seed: Annotated[int | None, typer.Option(help="Draw this picture again; a fresh one if not given.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Try the small model that comes with the package.
 

@@ -12,19 +12,17 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.boxes import draw_boxes, opened_box
-from qvl_runtime.cli.loading import load_shown
+from qvl_runtime.cli.loading import Activations, ContextTokens, Device, KVCache, VisionDevice, load_shown
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import Piece, Result, collect
 from qvl_runtime.images import ImageSource
 from qvl_runtime.tokenizer import split_images
 
-ImageOption = Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")]
-
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    image: ImageOption = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -34,11 +32,11 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeat for several.")] = None,
     draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
-    kv_cache: Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")] = "fp16",
-    activations: Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")] = "auto",
-    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")] = None,
-    vision_device: Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")] = None,
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
+    context: ContextTokens = None,
+    vision_device: VisionDevice = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")] = False,
 ) -> None:
     """Answer a prompt, with pictures if the model sees.

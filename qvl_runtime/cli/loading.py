@@ -1,14 +1,21 @@
-"""Loading a model for a verb, with a progress bar where that takes a while."""
+"""Loading a model for a verb: the options of it, and a progress bar where it takes a while."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from qvl_runtime.model import Model, load
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
+KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]
+Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")]
+ContextTokens = Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")]
+VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
 
 
 def load_shown(path: Path, *arguments: Any, **options: Any) -> Model:

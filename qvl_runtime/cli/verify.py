@@ -15,6 +15,7 @@ from qvl_convert import calibration
 from qvl_convert.verify import Report, open_reference
 from qvl_convert.verify import verify as run
 from qvl_convert.verify_plot import plot as draw
+from qvl_runtime.cli.loading import Device
 
 
 def verify(
@@ -26,7 +27,7 @@ def verify(
     ] = "builtin",
     samples: Annotated[int, typer.Option(help="How many conversations of it.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answers compared; 0 compares none.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw KL by position and error by layer into this file.")] = None,
 ) -> None:
