@@ -30,6 +30,7 @@ for index in range(0, len(test_ops.CASES), {EVERY}):
         bad.append(f"{{test_ops.CASES[index].label}}: {{found:.2g}}")
 for case in test_ops.CACHES[::4]:
     test_ops.test_cache(ops, *case)
+    test_ops.test_cache(CpuOps(activations="int8", threads=2), *case)
 print("numba" in sys.modules, *bad, sep="\\n")
 """
 

@@ -27,6 +27,11 @@ BACKENDS: dict[str, Callable] = {
     "cpu-1-thread": functools.partial(cpu, activations="int16", threads=1),
     "cpu-3-threads": functools.partial(cpu, activations="int16", threads=3),
 }
+CACHE_BACKENDS = BACKENDS | {
+    # With these a few queries attend by a kernel of their own.
+    "cpu-int8": functools.partial(cpu, activations="int8"),
+    "cpu-int8-3-threads": functools.partial(cpu, activations="int8", threads=3),
+}
 EXACT, PRODUCT, OUTLIER, SOFTMAX = "exact", "product", "outlier", "softmax"
 # Relative error (of the whole output's norm) a backend may have. The int16 activations of the CPU cost 1e-4 at most;
 # an outlier of a thousand costs its 127 neighbours in the same scale up to 1e-3.
@@ -39,6 +44,11 @@ LIMITS = {
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request):
     return BACKENDS[request.param]()
+
+
+@pytest.fixture(scope="module", params=CACHE_BACKENDS)
+def cache_backend(request):
+    return CACHE_BACKENDS[request.param]()
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -251,8 +261,9 @@ CACHES = [
 
 
 @pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
-def test_cache(backend, kind, heads, d):
+def test_cache(cache_backend, kind, heads, d):
     """Prompt, decode, prompt again, grow, shrink: rotated queries and attention after each step."""
+    backend = cache_backend
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
         pytest.skip("no float32 cache")
     rng, capacity, layer = random(f"cache-{kind}-{heads}-{d}"), 300, 1

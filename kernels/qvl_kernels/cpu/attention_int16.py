@@ -17,7 +17,6 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.gemm import transpose
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
@@ -42,6 +41,7 @@ from qvl_kernels.cpu.simd import (
     store_rows,
     sum_all,
     to_f32,
+    transpose,
     zeros,
 )
 from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS

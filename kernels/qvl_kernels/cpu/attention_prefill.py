@@ -10,7 +10,6 @@ from __future__ import annotations
 from numba import float32
 
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.gemm import transpose
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, make_float_tile, make_narrow_tile
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
@@ -32,6 +31,7 @@ from qvl_kernels.cpu.simd import (
     store_rows,
     sum_all,
     to_f32,
+    transpose,
     zeros,
 )
 from qvl_kernels.cpu.tiles import FLOAT_TOKENS, KEYS, QUERIES
@@ -72,10 +72,7 @@ def begin(q, row, count, d, factor, queries, out, state):
 
 @routine
 def weigh(scores, visible, limit, state, out, padded):
-    """Scores of one row to weights; rescales what the row has accumulated.
-
-    From `visible` to `limit` weights are 2**-126, where `exp2` ends, or 0.
-    """
+    """Scores of one row to weights, 0 from `visible` to `limit`; rescales what the row has accumulated."""
     best = splat(LOWEST)
     for i in range(0, visible, 16):
         if visible - i < 16:
@@ -95,6 +92,11 @@ def weigh(scores, visible, limit, state, out, padded):
         if i < visible:
             p = exp2(load(scores + 4 * i) - top)
             store(scores + 4 * i, p)
+            if visible - i < 16:
+                # `exp2` ends at 2**-126, and a sum that is 0 so far would show it.
+                for j in range(visible - i, 16):
+                    put_f32(scores + 4 * (i + j), float32(0))
+                p = load(scores + 4 * i)
             total = total + p
         else:
             store(scores + 4 * i, zero())

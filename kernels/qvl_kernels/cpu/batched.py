@@ -1,4 +1,4 @@
-"""Which kernels do products and attention of many rows, with what activations, and the memory they need."""
+"""Products of many rows with 8-bit activations, and attention of many queries: which kernels, and their memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
 
 FEW = 16
-"""Up to so many rows a product is the reading of its weights, and `gemv` does that best."""
+"""Up to so many rows a product is the reading of its weights, and 16-bit activations cost nothing."""
 SMALL = 1 << 20
 """Weights, or values of keys, below which the more exact product costs nothing that matters."""
+SMALL_WIDTH = 591
+"""Heads times head size below which a model's matrix of queries, keys and values has fewer weights than `SMALL`."""
 BYTE_BIAS = 128 if features.selected().name == "neon" else 0
 PAIRS = features.selected().name in ("avx512", "avxvnni")
 """Whether pairs of int16 are multiplied faster than float32."""
@@ -36,24 +38,36 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Activations in the form the products of a matrix take: addresses, columns with one scale, int8 planes."""
+    """Activations in the form the products of a matrix take: addresses, and columns with one scale."""
 
     parts: tuple[int, ...]
-    span: int = 0
-    planes: int = 0
+    span: int
 
 
-def form(w: CpuWeight, activations: str) -> tuple[int, int]:
-    """Columns with one scale, and int8 planes, of the activations that `w` multiplies.
+def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
+    """Whether `w` multiplies so many rows of activations in 8 bits, by the kernels here; else in 16, by `gemv`."""
+    if rows <= FEW or w.bits == 16:
+        return False
+    return activations == "int8" or (activations == "auto" and w.n * w.k >= SMALL)
 
-    One plane has a scale for 32 columns (relative error of a product 0.5% for normal activations, 1.2% with channels
-    a hundred times as large), for int8 weights in groups of 128 a scale for 128 (0.65% and 2.4%), which is a seventh
-    faster. Two planes: below 0.01%.
+
+def attends_alone(cache: CpuCache, rows: int, activations: str) -> bool:
+    """Whether so many queries go one by one over the cache, which is the faster way for a few and adds up otherwise.
+
+    Where products are exact the other way is taken always, so that a row's result is the same among any others.
     """
-    small = activations == "auto" and w.n * w.k < SMALL
-    if small or activations == "int16":
-        return 32, 2
-    return (128 if w.bits == 8 and w.group_size == 128 else 32), 1
+    exact = activations == "int16" or (activations == "auto" and cache.heads * cache.head_dim < SMALL_WIDTH)
+    return rows <= FEW and not exact
+
+
+def columns_a_scale(w: CpuWeight) -> int:
+    """Columns of 8-bit activations with one scale.
+
+    With a scale for 32 columns the relative error of a product is 0.5% for normal activations and 1.2% with channels
+    a hundred times as large; int8 weights in groups of 128 have a scale for 128 (0.65% and 2.4%), which is a seventh
+    faster.
+    """
+    return 128 if w.bits == 8 and w.group_size == 128 else 32
 
 
 def same_activations(a: CpuWeight, b: CpuWeight) -> bool:
@@ -61,27 +75,23 @@ def same_activations(a: CpuWeight, b: CpuWeight) -> bool:
     return (a.bits, a.group_size, a.zeros == 0, a.perm, b.perm) == (b.bits, b.group_size, b.zeros == 0, 0, 0)
 
 
-def pack(to: Recorder, x: np.ndarray, w: CpuWeight, norm: tuple[int, ...], activations: str) -> Packed:
+def pack(to: Recorder, x: np.ndarray, w: CpuWeight, norm: tuple[int, ...]) -> Packed:
     """Bring x into the form `product` takes; `norm`: addresses of weight and bias, and eps as a word, or zeros."""
     rows, k = x.shape
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(k))
-    if w.bits == 16:
-        packed = to.memory("packed", tiles.float_bytes(rows, k))
-        to.add("pack_float", address(x), rows, k, *norm, packed, scratch)
-        return Packed((packed,))
-    span, planes = form(w, activations)
-    sizes = tiles.int8_bytes(rows, k, w.group_size, span, planes)
+    span = columns_a_scale(w)
+    sizes = tiles.int8_bytes(rows, k, w.group_size, span)
     packed = to.memory("packed", sum(sizes))
     parts = (packed, packed + sizes[0], packed + sizes[0] + sizes[1])
     center = 1 if w.zeros else 8 if w.bits == 4 else 128 - BYTE_BIAS
-    to.add("pack_int8", address(x), rows, k, *norm, w.perm, w.bits, w.group_size, center, span, planes, *parts, scratch)
-    return Packed(parts, span, planes)
+    to.add("pack_int8", address(x), rows, k, *norm, w.perm, w.bits, w.group_size, center, span, *parts, scratch)
+    return Packed(parts, span)
 
 
 def product(
     to: Recorder,
-    w: CpuWeight,
     x: Packed,
+    w: CpuWeight,
     out: np.ndarray,
     *,
     gelu: bool = False,
@@ -91,12 +101,9 @@ def product(
     """``out = gelu?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
     after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
-    if w.bits == 16:
-        to.add("gemm16", to.counters, w.weight, w.n, w.k, *x.parts, len(out), *after)
-        return
     to.add(
         f"gemm{w.bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out), x.span,
-        x.planes, *after,
+        *after,
     )  # fmt: skip
 
 

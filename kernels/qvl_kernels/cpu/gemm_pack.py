@@ -1,16 +1,14 @@
-"""Activations for the matrix-matrix products: tiles of `TOKENS` rows, in the order the kernels read them.
+"""8-bit activations for the matrix-matrix products: tiles of `TOKENS` rows, in the order the kernels read them.
 
-Quantised (`pack_int8`), a row is cut into spans of 32 columns (or 128, for int8 weights with groups of 128). A span
-has one scale for each of its int8 planes: one plane, ``x = s q`` with q in -127..127, or two,
-``x = s (256 high + low)``, which is 16 bits::
+A row is cut into spans of 32 columns (or 128, for int8 weights with groups of 128), each with a scale: ``x = s q``
+with q in -127..127::
 
-    packed  int8 [tiles, spans, planes, span / 4, TOKENS, 4]
-    scales  float32 [tiles, spans, planes, TOKENS]
+    packed  int8 [tiles, spans, span / 4, TOKENS, 4]
+    scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
 
 `center` is the zero point of symmetric codes, or 1 where the matrix has zero points of its own. Scales of the columns
-that lie in high nibbles are divided by ``2**HIGH_SHIFT``. K is rounded up to 128. For 16-bit weights, `pack_float`
-writes float32 ``[tiles, K, FLOAT_TOKENS]``.
+that lie in high nibbles are divided by ``2**HIGH_SHIFT``. K is rounded up to 128.
 
 The normalisation before a product and the column order of its matrix are applied on the way. Rows beyond the last are
 left as they are: nothing that is computed from them is stored.
@@ -33,17 +31,15 @@ from qvl_kernels.cpu.simd import (
     put_f32,
     put_i32,
     rint,
-    sar,
-    shl,
     store,
     store_bytes,
     sum_all,
     zeros,
 )
-from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
+from qvl_kernels.cpu.tiles import TOKENS
 
 load, zero, zero_i32 = loads("f32", 16), zeros("f32", 16), zeros("i32", 16)
-ONE_PLANE, TWO_PLANES = float32(127), float32(32512)
+LIMIT = float32(127)
 HIGH_SCALE = float32(1 / (1 << HIGH_SHIFT))
 
 
@@ -81,69 +77,42 @@ def put_steps(target, q, buffer):
 
 
 @routine
-def quantize_span(row, span, planes, target, scale_at, factor, buffer):
+def quantize_span(row, span, target, scale_at, factor, buffer):
     """Quantise `span` columns at `row`; returns their sum."""
     largest = zero()
     for i in range(0, span, 16):
         largest = maximum(largest, absolute(load(row + 4 * i)))
     top = max_all(largest)
-    limit = ONE_PLANE if planes == 1 else TWO_PLANES
-    scale = top * (float32(1) / limit)
-    inverse = limit / top if top > float32(1e-30) else float32(0)
+    scale = top * (float32(1) / LIMIT)
+    inverse = LIMIT / top if top > float32(1e-30) else float32(0)
     total = zero_i32()
     for i in range(0, span, 16):
         q = rint(load(row + 4 * i) * inverse)
         total = total + q
-        step = target + i * TOKENS
-        if planes == 1:
-            put_steps(step, q, buffer)
-        else:
-            high = sar(q + 128, 8)
-            put_steps(step, high, buffer)
-            put_steps(step + span * TOKENS, q - shl(high, 8), buffer)
-    if planes == 1:
-        put_f32(scale_at, scale * factor)
-    else:
-        put_f32(scale_at, scale * factor * float32(256))
-        put_f32(scale_at + 4 * TOKENS, scale * factor)
+        put_steps(target + i * TOKENS, q, buffer)
+    put_f32(scale_at, scale * factor)
     return float32(sum_all(total)) * scale
 
 
 @kernel
 def pack_int8(args, thread, threads):
-    (x, rows, k, weight, bias, eps, perm, bits, group, center, span, planes, packed, scales, sums, scratch) = unpack(
-        args, 16
-    )
+    x, rows, k, weight, bias, eps, perm, bits, group, center, span, packed, scales, sums, scratch = unpack(args, 15)
     columns = (k + 127) // 128 * 128
     buffer = scratch + thread * (8 * columns + 64)
     first, last = share((rows + TOKENS - 1) // TOKENS, thread, threads)
     for tile in range(first, last):
         for m in range(min(TOKENS, rows - tile * TOKENS)):
             row = prepare_row(x + 4 * k * (tile * TOKENS + m), k, columns, weight, bias, as_f32(eps), perm, buffer + 64)
-            target = packed + (tile * columns * planes * TOKENS) + 4 * m
-            scale_at = scales + 4 * (tile * (columns // span) * planes * TOKENS + m)
+            target = packed + tile * columns * TOKENS + 4 * m
+            scale_at = scales + 4 * (tile * (columns // span) * TOKENS + m)
             sum_at = sums + 4 * (tile * (columns // group) * TOKENS + m)
             total = float32(0)
             for column in range(0, columns, span):
                 factor = HIGH_SCALE if bits == 4 and column % 128 >= 64 else float32(1)
-                total += quantize_span(row + 4 * column, span, planes, target, scale_at, factor, buffer)
-                target += span * planes * TOKENS
-                scale_at += 4 * planes * TOKENS
+                total += quantize_span(row + 4 * column, span, target, scale_at, factor, buffer)
+                target += span * TOKENS
+                scale_at += 4 * TOKENS
                 if (column + span) % group == 0:
                     put_f32(sum_at, total * float32(-center))
                     sum_at += 4 * TOKENS
                     total = float32(0)
-
-
-@kernel
-def pack_float(args, thread, threads):
-    x, rows, k, weight, bias, eps, packed, scratch = unpack(args, 8)
-    columns = (k + 15) // 16 * 16
-    buffer = scratch + thread * (4 * columns)
-    first, last = share(rows, thread, threads)
-    for index in range(first, last):
-        tile, m = index // FLOAT_TOKENS, index % FLOAT_TOKENS
-        row = prepare_row(x + 4 * k * index, k, columns, weight, bias, as_f32(eps), 0, buffer)
-        target = packed + 4 * (tile * k * FLOAT_TOKENS + m)
-        for i in range(k):
-            put_f32(target + 4 * FLOAT_TOKENS * i, get_f32(row + 4 * i))

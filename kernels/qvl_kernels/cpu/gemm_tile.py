@@ -128,7 +128,7 @@ def _make_tile(bits: int):
             return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
 
     @routine
-    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, planes, y, ahead):
+    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, ahead):
         """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
 
         A line at `ahead` is fetched with every group: so few at a time never hold up the loads that are waited for.
@@ -145,16 +145,15 @@ def _make_tile(bits: int):
                 q = q * (to_f32(byte(zero_points + LANES)) - bias)
                 zero_points += 32
             for _ in range(spans):
-                for _ in range(planes):
-                    source = locate(w, span, steps)
-                    a, b = none(), none()
-                    for _ in range(steps):
-                        a, b = step(a, b, source, span, x)
-                        source += 128
-                        x += TOKEN_BYTES
-                    scale = spread(xs, 4)
-                    p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
-                    xs += TOKEN_BYTES
+                source = locate(w, span, steps)
+                a, b = none(), none()
+                for _ in range(steps):
+                    a, b = step(a, b, source, span, x)
+                    source += 128
+                    x += TOKEN_BYTES
+                scale = spread(xs, 4)
+                p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
+                xs += TOKEN_BYTES
                 span += 1
             sums += TOKEN_BYTES
             f, h = fma(p, half(scales), f), fma(q, half(scales + 2 * LANES), h)
@@ -223,7 +222,3 @@ def make_narrow_tile(x_step: int, x_row: int):
         store_rows(y, p, y_row)
 
     return tile
-
-
-tile_float = make_float_tile(4 * FLOAT_TOKENS, 4)
-"""x as `gemm_pack.pack_float` writes it."""

@@ -1,4 +1,4 @@
-"""Packed matrix times a few vectors: int4 and int8 weights, 16-bit activations in two planes.
+"""Packed matrix times vectors: int4 and int8 weights, 16-bit activations in two planes.
 
 One pass over the weights serves all vectors: a block of 32 rows (some 70 KB) stays in the cache while the vectors
 are taken `TOKENS` at a time. Integer sums are exact, and the scaled sums of the groups are added from left to right,
@@ -39,7 +39,7 @@ TOKENS = 2 if LANES == 16 else 1
 """Rows of a block and vectors taken at once: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. A block's
 rows are read side by side, as they lie in memory, which counts more than further vectors to share the unpacking."""
 STEP_BYTES = 256 << 10
-"""Of weights a thread takes at once: some 10 microseconds."""
+"""Of weights a thread takes at once for one vector: some 10 microseconds."""
 
 
 def _make_tile(bits: int, group: int, width: int, tokens: int):
@@ -181,7 +181,7 @@ def _make(bits: int, group: int):
         (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated,
          scratch) = unpack(args, 17)  # fmt: skip
         y, lines = scratch + thread * 128 * TOKENS, (n + 31) // 32
-        step = max(1, STEP_BYTES // (blocks * block_bytes))
+        step = max(1, STEP_BYTES // (blocks * block_bytes * rows))
         for turn in range(threads):
             owner = (thread + turn) % threads
             first, last = claim(counters, owner, threads, lines, step)

@@ -1,4 +1,8 @@
-"""fp16 weights ``[N, K]`` times float32 activations: a row of weights with a row of activations, in float32."""
+"""fp16 weights ``[N, K]`` times float32 activations: a row of weights with a row of activations, in float32.
+
+Whatever rows and vectors are taken together, a lane adds up every 16th column from left to right, so that a vector's
+result is the same whatever the number of vectors.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +48,10 @@ def _make_tile(lines: int, tokens: int):
 
         @routine
         def tile(w, x, k, y):
-            a, b, c, d, whole = none(), none(), none(), none(), k // 64 * 64
-            for _ in range(0, whole, 64):
-                a = fma(load_x(x, 4 * k), load_w(w, 0), a)
-                b = fma(load_x(x + 64, 4 * k), load_w(w + 32, 0), b)
-                c = fma(load_x(x + 128, 4 * k), load_w(w + 64, 0), c)
-                d = fma(load_x(x + 192, 4 * k), load_w(w + 96, 0), d)
-                w += 128
-                x += 256
-            reduce((a + b) + (c + d), w, x, k - whole, k, y)
+            a, whole = none(), k // 16 * 16
+            for i in range(0, whole, 16):
+                a = fma(load_x(x + 4 * i, 4 * k), load_w(w + 2 * i, 0), a)
+            reduce(a, w + 2 * whole, x + 4 * whole, k - whole, k, y)
 
     else:
 
@@ -119,7 +118,7 @@ def gemv16(args, thread, threads):
     """As the packed `gemv` kernels, 32 rows at a time."""
     counters, w, n, k, x, rows, out, bias, gelu, residual, gated, scratch = unpack(args, 12)
     y = scratch + thread * 1024
-    lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k))
+    lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k * rows))
     for turn in range(threads):
         owner = (thread + turn) % threads
         first, last = claim(counters, owner, threads, lines, step)

@@ -140,11 +140,7 @@ class CpuOps:
             check("residual", residual, F32, out.shape)
         with self._program() as program:
             program.keep(x, w, out, residual)
-            if len(x) > batched.FEW:
-                self._many(program, x, w, norm)(w, out, gelu=gelu, residual=residual)
-                return
-            planes = self._activations(program, x, w, norm)
-            self._product(program, w, planes, len(x), out, gelu=gelu, residual=residual)
+            self._multiplier(program, x, w, norm)(w, out, gelu=gelu, residual=residual)
 
     def gate_up(self, x, gate, up, out, *, norm):
         check("x", x, F32, (None, gate.k))
@@ -153,33 +149,23 @@ class CpuOps:
             raise ValueError(f"gate is [{gate.n}, {gate.k}], up is [{up.n}, {up.k}]")
         with self._program() as program:
             program.keep(x, gate, up, out)
-            if len(x) > batched.FEW:
-                product = self._many(program, x, gate, norm)
-                product(gate, out)
-                if not batched.same_activations(gate, up):
-                    product = self._many(program, x, up, norm)
-                product(up, out, gated=True)
-                return
-            planes = self._activations(program, x, gate, norm)
-            self._product(program, gate, planes, len(x), out)
-            if (gate.bits, gate.group_size, gate.perm, up.perm) != (up.bits, up.group_size, 0, 0):
-                planes = self._activations(program, x, up, norm)
-            self._product(program, up, planes, len(x), out, gated=True)
+            product = self._multiplier(program, x, gate, norm)
+            product(gate, out)
+            if not batched.same_activations(gate, up):
+                product = self._multiplier(program, x, up, norm)
+            product(up, out, gated=True)
 
     def _recorder(self, program: Program) -> batched.Recorder:
         memory = functools.partial(self._memory, program)
         return batched.Recorder(program, memory, self.threads, self._pool.counters)
 
-    def _many(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> Callable[..., None]:
-        """Pack many rows for the products of `w`; returns what adds such a product."""
+    def _multiplier(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> Callable[..., None]:
+        """Bring x into the form the products of `w` take; returns what adds such a product."""
+        if not batched.takes_int8(w, len(x), self.activations):
+            return functools.partial(self._product, program, self._activations(program, x, w, norm))
         recorder = self._recorder(program)
         parameters = self._norm(program, norm, w.k) if norm is not None else (0, 0, 0)
-        packed = batched.pack(recorder, x, w, parameters, self.activations)
-
-        def product(w: CpuWeight, out: np.ndarray, **after) -> None:
-            batched.product(recorder, w, packed, out, **after)
-
-        return product
+        return functools.partial(batched.product, recorder, batched.pack(recorder, x, w, parameters))
 
     def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
         """Bring x into the form the products of `w` take: for fp16 weights float32, else two planes."""
@@ -212,8 +198,8 @@ class CpuOps:
         program.keep(norm)
         return address(norm.weight), address(norm.bias), float_word(norm.eps)
 
-    def _product(self, program, w, activations, rows, out, *, gelu=False, residual=None, gated=False) -> None:
-        scratch = self._memory(program, "tile", 1024 * self.threads)
+    def _product(self, program, activations, w, out, *, gelu=False, residual=None, gated=False) -> None:
+        rows, scratch = len(out), self._memory(program, "tile", 1024 * self.threads)
         after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
@@ -281,15 +267,14 @@ class CpuOps:
 
     def cached_attention(self, qkv, cache, layer, start, out):
         self._check_cached(qkv, cache, start)
-        items = len(qkv) * cache.heads
         check("out", out, F32, (len(qkv), cache.heads * cache.head_dim))
-        if len(qkv) > batched.FEW:
+        if not batched.attends_alone(cache, len(qkv), self.activations):
             with self._program() as program:
                 program.keep(qkv, cache, start, out)
                 factor = _softmax_scale(cache.head_dim)
                 batched.cached_attention(self._recorder(program), qkv, cache, layer, start, out, factor)
             return
-        splits = self._splits(items)
+        items, splits = len(qkv) * cache.heads, self._splits(cache.heads)
         with self._program() as program:
             program.keep(qkv, cache, start, out)
             partial = self._memory(program, "partial", items * splits * 4 * (cache.width + 16)) if splits > 1 else 0
@@ -303,11 +288,14 @@ class CpuOps:
             if splits > 1:
                 program.add("attention_merge", partial, items, splits, cache.width, cache.head_dim, address(out))
 
-    def _splits(self, items: int) -> int:
-        """Pieces each query and head is cut into, so that no thread waits long for another."""
-        if items % self.threads == 0 or items >= 8 * self.threads:
+    def _splits(self, heads: int) -> int:
+        """Pieces each query and head is cut into, so that no thread waits long for another.
+
+        They do not depend on how many queries there are: each is added up as it would be alone.
+        """
+        if heads % self.threads == 0 or heads >= 8 * self.threads:
             return 1
-        return -(-4 * self.threads // items)
+        return -(-4 * self.threads // heads)
 
     def _check_cached(self, qkv: np.ndarray, cache: CpuCache, start: np.ndarray) -> None:
         check("qkv", qkv, F32, (None, 3 * cache.heads * cache.head_dim))

@@ -9,15 +9,9 @@ PIECE = 2048
 HELD_TILES = 128
 """Such tiles at most."""
 FLOAT_TOKENS = 6
-"""Rows of float32 activations (or queries) in a tile."""
+"""Queries in a tile of attention in float32."""
 PAIR_TOKENS, PAIR_QUERIES = 6, 384
 """Queries in a tile, and in a task, of attention in 16-bit integers."""
-FLOAT_PIECE = 256
-"""Columns of 16-bit weights that are converted at a time."""
-FLOAT_TILES = 64
-"""Tiles of activations that use such a piece."""
-SPAN = 32
-"""Columns of activations with one scale."""
 QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
@@ -28,20 +22,15 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def int8_bytes(rows: int, k: int, group: int, span: int, planes: int) -> tuple[int, int, int]:
+def int8_bytes(rows: int, k: int, group: int, span: int) -> tuple[int, int, int]:
     """Bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
     values = _up(rows, TOKENS) * _up(k, 128)
-    return values * planes, values // span * planes * 4, values // group * 4
-
-
-def float_bytes(rows: int, k: int) -> int:
-    """Bytes of `packed` of ``gemm_pack.pack_float``."""
-    return _up(rows, FLOAT_TOKENS) * k * 4
+    return values, values // span * 4, values // group * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:
-    """Scratch memory a thread needs for any of the pack and gemm kernels."""
-    return max(8 * _up(k, 128) + 64, 128 * HELD_TILES * TOKENS, 128 * (FLOAT_PIECE + FLOAT_TILES * FLOAT_TOKENS))
+    """Scratch memory a thread needs for the pack and gemm kernels."""
+    return max(8 * _up(k, 128) + 64, 128 * HELD_TILES * TOKENS)
 
 
 def attention_scratch_bytes(head_dim: int) -> int:

@@ -26,8 +26,8 @@ Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``sto
 ``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b, c)``, ``maximum``, ``minimum``,
 ``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``, ``sar(v, k)``,
 ``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector);
-``low(v)``, ``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in memory: ``get_f32``,
-``get_f16``, ``get_i32``, ``get_u8``, ``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
+``transpose(v)`` (m = n); ``low(v)``, ``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in
+memory: ``get_f32``, ``get_f16``, ``get_i32``, ``get_u8``, ``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
 `k` and `i` must be literals or names of integers imported into the kernel's module (``simd.NAME`` is no literal).
 """
 
@@ -86,6 +86,7 @@ from qvl_kernels.cpu.simd.vector import (
     shl,
     sum_all,
     to_f32,
+    transpose,
 )
 
 __all__ = [
@@ -137,6 +138,7 @@ __all__ = [
     "store_rows",
     "sum_all",
     "to_f32",
+    "transpose",
     "widen",
     "zeros",
 ]

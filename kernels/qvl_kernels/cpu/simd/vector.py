@@ -246,3 +246,25 @@ def piece(typing, v, i):
     if not isinstance(i, types.IntegerLiteral):
         return None
     return v.of(m=1)(v, i), lambda context, b, sig, args: take(b, args[0], i.literal_value)
+
+
+@intrinsic
+def transpose(typing, v):
+    """Swap rows and columns of a block of n vectors of n elements, n a power of two."""
+
+    def codegen(context, b, sig, args):
+        vectors = [b.extract_value(args[0], i) for i in range(v.n)]
+        half = v.n // 2
+        index = ir.VectorType(ir.IntType(32), v.n)
+        low = ir.Constant(index, [i // 2 + v.n * (i % 2) for i in range(v.n)])
+        high = ir.Constant(index, [half + i // 2 + v.n * (i % 2) for i in range(v.n)])
+        # Interleaving the first half with the second, log2(n) times, is a transposition (a perfect shuffle).
+        for _ in range(v.n.bit_length() - 1):
+            pairs = zip(vectors[:half], vectors[half:])
+            vectors = [b.shuffle_vector(x, y, order) for x, y in pairs for order in (low, high)]
+        block = args[0]
+        for i, vector in enumerate(vectors):
+            block = b.insert_value(block, vector, i)
+        return block
+
+    return (v(v), codegen) if v.m == v.n else None

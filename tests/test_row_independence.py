@@ -1,0 +1,94 @@
+"""What is computed for a row does not depend, to the last bit, on the rows that are computed with it.
+
+So a conversation that is continued answers as one that is computed anew. It holds wherever activations have 16 bits:
+always with ``activations="int16"``, with "auto" for matrices below a million weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_cpu_gemm import attended, matrix, normal, poisoned
+
+import qvl_runtime as qvl
+from qvl_kernels.cpu.ops import CpuOps
+from qvl_kernels.ops import Norm
+from qvl_runtime.kv_cache import Context
+
+KINDS = [(bits, group, asymmetric) for bits in (4, 8) for group in (32, 64, 128) for asymmetric in (False, True)]
+
+
+@pytest.fixture(scope="module", params=[("int16", 2), ("auto", 2), ("int16", 3)], ids=str)
+def ops(request):
+    activations, threads = request.param
+    return CpuOps(activations=activations, threads=threads)
+
+
+@pytest.mark.parametrize("bits,group,asymmetric", [*KINDS, (16, 128, False)])
+@pytest.mark.parametrize("n,k", [(5, 7), (70, 333), (96, 256), (33, 4100)])
+def test_products(ops, rng, bits, group, asymmetric, n, k):
+    w = ops.weight(matrix(rng, n, k, bits, group, asymmetric=asymmetric, permuted=n == 70 and bits < 16, bias=True))
+    up = ops.weight(matrix(rng, n, k, bits, group))
+    norm = Norm(normal(rng, k), normal(rng, k), 1e-6)
+    x, residual = normal(rng, 40, k), normal(rng, 40, n)
+    x[:, 3] *= 1000
+
+    def results(first: int, last: int) -> np.ndarray:
+        rows, outs = x[first:last].copy(), [poisoned(last - first, n) for _ in range(3)]
+        ops.linear(rows, w, outs[0])
+        ops.linear(rows, w, outs[1], norm=norm, gelu=True, residual=residual[first:last].copy())
+        ops.gate_up(rows, w, up, outs[2], norm=norm)
+        return np.stack(outs)
+
+    alone = np.concatenate([results(i, i + 1) for i in range(40)], axis=1)
+    for count in range(2, 41):
+        first = 0 if count % 2 else 40 - count
+        assert np.array_equal(results(first, first + count), alone[:, first : first + count]), count
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("heads,d", [(3, 22), (4, 64), (2, 128)])
+def test_cached_attention(ops, rng, kind, heads, d):
+    """A past longer than the blocks of keys, gone through in pieces of every size."""
+    length = 600
+    qkv = normal(rng, length, 3 * heads * d) * 2
+    alone = attended(ops, qkv, ops.kv_cache(1, heads, d, length, kind), heads, [1] * length)
+    for pieces in ([length], range(1, 35), [250, 7, 256, 2, 85], [33] * 18):
+        got = attended(ops, qkv, ops.kv_cache(1, heads, d, length, kind), heads, list(pieces))
+        assert np.array_equal(got[: sum(pieces)], alone[: sum(pieces)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 12])
+def test_a_few_queries_of_a_large_model(rng, threads):
+    """Up to 16 rows are as each alone also where more are rounded: a guess that is checked changes no answer."""
+    ops, heads, d, length = CpuOps(activations="int8", threads=threads), 5, 128, 500
+    qkv = normal(rng, length, 3 * heads * d)
+    for kind in ("fp16", "int8"):
+        first, second = ops.kv_cache(1, heads, d, length, kind), ops.kv_cache(1, heads, d, length, kind)
+        alone = attended(ops, qkv, first, heads, [480] + [1] * 20)
+        assert np.array_equal(attended(ops, qkv, second, heads, [480, 3, 16, 1]), alone)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_logits_of_a_whole_model(blob, bits, kv_cache):
+    """Every token's logits, whatever is computed with it and however much is in the cache before."""
+    model = qvl.load(blob("tiny-vl", "long", bits=bits, head_bits=bits), device="cpu", kv_cache=kv_cache)
+    ids = [int(i) for i in np.random.default_rng(bits).integers(32, 127, 300)]
+
+    def logits(pieces) -> np.ndarray:
+        context, out, ops, decoder = Context(model.ops, model.config, kv_cache, 300), [], model.ops, model.decoder
+        context.begin(300)
+        for count in pieces:
+            work, rows = decoder.workspace(count), ops.empty((count, model.config.vocab_size))
+            decoder.embed(ids[context.length : context.length + count], [], work.x)
+            decoder.forward(work, context)
+            decoder.logits(work.x, rows)
+            context.advance(count)
+            out.append(ops.download(rows))
+        return np.concatenate(out)
+
+    alone = logits([1] * 300)
+    assert np.array_equal(logits([300]), alone)
+    assert np.array_equal(logits([9, *range(1, 24), 15]), alone)
+    assert np.array_equal(logits([137, *range(40, 36, -1)]), alone[:291])
