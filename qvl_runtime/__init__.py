@@ -9,8 +9,9 @@ from qvl_kernels.ops import DeviceError
 from qvl_runtime.boxes import Box
 from qvl_runtime.constraints import Grounding, JsonSchema, Regex
 from qvl_runtime.errors import QvlError
-from qvl_runtime.generation import Piece, Result, Timings
-from qvl_runtime.model import ChatResult, Model, load
+from qvl_runtime.generation import ChatResult, Piece, Result, Timings
+from qvl_runtime.loading import load
+from qvl_runtime.model import Model
 
 __all__ = [
     "Box",

@@ -149,6 +149,11 @@ class Blob:
                 sizes[spec.part] += entry.stop - entry.start
         return {part: size for part, size in sizes.items() if size}
 
+    def hashes(self, prefix: str = "") -> dict[str, str]:
+        """SHA-256 of the tensors whose names begin with `prefix`: as the file tells, or else computed."""
+        told, names = self.metadata["hashes"], sorted(name for name in self.file.entries if name.startswith(prefix))
+        return {name: told.get(name) or hashlib.sha256(self.file.bytes(name)).hexdigest() for name in names}
+
     def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Verify the hash of the metadata and of every tensor; `progress` is told how many bytes each took.
 

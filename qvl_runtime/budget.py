@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.blob import Blob
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.session import PREFILL_ROWS
@@ -14,7 +16,7 @@ KV_CACHES = ("fp16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes a loaded model takes.
+    """Bytes a loaded model takes on a device.
 
     Attributes
     ----------
@@ -26,12 +28,15 @@ class Budget:
         The larger of what a prompt's prefill and a picture's encoding take while they run.
     context : int
         Tokens of prompt and answer together.
+    reserve : int
+        What a GPU's driver and kernels take besides.
     """
 
     parts: dict[str, int]
     cache: int
     workspace: int
     context: int
+    reserve: int = 0
 
     @property
     def weights(self) -> int:
@@ -39,16 +44,42 @@ class Budget:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.reserve
 
 
-def budget(blob: Blob, context: int, kv_cache: str) -> Budget:
-    """What `blob` takes with a cache of `context` tokens."""
-    return Budget(blob.part_sizes(), cache_bytes(blob.config, context, kv_cache), workspace_bytes(blob.config), context)
+def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Budget:
+    """What `blob` takes with a cache of `context` tokens on a backend ("cpu" or "cuda"), in that backend's sizes."""
+    cache = cache_bytes(blob.config, context, kv_cache, backend)
+    reserve = 0
+    if backend == "cuda":
+        from qvl_kernels import gpu
+
+        reserve = gpu.RESERVE
+    return Budget(weight_bytes(blob, backend), cache, workspace_bytes(blob.config), context, reserve)
 
 
-def cache_bytes(config: ModelConfig, context: int, kv_cache: str) -> int:
-    """Keys and values of all layers; int8 has a float32 scale for every vector."""
+def weight_bytes(blob: Blob, backend: str = "cpu") -> dict[str, int]:
+    """Weights by part: on a GPU as they are laid out there, else as in the file, which is mapped."""
+    if backend != "cuda":
+        return blob.part_sizes()
+    from qvl_kernels import gpu
+
+    sizes: dict[str, int] = {}
+    for spec in tensors(blob.config):
+        if isinstance(spec, MatrixSpec):
+            nbytes = gpu.device_bytes(spec.n, spec.k, *blob.bits(spec.name)) + (4 * spec.n if spec.bias else 0)
+        else:
+            nbytes = 4 * math.prod(spec.shape)
+        sizes[spec.part] = sizes.get(spec.part, 0) + nbytes
+    return sizes
+
+
+def cache_bytes(config: ModelConfig, context: int, kv_cache: str, backend: str = "cpu") -> int:
+    """Keys and values of all layers; int8 has a scale for every vector, in fp16 on a GPU and else in float32."""
+    if backend == "cuda":
+        from qvl_kernels import gpu
+
+        return gpu.cache_bytes(config.num_hidden_layers, config.num_attention_heads, config.head_dim, context, kv_cache)
     vector = config.head_dim + 4 if kv_cache == "int8" else 2 * config.head_dim
     return 2 * config.num_hidden_layers * config.num_attention_heads * context * vector
 
@@ -65,13 +96,13 @@ def workspace_bytes(config: ModelConfig) -> int:
     return 8 * max(prefill, vision)
 
 
-def remedies(blob: Blob, context: int, kv_cache: str, free: int) -> list[str]:
+def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:
     """Changes that would make a model fit into `free` bytes, mildest first; empty if nothing would."""
     found = []
-    if kv_cache != "int8" and budget(blob, context, "int8").total <= free:
+    if kv_cache != "int8" and budget(blob, context, "int8", backend).total <= free:
         found.append("--kv-cache int8")
-    needed = budget(blob, 0, kv_cache).total
-    tokens = (free - needed) // cache_bytes(blob.config, 1, kv_cache) // 256 * 256
+    needed = budget(blob, 0, kv_cache, backend).total
+    tokens = (free - needed) // (cache_bytes(blob.config, 256, kv_cache, backend) // 256) // 256 * 256
     if 256 <= tokens < context:
         found.append(f"--context {tokens}")
     return found

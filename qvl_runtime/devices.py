@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable
 
 from qvl_kernels.ops import DeviceError, Ops
-from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.blob import Blob
-from qvl_runtime.budget import KV_CACHES, VISION_PARTS, workspace_bytes
+from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
 
 USUAL_CONTEXT = 2048
 """Tokens a GPU must have room for: a picture, a question, and a long answer."""
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
+
+
+def backend(device: str) -> tuple[str, str]:
+    """The backend a name stands for ("cpu", "cuda" or "reference"), and the GPU's name or why there is none.
+
+    Raises
+    ------
+    QvlError
+        For another name.
+    DeviceError
+        When "cuda" is asked for and there is no usable GPU.
+    """
+    if device not in DEVICES:
+        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    if device in ("cpu", "reference"):
+        return device, ""
+    from qvl_kernels import gpu
+
+    usable, reason = gpu.available()
+    if device == "cuda" and not usable:
+        raise DeviceError(reason)
+    return "cuda" if usable else "cpu", reason
 
 
 def make_ops(device: str, activations: str = "auto", progress: Callable[[int], None] = lambda nbytes: None) -> Ops:
@@ -27,28 +47,30 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
     Raises
     ------
     QvlError
-        For another name.
+        For another name, and for settings of the environment that the backend cannot follow.
     DeviceError
         When "cuda" is asked for and there is no usable GPU.
     """
-    _known(device)
-    if device == "reference":
+    name, reason = backend(device)
+    if name == "reference":
         from qvl_kernels.reference import ReferenceOps
 
         return ReferenceOps()
-    if device in ("auto", "cuda"):
+    if name == "cuda":
         from qvl_kernels import gpu
 
-        usable, reason = gpu.available()
-        if usable:
-            return gpu.CudaOps(progress=progress)
-        if device == "cuda":
-            raise DeviceError(reason)
+        return gpu.CudaOps(progress=progress)
+    if device == "auto":
+        from qvl_kernels import gpu
+
         if not gpu.absent():
             print(f"qvl: no usable GPU ({reason}); running on the CPU", file=sys.stderr)
-    from qvl_kernels.cpu import CpuOps
+    try:
+        from qvl_kernels.cpu import CpuOps
 
-    return CpuOps(activations=activations)
+        return CpuOps(activations=activations)
+    except ValueError as error:
+        raise QvlError(str(error)) from None
 
 
 def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, vision: bool) -> None:
@@ -70,58 +92,34 @@ def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, visio
         return
     from qvl_kernels import gpu
 
-    c = blob.config
-    tokens = min(context or USUAL_CONTEXT, c.max_position_embeddings)
-    fp16, int8 = (
-        gpu.cache_bytes(c.num_hidden_layers, c.num_attention_heads, c.head_dim, tokens, dtype) for dtype in KV_CACHES
-    )
-    sizes = _gpu_sizes(blob)
-    seeing = sum(sizes.get(part, 0) for part in VISION_PARTS)
+    tokens = min(context or USUAL_CONTEXT, blob.config.max_position_embeddings)
+    needed, int8 = (budget(blob, tokens, dtype, "cuda") for dtype in (kv_cache, "int8"))
+    seeing = sum(needed.parts.get(part, 0) for part in VISION_PARTS)
     gpu.plan(
-        sum(sizes.values()) - (0 if vision else seeing),
-        int8 if kv_cache == "int8" else fp16,
-        workspace_bytes(c),
+        needed.weights - (0 if vision else seeing),
+        needed.cache,
+        needed.workspace,
         ops.driver.memory()[0],
-        int8_cache_bytes=None if kv_cache == "int8" else int8,
+        int8_cache_bytes=None if kv_cache == "int8" else int8.cache,
         context=tokens,
         vision_bytes=seeing if vision else 0,
     )
 
 
-def _gpu_sizes(blob: Blob) -> dict[str, int]:
-    """Bytes of the weights by part, as they lie on a GPU."""
-    from qvl_kernels import gpu
-
-    sizes: dict[str, int] = {}
-    for spec in tensors(blob.config):
-        if isinstance(spec, MatrixSpec):
-            nbytes = gpu.device_bytes(spec.n, spec.k, *blob.bits(spec.name)) + (4 * spec.n if spec.bias else 0)
-        else:
-            nbytes = 4 * math.prod(spec.shape)
-        sizes[spec.part] = sizes.get(spec.part, 0) + nbytes
-    return sizes
-
-
-def device_memory(device: str) -> tuple[str, int | None]:
-    """The device a name stands for ("cpu", or the name of a GPU), and its free bytes where that is known.
+def device_memory(device: str) -> tuple[str, str, int | None]:
+    """The backend a name stands for, what to call it ("cpu", or the GPU's name), and its free bytes if known.
 
     Raises
     ------
     QvlError, DeviceError
-        As `make_ops`.
+        As `backend`.
     """
-    _known(device)
-    if device in ("auto", "cuda"):
-        from qvl_kernels import gpu
+    name, label = backend(device)
+    if name == "cuda":
+        from qvl_kernels.gpu.driver import Driver
 
-        usable, reason = gpu.available()
-        if usable:
-            from qvl_kernels.gpu.driver import Driver
-
-            return reason, Driver().memory()[0]
-        if device == "cuda":
-            raise DeviceError(reason)
-    return "cpu", free_memory()
+        return name, label, Driver().memory()[0]
+    return name, name, free_memory()
 
 
 def free_memory() -> int | None:
@@ -139,8 +137,3 @@ def free_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _known(device: str) -> None:
-    if device not in DEVICES:
-        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,6 +128,24 @@ class Result:
     prompt_tokens: int
     timings: Timings
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatResult(Result):
+    """An answer in a chat.
+
+    Attributes
+    ----------
+    text : str
+        Stripped.
+    history : list of (query, answer)
+        The conversation with this turn.
+    left_out : int
+        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
+    """
+
+    history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
+    left_out: int = 0
 
 
 @dataclasses.dataclass

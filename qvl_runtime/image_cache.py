@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import tempfile
 import threading
 import warnings
 from collections import OrderedDict
@@ -17,11 +16,15 @@ import numpy as np
 from safetensors.numpy import save
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.files import replacing
 from qvl_runtime.images import ImageSource, is_url
 from qvl_runtime.tensorfile import TensorFile
 
 MEMORY_BYTES = 256 << 20
 """Default limit: 64 pictures of Qwen-VL."""
+
+FOLDER_BYTES = 2 << 30
+"""Limit of a folder: 512 pictures of Qwen-VL."""
 
 MAX_FILE_BYTES = 64 << 20
 KNOWN_FILES = 4096
@@ -62,7 +65,7 @@ class ImageCache:
         Bytes of features in memory; those used longest ago leave first. 0 keeps none.
     folder : Path, optional
         Where features are also kept as ``KEY.safetensors``, which only this user may read. A file that is damaged
-        or of another kind counts as absent. There is no limit: delete what is no longer needed.
+        or of another kind counts as absent. The folder is kept below `FOLDER_BYTES`: files used longest ago leave.
 
     Raises
     ------
@@ -145,23 +148,33 @@ class ImageCache:
             features = np.array(file.array("features"))
         except QvlError:
             return None
+        with contextlib.suppress(OSError):
+            os.utime(self._path(key))  # the time of its last use
         if features.shape != self.shape or features.dtype != np.float32 or _seal(key, features) != file.metadata:
             return None
         return features
 
     def _write(self, key: bytes, features: np.ndarray) -> None:
         data = save({"features": np.ascontiguousarray(features)}, _seal(key, features))
-        partial = None
         try:
-            handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-            with open(handle, "wb") as file:
+            with replacing(self._path(key)) as file:
                 file.write(data)
-            os.replace(partial, self._path(key))
+            self._tidy()
         except OSError as error:
-            if partial is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
             warnings.warn(f"cache_dir {str(self.folder)!r} cannot be written ({error.strerror})", stacklevel=2)
+
+    def _tidy(self) -> None:
+        """Remove the files used longest ago until the folder is below its limit; another process may do the same."""
+        found = []
+        for path in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found)[:-1]:
+            if total <= FOLDER_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def _content(source: ImageSource) -> ImageSource:

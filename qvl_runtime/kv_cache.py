@@ -10,6 +10,9 @@ from qvl_kernels.ops import Ops
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.positions import logn_table, ntk_alpha, rotary_table
 
+Key = int | bytes
+"""What a position was computed from: a token id, or the hash of the picture that fills the slot it is in."""
+
 PAGE = 256
 """Capacity grows in steps of this many positions."""
 
@@ -57,13 +60,16 @@ class Context:
 
         Where the longer prompt asks for another NTK factor the cached keys are void and `length` drops to 0.
         """
-        alpha = ntk_alpha(length, self.config)
+        self.rotate(ntk_alpha(length, self.config))
+        self.truncate(self.length)
+
+    def rotate(self, alpha: int) -> None:
+        """Take another NTK factor; keys in the cache are void then."""
         if alpha != self.alpha:
             # The keys are void before the table changes: an interrupt must not leave one with the other.
             self.length, self.alpha = 0, 0
             self.ops.write(self.rope, _rotary(self._pages(self.window), alpha, self.config))
             self.alpha = alpha
-        self.truncate(self.length)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping those that are filled.

@@ -1,4 +1,4 @@
-"""The facade: load a blob, then ask."""
+"""The facade: ask a loaded model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Ops
+from qvl_kernels.ops import Ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import opened_box
-from qvl_runtime.budget import KV_CACHES
 from qvl_runtime.constraints import Form
 from qvl_runtime.decoder import Decoder
-from qvl_runtime.devices import check_fit, make_ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.generation import (
+    ChatResult,
     Chooser,
     Piece,
     Result,
@@ -29,13 +28,14 @@ from qvl_runtime.generation import (
     score,
     stream_generate,
 )
-from qvl_runtime.image_cache import MEMORY_BYTES, Picture
 from qvl_runtime.images import ImageSource
 from qvl_runtime.kv_cache import Context
+from qvl_runtime.past import identity
 from qvl_runtime.pictures import PictureEncoder
 from qvl_runtime.prompt import DEFAULT_SYSTEM, Prompt, build_chat, build_prompt
+from qvl_runtime.request import Request, Requests
 from qvl_runtime.sampling import Sampler
-from qvl_runtime.session import Key, Sessions
+from qvl_runtime.session import Sessions
 from qvl_runtime.speculation import ROW_COST, PromptLookup
 from qvl_runtime.tokenizer import Tokenizer
 from qvl_runtime.weights import Trace, Weights, no_trace
@@ -47,95 +47,8 @@ BLOCK_SHARE = 4
 """Turns leave a full window in blocks of one part in so many."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatResult(Result):
-    """An answer in a chat.
-
-    Attributes
-    ----------
-    text : str
-        Stripped.
-    history : list of (query, answer)
-        The conversation with this turn.
-    left_out : int
-        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
-    """
-
-    history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
-    left_out: int = 0
-
-
-def load(
-    path: str | os.PathLike,
-    device: str = "auto",
-    kv_cache: str = "fp16",
-    *,
-    check: bool = False,
-    activations: str = "auto",
-    context: int | None = None,
-    vision_device: str | None = None,
-    conversations: int = 1,
-    image_cache_bytes: int = MEMORY_BYTES,
-    cache_dir: str | os.PathLike | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> Model:
-    """Open a `.qvl` file.
-
-    Parameters
-    ----------
-    path : path
-        A file made by ``qvl convert``.
-    device : str
-        "auto" (a usable GPU, or else the CPU), "cpu", "cuda", or "reference" (slow, plain numpy).
-    kv_cache : str
-        "fp16", or "int8" for half the memory.
-    check : bool
-        Verify the hash of every tensor first.
-    activations : str
-        On the CPU, how exact products of many rows are: "int16", "int8" (a scale per 32 columns; about twice as
-        fast), or "auto": int8 only for products large enough for it to matter.
-    context : int, optional
-        Tokens a prompt and its answer may have together; all of the model's window where not given. On a GPU, room
-        for them is made sure of before anything is loaded; where not given, for 2048.
-    vision_device : str, optional
-        Another device for the vision part, as `device`: "cpu" leaves 2 GB of a GPU to the rest.
-    conversations : int
-        How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
-        one of them computes only the rest. 0 computes every prompt anew, in one piece: then equal prompts give equal
-        answers to the last bit, where otherwise two nearly equal tokens may be rounded to either side.
-    image_cache_bytes : int
-        Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
-    cache_dir : path, optional
-        A folder in which these features are kept for other runs as well.
-    progress : callable
-        Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
-
-    Raises
-    ------
-    QvlError
-        When the file is damaged or an argument is unknown.
-    DeviceError
-        When the device is missing or too small.
-    """
-    if kv_cache not in KV_CACHES:
-        raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
-    if context is not None and context < 1:
-        raise QvlError(f"context is {context}; expected 1 or more tokens")
-    for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
-        if value < 0:
-            raise QvlError(f"{name} is {value}; expected 0 or more")
-    blob = Blob(path)
-    if check:
-        blob.check()
-    ops = make_ops(device, activations, progress)
-    vision_ops = ops if vision_device in (None, device) else make_ops(vision_device, activations)
-    check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
-    pictures = {"memory": image_cache_bytes, "folder": cache_dir, "activations": activations}
-    return Model(blob, ops, vision_ops, kv_cache, context, conversations, pictures)
-
-
 class Model:
-    """A loaded model. Make one with `load`.
+    """A loaded model. Make one with `qvl_runtime.loading.load`.
 
     Attributes
     ----------
@@ -153,8 +66,10 @@ class Model:
         vision_ops: Ops,
         kv_cache: str,
         context: int | None,
+        activations: str,
         conversations: int,
-        pictures: dict[str, Any],
+        image_cache_bytes: int,
+        cache_dir: str | os.PathLike | None,
     ):
         self.ops = ops
         self.blob = blob
@@ -168,11 +83,19 @@ class Model:
             vocab_size=self.config.vocab_size,
         )
         self.decoder = Decoder(Weights(blob, ops))
-        self._device = threading.RLock()
+        self._device, self._kv_cache, self._activations = threading.RLock(), kv_cache, activations
         self._sessions = Sessions(self.decoder, kv_cache, conversations, self._device)
         self.vision = None
         if visual is not None:
-            self.vision = PictureEncoder(Weights(blob, vision_ops), ops, device=self._device, **pictures)
+            self.vision = PictureEncoder(
+                Weights(blob, vision_ops),
+                ops,
+                activations=activations,
+                memory=image_cache_bytes,
+                folder=cache_dir,
+                device=self._device,
+            )
+        self._requests = Requests(self.tokenizer, self.vision, self.window)
 
     @property
     def is_chat(self) -> bool:
@@ -249,7 +172,7 @@ class Model:
         prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat, allow_urls=allow_urls)
         limit = self._limit(prompt, max_new_tokens)
         choose = self._chooser(Sampler(**sampling), prompt, limit, form, logprobs, opened)
-        return self._answer(self._request(prompt, allow_urls), choose, stop, limit, speculate)
+        return self._answer(self._requests.make(prompt, allow_urls), choose, stop, limit, speculate)
 
     def chat(
         self,
@@ -301,21 +224,7 @@ class Model:
             )
         config = self.generation_config
         wanted = config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        window = self.window
-        if max_window_size is None:
-            max_window_size = config.max_window_size
-            block = max(1, min(max_window_size, window) // BLOCK_SHARE) if block is None else block
-        prompt, query = build_chat(
-            self.tokenizer,
-            query,
-            history,
-            images,
-            system=system,
-            max_window_size=max_window_size,
-            max_tokens=window - min(wanted, window // ANSWER_SHARE),
-            block=1 if block is None else block,
-            allow_urls=allow_urls,
-        )
+        prompt, query = self._chat_prompt(query, history, images, system, max_window_size, block, wanted, allow_urls)
         own = {
             "temperature": config.temperature if config.do_sample else 0.0,
             **{name: getattr(config, name) for name in ("top_k", "top_p", "repetition_penalty")},
@@ -323,7 +232,7 @@ class Model:
         sampler = Sampler(**own | {name: value for name, value in sampling.items() if value is not None})
         limit = self._limit(prompt, wanted)
         choose = self._chooser(sampler, prompt, limit, form, logprobs, "")
-        pieces = self._answer(self._request(prompt, allow_urls), choose, stop, limit, speculate)
+        pieces = self._answer(self._requests.make(prompt, allow_urls), choose, stop, limit, speculate)
         result = collect(_shown(pieces, on_piece))
         text = result.text.strip()
         fields = {**{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)}, "text": text}
@@ -342,8 +251,8 @@ class Model:
         `trace` is called with each stage of the decoder, for parity checks.
         """
         prompt = build_prompt(prompt, images, self.tokenizer, chat=self.is_chat, allow_urls=allow_urls)
-        request = self._request(prompt, allow_urls)
-        slots, _ = self._encode_slots(request, 0)
+        request = self._requests.make(prompt, allow_urls)
+        slots, _ = self._requests.features(request, 0)
         with self._device:
             context = Context(self.ops, self.config, self.ops.score_cache_dtype, len(request.ids), layers=1)
             context.begin(len(request.ids))
@@ -362,36 +271,73 @@ class Model:
         """Let go of the pasts of earlier calls, and their memory."""
         self._sessions.clear()
 
-    def _request(self, prompt: Prompt, allow_urls: bool) -> _Request:
-        """Check a prompt's length and read its pictures, so that nothing but arithmetic is left to fail."""
-        window = self.window
-        if not prompt.ids:
-            raise QvlError("the prompt is empty; say something")
-        if len(prompt.ids) > window:
-            raise QvlError(
-                f"the prompt takes {len(prompt.ids)} tokens and the model's window is {window}; shorten the prompt"
-            )
-        keys: list[Key] = list(prompt.ids)
-        starts = [i + 1 for i, token in enumerate(prompt.ids) if token == self.tokenizer.img_start_id]
-        pictures = []
-        for start, image in zip(starts, prompt.images, strict=True):
-            picture = self.vision.read(image, allow_urls=allow_urls)
-            keys[start : start + self.tokenizer.n_queries] = [picture.key] * self.tokenizer.n_queries
-            pictures.append((start, picture))
-        return _Request(prompt.ids, keys, pictures)
+    def save_past(
+        self, path: str | os.PathLike, history: Sequence[tuple[Any, str | None]], *, system: str = DEFAULT_SYSTEM
+    ) -> int:
+        """Write keys and values of a conversation to a file, as far as earlier calls left them in memory.
 
-    def _encode_slots(self, request: _Request, kept: int) -> tuple[list[tuple[int, Array]], int]:
-        """Features of a prompt's pictures from position `kept` on, with their first positions.
+        `load_past` in another run of the same model then lets the conversation go on without computing it again. The
+        file is as large as the cache: in Qwen-VL 0.5 MB a token, half with int8.
 
-        The second value says how many pictures of the prompt passed through the vision tower for that.
+        Parameters
+        ----------
+        history, system
+            The conversation, as for `chat`.
+
+        Returns
+        -------
+        int
+            Tokens saved. 0: nothing of the conversation is in memory, and no file was written.
+
+        Raises
+        ------
+        QvlError
+            When the file cannot be written, or a picture of the conversation cannot be read again.
         """
-        slots, encoded = [], 0
-        for start, picture in request.pictures:
-            if start + self.tokenizer.n_queries > kept:
-                features, known = self.vision.features(picture)
-                slots.append((start, features))
-                encoded += not known
-        return slots, encoded
+        wanted = self.generation_config.max_new_tokens
+        prompt, _ = self._chat_prompt("", history, None, system, None, None, wanted, False)
+        return self._sessions.save(path, self._requests.make(prompt, False).keys, self._past_identity())
+
+    def load_past(self, path: str | os.PathLike) -> int:
+        """Take up what `save_past` wrote; returns how many tokens that are.
+
+        Raises
+        ------
+        QvlError
+            When the file is damaged, or was written with other weights, another device, kind of cache, or setting of
+            `activations`. Nothing is lost but time: the conversation is then computed anew.
+        """
+        return self._sessions.load(path, self._past_identity())
+
+    def _past_identity(self) -> str:
+        return identity(self.blob, self.ops, self._activations, self._kv_cache)
+
+    def _chat_prompt(
+        self,
+        query: Any,
+        history: Sequence[tuple[Any, str | None]] | None,
+        images: Sequence[ImageSource] | None,
+        system: str,
+        max_window_size: int | None,
+        block: int | None,
+        wanted: int,
+        allow_urls: bool,
+    ) -> tuple[Prompt, Any]:
+        """`build_chat`, with what this model does where nothing is asked for; `wanted`: tokens of the answer."""
+        if max_window_size is None:
+            max_window_size = self.generation_config.max_window_size
+            block = max(1, min(max_window_size, self.window) // BLOCK_SHARE) if block is None else block
+        return build_chat(
+            self.tokenizer,
+            query,
+            history,
+            images,
+            system=system,
+            max_window_size=max_window_size,
+            max_tokens=self.window - min(wanted, self.window // ANSWER_SHARE),
+            block=1 if block is None else block,
+            allow_urls=allow_urls,
+        )
 
     def _limit(self, prompt: Prompt, max_new_tokens: int) -> int:
         """How many tokens an answer may have: what was asked for, or what the window has room for."""
@@ -408,14 +354,14 @@ class Model:
         return Chooser(sampler, list(prompt.ids), constraint, logprobs)
 
     def _answer(
-        self, request: _Request, choose: Chooser, stop: str | Sequence[str], limit: int, speculate: bool
+        self, request: Request, choose: Chooser, stop: str | Sequence[str], limit: int, speculate: bool
     ) -> Iterator[Piece]:
         length = len(request.ids)
         session = self._sessions.take(request.keys, length + limit)
         try:
             kept = session.keep(request.keys)
             started = time.perf_counter()
-            slots, encoded = self._encode_slots(request, kept)
+            slots, encoded = self._requests.features(request, kept)
             self.ops.synchronize()
             seen = time.perf_counter()
             session.prefill(request.ids, request.keys, slots, length + limit)
@@ -443,15 +389,6 @@ class Model:
         tokens = self.tokenizer
         ids = {tokens.im_end_id, tokens.im_start_id, tokens.eod_id, self.generation_config.eos_token_id}
         return frozenset(ids - {None})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """A prompt that is ready to be computed: pictures with the first position of their slots."""
-
-    ids: list[int]
-    keys: list[Key]
-    pictures: list[tuple[int, Picture]]
 
 
 def _shown(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> Iterator[Piece]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -18,7 +17,7 @@ from qvl_runtime.images import ImageSource, load_image, preprocess
 from qvl_runtime.vision import VisionTower
 from qvl_runtime.weights import Trace, Weights, no_trace
 
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 """To be raised where preprocessing or the vision tower's arithmetic changes: what is on disk is then void."""
 
 
@@ -85,8 +84,5 @@ class PictureEncoder:
 
 def _identity(blob: Blob, backend: str, activations: str) -> str:
     """What the features of a picture depend on besides its pixels."""
-    hashes = blob.metadata["hashes"]
-    visual = sorted(name for name in blob.file.entries if name.startswith("transformer.visual."))
-    weights = {name: hashes.get(name) or hashlib.sha256(blob.file.bytes(name)).hexdigest() for name in visual}
-    config = vars(blob.config.visual)
+    weights, config = blob.hashes("transformer.visual."), vars(blob.config.visual)
     return json.dumps([FEATURES_VERSION, weights, config, backend, activations], sort_keys=True)

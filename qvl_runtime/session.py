@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from qvl_kernels.ops import Array
+from qvl_runtime import past
 from qvl_runtime.decoder import Decoder, DecodeStep
-from qvl_runtime.kv_cache import Context
+from qvl_runtime.kv_cache import Context, Key
 from qvl_runtime.speculation import MOST_GUESSED
 
 PREFILL_ROWS = 512
 """Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
-
-Key = int | bytes
-"""What a position was computed from: a token id, or the hash of the picture that fills the slot it is in."""
 
 
 class Session:
@@ -125,6 +124,17 @@ class Session:
         with self._device:
             return int(self.decoder.ops.download(self._step.best[row : row + 1])[0])
 
+    def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
+        """Write the first `length` positions to a file; see `past.write`."""
+        with self._device:
+            past.write(path, self.context, self._keys[:length], identity)
+
+    def resume(self, found: past.Past) -> None:
+        """Go on where a saved session was; see `past.Past.restore`."""
+        with self._device:
+            found.restore(self.context)
+            self._keys, self._after_prompt = list(found.keys), None
+
     def _fill(self, keys: Sequence[Key]) -> None:
         self._keys[self.length :] = keys
         self.context.advance(len(keys))
@@ -170,6 +180,29 @@ class Sessions:
         with self._lock:
             self._idle.append(session)
             del self._idle[: max(0, len(self._idle) - self._limit)]
+
+    def save(self, path: str | os.PathLike, keys: Sequence[Key], identity: str) -> int:
+        """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file)."""
+        with self._lock:
+            session = max(self._idle, key=lambda session: session.shared(keys), default=None)
+            length = 0 if session is None else session.shared(keys)
+            if not length:
+                return 0
+            self._idle.remove(session)
+        try:
+            session.save(path, length, identity)
+        finally:
+            self.give(session)
+        return length
+
+    def load(self, path: str | os.PathLike, identity: str) -> int:
+        """Make a session of what `save` wrote; returns how many positions it has."""
+        found = past.read(path, identity)
+        with self._device:
+            session = Session(self._decoder, self._dtype, len(found.keys), self._device)
+        session.resume(found)
+        self.give(session)
+        return len(found.keys)
 
     def clear(self) -> None:
         """Let go of all sessions that nobody uses, and their memory."""

@@ -136,6 +136,10 @@ class TensorFile:
         entry = self.entries[name]
         return memoryview(self._map)[entry.start : entry.stop]
 
+    def before(self, name: str) -> memoryview:
+        """All bytes of the file before a tensor."""
+        return memoryview(self._map)[: self.entries[name].start]
+
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+import qvl_runtime as qvl
+from qvl_kernels.cpu import CpuOps
 from qvl_kernels.ops import DeviceError
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import budget, cache_bytes, remedies
@@ -48,7 +53,7 @@ def test_info_says_whether_it_fits(blob, monkeypatch, capsys):
     path = blob("tiny-vl", bits=4)
     memory = fit(Blob(path), 1024, "cpu", "fp16")
     assert memory["total"] == memory["weights"] + memory["cache"] + memory["workspace"]
-    monkeypatch.setattr(info, "device_memory", lambda device: ("cpu", memory["total"] - 1))
+    monkeypatch.setattr(info, "device_memory", lambda device: ("cpu", "cpu", memory["total"] - 1))
     info.info(path, context=1024, as_json=True)
     told = json.loads(capsys.readouterr().out)["memory"]
     assert not told["fits"]
@@ -77,3 +82,59 @@ def test_a_gpu_is_asked_for_room_before_anything_is_loaded(blob):
         check_fit(gpu(300 << 20), opened, 8192, "fp16", vision=True)
     assert "\n" not in str(error.value)
     check_fit(SimpleNamespace(name="cpu"), opened, 8192, "fp16", vision=True)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+def test_a_gpu_is_told_of_in_its_own_sizes(blob, monkeypatch, kv_cache):
+    """`info` says that a model fits where, and only where, loading it goes through."""
+    from qvl_runtime.cli import info
+
+    opened, memory = Blob(blob("tiny-vl", bits=4)), {}
+
+    def device_memory(device):
+        return "cuda", "Some GPU", memory["free"]
+
+    def loads(free: int) -> bool:
+        ops = SimpleNamespace(name="cuda", driver=SimpleNamespace(memory=lambda: (free, free)))
+        try:
+            check_fit(ops, opened, 4096, kv_cache, vision=True)
+        except DeviceError:
+            return False
+        return True
+
+    monkeypatch.setattr(info, "device_memory", device_memory)
+    memory["free"] = 1 << 40
+    needed = fit(opened, 4096, "cuda", kv_cache)["total"]
+    assert needed > budget(opened, 4096, kv_cache).total
+    for free, fits in ((needed, True), (needed - 1, False)):
+        memory["free"] = free
+        assert fit(opened, 4096, "cuda", kv_cache)["fits"] is fits
+        assert loads(free) is fits
+
+
+def test_one_backend_serves_both_parts(blob, monkeypatch):
+    """Two names of one backend make no second pool of threads."""
+    from qvl_runtime import loading
+
+    made = []
+
+    def make_ops(device, *options):
+        made.append(device)
+        return CpuOps()
+
+    path = blob("tiny-vl", bits=4)
+    monkeypatch.setattr(loading, "make_ops", make_ops)
+    monkeypatch.setattr(loading, "backend", lambda device: ("cpu" if device == "auto" else device, ""))
+    for vision_device, count in ((None, 1), ("cpu", 1), ("auto", 1), ("reference", 2)):
+        made.clear()
+        qvl.load(path, vision_device=vision_device)
+        assert len(made) == count
+
+
+def test_a_bad_number_of_threads_is_one_line(blob):
+    command = [sys.executable, "-m", "qvl_runtime.cli.main", "generate", str(blob("tiny-vl", bits=4)), "Hi"]
+    for variable, value in (("QVL_THREADS", "abc"), ("QVL_CPU", "sse9")):
+        environment = os.environ | {variable: value}
+        done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"qvl: {variable}={value}: expected ") and done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import qvl_runtime as qvl
 from qvl_runtime.cli.conversation import Conversation, dropped_file
 from qvl_runtime.cli.screen import Screen, shown
 
@@ -95,11 +96,42 @@ def test_save_and_load(talk, tmp_path):
     talk.take("more")
     other.take("more")
     assert other.history == talk.history
+    assert (tmp_path / "talk one.json").stat().st_mode & 0o077 == 0
     (tmp_path / "bad.json").write_text("[1, 2]")
     other.take(f"/load {tmp_path}/bad.json")
     other.take("/load nowhere.json")
     assert len(other.screen.complaints) == 2
     assert other.history == talk.history
+
+
+def test_a_loaded_conversation_goes_on_without_computing(talk, blob, tmp_path, monkeypatch):
+    talk.take("/image images/rgb_odd.png")
+    talk.take("What is it?")
+    talk.take("And where?")
+    talk.take(f"/save {tmp_path}/talk.json")
+    assert "need not be computed again" in talk.screen.said[-1]
+    other = Conversation(qvl.load(blob("tiny-vl", bits=16), device="cpu"), Spoken())
+    other.take(f"/load {tmp_path}/talk.json")
+    assert "need not be computed again" in other.screen.said[-1] and not other.screen.complaints
+    kept = []
+    for conversation in (talk, other):
+
+        def chat(*args, ask=conversation.model.chat, **options):
+            answer = ask(*args, **options)
+            kept.append((answer.timings.kept_tokens, answer.timings.kept_images))
+            return answer
+
+        monkeypatch.setattr(conversation.model, "chat", chat)
+        conversation.take("more")
+    assert other.history == talk.history
+    assert kept[0] == kept[1] and kept[0][0] > 300 and kept[0][1] == 1
+
+    past = tmp_path / "talk.json.past"
+    past.write_bytes(past.read_bytes()[:-1])
+    other.take(f"/load {tmp_path}/talk.json")
+    (complaint,) = other.screen.complaints
+    assert "talk.json.past" in complaint and complaint.endswith("computed anew")
+    assert len(other.history) == 2
 
 
 def test_a_box_is_asked_about_in_thousandths(talk):

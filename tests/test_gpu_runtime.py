@@ -195,6 +195,23 @@ def test_a_resized_cache_moves_what_is_filled(ops, driver):
     assert {"size": 10, "source_stride": 64, "target_stride": 256}.items() <= scales.args.items()
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_saved_cache_comes_back(ops, dtype):
+    rng = np.random.default_rng(0)
+    cache, other = ops.kv_cache(2, 3, 16, 64, dtype), ops.kv_cache(2, 3, 16, 200, dtype)
+    for array in filter(None, (cache.values, cache.scales)):
+        ops.write(array, rng.integers(-99, 99, array.shape).astype(array.dtype))
+    for layer in range(2):
+        saved = cache.saved(layer, 37)
+        assert saved[0].shape == (2, 3, 37, 16) and saved[0].any()
+        other.restore(layer, 37, saved)
+        for a, b in zip(saved, other.saved(layer, 37), strict=True):
+            assert a.dtype == b.dtype and np.array_equal(a, b)
+        assert not np.array_equal(saved[0], cache.saved(1 - layer, 37)[0])
+    with pytest.raises(ValueError, match="not of this cache"):
+        other.restore(0, 36, saved)
+
+
 # graphs
 
 

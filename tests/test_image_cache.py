@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 
@@ -48,6 +49,23 @@ def test_a_folder_outlives_the_memory(tmp_path):
     assert file.name == f"{_key(1).hex()}.safetensors"
     assert np.array_equal(load_file(file)["features"], _features(1)), "any safetensors tool opens it"
     assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0 and stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+
+
+def test_the_folder_has_a_limit(tmp_path, monkeypatch):
+    """Those used longest ago leave, whichever process used them."""
+    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+    for number in range(3):
+        cache.put(_key(number), _features(number))
+        os.utime(cache._path(_key(number)), (number, number))
+    size = cache._path(_key(0)).stat().st_size
+    (tmp_path / "notes.txt").write_text("not ours")
+    assert ImageCache(SHAPE, "weights", 0, tmp_path).get(_key(0)) is not None
+    monkeypatch.setattr("qvl_runtime.image_cache.FOLDER_BYTES", 3 * size)
+    cache.put(_key(3), _features(3))
+    assert [cache.get(_key(number)) is not None for number in range(4)] == [True, False, True, True]
+    monkeypatch.setattr("qvl_runtime.image_cache.FOLDER_BYTES", 1)
+    cache.put(_key(4), _features(4))
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", cache._path(_key(4)).name}, "the last one stays"
 
 
 def test_a_damaged_file_counts_as_absent(tmp_path):

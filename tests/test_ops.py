@@ -291,6 +291,37 @@ def test_cache(cache_backend, kind, heads, d):
         assert np.linalg.norm(got - want) <= limits[SOFTMAX] * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
+def test_a_saved_cache_comes_back(backend, kind, heads, d):
+    """Into a cache of another capacity, at a length off every block; what it does not have room for is refused."""
+    if kind == "fp32" and backend.score_cache_dtype != "fp32":
+        pytest.skip("no float32 cache")
+    rng, length, ops = random(f"saved-{kind}-{heads}-{d}"), 37, backend
+    cache, other = (ops.kv_cache(2, heads, d, capacity, kind) for capacity in (80, 300))
+    rope, logn = ops.upload(values(rng, 300, d)), ops.upload(np.ones(300, np.float32))
+    past, now = (ops.upload(values(rng, n, 3 * heads * d).astype(ops.activation_dtype)) for n in (length + 4, 3))
+    outs = [ops.upload(np.full((3, heads * d), np.nan, ops.activation_dtype)) for _ in range(2)]
+    for layer in range(2):
+        ops.rope_append(past, rope, logn, cache, layer, ops.upload(np.zeros(1, np.int32)))
+    for layer in range(2):
+        saved = [array.copy() for array in cache.saved(layer, length)]
+        other.restore(layer, length, saved)
+        again = other.saved(layer, length)
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(saved, again, strict=True))
+    start = ops.upload(np.array([length], np.int32))
+    for store, out in zip((cache, other), outs):
+        fresh = ops.upload(ops.download(now))
+        ops.rope_append(fresh, rope, logn, store, 1, start)
+        ops.cached_attention(fresh, store, 1, start, out)
+    assert np.array_equal(*map(ops.download, outs))
+    for wrong in (saved[:-1], [*saved, saved[0]], [a[:1] for a in saved], [a.astype(np.float64) for a in saved]):
+        if heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
+            with pytest.raises(ValueError, match="not of this cache"):
+                other.restore(0, length, wrong)
+    with pytest.raises(ValueError, match="not of this cache"):
+        cache.restore(0, 90, other.saved(0, 90))
+
+
 def test_capture_repeats_a_step_on_new_values(backend):
     rng = random("capture")
     w, k = matrix(rng, 96, 256, 4), 256

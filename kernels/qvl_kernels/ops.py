@@ -11,7 +11,7 @@ leading dimension, ``a[i:j]``, which share memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,11 +44,38 @@ class Norm:
 class KVCache(Protocol):
     """Keys and values of all layers, in the backend's own layout."""
 
+    layers: int
     capacity: int
     nbytes: int
 
     def resized(self, capacity: int, length: int) -> KVCache:
         """A cache of another capacity that holds the first `length` positions of this one."""
+
+    def saved(self, layer: int, length: int) -> list[np.ndarray]:
+        """The first `length` positions of a layer, for `restore`: contiguous, in the backend's own layout."""
+
+    def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
+        """Put back what `saved` gave, into a cache of the same layers, heads and dtype and any capacity.
+
+        Raises
+        ------
+        ValueError
+            For arrays of other shapes or types.
+        """
+
+
+def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """`arrays`, if they are of these shapes and types: what `KVCache.restore` checks first.
+
+    Raises
+    ------
+    ValueError
+        If they are not.
+    """
+    found = [(array.shape, array.dtype) for array in arrays]
+    if found != list(parts):
+        raise ValueError(f"these arrays are not of this cache: expected {list(parts)}, found {found}")
+    return arrays
 
 
 class Ops(Protocol):

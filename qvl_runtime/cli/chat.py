@@ -22,7 +22,9 @@ def chat(
     activations: Activations = "auto",
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Keep what was seen of pictures here, for later.")] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep what was seen of pictures here, for later (up to 2 GiB).")
+    ] = None,
 ) -> None:
     """Talk with a chat model; /help inside lists what you can do.
 

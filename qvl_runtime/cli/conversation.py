@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlparse
 from qvl_runtime.boxes import Box, draw_boxes, format_box
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.errors import QvlError
+from qvl_runtime.files import replacing
 from qvl_runtime.images import load_image
 from qvl_runtime.model import Model
 from qvl_runtime.prompt import DEFAULT_SYSTEM
@@ -165,19 +166,20 @@ class Conversation:
             raise QvlError(f"{name} is {value.strip()!r}, expected a number") from None
 
     def _do_save(self, rest: str) -> None:
-        """/save FILE.json           save the conversation"""
+        """/save FILE.json           save the conversation, and beside it what the model remembers of it (large)"""
         if not rest:
             raise QvlError("/save needs a file name")
         document = {"format": FORMAT, "system": self.system, "settings": self.settings, "history": self.history}
         path = Path(_unquoted(rest)).expanduser()
         try:
-            text = json.dumps(document, ensure_ascii=False, indent=1)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with replacing(path) as file:
+                file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
         except OSError as error:
             raise QvlError(f"{path}: cannot be written ({error.strerror})") from None
         self.screen.say(f"saved {path}")
+        if tokens := self.model.save_past(_past(path), self.history, system=self.system):
+            size = _past(path).stat().st_size / 1e6
+            self.screen.say(f"saved {_past(path)}: {size:.1f} MB, so that {tokens} tokens need not be computed again")
 
     def _do_load(self, rest: str) -> None:
         """/load FILE.json           go on with a saved conversation"""
@@ -196,6 +198,11 @@ class Conversation:
         self.history, self.settings, self.system = history, settings, system
         self._boxes, self._waiting = [], []
         self.screen.say(f"{len(history)} turns")
+        if _past(path).exists():
+            try:
+                self.screen.say(f"{self.model.load_past(_past(path))} tokens need not be computed again")
+            except QvlError as error:
+                raise QvlError(f"{error}; the conversation is computed anew") from None
 
     def _do_quit(self, rest: str) -> None:
         """/quit                     leave"""
@@ -241,6 +248,11 @@ class Conversation:
             if found:
                 return found[-1]
         raise QvlError("there is no picture yet; attach one with /image FILE")
+
+
+def _past(path: Path) -> Path:
+    """Where the keys and values of a saved conversation lie."""
+    return path.with_name(f"{path.name}.past")
 
 
 def dropped_file(line: str) -> Path | None:

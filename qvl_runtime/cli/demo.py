@@ -21,7 +21,8 @@ from qvl_runtime.demo.conversations import SINGLE, Exchange
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
 from qvl_runtime.demo.scoring import is_right
 from qvl_runtime.generation import Piece, Result, collect
-from qvl_runtime.model import Model, load
+from qvl_runtime.loading import load
+from qvl_runtime.model import Model
 
 QUESTIONS = (
     ("ground", "en"), ("count", "en"), ("color", "zh"), ("find", "zh"), ("position", "en"), ("present", "zh"),

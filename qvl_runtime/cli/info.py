@@ -84,7 +84,8 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
     -------
     dict
         `device`, `context`, `kv_cache`; bytes of `weights`, `vision` (the part of them that sees), `cache`,
-        `workspace`, `total` and `free` (None where the system does not tell); `fits`; and `remedies`.
+        `workspace`, `reserve` (a GPU driver's), `total` and `free` (None where the system does not tell); `fits`; and
+        `remedies`.
 
     Raises
     ------
@@ -96,8 +97,8 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
         raise QvlError(f"--context is {context}; the model's window is {window} tokens")
     if kv_cache not in KV_CACHES:
         raise QvlError(f"--kv-cache is {kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
-    name, free = device_memory(device)
-    needed = budget(blob, context, kv_cache)
+    backend, name, free = device_memory(device)
+    needed = budget(blob, context, kv_cache, backend)
     fits = free is None or needed.total <= free
     return {
         "device": name,
@@ -107,10 +108,11 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
         "vision": sum(needed.parts.get(part, 0) for part in VISION_PARTS),
         "cache": needed.cache,
         "workspace": needed.workspace,
+        "reserve": needed.reserve,
         "total": needed.total,
         "free": free,
         "fits": fits,
-        "remedies": [] if fits else remedies(blob, context, kv_cache, free),
+        "remedies": [] if fits else remedies(blob, context, kv_cache, free, backend),
     }
 
 
@@ -123,7 +125,7 @@ def _fit_text(memory: dict[str, Any]) -> list[str]:
         f"  with {memory['context']} tokens on {memory['device']}, {memory['kv_cache']} cache: "
         f"{gigabytes('total')} needed, {free}",
         f"    weights {gigabytes('weights')} (vision {gigabytes('vision')}), cache {gigabytes('cache')}, "
-        f"work space {gigabytes('workspace')}",
+        f"work space {gigabytes('workspace')}" + (f", driver {gigabytes('reserve')}" if memory["reserve"] else ""),
     ]
     if not memory["fits"]:
         remedies = " or ".join(memory["remedies"])

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from qvl_runtime.model import Model, load
+from qvl_runtime.loading import load
+from qvl_runtime.model import Model
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
 KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from qvl_kernels.cpu.runner import aligned
+from qvl_kernels.ops import restored
 from qvl_kernels.packing import Matrix, packed_shapes, round_up
 
 CACHE_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
@@ -70,7 +73,7 @@ class CpuCache:
         # Zeroed, because padding is multiplied by zero and must be finite; the system hands the pages out when used.
         self.keys = _zeros((layers, heads, self.padded // 16, self.depth * 16), kind)
         self.values = _zeros((layers, heads, self.padded, self.width), kind)
-        scales = (2, layers, heads, self.padded) if dtype == "int8" else (2, layers, 0, 0)
+        scales = (layers, 2, heads, self.padded) if dtype == "int8" else (layers, 2, 0, 0)
         self.scales = _zeros(scales, np.dtype(np.float32))
 
     @property
@@ -81,18 +84,32 @@ class CpuCache:
         """Keys, values, key scales and value scales of a layer."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer {layer} of a cache of {self.layers}")
-        return tuple(address(a) for a in (self.keys[layer], self.values[layer], *self.scales[:, layer]))
+        return tuple(address(a) for a in (self.keys[layer], self.values[layer], *self.scales[layer]))
 
     def resized(self, capacity: int, length: int) -> CpuCache:
         """A cache of another capacity that holds the first `length` positions of this one."""
         if length > min(capacity, self.capacity):
             raise ValueError(f"{length} positions do not fit from {self.capacity} into {capacity}")
         other = CpuCache(self.layers, self.heads, self.head_dim, capacity, self.dtype)
-        blocks = round_up(length, 16) // 16
-        other.keys[:, :, :blocks] = self.keys[:, :, :blocks]
-        other.values[:, :, :length] = self.values[:, :, :length]
-        other.scales[..., :length] = self.scales[..., :length]
+        for layer in range(self.layers):
+            other.restore(layer, length, self._filled(layer, length))
         return other
+
+    def _filled(self, layer: int, length: int) -> list[np.ndarray]:
+        """The part of a layer's arrays that holds the first `length` positions."""
+        blocks = round_up(length, 16) // 16
+        arrays = [self.keys[layer, :, :blocks], self.values[layer, :, :length]]
+        return [*arrays, self.scales[layer, :, :, :length]] if self.dtype == "int8" else arrays
+
+    def saved(self, layer: int, length: int) -> list[np.ndarray]:
+        """See `KVCache`."""
+        return [np.ascontiguousarray(array) for array in self._filled(layer, length)]
+
+    def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
+        """See `KVCache`."""
+        targets = self._filled(layer, length)
+        for target, array in zip(targets, restored([(t.shape, t.dtype) for t in targets], arrays)):
+            target[...] = array
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qvl_kernels.gpu.cache import cache_bytes
-from qvl_kernels.gpu.memory import plan
+from qvl_kernels.gpu.memory import RESERVE, plan
 from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError
 
@@ -54,4 +54,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["CudaOps", "absent", "available", "cache_bytes", "device_bytes", "plan"]
+__all__ = ["RESERVE", "CudaOps", "absent", "available", "cache_bytes", "device_bytes", "plan"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.launcher import Launcher
 from qvl_kernels.gpu.memory import Memory
 from qvl_kernels.gpu.signatures import ELEMENTS
+from qvl_kernels.ops import restored
 from qvl_kernels.packing import round_up
 
 CACHE_DTYPES = {"fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
@@ -65,6 +67,27 @@ class CudaCache:
         if self.scales is not None:
             self._move(self.scales, other.scales, length)
         return other
+
+    def saved(self, layer: int, length: int) -> list[np.ndarray]:
+        """See `KVCache`."""
+        found = []
+        for array in self._arrays():
+            host = np.empty(array.shape[1:], array.dtype)
+            self.memory.driver.to_host(host, array[layer : layer + 1].address)
+            found.append(np.ascontiguousarray(host[:, :, :length]))
+        return found
+
+    def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
+        """See `KVCache`."""
+        expected = [((*a.shape[1:3], length, *a.shape[4:]), a.dtype) for a in self._arrays()]
+        for array, values in zip(self._arrays(), restored(expected, arrays)):
+            host = np.zeros(array.shape[1:], array.dtype)
+            host[:, :, :length] = values
+            self.memory.driver.to_device(array[layer : layer + 1].address, host)
+        self.memory.driver.synchronize()
+
+    def _arrays(self) -> list[DeviceArray]:
+        return [self.values] if self.scales is None else [self.values, self.scales]
 
     def _move(self, source: DeviceArray, target: DeviceArray, size: int) -> None:
         """Copy the first `size` 16-bit units of every head."""

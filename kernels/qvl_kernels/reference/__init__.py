@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qvl_kernels.ops import Norm
+from qvl_kernels.ops import Norm, restored
 from qvl_kernels.packing import Matrix
 from qvl_kernels.reference.functions import attention, dequantize_kv, erf_gelu, quantize_kv, silu
 
@@ -19,7 +19,7 @@ class ReferenceCache:
     def __init__(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"cache dtype {dtype!r}: expected one of {CACHE_DTYPES}")
-        self.capacity, self.dtype = capacity, dtype
+        self.layers, self.capacity, self.dtype = layers, capacity, dtype
         self.values = np.zeros((layers, 2, heads, capacity, head_dim), np.float32)
 
     @property
@@ -31,6 +31,13 @@ class ReferenceCache:
         other = ReferenceCache(layers, heads, head_dim, capacity, self.dtype)
         other.values[:, :, :, :length] = self.values[:, :, :, :length]
         return other
+
+    def saved(self, layer: int, length: int) -> list[np.ndarray]:
+        return [np.ascontiguousarray(self.values[layer, :, :, :length])]
+
+    def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
+        target = self.values[layer, :, :, :length]
+        (target[...],) = restored([(target.shape, target.dtype)], arrays)
 
     def append(self, layer: int, start: int, k: np.ndarray, v: np.ndarray) -> None:
         """Store k and v, float32 ``[heads, T, head_dim]``, from position `start` on."""

@@ -1,0 +1,83 @@
+"""Opening a `.qvl` file for use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from qvl_runtime.blob import Blob
+from qvl_runtime.budget import KV_CACHES
+from qvl_runtime.devices import backend, check_fit, make_ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.image_cache import MEMORY_BYTES
+from qvl_runtime.model import Model
+
+
+def load(
+    path: str | os.PathLike,
+    device: str = "auto",
+    kv_cache: str = "fp16",
+    *,
+    check: bool = False,
+    activations: str = "auto",
+    context: int | None = None,
+    vision_device: str | None = None,
+    conversations: int = 1,
+    image_cache_bytes: int = MEMORY_BYTES,
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Model:
+    """Open a `.qvl` file.
+
+    Parameters
+    ----------
+    path : path
+        A file made by ``qvl convert``.
+    device : str
+        "auto" (a usable GPU, or else the CPU), "cpu", "cuda", or "reference" (slow, plain numpy).
+    kv_cache : str
+        "fp16", or "int8" for half the memory.
+    check : bool
+        Verify the hash of every tensor first.
+    activations : str
+        On the CPU, the bits that activations have in products of more than 16 rows: "int16", "int8" (about twice as
+        fast), or "auto": int8 for matrices of more than a million weights. With 16 bits a continued conversation
+        answers as one computed anew, to the last bit. With 8 it may choose another of two nearly equal tokens: what
+        was generated was computed one by one, at 16 bits, and would be part of the prompt.
+    context : int, optional
+        Tokens a prompt and its answer may have together; all of the model's window where not given. On a GPU, room
+        for them is made sure of before anything is loaded; where not given, for 2048.
+    vision_device : str, optional
+        Another device for the vision part, as `device`: "cpu" leaves 2 GB of a GPU to the rest.
+    conversations : int
+        How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
+        one of them computes only the rest. 0 computes every prompt anew.
+    image_cache_bytes : int
+        Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
+    cache_dir : path, optional
+        A folder in which these features are kept for other runs as well, 2 GiB of them at most.
+    progress : callable
+        Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
+
+    Raises
+    ------
+    QvlError
+        When the file is damaged or an argument is unknown.
+    DeviceError
+        When the device is missing or too small.
+    """
+    if kv_cache not in KV_CACHES:
+        raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
+    if context is not None and context < 1:
+        raise QvlError(f"context is {context}; expected 1 or more tokens")
+    for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
+        if value < 0:
+            raise QvlError(f"{name} is {value}; expected 0 or more")
+    blob = Blob(path)
+    if check:
+        blob.check()
+    ops = make_ops(device, activations, progress)
+    same = vision_device is None or backend(vision_device)[0] == ops.name
+    vision_ops = ops if same else make_ops(vision_device, activations)
+    check_fit(ops, blob, context, kv_cache, vision=same)
+    return Model(blob, ops, vision_ops, kv_cache, context, activations, conversations, image_cache_bytes, cache_dir)

@@ -1,0 +1,147 @@
+"""A conversation's past on disk: keys and values in a safetensors file, so that it goes on without computing them.
+
+Tensors ``LAYER.PART`` are what `KVCache.saved` gives, in a backend's own layout; the metadata says which tokens and
+pictures they belong to, the NTK factor, and the `identity` of all that computed them. The last tensor is the SHA-256 of
+everything before it. It takes what the cache takes, in Qwen-VL 0.5 MB a token (0.25 MB as int8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvl_kernels.ops import Ops
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+from qvl_runtime.files import replacing
+from qvl_runtime.kv_cache import Context, Key
+from qvl_runtime.tensorfile import DTYPES, TensorFile
+
+FORMAT = "qvl past 1"
+DIGEST = "digest"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def identity(blob: Blob, ops: Ops, activations: str, kv_cache: str) -> str:
+    """Names what keys and values depend on besides the prompt: weights, config, arithmetic, and how they are kept."""
+    facts = [FORMAT, blob.hashes(), blob.config.to_dict(), ops.name, activations, kv_cache]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def write(path: str | os.PathLike, context: Context, keys: Sequence[Key], identity: str) -> None:
+    """Save the positions of `context` that `keys` describe.
+
+    Raises
+    ------
+    QvlError
+        When the file cannot be written; an older one is then left as it is.
+    """
+    store, length = context.store, len(keys)
+    parts, entries, offset = store.saved(0, length), {}, 0
+    for layer, (part, array) in itertools.product(range(store.layers), enumerate(parts)):
+        entries[f"{layer}.{part}"] = _entry(array, offset)
+        offset += array.nbytes
+    entries[DIGEST] = _entry(np.empty(32, np.uint8), offset)
+    facts = {"format": FORMAT, "identity": identity, "alpha": str(context.alpha), "keys": json.dumps(_runs(keys))}
+    header = json.dumps({"__metadata__": facts, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    try:
+        with replacing(path) as file:
+
+            def put(data: bytes | np.ndarray) -> None:
+                file.write(data)
+                digest.update(data)
+
+            put(len(header).to_bytes(8, "little"))
+            put(header)
+            for layer in range(store.layers):
+                for array in store.saved(layer, length):
+                    put(array)
+            file.write(digest.digest())
+    except OSError as error:
+        raise QvlError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What `read` found.
+
+    Attributes
+    ----------
+    keys : list of Key
+        What each position was computed from.
+    alpha : int
+        The NTK factor.
+    """
+
+    keys: list[Key]
+    alpha: int
+    _file: TensorFile
+
+    def restore(self, context: Context) -> None:
+        """Put everything into a context.
+
+        Raises
+        ------
+        QvlError
+            Where it does not fit the context's cache, which is left empty.
+        """
+        context.truncate(0)
+        context.rotate(self.alpha)
+        context.reserve(len(self.keys))
+        layers, names = context.store.layers, [name for name in self._file.entries if name != DIGEST]
+        parts = len(names) // layers
+        try:
+            for layer in range(layers):
+                arrays = [self._file.array(name) for name in names[layer * parts : (layer + 1) * parts]]
+                context.store.restore(layer, len(self.keys), arrays)
+        except ValueError:
+            raise QvlError(f"{self._file.path}: its keys and values are of another shape than this model's") from None
+        context.truncate(len(self.keys))
+
+
+def read(path: str | os.PathLike, identity: str) -> Past:
+    """Open what `write` wrote, and check all of it.
+
+    Raises
+    ------
+    QvlError
+        When it is no such file, is damaged, or belongs to another `identity`.
+    """
+    file = TensorFile(path)
+    facts = file.metadata
+    if facts.get("format") != FORMAT or DIGEST not in file:
+        raise QvlError(f"{path}: holds no keys and values of a conversation saved by this version")
+    if facts.get("identity") != identity:
+        raise QvlError(f"{path}: its keys and values are of another model, device, or way of keeping them")
+    if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
+        raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
+    return Past(_unrolled(json.loads(facts["keys"])), int(facts["alpha"]), file)
+
+
+def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
+    where = [offset, offset + array.nbytes]
+    return {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
+
+
+def _runs(keys: Sequence[Key]) -> list[int | list]:
+    """Tokens as they are, a picture as its hash and how often it stands there."""
+    found: list[int | list] = []
+    for key, run in itertools.groupby(keys):
+        count = sum(1 for _ in run)
+        found += [[key.hex(), count]] if isinstance(key, bytes) else [key] * count
+    return found
+
+
+def _unrolled(runs: list[int | list]) -> list[Key]:
+    keys: list[Key] = []
+    for run in runs:
+        keys += [run] if isinstance(run, int) else [bytes.fromhex(run[0])] * run[1]
+    return keys

@@ -1,0 +1,135 @@
+"""A past that was saved goes on as if it had never left memory; one that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import qvl_runtime as qvl
+from qvl_runtime.errors import QvlError
+from qvl_runtime.past import _runs, _unrolled
+from qvl_runtime.tensorfile import TensorFile
+
+PICTURE = "images/rgb_odd.png"
+GREEDY = {"temperature": 0, "max_new_tokens": 8, "logprobs": 2}
+
+
+@pytest.fixture
+def load(blob):
+    """``load(kv_cache, variant, …)``: a model that was just loaded."""
+
+    def make(kv_cache="fp16", variant="base", device="cpu", bits=16, **options):
+        return qvl.load(blob("tiny-vl", variant, bits=bits), device=device, kv_cache=kv_cache, **options)
+
+    return make
+
+
+def _talk(model) -> list:
+    history = model.chat(f"<img>{PICTURE}</img>What is this?", **GREEDY).history
+    return model.chat("And where is it?", history, **GREEDY).history
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+@pytest.mark.parametrize("variant", ["base", "long"])
+def test_a_loaded_past_goes_on_as_the_one_in_memory(load, in_golden, tmp_path, kv_cache, variant, device):
+    """The variant "long" has another NTK factor than 1."""
+    model, file = load(kv_cache, variant, device), tmp_path / "past"
+    history = _talk(model)
+    saved = model.save_past(file, history)
+    assert saved > 256 and file.stat().st_mode & 0o077 == 0
+    other = load(kv_cache, variant, device)
+    assert other.load_past(file) == saved
+    answers = [m.chat("What else?", history, **GREEDY) for m in (model, other)]
+    assert answers[0].token_ids == answers[1].token_ids and answers[0].logprobs == answers[1].logprobs
+    assert answers[1].timings.kept_tokens >= saved and answers[1].timings.kept_images == 1
+    if device == "cpu":
+        fresh = load(kv_cache, variant, conversations=0).chat("What else?", history, **GREEDY)
+        assert fresh.logprobs == answers[1].logprobs
+    assert set(load_file(file)) > {"0.0", "1.0"}, "any safetensors tool opens it"
+
+
+def test_only_what_belongs_to_the_conversation_is_saved(load, in_golden, tmp_path):
+    model, file = load(), tmp_path / "past"
+    history = _talk(model)
+    (shorter,) = history[:1]
+    saved = model.save_past(file, [shorter])
+    assert saved < model.save_past(tmp_path / "whole", history)
+    assert load().load_past(file) == saved
+    assert "And where" not in model.tokenizer.decode([k for k in _keys(file) if isinstance(k, int)])
+    assert load().save_past(tmp_path / "nothing", history) == 0
+    assert not (tmp_path / "nothing").exists()
+
+
+def _keys(file) -> list:
+    return _unrolled(json.loads(TensorFile(file).metadata["keys"]))
+
+
+def test_a_past_of_something_else_is_refused(load, in_golden, tmp_path):
+    model, file = load(), tmp_path / "past"
+    history = _talk(model)
+    model.save_past(file, history)
+    others = (
+        load("int8"),
+        load(device="reference"),
+        load(activations="int8"),
+        load(bits=4),
+        load(variant="long"),
+    )
+    for other in others:
+        with pytest.raises(QvlError, match=r"past: .* another model, device, or way"):
+            other.load_past(file)
+        assert other.chat("What else?", history, **GREEDY).timings.kept_tokens == 0
+    for text in (b"", b"no safetensors file"):
+        (tmp_path / "bad").write_bytes(text)
+        with pytest.raises(QvlError, match="bad: "):
+            model.load_past(tmp_path / "bad")
+    with pytest.raises(QvlError, match="holds no keys and values"):
+        model.load_past(model.blob.path)
+    with pytest.raises(QvlError, match="no such file"):
+        model.load_past(tmp_path / "nowhere")
+
+
+def test_every_byte_is_guarded(load, in_golden, tmp_path):
+    model, file = load(), tmp_path / "past"
+    history = model.chat("Hello", **GREEDY).history
+    model.save_past(file, history)
+    right, fresh = file.read_bytes(), load()
+    for position in [*range(0, 2000, 97), *np.random.default_rng(0).integers(0, len(right), 40), len(right) - 1]:
+        file.write_bytes(right[:position] + bytes([right[position] ^ 1]) + right[position + 1 :])
+        with pytest.raises(QvlError, match="past: "):
+            fresh.load_past(file)
+    for length in (len(right) - 1, len(right) // 2, 9, 0):
+        file.write_bytes(right[:length])
+        with pytest.raises(QvlError, match="past: "):
+            fresh.load_past(file)
+    file.write_bytes(right)
+    assert fresh.load_past(file) > 0
+
+
+def test_a_write_that_fails_leaves_the_older_file(load, in_golden, tmp_path, monkeypatch):
+    model, file = load(), tmp_path / "past"
+    history = model.chat("Hello", **GREEDY).history
+    model.save_past(file, history)
+    right = file.read_bytes()
+
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(QvlError, match=r"cannot be written .No space left"):
+            model.save_past(file, history)
+    assert file.read_bytes() == right and list(tmp_path.iterdir()) == [file]
+    assert model.chat("And?", history, **GREEDY).timings.kept_tokens > 0, "the session is still there"
+    with pytest.raises(QvlError, match="cannot be written"):
+        model.save_past(tmp_path / "no" / "folder", history)
+
+
+def test_keys_are_written_in_runs():
+    keys = [1, 1, 2, b"a" * 32, b"a" * 32, b"b" * 32, 3]
+    assert len(_runs(keys)) == 6
+    assert _unrolled(json.loads(json.dumps(_runs(keys)))) == keys
