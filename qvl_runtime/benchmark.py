@@ -57,7 +57,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     """
     random = np.random.default_rng(0)
     session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, threading.RLock())
-    decode_bytes = _bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
+    decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
     products = 2 * prompt_tokens * _decoder_weights(model)
     seen: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
@@ -116,7 +116,7 @@ def _limits(ops: Ops, nbytes: int) -> dict[str, float]:
     return {"bandwidth": memory.nbytes / seconds, "int8_peak": byte_products_per_second(ops)}
 
 
-def _bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
+def bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
     sizes = model.blob.part_sizes()
     return sizes["decoder"] + sizes["head"] + cache_bytes(model.config, context, kv_cache)
 

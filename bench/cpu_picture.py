@@ -1,0 +1,74 @@
+"""A picture through our ViT and adapter beside the same network in PyTorch bf16, taking turns in one process.
+
+    pip install torch
+    python bench/cpu_picture.py MODEL.qvl [--threads 2] [--rounds 3] [--realtime]
+
+PyTorch's network is `demo_model/model.py` with the published shapes and random weights. Peak memory is not told apart.
+A table, then one JSON document as the last line; the ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from datetime import date
+
+import numpy as np
+import torch
+from cpu_llama import undisturbed
+from demo_model import model as network
+from synthetic import published_config
+
+from qvl_runtime import load
+from qvl_runtime.benchmark import machine
+
+
+def their_tower(visual: dict) -> network.VisionTower:
+    """In bf16, with random weights."""
+    resample, before = network.resample_grid, torch.get_default_dtype()
+    # Positions are resampled in float32 and, where nothing casts by itself, have to come back.
+    network.resample_grid = lambda table, cells: resample(table, cells).to(table.dtype)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return network.VisionTower(**visual).bfloat16().eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    arguments = parser.parse_args()
+    os.environ["QVL_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    ours, theirs = load(arguments.model, device="cpu"), their_tower(published_config()["visual"])
+    side, random = ours.config.visual.image_size, np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {"ours": [], "torch bf16": []}
+    for turn in range(arguments.rounds + 1):
+        if arguments.realtime and turn == 1:
+            undisturbed()
+        picture = random.integers(0, 256, (side, side, 3), np.uint8)
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].bfloat16() / 128 - 1
+        begin = time.perf_counter()
+        ours.encode_image(picture)
+        middle = time.perf_counter()
+        with torch.inference_mode():
+            theirs(pixels)
+        for name, taken in zip(seconds, (middle - begin, time.perf_counter() - middle)):
+            seconds[name].append(taken)
+    # The first round warms caches and finds the pages of the file.
+    kept = {name: np.array(values[1:]) for name, values in seconds.items()}
+    row = {name: float(np.median(values)) for name, values in kept.items()}
+    row["ours / torch"] = float(np.median(kept["ours"] / kept["torch bf16"]))
+    print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
+    conditions = {"date": date.today().isoformat(), "machine": machine(), "torch": torch.__version__}
+    print(json.dumps({**conditions, "threads": arguments.threads, "rounds": arguments.rounds, "results": row}))
+
+
+if __name__ == "__main__":
+    main()
