@@ -196,8 +196,10 @@ class Sessions:
         return length
 
     def load(self, path: str | os.PathLike, identity: str) -> int:
-        """Make a session of what `save` wrote; returns how many positions it has."""
+        """Make a session of what `save` wrote; returns how many positions it has: none where nothing is kept."""
         found = past.read(path, identity)
+        if not self._limit:
+            return 0
         with self._device:
             session = Session(self._decoder, self._dtype, len(found.keys), self._device)
         session.resume(found)

@@ -108,6 +108,7 @@ def test_every_byte_is_guarded(load, in_golden, tmp_path):
             fresh.load_past(file)
     file.write_bytes(right)
     assert fresh.load_past(file) > 0
+    assert load(conversations=0).load_past(file) == 0
 
 
 def test_a_write_that_fails_leaves_the_older_file(load, in_golden, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from qvl_runtime.model import Model
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
 KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]
-Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact) or int8 (fast).")]
+Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact, turn by turn) or int8 (fast).")]
 ContextTokens = Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")]
 VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
 

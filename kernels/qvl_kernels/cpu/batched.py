@@ -52,9 +52,9 @@ def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
 
 
 def attends_alone(cache: CpuCache, rows: int, activations: str) -> bool:
-    """Whether so many queries go one by one over the cache, which is the faster way for a few and adds up otherwise.
+    """Whether so many queries go over the cache by `cached`, which is the fastest for a few and adds up otherwise.
 
-    Where products are exact the other way is taken always, so that a row's result is the same among any others.
+    Where products are exact `cached_attention` is taken always, so that a row's result is the same among any others.
     """
     exact = activations == "int16" or (activations == "auto" and cache.heads * cache.head_dim < SMALL_WIDTH)
     return rows <= FEW and not exact
@@ -110,12 +110,19 @@ def product(
 def cached_attention(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
-    """`Ops.cached_attention`; `factor`: what turns q . k into a power of two, as a word."""
+    """`Ops.cached_attention`, of one query as among many; `factor`: what turns q . k into a power of two, as a word."""
     d = cache.head_dim
+    scratch = _attention_scratch(to, d, tiles.attention_scratch_bytes(d))
+    if len(qkv) == 1:
+        to.add(
+            f"row_attention_{cache.dtype}", to.counters, address(qkv), cache.heads, d, *cache.addresses(layer),
+            cache.depth, cache.width, cache.padded, address(start), address(out), factor, *scratch,
+        )  # fmt: skip
+        return
     to.add(
         "block_attention", to.counters, address(qkv), 3 * cache.heads * d, d, len(qkv), cache.heads, d,
         CACHE_KINDS[cache.dtype], *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start),
-        address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
+        address(out), factor, *scratch,
     )  # fmt: skip
 
 

@@ -28,15 +28,19 @@ class CpuOps:
     threads : int, optional
         Threads to compute with; by default ``QVL_THREADS``, else all processors this process may use.
     activations : {"auto", "int16", "int8"}
-        How activations enter products of quantised weights with more than 16 rows at once. "int16": two int8 planes,
-        relative error below 1e-4, and a row's result does not depend on its neighbours. "int8": a scale for 32
-        columns, relative error 0.5 to 1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and
-        vision attention in 16-bit integers, below 0.05%, where the processor is fast at it. "auto": int16 for
-        matrices (and exact attention for keys) below a million values, int8 for others.
-        Up to 16 rows are int16 always: their cost is reading the weights.
+        How activations enter products of quantised weights with more than 16 rows at once. "int16": two int8 planes
+        with a scale for 128 columns, relative error below 1e-4. "int8": a scale for 32 columns, relative error 0.5 to
+        1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and vision attention in 16-bit integers,
+        below 0.05%, where the processor is fast at it. "auto": int16 for matrices (and exact attention for keys) below
+        a million values, int8 for others. Up to 16 rows are int16 always: their cost is reading the weights.
 
     Notes
     -----
+    With 16-bit activations a row's result is the same, to the last bit, whatever rows are computed with it: products,
+    also of fp16 weights, and attention over the cache add up in one order. A prompt may then be cut anywhere, and a
+    continued conversation equals one computed anew. With 8-bit activations it may not, where two tokens are nearly
+    equal: up to 16 rows, such as the tokens of an earlier answer, are computed with 16 bits.
+
     Constructing it compiles the kernels if this machine has not done so before. Several Python threads may share one
     instance: their operations (and replayed captures) follow one another.
     """
