@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,21 @@ def test_everything_around_a_product(cpu, rng, bits, kind):
     ops.linear(x, ops.weight(w), inplace, residual=inplace)
     REFERENCE.linear(x, w, want, residual=residual)
     assert error(inplace, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gelu_alone(cpu, rows):
+    """A product with the identity, in float32: what is left is the error of GELU, also far out."""
+    n = 64
+    x = np.linspace(-9, 9, rows * n, dtype=np.float32).reshape(rows, n)
+    x[0, :6] = [-1000, -20, -0.0, 0, 20, 1000]
+    out = poisoned(rows, n)
+    w = cpu["int16"].weight(Matrix(n, n, 16, 128, np.eye(n, dtype=np.float16)))
+    cpu["int16"].linear(x, w, out, gelu=True)
+    exact = x.astype(np.float64)
+    want = exact * 0.5 * (1 + np.vectorize(math.erf)(exact / math.sqrt(2)))
+    np.testing.assert_allclose(out, want, rtol=3e-7, atol=2e-6)
+    assert np.array_equal(out[0, :6], [0, 0, 0, 0, 20, 1000])
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

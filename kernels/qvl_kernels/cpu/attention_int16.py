@@ -30,6 +30,7 @@ from qvl_kernels.cpu.simd import (
     loads,
     max_all,
     maximum,
+    piece,
     put_f32,
     put_i32,
     rint,
@@ -52,9 +53,35 @@ LOWEST = float32(-1e30)
 ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
 
 load, zero, splat, words = loads("f32", 16), zeros("f32", 16), splats("f32", 16), rows("i32", 16, 16)
+four, no_four, no_four_i32 = loads("f32", 16, 4), zeros("f32", 16, 4), zeros("i32", 16, 4)
 lanes_i32, lanes_f32 = loads("i32", LANES), loads("f32", LANES)
 no_sums, spread = zeros("i32", LANES, PAIR_TOKENS), spreads("f32", LANES, PAIR_TOKENS)
 out_rows = rows("f32", LANES, PAIR_TOKENS)
+
+
+def _multiply_pairs(b, total, x, y):
+    """Emit ``total + x . y``: pairs of int16 in each lane."""
+    wide = total.type
+    if UNSHIFTED:
+        operand = ir.VectorType(ir.IntType(16), 2 * wide.count) if NARROW_OPERANDS else wide
+        kind = ir.FunctionType(wide, [wide, operand, operand])
+        function = get_or_insert_function(b.module, kind, f"llvm.x86.avx512.vpdpwssd.{32 * wide.count}")
+        return b.call(function, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
+    sixteen = ir.Constant(wide, [16] * wide.count)
+    low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
+    return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
+
+
+def _spread_pairs(b, wide, count, address, step):
+    """Emit loads of the words at ``address + i * step``, each in every lane; a generator, for one at a time."""
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    step = b.sext(step, i64) if step.type.width < 64 else step
+    lanes = ir.Constant(ir.VectorType(i32, wide.count), [0] * wide.count)
+    for _ in range(count):
+        word = b.load(b.inttoptr(address, i32.as_pointer()), align=1)
+        one = b.insert_element(ir.Constant(wide, ir.Undefined), word, ir.Constant(i32, 0))
+        yield b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), lanes)
+        address = b.add(address, step)
 
 
 @intrinsic
@@ -64,41 +91,37 @@ def dot_pairs(typing, p, q, u, v, addr, stride):
 
     def codegen(context, b, sig, args):
         p_, q_, u_, v_, address, step = args
-        i16, i32, i64 = (ir.IntType(bits) for bits in (16, 32, 64))
-        wide, index = p.vector, ir.VectorType(i32, p.n)
-        shorts = ir.VectorType(i16, 2 * p.n)
-        step = b.sext(step, i64) if step.type.width < 64 else step
-
-        def multiply(total, x, y):
-            if UNSHIFTED:
-                operand = shorts if NARROW_OPERANDS else wide
-                kind = ir.FunctionType(wide, [wide, operand, operand])
-                name = f"llvm.x86.avx512.vpdpwssd.{32 * p.n}"
-                function = get_or_insert_function(b.module, kind, name)
-                return b.call(function, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
-            sixteen = ir.Constant(wide, [16] * p.n)
-            low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
-            return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
-
-        for i in range(p.m):
-            word = b.load(b.inttoptr(address, i32.as_pointer()), align=1)
-            one = b.insert_element(ir.Constant(wide, ir.Undefined), word, ir.Constant(i32, 0))
-            x = b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), ir.Constant(index, [0] * p.n))
-            p_ = b.insert_value(p_, multiply(b.extract_value(p_, i), u_, x), i)
-            q_ = b.insert_value(q_, multiply(b.extract_value(q_, i), v_, x), i)
-            address = b.add(address, step)
+        for i, x in enumerate(_spread_pairs(b, p.vector, p.m, address, step)):
+            p_ = b.insert_value(p_, _multiply_pairs(b, b.extract_value(p_, i), u_, x), i)
+            q_ = b.insert_value(q_, _multiply_pairs(b, b.extract_value(q_, i), v_, x), i)
         return context.make_tuple(b, result, [p_, q_])
 
     return result(p, q, u, v, addr, stride), codegen
 
 
 @intrinsic
+def dot_pairs_narrow(typing, p, u, addr, stride):
+    """``p[i] + u . x``."""
+
+    def codegen(context, b, sig, args):
+        p_, u_, address, step = args
+        for i, x in enumerate(_spread_pairs(b, p.vector, p.m, address, step)):
+            p_ = b.insert_value(p_, _multiply_pairs(b, b.extract_value(p_, i), u_, x), i)
+        return p_
+
+    return p(p, u, addr, stride), codegen
+
+
+@intrinsic
 def store_shorts(typing, addr, v):
-    """Write one i32 vector as its low halves."""
+    """Write i32 vectors, one behind the other, as their low halves."""
 
     def codegen(context, b, sig, args):
         half = ir.VectorType(ir.IntType(16), v.n)
-        b.store(b.trunc(args[1], half), b.inttoptr(args[0], half.as_pointer()), align=1)
+        for i in range(v.m):
+            address = b.add(args[0], ir.Constant(args[0].type, 2 * v.n * i))
+            vector = b.extract_value(args[1], i) if v.m > 1 else args[1]
+            b.store(b.trunc(vector, half), b.inttoptr(address, half.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.none(addr, v), codegen
@@ -174,16 +197,22 @@ def hold_keys(source, row, held, d, mean, target, scales, buffer):
 
 
 @routine
-def hold_values(source, row, held, d, target, scales):
+def hold_values(source, row, held, d, target, scales, inverses):
     """Values as pairs of rows ``[held / 2, padded, 2]``, and the columns' scales."""
     padded = (d + 15) // 16 * 16
     for c in range(0, d, 16):
-        largest = splat(float32(1e-30))
-        for i in range(held):
-            largest = maximum(largest, absolute(take(source + i * row + 4 * c, d - c)))
+        store(inverses + 4 * c, splat(float32(1e-30)))
+    for i in range(held):
+        for c in range(0, d, 16):
+            largest = maximum(load(inverses + 4 * c), absolute(take(source + i * row + 4 * c, d - c)))
+            store(inverses + 4 * c, largest)
+    for c in range(0, d, 16):
+        largest = load(inverses + 4 * c)
         store(scales + 4 * c, largest * (float32(1) / VALUE_LIMIT))
-        inverse = VALUE_LIMIT / largest
-        for i in range(0, held, 2):
+        store(inverses + 4 * c, VALUE_LIMIT / largest)
+    for i in range(0, held, 2):
+        for c in range(0, d, 16):
+            inverse = load(inverses + 4 * c)
             low = rint(take(source + i * row + 4 * c, d - c) * inverse)
             high = rint(take(source + (i + 1) * row + 4 * c, d - c) * inverse if i + 1 < held else zero())
             store(target + 2 * i * padded + 4 * c, pair(low, high))
@@ -200,36 +229,59 @@ def multiply(w, w_step, x, x_step, x_row, count):
 
 
 @routine
-def weigh(scores, held, weights, state, out, padded, scale_at):
-    """Scores of one row to int16 weights, and their scale; rescales what the row has accumulated."""
-    for j in range(held, (held + 15) // 16 * 16):
+def multiply_narrow(w, w_step, x, x_step, x_row, count):
+    a = no_sums()
+    for _ in range(count):
+        a = dot_pairs_narrow(a, lanes_i32(w), x, x_row)
+        w += w_step
+        x += x_step
+    return a
+
+
+@routine
+def total_of(v):
+    """The sum of a block of four vectors."""
+    return (piece(v, 0) + piece(v, 1)) + (piece(v, 2) + piece(v, 3))
+
+
+@routine
+def weigh(scores, held, scale, weights, state, out, padded, scale_at):
+    """Scores of one row, over `scale`, to int16 weights, and their scale; rescales what the row has accumulated."""
+    limit = (held + 63) // 64 * 64
+    for j in range(held, limit):
         put_f32(scores + 4 * j, LOWEST)
-    best = splat(LOWEST)
-    for i in range(0, held, 16):
-        best = maximum(best, load(scores + 4 * i))
+    best = four(scores)
+    for i in range(64, limit, 64):
+        best = maximum(best, four(scores + 4 * i))
+    best = maximum(maximum(piece(best, 0), piece(best, 1)), maximum(piece(best, 2), piece(best, 3)))
     old = get_f32(state)
-    top = max(max_all(best), old)
+    top = max(max_all(best) * scale, old)
     if top > old:
         put_f32(state, top)
         factor = exp2(splat(old - top))
         put_f32(state + 4, get_f32(state + 4) * max_all(factor))
         for c in range(0, padded, 16):
             store(out + 4 * c, load(out + 4 * c) * factor)
-    total = zero()
-    for i in range(0, held, 16):
-        p = exp2(load(scores + 4 * i) - top)
+    total = no_four()
+    for i in range(0, limit, 64):
+        p = exp2(four(scores + 4 * i) * scale - top)
         total = total + p
         store(scores + 4 * i, p)
-    scale = min(LIMIT, WEIGHTS_LIMIT / sum_all(total))
-    total = zero()
-    for i in range(0, held, 16):
-        p = rint(load(scores + 4 * i) * scale)
-        total = total + to_f32(p)
+    scale = min(LIMIT, WEIGHTS_LIMIT / sum_all(total_of(total)))
+    rounded = no_four_i32()
+    for i in range(0, limit, 64):
+        p = rint(four(scores + 4 * i) * scale)
+        rounded = rounded + p
         store_shorts(weights + 2 * i, p)
     scale = float32(1) / scale
     put_f32(scale_at, scale)
     # Of the rounded weights: what all of them lost is not missing from the mean.
-    put_f32(state + 4, get_f32(state + 4) + sum_all(total) * scale)
+    put_f32(state + 4, get_f32(state + 4) + float32(sum_all(total_of(rounded))) * scale)
+
+
+@routine
+def add_values(sums, scale, y, value_scales, padded):
+    store_rows(y, fma(to_f32(sums) * scale, lanes_f32(value_scales), out_rows(y, 4 * padded)), 4 * padded)
 
 
 @routine
@@ -238,27 +290,28 @@ def attend(scratch, d, count, held, key_scales, value_scales, weight_scales):
     queries, keys, values, scores, weights, out, state, query_scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     for first in range(0, count, PAIR_TOKENS):
-        x, scale = queries + 4 * first * pairs, spread(query_scales + 4 * first, 4)
+        x = queries + 4 * first * pairs
         for column in range(0, held, 32):
             for i in range(column, column + 32, WIDTH):
                 w = keys + 4 * (column * pairs + i - column)
                 a, b = multiply(w, 128, x, 4 * PAIR_TOKENS, 4, (d + 1) // 2)
-                store_rows(scores + 4 * i, to_f32(a) * scale * lanes_f32(key_scales + 4 * i), ROW)
+                store_rows(scores + 4 * i, to_f32(a) * lanes_f32(key_scales + 4 * i), ROW)
                 other = i + LANES
-                store_rows(scores + 4 * other, to_f32(b) * scale * lanes_f32(key_scales + 4 * other), ROW)
+                store_rows(scores + 4 * other, to_f32(b) * lanes_f32(key_scales + 4 * other), ROW)
         target = out + 4 * first * padded
         for m in range(PAIR_TOKENS):
             row = target + 4 * m * padded
-            weigh(scores + m * ROW, held, weights + m * WEIGHT_ROW, state + 8 * (first + m), row, padded,
-                  weight_scales + 4 * m)  # fmt: skip
+            weigh(scores + m * ROW, held, get_f32(query_scales + 4 * (first + m)), weights + m * WEIGHT_ROW,
+                  state + 8 * (first + m), row, padded, weight_scales + 4 * m)  # fmt: skip
         scale = spread(weight_scales, 4)
-        for c in range(0, padded, WIDTH):
+        whole = padded // WIDTH * WIDTH
+        for c in range(0, whole, WIDTH):
             a, b = multiply(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
-            y, s = target + 4 * c, value_scales + 4 * c
-            store_rows(y, fma(to_f32(a) * scale, lanes_f32(s), out_rows(y, 4 * padded)), 4 * padded)
-            if c + LANES < padded:
-                y, s = y + 4 * LANES, s + 4 * LANES
-                store_rows(y, fma(to_f32(b) * scale, lanes_f32(s), out_rows(y, 4 * padded)), 4 * padded)
+            add_values(a, scale, target + 4 * c, value_scales + 4 * c, padded)
+            add_values(b, scale, target + 4 * (c + LANES), value_scales + 4 * (c + LANES), padded)
+        for c in range(whole, padded, LANES):
+            a = multiply_narrow(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
+            add_values(a, scale, target + 4 * c, value_scales + 4 * c, padded)
 
 
 @routine
@@ -306,7 +359,7 @@ def block_attention_int16(args, thread, threads):
                 held = min(KEYS, length - first)
                 hold_keys(source + first * rows_apart, rows_apart, held, d, mean, keys, key_scales, buffer)
                 where = v + 4 * (first * k_row + head * k_head)
-                hold_values(where, rows_apart, held, d, values, value_scales)
+                hold_values(where, rows_apart, held, d, values, value_scales, buffer)
                 attend(scratch, d, count, held, key_scales, value_scales, weight_scales)
             for i in range(count):
                 scale = float32(1) / get_f32(state + 8 * i + 4)

@@ -10,7 +10,7 @@ HELD_TILES = 128
 """Such tiles at most."""
 FLOAT_TOKENS = 6
 """Queries in a tile of attention in float32."""
-PAIR_TOKENS, PAIR_QUERIES = 6, 384
+PAIR_TOKENS, PAIR_QUERIES = 6, 528
 """Queries in a tile, and in a task, of attention in 16-bit integers."""
 QUERIES = 192
 """Queries of an attention task."""
