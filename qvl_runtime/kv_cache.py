@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from qvl_kernels.ops import Ops
+from qvl_kernels.ops import KVCache, Ops
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.positions import logn_table, ntk_alpha, rotary_table
 
@@ -38,9 +38,8 @@ class Context:
         self.ops, self.config = ops, config
         self.window = config.max_position_embeddings
         self._layers = config.num_hidden_layers if layers is None else layers
-        self.store = ops.kv_cache(
-            self._layers, config.num_attention_heads, config.head_dim, self._pages(capacity), dtype
-        )
+        self._dtype = dtype
+        self.store = self._empty(capacity)
         self.start = ops.upload(np.zeros(1, np.int32))
         rope = _rotary(self._pages(self.window), 1, config)
         self.rope = ops.empty(rope.shape)  # not uploaded: that may share memory, and this table is overwritten
@@ -50,6 +49,10 @@ class Context:
 
     def _pages(self, capacity: int) -> int:
         return min(-(-capacity // PAGE) * PAGE, max(self.window, PAGE))
+
+    def _empty(self, capacity: int) -> KVCache:
+        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+        return self.ops.kv_cache(self._layers, heads, head_dim, self._pages(capacity), self._dtype)
 
     def layer(self, index: int) -> int:
         """Where a layer's keys lie: a context of fewer layers than the model reuses them in turn."""
@@ -77,7 +80,14 @@ class Context:
         A cache grows by half at least, so that a long conversation is not copied at every turn.
         """
         if capacity > self.store.capacity:
-            self.store = self.store.resized(self._pages(max(capacity, self.store.capacity * 3 // 2)), self.length)
+            # While it moves, the past is in neither cache: an interrupt or a lack of memory must not leave half of it.
+            length, self.length = self.length, 0
+            try:
+                self.store = self.store.resized(self._pages(max(capacity, self.store.capacity * 3 // 2)), length)
+            except BaseException:
+                self.store = self._empty(PAGE)
+                raise
+            self.length = length
 
     def advance(self, count: int) -> None:
         """Count `count` more positions as filled."""

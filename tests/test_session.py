@@ -13,6 +13,7 @@ import pytest
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_kernels.cpu.arrays import CpuCache
 from qvl_runtime.session import Sessions
 
 CONVERSATIONS = int(os.environ.get("QVL_TEST_CONVERSATIONS", "12"))
@@ -222,6 +223,26 @@ def test_an_error_at_any_point_leaves_a_sound_session(operation, pair, monkeypat
         ids = ids[:30] if attempt % 2 else [*ids, *said[:-1], 50, 51, 52]
         answer = model.generate(ids, max_new_tokens=8)
         _same(answer, fresh.generate(ids, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_error_while_the_cache_grows_leaves_a_sound_session(pair, monkeypatch, moved):
+    model, fresh = pair()
+    ids = [int(i) for i in np.random.default_rng(2).integers(32, 127, 700)]
+    model.generate(ids[:200], max_new_tokens=8)
+    right = CpuCache.resized
+
+    def failing(self, *arguments):
+        if moved:
+            right(self, *arguments)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuCache, "resized", failing)
+        with pytest.raises(MemoryError):
+            model.generate(ids, max_new_tokens=8)
+    for count in (200, 700):
+        _same(model.generate(ids[:count], max_new_tokens=8), fresh.generate(ids[:count], max_new_tokens=8))
 
 
 def test_a_constraint_that_fails_ends_only_its_answer(pair):

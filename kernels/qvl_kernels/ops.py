@@ -49,7 +49,7 @@ class KVCache(Protocol):
     nbytes: int
 
     def resized(self, capacity: int, length: int) -> KVCache:
-        """A cache of another capacity that holds the first `length` positions of this one."""
+        """A cache of another capacity that holds the first `length` positions of this one, which may be void then."""
 
     def saved(self, layer: int, length: int) -> list[np.ndarray]:
         """The first `length` positions of a layer, for `restore`: contiguous, in the backend's own layout."""

@@ -91,8 +91,11 @@ class CpuCache:
         if length > min(capacity, self.capacity):
             raise ValueError(f"{length} positions do not fit from {self.capacity} into {capacity}")
         other = CpuCache(self.layers, self.heads, self.head_dim, capacity, self.dtype)
-        for layer in range(self.layers):
-            other.restore(layer, length, self._filled(layer, length))
+        blocks = round_up(length, 16) // 16
+        # One array after the other, so that keys and values do not both lie in memory twice.
+        other.keys[:, :, :blocks], self.keys = self.keys[:, :, :blocks], None
+        other.values[:, :, :length], self.values = self.values[:, :, :length], None
+        other.scales[..., :length], self.scales = self.scales[..., :length], None
         return other
 
     def _filled(self, layer: int, length: int) -> list[np.ndarray]:
