@@ -6,8 +6,8 @@ turn    one picture and 300 tokens of history, then a question of 20: seconds to
         new session that knows the picture, and of the next turn.
 repeat  an answer that quotes 96 tokens of its prompt, with and without guesses, in turns. A form dictates the answer,
         so that the weights need not be those of a model that can quote.
-long    200 turns with 50 pictures: seconds a turn over time, and how far memory grows beside what was announced for
-        keys and values of a full window, work space and features. For a small model.
+long    200 turns with 50 pictures: seconds a turn over time, and how far memory grows, beside what `qvl info` tells
+        of a full window and the limit of features. For a small model.
 
 A table, then one JSON document as the last line.
 """
@@ -19,12 +19,14 @@ import json
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import qvl_runtime as qvl
 from qvl_runtime.budget import budget
@@ -131,16 +133,20 @@ def bench_repeat(path: Path, options: dict, repeats: int) -> dict:
     }
 
 
-def bench_long(path: Path, options: dict, turns: int = 200, pictures: int = 50) -> dict:
+def bench_long(path: Path, options: dict, folder: Path, turns: int = 200, pictures: int = 50) -> dict:
     rng = np.random.default_rng(2)
     features = 16 << 20
     model = qvl.load(path, image_cache_bytes=features, **options)
     needed = budget(model.blob, model.window, options["kv_cache"])
-    announced, loaded = needed.cache + needed.workspace + features, peak_bytes()
+    announced, loaded = needed.total + features, peak_bytes()
     history, rows = [], []
     for turn in range(turns):
         query = f"Question {turn}: " + " ".join(map(str, rng.integers(0, 999, 12)))
-        images = [rng.integers(0, 255, (448, 448, 3), np.uint8)] if turn % (turns // pictures) == 0 else None
+        images = []
+        if turn % (turns // pictures) == 0:
+            # Files, because a history keeps what it is given.
+            images.append(folder / f"{turn}.png")
+            Image.fromarray(rng.integers(0, 255, (448, 448, 3), np.uint8)).save(images[0])
         started = time.perf_counter()
         answer = model.chat(query, history, images, temperature=0, max_new_tokens=16)
         history = answer.history
@@ -183,7 +189,8 @@ def main() -> None:
     results = {}
     for what in arguments.what or ("turn", "repeat"):
         if what == "long":
-            results[what] = bench_long(arguments.model, options)
+            with tempfile.TemporaryDirectory() as folder:
+                results[what] = bench_long(arguments.model, options, Path(folder))
         else:
             bench = {"turn": bench_turn, "repeat": bench_repeat}[what]
             results[what] = bench(arguments.model, options, arguments.repeats)

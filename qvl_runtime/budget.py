@@ -11,6 +11,8 @@ from qvl_runtime.config import ModelConfig
 from qvl_runtime.session import PREFILL_ROWS
 
 VISION_PARTS = ("vision", "adapter")
+ROTARY_TABLES = 3
+"""NTK factors up to four times the length a model was trained with; their tables are kept."""
 KV_CACHES = ("fp16", "int8")
 
 
@@ -85,7 +87,7 @@ def cache_bytes(config: ModelConfig, context: int, kv_cache: str, backend: str =
 
 
 def workspace_bytes(config: ModelConfig) -> int:
-    """Activations at four bytes each, and as much again for their quantised copies."""
+    """Activations at four bytes each and as much again for their quantised copies, and tables of rotation."""
     row = config.hidden_size + 4 * config.attention_width + config.ffn_width
     prefill = PREFILL_ROWS * row + config.vocab_size
     vision = 0
@@ -93,7 +95,8 @@ def workspace_bytes(config: ModelConfig) -> int:
         v = config.visual
         patch = 6 * v.width + v.mlp_width + v.patch_dim
         vision = v.patches * max(patch, 6 * v.output_dim) + 4 * v.n_queries * v.output_dim
-    return 8 * max(prefill, vision)
+    tables = 1 + ROTARY_TABLES
+    return 8 * max(prefill, vision) + 4 * tables * config.max_position_embeddings * config.head_dim
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:
