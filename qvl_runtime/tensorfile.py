@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import json
 import math
 import mmap
@@ -66,7 +66,7 @@ class TensorFile:
                     raise QvlError(f"{self.path}: {size} bytes are no safetensors file; download it again")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                # Linux reads what is not in memory yet in pages of 2 MB; a thread gets a third more bandwidth from them.
+                # Linux then reads what is not in memory yet in pages of 2 MB: a thread gets a third more bandwidth.
                 with contextlib.suppress(OSError):  # where the system has none
                     self._map.madvise(mmap.MADV_HUGEPAGE)
         except FileNotFoundError:
