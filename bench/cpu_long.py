@@ -1,0 +1,105 @@
+"""What a long prompt costs: pieces of 512 tokens at several positions, what of them is attention, and decoding there.
+
+    python bench/cpu_long.py MODEL.qvl [--threads 2] [--tokens 8000] [--realtime]
+
+A piece's cost does not depend on what stands before it, so the pieces between those timed are skipped, their part of
+the cache filled with constants. `rest` is a piece without its attention, which is timed alone over the same cache,
+right after it. `all` adds up a prompt from the straight line between the pieces. A table, then one JSON document as
+the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import threading
+import time
+from datetime import date
+from functools import partial
+
+import numpy as np
+from cpu_llama import seconds, undisturbed
+
+from qvl_kernels.cpu.measure import read_seconds
+from qvl_kernels.cpu.runner import aligned
+from qvl_runtime import load
+from qvl_runtime.benchmark import bytes_per_token, machine
+from qvl_runtime.session import PREFILL_ROWS, Session
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--kv-cache", default="int8")
+    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    arguments = parser.parse_args()
+    os.environ["QVL_THREADS"] = str(arguments.threads)
+    model, rows, room, answer = load(arguments.model, device="cpu"), PREFILL_ROWS, arguments.tokens + 32, 16
+    decoder, ops, config = model.decoder, model.ops, model.config
+    session = Session(decoder, arguments.kv_cache, room, threading.RLock())
+    context = session.context
+    context.begin(arguments.tokens)
+    context.reserve(room)
+    store = context.store
+    store.keys[:], store.values[:], store.scales[:] = 1, 1, 0.01
+    ids = np.random.default_rng(0).integers(0, 150000, rows).tolist()
+    work = decoder.workspace(rows)
+
+    def piece(start: int) -> None:
+        context.truncate(0)
+        context.advance(start)
+        decoder.embed(ids, [], work.x)
+        decoder.forward(work, context)
+
+    def attention(start: int) -> None:
+        where = np.array([start], np.int32)
+        for layer in range(config.num_hidden_layers):
+            ops.cached_attention(work.qkv, store, layer, where, work.attended)
+
+    piece(0)
+    if arguments.realtime:
+        undisturbed()
+    starts = [0, rows, 3 * rows, 7 * rows, 11 * rows, arguments.tokens - rows]
+    found = []
+    for start in starts:
+        whole, alone = seconds(partial(piece, start)), seconds(partial(attention, start))
+        found.append({"start": start, "seconds": whole, "attention": alone, "rest": whole - alone})
+        print("  ".join(f"{name} {value:.3f}" for name, value in found[-1].items()), flush=True)
+    prompts = []
+    for length in (rows, 4 * rows, arguments.tokens):
+        begins = np.arange(0, length, rows)
+        part = np.minimum(rows, length - begins) / rows
+        taken = {
+            name: float((part * np.interp(begins, starts, [row[name] for row in found])).sum() / length * 1e3)
+            for name in ("seconds", "attention", "rest")
+        }
+        prompts.append({"tokens": length, "all, ms a token": taken["seconds"], "attention": taken["attention"]})
+        prompts[-1] |= {"rest": taken["rest"], "tokens/s": 1e3 / taken["seconds"]}
+        print("  ".join(f"{name} {value:.4g}" for name, value in prompts[-1].items()), flush=True)
+    context.truncate(0)
+    context.advance(arguments.tokens)
+    memory = aligned(1 << 30)
+    memory[:] = 1
+    speeds, bandwidths = [], []
+    session.feed(1)
+    for _ in range(3):
+        bandwidths.append(memory.nbytes / min(read_seconds(ops, memory) for _ in range(3)))
+        begin = time.perf_counter()
+        for _ in range(answer // 3):
+            session.feed(session.best(0))
+        speeds.append(answer // 3 / (time.perf_counter() - begin))
+    needed = bytes_per_token(model, arguments.kv_cache, arguments.tokens)
+    share = float(np.median(np.array(speeds) * needed / np.array(bandwidths)))
+    decode = {"tokens/s": float(np.median(speeds)), "GB a token": needed / 1e9, "share of bandwidth": share}
+    decode["read GB/s"] = float(np.median(bandwidths)) / 1e9
+    print("  ".join(f"{name} {value:.4g}" for name, value in decode.items()))
+    conditions = {"date": date.today().isoformat(), "machine": machine(), "threads": arguments.threads}
+    conditions |= {"kv_cache": arguments.kv_cache}
+    print(json.dumps({**conditions, "pieces": found, "prompts": prompts, "decode": decode}))
+
+
+if __name__ == "__main__":
+    main()
