@@ -1,6 +1,6 @@
 """Score what a model can do on freshly drawn pictures, by skill and language.
 
-    python bench/skills.py                          the shipped model as fp16, int8, int4 (RTN) and int4 (GPTQ)
+    python bench/skills.py                          the shipped model, kept and quantised in five ways
     python bench/skills.py a.qvl FOLDER             these: .qvl files, or Hugging Face folders (kept at 16 bits)
     python bench/skills.py --seed 7 --count 100     another test set: so many questions a skill and language
 
@@ -32,9 +32,11 @@ from qvl_runtime.demo.scoring import is_right, overlaps
 KINDS = {
     "fp16": {"bits": 16},
     "int8": {"bits": 8},
-    "int4 RTN": {"bits": 4},
-    "int4 GPTQ": {"bits": 4, "method": "gptq"},
+    "int4": {"bits": 4},
+    "int4 all RTN": {"bits": 4, "vision_bits": 4, "head_bits": 4},
+    "int4 all GPTQ": {"bits": 4, "vision_bits": 4, "head_bits": 4, "method": "gptq"},
 }
+"""Conversions side by side; "int4" is the default one, with ViT, adapter and head at 8 bits."""
 READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
 SIDE = 336
 SKILLS = (*(name for name in SINGLE if name != "read"), *READING, "compare 2", "compare 3")
@@ -158,10 +160,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, blob in columns(args.models, args.kinds, Path(folder)):
             results[name] = summary(run(qvl.load(blob, args.device), test)) | {"bytes": blob.stat().st_size}
-    print(f"{'right answers, %':28}" + "".join(f"{name:>12}" for name in results))
+    print(f"{'right answers, %':28}" + "".join(f"{name:>15}" for name in results))
     for row in next(iter(results.values())):
         values = ("-" if r[row] is None else f"{r[row]:,}" for r in results.values())
-        print(f"{row:28}" + "".join(f"{value:>12}" for value in values))
+        print(f"{row:28}" + "".join(f"{value:>15}" for value in values))
     print(
         json.dumps(
             {"seed": args.seed, "level": args.level, "count": args.count, "device": args.device, "scores": results}

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    state = torch.load(args.run / "state.pt")
+    state = torch.load(args.run / "state.pt", map_location="cpu")
     weights = {name: value.bfloat16().contiguous() for name, value in state["model"].items()}
     save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
     size = sum(v.numel() * 2 for v in weights.values())

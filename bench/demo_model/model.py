@@ -215,17 +215,17 @@ class QwenVL(nn.Module):
         x = self.transformer.wte(ids)
         if features is not None:
             rows, starts = (ids == self.config["visual"]["image_start_id"]).nonzero(as_tuple=True)
-            columns = starts[:, None] + 1 + torch.arange(features.shape[1])
+            columns = starts[:, None] + 1 + torch.arange(features.shape[1], device=ids.device)
             x = x.index_put((rows[:, None].expand_as(columns), columns), features.to(x.dtype))
         if positions is None:
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         if mask is None:
-            mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
+            mask = torch.full((ids.shape[1],) * 2, float("-inf"), device=ids.device).triu(1)
         dim = self.config["kv_channels"]
-        inv = self.config["rotary_emb_base"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        inv = self.config["rotary_emb_base"] ** (-torch.arange(0, dim, 2, device=ids.device).float() / dim)
         angle = positions[:, None, :, None].float() * inv
         cos, sin = angle.cos(), angle.sin()
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(ids.device.type):
             cos, sin = cos.bfloat16(), sin.bfloat16()
         *body, last = self.transformer.h
         for block in body:

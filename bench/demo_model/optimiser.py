@@ -44,21 +44,30 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+SEEING = ("visual", "inner", "outer", "probe")
 BODY = (".h.", "resblocks", "attn_pool.attn", "kv_proj", "conv1")
 
 
-def build(modules: dict[str, nn.Module], vision_rate: float = 0.01) -> list[torch.optim.Optimizer]:
-    """The two optimisers over all trainable parameters of `modules`; `vision_rate` is Muon's outside the decoder."""
+def build(modules: dict[str, nn.Module], rate: float = 1.0, vision: float = 1.0) -> list[torch.optim.Optimizer]:
+    """The two optimisers over all trainable parameters of `modules`.
+
+    `rate` scales all learning rates, `vision` those outside the decoder once more.
+    """
     named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
-    body = {n: p for n, p in named if p.ndim > 1 and any(x in n for x in BODY)}
-    rest = [p for n, p in named if n not in body]
-    matrices = [
-        {"params": [p for n, p in body.items() if ".h." in n], "lr": 0.02},
-        {"params": [p for n, p in body.items() if ".h." not in n], "lr": vision_rate},
-    ]
+
+    def group(body: bool, seeing: bool, peak: float) -> dict:
+        chosen = [
+            p
+            for n, p in named
+            if (p.ndim > 1 and any(x in n for x in BODY)) == body and any(x in n for x in SEEING) == seeing
+        ]
+        return {"params": chosen, "lr": peak * rate * (vision if seeing else 1)}
+
+    muon = [group(True, False, 0.02), group(True, True, 0.02)]
+    adam = [group(False, False, 3e-3), group(False, True, 3e-3)]
     return [
-        Muon([g for g in matrices if g["params"]], weight_decay=0.03),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon([g for g in muon if g["params"]], weight_decay=0.03),
+        torch.optim.AdamW([g for g in adam if g["params"]], betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 

@@ -1,23 +1,31 @@
-"""Several single-threaded training processes on one set of shared weights.
+"""The training loop: several processes on a CPU, or one GPU that several processes draw pictures for.
 
-Each process computes gradients on its own batches and applies them itself, one at a time under a lock, so on a busy
-machine no process waits for a slower one. Gradients may be one update old, and two runs differ in the order of updates.
+On a CPU each single-threaded process computes gradients on its own batches and applies them itself to shared weights,
+one at a time under a lock, so on a busy machine no process waits for a slower one. Gradients may be one update old, and
+two runs differ in the order of updates.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 from optimiser import set_rate
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def share(modules: list[nn.Module], optimisers: list[torch.optim.Optimizer]) -> None:
-    """Move weights and optimiser states into shared memory, making the states first where there are none."""
+    """On a CPU, move weights and optimiser states into shared memory, making the states first where there are none."""
+    if DEVICE.type != "cpu":
+        return
     for module in modules:
         module.share_memory()
     if not any(o.state for o in optimisers):
@@ -74,11 +82,35 @@ def work(rank, lock, progress, batches, loss_of, parameters, optimisers, schedul
             after(step)
 
 
-def launch(workers: int, pid_file: Path, *args) -> None:
-    """Run `work` in `workers` forked processes; their ids go into `pid_file` so that they can be paused."""
+class Drawn(IterableDataset):
+    """The batches of every drawing process."""
+
+    def __init__(self, batches: Callable[[int], Iterable]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches(get_worker_info().id))
+
+
+def uploaded(loader: Iterable) -> Iterator[list]:
+    """Batches with their tensors on the device."""
+    for batch in loader:
+        yield [x.to(DEVICE, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in batch]
+
+
+def launch(workers: int, pid_file: Path, progress, batches, *args) -> None:
+    """Train until the time is over; the processes' ids go into `pid_file` so that they can be paused.
+
+    `workers` processes compute on a CPU; beside a GPU they draw.
+    """
+    if DEVICE.type != "cpu":
+        loader = DataLoader(Drawn(batches), None, num_workers=workers, pin_memory=True, multiprocessing_context="fork")
+        pid_file.write_text(str(os.getpid()))
+        work(0, nullcontext(), progress, lambda rank: uploaded(loader), *args)
+        return
     context = mp.get_context("fork")
     lock = context.Lock()
-    processes = [context.Process(target=work, args=(rank, lock, *args)) for rank in range(workers)]
+    processes = [context.Process(target=work, args=(rank, lock, progress, batches, *args)) for rank in range(workers)]
     for process in processes:
         process.start()
     pid_file.write_text(" ".join(str(i) for i in [os.getpid(), *(p.pid for p in processes)]))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from lexicon import LEVELS, scene_options
-from model import QwenVL, Resampler, resample_grid
+from model import QwenVL, Resampler, resample_grid, sincos_grid
 from optimiser import build
-from parallel import Progress, launch, share
+from parallel import DEVICE, Progress, launch, share
 from PIL import Image
 from targets import CellHead, cell_targets
 
@@ -38,7 +39,7 @@ def pixels_of(scene: Scene, size: int, side: int) -> np.ndarray:
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels to the model's input."""
-    return (pixels.float() / 255 - MEAN) / STD
+    return (pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 class Pictures:
@@ -100,7 +101,7 @@ def whiten(visual: torch.nn.Module, size: int, seed: int) -> None:
     filters = (vectors / (values + 0.02).sqrt()).T.flip(0)[:width]
     with torch.no_grad():
         visual.conv1.weight.copy_(filters.view_as(visual.conv1.weight))
-        visual.positional_embedding.normal_(std=0.3)
+        visual.positional_embedding.copy_(sincos_grid(16, width) * 0.5)
 
 
 def new_model(seed: int) -> QwenVL:
@@ -135,25 +136,26 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    model = new_model(args.seed)
+    model = new_model(args.seed).to(DEVICE)
     visual = model.transformer.visual
     queries = visual.attn_pool.query.shape[0]
-    inner, outer = CellHead(visual.conv1.out_channels), CellHead(model.config["hidden_size"])
+    grid = math.isqrt(queries)
+    inner, outer = (CellHead(width).to(DEVICE) for width in (visual.conv1.out_channels, model.config["hidden_size"]))
     if (args.out / "vision.pt").exists():
-        vision = torch.load(args.out / "vision.pt")
+        vision = torch.load(args.out / "vision.pt", map_location=DEVICE)
         visual.load_state_dict({k[19:]: v for k, v in vision["model"].items() if ".visual." in k})
         outer.load_state_dict(vision["head"])
-    optimisers = build({"visual": visual, "inner": inner, "outer": outer}, vision_rate=0.02)
+    optimisers = build({"visual": visual, "inner": inner, "outer": outer})
     share([model, inner, outer], optimisers)
     progress = Progress(args.minutes)
 
     def batches(rank: int) -> Pictures:
         size = model.config["visual"]["image_size"]
-        return Pictures(args.seed * 1000 + rank, args.batch, size, int(queries**0.5), args.level)
+        return Pictures(args.seed * 1000 + rank, args.batch, size, grid, args.level)
 
     def loss_of(batch):
         pixels, target = batch
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             patches, features = visual.both(normalise(pixels))
         loss, log = outer.loss(features, target)
         return loss + 0.5 * inner.loss(patches, target)[0], f"cells {loss.item():.2f} {log}"

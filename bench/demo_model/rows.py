@@ -58,8 +58,8 @@ class Writer:
 
 def random_scenes(rng: np.random.Generator, options: dict) -> list[Scene]:
     """One picture, or two or three that share a few kinds of shapes."""
-    if rng.random() < 0.95:
-        return [random_scene(rng, text_share=0.2, **options)]
+    if rng.random() < 0.88:
+        return [random_scene(rng, text_share=0.3, **options)]
     kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
     count = 2 if rng.random() < 0.75 else 3
     return [random_scene(rng, 4, 0.0, kinds, **options) for _ in range(count)]
@@ -83,7 +83,7 @@ class Rows:
         columns = [(t, i, 0, 0.0) for i, t in enumerate(prefix)]
         exchanges: list[Exchange] = []
         failures, asked = 0, set()
-        while failures < 8:
+        while failures < 12:
             exchange = ask(rng, scenes)
             if exchange is None or exchange.turns in asked or (raw and len(exchange.turns) > 1):
                 failures += 1
@@ -94,7 +94,7 @@ class Rows:
                 failures += 3
                 continue
             exchanges.append(exchange)
-            weight = sum(wanted) ** -0.5
+            weight = 1 / sum(wanted)
             columns += [(t, len(prefix) + i, len(exchanges), weight * w) for i, (t, w) in enumerate(zip(ids, wanted))]
         columns += [(0, 0, -1, 0.0)] * (self.length - len(columns))
         return np.array(columns).T, scenes, exchanges
@@ -118,6 +118,8 @@ class Rows:
 def attention_mask(segment: torch.Tensor) -> torch.Tensor:
     """Additive bfloat16 [B, 1, T, T]: 0 where a row may look, -inf elsewhere."""
     length = segment.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool).tril()
+    before = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
-    return torch.zeros(same.shape, dtype=torch.bfloat16).masked_fill(~(same & before), float("-inf"))[:, None]
+    return torch.zeros(same.shape, dtype=torch.bfloat16, device=segment.device).masked_fill(
+        ~(same & before), float("-inf")
+    )[:, None]

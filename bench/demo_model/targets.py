@@ -10,66 +10,96 @@ from torch import nn
 
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene
 
-KINDS, HUES, SIZES = len(SHAPES) + 1, len(COLORS) + 1, 3
-WIDTHS = (KINDS, HUES, SIZES, 4, 1, len(CHARSET) + 1)
+KINDS, HUES, SIZES = len(SHAPES) + 2, len(COLORS) + 1, 3
+"""Classes of a cell: nothing, the shapes, printed text; nothing, the colours; nothing, small, large."""
+GLYPHS = len(CHARSET) + 1
+PLACES = 24
+"""Places in the reading order that are told apart."""
+WIDTHS = {
+    "shape": KINDS, "color": HUES, "size": SIZES, "box": 4, "digits": 80, "centre": 1,
+    "first": GLYPHS, "second": GLYPHS, "place": PLACES + 1,
+}  # fmt: skip
+CLASSES = {"shape": 0, "color": 1, "size": 2, "first": 8, "second": 9, "place": 10}
 COLOR_NAMES = list(COLORS)
 
 
 def cell_targets(scene: Scene, grid: int) -> np.ndarray:
-    """Float32 [grid * grid, 8 + charset]: shape, colour, size, box minus cell centre, centre flag, characters."""
-    out = np.zeros((grid, grid, 8 + len(CHARSET)), np.float32)
+    """What every cell of the grid shows, float32 [grid * grid, 11].
+
+    Shape, colour, size; box x1 y1 x2 y2 of the thing (or the text's plate) that covers the cell, in the unit square;
+    whether the thing's centre lies here; the first and the second character whose centre lies here, and the first
+    one's place in the reading order. Zero is nothing, everywhere.
+    """
+    out = np.zeros((grid, grid, 11), np.float32)
     centres = (np.arange(grid) + 0.5) / grid
-    for thing in scene.things:
-        x1, y1, x2, y2 = thing.box
+
+    def fill(box: tuple[float, float, float, float], values: tuple[int, int, int]) -> None:
+        x1, y1, x2, y2 = box
         columns = (centres > x1) & (centres < x2)
         rows = (centres > y1) & (centres < y2)
-        column, row = (min(int(c * grid), grid - 1) for c in thing.center)
+        column, row = (min(int(c * grid), grid - 1) for c in ((x1 + x2) / 2, (y1 + y2) / 2))
         columns[column], rows[row] = True, True
-        area = np.ix_(rows, columns)
-        out[..., 0][area] = SHAPES.index(thing.shape) + 1
-        out[..., 1][area] = COLOR_NAMES.index(thing.color) + 1
-        out[..., 2][area] = 1 + (thing.size == "large")
-        out[..., 3][area], out[..., 5][area] = (
-            np.broadcast_to(v - centres[columns], (rows.sum(), columns.sum())) for v in (x1, x2)
-        )
-        out[..., 4][area], out[..., 6][area] = (
-            np.broadcast_to((v - centres[rows])[:, None], (rows.sum(), columns.sum())) for v in (y1, y2)
-        )
+        out[np.ix_(rows, columns)] = (*values, *box, 0, 0, 0, 0)
         out[row, column, 7] = 1
+
     if scene.text:
-        for char, x, y in scene.text.marks:
-            out[int(y * grid), int(x * grid), 8 + CHARSET.index(char)] = 1
+        fill(scene.text.box, (KINDS - 1, 0, 0))
+    for thing in scene.things:
+        fill(
+            thing.box, (SHAPES.index(thing.shape) + 1, COLOR_NAMES.index(thing.color) + 1, 1 + (thing.size == "large"))
+        )
+    if scene.text:
+        for place, (char, x, y) in enumerate(scene.text.marks):
+            cell = out[int(y * grid), int(x * grid)]
+            if not cell[8]:
+                cell[8], cell[10] = CHARSET.index(char) + 1, min(place + 1, PLACES)
+            elif not cell[9]:
+                cell[9] = CHARSET.index(char) + 1
     return out.reshape(grid * grid, -1)
 
 
+def box_digits(box: torch.Tensor) -> torch.Tensor:
+    """The tens and the units, as they are written in an answer, of unit-square boxes [..., 4]: int64 [..., 8]."""
+    hundredths = (box * 100).round().clamp(0, 99).long()
+    return torch.cat([hundredths // 10, hundredths % 10], -1)
+
+
 class CellHead(nn.Linear):
-    """A linear probe from a cell's feature to its targets."""
+    """A linear probe from a cell's feature to its targets.
+
+    A box is asked for as numbers and as the digits that an answer writes: what the probe can read off a feature, the
+    decoder can copy.
+    """
 
     def __init__(self, width: int):
-        super().__init__(width, sum(WIDTHS))
+        super().__init__(width, sum(WIDTHS.values()))
 
     def loss(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, str]:
         """The summed losses over features [N, cells, width], and accuracies for the log."""
-        shape, color, size, box, centre, chars = self(features.float()).split(WIDTHS, -1)
-        index, filled = target[..., :3].long(), target[..., 0] > 0
-        parts = [balanced(F.one_hot(index[..., i], x.shape[-1]).float(), x) for i, x in enumerate((shape, color, size))]
-        parts.append(F.smooth_l1_loss(box[filled], target[..., 3:7][filled], beta=0.02) * 10)
-        parts.append(F.binary_cross_entropy_with_logits(centre[..., 0], target[..., 7]) * 4)
-        marks = torch.cat([(target[..., 8:].sum(-1, keepdim=True) == 0).float(), target[..., 8:]], -1)
-        parts.append(balanced(marks / marks.sum(-1, keepdim=True), chars))
-        marked = target[..., 8:].sum(-1) == 1
+        said = dict(zip(WIDTHS, self(features.float()).split(list(WIDTHS.values()), -1)))
+        index = {k: target[..., i].long() for k, i in CLASSES.items()}
+        filled, marked = target[..., 0] > 0, target[..., 8] > 0
+        parts = [balanced(said[k], index[k]) for k in ("shape", "color", "size", "first")]
+        box, true_box = said["box"][filled], target[..., 3:7][filled]
+        parts.append(F.smooth_l1_loss(box, true_box, beta=0.02) * 40)
+        digits, true_digits = said["digits"][filled].unflatten(-1, (8, 10)), box_digits(true_box)
+        parts.append(F.cross_entropy(digits.flatten(0, 1), true_digits.flatten()))
+        parts.append(F.binary_cross_entropy_with_logits(said["centre"][..., 0], target[..., 7]) * 4)
+        if marked.any():
+            parts += [F.cross_entropy(said[k][marked], index[k][marked]) * 0.5 for k in ("second", "place")]
+        right = (digits.argmax(-1) == true_digits).float()
         log = {
-            "shape": (shape.argmax(-1) == index[..., 0])[filled].float().mean().item(),
-            "color": (color.argmax(-1) == index[..., 1])[filled].float().mean().item(),
-            "box": (box[filled] - target[..., 3:7][filled]).abs().mean().item(),
-            "centre": ((centre[..., 0] > 0) == (target[..., 7] > 0)).all(-1).float().mean().item(),
-            "char": (chars.argmax(-1) == marks.argmax(-1))[marked].float().mean().item(),
+            **{k: (said[k].argmax(-1) == index[k])[filled].float().mean() for k in ("shape", "color")},
+            "box": (box - true_box).abs().mean(),
+            "tens": right[:, :4].mean(),
+            "units": right[:, 4:].mean(),
+            **{k: (said[k].argmax(-1) == index[k])[marked].float().mean() for k in ("first", "second", "place")},
         }
-        return torch.stack(parts).sum(), " ".join(f"{k} {v:.3f}" for k, v in log.items())
+        return torch.stack(parts).sum(), " ".join(f"{k} {v.item():.3f}" for k, v in log.items())
 
 
-def balanced(target: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against target distributions, where class 0 (nothing) and all others count half each."""
-    loss = -(target * scores.log_softmax(-1)).sum(-1)
-    empty = target[..., 0]
-    return (loss * empty).sum() / (empty.sum() + 1) / 2 + (loss * (1 - empty)).sum() / ((1 - empty).sum() + 1)
+def balanced(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy where class 0 (nothing) and all others count half each."""
+    loss = F.cross_entropy(scores.flatten(0, -2), index.flatten(), reduction="none")
+    empty = (index == 0).flatten()
+    return (loss * empty).sum() / (empty.sum() + 1) / 2 + (loss * ~empty).sum() / ((~empty).sum() + 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import time
 from collections import defaultdict
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from lexicon import LEVELS
 from model import QwenVL
 from optimiser import build
-from parallel import Progress, launch, share
-from pretrain_vision import config, new_model, normalise
+from parallel import DEVICE, Progress, launch, share, uploaded
+from pretrain_vision import config, normalise
 from rows import Rows, Writer, attention_mask
 from targets import CellHead
 from vocabulary import read
@@ -39,7 +40,7 @@ def iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 def forward(model, head, batch):
     """Hidden states before each weighted token, those tokens, their weights, and the cell loss."""
     ids, positions, segment, weight, pixels, cells, _ = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         features = model.transformer.visual(normalise(pixels))
         rows, columns = (weight > 0).nonzero(as_tuple=True)
         hidden = model.hidden(ids, features, positions, attention_mask(segment), (rows, columns - 1))
@@ -75,18 +76,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=288)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--level", choices=LEVELS, default="all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     saved = args.out / "state.pt"
-    state = torch.load(saved) if saved.exists() else None
-    model = QwenVL(config()) if state else new_model(args.seed)
-    head = CellHead(model.config["hidden_size"])
-    optimisers = build({"model": model, "head": head})
+    state = torch.load(saved, map_location=DEVICE) if saved.exists() else None
+    model = QwenVL(config()).to(DEVICE)
+    grid = math.isqrt(model.config["visual"]["n_queries"])
+    head = CellHead(model.config["hidden_size"]).to(DEVICE)
+    optimisers = build({"model": model, "probe": head}, rate=0.4, vision=0.3)
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
@@ -94,8 +96,8 @@ def main() -> None:
             optimiser.load_state_dict(old)
         progress = Progress(args.minutes, state["step"], state["begin"])
     else:
-        vision = torch.load(args.out / "vision.pt")
-        model.load_state_dict({k: v for k, v in vision["model"].items() if ".visual." in k}, strict=False)
+        vision = torch.load(args.out / "vision.pt", map_location=DEVICE)
+        model.load_state_dict(vision["model"])
         head.load_state_dict(vision["head"])
         progress = Progress(args.minutes)
     share([model, head], optimisers)
@@ -105,9 +107,9 @@ def main() -> None:
     first = progress.counter.value
 
     def rows(seed: int, batch: int) -> Rows:
-        return Rows(writer, seed, batch, args.length, size, int(queries**0.5), args.level)
+        return Rows(writer, seed, batch, args.length, size, grid, args.level)
 
-    held_out = list(itertools.islice(rows(10**6, 32), 3))
+    held_out = list(itertools.islice(uploaded(rows(10**6, 24)), 4))
 
     def batches(rank: int) -> Rows:
         return rows(args.seed * 10**6 + first * 10 + rank, args.batch)

@@ -1,0 +1,76 @@
+"""What int4 costs the shipped demo model: `qvl verify` on conversations of its own world.
+
+    python bench/demo_fidelity.py [--level digits] [--count 4] [--folder CHECKPOINT]
+
+Every part at int4 in groups of 128, by GPTQ and rounded to nearest. GPTQ calibrates on conversations of the same kind
+as those judged, drawn with another seed. A table, then one JSON document as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from demo_model.lexicon import LEVELS
+from skills import SKILLS, cases
+
+import qvl_runtime as qvl
+from qvl_convert import calibration
+from qvl_convert.convert import convert
+from qvl_convert.verify import open_reference, verify
+from qvl_runtime.cli.verify import text
+from qvl_runtime.demo import checkpoint_folder
+
+INT4 = {"bits": 4, "vision_bits": 4, "head_bits": 4}
+CALIBRATION_SEED, TEST_SEED = 40_000, 50_000
+
+
+def write_conversations(folder: Path, seed: int, count: int, level: str) -> Path:
+    """`count` conversations a skill and language, with their pictures, as Qwen-VL's fine-tuning JSON."""
+    folder.mkdir()
+    samples = []
+    for i, case in enumerate(cases(seed, count, SKILLS, level)):
+        slots = ""
+        for k, picture in enumerate(case.pictures):
+            picture.save(path := folder / f"{i}-{k}.png")
+            slots += f"Picture {k + 1}: <img>{path}</img>\n"
+        turns = []
+        for question, answer in case.exchange.turns:
+            turns += [{"from": "user", "value": slots + question}, {"from": "assistant", "value": answer}]
+            slots = ""
+        samples.append({"id": f"{case.skill} {i}", "conversations": turns})
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(samples, ensure_ascii=False))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=checkpoint_folder())
+    parser.add_argument("--level", choices=LEVELS, default="digits", help="how hard the pictures are")
+    parser.add_argument("--count", type=int, default=4, help="conversations a skill and language, of either kind")
+    args = parser.parse_args()
+    total = 2 * len(SKILLS) * args.count
+    reports = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        known = write_conversations(scratch / "known", CALIBRATION_SEED, args.count, args.level)
+        fresh = write_conversations(scratch / "fresh", TEST_SEED, args.count, args.level)
+        gptq = {"method": "gptq", "calibration_data": known, "calibration_samples": total}
+        for name, recipe in {"GPTQ": gptq, "nearest": {}}.items():
+            convert(args.folder, blob := scratch / f"{name}.qvl", **INT4, **recipe)
+            model = qvl.load(blob, "cpu", activations="int16")
+            samples = calibration.load(fresh, model.tokenizer, chat=True, count=total)
+            reports[name] = verify(model, open_reference(args.folder), samples)
+    for name, report in reports.items():
+        print(f"{name}: {text(report)}")
+    documents = {name: report.to_dict() for name, report in reports.items()}
+    for document in documents.values():
+        del document["layers"], document["kl_by_position"]
+    print(json.dumps({"bench": "demo_fidelity", "level": args.level, "count": args.count, "reports": documents}))
+
+
+if __name__ == "__main__":
+    main()
