@@ -16,15 +16,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qvl_convert.walk import relative_error
 from qvl_runtime import load
 from qvl_runtime.kv_cache import Context
 from qvl_runtime.vision import Workspace
 
 ACTIVATIONS, TOKENS = ("auto", "int16"), 64
-
-
-def difference(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def vision_layers(model, inputs: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -72,11 +69,11 @@ def main() -> None:
     for name in ACTIVATIONS:
         model = load(arguments.model, device="cpu", activations=name)
         outputs = list(vision_layers(model, vision[:-1]))
-        row[f"ViT layers, {name}"] = [difference(a, b) for a, b in zip(outputs, vision[1:])]
+        row[f"ViT layers, {name}"] = [relative_error([a], [b]) for a, b in zip(outputs, vision[1:])]
         outputs = list(decoder_layers(model, decoder[:-1]))
-        row[f"decoder layers, {name}"] = [difference(a, b) for a, b in zip(outputs, decoder[1:])]
+        row[f"decoder layers, {name}"] = [relative_error([a], [b]) for a, b in zip(outputs, decoder[1:])]
         features[name] = model.encode_image(picture)
-    row["features, auto against int16"] = difference(features["auto"], features["int16"])
+    row["features, auto against int16"] = relative_error([features["auto"]], [features["int16"]])
     for name, values in row.items():
         print(name, values if isinstance(values, float) else [float(f"{value:.3g}") for value in values])
     print(json.dumps(row))

@@ -17,6 +17,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.atomics import claim
+from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end, raise_top
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
@@ -38,7 +39,6 @@ from qvl_kernels.cpu.simd import (
     splats,
     spreads,
     store,
-    store_part,
     store_rows,
     sum_all,
     to_f32,
@@ -49,7 +49,6 @@ from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS
 from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
 
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
-LOWEST = float32(-1e30)
 ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
 
 load, zero, splat, words = loads("f32", 16), zeros("f32", 16), splats("f32", 16), rows("i32", 16, 16)
@@ -254,14 +253,7 @@ def weigh(scores, held, scale, weights, state, out, padded, scale_at):
     for i in range(64, limit, 64):
         best = maximum(best, four(scores + 4 * i))
     best = maximum(maximum(piece(best, 0), piece(best, 1)), maximum(piece(best, 2), piece(best, 3)))
-    old = get_f32(state)
-    top = max(max_all(best) * scale, old)
-    if top > old:
-        put_f32(state, top)
-        factor = exp2(splat(old - top))
-        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
-        for c in range(0, padded, 16):
-            store(out + 4 * c, load(out + 4 * c) * factor)
+    top = raise_top(max_all(best) * scale, state, out, padded)
     total = no_four()
     for i in range(0, limit, 64):
         p = exp2(four(scores + 4 * i) * scale - top)
@@ -327,10 +319,7 @@ def begin(scratch, q, row, count, d, factor, buffer):
             for c in range((d + 1) // 2):
                 put_i32(target + 4 * PAIR_TOKENS * c, get_i32(buffer + 4 * c))
         put_f32(scales + 4 * i, scale)
-        for c in range(0, padded, 16):
-            store(out + 4 * (i * padded + c), zero())
-        put_f32(state + 8 * i, LOWEST)
-        put_f32(state + 8 * i + 4, float32(0))
+        clear(state + 8 * i, out + 4 * i * padded, padded)
 
 
 @kernel
@@ -361,13 +350,5 @@ def block_attention_int16(args, thread, threads):
                 where = v + 4 * (first * k_row + head * k_head)
                 hold_values(where, rows_apart, held, d, values, value_scales, buffer)
                 attend(scratch, d, count, held, key_scales, value_scales, weight_scales)
-            for i in range(count):
-                scale = float32(1) / get_f32(state + 8 * i + 4)
-                target = out + 4 * ((row + i) * heads + head) * d
-                for c in range(0, d, 16):
-                    y = load(sums + 4 * (i * padded + c)) * scale
-                    if d - c >= 16:
-                        store(target + 4 * c, y)
-                    else:
-                        store_part(target + 4 * c, y, d - c)
+            end(state, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, blocks * heads, 1)

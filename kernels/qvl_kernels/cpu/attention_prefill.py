@@ -58,6 +58,45 @@ def layout(scratch, d):
     return scratch, keys, values, scores, out, out + 4 * QUERIES * padded
 
 
+# ------------------------------------------------------------------------------------------------ what is accumulated
+@routine
+def clear(state, out, padded):
+    """Nothing seen yet: a row's maximum and sum of weights, and its weighted values."""
+    for c in range(0, padded, 16):
+        store(out + 4 * c, zero())
+    put_f32(state, LOWEST)
+    put_f32(state + 4, float32(0))
+
+
+@routine
+def raise_top(highest, state, out, padded):
+    """The row's maximum with `highest`; where it rises, what the row has accumulated is rescaled."""
+    old = get_f32(state)
+    top = max(highest, old)
+    if top > old:
+        put_f32(state, top)
+        factor = exp2(splat(old - top))
+        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
+        for c in range(0, padded, 16):
+            store(out + 4 * c, load(out + 4 * c) * factor)
+    return top
+
+
+@routine
+def end(state, out, d, count, target, row):
+    """Write the weighted means."""
+    padded = (d + 15) // 16 * 16
+    for i in range(count):
+        scale = float32(1) / get_f32(state + 8 * i + 4)
+        for c in range(0, d, 16):
+            v = load(out + 4 * (i * padded + c)) * scale
+            if d - c >= 16:
+                store(target + i * row + 4 * c, v)
+            else:
+                store_part(target + i * row + 4 * c, v, d - c)
+
+
+# ------------------------------------------------------------------------------------------------ a task
 @routine
 def begin(q, row, count, d, factor, queries, out, state):
     """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
@@ -65,9 +104,7 @@ def begin(q, row, count, d, factor, queries, out, state):
     for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
         for c in range(0, padded, 16):
             store(queries + i * ROW + 4 * c, take(q + i * row + 4 * c, d - c) * factor if i < count else zero())
-            store(out + 4 * (i * padded + c), zero())
-        put_f32(state + 8 * i, LOWEST)
-        put_f32(state + 8 * i + 4, float32(0))
+        clear(state + 8 * i, out + 4 * i * padded, padded)
 
 
 @routine
@@ -79,14 +116,7 @@ def weigh(scores, visible, limit, state, out, padded):
             for j in range(visible - i, 16):
                 put_f32(scores + 4 * (i + j), LOWEST)
         best = maximum(best, load(scores + 4 * i))
-    old = get_f32(state)
-    top = max(max_all(best), old)
-    if top > old:
-        put_f32(state, top)
-        factor = exp2(splat(old - top))
-        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
-        for c in range(0, padded, 16):
-            store(out + 4 * c, load(out + 4 * c) * factor)
+    top = raise_top(max_all(best), state, out, padded)
     total = zero()
     for i in range(0, limit, 16):
         if i < visible:
@@ -126,21 +156,6 @@ def attend(scratch, d, count, held, visible, step):
             multiply(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
         for c in range(whole, padded, LANES):
             multiply_narrow(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
-
-
-@routine
-def end(scratch, d, count, target, row):
-    """Write the weighted means."""
-    _, _, _, _, out, state = layout(scratch, d)
-    padded = (d + 15) // 16 * 16
-    for i in range(count):
-        scale = float32(1) / get_f32(state + 8 * i + 4)
-        for c in range(0, d, 16):
-            v = load(out + 4 * (i * padded + c)) * scale
-            if d - c >= 16:
-                store(target + i * row + 4 * c, v)
-            else:
-                store_part(target + i * row + 4 * c, v, d - c)
 
 
 # ------------------------------------------------------------------------------------------------ where keys come from
@@ -243,5 +258,5 @@ def block_attention(args, thread, threads):
                 hold(kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d,
                      held_keys, held_values)  # fmt: skip
                 attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
-            end(scratch, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
+            end(state, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, blocks * heads, 1)

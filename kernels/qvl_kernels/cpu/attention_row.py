@@ -102,7 +102,7 @@ def _make(kind: str):
                         else:
                             mean(weights, held, v + c * size, width, s, total + 4 * c)
                             c += 16
-                end(scratch + thread * scratch_bytes, d, 1, out + 4 * head * d, 0)
+                end(state, total, d, 1, out + 4 * head * d, 0)
                 head, stop = claim(counters, owner, threads, heads, 1)
 
     row_attention.__name__ = f"row_attention_{kind}"
