@@ -52,7 +52,7 @@ def has(level: str) -> bool:
     return features.host_features().issuperset(features.LEVELS[level].needs)
 
 
-@pytest.mark.parametrize("level", ["avx512", "avxvnni", "plain"])
+@pytest.mark.parametrize("level", ["avx512", "avxvnni", "vnni256", "plain"])
 def test_forced_instruction_set(level):
     if not has(level) or features.selected().name == level:
         pytest.skip(f"{level} is not there, or is what all other tests run on")

@@ -24,6 +24,8 @@ class Level:
     ----------
     name : str
         The value of ``QVL_CPU`` that selects it.
+    product : str
+        How four bytes are multiplied and summed: "vnni", "maddubs", "sdot", or "shifts" and plain multiplications.
     lanes : int
         32-bit lanes of a register.
     needs : tuple of str
@@ -33,20 +35,24 @@ class Level:
     """
 
     name: str
+    product: str
     lanes: int
     needs: tuple[str, ...]
     cpu: str
     features: str
 
 
+VNNI = ("avx512vnni", "avx512vl")
 LEVELS = {
     level.name: level
     for level in (
-        Level("avx512", 16, ("avx512vnni", "avx512bw", "avx512vl", "avx512dq", "f16c"), "cascadelake", ""),
-        Level("avxvnni", 8, ("avxvnni", "avx2", "fma", "f16c"), "alderlake", ""),
-        Level("avx2", 8, ("avx2", "fma", "f16c"), "haswell", ""),
-        Level("neon", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod"),
-        Level("plain", 4, (), "generic", ""),
+        Level("avx512", "vnni", 16, (*VNNI, "avx512bw", "avx512dq", "f16c"), "cascadelake", ""),
+        Level("avxvnni", "vnni", 8, ("avxvnni", "avx2", "fma", "f16c"), "alderlake", ""),
+        # The same kernels as `avxvnni`, in the encoding of AVX-512.
+        Level("vnni256", "vnni", 8, (*VNNI, "avx2", "fma", "f16c"), "haswell", f"+{',+'.join(VNNI)},+prefer-256-bit"),
+        Level("avx2", "maddubs", 8, ("avx2", "fma", "f16c"), "haswell", ""),
+        Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod"),
+        Level("plain", "shifts", 4, (), "generic", ""),
     )
 }
 """Best first."""

@@ -19,7 +19,7 @@ SPINS = 4000
 @intrinsic
 def _pause(typing):
     def codegen(context, b, sig, args):
-        if features.selected().name in ("avx512", "avxvnni", "avx2"):
+        if features.selected().product in ("vnni", "maddubs"):
             nothing = ir.FunctionType(ir.VoidType(), [])
             b.call(get_or_insert_function(b.module, nothing, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()

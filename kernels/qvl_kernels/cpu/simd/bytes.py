@@ -33,12 +33,12 @@ LANES = LEVEL.lanes
 NARROW_OPERANDS = llvm.llvm_version_info[0] >= 22
 """LLVM 22 changed the operands of the VNNI intrinsics from vectors of i32 to vectors of bytes or shorts."""
 # What the kernels must know about `dot` on this processor.
-UNSHIFTED = LEVEL.name in ("avx512", "avxvnni")
+UNSHIFTED = LEVEL.product == "vnni"
 HIGH_SHIFT = 4 if UNSHIFTED else 0
 """`high` leaves its nibble times 2**HIGH_SHIFT."""
-BYTE_BIAS = 128 if LEVEL.name == "neon" else 0
+BYTE_BIAS = 128 if LEVEL.product == "sdot" else 0
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
-SUM_EL = "i16" if LEVEL.name == "avx2" else "i32"
+SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
 """Element of a `dot` accumulator; ``widen`` turns it into i32."""
 SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
 SUM_STEPS = 8 if SUM_EL == "i16" else 16
@@ -92,21 +92,24 @@ def _plain_dot(b, acc, u, s):
     return acc
 
 
+PRODUCTS = {"vnni": _vnni, "sdot": _sdot, "shifts": _plain_dot}
+
+
 def _dot_nibbles(b, acc, u, s):
-    if LEVEL.name == "avx2":
+    if LEVEL.product == "maddubs":
         return b.add(acc, _pairs(b, u, s))
-    return {"neon": _sdot, "plain": _plain_dot}.get(LEVEL.name, _vnni)(b, acc, u, s)
+    return PRODUCTS[LEVEL.product](b, acc, u, s)
 
 
 def _dot_any(b, acc, u, s):
-    if LEVEL.name == "avx2":
+    if LEVEL.product == "maddubs":
         # 255 * 127 * 2 overflows i16; 127 * 127 * 2 and 128 * 127 * 2 do not.
         for mask in (0x7F, 0x80):
             acc = b.add(acc, _pair_sums(b, _pairs(b, b.and_(u, constant(u.type, mask)), s)))
         return acc
-    if LEVEL.name == "neon":
+    if LEVEL.product == "sdot":
         u = b.xor(u, constant(u.type, 0x80))
-    return {"neon": _sdot, "plain": _plain_dot}.get(LEVEL.name, _vnni)(b, acc, u, s)
+    return PRODUCTS[LEVEL.product](b, acc, u, s)
 
 
 def _dot(emit):
