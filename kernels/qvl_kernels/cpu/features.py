@@ -48,8 +48,8 @@ LEVELS = {
     for level in (
         Level("avx512", "vnni", 16, (*VNNI, "avx512bw", "avx512dq", "f16c"), "cascadelake", ""),
         Level("avxvnni", "vnni", 8, ("avxvnni", "avx2", "fma", "f16c"), "alderlake", ""),
-        # The same kernels as `avxvnni`, in the encoding of AVX-512.
-        Level("vnni256", "vnni", 8, (*VNNI, "avx2", "fma", "f16c"), "haswell", f"+{',+'.join(VNNI)},+prefer-256-bit"),
+        # The blocking and the byte products of `avxvnni`, in the encoding of AVX-512.
+        Level("vnni256", "vnni", 8, (*VNNI, "avx2", "fma", "f16c"), "haswell", "+" + ",+".join(VNNI)),
         Level("avx2", "maddubs", 8, ("avx2", "fma", "f16c"), "haswell", ""),
         Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod"),
         Level("plain", "shifts", 4, (), "generic", ""),
