@@ -1,6 +1,6 @@
 """What int4 costs the shipped demo model: `qvl verify` on conversations of its own world.
 
-    python bench/demo_fidelity.py [--level digits] [--count 4] [--folder CHECKPOINT]
+    python bench/demo_fidelity.py [--level all] [--count 4] [--folder CHECKPOINT]
 
 Every part at int4 in groups of 128, by GPTQ and rounded to nearest. GPTQ calibrates on conversations of the same kind
 as those judged, drawn with another seed. A table, then one JSON document as the last line.
@@ -49,7 +49,7 @@ def write_conversations(folder: Path, seed: int, count: int, level: str) -> Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
-    parser.add_argument("--level", choices=LEVELS, default="digits", help="how hard the pictures are")
+    parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--count", type=int, default=4, help="conversations a skill and language, of either kind")
     args = parser.parse_args()
     total = 2 * len(SKILLS) * args.count

@@ -77,7 +77,7 @@ def scenes_for(rng: np.random.Generator, skill: str, level: str) -> list[Scene]:
     return [random_scene(rng, **{"text_share": 0.25, **options})]
 
 
-def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, level: str = "digits") -> Iterator[Case]:
+def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, level: str = "all") -> Iterator[Case]:
     """A test set: `count` questions for every skill and language, each on pictures of its own."""
     for skill in skills:
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--skills", nargs="+", choices=SKILLS, default=list(SKILLS))
     parser.add_argument("--seed", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--level", choices=LEVELS, default="digits", help="how hard the pictures are")
+    parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     test = list(cases(args.seed, args.count, args.skills, args.level))

@@ -83,8 +83,19 @@ LEVELS = {
 def scene_options(level: str) -> dict:
     """Arguments of `random_scene` for a level of difficulty.
 
-    Latin fonts that are not installed (Debian's fonts-dejavu-core) are left out; Chinese needs fonts-wqy-microhei.
+    Latin fonts that are not installed (Debian's fonts-dejavu-core) are left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are Chinese characters to print and no font for them.
     """
+    missing = [name for name in HANZI_FONTS if not Path(name).exists()]
+    if missing and LEVELS[level]["shares"][3]:
+        raise FileNotFoundError(
+            f"{missing[0]}: level {level!r} prints Chinese and needs this font; install Debian's fonts-wqy-microhei, or "
+            "choose --level latin"
+        )
     return {
         "fonts": [name for name in LATIN_FONTS if not name or Path(name).exists()],
         "hanzi_fonts": HANZI_FONTS,

@@ -7,11 +7,11 @@ processor model, so that nothing newer slips in.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import os
 import platform
-from pathlib import Path
 
 import llvmlite.binding as llvm
 
@@ -58,6 +58,17 @@ LEVELS = {
 """Best first."""
 
 
+AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20
+"""Of Linux on AArch64: which word of the auxiliary vector holds the features, and the dot product's bit in it."""
+
+
+def _has_arm_dot_product() -> bool:
+    """Every Mac has it; LLVM's own list leaves it out there and, in older releases, on Linux."""
+    if platform.system() == "Linux":
+        return bool(ctypes.CDLL(None).getauxval(ctypes.c_ulong(AT_HWCAP)) & HWCAP_ASIMDDP)
+    return platform.system() == "Darwin"
+
+
 @functools.cache
 def host_features() -> frozenset[str]:
     """LLVM's names of the instruction sets of this processor."""
@@ -65,11 +76,8 @@ def host_features() -> frozenset[str]:
         found = {name for name, present in llvm.get_host_cpu_features().items() if present}
     except RuntimeError:
         found = set()
-    if platform.machine() in ("aarch64", "arm64"):
-        # LLVM's own list leaves these two out on macOS and, in older releases, on Linux.
-        cpuinfo = Path("/proc/cpuinfo")
-        if platform.system() == "Darwin" or (cpuinfo.exists() and "asimddp" in cpuinfo.read_text()):
-            found |= {"neon", "dotprod"}
+    if platform.machine() in ("aarch64", "arm64") and _has_arm_dot_product():
+        found |= {"neon", "dotprod"}
     return frozenset(found)
 
 
