@@ -93,8 +93,8 @@ def scene_options(level: str) -> dict:
     missing = [name for name in HANZI_FONTS if not Path(name).exists()]
     if missing and LEVELS[level]["shares"][3]:
         raise FileNotFoundError(
-            f"{missing[0]}: level {level!r} prints Chinese and needs this font; install Debian's fonts-wqy-microhei, or "
-            "choose --level latin"
+            f"{missing[0]}: level {level!r} prints Chinese and needs this font; install Debian's fonts-wqy-microhei "
+            "or choose --level latin"
         )
     return {
         "fonts": [name for name in LATIN_FONTS if not name or Path(name).exists()],
