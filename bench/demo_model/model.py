@@ -167,7 +167,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, cos, sin, mask, chosen=None):
         qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
+        # Training also looks at where attention goes.
+        q, k = self.attn.seen = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
         y = attend(q, k, qkv[2], mask).transpose(1, 2).flatten(2)
         if chosen is not None:
             x, y = x[chosen], y[chosen]

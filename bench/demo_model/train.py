@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import gaze
 import torch
 import torch.nn.functional as F
 from lexicon import LEVELS
@@ -38,15 +39,21 @@ def iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def forward(model, head, batch):
-    """Hidden states before each weighted token, those tokens, their weights, and the cell loss."""
-    ids, positions, segment, weight, pixels, cells, _ = batch
+    """Logits before each weighted token, those tokens, their weights, and the losses of cells and of where it looks."""
+    ids, positions, segment, weight, pixels, cells, where, wanted, *counts, _ = batch
     with torch.autocast(DEVICE.type, torch.bfloat16):
         features = model.transformer.visual(normalise(pixels))
         rows, columns = (weight > 0).nonzero(as_tuple=True)
-        hidden = model.hidden(ids, features, positions, attention_mask(segment), (rows, columns - 1))
+        asked = (ids == model.config["visual"]["image_start_id"]).sum()
+        mask = attention_mask(segment)
+        hidden = model.hidden(ids, features[:asked], positions, mask, (rows, columns - 1))
         logits = model.lm_head(hidden).float()
     cell_loss, log = head.loss(features, cells)
-    return logits, ids[rows, columns], weight[rows, columns], rows, segment[rows, columns], cell_loss, log
+    q, k = model.transformer.h[gaze.LAYER].attn.seen
+    gaze_loss, seen = gaze.loss(q, k, where, wanted)
+    count_loss, off = gaze.counting_loss(q, k, mask, *counts)
+    extra = 0.5 * cell_loss + 0.3 * gaze_loss + 0.3 * count_loss
+    return logits, ids[rows, columns], weight[rows, columns], rows, segment[rows, columns], extra, f"{seen} {off} {log}"
 
 
 @torch.no_grad()
@@ -115,9 +122,9 @@ def main() -> None:
         return rows(args.seed * 10**6 + first * 10 + rank, args.batch)
 
     def loss_of(batch):
-        logits, ids, weight, _, _, cell_loss, log = forward(model, head, batch)
+        logits, ids, weight, _, _, extra, log = forward(model, head, batch)
         loss = (F.cross_entropy(logits, ids, reduction="none") * weight).sum() / weight.sum()
-        return loss + 0.3 * cell_loss, f"words {loss.item():.3f} {log}"
+        return loss + extra, f"words {loss.item():.3f} {log}"
 
     def schedule(step: int, done: float) -> float:
         return min(1, (step + 1) / 100, 1.4 * (1 - done) + 0.02)

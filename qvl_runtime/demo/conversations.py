@@ -340,19 +340,19 @@ def compare(rng: Rng, language: str, *scenes: Scene) -> Exchange | None:
 
 
 SINGLE: dict[str, tuple[Callable[..., Exchange | None], float]] = {
-    "describe": (describe, 0.4),
-    "ground": (ground, 1.0),
+    "describe": (describe, 0.5),
+    "ground": (ground, 1.5),
     "find": (find, 2.5),
-    "name": (name, 0.4),
-    "count": (count, 1.2),
-    "color": (color, 4.0),
-    "shape": (shape, 1.5),
-    "size": (size, 0.6),
-    "position": (position, 0.5),
-    "read": (read, 2.5),
-    "present": (present, 0.8),
-    "absent": (absent, 0.6),
-    "second": (second, 0.3),
+    "name": (name, 1.0),
+    "count": (count, 1.5),
+    "color": (color, 1.0),
+    "shape": (shape, 0.5),
+    "size": (size, 0.4),
+    "position": (position, 1.5),
+    "read": (read, 4.0),
+    "present": (present, 0.5),
+    "absent": (absent, 0.4),
+    "second": (second, 0.6),
 }
 """Every skill on one picture: its question, and how often training asks it."""
 

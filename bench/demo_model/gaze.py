@@ -1,0 +1,184 @@
+"""Training only: which cells of the feature grid the decoder has to look at for each token of an answer.
+
+Left to itself the decoder takes thousands of steps to find out that `<box>(` is continued from the cells that show what
+the phrase before it names. So two heads of one layer are told where to look, wherever question or answer say it. A
+third one is told to share its attention evenly between the centres of all things that are to be counted and whatever is
+no picture: how much is left for the latter tells the number of the things.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+
+from qvl_runtime.demo.conversations import Exchange, full, kind, left_to_right, references
+from qvl_runtime.demo.scenes import Scene, Thing
+
+LAYER, HEADS, COUNTING = 2, (3, 1), 2
+"""The layer, the two heads that look things up, and the one that counts."""
+BOX = re.compile(rb"(?:<ref>([^<]*)</ref>)?<box>(\((\d+),(\d+)\),\((\d+),(\d+)\))</box>")
+PREFIX = re.compile("In picture (\\d): |第(\\d)张图：")
+COUNTED = re.compile("How many (.*?)(?:(?<=cross)e)?s are there|(?:有几个|有多少个)(.*?)？")
+EXTREMES = {"leftmost": 0, "最左边": 0, "rightmost": 1, "最右边": 1, "top": 2, "最上面": 2, "bottom": 3, "最下面": 3}
+Look = tuple[int, int, np.ndarray]
+"""Picture, which of `HEADS`, and cells."""
+
+
+def covered(box: Sequence[float], grid: int) -> np.ndarray:
+    """The cells of a `grid` x `grid` whose centre, or the box's own centre, lies in a unit-square box: bool [cells]."""
+    x1, y1, x2, y2 = box
+    centres = (np.arange(grid) + 0.5) / grid
+    columns, rows = (centres > x1) & (centres < x2), (centres > y1) & (centres < y2)
+    columns[min(int((x1 + x2) / 2 * grid), grid - 1)] = True
+    rows[min(int((y1 + y2) / 2 * grid), grid - 1)] = True
+    return (rows[:, None] & columns).reshape(-1)
+
+
+def named(question: str, language: str, scene: Scene) -> list[Thing]:
+    """The things a question's phrases single out, in their order."""
+    found = []
+    for thing in scene.things:
+        for option in references(scene, thing):
+            phrase = kind(language, **option) if language == "zh" else f"the {kind(language, **option)}"
+            found += [(m.start(), m.end(), thing) for m in re.finditer(re.escape(phrase), question)]
+    whole = [f for f in found if not any(o[0] <= f[0] and f[1] <= o[1] and o[:2] != f[:2] for o in found)]
+    return [thing for _, _, thing in sorted(whole, key=lambda f: f[0])]
+
+
+def asked_about(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> Iterator[Look]:
+    """Where all answers of an exchange are read off, if its first question says that."""
+    question, answer = exchange.turns[0]
+    language, picture = exchange.language, 0
+    if exchange.skill == "compare":
+        prefix = PREFIX.match(question)
+        if prefix:
+            picture = int(prefix[1] or prefix[2]) - 1
+        else:
+            picture = int(answer) - 1
+            for thing in scenes[picture].things:
+                if any(
+                    re.search(re.escape(kind(language, **o)) + r"($|[?.？吗])", question)
+                    for o in ({"shape": thing.shape}, {"color": thing.color, "shape": thing.shape})
+                ):
+                    yield picture, 0, covered(thing.box, grid)
+                    return
+            return
+    elif exchange.skill == "name":
+        yield 0, 0, covered([int(v) / 1000 for v in BOX.search(question.encode()).groups()[2:]], grid)
+        return
+    elif exchange.skill == "position":
+        for word, side in EXTREMES.items():
+            if f"{word} object" in question or f"{word}的物体" in question:
+                order = sorted(scenes[0].things, key=lambda t: t.center[side // 2])
+                yield 0, 0, covered(order[-(side % 2)].box, grid)
+                return
+    elif exchange.skill not in ("color", "shape", "size", "second"):
+        return
+    for head, thing in enumerate(named(question, language, scenes[picture])[: len(HEADS)]):
+        yield picture, head, covered(thing.box, grid)
+
+
+def counted(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> tuple[int, np.ndarray] | None:
+    """Picture and, per cell, how many of the things that a question counts have their centre there, float32."""
+    question, language, picture = exchange.turns[0][0], exchange.language, 0
+    prefix = PREFIX.match(question)
+    if exchange.skill == "compare" and prefix:
+        picture = int(prefix[1] or prefix[2]) - 1
+    elif exchange.skill != "count":
+        return None
+    noun = COUNTED.search(question)
+    if not noun:
+        return None
+    cells = np.zeros(grid * grid, np.float32)
+    for thing in scenes[picture].things:
+        options = ({}, {"color": thing.color}, {"shape": thing.shape}, {"color": thing.color, "shape": thing.shape})
+        if any(kind(language, **o) == (noun[1] or noun[2]) for o in options):
+            x, y = (min(int(c * grid), grid - 1) for c in thing.center)
+            cells[y * grid + x] += 1
+    return picture, cells
+
+
+def spans(exchange: Exchange, turn: int, scene: Scene, grid: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Byte ranges of a turn's answer and the cells each is read off, where the answer itself says it."""
+    answer = exchange.turns[turn][1].encode()
+    for found in BOX.finditer(answer):
+        begin = found.start(1) if exchange.skill == "ground" else found.start(2) + 1
+        yield begin, found.end(2), covered([int(v) / 1000 for v in found.groups()[2:]], grid)
+    begin = 0
+    if exchange.skill == "describe":
+        for thing in left_to_right(scene):
+            name = full(thing, exchange.language).encode()
+            begin = answer.index(name, begin)
+            yield begin, begin + len(name), covered(thing.box, grid)
+            begin += len(name)
+    elif exchange.skill == "read":
+        for char, x, y in scene.text.marks:
+            begin = answer.index(char.encode(), begin)
+            cells = np.zeros(grid * grid, bool)
+            cells[int(y * grid) * grid + int(x * grid)] = True
+            yield begin, begin + len(char.encode()), cells
+            begin += len(char.encode())
+
+
+def looks(
+    exchange: Exchange, scenes: Sequence[Scene], grid: int, encoding: Encoding
+) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
+    """Turn, index of a token in the turn's answer, and the look this token needs."""
+    everywhere = list(asked_about(exchange, scenes, grid))
+    for turn, (_, answer) in enumerate(exchange.turns):
+        wanted = list(spans(exchange, turn, scenes[0], grid))
+        offset = 0
+        for i, token in enumerate(encoding.encode(answer, allowed_special="all") if wanted or everywhere else ()):
+            here = [(0, 0, cells) for begin, end, cells in wanted if begin <= offset < end]
+            for look in here[:1] or everywhere:
+                yield turn, i, *look
+            offset += len(encoding.decode_single_token_bytes(token))
+
+
+def counting_loss(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, where: torch.Tensor, cells: torch.Tensor
+) -> tuple[torch.Tensor, str]:
+    """How far the counting head's attention is from even shares.
+
+    Parameters
+    ----------
+    q, k : [B, heads, T, d]
+        Rotated queries and keys of layer `LAYER`.
+    mask : [B, 1, T, T]
+        Added to the scores.
+    where : int64 [n, 3]
+        Row, column and the column of the picture's first cell.
+    cells : float32 [n, cells]
+        How many things to count in each.
+    """
+    row, column, first = where.T
+    scores = torch.einsum("ntd,nd->nt", k[row, COUNTING], q[row, COUNTING, column]).float() * q.shape[-1] ** -0.5
+    shares = (scores + mask[row, 0, column]).softmax(-1)
+    seen = shares.gather(1, first[:, None] + torch.arange(cells.shape[1], device=k.device))
+    outside = 1 - seen.sum(-1)
+    whole = cells.sum(-1) + 1
+    lacking = -((seen + 1e-6).log() * cells).sum(-1) - outside.clamp(min=1e-6).log()
+    return (lacking / whole - whole.log()).mean(), f"off {(outside * whole - 1).abs().mean().item():.2f}"
+
+
+def loss(q: torch.Tensor, k: torch.Tensor, where: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """How little of the heads' attention to a picture falls on the wanted cells.
+
+    Parameters
+    ----------
+    q, k : [B, heads, T, d]
+        Rotated queries and keys of layer `LAYER`.
+    where : int64 [n, 4]
+        Row, column, the column of the picture's first cell, and the head.
+    cells : bool [n, cells]
+        The wanted ones.
+    """
+    row, column, first, head = where.T
+    keys = k[row[:, None], head[:, None], first[:, None] + torch.arange(cells.shape[1], device=k.device)]
+    scores = (keys * q[row, head, column][:, None]).float().sum(-1) * q.shape[-1] ** -0.5
+    seen = (scores.softmax(-1) * cells).sum(-1)
+    return -(seen + 1e-6).log().mean(), f"gaze {seen.mean().item():.3f}"
