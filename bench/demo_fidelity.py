@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from demo_model.lexicon import LEVELS
-from skills import SKILLS, cases
+from skills import SKILLS, calibrated, write_conversations
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -24,26 +24,7 @@ from qvl_runtime.cli.verify import text
 from qvl_runtime.demo import checkpoint_folder
 
 INT4 = {"bits": 4, "vision_bits": 4, "head_bits": 4}
-CALIBRATION_SEED, TEST_SEED = 40_000, 50_000
-
-
-def write_conversations(folder: Path, seed: int, count: int, level: str) -> Path:
-    """`count` conversations a skill and language, with their pictures, as Qwen-VL's fine-tuning JSON."""
-    folder.mkdir()
-    samples = []
-    for i, case in enumerate(cases(seed, count, SKILLS, level)):
-        slots = ""
-        for k, picture in enumerate(case.pictures):
-            picture.save(path := folder / f"{i}-{k}.png")
-            slots += f"Picture {k + 1}: <img>{path}</img>\n"
-        turns = []
-        for question, answer in case.exchange.turns:
-            turns += [{"from": "user", "value": slots + question}, {"from": "assistant", "value": answer}]
-            slots = ""
-        samples.append({"id": f"{case.skill} {i}", "conversations": turns})
-    path = folder / "conversations.json"
-    path.write_text(json.dumps(samples, ensure_ascii=False))
-    return path
+TEST_SEED = 50_000
 
 
 def main() -> None:
@@ -52,17 +33,14 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--count", type=int, default=4, help="conversations a skill and language, of either kind")
     args = parser.parse_args()
-    total = 2 * len(SKILLS) * args.count
     reports = {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        known = write_conversations(scratch / "known", CALIBRATION_SEED, args.count, args.level)
         fresh = write_conversations(scratch / "fresh", TEST_SEED, args.count, args.level)
-        gptq = {"method": "gptq", "calibration_data": known, "calibration_samples": total}
-        for name, recipe in {"GPTQ": gptq, "nearest": {}}.items():
+        for name, recipe in {"GPTQ": calibrated(scratch / "known", args.level), "nearest": {}}.items():
             convert(args.folder, blob := scratch / f"{name}.qvl", **INT4, **recipe)
             model = qvl.load(blob, "cpu", activations="int16")
-            samples = calibration.load(fresh, model.tokenizer, chat=True, count=total)
+            samples = calibration.load(fresh, model.tokenizer, chat=True, count=2 * len(SKILLS) * args.count)
             reports[name] = verify(model, open_reference(args.folder), samples)
     for name, report in reports.items():
         print(f"{name}: {text(report)}")

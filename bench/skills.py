@@ -5,7 +5,8 @@
     python bench/skills.py --seed 7 --count 100     another test set: so many questions a skill and language
 
 Exact match, except for boxes (`find`, `ground`, places in `second`): one counts when its IoU with the true one is at
-least 0.5. A table for people, then one JSON document as the last line.
+least 0.5; an answer with several is right when all its boxes are. A table for people, then one JSON document as the
+last line.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ KINDS = {
     "int8": {"bits": 8},
     "int4": {"bits": 4},
     "int4 all RTN": {"bits": 4, "vision_bits": 4, "head_bits": 4},
-    "int4 all GPTQ": {"bits": 4, "vision_bits": 4, "head_bits": 4, "method": "gptq"},
+    "int4 all GPTQ": {"bits": 4, "vision_bits": 4, "head_bits": 4},
 }
-"""Conversions side by side; "int4" is the default one, with ViT, adapter and head at 8 bits."""
+"""Conversions side by side; "int4" is the default one, with ViT, adapter and head at 8 bits. GPTQ is `calibrated`."""
+CALIBRATION_SEED, CALIBRATION_COUNT = 40_000, 8
 READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
-SIDE = 336
+SIDE, SHORT = 336, 8
 SKILLS = (*(name for name in SINGLE if name != "read"), *READING, "compare 2", "compare 3")
 GROUPS = {
     "boxes": ("find", "ground"),
@@ -60,9 +62,10 @@ class Case:
 
 @dataclass
 class Score:
-    """Right answers, and the IoU of every box that was asked for (0 where none came)."""
+    """Right answers, those to at most `SHORT` characters, and the IoU of every box asked for (0 where none came)."""
 
     right: list[float] = field(default_factory=list)
+    short: list[float] = field(default_factory=list)
     iou: list[float] = field(default_factory=list)
 
 
@@ -92,10 +95,38 @@ def cases(seed: int, count: int, skills: Iterable[str] = SKILLS, level: str = "a
                     yield Case(skill, exchange, [draw(scene, SIDE) for scene in scenes])
 
 
+def write_conversations(folder: Path, seed: int, count: int, level: str) -> Path:
+    """`count` conversations a skill and language, with their pictures, as Qwen-VL's fine-tuning JSON."""
+    folder.mkdir()
+    samples = []
+    for i, case in enumerate(cases(seed, count, SKILLS, level)):
+        slots = ""
+        for k, picture in enumerate(case.pictures):
+            picture.save(path := folder / f"{i}-{k}.png")
+            slots += f"Picture {k + 1}: <img>{path}</img>\n"
+        turns = []
+        for question, answer in case.exchange.turns:
+            turns += [{"from": "user", "value": slots + question}, {"from": "assistant", "value": answer}]
+            slots = ""
+        samples.append({"id": f"{case.skill} {i}", "conversations": turns})
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(samples, ensure_ascii=False))
+    return path
+
+
+def calibrated(folder: Path, level: str) -> dict:
+    """Arguments of `convert` for GPTQ that calibrates on conversations of this world; they are kept in `folder`."""
+    data = write_conversations(folder, CALIBRATION_SEED, CALIBRATION_COUNT, level)
+    samples = 2 * len(SKILLS) * CALIBRATION_COUNT
+    return {"method": "gptq", "calibration_data": data, "calibration_samples": samples}
+
+
 def mark(case: Case, answer: str, score: Score) -> None:
     """Add one answer to a score."""
     truth = case.exchange.turns[-1][1]
     score.right.append(float(is_right(answer, truth)))
+    if len(truth.replace("\n", "")) <= SHORT:
+        score.short.append(score.right[-1])
     score.iou += overlaps(answer, truth)
 
 
@@ -128,11 +159,14 @@ def summary(scores: dict[tuple[str, str], Score]) -> dict:
     rows = {f"{skill} {language}": percent(s.right) for (skill, language), s in scores.items()}
     for group, skills in GROUPS.items():
         rows[group] = percent([r for (skill, _), s in scores.items() if skill in skills for r in s.right])
+    short = [r for (skill, _), s in scores.items() if skill in READING for r in s.short]
+    rows[f"reading, up to {SHORT} characters"] = percent(short)
+    rows["boxes, each by itself"] = percent([v >= 0.5 for s in scores.values() for v in s.iou])
     rows["mean IoU"] = percent([v for s in scores.values() for v in s.iou])
     return rows
 
 
-def columns(paths: list[Path], kinds: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
+def columns(paths: list[Path], kinds: list[str], level: str, folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and blob of every column, converted where needed."""
     for path in paths:
         if path.suffix == ".qvl":
@@ -141,7 +175,8 @@ def columns(paths: list[Path], kinds: list[str], folder: Path) -> Iterator[tuple
             convert(path, out := folder / f"{path.name}.qvl", bits=16)
             yield path.name, out
     for kind in [] if paths else kinds:
-        convert(checkpoint_folder(), out := folder / f"{kind}.qvl", **KINDS[kind])
+        recipe = KINDS[kind] | (calibrated(folder / "known", level) if kind.endswith("GPTQ") else {})
+        convert(checkpoint_folder(), out := folder / f"{kind}.qvl", **recipe)
         yield kind, out
 
 
@@ -158,12 +193,12 @@ def main() -> None:
     test = list(cases(args.seed, args.count, args.skills, args.level))
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, blob in columns(args.models, args.kinds, Path(folder)):
+        for name, blob in columns(args.models, args.kinds, args.level, Path(folder)):
             results[name] = summary(run(qvl.load(blob, args.device), test)) | {"bytes": blob.stat().st_size}
-    print(f"{'right answers, %':28}" + "".join(f"{name:>15}" for name in results))
+    print(f"{'right answers, %':30}" + "".join(f"{name:>15}" for name in results))
     for row in next(iter(results.values())):
         values = ("-" if r[row] is None else f"{r[row]:,}" for r in results.values())
-        print(f"{row:28}" + "".join(f"{value:>15}" for value in values))
+        print(f"{row:30}" + "".join(f"{value:>15}" for value in values))
     print(
         json.dumps(
             {"seed": args.seed, "level": args.level, "count": args.count, "device": args.device, "scores": results}
