@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from demo_model.lexicon import LEVELS
-from skills import SKILLS, calibrated, write_conversations
+from skills import INT4, SKILLS, calibrated, write_conversations
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -23,7 +23,6 @@ from qvl_convert.verify import open_reference, verify
 from qvl_runtime.cli.verify import text
 from qvl_runtime.demo import checkpoint_folder
 
-INT4 = {"bits": 4, "vision_bits": 4, "head_bits": 4}
 TEST_SEED = 50_000
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
-    parser.add_argument("--count", type=int, default=4, help="conversations a skill and language, of either kind")
+    parser.add_argument("--count", type=int, default=4, help="conversations to judge by, a skill and language")
     args = parser.parse_args()
     reports = {}
     with tempfile.TemporaryDirectory() as scratch:

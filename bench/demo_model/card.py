@@ -35,8 +35,8 @@ DejaVu, and WenQuanYi Micro Hei.
 These commands are what was done, straightened out: the log shows three vision runs (seeds 11 to 13) and many joint ones
 (seeds 21 to 38), each going on from the one before. The last ones, 142 minutes from step 5305 on, told one layer of the
 decoder where to look (`gaze.py`), which brought boxes from 11% to what is below, and asked more of what was still
-wrong. Two training processes also update the weights in an order that no seed decides. So another run gives another
-model of the same kind.
+wrong; the later ones had the vision tower at Muon 0.006 and AdamW 1.2e-3, more than `train.py` gives it. Two training
+processes also update the weights in an order that no seed decides. So another run gives another model of the same kind.
 
 ## What it can do
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from targets import cell_of, covered
 from tiktoken import Encoding
 
 from qvl_runtime.demo.conversations import Exchange, full, kind, left_to_right, references
@@ -22,20 +23,31 @@ LAYER, HEADS, COUNTING = 2, (3, 1), 2
 """The layer, the two heads that look things up, and the one that counts."""
 BOX = re.compile(rb"(?:<ref>([^<]*)</ref>)?<box>(\((\d+),(\d+)\),\((\d+),(\d+)\))</box>")
 PREFIX = re.compile("In picture (\\d): |第(\\d)张图：")
+WHICH = re.compile("Which picture has an? (.*)\\?|哪张图里有(.*)？")
 COUNTED = re.compile("How many (.*?)(?:(?<=cross)e)?s are there|(?:有几个|有多少个)(.*?)？")
 EXTREMES = {"leftmost": 0, "最左边": 0, "rightmost": 1, "最右边": 1, "top": 2, "最上面": 2, "bottom": 3, "最下面": 3}
 Look = tuple[int, int, np.ndarray]
 """Picture, which of `HEADS`, and cells."""
 
 
-def covered(box: Sequence[float], grid: int) -> np.ndarray:
-    """The cells of a `grid` x `grid` whose centre, or the box's own centre, lies in a unit-square box: bool [cells]."""
-    x1, y1, x2, y2 = box
-    centres = (np.arange(grid) + 0.5) / grid
-    columns, rows = (centres > x1) & (centres < x2), (centres > y1) & (centres < y2)
-    columns[min(int((x1 + x2) / 2 * grid), grid - 1)] = True
-    rows[min(int((y1 + y2) / 2 * grid), grid - 1)] = True
-    return (rows[:, None] & columns).reshape(-1)
+def in_picture(box: Sequence[float], grid: int) -> np.ndarray:
+    """The cells a unit-square box covers, bool [cells]."""
+    return covered(box, grid).reshape(-1)
+
+
+def boxed(found: re.Match, grid: int) -> np.ndarray:
+    """The cells a match of `BOX` covers."""
+    return in_picture([int(v) / 1000 for v in found.groups()[2:]], grid)
+
+
+def called(noun: str, language: str, scene: Scene) -> list[Thing]:
+    """The things that a noun without a size names."""
+    return [
+        thing
+        for thing in scene.things
+        for option in ({}, {"color": thing.color}, {"shape": thing.shape}, {"color": thing.color, "shape": thing.shape})
+        if kind(language, **option) == noun
+    ]
 
 
 def named(question: str, language: str, scene: Scene) -> list[Thing]:
@@ -53,33 +65,26 @@ def asked_about(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> Itera
     """Where all answers of an exchange are read off, if its first question says that."""
     question, answer = exchange.turns[0]
     language, picture = exchange.language, 0
-    if exchange.skill == "compare":
-        prefix = PREFIX.match(question)
-        if prefix:
-            picture = int(prefix[1] or prefix[2]) - 1
-        else:
-            picture = int(answer) - 1
-            for thing in scenes[picture].things:
-                if any(
-                    re.search(re.escape(kind(language, **o)) + r"($|[?.？吗])", question)
-                    for o in ({"shape": thing.shape}, {"color": thing.color, "shape": thing.shape})
-                ):
-                    yield picture, 0, covered(thing.box, grid)
-                    return
-            return
+    prefix, which = PREFIX.match(question), WHICH.match(question)
+    if prefix:
+        picture = int(prefix[1] or prefix[2]) - 1
+    elif which:
+        picture = int(answer) - 1
+        yield picture, 0, in_picture(called(which[1] or which[2], language, scenes[picture])[0].box, grid)
+        return
     elif exchange.skill == "name":
-        yield 0, 0, covered([int(v) / 1000 for v in BOX.search(question.encode()).groups()[2:]], grid)
+        yield 0, 0, boxed(BOX.search(question.encode()), grid)
         return
     elif exchange.skill == "position":
         for word, side in EXTREMES.items():
             if f"{word} object" in question or f"{word}的物体" in question:
                 order = sorted(scenes[0].things, key=lambda t: t.center[side // 2])
-                yield 0, 0, covered(order[-(side % 2)].box, grid)
+                yield 0, 0, in_picture(order[-(side % 2)].box, grid)
                 return
     elif exchange.skill not in ("color", "shape", "size", "second"):
         return
     for head, thing in enumerate(named(question, language, scenes[picture])[: len(HEADS)]):
-        yield picture, head, covered(thing.box, grid)
+        yield picture, head, in_picture(thing.box, grid)
 
 
 def counted(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> tuple[int, np.ndarray] | None:
@@ -93,13 +98,10 @@ def counted(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> tuple[int
     noun = COUNTED.search(question)
     if not noun:
         return None
-    cells = np.zeros(grid * grid, np.float32)
-    for thing in scenes[picture].things:
-        options = ({}, {"color": thing.color}, {"shape": thing.shape}, {"color": thing.color, "shape": thing.shape})
-        if any(kind(language, **o) == (noun[1] or noun[2]) for o in options):
-            x, y = (min(int(c * grid), grid - 1) for c in thing.center)
-            cells[y * grid + x] += 1
-    return picture, cells
+    cells = np.zeros((grid, grid), np.float32)
+    for thing in called(noun[1] or noun[2], language, scenes[picture]):
+        cells[cell_of(*thing.center, grid)] += 1
+    return picture, cells.reshape(-1)
 
 
 def spans(exchange: Exchange, turn: int, scene: Scene, grid: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -107,20 +109,20 @@ def spans(exchange: Exchange, turn: int, scene: Scene, grid: int) -> Iterator[tu
     answer = exchange.turns[turn][1].encode()
     for found in BOX.finditer(answer):
         begin = found.start(1) if exchange.skill == "ground" else found.start(2) + 1
-        yield begin, found.end(2), covered([int(v) / 1000 for v in found.groups()[2:]], grid)
+        yield begin, found.end(2), boxed(found, grid)
     begin = 0
     if exchange.skill == "describe":
         for thing in left_to_right(scene):
             name = full(thing, exchange.language).encode()
             begin = answer.index(name, begin)
-            yield begin, begin + len(name), covered(thing.box, grid)
+            yield begin, begin + len(name), in_picture(thing.box, grid)
             begin += len(name)
     elif exchange.skill == "read":
         for char, x, y in scene.text.marks:
             begin = answer.index(char.encode(), begin)
-            cells = np.zeros(grid * grid, bool)
-            cells[int(y * grid) * grid + int(x * grid)] = True
-            yield begin, begin + len(char.encode()), cells
+            cells = np.zeros((grid, grid), bool)
+            cells[cell_of(x, y, grid)] = True
+            yield begin, begin + len(char.encode()), cells.reshape(-1)
             begin += len(char.encode())
 
 

@@ -62,8 +62,9 @@ class Writer:
             ids += asked + told
             wanted += [False] * len(asked) + [True] * len(told)
         weight = np.array(wanted) / sum(wanted) * (6 if exchange.skill == "read" else 1)
+        places = np.array([self.digit(ids, i) if w else -1 for i, w in enumerate(wanted)])
         for place, share in ((0, 1.5), (1, 0.5)):
-            digits = np.array([w and self.digit(ids, i) == place for i, w in enumerate(wanted)])
+            digits = places == place
             if digits.any():
                 weight += digits * share / digits.sum()
         return ids, weight, begins

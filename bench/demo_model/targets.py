@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,21 @@ CLASSES = {"shape": 0, "color": 1, "size": 2, "first": 8, "second": 9, "place": 
 COLOR_NAMES = list(COLORS)
 
 
+def cell_of(x: float, y: float, grid: int) -> tuple[int, int]:
+    """Row and column of the cell that holds a point of the unit square."""
+    return min(int(y * grid), grid - 1), min(int(x * grid), grid - 1)
+
+
+def covered(box: Sequence[float], grid: int) -> np.ndarray:
+    """The cells whose centre, or the box's own centre, lies in a box of the unit square: bool [grid, grid]."""
+    x1, y1, x2, y2 = box
+    centres = (np.arange(grid) + 0.5) / grid
+    rows, columns = (centres > y1) & (centres < y2), (centres > x1) & (centres < x2)
+    row, column = cell_of((x1 + x2) / 2, (y1 + y2) / 2, grid)
+    rows[row], columns[column] = True, True
+    return rows[:, None] & columns
+
+
 def cell_targets(scene: Scene, grid: int) -> np.ndarray:
     """What every cell of the grid shows, float32 [grid * grid, 11].
 
@@ -31,16 +48,11 @@ def cell_targets(scene: Scene, grid: int) -> np.ndarray:
     one's place in the reading order. Zero is nothing, everywhere.
     """
     out = np.zeros((grid, grid, 11), np.float32)
-    centres = (np.arange(grid) + 0.5) / grid
 
     def fill(box: tuple[float, float, float, float], values: tuple[int, int, int]) -> None:
         x1, y1, x2, y2 = box
-        columns = (centres > x1) & (centres < x2)
-        rows = (centres > y1) & (centres < y2)
-        column, row = (min(int(c * grid), grid - 1) for c in ((x1 + x2) / 2, (y1 + y2) / 2))
-        columns[column], rows[row] = True, True
-        out[np.ix_(rows, columns)] = (*values, *box, 0, 0, 0, 0)
-        out[row, column, 7] = 1
+        out[covered(box, grid)] = (*values, *box, 0, 0, 0, 0)
+        out[(*cell_of((x1 + x2) / 2, (y1 + y2) / 2, grid), 7)] = 1
 
     if scene.text:
         fill(scene.text.box, (KINDS - 1, 0, 0))
@@ -50,7 +62,7 @@ def cell_targets(scene: Scene, grid: int) -> np.ndarray:
         )
     if scene.text:
         for place, (char, x, y) in enumerate(scene.text.marks):
-            cell = out[int(y * grid), int(x * grid)]
+            cell = out[cell_of(x, y, grid)]
             if not cell[8]:
                 cell[8], cell[10] = CHARSET.index(char) + 1, min(place + 1, PLACES)
             elif not cell[9]:

@@ -17,7 +17,7 @@ SMALL = 1 << 20
 """Weights, or values of keys, below which the more exact product costs nothing that matters."""
 SMALL_WIDTH = 591
 """Heads times head size below which a model's matrix of queries, keys and values has fewer weights than `SMALL`."""
-BYTE_BIAS = 128 if features.selected().product == "sdot" else 0
+BYTE_BIAS = features.selected().byte_bias
 PAIRS = features.selected().product == "vnni"
 """Whether pairs of int16 are multiplied faster than float32."""
 ROWS_KIND, CACHE_KINDS = 0, {"fp32": 4, "fp16": 2, "int8": 1}

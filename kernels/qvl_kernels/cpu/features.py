@@ -41,6 +41,11 @@ class Level:
     cpu: str
     features: str
 
+    @property
+    def byte_bias(self) -> int:
+        """Arbitrary bytes are multiplied less this: `sdot` knows only signed ones."""
+        return 128 if self.product == "sdot" else 0
+
 
 VNNI = ("avx512vnni", "avx512vl")
 LEVELS = {

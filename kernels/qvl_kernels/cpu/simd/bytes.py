@@ -36,7 +36,7 @@ NARROW_OPERANDS = llvm.llvm_version_info[0] >= 22
 UNSHIFTED = LEVEL.product == "vnni"
 HIGH_SHIFT = 4 if UNSHIFTED else 0
 """`high` leaves its nibble times 2**HIGH_SHIFT."""
-BYTE_BIAS = 128 if LEVEL.product == "sdot" else 0
+BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
 SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
 """Element of a `dot` accumulator; ``widen`` turns it into i32."""
