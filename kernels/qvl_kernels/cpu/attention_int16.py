@@ -17,8 +17,8 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end, raise_top
-from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
+from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
@@ -31,6 +31,8 @@ from qvl_kernels.cpu.simd import (
     loads,
     max_all,
     maximum,
+    minimum,
+    parts,
     piece,
     put_f32,
     put_i32,
@@ -39,6 +41,7 @@ from qvl_kernels.cpu.simd import (
     splats,
     spreads,
     store,
+    store_part,
     store_rows,
     sum_all,
     to_f32,
@@ -46,12 +49,14 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS
-from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
+from qvl_kernels.cpu.tiles import PAIR_KEYS, PAIR_QUERIES, PAIR_TOKENS
 
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
-ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
+ROW, WEIGHT_ROW = 4 * PAIR_KEYS, 2 * PAIR_KEYS
+AHEAD = 8
 
-load, zero, splat, words = loads("f32", 16), zeros("f32", 16), splats("f32", 16), rows("i32", 16, 16)
+load, part, zero, splat = loads("f32", 16), parts(16), zeros("f32", 16), splats("f32", 16)
+words = rows("i32", 16, 16)
 four, no_four, no_four_i32 = loads("f32", 16, 4), zeros("f32", 16, 4), zeros("i32", 16, 4)
 lanes_i32, lanes_f32 = loads("i32", LANES), loads("f32", LANES)
 no_sums, spread = zeros("i32", LANES, PAIR_TOKENS), spreads("f32", LANES, PAIR_TOKENS)
@@ -143,13 +148,13 @@ def layout(scratch, d):
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     queries = scratch
     keys = queries + 4 * PAIR_QUERIES * pairs
-    values = keys + 4 * KEYS * pairs
-    scores = values + 2 * KEYS * padded
+    values = keys + 4 * PAIR_KEYS * pairs
+    scores = values + 2 * PAIR_KEYS * padded
     weights = scores + ROW * PAIR_TOKENS
     out = weights + WEIGHT_ROW * PAIR_TOKENS
-    state = out + 4 * PAIR_QUERIES * padded
-    scales = state + 8 * PAIR_QUERIES
-    return queries, keys, values, scores, weights, out, state, scales
+    tops = out + 4 * PAIR_QUERIES * padded
+    totals = tops + 4 * PAIR_QUERIES
+    return queries, keys, values, scores, weights, out, tops, totals, totals + 4 * PAIR_QUERIES
 
 
 @routine
@@ -172,12 +177,23 @@ def round_row(x, mean, d, factor, target):
 
 
 @routine
+def expect_row(x, row, d):
+    """Bring what lies `AHEAD` rows on: rows are pages apart, where the processor does not look ahead by itself."""
+    x += AHEAD * row
+    for c in range(0, 4 * d, 64):
+        prefetch_read(x + c)
+
+
+@routine
 def mean_key(keys, row, count, d, target):
     for c in range(0, d, 16):
-        total = zero()
-        for i in range(count):
-            total = total + take(keys + i * row + 4 * c, d - c)
-        store(target + 4 * c, total * (float32(1) / float32(count)))
+        store(target + 4 * c, zero())
+    for i in range(count):
+        expect_row(keys + i * row, row, d)
+        for c in range(0, d, 16):
+            store(target + 4 * c, load(target + 4 * c) + take(keys + i * row + 4 * c, d - c))
+    for c in range(0, d, 16):
+        store(target + 4 * c, load(target + 4 * c) * (float32(1) / float32(count)))
 
 
 @routine
@@ -188,6 +204,7 @@ def hold_keys(source, row, held, d, mean, target, scales, buffer):
         for j in range(16):
             scale = float32(0)
             if i + j < held:
+                expect_row(source + (i + j) * row, row, d)
                 scale = round_row(source + (i + j) * row, mean, d, float32(1), buffer + 4 * pairs * j)
             put_f32(scales + 4 * (i + j), scale)
         for c in range(0, pairs, 16):
@@ -202,6 +219,7 @@ def hold_values(source, row, held, d, target, scales, inverses):
     for c in range(0, d, 16):
         store(inverses + 4 * c, splat(float32(1e-30)))
     for i in range(held):
+        expect_row(source + i * row, row, d)
         for c in range(0, d, 16):
             largest = maximum(load(inverses + 4 * c), absolute(take(source + i * row + 4 * c, d - c)))
             store(inverses + 4 * c, largest)
@@ -244,43 +262,78 @@ def total_of(v):
 
 
 @routine
-def weigh(scores, held, scale, weights, state, out, padded, scale_at):
-    """Scores of one row, over `scale`, to int16 weights, and their scale; rescales what the row has accumulated."""
-    limit = (held + 63) // 64 * 64
+def highest(scores, held, limit):
+    """The largest of a row's scores; what follows them up to `limit` is made invisible."""
     for j in range(held, limit):
         put_f32(scores + 4 * j, LOWEST)
     best = four(scores)
     for i in range(64, limit, 64):
         best = maximum(best, four(scores + 4 * i))
-    best = maximum(maximum(piece(best, 0), piece(best, 1)), maximum(piece(best, 2), piece(best, 3)))
-    top = raise_top(max_all(best) * scale, state, out, padded)
+    return max_all(maximum(maximum(piece(best, 0), piece(best, 1)), maximum(piece(best, 2), piece(best, 3))))
+
+
+@routine
+def weigh(scores, limit, scale, top):
+    """A row's scores to weights; returns their sum."""
     total = no_four()
     for i in range(0, limit, 64):
-        p = exp2(four(scores + 4 * i) * scale - top)
+        p = exp2(fma(four(scores + 4 * i), scale, -top))
         total = total + p
         store(scores + 4 * i, p)
-    scale = min(LIMIT, WEIGHTS_LIMIT / sum_all(total_of(total)))
-    rounded = no_four_i32()
+    return sum_all(total_of(total))
+
+
+@routine
+def round_weights(scores, limit, scale, weights):
+    """A row's weights to int16; returns their sum."""
+    total = no_four_i32()
     for i in range(0, limit, 64):
         p = rint(four(scores + 4 * i) * scale)
-        rounded = rounded + p
+        total = total + p
         store_shorts(weights + 2 * i, p)
-    scale = float32(1) / scale
-    put_f32(scale_at, scale)
+    return float32(sum_all(total_of(total)))
+
+
+@routine
+def weigh_tile(scores, held, query_scales, tops, totals, weights, weight_scales, factors, sums):
+    """Scores of a tile, over their queries' scales, to int16 weights and `weight_scales`.
+
+    `factors`: what to multiply the rows' weighted values with, as their maxima rise. Every step is done for all rows
+    before the next: the processor works on one row while another's sum is still on its way through the lanes.
+    """
+    limit = (held + 63) // 64 * 64
+    for m in range(PAIR_TOKENS):
+        put_f32(sums + 4 * m, highest(scores + m * ROW, held, limit))
+    old = part(tops, PAIR_TOKENS)
+    top = maximum(load(sums) * part(query_scales, PAIR_TOKENS), old)
+    factor = exp2(old - top)
+    store_part(tops, top, PAIR_TOKENS)
+    store(factors, factor)
+    for m in range(PAIR_TOKENS):
+        total = weigh(scores + m * ROW, limit, get_f32(query_scales + 4 * m), get_f32(tops + 4 * m))
+        put_f32(sums + 4 * m, total)
+    store(weight_scales, minimum(splat(WEIGHTS_LIMIT) / load(sums), splat(LIMIT)))
+    for m in range(PAIR_TOKENS):
+        total = round_weights(scores + m * ROW, limit, get_f32(weight_scales + 4 * m), weights + m * WEIGHT_ROW)
+        put_f32(sums + 4 * m, total)
+    scale = float32(1) / load(weight_scales)
+    store(weight_scales, scale)
     # Of the rounded weights: what all of them lost is not missing from the mean.
-    put_f32(state + 4, get_f32(state + 4) + float32(sum_all(total_of(rounded))) * scale)
+    store_part(totals, fma(part(totals, PAIR_TOKENS), factor, load(sums) * scale), PAIR_TOKENS)
 
 
 @routine
-def add_values(sums, scale, y, value_scales, padded):
-    store_rows(y, fma(to_f32(sums) * scale, lanes_f32(value_scales), out_rows(y, 4 * padded)), 4 * padded)
+def add_values(sums, scale, factor, y, value_scales, padded):
+    held = out_rows(y, 4 * padded) * factor
+    store_rows(y, fma(to_f32(sums) * scale, lanes_f32(value_scales), held), 4 * padded)
 
 
 @routine
-def attend(scratch, d, count, held, key_scales, value_scales, weight_scales):
+def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
     """All queries of a task over the `held` keys and values in scratch."""
-    queries, keys, values, scores, weights, out, state, query_scales = layout(scratch, d)
+    queries, keys, values, scores, weights, out, tops, totals, query_scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
+    weight_scales, factors, sums = row_scales, row_scales + 64, row_scales + 128
     for first in range(0, count, PAIR_TOKENS):
         x = queries + 4 * first * pairs
         for column in range(0, held, 32):
@@ -290,36 +343,42 @@ def attend(scratch, d, count, held, key_scales, value_scales, weight_scales):
                 store_rows(scores + 4 * i, to_f32(a) * lanes_f32(key_scales + 4 * i), ROW)
                 other = i + LANES
                 store_rows(scores + 4 * other, to_f32(b) * lanes_f32(key_scales + 4 * other), ROW)
-        target = out + 4 * first * padded
-        for m in range(PAIR_TOKENS):
-            row = target + 4 * m * padded
-            weigh(scores + m * ROW, held, get_f32(query_scales + 4 * (first + m)), weights + m * WEIGHT_ROW,
-                  state + 8 * (first + m), row, padded, weight_scales + 4 * m)  # fmt: skip
-        scale = spread(weight_scales, 4)
+        weigh_tile(scores, held, query_scales + 4 * first, tops + 4 * first, totals + 4 * first, weights,
+                   weight_scales, factors, sums)  # fmt: skip
+        target, scale, factor = out + 4 * first * padded, spread(weight_scales, 4), spread(factors, 4)
         whole = padded // WIDTH * WIDTH
         for c in range(0, whole, WIDTH):
             a, b = multiply(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
-            add_values(a, scale, target + 4 * c, value_scales + 4 * c, padded)
-            add_values(b, scale, target + 4 * (c + LANES), value_scales + 4 * (c + LANES), padded)
+            add_values(a, scale, factor, target + 4 * c, value_scales + 4 * c, padded)
+            add_values(b, scale, factor, target + 4 * (c + LANES), value_scales + 4 * (c + LANES), padded)
         for c in range(whole, padded, LANES):
             a = multiply_narrow(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
-            add_values(a, scale, target + 4 * c, value_scales + 4 * c, padded)
+            add_values(a, scale, factor, target + 4 * c, value_scales + 4 * c, padded)
 
 
 @routine
 def begin(scratch, q, row, count, d, factor, buffer):
     """Round the queries (zeros up to whole tiles) as ``[tiles, pairs, PAIR_TOKENS, 2]`` and clear what is summed."""
-    queries, _, _, _, _, out, state, scales = layout(scratch, d)
+    queries, _, _, _, _, out, tops, totals, scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
         scale = float32(0)
         if i < count:
+            expect_row(q + i * row, row, d)
             scale = round_row(q + i * row, 0, d, factor, buffer)
             target = queries + 4 * (i // PAIR_TOKENS * PAIR_TOKENS * pairs + i % PAIR_TOKENS)
             for c in range((d + 1) // 2):
                 put_i32(target + 4 * PAIR_TOKENS * c, get_i32(buffer + 4 * c))
         put_f32(scales + 4 * i, scale)
-        clear(state + 8 * i, out + 4 * i * padded, padded)
+        clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
+
+
+@routine
+def queries_at_once(queries, heads, threads):
+    """Of a task: many, since each brings the keys and values into form anew, but enough tasks for all threads."""
+    tasks = max((queries + PAIR_QUERIES - 1) // PAIR_QUERIES, (4 * threads + heads - 1) // heads)
+    tiles = (queries + PAIR_TOKENS - 1) // PAIR_TOKENS
+    return (tiles + tasks - 1) // tasks * PAIR_TOKENS
 
 
 @kernel
@@ -328,27 +387,28 @@ def block_attention_int16(args, thread, threads):
     (counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, length, out, factor, scratch,
      scratch_bytes) = unpack(args, 16)  # fmt: skip
     scratch += thread * scratch_bytes
-    padded, blocks = (d + 15) // 16 * 16, (queries + PAIR_QUERIES - 1) // PAIR_QUERIES
-    _, keys, values, _, _, sums, state, query_scales = layout(scratch, d)
+    padded, size = (d + 15) // 16 * 16, queries_at_once(queries, heads, threads)
+    blocks = (queries + size - 1) // size
+    _, keys, values, _, _, sums, _, totals, query_scales = layout(scratch, d)
     key_scales = query_scales + 4 * PAIR_QUERIES
-    value_scales = key_scales + 4 * KEYS
+    value_scales = key_scales + 4 * PAIR_KEYS
     mean = value_scales + 4 * (padded + 16)
-    weight_scales = mean + 4 * padded
-    buffer = weight_scales + 4 * PAIR_TOKENS
+    row_scales = mean + 4 * padded
+    buffer = row_scales + 3 * 64
     for turn in range(threads):
         owner = (thread + turn) % threads
         task, stop = claim(counters, owner, threads, blocks * heads, 1)
         while task < stop:
-            head, row = task // blocks, task % blocks * PAIR_QUERIES
-            count = min(PAIR_QUERIES, queries - row)
+            head, row = task // blocks, task % blocks * size
+            count = min(size, queries - row)
             begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), buffer)
             source, rows_apart = k + 4 * head * k_head, 4 * k_row
             mean_key(source, rows_apart, length, d, mean)
-            for first in range(0, length, KEYS):
-                held = min(KEYS, length - first)
+            for first in range(0, length, PAIR_KEYS):
+                held = min(PAIR_KEYS, length - first)
                 hold_keys(source + first * rows_apart, rows_apart, held, d, mean, keys, key_scales, buffer)
                 where = v + 4 * (first * k_row + head * k_head)
                 hold_values(where, rows_apart, held, d, values, value_scales, buffer)
-                attend(scratch, d, count, held, key_scales, value_scales, weight_scales)
-            end(state, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
+                attend(scratch, d, count, held, key_scales, value_scales, row_scales)
+            end(totals, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, blocks * heads, 1)

@@ -55,39 +55,26 @@ def layout(scratch, d):
     values = keys + 4 * KEYS * d
     scores = values + 4 * KEYS * padded
     out = scores + 4 * KEYS * FLOAT_TOKENS
-    return scratch, keys, values, scores, out, out + 4 * QUERIES * padded
+    tops = out + 4 * QUERIES * padded
+    return scratch, keys, values, scores, out, tops, tops + 4 * QUERIES
 
 
 # ------------------------------------------------------------------------------------------------ what is accumulated
 @routine
-def clear(state, out, padded):
+def clear(top, total, out, padded):
     """Nothing seen yet: a row's maximum and sum of weights, and its weighted values."""
     for c in range(0, padded, 16):
         store(out + 4 * c, zero())
-    put_f32(state, LOWEST)
-    put_f32(state + 4, float32(0))
+    put_f32(top, LOWEST)
+    put_f32(total, float32(0))
 
 
 @routine
-def raise_top(highest, state, out, padded):
-    """The row's maximum with `highest`; where it rises, what the row has accumulated is rescaled."""
-    old = get_f32(state)
-    top = max(highest, old)
-    if top > old:
-        put_f32(state, top)
-        factor = exp2(splat(old - top))
-        put_f32(state + 4, get_f32(state + 4) * max_all(factor))
-        for c in range(0, padded, 16):
-            store(out + 4 * c, load(out + 4 * c) * factor)
-    return top
-
-
-@routine
-def end(state, out, d, count, target, row):
+def end(totals, out, d, count, target, row):
     """Write the weighted means."""
     padded = (d + 15) // 16 * 16
     for i in range(count):
-        scale = float32(1) / get_f32(state + 8 * i + 4)
+        scale = float32(1) / get_f32(totals + 4 * i)
         for c in range(0, d, 16):
             v = load(out + 4 * (i * padded + c)) * scale
             if d - c >= 16:
@@ -98,17 +85,17 @@ def end(state, out, d, count, target, row):
 
 # ------------------------------------------------------------------------------------------------ a task
 @routine
-def begin(q, row, count, d, factor, queries, out, state):
+def begin(q, row, count, d, factor, queries, out, tops, totals):
     """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
     padded = (d + 15) // 16 * 16
     for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
         for c in range(0, padded, 16):
             store(queries + i * ROW + 4 * c, take(q + i * row + 4 * c, d - c) * factor if i < count else zero())
-        clear(state + 8 * i, out + 4 * i * padded, padded)
+        clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
 
 
 @routine
-def weigh(scores, visible, limit, state, out, padded):
+def weigh(scores, visible, limit, top_at, total_at, out, padded):
     """Scores of one row to weights, 0 from `visible` to `limit`; rescales what the row has accumulated."""
     best = splat(LOWEST)
     for i in range(0, visible, 16):
@@ -116,7 +103,14 @@ def weigh(scores, visible, limit, state, out, padded):
             for j in range(visible - i, 16):
                 put_f32(scores + 4 * (i + j), LOWEST)
         best = maximum(best, load(scores + 4 * i))
-    top = raise_top(max_all(best), state, out, padded)
+    old, highest = get_f32(top_at), max_all(best)
+    top = max(old, highest)
+    if top > old:
+        put_f32(top_at, top)
+        factor = exp2(splat(old - top))
+        put_f32(total_at, get_f32(total_at) * max_all(factor))
+        for c in range(0, padded, 16):
+            store(out + 4 * c, load(out + 4 * c) * factor)
     total = zero()
     for i in range(0, limit, 16):
         if i < visible:
@@ -130,13 +124,13 @@ def weigh(scores, visible, limit, state, out, padded):
             total = total + p
         else:
             store(scores + 4 * i, zero())
-    put_f32(state + 4, get_f32(state + 4) + sum_all(total))
+    put_f32(total_at, get_f32(total_at) + sum_all(total))
 
 
 @routine
 def attend(scratch, d, count, held, visible, step):
     """All queries of a task over the `held` keys and values in scratch; query i sees ``visible + i * step`` of them."""
-    queries, keys, values, scores, out, state = layout(scratch, d)
+    queries, keys, values, scores, out, tops, totals = layout(scratch, d)
     padded = (d + 15) // 16 * 16
     for first in range(0, count, FLOAT_TOKENS):
         limit = min(held, visible + (first + FLOAT_TOKENS - 1) * step)
@@ -150,7 +144,8 @@ def attend(scratch, d, count, held, visible, step):
                 multiply(keys + 4 * (column * d + i - column), 128, queries + first * ROW, d, scores + 4 * i, ROW)
         for m in range(FLOAT_TOKENS):
             seen = max(0, min(held, visible + (first + m) * step))
-            weigh(scores + m * ROW, seen, limit, state + 8 * (first + m), target + 4 * m * padded, padded)
+            row = first + m
+            weigh(scores + m * ROW, seen, limit, tops + 4 * row, totals + 4 * row, target + 4 * m * padded, padded)
         whole = padded // WIDTH * WIDTH
         for c in range(0, whole, WIDTH):
             multiply(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
@@ -251,12 +246,13 @@ def block_attention(args, thread, threads):
             if start != 0:
                 seen = int(get_i32(start)) + row + 1
                 end_key = min(length, seen + count - 1)
-            held_queries, held_keys, held_values, _, sums, state = layout(scratch, d)
-            begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, state)
+            held_queries, held_keys, held_values, _, sums, tops, totals = layout(scratch, d)
+            begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, tops,
+                  totals)  # fmt: skip
             for first in range(0, end_key, KEYS):
                 held = min(KEYS, end_key - first)
                 hold(kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d,
                      held_keys, held_values)  # fmt: skip
                 attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
-            end(state, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
+            end(totals, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, blocks * heads, 1)

@@ -75,13 +75,13 @@ def _make(kind: str):
     def row_attention(args, thread, threads):
         (counters, q, heads, d, keys, values, key_scales, value_scales, depth, width, capacity, start, out, factor,
          scratch, scratch_bytes) = unpack(args, 16)  # fmt: skip
-        query, weights, _, _, total, state = layout(scratch + thread * scratch_bytes, d)
+        query, weights, _, _, mean_so_far, top, total = layout(scratch + thread * scratch_bytes, d)
         length = min(capacity, int(get_i32(start)) + 1)
         for turn in range(threads):
             owner = (thread + turn) % threads
             head, stop = claim(counters, owner, threads, heads, 1)
             while head < stop:
-                begin(q + 4 * head * d, 0, 1, d, as_f32(factor), query, total, state)
+                begin(q + 4 * head * d, 0, 1, d, as_f32(factor), query, mean_so_far, top, total)
                 for first in range(0, length, KEYS):
                     held, where = min(KEYS, length - first), head * capacity + first
                     k, v, i = keys + where * depth * size, values + where * width * size, 0
@@ -93,16 +93,16 @@ def _make(kind: str):
                         else:
                             scores(query, d, k + i * depth * size, depth, s, target)
                             i += 16
-                    weigh(weights, held, held, state, total, width)
+                    weigh(weights, held, held, top, total, mean_so_far, width)
                     s, c = value_scales + 4 * where, 0
                     while c < width:
                         if width - c >= 64:
-                            mean_4(weights, held, v + c * size, width, s, total + 4 * c)
+                            mean_4(weights, held, v + c * size, width, s, mean_so_far + 4 * c)
                             c += 64
                         else:
-                            mean(weights, held, v + c * size, width, s, total + 4 * c)
+                            mean(weights, held, v + c * size, width, s, mean_so_far + 4 * c)
                             c += 16
-                end(state, total, d, 1, out + 4 * head * d, 0)
+                end(total, mean_so_far, d, 1, out + 4 * head * d, 0)
                 head, stop = claim(counters, owner, threads, heads, 1)
 
     row_attention.__name__ = f"row_attention_{kind}"

@@ -17,6 +17,8 @@ SMALL = 1 << 20
 """Weights, or values of keys, below which the more exact product costs nothing that matters."""
 SMALL_WIDTH = 591
 """Heads times head size below which a model's matrix of queries, keys and values has fewer weights than `SMALL`."""
+LARGE = 4 << 20
+"""Bytes of a result that is written past the caches: it would not be found there by the one who reads it."""
 BYTE_BIAS = features.selected().byte_bias
 PAIRS = features.selected().product == "vnni"
 """Whether pairs of int16 are multiplied faster than float32."""
@@ -100,7 +102,8 @@ def product(
 ) -> None:
     """``out = gelu?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
-    after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
+    past = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
+    after = (address(out), w.bias, int(gelu), address(residual), int(gated), int(past), scratch)
     to.add(
         f"gemm{w.bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out), x.span,
         *after,

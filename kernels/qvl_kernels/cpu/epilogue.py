@@ -4,41 +4,40 @@ from __future__ import annotations
 
 from numba import float32
 
+from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import choose_gt, exp2, fma, loads, maximum, minimum, parts, store, store_part
+from qvl_kernels.cpu.simd import choose_gt, exp2, fma, maximum, minimum, rows, store_part, store_past, store_rows
+from qvl_kernels.cpu.tiles import TOKENS
 
-load, part = loads("f32", 16), parts(16)
 LOG2_E = float32(1.4426950408889634)
-ROOT_HALF = float32(0.7071067811865476)
-ERF_END = float32(3.6)
-
-
-@routine
-def erf(x):
-    """Error 6e-7: beyond `ERF_END` it is the sign, before it x times a polynomial of x squared, brought to -1..1.
-
-    The polynomial is a minimax fit of ``erf(x) / x``, weighted with x.
-    """
-    x = minimum(maximum(x, -ERF_END), ERF_END)
-    s = fma(x * x, float32(2 / 3.6**2), float32(-1))
-    p = fma(s, float32(0.0022460951), float32(-0.0057891277))
-    p = fma(p, s, float32(0.0056315226))
-    p = fma(p, s, float32(-0.0081862542))
-    p = fma(p, s, float32(0.020163547))
-    p = fma(p, s, float32(-0.034469721))
-    p = fma(p, s, float32(0.048798143))
-    p = fma(p, s, float32(-0.067511962))
-    p = fma(p, s, float32(0.089706679))
-    p = fma(p, s, float32(-0.11385339))
-    p = fma(p, s, float32(0.14381881))
-    p = fma(p, s, float32(-0.19548858))
-    p = fma(p, s, float32(0.39271203))
-    return p * x
+ROW = 128
+"""Bytes of a row of results, 32 float32."""
+GELU_END = float32(3.6 * 2**0.5)
 
 
 @routine
 def gelu_exact(x):
-    return x * float32(0.5) * (erf(x * ROOT_HALF) + float32(1))
+    """``x (1 + erf(x / sqrt(2))) / 2``, the bracket with an error of 6e-7.
+
+    Beyond `GELU_END` erf is the sign, before it x times a polynomial of x squared, brought to -1..1: a minimax fit of
+    ``erf(x) / x``, weighted with x.
+    """
+    end = minimum(maximum(x, -GELU_END), GELU_END)
+    s = fma(end * end, float32(1 / 3.6**2), float32(-1))
+    p = fma(s, float32(0.000794114538), float32(-0.00204676573))
+    p = fma(p, s, float32(0.00199104391))
+    p = fma(p, s, float32(-0.00289427793))
+    p = fma(p, s, float32(0.00712889041))
+    p = fma(p, s, float32(-0.0121868867))
+    p = fma(p, s, float32(0.0172527489))
+    p = fma(p, s, float32(-0.0238690831))
+    p = fma(p, s, float32(0.0317161005))
+    p = fma(p, s, float32(-0.0402532521))
+    p = fma(p, s, float32(0.0508476279))
+    p = fma(p, s, float32(-0.0691156503))
+    p = fma(p, s, float32(0.13884467))
+    # Not an fma: the product is rounded to a half, and far out the bracket is 0 or 1.
+    return x * (p * end + float32(0.5))
 
 
 @routine
@@ -49,27 +48,61 @@ def silu(x):
     return x / (exp2(e) + float32(1))
 
 
-@routine
-def finish(y, out, bias, gelu, residual, gated, row, column, n, width):
-    """``out[row, column:column+width] = gelu?(y + bias?) + residual?``, or with `gated` ``silu(out) * (y + bias?)``.
+def _make_finish(m: int):
+    """A routine for `m` rows at a time; more than one only where there are all 16 columns."""
+    block = rows("f32", 16, m)
 
-    `y` holds `width` float32 (a multiple of 16), `out` and `residual` float32 ``[rows, n]``; absent things are 0.
-    """
-    for i in range(0, width, 16):
-        count = n - column - i
-        if count <= 0:
-            return
-        o = 4 * (row * n + column + i)
-        v = load(y + 4 * i)
+    if m == 1:
+
+        @routine
+        def get(x, row, count):
+            return take(x, count)
+
+    else:
+
+        @routine
+        def get(x, row, count):
+            return block(x, row)
+
+    @routine
+    def finish(y, out, bias, gelu, residual, gated, row, column, n, past):
+        at, count = 4 * (row * n + column), n - column
+        v = block(y, ROW)
         if bias != 0:
-            v = v + part(bias + 4 * (column + i), count)
+            v = v + take(bias + 4 * column, count)
         if gelu:
             v = gelu_exact(v)
         if residual != 0:
-            v = v + part(residual + o, count)
+            v = v + get(residual + at, 4 * n, count)
         if gated:
-            v = v * silu(part(out + o, count))
-        if count >= 16:
-            store(out + o, v)
+            v = v * silu(get(out + at, 4 * n, count))
+        if past:
+            store_past(out + at, v, 4 * n)
+        elif m > 1 or count >= 16:
+            store_rows(out + at, v, 4 * n)
         else:
-            store_part(out + o, v, count)
+            store_part(out + at, v, count)
+
+    return finish
+
+
+finish_tile, finish_row = _make_finish(TOKENS), _make_finish(1)
+
+
+@routine
+def finish(y, out, bias, gelu, residual, gated, row, count, line, n, past):
+    """``out[row:row+count, 32*line:][:32] = gelu?(y + bias?) + residual?``, or ``silu(out) * (y + bias?)``, `gated`.
+
+    `y` is float32 ``[count, 32]``, `out` and `residual` float32 ``[rows, n]``; absent things are 0. With `past`,
+    results go past the caches: `out` then begins with a line of memory, and n is a multiple of 16.
+    """
+    column = 32 * line
+    if count == TOKENS and n - column >= 32:
+        # Not in a loop: LLVM would take its constants out of it and keep them, all of them, on the stack.
+        finish_tile(y, out, bias, gelu, residual, gated, row, column, n, past)
+        finish_tile(y + 64, out, bias, gelu, residual, gated, row, column + 16, n, past)
+        return
+    for m in range(count):
+        finish_row(y + ROW * m, out, bias, gelu, residual, gated, row + m, column, n, past)
+        if n - column > 16:
+            finish_row(y + ROW * m + 64, out, bias, gelu, residual, gated, row + m, column + 16, n, past)

@@ -8,39 +8,22 @@ next piece is fetched meanwhile.
 from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.epilogue import finish
+from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import store, zeros
 from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS
 
 CACHE_BYTES = 400 << 10
 """Of packed activations that stay in the second-level cache beside the weights."""
-ROW = 128
-"""Bytes of a row of a tile's results, 32 float32."""
-
-nothing = zeros("f32", 32)
 
 
 @routine
-def clear_tiles(y, row_count):
-    for m in range(row_count):
-        store(y + ROW * m, nothing())
-
-
-@routine
-def expect_rows(out, row, count, block, n):
-    """The lines `finish_rows` will write, before they are needed: a store that misses holds up those behind it."""
+def expect_rows(rows, row, count, block, n):
+    """Lines that `finish` will want, before it does."""
     for m in range(row, row + count):
-        line = out + 4 * (m * n + 32 * block)
+        line = rows + 4 * (m * n + 32 * block)
         prefetch_write(line)
         prefetch_write(line + 64)
-
-
-@routine
-def finish_rows(y, out, bias, gelu, residual, gated, row, count, block, n):
-    for m in range(count):
-        finish(y + ROW * m, out, bias, gelu, residual, gated, row + m, 32 * block, n, 32)
 
 
 def _make(bits: int):
@@ -48,7 +31,7 @@ def _make(bits: int):
 
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, gelu, residual, gated,
-         scratch) = unpack(args, 18)  # fmt: skip
+         past, scratch) = unpack(args, 19)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS
@@ -62,7 +45,6 @@ def _make(bits: int):
             while item < stop:
                 part, block = item // blocks, item % blocks
                 begin, end = tiles * part // parts, tiles * (part + 1) // parts
-                clear_tiles(y, (end - begin) * TOKENS)
                 for column in range(0, columns, PIECE):
                     count = min(PIECE, columns - column)
                     where = block * columns + column
@@ -74,20 +56,22 @@ def _make(bits: int):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW
                         complete = column + count == columns
-                        if complete:
+                        if complete and (not past or gated):
                             expect_rows(out, row, rows_left, block, n)
+                        elif complete and residual != 0:
+                            expect_rows(residual, row, rows_left, block, n)
                         for i in range(0, 32, WIDTH):
                             tile_kernel(
                                 bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0,
                                 x + tile * tile_bytes + column * TOKENS,
                                 xs + tile * tile_scales + 4 * (column // span) * TOKENS,
                                 sums + tile * tile_sums + 4 * (column // group) * TOKENS,
-                                count // group, group // span, span // 4, ty + 4 * i,
+                                count // group, group // span, span // 4, ty + 4 * i, column == 0,
                                 ahead if ahead < limit else y,
                             )  # fmt: skip
                         ahead += count // group * 64
                         if complete:
-                            finish_rows(ty, out, bias, gelu, residual, gated, row, rows_left, block, n)
+                            finish(ty, out, bias, gelu, residual, gated, row, rows_left, block, n, past)
                 item, stop = claim(counters, owner, threads, parts * blocks, 1)
 
     gemm.__name__ = f"gemm{bits}"

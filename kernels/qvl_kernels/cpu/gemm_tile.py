@@ -45,6 +45,7 @@ TOKEN_BYTES = 4 * TOKENS
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
 no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
+no_floats = zeros("f32", LANES, TOKENS)
 spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
 float_spread, float_rows = spreads("f32", LANES, FLOAT_TOKENS), rows("f32", LANES, FLOAT_TOKENS)
 vector = loads("f32", LANES)
@@ -128,13 +129,17 @@ def _make_tile(bits: int):
             return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
 
     @routine
-    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, ahead):
+    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, fresh, ahead):
         """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
 
-        A line at `ahead` is fetched with every group: so few at a time never hold up the loads that are waited for.
+        What y holds does not count if it is `fresh`. A line at `ahead` is fetched with every group: so few at a time
+        never hold up the loads that are waited for.
         """
         span = 0
-        f, h = tile_rows(y, 128), tile_rows(y + 4 * LANES, 128)
+        if fresh:
+            f, h = no_floats(), no_floats()
+        else:
+            f, h = tile_rows(y, 128), tile_rows(y + 4 * LANES, 128)
         for _ in range(groups):
             prefetch_read(ahead)
             ahead += 64

@@ -194,8 +194,7 @@ def _make(bits: int, group: int):
                         o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
                         high_plane, low_plane = xh + o * 128, xl + o * 128
                         multiply(bw, bs, bz, high_plane, low_plane, xs + 4 * o, sums + 4 * o * groups, blocks, count, y)
-                        for i in range(count):
-                            finish(y + 128 * i, out, bias, gelu, residual, gated, row + i, 32 * line, n, 32)
+                        finish(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
                         row += count
                 first, last = claim(counters, owner, threads, lines, step)
 

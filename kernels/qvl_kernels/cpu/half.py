@@ -128,7 +128,6 @@ def gemv16(args, thread, threads):
                 while row < rows:
                     count = 4 if rows - row >= 4 else 1
                     multiply(w + 64 * line * k, x + 4 * row * k, k, min(32, n - 32 * line), count, y)
-                    for i in range(count):
-                        finish(y + 128 * i, out, bias, gelu, residual, gated, row + i, 32 * line, n, 32)
+                    finish(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
                     row += count
             first, last = claim(counters, owner, threads, lines, step)

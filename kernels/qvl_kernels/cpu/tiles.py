@@ -10,8 +10,8 @@ HELD_TILES = 128
 """Such tiles at most."""
 FLOAT_TOKENS = 6
 """Queries in a tile of attention in float32."""
-PAIR_TOKENS, PAIR_QUERIES = 6, 528
-"""Queries in a tile, and in a task, of attention in 16-bit integers."""
+PAIR_TOKENS, PAIR_QUERIES, PAIR_KEYS = 6, 1056, 512
+"""Queries in a tile and in a task, and keys at a time, of attention in 16-bit integers."""
 QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
@@ -30,7 +30,7 @@ def int8_bytes(rows: int, k: int, group: int, span: int) -> tuple[int, int, int]
 
 def gemm_scratch_bytes(k: int) -> int:
     """Scratch memory a thread needs for the pack and gemm kernels."""
-    return max(8 * _up(k, 128) + 64, 128 * HELD_TILES * TOKENS)
+    return max(4 * _up(k, 128) * (TOKENS + 1) + 64, 128 * HELD_TILES * TOKENS)
 
 
 def attention_scratch_bytes(head_dim: int) -> int:
@@ -42,5 +42,6 @@ def attention_scratch_bytes(head_dim: int) -> int:
 def int16_attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for ``attention_int16.block_attention_int16``."""
     padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
-    held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * (pairs + padded // 2 + 1) + KEYS * PAIR_TOKENS * 3 // 2
+    a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
+    held = PAIR_QUERIES * (pairs + padded + 3) + PAIR_KEYS * a_key
     return 4 * (held + 2 * padded + 16 + 16 * pairs + 64)

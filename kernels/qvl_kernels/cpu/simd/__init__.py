@@ -23,10 +23,11 @@ factory (call at module level)         makes
 =====================================  =================================================================
 
 Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``store_part(addr, v, count)``,
-``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b, c)``, ``maximum``, ``minimum``,
-``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``, ``sar(v, k)``,
-``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector);
-``transpose(v)`` (m = n); ``low(v)``, ``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in
+``store_past(addr, v, stride)``, ``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b, c)``,
+``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``,
+``sar(v, k)``, ``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector),
+``sum_each(v)`` (i32), ``max_each(v)`` (f32; of every vector, as a vector of m); ``transpose(v)`` (m = n); ``low(v)``,
+``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in
 memory: ``get_f32``, ``get_f16``, ``get_i32``, ``get_u8``, ``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
 `k` and `i` must be literals or names of integers imported into the kernel's module (``simd.NAME`` is no literal).
 """
@@ -67,6 +68,7 @@ from qvl_kernels.cpu.simd.memory import (
     store_bytes,
     store_half,
     store_part,
+    store_past,
     store_rows,
     zeros,
 )
@@ -77,6 +79,7 @@ from qvl_kernels.cpu.simd.vector import (
     exp2,
     fma,
     max_all,
+    max_each,
     maximum,
     minimum,
     piece,
@@ -85,6 +88,7 @@ from qvl_kernels.cpu.simd.vector import (
     sar,
     shl,
     sum_all,
+    sum_each,
     to_f32,
     transpose,
 )
@@ -116,6 +120,7 @@ __all__ = [
     "loads",
     "low",
     "max_all",
+    "max_each",
     "maximum",
     "minimum",
     "parts",
@@ -135,8 +140,10 @@ __all__ = [
     "store_bytes",
     "store_half",
     "store_part",
+    "store_past",
     "store_rows",
     "sum_all",
+    "sum_each",
     "to_f32",
     "transpose",
     "widen",

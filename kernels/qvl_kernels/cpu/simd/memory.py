@@ -222,6 +222,24 @@ def store(typing, addr, v):
 
 
 @intrinsic
+def store_past(typing, addr, v, stride):
+    """Write vector i, of 64 bytes, to the line of memory at ``addr + i * stride``, past the caches.
+
+    Other threads see it after the barrier that ends an instruction, not before.
+    """
+
+    def codegen(context, b, sig, args):
+        address, step = args[0], word(b, args[2])
+        for i in range(v.m):
+            instruction = b.store(take(b, args[1], i), pointer(b, address, v.vector), align=64)
+            instruction.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+            address = b.add(address, step)
+        return _nothing(context)
+
+    return types.none(addr, v, stride), codegen
+
+
+@intrinsic
 def store_rows(typing, addr, v, stride):
     """Write vector i at ``addr + i * stride``."""
 

@@ -171,8 +171,17 @@ def _nearest(b, v):
 
 @intrinsic
 def rint(typing, a):
-    """f32 to i32, ties to even."""
-    return _with_element(a, "i32", lambda b, v, vector: b.fptosi(_nearest(b, v), vector))
+    """f32 of less than 2**22 to i32, ties to even.
+
+    Added to 1.5 * 2**23, a number is rounded to the last bits of the mantissa: cheaper than a conversion, and free of
+    the subtraction where only the low bytes are kept.
+    """
+
+    def emit(b, v, vector):
+        moved = b.bitcast(b.fadd(v, constant(v.type, 1.5 * 2**23)), vector)
+        return b.sub(moved, constant(vector, 0x4B400000))
+
+    return _with_element(a, "i32", emit)
 
 
 def _shift(name):
@@ -238,6 +247,41 @@ def _reduction(float_name, int_name):
 
 
 sum_all, max_all = _reduction("fadd", "add"), _reduction("fmax", "smax")
+
+
+def _halves(b, x, y, rows):
+    """The first and the second halves of the `rows` pieces x and y consist of, side by side."""
+    width = x.type.count // rows
+    starts = range(0, (2 if y is not x else 1) * x.type.count, width)
+    for begin in (0, width // 2):
+        lanes = [start + begin + i for start in starts for i in range(width // 2)]
+        yield b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _reduction_of_each(emit):
+    """An intrinsic that turns a block of m vectors, m a power of two, into a vector of m."""
+
+    @intrinsic
+    def f(typing, a):
+        def codegen(context, b, sig, args):
+            vectors, rows = [take(b, args[0], i) for i in range(a.m)], 1
+            while len(vectors) > 1:
+                vectors = [emit(b, *_halves(b, x, y, rows)) for x, y in zip(vectors[::2], vectors[1::2])]
+                rows *= 2
+            (v,) = vectors
+            while v.type.count > rows:
+                v = emit(b, *_halves(b, v, v, rows))
+            return v
+
+        return a.of(n=a.m, m=1)(a), codegen
+
+    return f
+
+
+sum_each = _reduction_of_each(lambda b, x, y: b.add(x, y))
+"""Of i32."""
+max_each = _reduction_of_each(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+"""Of f32."""
 
 
 @intrinsic(prefer_literal=True)
