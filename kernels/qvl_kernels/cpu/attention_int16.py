@@ -27,7 +27,6 @@ from qvl_kernels.cpu.simd import (
     exp2,
     fma,
     get_f32,
-    get_i32,
     loads,
     max_all,
     maximum,
@@ -35,7 +34,6 @@ from qvl_kernels.cpu.simd import (
     parts,
     piece,
     put_f32,
-    put_i32,
     rint,
     rows,
     splats,
@@ -236,22 +234,22 @@ def hold_values(source, row, held, d, target, scales, inverses):
 
 
 @routine
-def multiply(w, w_step, x, x_step, x_row, count):
+def multiply(w, w_step, x, x_row, count):
     a, b = no_sums(), no_sums()
     for _ in range(count):
         a, b = dot_pairs(a, b, lanes_i32(w), lanes_i32(w + 4 * LANES), x, x_row)
         w += w_step
-        x += x_step
+        x += 4
     return a, b
 
 
 @routine
-def multiply_narrow(w, w_step, x, x_step, x_row, count):
+def multiply_narrow(w, w_step, x, x_row, count):
     a = no_sums()
     for _ in range(count):
         a = dot_pairs_narrow(a, lanes_i32(w), x, x_row)
         w += w_step
-        x += x_step
+        x += 4
     return a
 
 
@@ -339,7 +337,7 @@ def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
         for column in range(0, held, 32):
             for i in range(column, column + 32, WIDTH):
                 w = keys + 4 * (column * pairs + i - column)
-                a, b = multiply(w, 128, x, 4 * PAIR_TOKENS, 4, (d + 1) // 2)
+                a, b = multiply(w, 128, x, 4 * pairs, (d + 1) // 2)
                 store_rows(scores + 4 * i, to_f32(a) * lanes_f32(key_scales + 4 * i), ROW)
                 other = i + LANES
                 store_rows(scores + 4 * other, to_f32(b) * lanes_f32(key_scales + 4 * other), ROW)
@@ -348,27 +346,24 @@ def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
         target, scale, factor = out + 4 * first * padded, spread(weight_scales, 4), spread(factors, 4)
         whole = padded // WIDTH * WIDTH
         for c in range(0, whole, WIDTH):
-            a, b = multiply(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
+            a, b = multiply(values + 4 * c, 4 * padded, weights, WEIGHT_ROW, (held + 1) // 2)
             add_values(a, scale, factor, target + 4 * c, value_scales + 4 * c, padded)
             add_values(b, scale, factor, target + 4 * (c + LANES), value_scales + 4 * (c + LANES), padded)
         for c in range(whole, padded, LANES):
-            a = multiply_narrow(values + 4 * c, 4 * padded, weights, 4, WEIGHT_ROW, (held + 1) // 2)
+            a = multiply_narrow(values + 4 * c, 4 * padded, weights, WEIGHT_ROW, (held + 1) // 2)
             add_values(a, scale, factor, target + 4 * c, value_scales + 4 * c, padded)
 
 
 @routine
-def begin(scratch, q, row, count, d, factor, buffer):
-    """Round the queries (zeros up to whole tiles) as ``[tiles, pairs, PAIR_TOKENS, 2]`` and clear what is summed."""
+def begin(scratch, q, row, count, d, factor):
+    """Round the queries (zeros up to whole tiles) and clear what is summed."""
     queries, _, _, _, _, out, tops, totals, scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
         scale = float32(0)
         if i < count:
             expect_row(q + i * row, row, d)
-            scale = round_row(q + i * row, 0, d, factor, buffer)
-            target = queries + 4 * (i // PAIR_TOKENS * PAIR_TOKENS * pairs + i % PAIR_TOKENS)
-            for c in range((d + 1) // 2):
-                put_i32(target + 4 * PAIR_TOKENS * c, get_i32(buffer + 4 * c))
+            scale = round_row(q + i * row, 0, d, factor, queries + 4 * i * pairs)
         put_f32(scales + 4 * i, scale)
         clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
 
@@ -401,7 +396,7 @@ def block_attention_int16(args, thread, threads):
         while task < stop:
             head, row = task // blocks, task % blocks * size
             count = min(size, queries - row)
-            begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), buffer)
+            begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor))
             source, rows_apart = k + 4 * head * k_head, 4 * k_row
             mean_key(source, rows_apart, length, d, mean)
             for first in range(0, length, PAIR_KEYS):
