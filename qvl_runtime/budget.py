@@ -87,16 +87,19 @@ def cache_bytes(config: ModelConfig, context: int, kv_cache: str, backend: str =
 
 
 def workspace_bytes(config: ModelConfig) -> int:
-    """Activations at four bytes each and as much again for their quantised copies, and tables of rotation."""
+    """Activations at four bytes each and as much again for their quantised copies, and tables of rotation.
+
+    Those of the vision tower stay, beside what the adapter or a prompt needs.
+    """
     row = config.hidden_size + 4 * config.attention_width + config.ffn_width
     prefill = PREFILL_ROWS * row + config.vocab_size
-    vision = 0
+    vision = tower = 0
     if config.visual is not None:
         v = config.visual
-        patch = 6 * v.width + v.mlp_width + v.patch_dim
-        vision = v.patches * max(patch, 6 * v.output_dim) + 4 * v.n_queries * v.output_dim
+        tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
+        vision = 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
     tables = 1 + ROTARY_TABLES
-    return 8 * max(prefill, vision) + 4 * tables * config.max_position_embeddings * config.head_dim
+    return 4 * (tower + max(2 * prefill, 2 * vision, tower)) + 4 * tables * config.max_position_embeddings * config.head_dim
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -90,7 +92,10 @@ class PatchEmbedding:
 
 
 class VisionTower:
-    """Patch embedding, position, and the transformer blocks, without a final norm."""
+    """Patch embedding, position, and the transformer blocks, without a final norm.
+
+    The blocks are captured with the first picture and replayed for all that follow, in arrays that stay.
+    """
 
     def __init__(self, weights: Weights):
         self.ops, self.config = weights.ops, weights.blob.config.visual
@@ -108,11 +113,24 @@ class VisionTower:
         Returns
         -------
         Array
-            float32 ``[patches, width]``.
+            float32 ``[patches, width]``, valid until the next picture.
         """
-        work = Workspace.empty(self.ops, self.config)
-        self.embed(pixels, work.x, trace)
+        self.embed(pixels, self._work.x, trace)
+        if trace is no_trace:
+            self._replay()
+        else:
+            self._run(trace)
+        return self._work.x
+
+    @functools.cached_property
+    def _work(self) -> Workspace:
+        return Workspace.empty(self.ops, self.config)
+
+    @functools.cached_property
+    def _replay(self) -> Callable[[], None]:
+        return self.ops.capture(self._run)
+
+    def _run(self, trace: Trace = no_trace) -> None:
         for i, block in enumerate(self.blocks):
-            block(self.ops, work, self.config.heads)
-            trace(f"block{i}", work.x)
-        return work.x
+            block(self.ops, self._work, self.config.heads)
+            trace(f"block{i}", self._work.x)
