@@ -32,7 +32,8 @@ from qvl_runtime.benchmark import bytes_per_token, machine
 from qvl_runtime.session import Session
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
-PROMPT, ANSWER = 512, 32
+PROMPT, ANSWER, TURN = 512, 32, 4
+"""Tokens: of a prompt, of an answer, and of an answer between two readings of memory."""
 SCALES = {"Q4_0": ((0, 1), 18, 2e-3), "Q4_K": ((0, 2), 144, 5e-5), "Q6_K": ((104, 105), 210, 1e-5)}
 """Of a type's block: which fp16 are scales, bytes, and a value for the scales that keeps weights small."""
 
@@ -111,9 +112,11 @@ class Ours:
         self.session.prefill(tokens, tokens, [], PROMPT + ANSWER)
         self.session.best(0)
 
-    def answer(self, count: int) -> None:
-        """`count` tokens after the prompt."""
+    def forget_answer(self) -> None:
         self.session.truncate(PROMPT)
+
+    def answer(self, count: int) -> None:
+        """`count` more tokens."""
         token = 1
         for _ in range(count):
             self.session.feed(token)
@@ -154,8 +157,10 @@ class Theirs:
         self.api.llama_memory_clear(self._memory, False)
         self._decode(tokens)
 
-    def answer(self, count: int) -> None:
+    def forget_answer(self) -> None:
         self.api.llama_memory_seq_rm(self._memory, 0, PROMPT, -1)
+
+    def answer(self, count: int) -> None:
         token = 1
         for _ in range(count):
             token = self._decode([token])
@@ -174,6 +179,16 @@ def undisturbed() -> None:
         os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
 
 
+def _turns(ours: Ours, theirs: Theirs, read: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of a reading of memory and of a token of both sides, in turn."""
+    found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
+    for _ in range(ANSWER // TURN):
+        found["bandwidth"].append(read())
+        for name, side in (("decode ours", ours), ("decode theirs", theirs)):
+            found[name].append(seconds(lambda side=side: side.answer(TURN)) / TURN)
+    return found
+
+
 def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool) -> dict:
     """Tokens a second of both sides, in turns."""
     ours, tokens = Ours(path, threads), np.random.default_rng(1).integers(0, 150000, PROMPT).tolist()
@@ -188,16 +203,14 @@ def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool
         undisturbed()
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
-        calls = {
-            "bandwidth": lambda: min(read_seconds(ops, memory) for _ in range(3)),
-            "decode ours": lambda: seconds(lambda: ours.answer(ANSWER)) / ANSWER,
-            "decode theirs": lambda: seconds(lambda: theirs.answer(ANSWER)) / ANSWER,
-        }
+        ours.forget_answer()
+        theirs.forget_answer()
+        # The memory's speed changes within seconds where others use it too.
+        for name, values in _turns(ours, theirs, lambda: read_seconds(ops, memory)).items():
+            taken.setdefault(name, []).append(float(np.mean(values)))
         if threads > 1:
-            calls["prefill ours"] = lambda: seconds(lambda: ours.prompt(tokens)) / PROMPT
-            calls["prefill theirs"] = lambda: seconds(lambda: theirs.prompt(tokens)) / PROMPT
-        for name, call in calls.items():
-            taken.setdefault(name, []).append(call())
+            for name, side in (("prefill ours", ours), ("prefill theirs", theirs)):
+                taken.setdefault(name, []).append(seconds(lambda side=side: side.prompt(tokens)) / PROMPT)
     rates = {name: 1 / np.array(values) for name, values in taken.items()}
     rates["bandwidth"] *= memory.nbytes
     row: dict = {"threads": threads, "rounds": rounds}

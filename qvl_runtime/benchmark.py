@@ -16,10 +16,13 @@ from qvl_runtime.budget import cache_bytes
 from qvl_runtime.model import Model
 from qvl_runtime.session import Session
 
+READ_EVERY = 4
+"""Tokens of an answer from one measure of the memory's speed to the next."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Medians over the rounds of `measure`; shares are of the machine's limits, measured in the same rounds.
+    """Medians over the rounds of `measure`; shares are of the machine's limits, measured in turn with the work.
 
     Attributes
     ----------
@@ -60,9 +63,10 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
     products = 2 * prompt_tokens * _decoder_weights(model)
     seen: dict[str, list[float]] = {}
+    limits = _Limits(model.ops, decode_bytes) if model.ops.name == "cpu" else None
     for _ in range(rounds + 1):
-        taken = _limits(model.ops, decode_bytes) if model.ops.name == "cpu" else {}
-        taken |= _once(model, session, random, prompt_tokens, new_tokens)
+        tokens = random.integers(0, model.tokenizer.eod_id, prompt_tokens).tolist()
+        taken = _prompt(session, tokens, new_tokens, limits) | _answer(session, new_tokens, limits)
         if model.vision is not None:
             side = model.config.visual.image_size
             picture = random.integers(0, 256, (side, side, 3), np.uint8)
@@ -91,29 +95,43 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     )
 
 
-def _once(model: Model, session: Session, random: np.random.Generator, prompt: int, new: int) -> dict[str, float]:
-    tokens = random.integers(0, model.tokenizer.eod_id, prompt).tolist()
+class _Limits:
+    """The machine's limits, with the backend's own threads."""
+
+    def __init__(self, ops: Ops, nbytes: int):
+        from qvl_kernels.cpu import measure
+        from qvl_kernels.cpu.runner import aligned
+
+        self._ops, self._measure, self._memory = ops, measure, aligned(min(nbytes, 1 << 30))
+        self._memory[:] = 1
+
+    def int8_peak(self) -> float:
+        return self._measure.byte_products_per_second(self._ops)
+
+    def seconds_per_byte(self) -> float:
+        return self._measure.read_seconds(self._ops, self._memory) / self._memory.nbytes
+
+
+def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | None) -> dict[str, float]:
+    found = {"int8_peak": limits.int8_peak()} if limits else {}
     session.truncate(0)
     session.keep(tokens)
     begin = time.perf_counter()
-    session.prefill(tokens, tokens, [], prompt + new)
-    best = session.best(0)
-    filled = time.perf_counter()
-    for _ in range(new):
-        session.feed(best)
-        best = session.best(0)
-    return {"prefill": prompt / (filled - begin), "decode": new / (time.perf_counter() - filled)}
+    session.prefill(tokens, tokens, [], len(tokens) + new)
+    session.best(0)
+    return found | {"prefill": len(tokens) / (time.perf_counter() - begin)}
 
 
-def _limits(ops: Ops, nbytes: int) -> dict[str, float]:
-    """The machine's limits, with the backend's own threads."""
-    from qvl_kernels.cpu.measure import byte_products_per_second, read_seconds
-    from qvl_kernels.cpu.runner import aligned
-
-    memory = aligned(min(nbytes, 1 << 30))
-    memory[:] = 1
-    seconds = min(read_seconds(ops, memory) for _ in range(3))
-    return {"bandwidth": memory.nbytes / seconds, "int8_peak": byte_products_per_second(ops)}
+def _answer(session: Session, new: int, limits: _Limits | None) -> dict[str, float]:
+    """Memory is read between the tokens: its speed changes within seconds where others use it too."""
+    seconds, reads = 0.0, []
+    for i in range(new):
+        if limits and i % READ_EVERY == 0:
+            reads.append(limits.seconds_per_byte())
+        begin = time.perf_counter()
+        session.feed(session.best(0))
+        seconds += time.perf_counter() - begin
+    return ({"bandwidth": 1 / float(np.mean(reads))} if limits else {}) | {"decode": new / seconds}
 
 
 def bytes_per_token(model: Model, kv_cache: str, context: int) -> int:

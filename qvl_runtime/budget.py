@@ -98,8 +98,8 @@ def workspace_bytes(config: ModelConfig) -> int:
         v = config.visual
         tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
         vision = 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
-    tables = 1 + ROTARY_TABLES
-    return 4 * (tower + max(2 * prefill, 2 * vision, tower)) + 4 * tables * config.max_position_embeddings * config.head_dim
+    tables = (1 + ROTARY_TABLES) * config.max_position_embeddings * config.head_dim
+    return 4 * (tower + max(2 * prefill, 2 * vision, tower) + tables)
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:
