@@ -34,6 +34,8 @@ from qvl_runtime.session import Session
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 PROMPT, ANSWER, TURN = 512, 32, 4
 """Tokens: of a prompt, of an answer, and of an answer between two readings of memory."""
+SETTLE = 0.3
+"""Seconds after which llama.cpp's threads have stopped waiting for work with a core each."""
 SCALES = {"Q4_0": ((0, 1), 18, 2e-3), "Q4_K": ((0, 2), 144, 5e-5), "Q6_K": ((104, 105), 210, 1e-5)}
 """Of a type's block: which fp16 are scales, bytes, and a value for the scales that keeps weights small."""
 
@@ -183,9 +185,11 @@ def _turns(ours: Ours, theirs: Theirs, read: Callable[[], float]) -> dict[str, l
     """Seconds of a reading of memory and of a token of both sides, in turn."""
     found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
     for _ in range(ANSWER // TURN):
-        found["bandwidth"].append(read())
+        # The first reading after a pause is slow, as the first token would be.
+        found["bandwidth"].append(float(np.median([read() for _ in range(3)])))
         for name, side in (("decode ours", ours), ("decode theirs", theirs)):
             found[name].append(seconds(lambda side=side: side.answer(TURN)) / TURN)
+        time.sleep(SETTLE)
     return found
 
 
@@ -211,6 +215,7 @@ def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool
         if threads > 1:
             for name, side in (("prefill ours", ours), ("prefill theirs", theirs)):
                 taken.setdefault(name, []).append(seconds(lambda side=side: side.prompt(tokens)) / PROMPT)
+            time.sleep(SETTLE)
     rates = {name: 1 / np.array(values) for name, values in taken.items()}
     rates["bandwidth"] *= memory.nbytes
     row: dict = {"threads": threads, "rounds": rounds}
