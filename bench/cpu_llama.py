@@ -185,8 +185,8 @@ def _turns(ours: Ours, theirs: Theirs, read: Callable[[], float]) -> dict[str, l
     """Seconds of a reading of memory and of a token of both sides, in turn."""
     found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
     for _ in range(ANSWER // TURN):
-        # The first reading after a pause is slow, as the first token would be.
-        found["bandwidth"].append(float(np.median([read() for _ in range(3)])))
+        # The best of three: the first after a pause is slow, and a short reading is easily disturbed.
+        found["bandwidth"].append(min(read() for _ in range(3)))
         for name, side in (("decode ours", ours), ("decode theirs", theirs)):
             found[name].append(seconds(lambda side=side: side.answer(TURN)) / TURN)
         time.sleep(SETTLE)

@@ -16,7 +16,7 @@ from qvl_runtime.budget import cache_bytes
 from qvl_runtime.model import Model
 from qvl_runtime.session import Session
 
-READ_EVERY = 4
+READ_EVERY = 8
 """Tokens of an answer from one measure of the memory's speed to the next."""
 
 
@@ -54,7 +54,7 @@ class Speeds:
 
 
 def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int, rounds: int) -> Speeds:
-    """Time a picture, a prompt and an answer, `rounds` times, each beside the machine's own limits.
+    """Time a prompt, an answer and a picture, `rounds` times and in turn with the machine's own limits.
 
     The prompt is random text, the answer whatever comes: stop tokens do not stop it.
     """
@@ -62,9 +62,8 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, threading.RLock())
     decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
     products = 2 * prompt_tokens * _decoder_weights(model)
-    seen: dict[str, list[float]] = {}
-    limits = _Limits(model.ops, decode_bytes) if model.ops.name == "cpu" else None
-    for _ in range(rounds + 1):
+
+    def once(limits: _Limits | None) -> dict[str, float]:
         tokens = random.integers(0, model.tokenizer.eod_id, prompt_tokens).tolist()
         taken = _prompt(session, tokens, new_tokens, limits) | _answer(session, new_tokens, limits)
         if model.vision is not None:
@@ -73,15 +72,18 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
             begin = time.perf_counter()
             model.encode_image(picture)
             taken["image"] = time.perf_counter() - begin
-        for name, value in taken.items():
-            seen.setdefault(name, []).append(value)
-    # The first round warms caches and finds the pages of the file.
-    median = {name: float(np.median(values[1:])) for name, values in seen.items()}
-    shares = [np.array(seen["decode"][1:]) * decode_bytes, products * np.array(seen["prefill"][1:]) / prompt_tokens]
-    bounds = [np.array(seen[name][1:]) if name in seen else None for name in ("bandwidth", "int8_peak")]
-    decode_share, prefill_share = (
-        None if bound is None else float(np.median(share / bound)) for share, bound in zip(shares, bounds)
-    )
+        return taken
+
+    once(None)  # Warms caches and finds the pages of the file.
+    peak = peak_memory()
+    limits = _Limits(model.ops, decode_bytes) if model.ops.name == "cpu" else None
+    found = [once(limits) for _ in range(rounds)]
+    seen = {name: np.array([taken[name] for taken in found]) for name in found[0]}
+    median = {name: float(np.median(values)) for name, values in seen.items()}
+    decode_share = prefill_share = None
+    if limits:
+        decode_share = float(np.median(seen["decode"] * decode_bytes / seen["bandwidth"]))
+        prefill_share = float(np.median(seen["prefill"] / prompt_tokens * products / seen["int8_peak"]))
     return Speeds(
         image=median.get("image"),
         prefill=median["prefill"],
@@ -91,7 +93,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
         int8_peak=median.get("int8_peak"),
         decode_share=decode_share,
         prefill_share=prefill_share,
-        peak_memory=peak_memory(),
+        peak_memory=peak,
     )
 
 
@@ -109,7 +111,8 @@ class _Limits:
         return self._measure.byte_products_per_second(self._ops)
 
     def seconds_per_byte(self) -> float:
-        return self._measure.read_seconds(self._ops, self._memory) / self._memory.nbytes
+        """The best of three, since a short reading is easily disturbed."""
+        return min(self._measure.read_seconds(self._ops, self._memory) for _ in range(3)) / self._memory.nbytes
 
 
 def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | None) -> dict[str, float]:
