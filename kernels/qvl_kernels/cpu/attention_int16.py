@@ -47,10 +47,10 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS
-from qvl_kernels.cpu.tiles import PAIR_KEYS, PAIR_QUERIES, PAIR_TOKENS
+from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
 
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
-ROW, WEIGHT_ROW = 4 * PAIR_KEYS, 2 * PAIR_KEYS
+ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
 AHEAD = 8
 
 load, part, zero, splat = loads("f32", 16), parts(16), zeros("f32", 16), splats("f32", 16)
@@ -146,8 +146,8 @@ def layout(scratch, d):
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     queries = scratch
     keys = queries + 4 * PAIR_QUERIES * pairs
-    values = keys + 4 * PAIR_KEYS * pairs
-    scores = values + 2 * PAIR_KEYS * padded
+    values = keys + 4 * KEYS * pairs
+    scores = values + 2 * KEYS * padded
     weights = scores + ROW * PAIR_TOKENS
     out = weights + WEIGHT_ROW * PAIR_TOKENS
     tops = out + 4 * PAIR_QUERIES * padded
@@ -386,7 +386,7 @@ def block_attention_int16(args, thread, threads):
     blocks = (queries + size - 1) // size
     _, keys, values, _, _, sums, _, totals, query_scales = layout(scratch, d)
     key_scales = query_scales + 4 * PAIR_QUERIES
-    value_scales = key_scales + 4 * PAIR_KEYS
+    value_scales = key_scales + 4 * KEYS
     mean = value_scales + 4 * (padded + 16)
     row_scales = mean + 4 * padded
     buffer = row_scales + 3 * 64
@@ -399,8 +399,8 @@ def block_attention_int16(args, thread, threads):
             begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor))
             source, rows_apart = k + 4 * head * k_head, 4 * k_row
             mean_key(source, rows_apart, length, d, mean)
-            for first in range(0, length, PAIR_KEYS):
-                held = min(PAIR_KEYS, length - first)
+            for first in range(0, length, KEYS):
+                held = min(KEYS, length - first)
                 hold_keys(source + first * rows_apart, rows_apart, held, d, mean, keys, key_scales, buffer)
                 where = v + 4 * (first * k_row + head * k_head)
                 hold_values(where, rows_apart, held, d, values, value_scales, buffer)

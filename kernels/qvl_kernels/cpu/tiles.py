@@ -10,8 +10,8 @@ HELD_TILES = 128
 """Such tiles at most."""
 FLOAT_TOKENS = 6
 """Queries in a tile of attention in float32."""
-PAIR_TOKENS, PAIR_QUERIES, PAIR_KEYS = 6, 1056, 512
-"""Queries in a tile and in a task, and keys at a time, of attention in 16-bit integers."""
+PAIR_TOKENS, PAIR_QUERIES = 6, 1056
+"""Queries in a tile, and in a task, of attention in 16-bit integers."""
 QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
@@ -43,5 +43,5 @@ def int16_attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for ``attention_int16.block_attention_int16``."""
     padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
     a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
-    held = PAIR_QUERIES * (pairs + padded + 3) + PAIR_KEYS * a_key
+    held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * a_key
     return 4 * (held + 2 * padded + 16 + 16 * pairs + 64)
