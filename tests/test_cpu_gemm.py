@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from qvl_kernels.cpu import batched
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack
@@ -104,6 +105,31 @@ def test_everything_around_a_product(cpu, rng, bits, kind):
     ops.linear(x, ops.weight(w), inplace, residual=inplace)
     REFERENCE.linear(x, w, want, residual=residual)
     assert error(inplace, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_results_larger_than_caches(cpu, rng, bits, skipped):
+    """Written past the caches, unless the array does not begin with a line of memory (`skipped` numbers on)."""
+    rows, n, k = 133, 8192, 128
+    ops, x, residual = cpu["int8"], normal(rng, rows, k), normal(rng, rows, n)
+    w, up = (matrix(rng, n, k, bits, bias=True) for _ in range(2))
+    out, want = ops.empty((rows * n + skipped,))[skipped:].reshape(rows, n), poisoned(rows, n)
+    assert out.nbytes >= batched.LARGE and (out.ctypes.data % 64 == 0) == (skipped == 0)
+    for gelu in (False, True):
+        out[:] = np.nan
+        ops.linear(x, ops.weight(w), out, gelu=gelu)
+        REFERENCE.linear(x, w, want, gelu=gelu)
+        assert error(out, want) < LIMIT["int8"]
+    out[:] = residual
+    ops.linear(x, ops.weight(w), out, residual=out)
+    REFERENCE.linear(x, w, want, residual=residual)
+    assert error(out, want) < LIMIT["int8"]
+    out[:] = np.nan
+    norm = Norm(normal(rng, k) * np.float32(0.1), None, 1e-6)
+    ops.gate_up(x, ops.weight(w), ops.weight(up), out, norm=norm)
+    REFERENCE.gate_up(x, w, up, want, norm=norm)
+    assert error(out, want) < 2 * LIMIT["int8"]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
