@@ -17,7 +17,7 @@ from qvl_runtime.images import ImageSource, load_image, preprocess
 from qvl_runtime.vision import VisionTower
 from qvl_runtime.weights import Trace, Weights, no_trace
 
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 """To be raised where preprocessing or the vision tower's arithmetic changes: what is on disk is then void."""
 
 

@@ -10,11 +10,7 @@ error 2e-4 to 4e-4.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import float32
-from numba.core import types
-from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end
@@ -22,7 +18,6 @@ from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
-    UNSHIFTED,
     absolute,
     exp2,
     fma,
@@ -46,12 +41,13 @@ from qvl_kernels.cpu.simd import (
     transpose,
     zeros,
 )
-from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS
+from qvl_kernels.cpu.simd.pairs import dot_pairs, dot_pairs_narrow, pair, store_shorts
 from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
 
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
 ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
 AHEAD = 8
+"""Rows of queries, keys and values that are fetched before they are wanted."""
 
 load, part, zero, splat = loads("f32", 16), parts(16), zeros("f32", 16), splats("f32", 16)
 words = rows("i32", 16, 16)
@@ -59,85 +55,6 @@ four, no_four, no_four_i32 = loads("f32", 16, 4), zeros("f32", 16, 4), zeros("i3
 lanes_i32, lanes_f32 = loads("i32", LANES), loads("f32", LANES)
 no_sums, spread = zeros("i32", LANES, PAIR_TOKENS), spreads("f32", LANES, PAIR_TOKENS)
 out_rows = rows("f32", LANES, PAIR_TOKENS)
-
-
-def _multiply_pairs(b, total, x, y):
-    """Emit ``total + x . y``: pairs of int16 in each lane."""
-    wide = total.type
-    if UNSHIFTED:
-        operand = ir.VectorType(ir.IntType(16), 2 * wide.count) if NARROW_OPERANDS else wide
-        kind = ir.FunctionType(wide, [wide, operand, operand])
-        function = get_or_insert_function(b.module, kind, f"llvm.x86.avx512.vpdpwssd.{32 * wide.count}")
-        return b.call(function, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
-    sixteen = ir.Constant(wide, [16] * wide.count)
-    low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
-    return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
-
-
-def _spread_pairs(b, wide, count, address, step):
-    """Emit loads of the words at ``address + i * step``, each in every lane; a generator, for one at a time."""
-    i32, i64 = ir.IntType(32), ir.IntType(64)
-    step = b.sext(step, i64) if step.type.width < 64 else step
-    lanes = ir.Constant(ir.VectorType(i32, wide.count), [0] * wide.count)
-    for _ in range(count):
-        word = b.load(b.inttoptr(address, i32.as_pointer()), align=1)
-        one = b.insert_element(ir.Constant(wide, ir.Undefined), word, ir.Constant(i32, 0))
-        yield b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), lanes)
-        address = b.add(address, step)
-
-
-@intrinsic
-def dot_pairs(typing, p, q, u, v, addr, stride):
-    """``p[i] + u . x, q[i] + v . x``: pairs of int16 in each lane, by the pair at ``addr + i * stride``."""
-    result = types.UniTuple(p, 2)
-
-    def codegen(context, b, sig, args):
-        p_, q_, u_, v_, address, step = args
-        for i, x in enumerate(_spread_pairs(b, p.vector, p.m, address, step)):
-            p_ = b.insert_value(p_, _multiply_pairs(b, b.extract_value(p_, i), u_, x), i)
-            q_ = b.insert_value(q_, _multiply_pairs(b, b.extract_value(q_, i), v_, x), i)
-        return context.make_tuple(b, result, [p_, q_])
-
-    return result(p, q, u, v, addr, stride), codegen
-
-
-@intrinsic
-def dot_pairs_narrow(typing, p, u, addr, stride):
-    """``p[i] + u . x``."""
-
-    def codegen(context, b, sig, args):
-        p_, u_, address, step = args
-        for i, x in enumerate(_spread_pairs(b, p.vector, p.m, address, step)):
-            p_ = b.insert_value(p_, _multiply_pairs(b, b.extract_value(p_, i), u_, x), i)
-        return p_
-
-    return p(p, u, addr, stride), codegen
-
-
-@intrinsic
-def store_shorts(typing, addr, v):
-    """Write i32 vectors, one behind the other, as their low halves."""
-
-    def codegen(context, b, sig, args):
-        half = ir.VectorType(ir.IntType(16), v.n)
-        for i in range(v.m):
-            address = b.add(args[0], ir.Constant(args[0].type, 2 * v.n * i))
-            vector = b.extract_value(args[1], i) if v.m > 1 else args[1]
-            b.store(b.trunc(vector, half), b.inttoptr(address, half.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(addr, v), codegen
-
-
-@intrinsic
-def pair(typing, low, high):
-    """The low halves of two i32 vectors in one."""
-
-    def codegen(context, b, sig, args):
-        mask, sixteen = (ir.Constant(low.vector, [x] * low.n) for x in (0xFFFF, 16))
-        return b.or_(b.and_(args[0], mask), b.shl(args[1], sixteen))
-
-    return low(low, high), codegen
 
 
 @routine

@@ -1,0 +1,81 @@
+"""Pairs of int16 in the lanes of i32 vectors, and their products."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS, UNSHIFTED
+from qvl_kernels.cpu.simd.emit import I16, I32, broadcast, call, constant, pointer, take, word
+
+
+def _multiply(b, total, x, y):
+    """Emit ``total + x . y``."""
+    wide = total.type
+    if UNSHIFTED:
+        operand = ir.VectorType(I16, 2 * wide.count) if NARROW_OPERANDS else wide
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * wide.count}"
+        return call(b, name, wide, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
+    sixteen = constant(wide, 16)
+    low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
+    return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
+
+
+def _spread(b, vector, count, address, step):
+    """Emit loads of the pairs at ``address + i * step``, each in every lane; a generator, for one at a time."""
+    for _ in range(count):
+        yield broadcast(b, b.load(pointer(b, address, I32), align=1), vector)
+        address = b.add(address, step)
+
+
+@intrinsic
+def dot_pairs(typing, p, q, u, v, addr, stride):
+    """``p[i] + u . x, q[i] + v . x`` with x the pair at ``addr + i * stride``."""
+    result = types.UniTuple(p, 2)
+
+    def codegen(context, b, sig, args):
+        p_, q_, u_, v_, address, step = args
+        for i, x in enumerate(_spread(b, p.vector, p.m, address, word(b, step))):
+            p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, x), i)
+            q_ = b.insert_value(q_, _multiply(b, b.extract_value(q_, i), v_, x), i)
+        return context.make_tuple(b, result, [p_, q_])
+
+    return result(p, q, u, v, addr, stride), codegen
+
+
+@intrinsic
+def dot_pairs_narrow(typing, p, u, addr, stride):
+    """``p[i] + u . x``."""
+
+    def codegen(context, b, sig, args):
+        p_, u_, address, step = args
+        for i, x in enumerate(_spread(b, p.vector, p.m, address, word(b, step))):
+            p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, x), i)
+        return p_
+
+    return p(p, u, addr, stride), codegen
+
+
+@intrinsic
+def store_shorts(typing, addr, v):
+    """Write i32 vectors, one behind the other, as their low halves."""
+
+    def codegen(context, b, sig, args):
+        half = ir.VectorType(I16, v.n)
+        for i in range(v.m):
+            b.store(b.trunc(take(b, args[1], i), half), pointer(b, args[0], half, 2 * v.n * i), align=1)
+        return context.get_dummy_value()
+
+    return types.none(addr, v), codegen
+
+
+@intrinsic
+def pair(typing, low, high):
+    """The low halves of two i32 vectors in one."""
+
+    def codegen(context, b, sig, args):
+        low_half = b.and_(args[0], constant(low.vector, 0xFFFF))
+        return b.or_(low_half, b.shl(args[1], constant(low.vector, 16)))
+
+    return low(low, high), codegen
