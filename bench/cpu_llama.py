@@ -25,7 +25,7 @@ from datetime import date
 
 import numpy as np
 
-from qvl_kernels.cpu.measure import read_seconds
+from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
@@ -181,12 +181,11 @@ def undisturbed() -> None:
         os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
 
 
-def _turns(ours: Ours, theirs: Theirs, read: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of a reading of memory and of a token of both sides, in turn."""
+def _turns(ours: Ours, theirs: Theirs, memory: np.ndarray) -> dict[str, list[float]]:
+    """Seconds of reading a byte of memory and of a token of both sides, in turn."""
     found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
     for _ in range(ANSWER // TURN):
-        # The best of three: the first after a pause is slow, and a short reading is easily disturbed.
-        found["bandwidth"].append(min(read() for _ in range(3)))
+        found["bandwidth"].append(1 / bandwidth(ours.model.ops, memory))
         for name, side in (("decode ours", ours), ("decode theirs", theirs)):
             found[name].append(seconds(lambda side=side: side.answer(TURN)) / TURN)
         time.sleep(SETTLE)
@@ -196,7 +195,7 @@ def _turns(ours: Ours, theirs: Theirs, read: Callable[[], float]) -> dict[str, l
 def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool) -> dict:
     """Tokens a second of both sides, in turns."""
     ours, tokens = Ours(path, threads), np.random.default_rng(1).integers(0, 150000, PROMPT).tolist()
-    ops, memory = ours.model.ops, aligned(1 << 30)
+    memory = aligned(1 << 30)
     memory[:] = 1
     theirs.threads(2)
     for side in (ours, theirs):
@@ -210,14 +209,13 @@ def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool
         ours.forget_answer()
         theirs.forget_answer()
         # The memory's speed changes within seconds where others use it too.
-        for name, values in _turns(ours, theirs, lambda: read_seconds(ops, memory)).items():
+        for name, values in _turns(ours, theirs, memory).items():
             taken.setdefault(name, []).append(float(np.mean(values)))
         if threads > 1:
             for name, side in (("prefill ours", ours), ("prefill theirs", theirs)):
                 taken.setdefault(name, []).append(seconds(lambda side=side: side.prompt(tokens)) / PROMPT)
             time.sleep(SETTLE)
     rates = {name: 1 / np.array(values) for name, values in taken.items()}
-    rates["bandwidth"] *= memory.nbytes
     row: dict = {"threads": threads, "rounds": rounds}
     row |= {f"{name} tok/s": float(np.median(rates[name])) for name in rates if name != "bandwidth"}
     row["read GB/s"] = float(np.median(rates["bandwidth"])) / 1e9

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 from cpu_llama import seconds, undisturbed
 
-from qvl_kernels.cpu.measure import read_seconds
+from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
@@ -86,7 +86,7 @@ def main() -> None:
     speeds, bandwidths = [], []
     session.feed(1)
     for _ in range(3):
-        bandwidths.append(memory.nbytes / min(read_seconds(ops, memory) for _ in range(3)))
+        bandwidths.append(bandwidth(ops, memory))
         begin = time.perf_counter()
         for _ in range(answer // 3):
             session.feed(session.best(0))

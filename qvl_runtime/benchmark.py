@@ -110,9 +110,8 @@ class _Limits:
     def int8_peak(self) -> float:
         return self._measure.byte_products_per_second(self._ops)
 
-    def seconds_per_byte(self) -> float:
-        """The best of three, since a short reading is easily disturbed."""
-        return min(self._measure.read_seconds(self._ops, self._memory) for _ in range(3)) / self._memory.nbytes
+    def bandwidth(self) -> float:
+        return self._measure.bandwidth(self._ops, self._memory)
 
 
 def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | None) -> dict[str, float]:
@@ -130,7 +129,7 @@ def _answer(session: Session, new: int, limits: _Limits | None) -> dict[str, flo
     seconds, reads = 0.0, []
     for i in range(new):
         if limits and i % READ_EVERY == 0:
-            reads.append(limits.seconds_per_byte())
+            reads.append(1 / limits.bandwidth())
         begin = time.perf_counter()
         session.feed(session.best(0))
         seconds += time.perf_counter() - begin

@@ -90,6 +90,16 @@ finish_tile, finish_row = _make_finish(TOKENS), _make_finish(1)
 
 
 @routine
+def finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, past):
+    """As `finish`, for tiles of fewer rows than `TOKENS`."""
+    column = 32 * line
+    for m in range(count):
+        finish_row(y + ROW * m, out, bias, gelu, residual, gated, row + m, column, n, past)
+        if n - column > 16:
+            finish_row(y + ROW * m + 64, out, bias, gelu, residual, gated, row + m, column + 16, n, past)
+
+
+@routine
 def finish(y, out, bias, gelu, residual, gated, row, count, line, n, past):
     """``out[row:row+count, 32*line:][:32] = gelu?(y + bias?) + residual?``, or ``silu(out) * (y + bias?)``, `gated`.
 
@@ -101,8 +111,5 @@ def finish(y, out, bias, gelu, residual, gated, row, count, line, n, past):
         # Not in a loop: LLVM would take its constants out of it and keep them, all of them, on the stack.
         finish_tile(y, out, bias, gelu, residual, gated, row, column, n, past)
         finish_tile(y + 64, out, bias, gelu, residual, gated, row, column + 16, n, past)
-        return
-    for m in range(count):
-        finish_row(y + ROW * m, out, bias, gelu, residual, gated, row + m, column, n, past)
-        if n - column > 16:
-            finish_row(y + ROW * m + 64, out, bias, gelu, residual, gated, row + m, column + 16, n, past)
+    else:
+        finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, past)

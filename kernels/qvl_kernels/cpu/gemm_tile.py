@@ -25,6 +25,7 @@ from qvl_kernels.cpu.simd import (
     bytes_,
     dot,
     dot_bytes,
+    emit,
     fma,
     halves,
     loads,
@@ -58,15 +59,10 @@ def nibble(typing, v, upper):
     def codegen(context, b, sig, args):
         wide = ir.VectorType(ir.IntType(16), v.n // 2)
 
-        def everywhere(value):
-            one = b.insert_element(ir.Constant(wide, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), wide.count), [0] * wide.count)
-            return b.shuffle_vector(one, ir.Constant(wide, ir.Undefined), lanes)
-
         def choose(yes, no):
             i16 = ir.IntType(16)
             taken = b.icmp_signed("!=", args[1], ir.Constant(args[1].type, 0))
-            return everywhere(b.select(taken, ir.Constant(i16, yes), ir.Constant(i16, no)))
+            return emit.broadcast(b, b.select(taken, ir.Constant(i16, yes), ir.Constant(i16, no)), wide)
 
         block = args[0]
         mask, amount = (choose(0xF0F0 - 0x10000, 0x0F0F), None) if UNSHIFTED else (None, choose(4, 0))
@@ -179,19 +175,11 @@ def fma_spread(typing, p, q, u, v, addr, stride):
 
     def codegen(context, b, sig, args):
         p_, q_, u_, v_, address, step = args
-        f32, i32 = ir.FloatType(), ir.IntType(32)
-        name = f"llvm.fma.v{p.n}f32"
-        kind = ir.FunctionType(p.vector, [p.vector] * 3)
-        function = get_or_insert_function(b.module, kind, name)
-        step = b.sext(step, ir.IntType(64)) if step.type.width < 64 else step
-        for i in range(p.m):
-            scalar = b.load(b.inttoptr(address, f32.as_pointer()), align=1)
-            one = b.insert_element(ir.Constant(p.vector, ir.Undefined), scalar, ir.Constant(i32, 0))
-            lanes = ir.Constant(ir.VectorType(i32, p.n), [0] * p.n)
-            x = b.shuffle_vector(one, ir.Constant(p.vector, ir.Undefined), lanes)
-            p_ = b.insert_value(p_, b.call(function, [u_, x, b.extract_value(p_, i)]), i)
-            q_ = b.insert_value(q_, b.call(function, [v_, x, b.extract_value(q_, i)]), i)
-            address = b.add(address, step)
+        name = f"llvm.fma.{emit.suffix(p.vector)}"
+        for i, where in enumerate(emit.addresses(b, address, step, p.m)):
+            x = emit.spread(b, where, p.vector)
+            p_ = b.insert_value(p_, emit.call(b, name, p.vector, [u_, x, b.extract_value(p_, i)]), i)
+            q_ = b.insert_value(q_, emit.call(b, name, p.vector, [v_, x, b.extract_value(q_, i)]), i)
         return context.make_tuple(b, result, [p_, q_])
 
     return result(p, q, u, v, addr, stride), codegen

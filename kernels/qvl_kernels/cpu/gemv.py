@@ -8,7 +8,7 @@ so a vector's result is the same whatever the number of vectors.
 from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.epilogue import finish
+from qvl_kernels.cpu.epilogue import finish_rows
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
@@ -194,7 +194,7 @@ def _make(bits: int, group: int):
                         o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
                         high_plane, low_plane = xh + o * 128, xl + o * 128
                         multiply(bw, bs, bz, high_plane, low_plane, xs + 4 * o, sums + 4 * o * groups, blocks, count, y)
-                        finish(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
+                        finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
                         row += count
                 first, last = claim(counters, owner, threads, lines, step)
 

@@ -26,6 +26,11 @@ def read_seconds(ops: CpuOps, array: np.ndarray) -> float:
     return _seconds(ops, program)
 
 
+def bandwidth(ops: CpuOps, array: np.ndarray) -> float:
+    """Bytes a second of reading an array, the best of three, since a short reading is easily disturbed."""
+    return array.nbytes / min(read_seconds(ops, array) for _ in range(3))
+
+
 def byte_products_per_second(ops: CpuOps, rounds: int = 2_000_000) -> float:
     """Multiplications and additions of int8 a second out of registers: the peak of a matrix product."""
     program, operands, result = Program(), aligned(4096), aligned(4096 * ops.threads)

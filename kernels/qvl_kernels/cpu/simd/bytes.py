@@ -13,16 +13,15 @@ from qvl_kernels.cpu.simd.emit import (
     I8,
     I16,
     I32,
-    broadcast,
+    addresses,
     call,
     constant,
     cut,
     each,
     gather,
     join,
-    pointer,
+    spread,
     take,
-    word,
 )
 from qvl_kernels.cpu.simd.vector import Vec
 
@@ -121,12 +120,10 @@ def _dot(emit):
         step = LANES * (2 if acc.el == "i16" else 1)
 
         def codegen(context, b, sig, args):
-            address, stride = args[2], word(b, args[3])
             sums = []
-            for i in range(acc.m):
+            for i, address in enumerate(addresses(b, args[2], args[3], acc.m)):
                 block, bytes_ = take(b, args[0], i), take(b, args[1], i)
-                four = b.load(pointer(b, address, I32), align=1)
-                four = broadcast(b, four, ir.VectorType(I32, LANES))
+                four = spread(b, address, ir.VectorType(I32, LANES))
                 cuts = range(acc.n // step)
                 sums.append(
                     join(
@@ -137,8 +134,6 @@ def _dot(emit):
                         ],
                     )
                 )
-                if i + 1 < acc.m:
-                    address = b.add(address, stride)
             return gather(b, sums)
 
         fits = isinstance(u, Vec) and u.el == "i8" and u.m in (1, acc.m) and acc.n % step == 0 and per_lane in (1, 2)

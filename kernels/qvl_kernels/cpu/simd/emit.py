@@ -51,6 +51,20 @@ def broadcast(b, scalar, vector):
     )
 
 
+def addresses(b, address, step, count):
+    """Emit ``address + i * step`` for i below `count`; a generator, for one at a time."""
+    step = word(b, step)
+    for i in range(count):
+        if i:
+            address = b.add(address, step)
+        yield address
+
+
+def spread(b, address, vector):
+    """Emit the load of an element into every lane."""
+    return broadcast(b, b.load(pointer(b, address, vector.element), align=1), vector)
+
+
 def cut(b, value, start, count):
     """Elements start .. start + count of a vector."""
     if count == value.type.count:

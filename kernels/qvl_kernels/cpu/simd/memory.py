@@ -10,20 +10,20 @@ from numba.extending import intrinsic
 
 from qvl_kernels.cpu import features
 from qvl_kernels.cpu.simd.emit import (
-    ELEMENTS,
     F16,
     F32,
     I8,
     I16,
     I32,
     I64,
+    addresses,
     broadcast,
     call,
     constant,
     gather,
     pointer,
+    spread,
     take,
-    word,
 )
 from qvl_kernels.cpu.simd.vector import Vec, as_element, operands
 
@@ -74,15 +74,10 @@ def rows(el, n, m):
     @intrinsic
     def f(typing, addr, stride):
         def codegen(context, b, sig, args):
-            address, step = args[0], word(b, args[1])
-            vectors = []
-            for _ in range(m):
-                if half:
-                    vectors.append(_load_half(b, address, n))
-                else:
-                    vectors.append(b.load(pointer(b, address, result.vector), align=1))
-                address = b.add(address, step)
-            return gather(b, vectors)
+            where = addresses(b, *args, m)
+            if half:
+                return gather(b, [_load_half(b, address, n) for address in where])
+            return gather(b, [b.load(pointer(b, address, result.vector), align=1) for address in where])
 
         return result(addr, stride), codegen
 
@@ -96,13 +91,7 @@ def spreads(el, n, m=1):
     @intrinsic
     def f(typing, addr, stride):
         def codegen(context, b, sig, args):
-            address, step = args[0], word(b, args[1])
-            vectors = []
-            for _ in range(m):
-                scalar = b.load(pointer(b, address, ELEMENTS[el]), align=1)
-                vectors.append(broadcast(b, scalar, result.vector))
-                address = b.add(address, step)
-            return gather(b, vectors)
+            return gather(b, [spread(b, address, result.vector) for address in addresses(b, *args, m)])
 
         return result(addr, stride), codegen
 
@@ -229,11 +218,9 @@ def store_past(typing, addr, v, stride):
     """
 
     def codegen(context, b, sig, args):
-        address, step = args[0], word(b, args[2])
-        for i in range(v.m):
+        for i, address in enumerate(addresses(b, args[0], args[2], v.m)):
             instruction = b.store(take(b, args[1], i), pointer(b, address, v.vector), align=64)
             instruction.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
-            address = b.add(address, step)
         return _nothing(context)
 
     return types.none(addr, v, stride), codegen
@@ -244,10 +231,8 @@ def store_rows(typing, addr, v, stride):
     """Write vector i at ``addr + i * stride``."""
 
     def codegen(context, b, sig, args):
-        address, step = args[0], word(b, args[2])
-        for i in range(v.m):
+        for i, address in enumerate(addresses(b, args[0], args[2], v.m)):
             b.store(take(b, args[1], i), pointer(b, address, v.vector), align=1)
-            address = b.add(address, step)
         return _nothing(context)
 
     return types.none(addr, v, stride), codegen

@@ -7,7 +7,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS, UNSHIFTED
-from qvl_kernels.cpu.simd.emit import I16, I32, broadcast, call, constant, pointer, take, word
+from qvl_kernels.cpu.simd.emit import I16, addresses, call, constant, pointer, spread, take
 
 
 def _multiply(b, total, x, y):
@@ -22,13 +22,6 @@ def _multiply(b, total, x, y):
     return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
 
 
-def _spread(b, vector, count, address, step):
-    """Emit loads of the pairs at ``address + i * step``, each in every lane; a generator, for one at a time."""
-    for _ in range(count):
-        yield broadcast(b, b.load(pointer(b, address, I32), align=1), vector)
-        address = b.add(address, step)
-
-
 @intrinsic
 def dot_pairs(typing, p, q, u, v, addr, stride):
     """``p[i] + u . x, q[i] + v . x`` with x the pair at ``addr + i * stride``."""
@@ -36,7 +29,8 @@ def dot_pairs(typing, p, q, u, v, addr, stride):
 
     def codegen(context, b, sig, args):
         p_, q_, u_, v_, address, step = args
-        for i, x in enumerate(_spread(b, p.vector, p.m, address, word(b, step))):
+        for i, where in enumerate(addresses(b, address, step, p.m)):
+            x = spread(b, where, p.vector)
             p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, x), i)
             q_ = b.insert_value(q_, _multiply(b, b.extract_value(q_, i), v_, x), i)
         return context.make_tuple(b, result, [p_, q_])
@@ -50,8 +44,8 @@ def dot_pairs_narrow(typing, p, u, addr, stride):
 
     def codegen(context, b, sig, args):
         p_, u_, address, step = args
-        for i, x in enumerate(_spread(b, p.vector, p.m, address, word(b, step))):
-            p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, x), i)
+        for i, where in enumerate(addresses(b, address, step, p.m)):
+            p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, spread(b, where, p.vector)), i)
         return p_
 
     return p(p, u, addr, stride), codegen

@@ -118,10 +118,14 @@ def fma(typing, a, b, c):
     return result and (result(a, b, c), emit(result))
 
 
+def _larger(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
 @intrinsic
 def maximum(typing, a, b):
     result = _common(a, b)
-    emit = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+    emit = _elementwise(_larger)
     return result and (result(a, b), emit(result))
 
 
@@ -280,7 +284,7 @@ def _reduction_of_each(emit):
 
 sum_each = _reduction_of_each(lambda b, x, y: b.add(x, y))
 """Of i32."""
-max_each = _reduction_of_each(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+max_each = _reduction_of_each(_larger)
 """Of f32."""
 
 
