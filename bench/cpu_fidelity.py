@@ -18,8 +18,8 @@ import numpy as np
 
 from qvl_convert.walk import relative_error
 from qvl_runtime import load
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.vision import Workspace
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.families.qwen_vl.vision import Workspace
 
 ACTIVATIONS, TOKENS = ("auto", "int16"), 64
 

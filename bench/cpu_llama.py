@@ -29,7 +29,7 @@ from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
-from qvl_runtime.session import Session
+from qvl_runtime.engine.session import Session
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 PROMPT, ANSWER, TURN = 512, 32, 4

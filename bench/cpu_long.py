@@ -25,7 +25,7 @@ from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
-from qvl_runtime.session import PREFILL_ROWS, Session
+from qvl_runtime.engine.session import PREFILL_ROWS, Session
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.plan import Recipe, Source
 from qvl_convert.quantize_model import Calibrated
 from qvl_convert.walk import Published, Walk, stages
-from qvl_runtime.devices import make_ops
-from qvl_runtime.tokenizer import Tokenizer
-from qvl_runtime.weights import Weights
+from qvl_runtime.backends import make_ops
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from qvl_convert.checkpoint import published_shapes
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 
 CONFIGS = Path(__file__).parent / "qwen-vl-chat"
 SHARD_BYTES = 2_000_000_000

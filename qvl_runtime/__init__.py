@@ -6,10 +6,10 @@
 """
 
 from qvl_kernels.ops import DeviceError
-from qvl_runtime.boxes import Box
-from qvl_runtime.constraints import Grounding, JsonSchema, Regex
+from qvl_runtime.engine.constraints import Grounding, JsonSchema, Regex
+from qvl_runtime.engine.generation import ChatResult, Piece, Result, Timings
 from qvl_runtime.errors import QvlError
-from qvl_runtime.generation import ChatResult, Piece, Result, Timings
+from qvl_runtime.families.qwen_vl.grounding import Box
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from qvl_kernels.ops import Ops
 from qvl_runtime.budget import cache_bytes
+from qvl_runtime.engine.session import Session
 from qvl_runtime.model import Model
-from qvl_runtime.session import Session
 
 READ_EVERY = 8
 """Tokens of an answer from one measure of the memory's speed to the next."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from qvl_runtime.architecture import MatrixSpec, tensors
-from qvl_runtime.blob import Blob
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.session import PREFILL_ROWS
+from qvl_runtime.engine.session import PREFILL_ROWS
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
+from qvl_runtime.file.blob import Blob
 
 VISION_PARTS = ("vision", "adapter")
 ROTARY_TABLES = 3

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from qvl_runtime.blob import Blob
+from qvl_runtime.backends import backend, check_fit, make_ops
 from qvl_runtime.budget import KV_CACHES
-from qvl_runtime.devices import backend, check_fit, make_ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.image_cache import MEMORY_BYTES
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.inputs.image_cache import MEMORY_BYTES
 from qvl_runtime.model import Model
 
 

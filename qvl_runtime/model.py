@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from qvl_kernels.ops import Ops
-from qvl_runtime.blob import Blob
-from qvl_runtime.boxes import opened_box
-from qvl_runtime.constraints import Form
-from qvl_runtime.decoder import Decoder
-from qvl_runtime.errors import QvlError
-from qvl_runtime.generation import (
+from qvl_runtime.engine.constraints import Form
+from qvl_runtime.engine.drafts import ROW_COST, PromptLookup
+from qvl_runtime.engine.generation import (
     ChatResult,
     Chooser,
     Piece,
@@ -28,17 +25,20 @@ from qvl_runtime.generation import (
     score,
     stream_generate,
 )
-from qvl_runtime.images import ImageSource
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.past import identity
-from qvl_runtime.pictures import PictureEncoder
-from qvl_runtime.prompt import DEFAULT_SYSTEM, Prompt, build_chat, build_prompt
-from qvl_runtime.request import Request, Requests
-from qvl_runtime.sampling import Sampler
-from qvl_runtime.session import Sessions
-from qvl_runtime.speculation import ROW_COST, PromptLookup
-from qvl_runtime.tokenizer import Tokenizer
-from qvl_runtime.weights import Trace, Weights, no_trace
+from qvl_runtime.engine.kv_file import identity
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.engine.session import Sessions
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.decoder import Decoder
+from qvl_runtime.families.qwen_vl.grounding import opened_box
+from qvl_runtime.families.weights import Trace, Weights, no_trace
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.pictures import PictureEncoder
+from qvl_runtime.inputs.prompt import DEFAULT_SYSTEM, Prompt, build_chat, build_prompt
+from qvl_runtime.inputs.request import Request, Requests
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 ANSWER_SHARE = 8
 """A chat keeps one part in so many of the window free for the answer, if that many tokens are asked for."""
@@ -147,7 +147,7 @@ class Model:
         stop : str or sequence of str
             Texts that end the answer and are not in it.
         form : Form, optional
-            What the answer must look like: see `qvl_runtime.constraints`.
+            What the answer must look like: see `qvl_runtime.engine.constraints`.
         logprobs : int, optional
             Give the log probability of every token, and of so many of the most likely ones in its place.
         speculate : bool

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from qvl_runtime.architecture import VectorSpec, tensors
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import VectorSpec, tensors
 
 TEMPLATE = Path(__file__).parent / "golden" / "ckpt" / "tiny-vl"
 

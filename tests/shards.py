@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qvl_convert.checkpoint import Checkpoint
-from qvl_runtime.tensorfile import DTYPES
+from qvl_runtime.file.tensorfile import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import safetensors_bytes
 
-from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
-from qvl_runtime.blob import Blob
 from qvl_runtime.cli.info import describe
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.file.tensorfile import TensorFile
 
 SCALES, QWEIGHT = "lm_head.scales", "lm_head.qweight"
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from text_golden import read
 
-from qvl_runtime import boxes as module
-from qvl_runtime.boxes import Box, draw_boxes, format_box, opened_box, parse_boxes
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl import grounding as module
+from qvl_runtime.families.qwen_vl.grounding import Box, draw_boxes, format_box, opened_box, parse_boxes
 
 LISTS = read("listformat.json")
 GREY = Image.new("RGB", (200, 100), "#808080")

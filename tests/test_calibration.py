@@ -9,7 +9,7 @@ from PIL import Image
 from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_a_box_is_asked_about_in_thousandths(talk):
 
 
 def test_show_draws_the_last_boxes(talk, tmp_path):
-    from qvl_runtime.boxes import Box
+    from qvl_runtime.families.qwen_vl.grounding import Box
 
     talk.take("/show")
     talk.take("/image images/rgb_odd.png")
@@ -155,7 +155,7 @@ def test_show_draws_the_last_boxes(talk, tmp_path):
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
     def interrupted(query, history, *, on_piece, **options):
-        from qvl_runtime.generation import Piece
+        from qvl_runtime.engine.generation import Piece
 
         on_piece(Piece("half an ans"))
         raise KeyboardInterrupt

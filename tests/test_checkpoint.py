@@ -17,8 +17,8 @@ from shards import all_tensors, changed_copy, safetensors_bytes
 
 from qvl_convert.checkpoint import Checkpoint, published_shapes
 from qvl_convert.plan import Recipe, Source
-from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 
 CKPT = GOLDEN / "ckpt"
 VL, BIN, ASYM = CKPT / "tiny-vl", CKPT / "tiny-vl-bin", CKPT / "tiny-q7-gptq-asym"

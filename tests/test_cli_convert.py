@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
-from qvl_runtime.blob import Blob
 from qvl_runtime.cli.main import main
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.file.tensorfile import TensorFile
 
 BIN = GOLDEN / "ckpt/tiny-vl-bin"
 

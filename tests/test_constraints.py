@@ -11,11 +11,11 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.boxes import parse_boxes
-from qvl_runtime.constraints import Grounding, JsonSchema, Regex, box_can_become, mask
+from qvl_runtime.engine.constraints import Grounding, JsonSchema, Regex, box_can_become, mask
+from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.sampling import Sampler
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.grounding import parse_boxes
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
 TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True, vocab_size=640)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qvl_runtime.boxes import parse_boxes
 from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, ask, box_text, compare, indefinite, kind
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, Thing, draw, place_text, random_scene, random_text
 from qvl_runtime.demo.scenes import Text as Printed
+from qvl_runtime.families.qwen_vl.grounding import parse_boxes
 
 CIRCLE = Thing("circle", "red", "small", (0.1, 0.1, 0.3, 0.3))
 STAR = Thing("star", "blue", "large", (0.5, 0.6, 0.9, 1.0))

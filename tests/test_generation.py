@@ -7,8 +7,8 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.generation import Choice, StopStrings, Timings, collect, stream_generate
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.engine.generation import Choice, StopStrings, Timings, collect, stream_generate
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
 TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True)

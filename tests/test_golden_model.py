@@ -155,8 +155,8 @@ def test_rotary_and_logn_tables(golden):
     """Against the published code's tables, to the last bits that matter."""
     from dataclasses import replace
 
-    from qvl_runtime.config import ModelConfig
-    from qvl_runtime.positions import logn_table, ntk_alpha, rotary_table
+    from qvl_runtime.families.qwen_vl.config import ModelConfig
+    from qvl_runtime.families.qwen_vl.positions import logn_table, ntk_alpha, rotary_table
 
     behaviour = json.loads((golden / "lm" / "behaviour.json").read_text())
     config = ModelConfig.from_dict(json.loads((golden / "ckpt" / "tiny-vl" / "config.json").read_text()))

@@ -18,7 +18,7 @@ from fakes.gpu import FakeDriver, Images
 from qvl_kernels import gpu
 from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.ops import CudaOps
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import qvl_runtime as qvl
 from qvl_runtime.errors import QvlError
-from qvl_runtime.image_cache import ImageCache
+from qvl_runtime.inputs.image_cache import ImageCache
 
 SHAPE = (4, 8)
 SIZE = 4 * 8 * 4
@@ -60,10 +60,10 @@ def test_the_folder_has_a_limit(tmp_path, monkeypatch):
     size = cache._path(_key(0)).stat().st_size
     (tmp_path / "notes.txt").write_text("not ours")
     assert ImageCache(SHAPE, "weights", 0, tmp_path).get(_key(0)) is not None
-    monkeypatch.setattr("qvl_runtime.image_cache.FOLDER_BYTES", 3 * size)
+    monkeypatch.setattr("qvl_runtime.inputs.image_cache.FOLDER_BYTES", 3 * size)
     cache.put(_key(3), _features(3))
     assert [cache.get(_key(number)) is not None for number in range(4)] == [True, False, True, True]
-    monkeypatch.setattr("qvl_runtime.image_cache.FOLDER_BYTES", 1)
+    monkeypatch.setattr("qvl_runtime.inputs.image_cache.FOLDER_BYTES", 1)
     cache.put(_key(4), _features(4))
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", cache._path(_key(4)).name}, "the last one stays"
 

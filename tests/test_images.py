@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.images import load_image, patches, preprocess
+from qvl_runtime.inputs.images import load_image, patches, preprocess
 
 GOLDEN = Path(__file__).parent / "golden"
 DATA = json.loads((GOLDEN / "preprocess.json").read_text(encoding="utf-8"))["images"]

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import qvl_runtime as qvl
+from qvl_runtime.engine.kv_file import _runs, _unrolled
 from qvl_runtime.errors import QvlError
-from qvl_runtime.past import _runs, _unrolled
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.file.tensorfile import TensorFile
 
 PICTURE = "images/rgb_odd.png"
 GREEDY = {"temperature": 0, "max_new_tokens": 8, "logprobs": 2}

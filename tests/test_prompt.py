@@ -9,8 +9,8 @@ from PIL import Image
 from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.prompt import DEFAULT_SYSTEM, build_chat, build_prompt, list_to_text
-from qvl_runtime.tokenizer import Tokenizer, split_images
+from qvl_runtime.inputs.prompt import DEFAULT_SYSTEM, build_chat, build_prompt, list_to_text
+from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 CHAT = read("chat.json")
 LISTS = read("listformat.json")

@@ -17,11 +17,11 @@ from qvl_convert.plan import Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights
 from qvl_convert.rtn import quantize
 from qvl_convert.walk import Published, Walk, stages
-from qvl_runtime.blob import Blob
-from qvl_runtime.devices import make_ops
+from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tokenizer import Tokenizer
-from qvl_runtime.weights import Weights
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 ALL_INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32, "method": "gptq", "device": "reference"}

@@ -13,7 +13,7 @@ from test_cpu_gemm import attended, matrix, normal, poisoned
 import qvl_runtime as qvl
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
-from qvl_runtime.kv_cache import Context
+from qvl_runtime.engine.sequence import Context
 
 KINDS = [(bits, group, asymmetric) for bits in (4, 8) for group in (32, 64, 128) for asymmetric in (False, True)]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvl_runtime.errors import QvlError
-from qvl_runtime.sampling import (
+from qvl_runtime.engine.sampling import (
     Sampler,
     apply_repetition_penalty,
     apply_temperature,
@@ -16,6 +15,7 @@ from qvl_runtime.sampling import (
     keep_top_p,
     softmax,
 )
+from qvl_runtime.errors import QvlError
 
 DATA = json.loads((Path(__file__).parent / "golden/sampling.json").read_text(encoding="utf-8"))
 

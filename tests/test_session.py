@@ -14,7 +14,7 @@ import pytest
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_kernels.cpu.arrays import CpuCache
-from qvl_runtime.session import Sessions
+from qvl_runtime.engine.session import Sessions
 
 CONVERSATIONS = int(os.environ.get("QVL_TEST_CONVERSATIONS", "12"))
 IMAGES = ("images/rgb_odd.png", "images/rgba.png")
@@ -345,7 +345,7 @@ def test_logprobs_are_the_models_own(pair):
 
 
 def test_turns_leave_in_blocks():
-    from qvl_runtime.prompt import _turns_that_leave
+    from qvl_runtime.inputs.prompt import _turns_that_leave
 
     def leaving(turns, block):
         return _turns_that_leave([10] * turns, 5, 100, 1000, block)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import qvl_runtime as qvl
-from qvl_runtime.generation import Chooser, Timings, generate_step
-from qvl_runtime.sampling import Sampler, softmax
-from qvl_runtime.speculation import HOPE, MATCHED, MOST_GUESSED, PromptLookup
+from qvl_runtime.engine.drafts import HOPE, MATCHED, MOST_GUESSED, PromptLookup
+from qvl_runtime.engine.generation import Chooser, Timings, generate_step
+from qvl_runtime.engine.sampling import Sampler, softmax
 
 MIXED = np.random.default_rng(2).integers(0, 4, 120).tolist()
 

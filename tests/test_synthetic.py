@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qvl_convert.unpickle import PickleFile
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.file.tensorfile import TensorFile
 
 # Tensors and bytes of the published pytorch_model-00001-of-00010.bin and its nine companions.
 PUBLISHED_SHARDS = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shards import safetensors_bytes, with_header
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import DTYPES, MAX_HEADER, TensorFile
+from qvl_runtime.file.tensorfile import DTYPES, MAX_HEADER, TensorFile
 
 SHARD = GOLDEN / "ckpt/tiny-q7-gptq-asym/model-00001-of-00001.safetensors"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tokenizer import StreamDecoder, Tokenizer, split_images
+from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer, split_images
 
 
 @pytest.fixture

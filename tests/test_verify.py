@@ -15,10 +15,10 @@ from qvl_convert.answers import compare_answers, edit_distance, iou
 from qvl_convert.verify import Bf16Ops, judged_positions, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
-from qvl_runtime.boxes import Box
-from qvl_runtime.devices import make_ops
+from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.weights import Weights
+from qvl_runtime.families.qwen_vl.grounding import Box
+from qvl_runtime.families.weights import Weights
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32}

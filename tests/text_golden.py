@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_RANKS = (GOLDEN / "ckpt/tiny-vl/qwen.tiktoken").read_bytes()

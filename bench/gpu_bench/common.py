@@ -12,8 +12,8 @@ import numpy as np
 
 from qvl_kernels.gpu import CudaOps
 from qvl_kernels.packing import Matrix, packed_shapes
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.weights import Weights
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.weights import Weights
 
 BEYOND_CACHE = 400 << 20
 """Bytes that a sweep over weights touches before it comes back to the first: several times the largest L2 cache."""
@@ -162,7 +162,7 @@ class SyntheticBlob:
     bits: tuple[tuple[str, int], ...]
 
     def matrix(self, name: str) -> Matrix:
-        from qvl_runtime.architecture import MatrixSpec, tensors
+        from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
 
         spec = next(s for s in tensors(self.config) if s.name == name)
         assert isinstance(spec, MatrixSpec)
@@ -170,7 +170,7 @@ class SyntheticBlob:
         return dataclasses.replace(plain, bias=np.zeros(spec.n, np.float32) if spec.bias else None)
 
     def vector(self, name: str) -> np.ndarray:
-        from qvl_runtime.architecture import tensors
+        from qvl_runtime.families.qwen_vl.tensors import tensors
 
         shape = next(s.shape for s in tensors(self.config) if s.name == name)
         if name.endswith("bias"):

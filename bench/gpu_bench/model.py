@@ -11,10 +11,10 @@ from gpu_bench import common
 from gpu_bench.common import peer, table, torch_or_none
 from gpu_bench.speed import copy_bandwidth
 from qvl_kernels.gpu.cache import cache_bytes
-from qvl_runtime.adapter import Adapter
-from qvl_runtime.decoder import Decoder, DecodeStep
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.vision import VisionTower
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.families.qwen_vl.adapter import Adapter
+from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
+from qvl_runtime.families.qwen_vl.vision import VisionTower
 
 GB = 1e9
 STEPS = 32

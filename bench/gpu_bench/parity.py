@@ -189,11 +189,11 @@ def _long_attention(ops, reference, rng) -> list:
 
 def true_model() -> dict:
     """Two layers of the decoder and of the ViT at their true width, against the reference."""
-    from qvl_runtime.adapter import Adapter
-    from qvl_runtime.decoder import Decoder
-    from qvl_runtime.generation import score
-    from qvl_runtime.kv_cache import Context
-    from qvl_runtime.vision import VisionTower
+    from qvl_runtime.engine.generation import score
+    from qvl_runtime.engine.sequence import Context
+    from qvl_runtime.families.qwen_vl.adapter import Adapter
+    from qvl_runtime.families.qwen_vl.decoder import Decoder
+    from qvl_runtime.families.qwen_vl.vision import VisionTower
 
     config, ids, found = common.true_config(1, 1), list(range(100, 120)), {}
     for name, ops in (("reference", ReferenceOps()), ("cuda", common.make_ops())):

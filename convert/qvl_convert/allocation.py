@@ -16,9 +16,9 @@ from qvl_convert.calibration import Sample
 from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
 from qvl_kernels.packing import Matrix
-from qvl_runtime.devices import make_ops
+from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.weights import Weights
+from qvl_runtime.families.weights import Weights
 
 BITS = (4, 8, 16)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -14,9 +14,9 @@ import numpy as np
 
 from qvl_convert.calibration import Sample
 from qvl_convert.walk import Walk, stages
-from qvl_runtime.boxes import Box, parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import Box, parse_boxes
+from qvl_runtime.families.weights import Weights
 from qvl_runtime.model import Model
-from qvl_runtime.weights import Weights
 
 MAX_ROUNDS = 12
 PICTURE_STAGES = ("patches", "vision", "adapter")

@@ -14,8 +14,8 @@ import numpy as np
 
 from qvl_convert.checkpoint import FLOATS, Checkpoint, read_json
 from qvl_kernels.packing import BLOCK, SYMMETRIC_ZERO, Matrix, pack
-from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
 
 WORDS = (np.dtype(np.int32),)
 REMEDY = "take the unquantised model, or its 4-bit AutoGPTQ files"

@@ -22,9 +22,9 @@ import numpy as np
 from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
-from qvl_runtime.images import ImageSource, load_image
-from qvl_runtime.prompt import build_prompt
-from qvl_runtime.tokenizer import Tokenizer, split_images
+from qvl_runtime.inputs.images import ImageSource, load_image
+from qvl_runtime.inputs.prompt import build_prompt
+from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 
 from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
-from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
-from qvl_runtime.config import GenerationConfig, ModelConfig
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import Entry, TensorFile
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.config import GenerationConfig, ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.file.tensorfile import Entry, TensorFile
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}

@@ -18,10 +18,10 @@ from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Finished
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
-from qvl_runtime.architecture import PARTS, VectorSpec, tensors
-from qvl_runtime.blob import FORMAT, RANKS, VERSION
-from qvl_runtime.images import MEAN, STD
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.tensors import PARTS, VectorSpec, tensors
+from qvl_runtime.file.blob import FORMAT, RANKS, VERSION
+from qvl_runtime.inputs.images import MEAN, STD
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
 """Makes the matrices that are still missing, in any order, given source, all plans, those that are missing, and a

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from qvl_convert.checkpoint import published_shapes
 from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
-from qvl_runtime.architecture import MatrixSpec, VectorSpec, tensors
-from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.file.blob import Blob
 
 SHARD = 2 << 30
 """Bytes after which another file is begun."""

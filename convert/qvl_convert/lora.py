@@ -18,7 +18,7 @@ import numpy as np
 from qvl_convert.checkpoint import Checkpoint, read_json, read_tensor
 from qvl_convert.unpickle import PickleFile
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.file.tensorfile import TensorFile
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")

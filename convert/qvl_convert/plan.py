@@ -12,8 +12,8 @@ from qvl_convert import checkpoint as published
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.writer import Layout
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
-from qvl_runtime.architecture import MatrixSpec, tensors
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
 
 METHODS = ("rtn", "gptq")
 ROW_CHUNK = 16 << 20
@@ -49,7 +49,7 @@ class Recipe:
             raise QvlError(f"--method {self.method!r}: choose rtn or gptq")
 
     def bits_of(self, part: str) -> int:
-        """Bits of a part (a key of `qvl_runtime.architecture.PARTS`)."""
+        """Bits of a part (a key of `qvl_runtime.families.qwen_vl.tensors.PARTS`)."""
         return {"decoder": self.bits, "vision": self.vision_bits, "adapter": self.vision_bits}.get(part, self.head_bits)
 
 

@@ -21,8 +21,8 @@ from qvl_convert.plan import MatrixPlan, Source
 from qvl_convert.walk import Published, Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_kernels.packing import Matrix, pack
-from qvl_runtime.devices import make_ops
-from qvl_runtime.weights import Weights
+from qvl_runtime.backends import make_ops
+from qvl_runtime.families.weights import Weights
 
 log = logging.getLogger(__name__)
 

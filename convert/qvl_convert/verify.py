@@ -23,11 +23,11 @@ from qvl_convert.lora import Merged
 from qvl_convert.plan import Source
 from qvl_convert.walk import Model, Published, Walk, relative_error, stages
 from qvl_kernels.ops import Array, Ops, Weight
-from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.model import Model as Runtime
-from qvl_runtime.tokenizer import Tokenizer
-from qvl_runtime.weights import Weights
 
 BIN = 32
 """Positions whose KL divergence is averaged in `Report.kl_by_position`."""

@@ -16,13 +16,13 @@ import numpy as np
 from qvl_convert.plan import Recipe, Source
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
-from qvl_runtime import decoder, vision
-from qvl_runtime.adapter import Adapter
-from qvl_runtime.architecture import MatrixSpec, tensors
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.images import ImageSource, load_image, preprocess
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.weights import Weights
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.families.qwen_vl import decoder, vision
+from qvl_runtime.families.qwen_vl.adapter import Adapter
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.images import ImageSource, load_image, preprocess
 
 VISION, DECODER = f"{vision.NAME}.", "transformer.h."
 

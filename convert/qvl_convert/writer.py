@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from qvl_kernels.packing import Matrix
-from qvl_runtime.blob import METADATA, metadata_hash
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import DTYPES
+from qvl_runtime.file.blob import METADATA, metadata_hash
+from qvl_runtime.file.tensorfile import DTYPES
 
 DATA_ALIGNMENT = 4096
 PIECE = 16 << 20

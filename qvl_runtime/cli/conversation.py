@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from qvl_runtime.boxes import Box, draw_boxes, format_box
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.errors import QvlError
-from qvl_runtime.files import replacing
-from qvl_runtime.images import load_image
+from qvl_runtime.families.qwen_vl.grounding import Box, draw_boxes, format_box
+from qvl_runtime.file.atomic import replacing
+from qvl_runtime.inputs.images import load_image
+from qvl_runtime.inputs.prompt import DEFAULT_SYSTEM
+from qvl_runtime.inputs.tokenizer import split_images
 from qvl_runtime.model import Model
-from qvl_runtime.prompt import DEFAULT_SYSTEM
-from qvl_runtime.tokenizer import split_images
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "temperature": float,

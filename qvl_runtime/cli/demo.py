@@ -14,13 +14,13 @@ import typer
 from PIL import Image
 
 from qvl_convert.convert import convert
-from qvl_runtime.boxes import draw_boxes
 from qvl_runtime.cli.loading import Device
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import SINGLE, Exchange
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
 from qvl_runtime.demo.scoring import is_right
-from qvl_runtime.generation import Piece, Result, collect
+from qvl_runtime.engine.generation import Piece, Result, collect
+from qvl_runtime.families.qwen_vl.grounding import draw_boxes
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qvl_convert.export import export as run
-from qvl_runtime.blob import Blob
+from qvl_runtime.file.blob import Blob
 
 
 def export(

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from qvl_runtime.boxes import draw_boxes, opened_box
 from qvl_runtime.cli.loading import Activations, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.engine.generation import Piece, Result, collect
 from qvl_runtime.errors import QvlError
-from qvl_runtime.generation import Piece, Result, collect
-from qvl_runtime.images import ImageSource
-from qvl_runtime.tokenizer import split_images
+from qvl_runtime.families.qwen_vl.grounding import draw_boxes, opened_box
+from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.tokenizer import split_images
 
 
 def generate(

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress
 
-from qvl_runtime.architecture import PARTS
-from qvl_runtime.blob import Blob
+from qvl_runtime.backends import device_memory
 from qvl_runtime.budget import KV_CACHES, VISION_PARTS, budget, remedies
-from qvl_runtime.devices import device_memory
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.tensors import PARTS
+from qvl_runtime.file.blob import Blob
 
 
 def info(

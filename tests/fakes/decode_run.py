@@ -9,10 +9,10 @@ import fakes.absent  # noqa: F401
 from fakes.gpu import FakeDriver, Images
 
 from qvl_kernels.gpu import CudaOps
-from qvl_runtime.blob import Blob
-from qvl_runtime.decoder import Decoder, DecodeStep
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.weights import Weights
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.file.blob import Blob
 
 
 def main(path: str) -> None:

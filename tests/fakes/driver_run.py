@@ -16,7 +16,7 @@ import numpy as np
 from qvl_kernels import gpu
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.ops import DeviceError
-from qvl_runtime.devices import make_ops
+from qvl_runtime.backends import make_ops
 
 RUN, STORE, REPLAY = 0, 1, 2
 

@@ -79,7 +79,7 @@ def _threshold(logits, size, low, best, sharpness, wanted, COUNT: tl.constexpr):
 
 @triton.jit
 def sample(logits, settings, top_k, out, size):
-    """Draw as `qvl_runtime.sampling.Sampler` does, without sorting: thresholds are found by bisection.
+    """Draw as `qvl_runtime.engine.sampling.Sampler` does, without sorting: thresholds are found by bisection.
 
     The kept tokens are those above the threshold and as many of those at it, in order, as top_p needs. The draw walks
     through them in order of their index until their mass exceeds the random number's share.

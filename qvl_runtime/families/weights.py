@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.blob import Blob
+from qvl_runtime.file.blob import Blob
 
 Trace = Callable[[str, Array], None]
 """Called with the name of a stage and its values while a model runs; for parity checks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 
 PARTS = {"vision": "ViT", "adapter": "adapter", "decoder": "decoder", "embedding": "embedding", "head": "output head"}
 

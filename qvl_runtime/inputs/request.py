@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from qvl_kernels.ops import Array
+from qvl_runtime.engine.sequence import Key
 from qvl_runtime.errors import QvlError
-from qvl_runtime.image_cache import Picture
-from qvl_runtime.kv_cache import Key
-from qvl_runtime.pictures import PictureEncoder
-from qvl_runtime.prompt import Prompt
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.inputs.image_cache import Picture
+from qvl_runtime.inputs.pictures import PictureEncoder
+from qvl_runtime.inputs.prompt import Prompt
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.weights import Trace, Weights, no_trace
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.weights import Trace, Weights, no_trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.images import ImageSource, load_image
+from qvl_runtime.inputs.images import ImageSource, load_image
 
 # A tag that opens twice was not closed the first time: the span begins at the later one.
 _SPAN = re.compile(r"<(ref|box|quad|img)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)

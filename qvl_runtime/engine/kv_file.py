@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvl_kernels.ops import Ops
-from qvl_runtime.blob import Blob
+from qvl_runtime.engine.sequence import Context, Key
 from qvl_runtime.errors import QvlError
-from qvl_runtime.files import replacing
-from qvl_runtime.kv_cache import Context, Key
-from qvl_runtime.tensorfile import DTYPES, TensorFile
+from qvl_runtime.file.atomic import replacing
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.file.tensorfile import DTYPES, TensorFile
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 
 
 def ntk_alpha(length: int, config: ModelConfig) -> int:

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qvl_kernels.ops import Array
-from qvl_runtime.boxes import Box, parse_boxes
-from qvl_runtime.constraints import Constraint, mask
-from qvl_runtime.decoder import Decoder
-from qvl_runtime.kv_cache import Context
-from qvl_runtime.sampling import Sampler
-from qvl_runtime.session import Session
-from qvl_runtime.speculation import PromptLookup
-from qvl_runtime.tokenizer import StreamDecoder, Tokenizer
-from qvl_runtime.weights import Trace, no_trace
+from qvl_runtime.engine.constraints import Constraint, mask
+from qvl_runtime.engine.drafts import PromptLookup
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.engine.sequence import Context
+from qvl_runtime.engine.session import Session
+from qvl_runtime.families.qwen_vl.decoder import Decoder
+from qvl_runtime.families.qwen_vl.grounding import Box, parse_boxes
+from qvl_runtime.families.weights import Trace, no_trace
+from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Timings:
     new_tokens : int
         Of the answer.
     guessed_tokens, right_guesses : int
-        See `qvl_runtime.speculation`.
+        See `qvl_runtime.engine.drafts`.
     """
 
     image: float = 0.0

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvl_kernels.ops import Array
-from qvl_runtime import past
-from qvl_runtime.decoder import Decoder, DecodeStep
-from qvl_runtime.kv_cache import Context, Key
-from qvl_runtime.speculation import MOST_GUESSED
+from qvl_runtime.engine import kv_file
+from qvl_runtime.engine.drafts import MOST_GUESSED
+from qvl_runtime.engine.sequence import Context, Key
+from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
 
 PREFILL_ROWS = 512
 """Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
@@ -125,12 +125,12 @@ class Session:
             return int(self.decoder.ops.download(self._step.best[row : row + 1])[0])
 
     def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
-        """Write the first `length` positions to a file; see `past.write`."""
+        """Write the first `length` positions to a file; see `kv_file.write`."""
         with self._device:
-            past.write(path, self.context, self._keys[:length], identity)
+            kv_file.write(path, self.context, self._keys[:length], identity)
 
-    def resume(self, found: past.Past) -> None:
-        """Go on where a saved session was; see `past.Past.restore`."""
+    def resume(self, found: kv_file.Past) -> None:
+        """Go on where a saved session was; see `kv_file.Past.restore`."""
         with self._device:
             found.restore(self.context)
             self._keys, self._after_prompt = list(found.keys), None
@@ -197,7 +197,7 @@ class Sessions:
 
     def load(self, path: str | os.PathLike, identity: str) -> int:
         """Make a session of what `save` wrote; returns how many positions it has: none where nothing is kept."""
-        found = past.read(path, identity)
+        found = kv_file.read(path, identity)
         if not self._limit:
             return 0
         with self._device:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tokenizer import Tokenizer
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 class Constraint(Protocol):

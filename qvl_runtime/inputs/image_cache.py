@@ -16,9 +16,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.files import replacing
-from qvl_runtime.images import ImageSource, is_url
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.file.atomic import replacing
+from qvl_runtime.file.tensorfile import TensorFile
+from qvl_runtime.inputs.images import ImageSource, is_url
 
 MEMORY_BYTES = 256 << 20
 """Default limit: 64 pictures of Qwen-VL."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qvl_kernels.ops import Array
-from qvl_runtime.positions import interpolate_grid
-from qvl_runtime.weights import Trace, Weights, no_trace
+from qvl_runtime.families.qwen_vl.positions import interpolate_grid
+from qvl_runtime.families.weights import Trace, Weights, no_trace
 
 NAME = "transformer.visual.attn_pool"
 

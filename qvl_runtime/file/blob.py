@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
-from qvl_runtime.architecture import PARTS, MatrixSpec, VectorSpec, tensors
-from qvl_runtime.config import GenerationConfig, ModelConfig
 from qvl_runtime.errors import QvlError
-from qvl_runtime.tensorfile import TensorFile
+from qvl_runtime.families.qwen_vl.config import GenerationConfig, ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import PARTS, MatrixSpec, VectorSpec, tensors
+from qvl_runtime.file.tensorfile import TensorFile
 
 FORMAT, VERSION = "qvl", "1"
 RANKS = "tokenizer.ranks"

@@ -10,12 +10,12 @@ from functools import partial
 import numpy as np
 
 from qvl_kernels.ops import Array, Ops
-from qvl_runtime.adapter import Adapter
-from qvl_runtime.blob import Blob
-from qvl_runtime.image_cache import ImageCache, Picture
-from qvl_runtime.images import ImageSource, load_image, preprocess
-from qvl_runtime.vision import VisionTower
-from qvl_runtime.weights import Trace, Weights, no_trace
+from qvl_runtime.families.qwen_vl.adapter import Adapter
+from qvl_runtime.families.qwen_vl.vision import VisionTower
+from qvl_runtime.families.weights import Trace, Weights, no_trace
+from qvl_runtime.file.blob import Blob
+from qvl_runtime.inputs.image_cache import ImageCache, Picture
+from qvl_runtime.inputs.images import ImageSource, load_image, preprocess
 
 FEATURES_VERSION = 3
 """To be raised where preprocessing or the vision tower's arithmetic changes: what is on disk is then void."""

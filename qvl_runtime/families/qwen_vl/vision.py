@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.config import VisionConfig
-from qvl_runtime.images import patches
-from qvl_runtime.positions import interpolate_grid
-from qvl_runtime.weights import Trace, Weights, no_trace
+from qvl_runtime.families.qwen_vl.config import VisionConfig
+from qvl_runtime.families.qwen_vl.positions import interpolate_grid
+from qvl_runtime.families.weights import Trace, Weights, no_trace
+from qvl_runtime.inputs.images import patches
 
 NAME = "transformer.visual"
 

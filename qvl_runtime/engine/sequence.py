@@ -7,8 +7,8 @@ import functools
 import numpy as np
 
 from qvl_kernels.ops import KVCache, Ops
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.positions import logn_table, ntk_alpha, rotary_table
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.positions import logn_table, ntk_alpha, rotary_table
 
 Key = int | bytes
 """What a position was computed from: a token id, or the hash of the picture that fills the slot it is in."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qvl_runtime.boxes import Box, format_box
 from qvl_runtime.errors import QvlError
-from qvl_runtime.images import ImageSource, is_url, refuse_url
-from qvl_runtime.tokenizer import Tokenizer, split_images
+from qvl_runtime.families.qwen_vl.grounding import Box, format_box
+from qvl_runtime.inputs.images import ImageSource, is_url, refuse_url
+from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")

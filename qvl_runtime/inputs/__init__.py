@@ -1,0 +1,1 @@
+"""What goes into a model: text to tokens, pictures to features."""
