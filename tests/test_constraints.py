@@ -125,3 +125,33 @@ def test_a_bad_grammar_is_one_clear_line(form):
     with pytest.raises(QvlError, match="cannot be used") as error:
         form.start(TOKENIZER, STOPS, 50, "")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "form", [Regex(r"[^\s\S]"), Regex(r"a[^\s\S]"), JsonSchema({"$ref": "#"}), JsonSchema({"enum": []})]
+)
+def test_a_form_that_nothing_matches_is_refused_before_an_answer(form):
+    with pytest.raises(QvlError, match=r"no text matches it|Unsatisfiable") as error:
+        form.start(TOKENIZER, STOPS, 50, "")
+    assert "\n" not in str(error.value)
+
+
+def test_a_form_that_only_the_empty_text_matches_is_a_form():
+    assert list(np.flatnonzero(Regex("").start(TOKENIZER, STOPS, 50, "").allowed())) == sorted(STOPS)
+
+
+def test_another_ref_begins_only_where_its_box_has_room():
+    """A model that begins another ref whenever it may, and writes the longest box there is."""
+    needed = 4 + len("(998,998),(999,999)") + 1  # ref, one token, its end, box; corners; end of the box
+    for limit in range(needed, 4 * needed + 2):
+        constraint = Grounding().start(TOKENIZER, STOPS, limit, "")
+        ids: list[int] = []
+        while not (allowed := constraint.allowed())[list(STOPS)].any() or allowed[TOKENIZER.ref_start_id]:
+            wanted = [TOKENIZER.ref_start_id, TOKENIZER.ref_end_id, TOKENIZER.box_start_id, TOKENIZER.box_end_id]
+            wanted += [TOKENIZER.encode(character)[0] for character in "98(),x"]
+            token = next(token for token in wanted if allowed[token])
+            constraint.advance(token)
+            ids.append(token)
+        text = TOKENIZER.decode(ids)
+        assert len(ids) <= limit
+        assert len(parse_boxes(text)) == text.count("<ref>") == limit // needed, (limit, text)

@@ -154,7 +154,7 @@ class _GroundingConstraint:
             tokens[ids.box_end_id] = self._corners.endswith(")") and self._corners.count(")") == 2
         else:
             tokens[list(self._stop_ids)] = True
-            tokens[ids.ref_start_id] = self._left > len(CORNERS) + 5
+            tokens[ids.ref_start_id] = self._left > len(CORNERS) + 4
         return tokens
 
     def advance(self, token: int) -> None:
@@ -209,12 +209,21 @@ class _GrammarConstraint:
             raise QvlError(f"the {kind} cannot be used: {_one_line(problem)}")
         self._matcher = matcher(_ll_tokenizer(tokenizer), built, log_level=0)
         self._stop_ids, self._size = stop_ids, tokenizer.vocab_size
+        self._mask()
+        if self._matcher.is_error():
+            raise QvlError(f"the {kind} cannot be used: no text matches it")
 
-    def allowed(self) -> np.ndarray:
+    def _mask(self) -> np.ndarray:
+        """Tokens that the grammar allows next: bool ``[vocab_size]``; none if it is stopped."""
         words = np.zeros(-(-self._size // 32), np.int32)
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        tokens = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._size].astype(bool)
+        return np.unpackbits(words.view(np.uint8), bitorder="little")[: self._size].astype(bool)
+
+    def allowed(self) -> np.ndarray:
+        tokens = self._mask()
+        if self._matcher.is_error():
+            raise QvlError(f"the grammar cannot go on here: {_one_line(self._matcher.get_error())[:200]}")
         tokens[list(self._stop_ids)] = self._matcher.is_accepting() or self._matcher.is_stopped()
         return tokens
 
