@@ -275,6 +275,47 @@ def test_attention_sums_do_not_overflow(cpu):
     np.testing.assert_allclose(out, parts[:, 2], rtol=1e-3)
 
 
+ATTENTIONS = {"float32": FLOAT_LIMIT, "int16": 1e-3}
+"""Both kernels of attention over all keys, whichever this processor would be given."""
+
+
+def vision_attention(cpu, monkeypatch, kernel: str, qkv: np.ndarray, heads: int) -> np.ndarray:
+    """Vision attention by one of `ATTENTIONS`."""
+    monkeypatch.setattr(batched, "PAIRS", True)
+    out = poisoned(len(qkv), qkv.shape[1] // 3)
+    cpu["int8" if kernel == "int16" else "int16"].vision_attention(qkv, heads, out)
+    return out
+
+
+@pytest.mark.parametrize("kernel", ATTENTIONS)
+@pytest.mark.parametrize("patches,d", [(65, 16), (130, 104), (513, 64), (1024, 128)])
+@pytest.mark.parametrize("strength", [100, 355, 513, 1000, 3000, 10000])
+def test_one_key_wins(cpu, rng, monkeypatch, kernel, patches, d, strength):
+    """Each query has one key with a logit of about `strength`, far above the others: the result is that key's value."""
+    parts = normal(rng, patches, 3, d)
+    winners = rng.permutation(patches)
+    keys = parts[:, 1]
+    keys *= np.sqrt(d) / np.linalg.norm(keys, axis=1, keepdims=True)
+    parts[:, 0] = keys[winners] * (strength / np.sqrt(d) * (1 + 0.01 * rng.random((patches, 1)))).astype(np.float32)
+    out = vision_attention(cpu, monkeypatch, kernel, parts.reshape(patches, -1), 1)
+    for got, want in zip(out, parts[winners, 2]):
+        assert error(got, want) < ATTENTIONS[kernel]
+
+
+@pytest.mark.parametrize("kernel", ATTENTIONS)
+@pytest.mark.parametrize("patches", [1, 63, 64, 65, 100, 257, 300])
+def test_a_zero_query_gives_the_mean(cpu, rng, monkeypatch, kernel, patches):
+    """Padding up to the kernels' blocks of keys must not count, also where every score is 0."""
+    d = 40
+    parts = normal(rng, patches, 3, d)
+    parts[::3, 0] = 0
+    parts[:, 2] += 1
+    out = vision_attention(cpu, monkeypatch, kernel, parts.reshape(patches, -1), 1)
+    mean = parts[:, 2].mean(0, dtype=np.float64)
+    for row in out[::3]:
+        assert error(row, mean) < ATTENTIONS[kernel]
+
+
 @pytest.mark.parametrize("activations", LIMIT)
 @pytest.mark.parametrize("queries,keys", [(1, 1), (19, 70), (256, 300)])
 def test_cross_attention(cpu, rng, activations, queries, keys):

@@ -74,7 +74,10 @@ def layout(scratch, d):
 
 @routine
 def round_row(x, mean, d, factor, target):
-    """int16 of ``(x - mean) * factor`` (mean 0: none), in whole vectors with zeros behind; returns the scale."""
+    """int16 of ``(x - mean) * factor`` (mean 0: none), in whole vectors with zeros behind; returns the scale.
+
+    The scale is never 0: `weigh` multiplies the score that hides a padding key by it.
+    """
     largest, square = zero(), zero()
     for c in range(0, d, 16):
         v = take(x + 4 * c, d - c)
@@ -88,7 +91,7 @@ def round_row(x, mean, d, factor, target):
         if mean != 0 and c < d:
             v = v - load(mean + 4 * c)
         store_shorts(target + 2 * c, rint(v * inverse))
-    return factor / inverse if inverse > 0 else float32(0)
+    return factor / inverse if inverse > 0 else float32(1)
 
 
 @routine
@@ -189,10 +192,14 @@ def highest(scores, held, limit):
 
 @routine
 def weigh(scores, limit, scale, top):
-    """A row's scores to weights; returns their sum."""
+    """A row's scores to weights of at most 1; returns their sum.
+
+    The product is rounded before `top` is subtracted, because `top` is a rounded product. A fused multiply-add would
+    leave a difference above 0 at the largest score, and 32767 times a weight above 1 overflows int16.
+    """
     total = no_four()
     for i in range(0, limit, 64):
-        p = exp2(fma(four(scores + 4 * i), scale, -top))
+        p = exp2(four(scores + 4 * i) * scale - top)
         total = total + p
         store(scores + 4 * i, p)
     return sum_all(total_of(total))
@@ -277,7 +284,7 @@ def begin(scratch, q, row, count, d, factor):
     queries, _, _, _, _, out, tops, totals, scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
-        scale = float32(0)
+        scale = float32(1)
         if i < count:
             expect_row(q + i * row, row, d)
             scale = round_row(q + i * row, 0, d, factor, queries + 4 * i * pairs)
