@@ -1,19 +1,23 @@
-"""The whole model on the GPU backend without a GPU: golden parity, every kernel in Triton's interpreter."""
+"""The whole model on the GPU backend without a GPU: golden parity, every kernel as it ships in the PTX interpreter."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
+from fakes.compiled import CompiledImages
+from fakes.ptx_gpu import PtxDriver
+
+import qvl_runtime as qvl
+from qvl_kernels import gpu
+from qvl_kernels.gpu.ops import CudaOps
+
 GOLDEN = Path(__file__).parent / "golden"
-RUN = Path(__file__).parent / "fakes" / "golden_run.py"
 
 
 def _noise(index: str, file: str) -> float:
@@ -23,31 +27,50 @@ def _noise(index: str, file: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def outcome(blob) -> dict:
-    blobs = blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=16), blob("tiny-vl-bin", bits=16)
-    command = [sys.executable, str(RUN), *map(str, blobs)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def driver() -> PtxDriver:
+    return PtxDriver()
 
 
-def test_logits_are_within_the_noise_of_fp16(outcome):
-    assert 0 < outcome["logits"] < 1.5 * _noise("lm/index_gptq.json", "tiny-vl-gptq_gptq_text.npz")
+@pytest.fixture
+def load(driver, monkeypatch):
+    """``load(blob, **options)``: a model on the interpreted GPU."""
+    monkeypatch.setattr(gpu, "available", lambda: (True, driver.name))
+    monkeypatch.setattr(gpu, "CudaOps", lambda **options: CudaOps(driver, CompiledImages(), **options), raising=False)
+    return lambda path, **options: qvl.load(path, device="cuda", **options)
 
 
-def test_greedy_tokens_are_those_of_the_published_code(outcome):
-    """Through a captured graph, with both kinds of cache."""
-    expected = outcome["greedy_expected"]
-    assert outcome["greedy"] == expected[: len(outcome["greedy"])] and len(outcome["greedy"]) == 3
-    assert outcome["greedy_int8"] == expected[: len(outcome["greedy_int8"])] and len(outcome["greedy_int8"]) == 2
+@pytest.fixture(scope="module")
+def int4_blob(blob) -> Path:
+    return blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=16)
 
 
-def test_image_features_are_within_the_noise_of_fp16(outcome):
-    assert 0 < outcome["features"] < 1.5 * _noise("vis/index.json", "tiny-vl-bin_base.npz")
+@pytest.fixture(scope="module")
+def text():
+    return np.load(GOLDEN / "lm" / "tiny-vl-gptq_gptq_text.npz")
 
 
-def test_the_kernels_of_a_model_took_part(outcome):
-    families = {name.partition(".")[0] for name in outcome["kernels"]}
+def test_logits_are_within_the_noise_of_fp16(load, int4_blob, text):
+    logits = load(int4_blob).logits(text["input_ids"][0].tolist())[text["pos"]]
+    error = np.abs(logits - text["logits"][0]).max()
+    assert 0 < error < 1.5 * _noise("lm/index_gptq.json", "tiny-vl-gptq_gptq_text.npz")
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+def test_greedy_tokens_are_those_of_the_published_code(load, int4_blob, text, kv_cache):
+    """A whole generation, through captured graphs."""
+    expected = text["gen_ids"][0].tolist()
+    result = load(int4_blob, kv_cache=kv_cache).generate(text["input_ids"][0].tolist(), max_new_tokens=4)
+    assert result.token_ids == expected[:4] and len(expected) >= 4
+
+
+def test_image_features_are_within_the_noise_of_fp16(load, blob):
+    vision = np.load(GOLDEN / "vis" / "tiny-vl-bin_base.npz")
+    features = load(blob("tiny-vl-bin", bits=16)).encode_image(GOLDEN / "images" / "rgb_odd.png")
+    error = np.abs(features[vision["qrows"]] - vision["final"][0]).max()
+    assert 0 < error < 1.5 * _noise("vis/index.json", "tiny-vl-bin_base.npz")
+
+
+def test_the_kernels_of_a_model_took_part(driver):
+    families = {launch.name.partition(".")[0] for launch in driver.launches}
     assert families >= {"linear", "gate_up", "embed", "norm", "rope_append", "cached_attention", "decode_attention"}
     assert families >= {"attention", "argmax", "gather", "add", "reorder", "pack_scales", "pad_rows"}

@@ -1,4 +1,4 @@
-"""A GPU made of host memory: the seam of `qvl_kernels.gpu.driver`, with kernels recorded or interpreted.
+"""A GPU made of host memory: the seam of `qvl_kernels.gpu.driver`, with kernels recorded (ptx_gpu.py runs them).
 
 An address is that of a host buffer; a launch is recorded, and given to an executor if there is one. Fresh memory is
 filled with NaN so that what is read before it is written shows.
@@ -87,11 +87,11 @@ class FakeDriver:
     def move(self, target, source, nbytes):
         self.check(target, nbytes)
         self.check(source, nbytes)
-        self._issue(ctypes.memmove, target, source, nbytes)
+        self._issue(self._move, target, source, nbytes)
 
     def fill(self, address, value, nbytes):
         self.check(address, nbytes)
-        self._issue(ctypes.memset, address, value, nbytes)
+        self._issue(self._fill, address, value, nbytes)
 
     def load(self, image, kind, name, threads, shared):
         assert self._tape is None, "kernels cannot be loaded within a capture"
@@ -109,7 +109,7 @@ class FakeDriver:
             named[name] = value.item()
             if kind.startswith("*") and value:
                 self.check(int(value), 1)
-        self._issue(self._run, Launch(kernel.name, grid, named))
+        self._issue(self._run, Launch(kernel.name, grid, named), kernel, args)
 
     def synchronize(self):
         pass
@@ -141,7 +141,13 @@ class FakeDriver:
         else:
             self._tape.append((action, args))
 
-    def _run(self, launch):
+    def _move(self, target, source, nbytes):
+        ctypes.memmove(target, source, nbytes)
+
+    def _fill(self, address, value, nbytes):
+        ctypes.memset(address, value, nbytes)
+
+    def _run(self, launch, kernel, args):
         self.launches.append(launch)
         if self.executor is not None:
             self.executor(launch)
