@@ -9,7 +9,11 @@ import ptx
 
 from qvl_kernels.gpu import driver as gpu_driver
 
+from .compiled import ARCHITECTURE
 from .gpu import FakeDriver, Launch
+
+SHARED_LIMITS = {75: 64 << 10, 80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""What a block may use (CUDA C programming guide, technical specifications). Code for 80 runs on 86 and 89, too."""
 
 
 @functools.cache
@@ -19,6 +23,8 @@ def _kernel(text: bytes) -> ptx.Kernel:
 
 class PtxDriver(FakeDriver):
     """Stands in for `qvl_kernels.gpu.driver.Driver`; memory is watched, and what is never written cannot be read."""
+
+    shared_limit = SHARED_LIMITS[ARCHITECTURE]
 
     def __init__(self, total: int = 1 << 33, seed: int = 0):
         super().__init__(total)

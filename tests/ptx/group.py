@@ -95,8 +95,7 @@ class Group:
         kind = UNSIGNED[register.width]
         if value.dtype != kind:
             value = value.view(kind)
-        if value.ndim == 0:
-            value = np.broadcast_to(value, self.lanes)
+        value = spread(value, self.lanes)
         slot = register.slot
         if mask is None:
             self.registers[slot] = value
@@ -176,13 +175,18 @@ def _constant(operand: Immediate, dtype: np.dtype) -> np.ndarray:
     return np.array([operand.value & ((1 << bits) - 1)], UNSIGNED[bits]).view(dtype)[0, ...]
 
 
+def spread(value: np.ndarray, lanes: int) -> np.ndarray:
+    """A value in every lane."""
+    return value if value.ndim else np.broadcast_to(value, lanes)
+
+
 def address_reader(operand: Operand, width: int) -> Callable[[Group], np.ndarray]:
     """A function that gives the address ``[base + offset]`` in every lane, int64."""
     assert isinstance(operand, Address) and not isinstance(operand.base, str)
     base, offset = reader(operand.base, UNSIGNED[width]), operand.offset
 
     def read(group: Group) -> np.ndarray:
-        return np.broadcast_to(base(group).astype(np.int64) + offset, group.lanes)
+        return spread(base(group).astype(np.int64) + offset, group.lanes)
 
     return read
 

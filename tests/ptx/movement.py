@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx.arithmetic import type_of
 from ptx.errors import PtxError
-from ptx.group import UNSIGNED, WARP, Executor, Group, Mask, address_reader, elementwise, opcode, reader, strict
+from ptx.group import UNSIGNED, WARP, Executor, Group, Mask, address_reader, elementwise, opcode, reader, spread, strict
 from ptx.parse import Immediate, Instruction, Operand, Register
 
 # registers ----------------------------------------------------------------------------------------------------------
@@ -73,11 +73,11 @@ def _shuffle(instruction: Instruction, match: re.Match) -> Executor:
     def run(group: Group, mask: Mask) -> None:
         whole_warps(group, mask)
         lane = np.arange(group.lanes)
-        within, at = lane % WARP, np.broadcast_to(distance(group), group.lanes).astype(np.int64) % WARP
+        within, at = lane % WARP, spread(distance(group), group.lanes).astype(np.int64) % WARP
         chosen = {"bfly": within ^ at, "idx": at, "up": within - at, "down": within + at}[match[2]]
         origin = np.where((chosen >= 0) & (chosen < WARP), lane - within + chosen, lane)
         undefined = group.undefined.get(getattr(source, "slot", None))
-        group.write(target, np.broadcast_to(value(group), group.lanes)[origin], mask)
+        group.write(target, spread(value(group), group.lanes)[origin], mask)
         if undefined is not None:
             moved = undefined[origin]
             before = group.undefined.get(target.slot)
@@ -191,7 +191,7 @@ def _store(instruction: Instruction, match: re.Match) -> Executor:
         lanes = group.selected(mask)
         addresses = place(group)[lanes]
         group.observe(space, addresses, nbytes * len(sources), lanes)
-        columns = [np.broadcast_to(read(group), group.lanes)[lanes].astype(f"u{nbytes}") for read in reads]
+        columns = [spread(read(group), group.lanes)[lanes].astype(f"u{nbytes}") for read in reads]
         values = np.stack(columns, 1).view(np.uint8)
         if space == "shared":
             shared = group.shared
@@ -213,7 +213,7 @@ def _atomic(instruction: Instruction, match: re.Match) -> Executor:
 
     def run(group: Group, mask: Mask) -> None:
         lanes, before = np.arange(group.lanes)[group.selected(mask)], np.zeros(group.lanes, dtype)
-        addresses, values = place(group), np.broadcast_to(value(group), group.lanes)
+        addresses, values = place(group), spread(value(group), group.lanes)
         for lane in lanes:
             address, block = addresses[lane : lane + 1], int(group.block[lane])
             if group.meeting is None:
@@ -242,8 +242,8 @@ def _copy(instruction: Instruction, match: re.Match) -> Executor:
 
     def run(group: Group, mask: Mask) -> None:
         lanes = np.arange(group.lanes)[group.selected(mask)]
-        count = np.broadcast_to(taken(group), group.lanes)[lanes]
-        if not np.isin(count, (0, nbytes)).all():
+        count = spread(taken(group), group.lanes)[lanes]
+        if not ((count == 0) | (count == nbytes)).all():
             raise PtxError("a copy of a part is not known")
         values, filled = np.zeros((len(lanes), nbytes), np.uint8), count > 0
         addresses = origin(group)[lanes][filled]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ptx.errors import PtxError
-from ptx.group import WARP, Executor, Group, Mask, address_reader, opcode, reader, registers_in, strict
+from ptx.group import WARP, Executor, Group, Mask, address_reader, opcode, reader, registers_in, spread, strict
 from ptx.movement import whole_warps
 from ptx.parse import Immediate, Instruction, Operand, Register
 
@@ -115,7 +115,7 @@ def _product(instruction: Instruction, match: re.Match) -> Executor:
         product = np.matmul(left, right.swapaxes(1, 2)).reshape(len(warps), 2, 8, 4, 2)
         results = []
         for i, read in enumerate(sums):
-            before = np.broadcast_to(read(group), group.lanes).reshape(-1, WARP)[warps]
+            before = spread(read(group), group.lanes).reshape(-1, WARP)[warps]
             results.append(before + product[:, i // 2, :, :, i % 2].reshape(-1, WARP))
         for target, result in zip(out, results):
             group.write(target, _scatter(group, warps, result), mask)
@@ -254,7 +254,8 @@ def _wide_product(instruction: Instruction, match: re.Match) -> Executor:
 
     def checked(group: Group, mask: Mask) -> None:
         running = {r.slot for w in _warpgroups(group, mask) for p in group.products.running[w] for r in p.sums}
-        if group.any_undefined([*sources, *(sum_slots - running)], mask) is not None:
+        needed = sum_slots - running if keep(group).any() else set()
+        if group.any_undefined([*sources, *needed], mask) is not None:
             raise PtxError("an uninitialised register is used")
         run(group, mask)
 
