@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ops import matrix, random, values
+from test_ops import matrix, random
 
 from qvl_kernels.cpu import CpuOps, cache, features, runner
 from qvl_kernels.ops import Norm
@@ -143,72 +142,9 @@ def test_thread_count(monkeypatch):
         runner.default_threads()
 
 
-# ------------------------------------------------------------------------------------------------ threads
 @pytest.fixture(scope="module")
 def ops():
     return CpuOps(activations="int16", threads=2)
-
-
-def test_rows_do_not_depend_on_their_neighbours(ops):
-    """Up to 16 rows an answer is the same to the last bit."""
-    rng = random("rows")
-    for bits in (4, 8):
-        w, x = ops.weight(matrix(rng, 70, 300, bits, zeros=True)), values(rng, 16, 300)
-        together, alone = ops.empty((16, 70)), ops.empty((1, 70))
-        ops.linear(x, w, together)
-        for row in range(16):
-            ops.linear(x[row : row + 1], w, alone)
-            assert np.array_equal(alone[0], together[row])
-
-
-def test_two_python_threads_at_once(ops):
-    """Eager and captured operations of several threads follow one another and do not mix their scratch memory."""
-    rng = random("threads")
-    work, failures = [], []
-    for _ in range(3):
-        w, x = ops.weight(matrix(rng, 256, 512, 4)), values(rng, 3, 512)
-        norm, out = Norm(values(rng, 512), None, 1e-6), ops.empty((3, 256))
-        ops.linear(x, w, out, norm=norm, gelu=True)
-        work.append((w, x, norm, out.copy()))
-
-    def run(w, x, norm, want):
-        out = ops.empty(want.shape)
-
-        def step():
-            ops.linear(x, w, out, norm=norm, gelu=True)
-
-        replay = ops.capture(step)
-        for i in range(200):
-            out[:] = np.nan
-            step() if i % 2 else replay()
-            if not np.array_equal(out, want):
-                failures.append(i)
-
-    threads = [threading.Thread(target=run, args=item) for item in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-
-
-def test_more_threads_than_work():
-    ops = CpuOps(threads=7)
-    x, out = np.ones((1, 5), np.float32), np.empty((1, 5), np.float32)
-    for _ in range(50):
-        ops.add(x, x, out)
-        assert (out == 2).all()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_forked_child(ops):
-    x, out = np.ones((1, 64), np.float32), np.empty((1, 64), np.float32)
-    ops.add(x, x, out)
-    child = os.fork()
-    if not child:
-        ops.add(out, x, out)
-        os._exit(int(not (out == 3).all()))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ bad arguments

@@ -85,8 +85,9 @@ class CpuOps:
         return address(block)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        program = self._local.recording = Program()
+        program = Program()
         try:
+            self._local.recording = program
             step()
         finally:
             self._local.recording = None

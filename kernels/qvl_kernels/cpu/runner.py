@@ -7,6 +7,7 @@ import os
 import platform
 import struct
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -75,63 +76,97 @@ class Program:
         return self._words
 
 
-def _yield_address() -> tuple[Any, int]:
-    """The system's "let others run" and its library."""
+def _pointer(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _yield_address() -> int:
+    """The system's "let others run", of a library that stays loaded."""
     if platform.system() == "Windows":
-        function = ctypes.windll.kernel32.SwitchToThread  # type: ignore[attr-defined]
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    return function, ctypes.cast(function, ctypes.c_void_p).value or 0
+        return _pointer(ctypes.windll.kernel32.SwitchToThread)  # type: ignore[attr-defined]
+    return _pointer(ctypes.CDLL(None).sched_yield)
+
+
+class _Lock:
+    """A lock that native code takes and gives back without the GIL: the one CPython's own are made of."""
+
+    _allocate = ctypes.PYFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", ctypes.pythonapi))
+    _free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(("PyThread_free_lock", ctypes.pythonapi))
+    acquire, release = (_pointer(getattr(ctypes.pythonapi, f"PyThread_{verb}_lock")) for verb in ("acquire", "release"))
+
+    def __init__(self, *, held: bool):
+        self.address = self._allocate()
+        if not self.address:
+            raise MemoryError("no memory for a lock")
+        if held:
+            ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(self.address), 1)
+
+    def __del__(self):
+        self._free(self.address)
+
+
+_NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)
+HEAD = 32
+"""Words of a control block before the counters of `atomics.claim` (`sync` describes it)."""
+
+
+def _serve(work: Any, index: int, wake: _Lock, control: np.ndarray, *owners: Any) -> None:
+    """What a worker thread runs; it keeps alive what the native loop uses."""
+    work(control.ctypes.data, index, wake.address)
+
+
+def _stop(pid: int, execute: Any, control: np.ndarray, *owners: Any) -> None:
+    """End the workers of a pool that is gone (a forked child has none)."""
+    if pid == os.getpid():
+        execute(control.ctypes.data, 0, -1)
 
 
 class Pool:
     """`threads` - 1 sleeping daemon threads that, with the caller, execute one program at a time.
 
     Any thread may call `run`; programs then follow one another.
+
+    Notes
+    -----
+    Everything that a program changes, it changes inside one foreign call. An exception in the calling thread (Ctrl-C,
+    or one that another thread has sent) is raised before that call or after it, so it cannot leave the workers with a
+    part of a program or a lock with nobody to give it back.
     """
 
     def __init__(self, threads: int):
         self.threads = threads
-        self._lock = threading.Lock()
-        self._control = aligned(24 + 8 * threads, np.int64)
-        self._control[:] = 0
-        self._yield, self._control[3] = _yield_address()
-        self._control[2] = WORDS
-        self._run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(cache.address("run"))
-        self._wake: list[threading.Lock] = []
-        self._pid = 0
+        self._control = aligned(HEAD + 8 * threads, np.int64)
+        self._execute, self._work = (_NATIVE(cache.address(name)) for name in ("execute", "work"))
+        self._restart = threading.Lock()
+        self._start()
 
     @property
     def counters(self) -> int:
         """The address `atomics.claim` wants, for instructions this pool will run."""
-        return self._control.ctypes.data + 192
+        return self._control.ctypes.data + 8 * HEAD
 
     def _start(self) -> None:
-        """Start the workers, again in a forked child, which has none."""
-        self._lock, self._pid = threading.Lock(), os.getpid()
-        self._control[8:] = 0
-        # A lock is acquired by its worker and released by whoever has work: the cheapest way to sleep.
-        self._wake = [threading.Lock() for _ in range(self.threads - 1)]
-        for index, wake in enumerate(self._wake, 1):
-            wake.acquire()
-            name = f"qvl-worker-{index}"
-            threading.Thread(target=self._work, args=(index, wake), name=name, daemon=True).start()
-
-    def _work(self, index: int, wake: threading.Lock) -> None:
-        control = self._control.ctypes.data
-        while True:
-            wake.acquire()
-            self._run(control, index, self.threads)
+        """Set the control block up (recorded programs hold its address, so it stays where it is) and start workers."""
+        lock, wake = _Lock(held=False), [_Lock(held=True) for _ in range(self.threads - 1)]
+        addresses = np.array([lock.address for lock in wake], np.int64)
+        self._control[:] = 0
+        self._control[2:9] = (
+            WORDS, _yield_address(), _Lock.acquire, _Lock.release, lock.address, addresses.ctypes.data, self.threads,
+        )  # fmt: skip
+        owners = (self._control, lock, wake, addresses)
+        for index, own in enumerate(wake, 1):
+            arguments = (self._work, index, own, *owners)
+            threading.Thread(target=_serve, args=arguments, name=f"qvl-worker-{index}", daemon=True).start()
+        pid = os.getpid()
+        weakref.finalize(self, _stop, pid, self._execute, *owners).atexit = False
+        self._pid = pid
 
     def run(self, program: Program) -> None:
         """Execute a program and return when it is done."""
         words = program.words()
-        if not len(words):
-            return
         if self._pid != os.getpid():
-            self._start()
-        with self._lock:
-            self._control[0], self._control[1] = words.ctypes.data, len(words)
-            for wake in self._wake:
-                wake.release()
-            self._run(self._control.ctypes.data, 0, self.threads)
+            with self._restart:  # a forked child has no workers
+                if self._pid != os.getpid():
+                    self._start()
+        if len(words):
+            self._execute(self._control.ctypes.data, words.ctypes.data, len(words))

@@ -1,4 +1,20 @@
-"""All threads walk through a program together."""
+"""All threads walk through a program together.
+
+The state they share lies in the pool's `control` block, int64 words on cache lines of 8:
+
+====================  =======================================================================================
+words                 contents
+====================  =======================================================================================
+0, 1, 2               address of the program, its instructions (`STOP`: workers return), words of an instruction
+3, 4, 5               addresses of the system's yield, of ``PyThread_acquire_lock`` and of ``PyThread_release_lock``
+6, 7, 8               the lock that `execute` holds, the address of the workers' locks, the number of threads
+16, 24                the barrier: threads that have arrived, and its generation
+32, 40, ...           the counters of `atomics.claim`, a line for each thread
+====================  =======================================================================================
+
+A caller enters with one foreign call, `execute`, and a worker never leaves `work`: neither returns to Python while a
+program runs, so that an exception raised by a signal handler finds a program finished or not begun.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +28,10 @@ from qvl_kernels.cpu.atomics import fetch_add, read, write
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import get_i64
 
+STOP = -1
+"""A number of instructions that ends the workers."""
+THREADS, ARRIVED, GENERATION, COUNTERS = 64, 128, 192, 256
+"""Byte offsets in `control`."""
 SPINS = 4000
 """Looks at the barrier (some 40 us) before giving the core to others between looks."""
 
@@ -51,6 +71,30 @@ def _yield(typing, function):
     return types.none(function), codegen
 
 
+@intrinsic
+def _acquire(typing, function, lock):
+    """Call ``int PyThread_acquire_lock(lock, WAIT_LOCK)`` by its address."""
+
+    def codegen(context, b, sig, values):
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64), ir.IntType(32)])
+        b.call(b.inttoptr(values[0], kind.as_pointer()), [values[1], ir.Constant(ir.IntType(32), 1)])
+        return context.get_dummy_value()
+
+    return types.none(function, lock), codegen
+
+
+@intrinsic
+def _release(typing, function, lock):
+    """Call ``void PyThread_release_lock(lock)`` by its address."""
+
+    def codegen(context, b, sig, values):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        b.call(b.inttoptr(values[0], kind.as_pointer()), [values[1]])
+        return context.get_dummy_value()
+
+    return types.none(function, lock), codegen
+
+
 @routine
 def barrier(arrived, generation, counters, threads, give_way):
     """Wait until all threads are here, and set the counters of `atomics.claim` back.
@@ -75,12 +119,36 @@ def barrier(arrived, generation, counters, threads, give_way):
             _yield(give_way)
 
 
-@kernel
-def run(control, thread, threads):
-    """Execute a program: `control` holds its address, instructions, words of an instruction, yield function, and from
-    its second cache line on, a line each, the barrier's two counters and those of `atomics.claim`."""
+@routine
+def walk(control, thread):
+    """One thread's part of the program in `control`."""
     program, count, words, give_way = unpack(control, 4)
+    threads = get_i64(control + THREADS)
     for _ in range(count):
         _call(get_i64(program), program + 8, thread, threads)
-        barrier(control + 64, control + 128, control + 192, threads, give_way)
+        barrier(control + ARRIVED, control + GENERATION, control + COUNTERS, threads, give_way)
         program += 8 * words
+
+
+@kernel
+def execute(control, program, count):
+    """Run a program with all threads, after those of other callers."""
+    acquire, release, lock, wake, threads = unpack(control + 32, 5)
+    _acquire(acquire, lock)
+    write(control, program)
+    write(control + 8, count)
+    for i in range(threads - 1):
+        _release(release, get_i64(wake + 8 * i))
+    walk(control, 0)
+    _release(release, lock)
+
+
+@kernel
+def work(control, thread, lock):
+    """Take part in every program until told to stop, and sleep on `lock` in between."""
+    acquire = get_i64(control + 32)
+    while True:
+        _acquire(acquire, lock)
+        if read(control + 8) == STOP:
+            return
+        walk(control, thread)
