@@ -72,7 +72,7 @@ def bench_products(threads: int, rounds: int, rows: list[dict]) -> None:
         ops = CpuOps(threads=threads, activations=activations)
         w = ops.weight(Weights(n * k * bits // 8 + n * k // 32 + (1 << 20)).matrix(n, k, bits))
         x, out = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32), ops.empty((m, n))
-        call = ops.capture(lambda ops=ops, x=x, w=w, out=out: ops.linear(x, w, out))
+        call = ops.capture(lambda ops=ops, x=x, w=w, out=out: ops.linear(x, w, out=out))
         seconds = interleave({"peak": peak(ops), "product": timed(ops, call)}, rounds)
         rate = 2e-9 * m * n * k / seconds["product"]
         report(rows, {
@@ -97,16 +97,16 @@ def bench_prompt(threads: int, rounds: int, rows: list[dict], tokens: int = 512)
 
     def attend() -> None:
         for _ in range(TIMED_LAYERS):
-            ops.cached_attention(qkv, cache, 0, start, mixed)
+            ops.cached_attention(qkv, cache, 0, start, out=mixed)
 
     def layers() -> None:
         for _ in range(TIMED_LAYERS):
-            ops.linear(h, qkv_w, qkv, norm=norm)
+            ops.linear(h, qkv_w, out=qkv, norm=norm)
             ops.rope_append(qkv, rope, logn, cache, 0, start)
-            ops.cached_attention(qkv, cache, 0, start, mixed)
-            ops.linear(mixed, out_w, after, residual=h)
-            ops.gate_up(after, gate, up, gated, norm=norm)
-            ops.linear(gated, down, after, residual=h)
+            ops.cached_attention(qkv, cache, 0, start, out=mixed)
+            ops.linear(mixed, out_w, out=after, residual=h)
+            ops.gate_up(after, gate, up, out=gated, norm=norm)
+            ops.linear(gated, down, out=after, residual=h)
 
     factor = LAYERS / TIMED_LAYERS
     calls = {"prompt": timed(ops, ops.capture(layers), factor), "attention": timed(ops, ops.capture(attend), factor)}
@@ -133,15 +133,15 @@ def bench_image(threads: int, rounds: int, rows: list[dict]) -> None:
 
     def attend() -> None:
         for _ in range(TIMED_LAYERS):
-            ops.vision_attention(qkv, VISION_HEADS, mixed)
+            ops.vision_attention(qkv, VISION_HEADS, out=mixed)
 
     def layers() -> None:
         for _ in range(TIMED_LAYERS):
-            ops.linear(h, qkv_w, qkv, norm=norm)
-            ops.vision_attention(qkv, VISION_HEADS, mixed)
-            ops.linear(mixed, out_w, after, residual=h)
-            ops.linear(after, up, wide, norm=norm, gelu=True)
-            ops.linear(wide, down, after, residual=h)
+            ops.linear(h, qkv_w, out=qkv, norm=norm)
+            ops.vision_attention(qkv, VISION_HEADS, out=mixed)
+            ops.linear(mixed, out_w, out=after, residual=h)
+            ops.linear(after, up, out=wide, norm=norm, activation="gelu")
+            ops.linear(wide, down, out=after, residual=h)
 
     factor = VISION_LAYERS / TIMED_LAYERS
     calls = {"image": timed(ops, ops.capture(layers), factor), "attention": timed(ops, ops.capture(attend), factor)}
@@ -178,17 +178,17 @@ def bench_errors(threads: int, rounds: int, rows: list[dict]) -> None:
         matrix = pack(codes, scales[..., 0], bits, 128)
         for name, x in inputs.items():
             want, row = np.empty((m, n), np.float32), {"bench": "error", "weights": f"int{bits}", "inputs": name}
-            ReferenceOps().linear(x, matrix, want)
+            ReferenceOps().linear(x, matrix, out=want)
             for activations in ("int8", "int16"):
                 ops = CpuOps(threads=threads, activations=activations)
                 out = ops.empty((m, n))
-                ops.linear(x, ops.weight(matrix), out)
+                ops.linear(x, ops.weight(matrix), out=out)
                 row[activations] = float(np.linalg.norm(out - want) / np.linalg.norm(want))
             report(rows, row)
     ops, d = CpuOps(threads=threads), VISION // VISION_HEADS
     qkv = 1.5 * rng.standard_normal((PATCHES, 3 * d)).astype(np.float32)
     out = ops.empty((PATCHES, d))
-    ops.vision_attention(qkv, 1, out)
+    ops.vision_attention(qkv, 1, out=out)
     q, key, value = qkv.astype(np.float64).reshape(PATCHES, 3, 1, d).transpose(1, 2, 0, 3)
     want = attention(q, key, value)[:, 0]
     report(rows, {"bench": "error", "vision attention": float(np.linalg.norm(out - want) / np.linalg.norm(want))})

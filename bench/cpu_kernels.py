@@ -136,7 +136,7 @@ def bench_gemv(ops: CpuOps, rows: list[dict], nbytes: int = 1 << 30) -> None:
             except MemoryError:
                 pass
             x, out = np.random.default_rng(1).standard_normal((1, k)).astype(np.float32), ops.empty((1, n))
-            replay = ops.capture(lambda ms=matrices, x=x, out=out: [ops.linear(x, m, out) for m in ms])
+            replay = ops.capture(lambda ms=matrices, x=x, out=out: [ops.linear(x, m, out=out) for m in ms])
             read = weights.pool[: weights.used]
             seconds = interleave({"read": lambda r=read: read_seconds(ops, r), "gemv": replay}, 7)
             report(rows, {
@@ -170,14 +170,14 @@ class Token:
 
         def step() -> None:
             for index, (w_qkv, w_out, w_gate, w_up, w_down) in enumerate(self.layers):
-                ops.linear(h, w_qkv, qkv, norm=norm)
+                ops.linear(h, w_qkv, out=qkv, norm=norm)
                 ops.rope_append(qkv, rope, logn, self.cache, index, start)
-                ops.cached_attention(qkv, self.cache, index, start, mixed)
-                ops.linear(mixed, w_out, h, residual=h)
-                ops.gate_up(h, w_gate, w_up, gated, norm=norm)
-                ops.linear(gated, w_down, h, residual=h)
-            ops.linear(h, head, logits, norm=norm)
-            ops.argmax(logits, chosen)
+                ops.cached_attention(qkv, self.cache, index, start, out=mixed)
+                ops.linear(mixed, w_out, out=h, residual=h)
+                ops.gate_up(h, w_gate, w_up, out=gated, norm=norm)
+                ops.linear(gated, w_down, out=h, residual=h)
+            ops.linear(h, head, out=logits, norm=norm)
+            ops.argmax(logits, out=chosen)
 
         self.replay = ops.capture(step)
         self.bytes = self.weights.used + self.cache.nbytes * context // (context + 16)
@@ -207,7 +207,7 @@ def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
             qkv, out = np.ones((1, 3 * HIDDEN), np.float32), ops.empty((1, HIDDEN))
             start = np.array([context - 1], np.int32)
             replay = ops.capture(
-                lambda c=cache, q=qkv, s=start, o=out: [ops.cached_attention(q, c, i, s, o) for i in range(8)]
+                lambda c=cache, q=qkv, s=start, o=out: [ops.cached_attention(q, c, i, s, out=o) for i in range(8)]
             )
 
             def read(c=cache):
@@ -233,7 +233,7 @@ def bench_gemm(ops: CpuOps, rows: list[dict]) -> None:
             for m, n, k in ((64, 2 * FFN, HIDDEN), (256, 2 * FFN, HIDDEN), (512, HIDDEN, FFN)):
                 w = own.weight(Weights(n * k * bits // 8 + n * k // 32).matrix(n, k, bits))
                 x, out = np.ones((m, k), np.float32), own.empty((m, n))
-                seconds = interleave({"gemm": own.capture(lambda a=own, x=x, w=w, o=out: a.linear(x, w, o))}, 5)
+                seconds = interleave({"gemm": own.capture(lambda a=own, x=x, w=w, o=out: a.linear(x, w, out=o))}, 5)
                 report(rows, {
                     "bench": "gemm", "threads": ops.threads, "weights": label, "activations": activations,
                     "m": m, "n": n, "k": k, "GOP/s": 2e-9 * m * n * k / seconds["gemm"], "peak GOP/s": peak / 1e9,

@@ -57,7 +57,7 @@ def main() -> None:
     def attention(start: int) -> None:
         where = np.array([start], np.int32)
         for layer in range(config.num_hidden_layers):
-            ops.cached_attention(work.qkv, store, layer, where, work.attended)
+            ops.cached_attention(work.qkv, store, layer, where, out=work.attended)
 
     piece(0)
     if arguments.realtime:

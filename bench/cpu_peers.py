@@ -48,7 +48,7 @@ def ours(n: int, k: int, m: int, threads: int) -> Call:
     ops, pool = CpuOps(threads=threads), Weights(COUNT * (n * k // 2 + n * k // 64 + 4096))
     matrices = [ops.weight(pool.matrix(n, k)) for _ in range(COUNT)]
     x, out = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32), ops.empty((m, n))
-    return ops.capture(lambda: [ops.linear(x, w, out) for w in matrices])
+    return ops.capture(lambda: [ops.linear(x, w, out=out) for w in matrices])
 
 
 def onnxruntime(n: int, k: int, m: int, threads: int) -> Call:

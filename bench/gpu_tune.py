@@ -111,8 +111,8 @@ class Trial:
 
     def _call(self, x, weights, out, norm):
         if self.gate:
-            return lambda: self.ops.gate_up(x, *weights, out, norm=norm)
-        return lambda: self.ops.linear(x, *weights, out)
+            return lambda: self.ops.gate_up(x, *weights, out=out, norm=norm)
+        return lambda: self.ops.linear(x, *weights, out=out)
 
     def results(self) -> list[np.ndarray]:
         """What each shape's first call computes."""

@@ -12,6 +12,7 @@ from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack
 from qvl_kernels.reference import ReferenceOps
+from qvl_kernels.reference.functions import ACTIVATIONS
 
 REFERENCE = ReferenceOps()
 # Relative error of a product from its activations alone, measured 2e-5 and 4e-3 to 1e-2.
@@ -67,12 +68,12 @@ def test_quantised_product_is_that_of_rounded_activations(cpu, rng, activations,
     x = normal(rng, rows, k)
     w = matrix(rng, n, k, bits, group, asymmetric=asymmetric)
     out, want = poisoned(rows, n), poisoned(rows, n)
-    cpu[activations].linear(x, cpu[activations].weight(w), out)
+    cpu[activations].linear(x, cpu[activations].weight(w), out=out)
     span = 128 if activations == "int16" or (bits, group) == (8, 128) else 32
-    REFERENCE.linear(rounded(x, activations, span), w, want)
+    REFERENCE.linear(rounded(x, activations, span), w, out=want)
     # A value half-way between two integers may be rounded the other way.
     assert error(out, want) < (2e-3 if activations == "int8" else 2e-5)
-    REFERENCE.linear(x, w, want)
+    REFERENCE.linear(x, w, out=want)
     assert error(out, want) < LIMIT[activations]
 
 
@@ -83,8 +84,8 @@ def test_outlier_channel(cpu, rng, activations, bits):
     x[:, 77] *= 1000
     w = matrix(rng, 96, 512, bits)
     out, want = poisoned(40, 96), poisoned(40, 96)
-    cpu[activations].linear(x, cpu[activations].weight(w), out)
-    REFERENCE.linear(x, w, want)
+    cpu[activations].linear(x, cpu[activations].weight(w), out=out)
+    REFERENCE.linear(x, w, out=want)
     assert error(out, want) < LIMIT[activations]
 
 
@@ -97,13 +98,13 @@ def test_everything_around_a_product(cpu, rng, bits, kind):
     w = matrix(rng, n, k, bits, 64, permuted=bits < 16, bias=True)
     norm = None if kind == "none" else Norm(normal(rng, k), normal(rng, k) if kind == "layer" else None, 1e-6)
     out, want = poisoned(rows, n), poisoned(rows, n)
-    for gelu in (False, True):
-        ops.linear(x, ops.weight(w), out, norm=norm, gelu=gelu, residual=residual)
-        REFERENCE.linear(x, w, want, norm=norm, gelu=gelu, residual=residual)
+    for activation in (None, *ACTIVATIONS):
+        ops.linear(x, ops.weight(w), out=out, norm=norm, activation=activation, residual=residual)
+        REFERENCE.linear(x, w, out=want, norm=norm, activation=activation, residual=residual)
         assert error(out, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
     inplace = residual.copy()
-    ops.linear(x, ops.weight(w), inplace, residual=inplace)
-    REFERENCE.linear(x, w, want, residual=residual)
+    ops.linear(x, ops.weight(w), out=inplace, residual=inplace)
+    REFERENCE.linear(x, w, out=want, residual=residual)
     assert error(inplace, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
 
 
@@ -116,35 +117,42 @@ def test_results_larger_than_caches(cpu, rng, bits, skipped):
     w, up = (matrix(rng, n, k, bits, bias=True) for _ in range(2))
     out, want = ops.empty((rows * n + skipped,))[skipped:].reshape(rows, n), poisoned(rows, n)
     assert out.nbytes >= batched.LARGE and (out.ctypes.data % 64 == 0) == (skipped == 0)
-    for gelu in (False, True):
+    for activation in (None, *ACTIVATIONS):
         out[:] = np.nan
-        ops.linear(x, ops.weight(w), out, gelu=gelu)
-        REFERENCE.linear(x, w, want, gelu=gelu)
+        ops.linear(x, ops.weight(w), out=out, activation=activation)
+        REFERENCE.linear(x, w, out=want, activation=activation)
         assert error(out, want) < LIMIT["int8"]
     out[:] = residual
-    ops.linear(x, ops.weight(w), out, residual=out)
-    REFERENCE.linear(x, w, want, residual=residual)
+    ops.linear(x, ops.weight(w), out=out, residual=out)
+    REFERENCE.linear(x, w, out=want, residual=residual)
     assert error(out, want) < LIMIT["int8"]
     out[:] = np.nan
     norm = Norm(normal(rng, k) * np.float32(0.1), None, 1e-6)
-    ops.gate_up(x, ops.weight(w), ops.weight(up), out, norm=norm)
-    REFERENCE.gate_up(x, w, up, want, norm=norm)
+    ops.gate_up(x, ops.weight(w), ops.weight(up), out=out, norm=norm)
+    REFERENCE.gate_up(x, w, up, out=want, norm=norm)
     assert error(out, want) < 2 * LIMIT["int8"]
 
 
+EXACT_ACTIVATIONS = {
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * (0.5 + 0.5 * np.tanh(0.851 * x)),
+}
+
+
+@pytest.mark.parametrize("activation", EXACT_ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 40])
-def test_gelu_alone(cpu, rows):
-    """A product with the identity, in float32: what is left is the error of GELU, also far out."""
+def test_an_activation_alone(cpu, rows, activation):
+    """A product with the identity, in float32: what is left is the activation's own error, also far out."""
     n = 64
     x = np.linspace(-9, 9, rows * n, dtype=np.float32).reshape(rows, n)
     x[0, :6] = [-1000, -20, -0.0, 0, 20, 1000]
     out = poisoned(rows, n)
     w = cpu["int16"].weight(Matrix(n, n, 16, 128, np.eye(n, dtype=np.float16)))
-    cpu["int16"].linear(x, w, out, gelu=True)
-    exact = x.astype(np.float64)
-    want = exact * 0.5 * (1 + np.vectorize(math.erf)(exact / math.sqrt(2)))
+    cpu["int16"].linear(x, w, out=out, activation=activation)
+    want = EXACT_ACTIVATIONS[activation](x.astype(np.float64))
     np.testing.assert_allclose(out, want, rtol=3e-7, atol=2e-6)
-    assert np.array_equal(out[0, :6], [0, 0, 0, 0, 20, 1000])
+    np.testing.assert_allclose(out[0, :6], [0, 0, 0, 0, 20, 1000], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -157,8 +165,8 @@ def test_gate_up(cpu, rng, bits, alike):
     up = matrix(rng, n, k, bits, permuted=not alike and bits < 16, asymmetric=not alike)
     norm = Norm(normal(rng, k) * np.float32(0.1), None, 1e-6)
     out, want = poisoned(rows, n), poisoned(rows, n)
-    ops.gate_up(x, ops.weight(gate), ops.weight(up), out, norm=norm)
-    REFERENCE.gate_up(x, gate, up, want, norm=norm)
+    ops.gate_up(x, ops.weight(gate), ops.weight(up), out=out, norm=norm)
+    REFERENCE.gate_up(x, gate, up, out=want, norm=norm)
     assert error(out, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
 
 
@@ -166,8 +174,8 @@ def test_gate_up(cpu, rng, bits, alike):
 def test_float_product(cpu, rng, rows, n, k):
     x, w = normal(rng, rows, k), matrix(rng, n, k, 16)
     out, want = poisoned(rows, n), poisoned(rows, n)
-    cpu["int16"].linear(x, cpu["int16"].weight(w), out)
-    REFERENCE.linear(x, w, want)
+    cpu["int16"].linear(x, cpu["int16"].weight(w), out=out)
+    REFERENCE.linear(x, w, out=want)
     assert error(out, want) < FLOAT_LIMIT
 
 
@@ -176,7 +184,7 @@ def test_zero_rows_stay_zero(cpu, rng):
     x[3] = 0
     w = matrix(rng, 32, 128, 4)
     out = poisoned(20, 32)
-    cpu["int8"].linear(x, cpu["int8"].weight(w), out)
+    cpu["int8"].linear(x, cpu["int8"].weight(w), out=out)
     assert not out[3].any()
 
 
@@ -187,7 +195,7 @@ def test_threads_do_not_change_a_result(cpu, rng, bits):
     for threads in (1, 2, 5):
         ops = CpuOps(threads=threads, activations="int8")
         out = poisoned(50, 100)
-        ops.linear(x, ops.weight(w), out)
+        ops.linear(x, ops.weight(w), out=out)
         results.append(out)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
@@ -202,7 +210,7 @@ def attended(ops, qkv, cache, heads, pieces):
     for count in pieces:
         piece, start = qkv[begin : begin + count].copy(), np.array([begin], np.int32)
         ops.rope_append(piece, rope, logn, cache, 0, start)
-        ops.cached_attention(piece, cache, 0, start, out[begin : begin + count])
+        ops.cached_attention(piece, cache, 0, start, out=out[begin : begin + count])
         begin += count
     return out
 
@@ -244,8 +252,8 @@ ATTENTION_LIMIT = {"int16": FLOAT_LIMIT, "int8": 1e-3}
 def test_vision_attention(cpu, rng, activations, patches, heads, d, strength):
     qkv = normal(rng, patches, heads * 3 * d) * np.float32(strength)
     out, want = poisoned(patches, heads * d), poisoned(patches, heads * d)
-    cpu[activations].vision_attention(qkv, heads, out)
-    REFERENCE.vision_attention(qkv, heads, want)
+    cpu[activations].vision_attention(qkv, heads, out=out)
+    REFERENCE.vision_attention(qkv, heads, out=want)
     assert error(out, want) < ATTENTION_LIMIT[activations]
 
 
@@ -257,8 +265,8 @@ def test_vision_attention_with_outliers(cpu, rng, activations):
     parts[:, 1, 3] += 100
     parts[:, 2, 5] *= 100
     out, want = poisoned(patches, d), poisoned(patches, d)
-    cpu[activations].vision_attention(parts.reshape(patches, -1), 1, out)
-    REFERENCE.vision_attention(parts.reshape(patches, -1), 1, want)
+    cpu[activations].vision_attention(parts.reshape(patches, -1), 1, out=out)
+    REFERENCE.vision_attention(parts.reshape(patches, -1), 1, out=want)
     for column in range(d):
         # The reference itself has lost digits to scores of about 100.
         assert error(out[:, column], want[:, column]) < max(ATTENTION_LIMIT[activations], 2e-5)
@@ -271,7 +279,7 @@ def test_attention_sums_do_not_overflow(cpu):
     parts[:, 2] = 7
     parts[:128] *= -1
     out = poisoned(patches, d)
-    cpu["int8"].vision_attention(parts.reshape(patches, -1), 1, out)
+    cpu["int8"].vision_attention(parts.reshape(patches, -1), 1, out=out)
     np.testing.assert_allclose(out, parts[:, 2], rtol=1e-3)
 
 
@@ -283,7 +291,7 @@ def vision_attention(cpu, monkeypatch, kernel: str, qkv: np.ndarray, heads: int)
     """Vision attention by one of `ATTENTIONS`."""
     monkeypatch.setattr(batched, "PAIRS", True)
     out = poisoned(len(qkv), qkv.shape[1] // 3)
-    cpu["int8" if kernel == "int16" else "int16"].vision_attention(qkv, heads, out)
+    cpu["int8" if kernel == "int16" else "int16"].vision_attention(qkv, heads, out=out)
     return out
 
 
@@ -322,6 +330,6 @@ def test_cross_attention(cpu, rng, activations, queries, keys):
     heads, d = 2, 128
     q, k, v = normal(rng, queries, heads * d), normal(rng, keys, heads * d), normal(rng, keys, heads * d)
     out, want = poisoned(queries, heads * d), poisoned(queries, heads * d)
-    cpu[activations].cross_attention(q, k, v, heads, out)
-    REFERENCE.cross_attention(q, k, v, heads, want)
+    cpu[activations].cross_attention(q, k, v, heads, out=out)
+    REFERENCE.cross_attention(q, k, v, heads, out=want)
     assert error(out, want) < ATTENTION_LIMIT[activations]

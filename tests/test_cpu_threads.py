@@ -33,9 +33,9 @@ def test_rows_do_not_depend_on_their_neighbours(ops):
     for bits in (4, 8):
         w, x = ops.weight(matrix(rng, 70, 300, bits, zeros=True)), values(rng, 16, 300)
         together, alone = ops.empty((16, 70)), ops.empty((1, 70))
-        ops.linear(x, w, together)
+        ops.linear(x, w, out=together)
         for row in range(16):
-            ops.linear(x[row : row + 1], w, alone)
+            ops.linear(x[row : row + 1], w, out=alone)
             assert np.array_equal(alone[0], together[row])
 
 
@@ -46,14 +46,14 @@ def test_two_python_threads_at_once(ops):
     for _ in range(3):
         w, x = ops.weight(matrix(rng, 256, 512, 4)), values(rng, 3, 512)
         norm, out = Norm(values(rng, 512), None, 1e-6), ops.empty((3, 256))
-        ops.linear(x, w, out, norm=norm, gelu=True)
+        ops.linear(x, w, out=out, norm=norm, activation="gelu")
         work.append((w, x, norm, out.copy()))
 
     def run(w, x, norm, want):
         out = ops.empty(want.shape)
 
         def step():
-            ops.linear(x, w, out, norm=norm, gelu=True)
+            ops.linear(x, w, out=out, norm=norm, activation="gelu")
 
         replay = ops.capture(step)
         for i in range(200):
@@ -74,17 +74,17 @@ def test_more_threads_than_work():
     ops = CpuOps(threads=7)
     x, out = np.ones((1, 5), np.float32), np.empty((1, 5), np.float32)
     for _ in range(50):
-        ops.add(x, x, out)
+        ops.add(x, x, out=out)
         assert (out == 2).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_forked_child(ops):
     x, out = np.ones((1, 64), np.float32), np.empty((1, 64), np.float32)
-    ops.add(x, x, out)
+    ops.add(x, x, out=out)
     child = os.fork()
     if not child:
-        ops.add(out, x, out)
+        ops.add(out, x, out=out)
         os._exit(int(not (out == 3).all()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -95,13 +95,13 @@ def test_fork_while_another_thread_computes(ops):
     rng = random("fork")
     w, x = ops.weight(matrix(rng, 2048, 2048, 4)), values(rng, 1, 2048)
     out, want = ops.empty((1, 2048)), ops.empty((1, 2048))
-    ops.linear(x, w, want)
+    ops.linear(x, w, out=want)
     busy = threading.Event()
 
     def compute():
         other = ops.empty((1, 2048))
         while not busy.is_set():
-            ops.linear(x, w, other)
+            ops.linear(x, w, out=other)
 
     thread = threading.Thread(target=compute)
     thread.start()
@@ -109,7 +109,7 @@ def test_fork_while_another_thread_computes(ops):
         for _ in range(20):
             child = os.fork()
             if not child:
-                ops.linear(x, w, out)
+                ops.linear(x, w, out=out)
                 os._exit(int(not np.array_equal(out, want)))
             assert exit_status(child) == 0
     finally:
@@ -136,7 +136,7 @@ def test_first_use_from_several_threads():
     rng = random("first use")
     w, x = CpuWeight(matrix(rng, 512, 512, 4)), values(rng, 3, 512)
     norm, want = Norm(values(rng, 512), None, 1e-6), np.empty((3, 512), np.float32)
-    CpuOps(activations="int16", threads=3).linear(x, w, want, norm=norm)
+    CpuOps(activations="int16", threads=3).linear(x, w, out=want, norm=norm)
     wrong = []
     for _ in range(100):
         ops, start = CpuOps(activations="int16", threads=3), threading.Barrier(4)
@@ -144,7 +144,7 @@ def test_first_use_from_several_threads():
         def use(ops=ops, start=start):
             out = np.full((3, 512), np.nan, np.float32)
             start.wait()
-            ops.linear(x, w, out, norm=norm)
+            ops.linear(x, w, out=out, norm=norm)
             if not np.array_equal(out, want):
                 wrong.append(out)
 
@@ -160,7 +160,7 @@ def test_workers_end_with_their_pool():
     before = set(threading.enumerate())
     ops = CpuOps(threads=4)
     x = np.ones((1, 8), np.float32)
-    ops.add(x, x, x)
+    ops.add(x, x, out=x)
     workers = set(threading.enumerate()) - before
     assert len(workers) == 3
     del ops
@@ -184,12 +184,12 @@ def layer(ops: CpuOps):
     rng = random("interrupts")
     w, x = ops.weight(matrix(rng, 96, 256, 4)), values(rng, 2, 256)
     norm, out, total = Norm(values(rng, 256), None, 1e-6), ops.empty((2, 96)), ops.empty((2, 96))
-    replay = ops.capture(lambda: ops.linear(x, w, out, norm=norm))
+    replay = ops.capture(lambda: ops.linear(x, w, out=out, norm=norm))
 
     def answer() -> bytes:
         out[:], total[:] = np.nan, np.nan
-        ops.linear(x, w, out, norm=norm, gelu=True)
-        ops.add(out, out, total)
+        ops.linear(x, w, out=out, norm=norm, activation="gelu")
+        ops.add(out, out, out=total)
         replay()
         return total.tobytes() + out.tobytes()
 

@@ -202,7 +202,9 @@ def test_linear(kind, case, rng):
     out, expected = poisoned((m, n), options.pop("dtype", np.float32)), poisoned((m, n))
     if options.pop("residual", False):
         options["residual"] = activations(rng, m, n)
-    reference.linear(x, w, expected, gelu=options.get("gelu", False), residual=options.get("residual"))
+    reference.linear(
+        x, w, out=expected, activation="gelu" if options.get("gelu") else None, residual=options.get("residual")
+    )
     linear(x, OnDevice(w), out, **options)
     close(out, expected, 4e-3)
 
@@ -210,7 +212,7 @@ def test_linear(kind, case, rng):
 def test_linear_adds_to_its_own_residual(rng):
     w, x, residual = matrix(rng, 40, 128, 4), activations(rng, 3, 128), activations(rng, 3, 40)
     expected = poisoned((3, 40))
-    reference.linear(x, w, expected, residual=residual)
+    reference.linear(x, w, out=expected, residual=residual)
     linear(x, OnDevice(w), residual, residual=residual, split=1)
     close(residual, expected, 2e-3)
 
@@ -228,7 +230,7 @@ def test_products_beyond_fp16_saturate(rng):
     """Infinity would become NaN in the next norm; a residual stream in float32 keeps the true value."""
     w, x = matrix(rng, 32, 128, 4), activations(rng, 2, 128) * 6e4
     half, full, expected = poisoned((2, 32), HALF), poisoned((2, 32)), poisoned((2, 32))
-    reference.linear(x.clip(-65504, 65504), w, expected)
+    reference.linear(x.clip(-65504, 65504), w, out=expected)
     assert np.abs(expected).max() > 65504
     linear(x, OnDevice(w), half)
     linear(x, OnDevice(w), full)
@@ -240,7 +242,7 @@ def test_a_norm_tames_what_fp16_could_not_hold(rng):
     x = activations(rng, 3, 256, outlier=True) * 1e4
     norm = Norm(rng.uniform(0.5, 2, 256).astype(np.float32), None, 1e-6)
     w, out, expected = matrix(rng, 64, 256, 4), poisoned((3, 64)), poisoned((3, 64))
-    reference.linear(x, w, expected, norm=norm)
+    reference.linear(x, w, out=expected, norm=norm)
     linear(x, OnDevice(w), out, norm=norm)
     close(out, expected, 4e-3)
 
@@ -256,7 +258,7 @@ def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
     gate, up = (matrix(rng, n, k, 4, asymmetric=biased, bias=biased) for _ in range(2))
     norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 1e-6)
     x, expected, out = activations(rng, m, k, outlier=True), poisoned((m, n)), poisoned((m, n), dtype)
-    reference.gate_up(x, gate, up, expected, norm=norm)
+    reference.gate_up(x, gate, up, out=expected, norm=norm)
     g, u, name = OnDevice(gate), OnDevice(up), f"gate_up.int4.{tile}"
     shape = s.constants(name, ARCHITECTURE)
     tiles = ceil(m, shape["BM"]) * (g.rows // shape["BN"])
@@ -278,7 +280,7 @@ def test_embed(kind, rng):
         poisoned((5, 200)),
         poisoned((5, 200)),
     )
-    reference.embed(ids, table, expected)
+    reference.embed(ids, table, out=expected)
     launch(f"embed.{w.kind.removesuffix('_fine')}", (w.blocks, 5), ids, w.codes, w.scales, table.perm, out, 200, w.rows,
            w.blocks, w.shift, flags(PERMUTED=table.perm is not None))  # fmt: skip
     np.testing.assert_allclose(out, expected, rtol=1e-6)
@@ -297,7 +299,7 @@ def test_norm(variant, m, k, layer, dtype, rng):
                 rng.standard_normal(k).astype(np.float32) if layer else None, 0.5)  # fmt: skip
     perm = rng.permutation(k).astype(np.int32) if dtype == HALF else None
     expected, padded = poisoned((m, k)), round_up(k, 128) if dtype == HALF else k
-    reference.normalize(x, norm, expected)
+    reference.normalize(x, norm, out=expected)
     out = poisoned((m, padded), dtype)
     launch(f"norm.{variant}", (m,), x, norm.weight, norm.bias, perm, out, k, padded, norm.eps,
            flags(LAYER_NORM=layer, PERMUTED=perm is not None, OUT_HALF=dtype == HALF))  # fmt: skip
@@ -441,7 +443,7 @@ def test_vision_attention(variant, d, rows, rng):
     heads, name = 2, f"attention.{variant}"
     qkv, out, expected = activations(rng, rows, heads * 3 * d).astype(HALF), poisoned((rows, heads * d), HALF), None
     expected = poisoned((rows, heads * d))
-    reference.vision_attention(qkv.astype(np.float32), heads, expected)
+    reference.vision_attention(qkv.astype(np.float32), heads, out=expected)
     q = qkv.reshape(-1)
     launch_attention(name, q, q[d:], q[2 * d :], out, rows, rows, heads, 3, d)
     close(out, expected, 3e-3)
@@ -452,7 +454,7 @@ def test_cross_attention(q_rows, k_rows, d, rng):
     heads = 2
     q, k, v = (activations(rng, rows, heads * d).astype(HALF) for rows in (q_rows, k_rows, k_rows))
     out, expected = poisoned((q_rows, heads * d), HALF), poisoned((q_rows, heads * d))
-    reference.cross_attention(*(a.astype(np.float32) for a in (q, k, v)), heads, expected)
+    reference.cross_attention(*(a.astype(np.float32) for a in (q, k, v)), heads, out=expected)
     name = f"attention.{'128' if d == 128 else 'any'}"
     launch_attention(name, q, k, v, out, q_rows, k_rows, heads, 1, d)
     close(out, expected, 3e-3)

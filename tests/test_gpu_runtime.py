@@ -46,7 +46,7 @@ def test_a_launch_is_what_the_signature_says(ops, driver):
     x, out = ops.upload(np.ones((3, 200), np.float32)), ops.empty((3, 70))
     w = ops.weight(matrix(70, 200, 4, 64, bias=np.zeros(70)))
     driver.launches.clear()
-    ops.linear(x, w, out, residual=out)
+    ops.linear(x, w, out=out, residual=out)
     gather, linear = driver.launches
     assert gather.name == "gather.any" and gather.grid == (1, 3, 1)
     assert (gather.args["k"], gather.args["padded"]) == (200, 256)
@@ -63,12 +63,12 @@ def test_a_launch_is_what_the_signature_says(ops, driver):
 def test_activations_are_prepared_only_where_they_must(ops, driver):
     half, w = ops.empty((4, 256), np.float16), ops.weight(matrix(64, 256, 4))
     driver.launches.clear()
-    ops.linear(half, w, ops.empty((4, 64)))
+    ops.linear(half, w, out=ops.empty((4, 64)))
     assert [launch.name for launch in driver.launches] == ["linear.int4.small"]
     assert driver.launches[0].args["x"] == half.address
     permuted = ops.weight(matrix(64, 256, 4, perm=np.arange(256)[::-1]))
     driver.launches.clear()
-    ops.linear(half, permuted, ops.empty((4, 64), np.float16))
+    ops.linear(half, permuted, out=ops.empty((4, 64), np.float16))
     assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int4.small"]
     assert driver.launches[0].args["perm"] == permuted.perm.address
     assert driver.launches[1].args["flags"] == signatures.OUT_HALF
@@ -77,7 +77,7 @@ def test_activations_are_prepared_only_where_they_must(ops, driver):
 @pytest.mark.parametrize(("rows", "tile"), [(1, "small"), (16, "small"), (17, "large"), (300, "large")])
 def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
     w = ops.weight(matrix(256, 128, 8))
-    ops.linear(ops.empty((rows, 128), np.float16), w, ops.empty((rows, 256)))
+    ops.linear(ops.empty((rows, 128), np.float16), w, out=ops.empty((rows, 256)))
     assert driver.launches[-1].name == f"linear.int8.{tile}"
 
 
@@ -94,14 +94,14 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     ):
         weights = ops.weight(gate), ops.weight(up)
         driver.launches.clear()
-        ops.gate_up(x, *weights, out, norm=norm)
+        ops.gate_up(x, *weights, out=out, norm=norm)
         launched = [launch.name for launch in driver.launches]
         assert launched == names if names else launched[-1] == "swiglu.any" and len(launched) == 5
 
 
 def test_the_counters_of_split_products_begin_at_zero(ops, driver):
     w = ops.weight(matrix(32, 512, 4))
-    ops.linear(ops.empty((1, 512), np.float16), w, ops.empty((1, 32)))
+    ops.linear(ops.empty((1, 512), np.float16), w, out=ops.empty((1, 32)))
     launch = driver.launches[-1]
     assert launch.grid[1] > 1
     counters = np.frombuffer((ctypes.c_int32 * launch.grid[0]).from_address(launch.args["counters"]), np.int32)
@@ -120,7 +120,7 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
     )
     rope, logn = ops.empty((200, d)), ops.empty((200,))
     ops.rope_append(qkv, rope, logn, cache, layer, start)
-    ops.cached_attention(qkv, cache, layer, start, out)
+    ops.cached_attention(qkv, cache, layer, start, out=out)
     append, attend = driver.launches
     assert append.name == f"rope_append.{dtype}" and append.grid == (rows, 1, 1)
     assert attend.name == f"{'decode' if rows == 1 else 'cached'}_attention.{dtype}.any"
@@ -161,11 +161,11 @@ def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):
 def test_wrong_calls_are_refused(ops):
     w = ops.weight(matrix(64, 128, 4))
     with pytest.raises(ValueError, match="128 columns"):
-        ops.linear(ops.empty((2, 64)), w, ops.empty((2, 64)))
+        ops.linear(ops.empty((2, 64)), w, out=ops.empty((2, 64)))
     with pytest.raises(ValueError, match="expected"):
-        ops.linear(ops.empty((2, 128)), w, ops.empty((2, 60)))
+        ops.linear(ops.empty((2, 128)), w, out=ops.empty((2, 60)))
     with pytest.raises(ValueError, match="at most"):
-        ops.normalize(ops.empty((1, 20000)), Norm(ops.empty((20000,)), None, 1e-6), ops.empty((1, 20000)))
+        ops.normalize(ops.empty((1, 20000)), Norm(ops.empty((20000,)), None, 1e-6), out=ops.empty((1, 20000)))
     with pytest.raises(ValueError, match="head_dim 130"):
         ops.kv_cache(1, 1, 130, 64, "fp16")
     with pytest.raises(ValueError, match="fp32"):
@@ -173,7 +173,7 @@ def test_wrong_calls_are_refused(ops):
     with pytest.raises(TypeError, match="takes"):
         ops.launch("gather.any", (1,), ops.empty((1,)))
     with pytest.raises(ValueError, match="aligned"):
-        ops.add(ops.empty((2, 3))[1:], ops.empty((1, 3)), ops.empty((1, 3)))
+        ops.add(ops.empty((2, 3))[1:], ops.empty((1, 3)), out=ops.empty((1, 3)))
 
 
 def test_a_kernel_too_large_for_the_gpu_is_an_error(driver):
@@ -181,7 +181,7 @@ def test_a_kernel_too_large_for_the_gpu_is_an_error(driver):
     driver.shared_limit = images["add.any"].shared - 1
     ops = CudaOps(driver, images)
     with pytest.raises(DeviceError, match="shared memory"):
-        ops.add(*(ops.empty((4,)) for _ in range(3)))
+        ops.add(ops.empty((4,)), ops.empty((4,)), out=ops.empty((4,)))
 
 
 def test_a_resized_cache_moves_what_is_filled(ops, driver):
@@ -220,7 +220,7 @@ def test_a_captured_step_runs_when_replayed_only(ops, driver):
 
     def step():
         ops.copy(y, x)
-        ops.add(x, y, y)
+        ops.add(x, y, out=y)
 
     replay = ops.capture(step)
     assert not driver.launches and not ops.download(x).any()
@@ -233,7 +233,7 @@ def test_a_captured_step_runs_when_replayed_only(ops, driver):
 def _captured_product(ops) -> Replay:
     """A step whose arrays nobody else holds; with 64 columns it pads its activations into scratch."""
     x, w, out = ops.empty((1, 64), np.float16), ops.weight(matrix(32, 64, 8)), ops.empty((1, 32))
-    return ops.capture(lambda: ops.linear(x, w, out))
+    return ops.capture(lambda: ops.linear(x, w, out=out))
 
 
 def test_a_captured_step_keeps_its_memory(ops, driver):

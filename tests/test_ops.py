@@ -127,19 +127,19 @@ def products() -> Iterator[Case]:
             )
 
             def linear(ops, a, out, w=plain):
-                ops.linear(a["act_x"], ops.weight(w), out)
+                ops.linear(a["act_x"], ops.weight(w), out=out)
 
             def everything(ops, a, out, w=full):
-                ops.linear(a["x"], ops.weight(w), out, norm=make_norm(a), gelu=True, residual=a["residual"])
+                ops.linear(a["x"], ops.weight(w), out=out, norm=make_norm(a), activation="gelu", residual=a["residual"])
 
             def in_place(ops, a, out, w=full):
                 ops.copy(a["residual"], out)
-                ops.linear(a["act_x"], ops.weight(w), out, residual=out)
+                ops.linear(a["act_x"], ops.weight(w), out=out, residual=out)
 
             second = matrix(rng, n, k, bits, group, zeros, perm, bias=zeros)
 
             def gate_up(ops, a, out, gate=full, up=second):
-                ops.gate_up(a["x"], ops.weight(gate), ops.weight(up), out, norm=make_norm(a))
+                ops.gate_up(a["x"], ops.weight(gate), ops.weight(up), out=out, norm=make_norm(a))
 
             x, residual, weight = values(rng, m, k), values(rng, m, n), values(rng, k)
             layer = {"norm_weight": weight, "norm_bias": values(rng, k)}
@@ -161,7 +161,7 @@ def tables() -> Iterator[Case]:
         table, chosen = matrix(rng, 70, 200, bits, group, zeros, perm), rng.integers(0, 70, 9).astype(np.int32)
 
         def embed(ops, a, out, w=table, ids=chosen):
-            ops.embed(ops.upload(ids), ops.weight(w), out)
+            ops.embed(ops.upload(ids), ops.weight(w), out=out)
 
         yield Case(label, EXACT, {}, (9, 200), embed)
 
@@ -172,10 +172,10 @@ def elementwise() -> Iterator[Case]:
         x, weight, bias = 3 + values(rng, m, n), values(rng, n), values(rng, n)
 
         def normalize(ops, a, out):
-            ops.normalize(a["x"], make_norm(a), out)
+            ops.normalize(a["x"], make_norm(a), out=out)
 
         def add(ops, a, out):
-            ops.add(a["x"], a["y"], out)
+            ops.add(a["x"], a["y"], out=out)
 
         def copy(ops, a, out):
             half = ops.empty(a["x"].shape, np.float16)
@@ -190,7 +190,7 @@ def elementwise() -> Iterator[Case]:
 
 def choosing() -> Iterator[Case]:
     def argmax(ops, a, out):
-        ops.argmax(a["x"], out)
+        ops.argmax(a["x"], out=out)
 
     for m, n in ((1, 1), (3, 15), (2, 5000)):
         x = values(random(f"argmax-{n}"), m, n)
@@ -203,10 +203,10 @@ def full_attention() -> Iterator[Case]:
         rng = random(f"attention-{heads}-{d}-{keys}")
 
         def vision(ops, a, out, heads=heads):
-            ops.vision_attention(a["act_qkv"], heads, out)
+            ops.vision_attention(a["act_qkv"], heads, out=out)
 
         def cross(ops, a, out, heads=heads):
-            ops.cross_attention(a["act_q"], a["act_k"], a["act_v"], heads, out)
+            ops.cross_attention(a["act_q"], a["act_k"], a["act_v"], heads, out=out)
 
         qkv, q = values(rng, keys, heads * 3 * d), values(rng, 7, heads * d)
         k, v = values(rng, keys, heads * d), values(rng, keys, heads * d)
@@ -279,7 +279,7 @@ def test_cache(cache_backend, kind, heads, d):
             start, array = ops.upload(np.array([position], np.int32)), ops.upload(qkv.astype(ops.activation_dtype))
             out = ops.upload(np.full((tokens, heads * d), np.nan, ops.activation_dtype))
             ops.rope_append(array, ops.upload(rope), ops.upload(logn), cache, layer, start)
-            ops.cached_attention(array, cache, layer, start, out)
+            ops.cached_attention(array, cache, layer, start, out=out)
             seen.append((ops.download(array)[:, : heads * d], ops.download(out)))
             position += tokens
             if tokens in (150, 40):
@@ -312,7 +312,7 @@ def test_a_saved_cache_comes_back(backend, kind, heads, d):
     for store, out in zip((cache, other), outs):
         fresh = ops.upload(ops.download(now))
         ops.rope_append(fresh, rope, logn, store, 1, start)
-        ops.cached_attention(fresh, store, 1, start, out)
+        ops.cached_attention(fresh, store, 1, start, out=out)
     assert np.array_equal(*map(ops.download, outs))
     for wrong in (saved[:-1], [*saved, saved[0]], [a[:1] for a in saved], [a.astype(np.float64) for a in saved]):
         if heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
@@ -330,10 +330,10 @@ def test_capture_repeats_a_step_on_new_values(backend):
     x, out = ops.empty((1, k)), ops.empty((1, 96), ops.activation_dtype)
     prepared, norm = ops.weight(w), Norm(ops.upload(norm_weight), None, 1e-6)
     ops.write(x, values(rng, 1, k))
-    replay = ops.capture(lambda: ops.linear(x, prepared, out, norm=norm))
+    replay = ops.capture(lambda: ops.linear(x, prepared, out=out, norm=norm))
     for _ in range(3):
         fresh, want = values(rng, 1, k), np.empty((1, 96), np.float32)
         ops.write(x, fresh)
         replay()
-        reference.linear(fresh, w, want, norm=Norm(norm_weight, None, 1e-6))
+        reference.linear(fresh, w, out=want, norm=Norm(norm_weight, None, 1e-6))
         assert np.linalg.norm(ops.download(out) - want) <= LIMITS[ops.name][PRODUCT] * np.linalg.norm(want)

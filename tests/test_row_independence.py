@@ -35,9 +35,9 @@ def test_products(ops, rng, bits, group, asymmetric, n, k):
 
     def results(first: int, last: int) -> np.ndarray:
         rows, outs = x[first:last].copy(), [poisoned(last - first, n) for _ in range(3)]
-        ops.linear(rows, w, outs[0])
-        ops.linear(rows, w, outs[1], norm=norm, gelu=True, residual=residual[first:last].copy())
-        ops.gate_up(rows, w, up, outs[2], norm=norm)
+        ops.linear(rows, w, out=outs[0])
+        ops.linear(rows, w, out=outs[1], norm=norm, activation="gelu", residual=residual[first:last].copy())
+        ops.gate_up(rows, w, up, out=outs[2], norm=norm)
         return np.stack(outs)
 
     alone = np.concatenate([results(i, i + 1) for i in range(40)], axis=1)

@@ -122,7 +122,7 @@ def test_answers_that_never_agree_are_counted_as_left_out(model, samples, monkey
 def test_rounding_to_bfloat16_reaches_every_result():
     ops = Bf16Ops(make_ops("reference"))
     out = ops.empty((1, 4))
-    ops.add(np.full((1, 4), 1.0, np.float32), np.full((1, 4), 0.001, np.float32), out)
+    ops.add(np.full((1, 4), 1.0, np.float32), np.full((1, 4), 0.001, np.float32), out=out)
     assert (out == 1.0).all()
 
 

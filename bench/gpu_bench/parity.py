@@ -137,7 +137,7 @@ def true_sizes() -> dict:
                 x = rng.standard_normal((m, k)).astype(np.float16)
                 out = ops.empty((m, n))
                 ops.write(out, np.full((m, n), np.nan, np.float32))
-                ops.linear(ops.upload(x), device, out)
+                ops.linear(ops.upload(x), device, out=out)
                 want = x.astype(np.float32) @ dense.T
                 rows.append([f"int{bits} {n}x{k} m={m}", _relative(ops.download(out), want)])
     rows += _gate_up(ops, reference, rng)
@@ -152,9 +152,9 @@ def _gate_up(ops, reference, rng) -> list:
     rows, weight, w = [], np.ones(k, np.float32), common.matrix(n, k, 4)
     for m in (1, 300):
         x, want = rng.standard_normal((m, k)).astype(np.float32), np.empty((m, n), np.float32)
-        reference.gate_up(x, w, w, want, norm=Norm(weight, None, 1e-6))
+        reference.gate_up(x, w, w, out=want, norm=Norm(weight, None, 1e-6))
         out = ops.empty((m, n), np.float16)
-        ops.gate_up(ops.upload(x), ops.weight(w), ops.weight(w), out, norm=Norm(ops.upload(weight), None, 1e-6))
+        ops.gate_up(ops.upload(x), ops.weight(w), ops.weight(w), out=out, norm=Norm(ops.upload(weight), None, 1e-6))
         rows.append([f"gate_up {n}x{k} m={m}", _relative(ops.download(out).astype(np.float32), want)])
     return rows
 
@@ -174,7 +174,7 @@ def _long_attention(ops, reference, rng) -> list:
                 start = backend.upload(np.array([position], np.int32))
                 out = backend.empty((len(step), heads * d), backend.activation_dtype)
                 backend.rope_append(qkv, backend.upload(rope), backend.upload(logn), cache, 0, start)
-                backend.cached_attention(qkv, cache, 0, start, out)
+                backend.cached_attention(qkv, cache, 0, start, out=out)
                 seen.append(backend.download(out).astype(np.float32))
                 position += len(step)
             results.append(seen)
@@ -182,8 +182,8 @@ def _long_attention(ops, reference, rng) -> list:
         rows += [[name, _relative(got, want)] for name, want, got in zip(names, *results)]
     qkv = rng.standard_normal((1024, 16 * 3 * 104)).astype(np.float16)
     want, out = np.empty((1024, 1664), np.float32), ops.empty((1024, 1664), np.float16)
-    reference.vision_attention(qkv.astype(np.float32), 16, want)
-    ops.vision_attention(ops.upload(qkv), 16, out)
+    reference.vision_attention(qkv.astype(np.float32), 16, out=want)
+    ops.vision_attention(ops.upload(qkv), 16, out=out)
     return [*rows, ["ViT attention 1024 x 16 x 104", _relative(ops.download(out).astype(np.float32), want)]]
 
 

@@ -53,7 +53,7 @@ def matvec() -> dict:
         weights = [ops.weight(common.matrix(n, k, bits))]
         weights += [ops.weight(common.matrix(n, k, bits)) for _ in range(copies(_bytes(weights[0])) - 1)]
         x, out = ops.upload(np.ones((1, k), np.float16)), ops.empty((1, n), np.float16)
-        runs = {"ours": OurTimer(ops).prepare([lambda w=w, o=out, x=x: ops.linear(x, w, o) for w in weights])}
+        runs = {"ours": OurTimer(ops).prepare([lambda w=w, o=out, x=x: ops.linear(x, w, out=o) for w in weights])}
         if bits == 4:
             count = len(weights)
             runs |= peer(lambda n=n, k=k, c=count: TorchTimer(torch).prepare(_torch_int4(torch, n, k, c)))
@@ -76,7 +76,7 @@ def _gate_up(ops, rate: float, found: dict) -> list:
     weights += [pair() for _ in range(copies(nbytes) - 1)]
     norm = Norm(ops.upload(np.ones(k, np.float32)), None, 1e-6)
     x, out = ops.upload(np.ones((1, k), np.float32)), ops.empty((1, n), np.float16)
-    calls = [lambda g=g, u=u: ops.gate_up(x, g, u, out, norm=norm) for g, u in weights]
+    calls = [lambda g=g, u=u: ops.gate_up(x, g, u, out=out, norm=norm) for g, u in weights]
     times = side_by_side({"ours": OurTimer(ops).prepare(calls)})
     return _row(f"norm + gate/up 2x{n}x{k}", nbytes, times, rate, found)
 
@@ -110,7 +110,7 @@ def matmul() -> dict:
             weights = [first] + [ops.weight(common.matrix(n, k, 4)) for _ in range(count - 1)]
             x = ops.upload(np.random.default_rng(0).standard_normal((m, k)).astype(np.float16))
             out = ops.empty((m, n), np.float16)
-            calls = [lambda w=w, x=x, o=out: ops.linear(x, w, o) for w in weights]
+            calls = [lambda w=w, x=x, o=out: ops.linear(x, w, out=o) for w in weights]
             runs = {"ours": OurTimer(ops).prepare(calls)}
             runs |= peer(lambda m=m, n=n, k=k, c=count: TorchTimer(torch).prepare(_torch_fp16(torch, m, n, k, c)))
             times = side_by_side(runs, 9)
@@ -153,13 +153,13 @@ def _prefill(ops):
     ops.driver.fill(cache.values.address, 0, cache.values.nbytes)
     qkv = ops.upload(np.random.default_rng(0).standard_normal((t, 3 * heads * d)).astype(np.float16))
     start, out = ops.upload(np.zeros(1, np.int32)), ops.empty((t, heads * d), np.float16)
-    return lambda: ops.cached_attention(qkv, cache, 0, start, out)
+    return lambda: ops.cached_attention(qkv, cache, 0, start, out=out)
 
 
 def _vision(ops):
     qkv = ops.upload(np.random.default_rng(0).standard_normal((1024, 16 * 3 * 104)).astype(np.float16))
     out = ops.empty((1024, 16 * 104), np.float16)
-    return lambda: ops.vision_attention(qkv, 16, out)
+    return lambda: ops.vision_attention(qkv, 16, out=out)
 
 
 def _sdpa(torch, rows: int, heads: int, d: int, causal: bool):

@@ -58,13 +58,13 @@ class Watch:
         """Say which matrix a weight is."""
         self._names[id(weight)] = name
 
-    def linear(self, x: Array, w: Weight, out: Array, *, norm: Norm | None = None, **rest) -> None:
+    def linear(self, x: Array, w: Weight, *, out: Array, norm: Norm | None = None, **rest) -> None:
         self._see(x, norm, w)
-        self._ops.linear(x, w, out, norm=norm, **rest)
+        self._ops.linear(x, w, out=out, norm=norm, **rest)
 
-    def gate_up(self, x: Array, gate: Weight, up: Weight, out: Array, *, norm: Norm) -> None:
+    def gate_up(self, x: Array, gate: Weight, up: Weight, *, out: Array, norm: Norm) -> None:
         self._see(x, norm, gate, up)
-        self._ops.gate_up(x, gate, up, out, norm=norm)
+        self._ops.gate_up(x, gate, up, out=out, norm=norm)
 
     def _see(self, x: Array, norm: Norm | None, *weights: Weight) -> None:
         names = [name for w in weights if (name := self._names[id(w)]) in self._wanted]
@@ -72,7 +72,7 @@ class Watch:
             return
         if norm is not None:
             normed = self._ops.empty(x.shape, self._ops.activation_dtype)
-            self._ops.normalize(x, norm, normed)
+            self._ops.normalize(x, norm, out=normed)
             x = normed
         shared = self.hessians.get(names[0]) or Hessian(x.shape[1])
         self.hessians |= dict.fromkeys(names, shared)

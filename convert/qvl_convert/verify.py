@@ -22,7 +22,7 @@ from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.lora import Merged
 from qvl_convert.plan import Source
 from qvl_convert.walk import Model, Published, Walk, relative_error, stages
-from qvl_kernels.ops import Array, Ops, Weight
+from qvl_kernels.ops import Ops, Weight
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.file.blob import Blob
@@ -31,19 +31,6 @@ from qvl_runtime.model import Model as Runtime
 
 BIN = 32
 """Positions whose KL divergence is averaged in `Report.kl_by_position`."""
-
-
-OUT = {
-    "embed": 2,
-    "linear": 2,
-    "gate_up": 3,
-    "normalize": 2,
-    "add": 2,
-    "vision_attention": 2,
-    "cross_attention": 4,
-    "cached_attention": 4,
-}
-"""Where each operation of `Ops` has its `out`."""
 
 
 @dataclasses.dataclass
@@ -108,14 +95,17 @@ class Bf16Ops:
         self._ops = ops
 
     def __getattr__(self, name: str):
-        function = getattr(self._ops, name)
-        return self._rounded(function, OUT[name]) if name in OUT else function
+        attribute = getattr(self._ops, name)
+        return self._rounded(attribute) if callable(attribute) else attribute
 
-    def _rounded(self, function: Callable, position: int) -> Callable:
-        def call(*args, **options) -> None:
-            function(*args, **options)
-            out: Array = args[position]
-            self._ops.write(out, self._ops.download(out).astype(ml_dtypes.bfloat16).astype(out.dtype))
+    def _rounded(self, operation: Callable) -> Callable:
+        """`operation`, whose float `out` is rounded when it is done: every operation has it as a keyword."""
+
+        def call(*args, **options) -> Any:
+            result, out = operation(*args, **options), options.get("out")
+            if out is not None and out.dtype.kind == "f":
+                self._ops.write(out, self._ops.download(out).astype(ml_dtypes.bfloat16).astype(out.dtype))
+            return result
 
         return call
 

@@ -157,7 +157,7 @@ class Walk:
         for start in range(first, len(self.hidden[prompt]), rows):
             normed = self.hidden[prompt][start : start + rows].astype(self.ops.activation_dtype)
             out = self.ops.empty((len(normed), self.config.vocab_size))
-            self.ops.linear(self.ops.upload(normed), head, out)
+            self.ops.linear(self.ops.upload(normed), head, out=out)
             yield self.ops.download(out)
 
     def _room(self, name: str, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -200,7 +200,7 @@ class Walk:
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)
-            self.ops.embed(self.ops.upload(np.array(self.prompts[i].ids, np.int32)), table, out)
+            self.ops.embed(self.ops.upload(np.array(self.prompts[i].ids, np.int32)), table, out=out)
             for start, features in slots[i]:
                 self.ops.write(out[start : start + len(features)], features)
             return out
@@ -225,7 +225,7 @@ class Walk:
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)
-            self.ops.normalize(self.ops.upload(self.hidden[i]), norm, out)
+            self.ops.normalize(self.ops.upload(self.hidden[i]), norm, out=out)
             return out
 
         return step, self.hidden

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ Array = Any
 
 Weight = Any
 """A backend's form of a `Matrix`, made by `Ops.weight`."""
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+"""The exact (erf) GELU, its tanh approximation, and ``x * sigmoid(1.702 x)``."""
 
 
 class DeviceError(RuntimeError):
@@ -120,39 +123,39 @@ class Ops(Protocol):
         `score_cache_dtype`."""
 
     # products
-    def embed(self, ids: Array, table: Weight, out: Array) -> None:
+    def embed(self, ids: Array, table: Weight, *, out: Array) -> None:
         """``out [T, D] = table[ids]``; ids int32 [T], out float32."""
 
     def linear(
         self,
         x: Array,
         w: Weight,
-        out: Array,
         *,
+        out: Array,
         norm: Norm | None = None,
-        gelu: bool = False,
+        activation: Activation | None = None,
         residual: Array | None = None,
     ) -> None:
-        """``out [T, N] = gelu?(norm?(x [T, K]) @ w.T + bias) + residual?``; gelu is the exact (erf) one.
+        """``out [T, N] = activation?(norm?(x [T, K]) @ w.T + bias) + residual?``.
 
         `residual` [T, N] is float32 and may be `out` itself.
         """
 
-    def gate_up(self, x: Array, gate: Weight, up: Weight, out: Array, *, norm: Norm) -> None:
+    def gate_up(self, x: Array, gate: Weight, up: Weight, *, out: Array, norm: Norm) -> None:
         """SwiGLU: ``h = norm(x)``, ``out [T, F] = silu(h @ gate.T) * (h @ up.T)`` (biases added when present)."""
 
     # elementwise
-    def normalize(self, x: Array, norm: Norm, out: Array) -> None:
+    def normalize(self, x: Array, norm: Norm, *, out: Array) -> None:
         """``out [T, D] = norm(x)``."""
 
-    def add(self, x: Array, y: Array, out: Array) -> None:
+    def add(self, x: Array, y: Array, *, out: Array) -> None:
         """``out = x + y``, all of one shape."""
 
     # attention; scores are scaled by 1/sqrt(head_dim) and accumulated in float32
-    def vision_attention(self, qkv: Array, heads: int, out: Array) -> None:
+    def vision_attention(self, qkv: Array, heads: int, *, out: Array) -> None:
         """Full self-attention. qkv [P, heads * 3 * d], each head's q, k, v side by side; out [P, heads * d]."""
 
-    def cross_attention(self, q: Array, k: Array, v: Array, heads: int, out: Array) -> None:
+    def cross_attention(self, q: Array, k: Array, v: Array, heads: int, *, out: Array) -> None:
         """Full attention of q [Q, heads * d] over k, v [P, heads * d]; out [Q, heads * d]."""
 
     def rope_append(self, qkv: Array, rope: Array, logn: Array, cache: KVCache, layer: int, start: Array) -> None:
@@ -164,7 +167,7 @@ class Ops(Protocol):
         parts of `qkv` is unspecified.
         """
 
-    def cached_attention(self, qkv: Array, cache: KVCache, layer: int, start: Array, out: Array) -> None:
+    def cached_attention(self, qkv: Array, cache: KVCache, layer: int, start: Array, *, out: Array) -> None:
         """Causal attention of the q part of `qkv` over positions 0 .. ``start[0] + t`` of the cache.
 
         Keys and values are read from the cache alone, as it rounds them, so an answer does not depend on how its
@@ -172,7 +175,7 @@ class Ops(Protocol):
         """
 
     # choosing
-    def argmax(self, logits: Array, out: Array) -> None:
+    def argmax(self, logits: Array, *, out: Array) -> None:
         """``out [T] int32``: index of the largest of each row of logits [T, V], the first if tied."""
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

@@ -85,7 +85,7 @@ class Session:
         if self._after_prompt is not None and self._after_prompt[0] == len(ids):
             with self._device:
                 self.decoder.ops.write(self._step.logits[:1], self._after_prompt[1])
-                self.decoder.ops.argmax(self._step.logits[:1], self._step.best[:1])
+                self.decoder.ops.argmax(self._step.logits[:1], out=self._step.best[:1])
             return
         work = self.decoder.workspace(min(len(ids) - self.length, PREFILL_ROWS))
         while self.length < len(ids):
@@ -100,7 +100,7 @@ class Session:
         with self._device:
             ops, logits = self.decoder.ops, self._step.logits[:1]
             self.decoder.logits(rows.x[len(chunk) - 1 : len(chunk)], logits)
-            ops.argmax(logits, self._step.best[:1])
+            ops.argmax(logits, out=self._step.best[:1])
             self._after_prompt = len(ids), ops.download(logits)
 
     def feed(self, *tokens: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from qvl_kernels.cpu import features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
+from qvl_kernels.ops import Activation
 
 FEW = 16
 """Up to so many rows a product is the reading of its weights, and 16-bit activations cost nothing."""
@@ -22,6 +23,8 @@ LARGE = 4 << 20
 BYTE_BIAS = features.selected().byte_bias
 PAIRS = features.selected().product == "vnni"
 """Whether pairs of int16 are multiplied faster than float32."""
+ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "quick_gelu")
+"""In the order of the kernels' numbers (`epilogue`)."""
 ROWS_KIND, CACHE_KINDS = 0, {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -62,6 +65,19 @@ def attends_alone(cache: CpuCache, rows: int, activations: str) -> bool:
     return rows <= FEW and not exact
 
 
+def activation_code(activation: Activation | None) -> int:
+    """What the kernels call an activation.
+
+    Raises
+    ------
+    ValueError
+        For an unknown one.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS.index(activation)
+
+
 def columns_a_scale(w: CpuWeight) -> int:
     """Columns of 8-bit activations with one scale.
 
@@ -96,14 +112,14 @@ def product(
     w: CpuWeight,
     out: np.ndarray,
     *,
-    gelu: bool = False,
+    activation: Activation | None = None,
     residual: np.ndarray | None = None,
     gated: bool = False,
 ) -> None:
-    """``out = gelu?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
+    """``out = activation?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
     past = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
-    after = (address(out), w.bias, int(gelu), address(residual), int(gated), int(past), scratch)
+    after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(past), scratch)
     to.add(
         f"gemm{w.bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out), x.span,
         *after,

@@ -1,4 +1,4 @@
-"""What follows a product while its result is still in the cache: bias, GELU, residual, SwiGLU."""
+"""What follows a product while its result is still in the cache: bias, activation, residual, SwiGLU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from qvl_kernels.cpu.tiles import TOKENS
 LOG2_E = float32(1.4426950408889634)
 ROW = 128
 """Bytes of a row of results, 32 float32."""
+GELU, GELU_TANH, QUICK_GELU = 1, 2, 3
+"""Numbers of the activations; 0 is none."""
 GELU_END = float32(3.6 * 2**0.5)
+QUICK = float32(-1.702 * 1.4426950408889634)
+LINEAR = float32(-2 * 0.7978845608028654 * 1.4426950408889634)
+CUBIC = float32(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.044715)
 
 
 @routine
@@ -41,11 +46,27 @@ def gelu_exact(x):
 
 
 @routine
+def gate(x, power):
+    """``x / (1 + 2**power)``; the exponent is kept where `exp2` is defined."""
+    return x / (exp2(choose_gt(power, float32(126), float32(126), power)) + float32(1))
+
+
+@routine
 def silu(x):
-    """``x / (1 + exp(-x))``; the exponent is kept where `exp2` is defined."""
-    e = x * -LOG2_E
-    e = choose_gt(e, float32(126), float32(126), e)
-    return x / (exp2(e) + float32(1))
+    """``x * sigmoid(x)``."""
+    return gate(x, x * -LOG2_E)
+
+
+@routine
+def quick_gelu(x):
+    """``x * sigmoid(1.702 x)``."""
+    return gate(x, x * QUICK)
+
+
+@routine
+def gelu_tanh(x):
+    """``x / 2 * (1 + tanh(u))`` with ``u = sqrt(2 / pi) (x + 0.044715 x^3)``, which is ``x * sigmoid(2 u)``."""
+    return gate(x, x * fma(x * x, CUBIC, LINEAR))
 
 
 def _make_finish(m: int):
@@ -65,13 +86,17 @@ def _make_finish(m: int):
             return block(x, row)
 
     @routine
-    def finish(y, out, bias, gelu, residual, gated, row, column, n, past):
+    def finish(y, out, bias, activation, residual, gated, row, column, n, past):
         at, count = 4 * (row * n + column), n - column
         v = block(y, ROW)
         if bias != 0:
             v = v + take(bias + 4 * column, count)
-        if gelu:
+        if activation == GELU:
             v = gelu_exact(v)
+        elif activation == GELU_TANH:
+            v = gelu_tanh(v)
+        elif activation == QUICK_GELU:
+            v = quick_gelu(v)
         if residual != 0:
             v = v + get(residual + at, 4 * n, count)
         if gated:
@@ -90,26 +115,27 @@ finish_tile, finish_row = _make_finish(TOKENS), _make_finish(1)
 
 
 @routine
-def finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, past):
+def finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, past):
     """As `finish`, for tiles of fewer rows than `TOKENS`."""
     column = 32 * line
     for m in range(count):
-        finish_row(y + ROW * m, out, bias, gelu, residual, gated, row + m, column, n, past)
+        finish_row(y + ROW * m, out, bias, activation, residual, gated, row + m, column, n, past)
         if n - column > 16:
-            finish_row(y + ROW * m + 64, out, bias, gelu, residual, gated, row + m, column + 16, n, past)
+            finish_row(y + ROW * m + 64, out, bias, activation, residual, gated, row + m, column + 16, n, past)
 
 
 @routine
-def finish(y, out, bias, gelu, residual, gated, row, count, line, n, past):
-    """``out[row:row+count, 32*line:][:32] = gelu?(y + bias?) + residual?``, or ``silu(out) * (y + bias?)``, `gated`.
+def finish(y, out, bias, activation, residual, gated, row, count, line, n, past):
+    """``out[row:row+count, 32*line:][:32] = activation?(y + bias?) + residual?``.
 
-    `y` is float32 ``[count, 32]``, `out` and `residual` float32 ``[rows, n]``; absent things are 0. With `past`,
-    results go past the caches: `out` then begins with a line of memory, and n is a multiple of 16.
+    `gated`: ``silu(out) * (y + bias?)``. `y` is float32 ``[count, 32]``, `out` and `residual` float32 ``[rows, n]``;
+    absent things are 0. With `past`, results go past the caches: `out` then begins with a line of memory, and n is a
+    multiple of 16.
     """
     column = 32 * line
     if count == TOKENS and n - column >= 32:
         # Not in a loop: LLVM would take its constants out of it and keep them, all of them, on the stack.
-        finish_tile(y, out, bias, gelu, residual, gated, row, column, n, past)
-        finish_tile(y + 64, out, bias, gelu, residual, gated, row, column + 16, n, past)
+        finish_tile(y, out, bias, activation, residual, gated, row, column, n, past)
+        finish_tile(y + 64, out, bias, activation, residual, gated, row, column + 16, n, past)
     else:
-        finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, past)
+        finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, past)

@@ -30,8 +30,8 @@ def _make(bits: int):
     tile_kernel, block_bytes = (tile4, 2048) if bits == 4 else (tile8, 4096)
 
     def gemm(args, thread, threads):
-        (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, gelu, residual, gated,
-         past, scratch) = unpack(args, 19)  # fmt: skip
+        (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
+         gated, past, scratch) = unpack(args, 19)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS
@@ -71,7 +71,7 @@ def _make(bits: int):
                             )  # fmt: skip
                         ahead += count // group * 64
                         if complete:
-                            finish(ty, out, bias, gelu, residual, gated, row, rows_left, block, n, past)
+                            finish(ty, out, bias, activation, residual, gated, row, rows_left, block, n, past)
                 item, stop = claim(counters, owner, threads, parts * blocks, 1)
 
     gemm.__name__ = f"gemm{bits}"

@@ -178,7 +178,7 @@ def _make(bits: int, group: int):
                 many(w + 4 * i, scales + 2 * i, z, xh, xl, xs, sums, blocks, y + 4 * i)
 
     def gemv(args, thread, threads):
-        (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, gelu, residual, gated,
+        (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, activation, residual, gated,
          scratch) = unpack(args, 17)  # fmt: skip
         y, lines = scratch + thread * 128 * TOKENS, (n + 31) // 32
         step = max(1, STEP_BYTES // (blocks * block_bytes * rows))
@@ -194,7 +194,7 @@ def _make(bits: int, group: int):
                         o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
                         high_plane, low_plane = xh + o * 128, xl + o * 128
                         multiply(bw, bs, bz, high_plane, low_plane, xs + 4 * o, sums + 4 * o * groups, blocks, count, y)
-                        finish_rows(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
+                        finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, 0)
                         row += count
                 first, last = claim(counters, owner, threads, lines, step)
 

@@ -116,7 +116,7 @@ def multiply(w, x, k, lines, tokens, y):
 @kernel
 def gemv16(args, thread, threads):
     """As the packed `gemv` kernels, 32 rows at a time."""
-    counters, w, n, k, x, rows, out, bias, gelu, residual, gated, scratch = unpack(args, 12)
+    counters, w, n, k, x, rows, out, bias, activation, residual, gated, scratch = unpack(args, 12)
     y = scratch + thread * 1024
     lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k * rows))
     for turn in range(threads):
@@ -128,6 +128,6 @@ def gemv16(args, thread, threads):
                 while row < rows:
                     count = 4 if rows - row >= 4 else 1
                     multiply(w + 64 * line * k, x + 4 * row * k, k, min(32, n - 32 * line), count, y)
-                    finish(y, out, bias, gelu, residual, gated, row, count, line, n, 0)
+                    finish(y, out, bias, activation, residual, gated, row, count, line, n, 0)
                     row += count
             first, last = claim(counters, owner, threads, lines, step)

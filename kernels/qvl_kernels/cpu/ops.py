@@ -127,7 +127,7 @@ class CpuOps:
         return CpuCache(layers, heads, head_dim, capacity, dtype)
 
     # ---------------------------------------------------------------------------------------------- products
-    def embed(self, ids, table, out):
+    def embed(self, ids, table, *, out):
         check("ids", ids, I32, (None,))
         check("out", out, F32, (len(ids), table.k))
         with self._program() as program:
@@ -138,16 +138,16 @@ class CpuOps:
                 address(out),
             )  # fmt: skip
 
-    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+    def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
         check("x", x, F32, (None, w.k))
         check("out", out, F32, (len(x), w.n))
         if residual is not None:
             check("residual", residual, F32, out.shape)
         with self._program() as program:
             program.keep(x, w, out, residual)
-            self._multiplier(program, x, w, norm)(w, out, gelu=gelu, residual=residual)
+            self._multiplier(program, x, w, norm)(w, out, activation=activation, residual=residual)
 
-    def gate_up(self, x, gate, up, out, *, norm):
+    def gate_up(self, x, gate, up, *, out, norm):
         check("x", x, F32, (None, gate.k))
         check("out", out, F32, (len(x), gate.n))
         if (gate.n, gate.k) != (up.n, up.k):
@@ -203,9 +203,9 @@ class CpuOps:
         program.keep(norm)
         return address(norm.weight), address(norm.bias), float_word(norm.eps)
 
-    def _product(self, program, activations, w, out, *, gelu=False, residual=None, gated=False) -> None:
+    def _product(self, program, activations, w, out, *, activation=None, residual=None, gated=False) -> None:
         rows, scratch = len(out), self._memory(program, "tile", 1024 * self.threads)
-        after = (address(out), w.bias, int(gelu), address(residual), int(gated), scratch)
+        after = (address(out), w.bias, batched.activation_code(activation), address(residual), int(gated), scratch)
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
         else:
@@ -215,14 +215,14 @@ class CpuOps:
             )
 
     # ---------------------------------------------------------------------------------------------- elementwise
-    def normalize(self, x, norm, out):
+    def normalize(self, x, norm, *, out):
         check("x", x, F32, (None, None))
         check("out", out, F32, x.shape)
         with self._program() as program:
             program.keep(x, out)
             program.add("normalize", address(x), *x.shape, *self._norm(program, norm, x.shape[1]), address(out))
 
-    def add(self, x, y, out):
+    def add(self, x, y, *, out):
         for name, array in (("x", x), ("y", y), ("out", out)):
             check(name, array, F32, x.shape)
         with self._program() as program:
@@ -230,7 +230,7 @@ class CpuOps:
             program.add("add", address(x), address(y), address(out), x.size)
 
     # ---------------------------------------------------------------------------------------------- attention
-    def vision_attention(self, qkv, heads, out):
+    def vision_attention(self, qkv, heads, *, out):
         check("qkv", qkv, F32, (None, None))
         d = qkv.shape[1] // (3 * heads)
         check("qkv", qkv, F32, (len(qkv), heads * 3 * d))
@@ -241,7 +241,7 @@ class CpuOps:
             key = base + 4 * d, base + 8 * d, row, head, len(qkv)
             self._attend(program, (base, row, head, len(qkv)), key, heads, d, out)
 
-    def cross_attention(self, q, k, v, heads, out):
+    def cross_attention(self, q, k, v, heads, *, out):
         check("q", q, F32, (None, None))
         width, d = q.shape[1], q.shape[1] // heads
         check("q", q, F32, (len(q), heads * d))
@@ -270,7 +270,7 @@ class CpuOps:
                 address(logn), address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, scratch,
             )  # fmt: skip
 
-    def cached_attention(self, qkv, cache, layer, start, out):
+    def cached_attention(self, qkv, cache, layer, start, *, out):
         self._check_cached(qkv, cache, start)
         check("out", out, F32, (len(qkv), cache.heads * cache.head_dim))
         if not batched.attends_alone(cache, len(qkv), self.activations):
@@ -311,7 +311,7 @@ class CpuOps:
             raise ValueError(f"start {start[0]}: {len(qkv)} more positions do not fit a cache of {cache.capacity}")
 
     # ---------------------------------------------------------------------------------------------- choosing
-    def argmax(self, logits, out):
+    def argmax(self, logits, *, out):
         check("logits", logits, F32, (None, None))
         check("out", out, I32, (len(logits),))
         with self._program() as program:

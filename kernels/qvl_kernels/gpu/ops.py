@@ -15,7 +15,7 @@ from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import ALIGNMENT, Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
-from qvl_kernels.ops import Norm
+from qvl_kernels.ops import DeviceError, Norm
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -105,30 +105,32 @@ class CudaOps:
 
     # products
 
-    def embed(self, ids, table, out):
+    def embed(self, ids, table, *, out):
         _expect(out, (ids.shape[0], table.k), _FLOAT)
         kind, flags = table.kind.removesuffix("_fine"), s.PERMUTED if table.perm is not None else 0
         sizes = (table.k, table.rows, table.blocks, table.group_shift, flags)
         grid = (table.blocks, ids.shape[0])
         self.launch(f"embed.{kind}", grid, ids, table.codes, table.scales, table.perm, out, *sizes)
 
-    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+    def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
         _expect(out, (x.shape[0], w.n))
         if residual is not None:
             _expect(residual, out.shape, _FLOAT)
+        if activation not in (None, "gelu"):
+            raise DeviceError(f"the GPU kernels have no {activation} yet: use the CPU")
         h = self._prepare(x, w, norm)
-        flags = _flags((w.bias, s.BIAS), (gelu, s.GELU), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
+        flags = _flags((w.bias, s.BIAS), (activation, s.GELU), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
         name, grid, partials = self._tiles("linear", w, x.shape[0])
         operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
         self.launch(name, grid, *operands, x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
 
-    def gate_up(self, x, gate, up, out, *, norm):
+    def gate_up(self, x, gate, up, *, out, norm):
         m = x.shape[0]
         _expect(out, (m, gate.n))
         if f"{gate.kind}.small" not in s.KERNELS["gate_up"].variants or not _alike(gate, up):
             g, u = self.empty((m, gate.n)), self.empty((m, up.n))
-            self.linear(x, gate, g, norm=norm)
-            self.linear(x, up, u, norm=norm)
+            self.linear(x, gate, out=g, norm=norm)
+            self.linear(x, up, out=u, norm=norm)
             flags = _flags((out.dtype == _HALF, s.OUT_HALF))
             self.launch("swiglu.any", (_elements(out.size),), g, u, out, out.size, flags)
             return
@@ -171,7 +173,7 @@ class CudaOps:
 
     # elementwise
 
-    def normalize(self, x, norm, out):
+    def normalize(self, x, norm, *, out):
         _same_shape(x, out)
         self._norm(x, norm, None, out, x.shape[1])
 
@@ -189,7 +191,7 @@ class CudaOps:
         flags = _flags((perm, s.PERMUTED), (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF))
         self.launch("gather.any", (_elements(padded), rows), x, perm, out, k, padded, flags)
 
-    def add(self, x, y, out):
+    def add(self, x, y, *, out):
         _same_shape(x, y)
         _same_shape(x, out)
         halves = (x.dtype == _HALF, s.X_HALF), (y.dtype == _HALF, s.Y_HALF), (out.dtype == _HALF, s.OUT_HALF)
@@ -197,7 +199,7 @@ class CudaOps:
 
     # attention
 
-    def vision_attention(self, qkv, heads, out):
+    def vision_attention(self, qkv, heads, *, out):
         rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
         if 2 * d % ALIGNMENT:
             self._attention(self._parts(qkv, heads, d), rows, rows, heads, 1, d, out)
@@ -214,7 +216,7 @@ class CudaOps:
             parts.append(part)
         return parts
 
-    def cross_attention(self, q, k, v, heads, out):
+    def cross_attention(self, q, k, v, heads, *, out):
         self._attention((q, k, v), q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
 
     def _attention(self, qkv: tuple, q_rows: int, k_rows: int, heads: int, parts: int, d: int, out) -> None:
@@ -229,7 +231,7 @@ class CudaOps:
         sizes = (cache.heads, cache.stride, cache.head_dim)
         self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *cache.layer(layer), start, *sizes)
 
-    def cached_attention(self, qkv, cache, layer, start, out):
+    def cached_attention(self, qkv, cache, layer, start, *, out):
         t, d = qkv.shape[0], cache.head_dim
         _expect(out, (t, cache.heads * d), _HALF)
         arguments = (qkv, *cache.layer(layer), start, out)
@@ -246,7 +248,7 @@ class CudaOps:
 
     # choosing
 
-    def argmax(self, logits, out):
+    def argmax(self, logits, *, out):
         t, size = logits.shape
         values, indices = self.empty((t, s.ARGMAX_PARTS)), self.empty((t, s.ARGMAX_PARTS), np.int32)
         self.launch("argmax.any", (s.ARGMAX_PARTS, t), logits, out, values, indices, self._counters, size)

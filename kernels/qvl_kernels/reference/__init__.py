@@ -8,7 +8,7 @@ import numpy as np
 
 from qvl_kernels.ops import Norm, restored
 from qvl_kernels.packing import Matrix
-from qvl_kernels.reference.functions import attention, dequantize_kv, erf_gelu, quantize_kv, silu
+from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, silu
 
 CACHE_DTYPES = ("fp32", "fp16", "int8")
 
@@ -77,23 +77,23 @@ class ReferenceOps:
     def kv_cache(self, layers, heads, head_dim, capacity, dtype):
         return ReferenceCache(layers, heads, head_dim, capacity, dtype)
 
-    def embed(self, ids, table, out):
+    def embed(self, ids, table, *, out):
         out[...] = table.rows(ids)
 
-    def linear(self, x, w, out, *, norm=None, gelu=False, residual=None):
+    def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
         h = x if norm is None else self._norm(x, norm)
         y = h @ w.dequantize().T
         if w.bias is not None:
             y += w.bias
-        if gelu:
-            y = erf_gelu(y)
+        if activation is not None:
+            y = ACTIVATIONS[activation](y)
         out[...] = y if residual is None else y + residual
 
-    def gate_up(self, x, gate, up, out, *, norm):
+    def gate_up(self, x, gate, up, *, out, norm):
         h = self._norm(x, norm)
         g, u = np.empty((len(x), gate.n), np.float32), np.empty((len(x), up.n), np.float32)
-        self.linear(h, gate, g)
-        self.linear(h, up, u)
+        self.linear(h, gate, out=g)
+        self.linear(h, up, out=u)
         out[...] = silu(g) * u
 
     def _norm(self, x: np.ndarray, norm: Norm) -> np.ndarray:
@@ -102,17 +102,17 @@ class ReferenceOps:
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + norm.eps) * norm.weight + norm.bias
 
-    def normalize(self, x, norm, out):
+    def normalize(self, x, norm, *, out):
         out[...] = self._norm(x, norm)
 
-    def add(self, x, y, out):
+    def add(self, x, y, *, out):
         out[...] = x + y
 
-    def vision_attention(self, qkv, heads, out):
+    def vision_attention(self, qkv, heads, *, out):
         q, k, v = qkv.reshape(len(qkv), heads, 3, -1).transpose(2, 1, 0, 3)
         out[...] = attention(q, k, v).reshape(out.shape)
 
-    def cross_attention(self, q, k, v, heads, out):
+    def cross_attention(self, q, k, v, heads, *, out):
         q, k, v = (a.reshape(len(a), heads, -1).swapaxes(0, 1) for a in (q, k, v))
         out[...] = attention(q, k, v).reshape(out.shape)
 
@@ -129,7 +129,7 @@ class ReferenceOps:
         cache.append(layer, begin, rotate(k), v)
         q[...] = rotate(q) * logn[positions, None]
 
-    def cached_attention(self, qkv, cache, layer, start, out):
+    def cached_attention(self, qkv, cache, layer, start, *, out):
         begin, heads = int(start[0]), cache.values.shape[2]
         end = begin + len(qkv)
         q = qkv.reshape(len(qkv), 3, heads, -1)[:, 0].swapaxes(0, 1)
@@ -137,7 +137,7 @@ class ReferenceOps:
         visible = np.arange(end) <= np.arange(begin, end)[:, None]
         out[...] = attention(q, k, v, visible).reshape(out.shape)
 
-    def argmax(self, logits, out):
+    def argmax(self, logits, *, out):
         out[...] = logits.argmax(-1)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

@@ -37,6 +37,22 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x * np.where(x >= 0, 1, e) / (1 + e)
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))``, in float64, as float32."""
+    x = x.astype(np.float64)
+    return (0.5 * x * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
+
+
+def quick_gelu(x: np.ndarray) -> np.ndarray:
+    """``x * sigmoid(1.702 x)``, in float64, as float32."""
+    x = x.astype(np.float64)
+    return (x * (0.5 + 0.5 * np.tanh(0.851 * x))).astype(np.float32)
+
+
+ACTIVATIONS = {"gelu": erf_gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+"""By the names of `qvl_kernels.ops.Activation`."""
+
+
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
     """Softmax attention of each head.
 

@@ -35,9 +35,9 @@ class Adapter:
         """``ln_q(query) + pos_embed``, projected: the same for every picture."""
         ops, shape = self.ops, (self.config.n_queries, self.config.output_dim)
         query, projected = (ops.empty(shape, ops.activation_dtype) for _ in range(2))
-        ops.normalize(ops.upload(weights.vector(f"{NAME}.query")), weights.layer_norm(f"{NAME}.ln_q"), query)
-        ops.add(query, positions, query)
-        ops.linear(query, weights.matrix(f"{NAME}.attn.q_proj"), projected)
+        ops.normalize(ops.upload(weights.vector(f"{NAME}.query")), weights.layer_norm(f"{NAME}.ln_q"), out=query)
+        ops.add(query, positions, out=query)
+        ops.linear(query, weights.matrix(f"{NAME}.attn.q_proj"), out=projected)
         return projected
 
     def __call__(self, x: Array, trace: Trace = no_trace) -> Array:
@@ -46,20 +46,20 @@ class Adapter:
         patch_shape, query_shape = (config.patches, config.output_dim), (config.n_queries, config.output_dim)
         if self.kv_proj is not None:
             projected = ops.empty(patch_shape)
-            ops.linear(x, self.kv_proj, projected)
+            ops.linear(x, self.kv_proj, out=projected)
             x = projected
         values, keys, k, v = (ops.empty(patch_shape, ops.activation_dtype) for _ in range(4))
-        ops.normalize(x, self.ln_kv, values)
-        ops.add(values, self.positions, keys)
-        ops.linear(keys, self.k_proj, k)
-        ops.linear(values, self.v_proj, v)
+        ops.normalize(x, self.ln_kv, out=values)
+        ops.add(values, self.positions, out=keys)
+        ops.linear(keys, self.k_proj, out=k)
+        ops.linear(values, self.v_proj, out=v)
         attended, normed = (ops.empty(query_shape, ops.activation_dtype) for _ in range(2))
-        ops.cross_attention(self.queries, k, v, config.adapter_heads, attended)
+        ops.cross_attention(self.queries, k, v, config.adapter_heads, out=attended)
         resampled, features = ops.empty(query_shape), ops.empty(query_shape)
-        ops.linear(attended, self.out_proj, resampled)
+        ops.linear(attended, self.out_proj, out=resampled)
         trace("resampler", resampled)
-        ops.normalize(resampled, self.ln_post, normed)
+        ops.normalize(resampled, self.ln_post, out=normed)
         trace("ln_post", normed)
-        ops.linear(normed, self.proj, features)
+        ops.linear(normed, self.proj, out=features)
         trace("final", features)
         return features

@@ -46,12 +46,12 @@ class Block:
     def __call__(self, ops: Ops, work: Workspace, context: Context, index: int) -> None:
         """Run over ``work.x`` in place, appending to `context`."""
         layer = context.layer(index)
-        ops.linear(work.x, self.c_attn, work.qkv, norm=self.ln_1)
+        ops.linear(work.x, self.c_attn, out=work.qkv, norm=self.ln_1)
         ops.rope_append(work.qkv, context.rope, context.logn, context.store, layer, context.start)
-        ops.cached_attention(work.qkv, context.store, layer, context.start, work.attended)
-        ops.linear(work.attended, self.attn_proj, work.x, residual=work.x)
-        ops.gate_up(work.x, self.w2, self.w1, work.hidden, norm=self.ln_2)
-        ops.linear(work.hidden, self.mlp_proj, work.x, residual=work.x)
+        ops.cached_attention(work.qkv, context.store, layer, context.start, out=work.attended)
+        ops.linear(work.attended, self.attn_proj, out=work.x, residual=work.x)
+        ops.gate_up(work.x, self.w2, self.w1, out=work.hidden, norm=self.ln_2)
+        ops.linear(work.hidden, self.mlp_proj, out=work.x, residual=work.x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Decoder:
 
         Rows may begin before 0 or end beyond T: what lies outside is skipped.
         """
-        self.ops.embed(self.ops.upload(np.asarray(ids, np.int32)), self.embedding, out)
+        self.ops.embed(self.ops.upload(np.asarray(ids, np.int32)), self.embedding, out=out)
         for row, features in images:
             first, last = max(row, 0), min(row + features.shape[0], len(ids))
             if first < last:
@@ -112,7 +112,7 @@ class Decoder:
 
     def logits(self, x: Array, out: Array) -> None:
         """``out [T, vocab] = head(norm(x [T, hidden]))``."""
-        self.ops.linear(x, self.head, out, norm=self.ln_f)
+        self.ops.linear(x, self.head, out=out, norm=self.ln_f)
 
 
 class DecodeStep:
@@ -151,7 +151,7 @@ class DecodeStep:
 
     def _step(self, rows: int) -> None:
         work, logits = self.work.rows(rows), self.logits[:rows]
-        self.ops.embed(self.ids[:rows], self.decoder.embedding, work.x)
+        self.ops.embed(self.ids[:rows], self.decoder.embedding, out=work.x)
         self.decoder.forward(work, self.context)
         self.decoder.logits(work.x, logits)
-        self.ops.argmax(logits, self.best[:rows])
+        self.ops.argmax(logits, out=self.best[:rows])

@@ -43,11 +43,11 @@ class Block:
 
     def __call__(self, ops: Ops, work: Workspace, heads: int) -> None:
         """Run over ``work.x`` in place."""
-        ops.linear(work.x, self.in_proj, work.qkv, norm=self.ln_1)
-        ops.vision_attention(work.qkv, heads, work.attended)
-        ops.linear(work.attended, self.out_proj, work.x, residual=work.x)
-        ops.linear(work.x, self.c_fc, work.hidden, norm=self.ln_2, gelu=True)
-        ops.linear(work.hidden, self.c_proj, work.x, residual=work.x)
+        ops.linear(work.x, self.in_proj, out=work.qkv, norm=self.ln_1)
+        ops.vision_attention(work.qkv, heads, out=work.attended)
+        ops.linear(work.attended, self.out_proj, out=work.x, residual=work.x)
+        ops.linear(work.x, self.c_fc, out=work.hidden, norm=self.ln_2, activation="gelu")
+        ops.linear(work.hidden, self.c_proj, out=work.x, residual=work.x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,9 +85,9 @@ class PatchEmbedding:
         """Embed a picture, normalised float32 ``[3, image_size, image_size]``, into `out` ``[patches, width]``."""
         raw = self.ops.empty(out.shape)
         patch_rows = self.ops.upload(patches(pixels, self.config.patch_size))
-        self.ops.linear(patch_rows, self.conv1, raw, residual=self.positions)
+        self.ops.linear(patch_rows, self.conv1, out=raw, residual=self.positions)
         trace("patch_pos", raw)
-        self.ops.normalize(raw, self.ln_pre, out)
+        self.ops.normalize(raw, self.ln_pre, out=out)
         trace("ln_pre", out)
 
 
