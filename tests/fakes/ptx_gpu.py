@@ -41,7 +41,7 @@ class PtxDriver(FakeDriver):
         """Take an array for device memory as it is, with what of it was `written`; all of it, if not given."""
         self.buffers[array.ctypes.data] = array.reshape(-1).view(np.uint8)
         written = np.ones(array.nbytes, np.uint8) if written is None else written
-        self.ptx_memory.add(array.ctypes.data, array.nbytes, out=written)
+        self.ptx_memory.add(array.ctypes.data, array.nbytes, written)
 
     def free(self, address):
         super().free(address)
