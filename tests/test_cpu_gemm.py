@@ -202,14 +202,13 @@ def test_threads_do_not_change_a_result(cpu, rng, bits):
 
 def attended(ops, qkv, cache, heads, pieces):
     """Append and attend piece by piece; rope is the identity."""
-    rope = np.zeros((cache.capacity, qkv.shape[1] // (3 * heads)), np.float32)
+    rope = np.zeros((cache.capacity, cache.head_dim), np.float32)
     rope[:, : rope.shape[1] // 2] = 1
-    logn = np.ones(cache.capacity, np.float32)
-    out = poisoned(len(qkv), qkv.shape[1] // 3)
+    out = poisoned(len(qkv), heads * cache.head_dim)
     begin = 0
     for count in pieces:
         piece, start = qkv[begin : begin + count].copy(), np.array([begin], np.int32)
-        ops.rope_append(piece, rope, logn, cache, 0, start)
+        ops.rope_append(piece, rope=rope, logn=None, cache=cache, layer=0, start=start)
         ops.cached_attention(piece, cache, 0, start, out=out[begin : begin + count])
         begin += count
     return out

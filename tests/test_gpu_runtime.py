@@ -119,7 +119,7 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
         ops.empty((1,), np.int32),
     )
     rope, logn = ops.empty((200, d)), ops.empty((200,))
-    ops.rope_append(qkv, rope, logn, cache, layer, start)
+    ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=layer, start=start)
     ops.cached_attention(qkv, cache, layer, start, out=out)
     append, attend = driver.launches
     assert append.name == f"rope_append.{dtype}" and append.grid == (rows, 1, 1)

@@ -253,15 +253,16 @@ def test_operation(backend, index):
     assert found <= allowed
 
 
-CACHES = [
-    (kind, heads, d)
-    for kind in ("fp32", "fp16", "int8")
-    for heads, d in ((2, 8), (3, 20), (2, 64), (4, 128), (1, 128), (5, 10))
+HEADS = [
+    *((heads, heads, d) for heads, d in ((2, 8), (3, 20), (2, 64), (4, 128), (1, 128), (5, 10))),
+    *((4, 2, 24), (8, 2, 32), (6, 1, 80), (7, 1, 64), (16, 2, 96), (14, 2, 128), (3, 1, 10)),
 ]
+"""Heads of queries, heads of keys, and their size."""
+CACHES = [(kind, *heads) for kind in ("fp32", "fp16", "int8") for heads in HEADS]
 
 
-@pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
-def test_cache(cache_backend, kind, heads, d):
+@pytest.mark.parametrize(("kind", "heads", "kv_heads", "d"), CACHES)
+def test_cache(cache_backend, kind, heads, kv_heads, d):
     """Prompt, decode, prompt again, grow, shrink: rotated queries and attention after each step."""
     backend = cache_backend
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
@@ -270,15 +271,20 @@ def test_cache(cache_backend, kind, heads, d):
     rope, logn = values(rng, 2 * capacity, d), 1 + rng.random(2 * capacity).astype(np.float32)
     steps = (7, 1, 1, 150, 40, 1, 17)
     # numbers that fp16 holds: of others, every backend would quantise slightly different ones
-    qkvs = [values(rng, tokens, 3 * heads * d).astype(np.float16).astype(np.float32) for tokens in steps]
+    qkvs = [values(rng, tokens, (heads + 2 * kv_heads) * d).astype(np.float16).astype(np.float32) for tokens in steps]
+    weights = 1 + values(rng, 2, d) / 4
     results = []
     for ops in (ReferenceOps(), backend):
-        cache, position, seen = ops.kv_cache(2, heads, d, capacity, kind), 0, []
+        cache, position, seen = ops.kv_cache(2, kv_heads, d, capacity, kind), 0, []
+        options = {"logn": ops.upload(logn)}
+        if heads != kv_heads:  # as the families are
+            norms = [Norm(ops.upload(weight), None, 1e-6) for weight in weights]
+            options = {"logn": None, "q_norm": norms[0], "k_norm": norms[1]}
         for qkv in qkvs:
             tokens = len(qkv)
             start, array = ops.upload(np.array([position], np.int32)), ops.upload(qkv.astype(ops.activation_dtype))
             out = ops.upload(np.full((tokens, heads * d), np.nan, ops.activation_dtype))
-            ops.rope_append(array, ops.upload(rope), ops.upload(logn), cache, layer, start)
+            ops.rope_append(array, rope=ops.upload(rope), cache=cache, layer=layer, start=start, **options)
             ops.cached_attention(array, cache, layer, start, out=out)
             seen.append((ops.download(array)[:, : heads * d], ops.download(out)))
             position += tokens
@@ -291,18 +297,18 @@ def test_cache(cache_backend, kind, heads, d):
         assert np.linalg.norm(got - want) <= limits[SOFTMAX] * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
-def test_a_saved_cache_comes_back(backend, kind, heads, d):
+@pytest.mark.parametrize(("kind", "heads", "kv_heads", "d"), CACHES)
+def test_a_saved_cache_comes_back(backend, kind, heads, kv_heads, d):
     """Into a cache of another capacity, at a length off every block; what it does not have room for is refused."""
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
         pytest.skip("no float32 cache")
     rng, length, ops = random(f"saved-{kind}-{heads}-{d}"), 37, backend
-    cache, other = (ops.kv_cache(2, heads, d, capacity, kind) for capacity in (80, 300))
-    rope, logn = ops.upload(values(rng, 300, d)), ops.upload(np.ones(300, np.float32))
-    past, now = (ops.upload(values(rng, n, 3 * heads * d).astype(ops.activation_dtype)) for n in (length + 4, 3))
+    cache, other = (ops.kv_cache(2, kv_heads, d, capacity, kind) for capacity in (80, 300))
+    rope, width = ops.upload(values(rng, 300, d)), (heads + 2 * kv_heads) * d
+    past, now = (ops.upload(values(rng, n, width).astype(ops.activation_dtype)) for n in (length + 4, 3))
     outs = [ops.upload(np.full((3, heads * d), np.nan, ops.activation_dtype)) for _ in range(2)]
     for layer in range(2):
-        ops.rope_append(past, rope, logn, cache, layer, ops.upload(np.zeros(1, np.int32)))
+        ops.rope_append(past, rope=rope, logn=None, cache=cache, layer=layer, start=ops.upload(np.zeros(1, np.int32)))
     for layer in range(2):
         saved = [array.copy() for array in cache.saved(layer, length)]
         other.restore(layer, length, saved)
@@ -311,11 +317,11 @@ def test_a_saved_cache_comes_back(backend, kind, heads, d):
     start = ops.upload(np.array([length], np.int32))
     for store, out in zip((cache, other), outs):
         fresh = ops.upload(ops.download(now))
-        ops.rope_append(fresh, rope, logn, store, 1, start)
+        ops.rope_append(fresh, rope=rope, logn=None, cache=store, layer=1, start=start)
         ops.cached_attention(fresh, store, 1, start, out=out)
     assert np.array_equal(*map(ops.download, outs))
     for wrong in (saved[:-1], [*saved, saved[0]], [a[:1] for a in saved], [a.astype(np.float64) for a in saved]):
-        if heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
+        if kv_heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
             with pytest.raises(ValueError, match="not of this cache"):
                 other.restore(0, length, wrong)
     with pytest.raises(ValueError, match="not of this cache"):

@@ -231,10 +231,11 @@ def block_attention(args, thread, threads):
     """Attention of every query, over all keys or (`start`, the address of the first query's position) the past.
 
     Queries and `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart; else
-    `depth` and `width` are the cache's. `length` counts the keys, or the cache's capacity.
+    `depth` and `width` are the cache's. `group` heads in turn share one of keys. `length` counts the keys, or the
+    cache's capacity.
     """
-    (counters, q, q_row, q_head, queries, heads, d, kind, keys, values, key_scales, value_scales, depth, width, length,
-     start, out, factor, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
+    (counters, q, q_row, q_head, queries, heads, group, d, kind, keys, values, key_scales, value_scales, depth, width,
+     length, start, out, factor, scratch, scratch_bytes) = unpack(args, 21)  # fmt: skip
     scratch += thread * scratch_bytes
     blocks = (queries + QUERIES - 1) // QUERIES
     for turn in range(threads):
@@ -251,8 +252,8 @@ def block_attention(args, thread, threads):
                   totals)  # fmt: skip
             for first in range(0, end_key, KEYS):
                 held = min(KEYS, end_key - first)
-                hold(kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d,
-                     held_keys, held_values)  # fmt: skip
+                hold(kind, keys, values, key_scales, value_scales, depth, width, length, head // group, first,
+                     held, d, held_keys, held_values)  # fmt: skip
                 attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
             end(totals, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, blocks * heads, 1)

@@ -56,12 +56,14 @@ def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
     return activations == "int8" or (activations == "auto" and w.n * w.k >= SMALL)
 
 
-def attends_alone(cache: CpuCache, rows: int, activations: str) -> bool:
-    """Whether so many queries go over the cache by `cached`, which is the fastest for a few and adds up otherwise.
+def attends_alone(width: int, rows: int, activations: str) -> bool:
+    """Whether so many queries, `width` columns of all heads, go over the cache by a kernel for a few.
+
+    Those are the fastest, and add up otherwise than `attention_prefill`.
 
     Where products are exact `cached_attention` is taken always, so that a row's result is the same among any others.
     """
-    exact = activations == "int16" or (activations == "auto" and cache.heads * cache.head_dim < SMALL_WIDTH)
+    exact = activations == "int16" or (activations == "auto" and width < SMALL_WIDTH)
     return rows <= FEW and not exact
 
 
@@ -130,19 +132,77 @@ def cached_attention(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
     """`Ops.cached_attention`, of one query as among many; `factor`: what turns q . k into a power of two, as a word."""
-    d = cache.head_dim
+    d, group = cache.head_dim, out.shape[1] // (cache.kv_heads * cache.head_dim)
+    if len(qkv) == 1 and group > 1:
+        group_attention(to, qkv, cache, layer, start, out, factor, 1)
+        return
     scratch = _attention_scratch(to, d, tiles.attention_scratch_bytes(d))
     if len(qkv) == 1:
         to.add(
-            f"row_attention_{cache.dtype}", to.counters, address(qkv), cache.heads, d, *cache.addresses(layer),
+            f"row_attention_{cache.dtype}", to.counters, address(qkv), cache.kv_heads, d, *cache.addresses(layer),
             cache.depth, cache.width, cache.padded, address(start), address(out), factor, *scratch,
         )  # fmt: skip
         return
     to.add(
-        "block_attention", to.counters, address(qkv), 3 * cache.heads * d, d, len(qkv), cache.heads, d,
+        "block_attention", to.counters, address(qkv), qkv.shape[1], d, len(qkv), cache.kv_heads * group, group, d,
         CACHE_KINDS[cache.dtype], *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start),
         address(out), factor, *scratch,
     )  # fmt: skip
+
+
+def attention_of_a_few(
+    to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
+) -> None:
+    """`Ops.cached_attention` where `attends_alone` holds: positions are split among threads that would be idle."""
+    d, heads = cache.head_dim, out.shape[1] // cache.head_dim
+    splits = _splits(cache.kv_heads, to.threads)
+    if heads != cache.kv_heads:
+        partial = group_attention(to, qkv, cache, layer, start, out, factor, splits)
+    else:
+        partial, vectors = _partial(to, len(qkv) * heads, splits, cache.width), 8 if cache.width == 128 else 1
+        to.add(
+            f"attention_{cache.dtype}_{16 * vectors}", to.counters, address(qkv), len(qkv), heads, d, address(start),
+            *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits, address(out), factor, partial,
+            to.memory("attend", 16384 * to.threads),
+        )  # fmt: skip
+    if splits > 1:
+        to.add("attention_merge", partial, len(qkv) * heads, splits, cache.width, d, address(out))
+
+
+def group_attention(
+    to: Recorder,
+    qkv: np.ndarray,
+    cache: CpuCache,
+    layer: int,
+    start: np.ndarray,
+    out: np.ndarray,
+    factor: int,
+    splits: int,
+) -> int:
+    """Add the kernel for groups; returns where it leaves its partial sums, if there are `splits`."""
+    d, heads = cache.head_dim, out.shape[1] // cache.head_dim
+    group, partial = heads // cache.kv_heads, _partial(to, len(qkv) * heads, splits, cache.width)
+    scratch = _attention_scratch(to, d, tiles.group_attention_scratch_bytes(d, group))
+    to.add(
+        f"group_attention_{cache.dtype}", to.counters, address(qkv), len(qkv), cache.kv_heads, group, d,
+        *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start), splits, address(out), factor,
+        partial, *scratch,
+    )  # fmt: skip
+    return partial
+
+
+def _splits(kv_heads: int, threads: int) -> int:
+    """Parts the positions of each query and head are cut into, so that no thread waits long for another.
+
+    They do not depend on how many queries there are: each is added up as it would be alone.
+    """
+    if kv_heads % threads == 0 or kv_heads >= 8 * threads:
+        return 1
+    return -(-4 * threads // kv_heads)
+
+
+def _partial(to: Recorder, items: int, splits: int, width: int) -> int:
+    return to.memory("partial", items * splits * 4 * (width + 16)) if splits > 1 else 0
 
 
 def full_attention(
@@ -170,7 +230,7 @@ def full_attention(
         )  # fmt: skip
         return
     to.add(
-        "block_attention", to.counters, q, q_row, q_head, queries, heads, d, ROWS_KIND, k, v, 0, 0, k_row, k_head,
+        "block_attention", to.counters, q, q_row, q_head, queries, heads, 1, d, ROWS_KIND, k, v, 0, 0, k_row, k_head,
         keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
     )  # fmt: skip
 

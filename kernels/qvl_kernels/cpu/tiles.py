@@ -12,6 +12,8 @@ FLOAT_TOKENS = 6
 """Queries in a tile of attention in float32."""
 PAIR_TOKENS, PAIR_QUERIES = 6, 1056
 """Queries in a tile, and in a task, of attention in 16-bit integers."""
+LINES = 4
+"""Heads of a group that share each key and value in `attention_group`."""
 QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
@@ -37,6 +39,11 @@ def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
     padded = _up(head_dim, 16)
     return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
+
+
+def group_attention_scratch_bytes(head_dim: int, group: int) -> int:
+    """Scratch memory a thread needs for ``attention_group``."""
+    return 4 * _up(group, LINES) * (2 * KEYS + _up(head_dim, 16) + 2) + 64
 
 
 def int16_attention_scratch_bytes(head_dim: int) -> int:

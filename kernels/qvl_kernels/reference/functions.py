@@ -53,6 +53,12 @@ ACTIVATIONS = {"gelu": erf_gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gel
 """By the names of `qvl_kernels.ops.Activation`."""
 
 
+def rotate(x: np.ndarray, rope: np.ndarray) -> np.ndarray:
+    """Half-split rotation of ``[..., T, d]``; rope ``[T, d]`` holds cos in its first half and sin in its second."""
+    (a, b), (cos, sin) = np.split(x, 2, axis=-1), np.split(rope, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
     """Softmax attention of each head.
 

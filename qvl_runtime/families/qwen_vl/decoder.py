@@ -47,7 +47,9 @@ class Block:
         """Run over ``work.x`` in place, appending to `context`."""
         layer = context.layer(index)
         ops.linear(work.x, self.c_attn, out=work.qkv, norm=self.ln_1)
-        ops.rope_append(work.qkv, context.rope, context.logn, context.store, layer, context.start)
+        ops.rope_append(
+            work.qkv, rope=context.rope, logn=context.logn, cache=context.store, layer=layer, start=context.start
+        )
         ops.cached_attention(work.qkv, context.store, layer, context.start, out=work.attended)
         ops.linear(work.attended, self.attn_proj, out=work.x, residual=work.x)
         ops.gate_up(work.x, self.w2, self.w1, out=work.hidden, norm=self.ln_2)
