@@ -16,7 +16,7 @@ import numpy as np
 from gpu_bench import common
 from gpu_bench.common import table
 from qvl_kernels.gpu import CudaOps, signatures
-from qvl_kernels.gpu.loader import Bundle
+from qvl_kernels.gpu.bundle import Bundle
 from qvl_kernels.ops import DeviceError, Norm
 from qvl_kernels.reference import ReferenceOps
 
