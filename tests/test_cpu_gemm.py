@@ -323,6 +323,32 @@ def test_a_zero_query_gives_the_mean(cpu, rng, monkeypatch, kernel, patches):
         assert error(row, mean) < ATTENTIONS[kernel]
 
 
+@pytest.mark.parametrize("kernel", ATTENTIONS)
+@pytest.mark.parametrize("d", [24, 64, 72, 80])
+def test_rotated_patches_of_segments(cpu, rng, monkeypatch, kernel, d):
+    """Windows and whole pictures of any length, each alone and rotated, by both kernels."""
+    heads, segments = 2, [0, 64, 128, 128, 132, 700, 1300]
+    qkv, angles = normal(rng, 1300, heads * 3 * d), rng.uniform(0, 7, (1300, d // 2))
+    rope = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    out, want = poisoned(1300, heads * d), poisoned(1300, heads * d)
+    monkeypatch.setattr(batched, "PAIRS", True)
+    ops = cpu["int8" if kernel == "int16" else "int16"]
+    ops.vision_attention(qkv, heads, out=out, rope=rope, segments=segments)
+    REFERENCE.vision_attention(qkv, heads, out=want, rope=rope, segments=segments)
+    assert error(out, want) < ATTENTIONS[kernel]
+    captured = poisoned(1300, heads * d)
+    replay = ops.capture(lambda: ops.vision_attention(qkv, heads, out=captured, rope=rope, segments=list(segments)))
+    replay()
+    assert np.array_equal(captured, out)
+
+
+@pytest.mark.parametrize("segments", [[0], [0, 5], [1, 9], [0, 7, 3, 9], [[0, 9]]])
+def test_segments_that_do_not_fit(cpu, segments):
+    for ops in (cpu["int16"], REFERENCE):
+        with pytest.raises(ValueError, match="segments"):
+            ops.vision_attention(np.zeros((9, 48), np.float32), 2, out=poisoned(9, 16), segments=segments)
+
+
 @pytest.mark.parametrize("activations", LIMIT)
 @pytest.mark.parametrize("queries,keys", [(1, 1), (19, 70), (256, 300)])
 def test_cross_attention(cpu, rng, activations, queries, keys):

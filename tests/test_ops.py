@@ -154,6 +154,46 @@ def products() -> Iterator[Case]:
                 yield Case(f"{label}-outlier", OUTLIER, {"act_x": outlier}, (m, n), linear, "activation")
 
 
+def awkward_widths() -> Iterator[Case]:
+    """Inner widths of vision towers that are no multiple of a group, with biases, and every activation."""
+    for bits, group in ((4, 128), (8, 128), (8, 64), (16, 128)):
+        for m, width in ((3, 3420), (20, 3420), (20, 4304)):
+            rng = random(f"{bits}{m}{width}")
+            down, ups = matrix(rng, 40, width, bits, group), [matrix(rng, width, 96, bits, group) for _ in range(2)]
+
+            def linear(ops, a, out, w=down):
+                ops.linear(a["act_x"], ops.weight(w), out=out, residual=a["residual"])
+
+            def gate_up(ops, a, out, ups=ups):
+                ops.gate_up(a["x"], *map(ops.weight, ups), out=out, norm=make_norm(a))
+
+            label, narrow = f"w{bits}g{group}-{m}x{width}", values(rng, m, 96)
+            inputs = {"act_x": values(rng, m, width), "residual": values(rng, m, 40)}
+            yield Case(f"down-{label}", PRODUCT, inputs, (m, 40), linear)
+            inputs = {"x": narrow, "norm_weight": values(rng, 96)}
+            yield Case(f"gate-up-{label}", PRODUCT, inputs, (m, width), gate_up, "activation")
+            for activation in ("gelu_tanh", "quick_gelu"):
+
+                def activated(ops, a, out, w=ups[0], activation=activation):
+                    ops.linear(a["act_x"], ops.weight(w), out=out, activation=activation)
+
+                yield Case(f"{activation}-{label}", PRODUCT, {"act_x": narrow}, (m, width), activated, "activation")
+
+
+def tied_heads() -> Iterator[Case]:
+    """One weight that is a table for `embed` and a matrix for `linear`."""
+    for bits in (4, 8, 16):
+        rng = random(f"{bits}tied")
+        table, ids = matrix(rng, 70, 200, bits, bias=False), rng.integers(0, 70, 5).astype(np.int32)
+
+        def tied(ops, a, out, w=table, ids=ids):
+            weight, rows = ops.weight(w), ops.empty((len(ids), 200))
+            ops.embed(ops.upload(ids), weight, out=rows)
+            ops.linear(rows, weight, out=out, norm=make_norm(a))
+
+        yield Case(f"tied-w{bits}", PRODUCT, {"norm_weight": values(rng, 200)}, (5, 70), tied)
+
+
 def tables() -> Iterator[Case]:
     for bits, group, zeros, perm in KINDS:
         label = f"embed-w{bits}g{group}{'z' * zeros}{'p' * perm}"
@@ -219,7 +259,55 @@ def full_attention() -> Iterator[Case]:
         yield Case(f"cross-large-{label}", OUTLIER, large, (7, heads * d), cross, "activation")
 
 
-CASES = [*products(), *tables(), *elementwise(), *choosing(), *full_attention()]
+def segmented_attention() -> Iterator[Case]:
+    """Rotated patches of one picture, in ragged windows, or of several pictures."""
+    for heads, d, segments in (
+        (2, 24, [0, 20]),
+        (3, 32, [0, 4, 12, 12, 60]),
+        (2, 64, [0, 256, 300, 364]),
+        (1, 72, [0, 300]),
+        (2, 80, [0, 64, 128, 144, 160, 196]),
+    ):
+        rng, rows = random(f"{heads}{d}segments"), segments[-1]
+        angles = rng.uniform(0, 2 * np.pi, (rows, d // 2))
+        inputs = {
+            "act_qkv": values(rng, rows, heads * 3 * d),
+            "rope": np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32),
+        }
+
+        def attend(ops, a, out, heads=heads, segments=segments):
+            ops.vision_attention(a["act_qkv"], heads, out=out, rope=a["rope"], segments=segments)
+
+        def unrotated(ops, a, out, heads=heads, segments=segments):
+            ops.vision_attention(a["act_qkv"], heads, out=out, segments=np.array(segments, np.int32))
+
+        shape, label = (rows, heads * d), f"{heads}x{d}-{len(segments) - 1}"
+        yield Case(f"vision-rope-segments-{label}", SOFTMAX, inputs, shape, attend, "activation")
+        yield Case(f"vision-segments-{label}", SOFTMAX, inputs, shape, unrotated, "activation")
+
+
+def gathering() -> Iterator[Case]:
+    for rows, n, k in ((5, 9, 100), (1, 1, 16), (40, 40, 33)):
+        rng = random(f"{rows}gather")
+        index = rng.integers(0, rows, n).astype(np.int32)
+
+        def gather(ops, a, out, index=index):
+            ops.gather(a["x"], ops.upload(index), out=out)
+
+        yield Case(f"gather-{rows}-{n}x{k}", EXACT, {"x": values(rng, rows, k)}, (n, k), gather)
+
+
+CASES = [
+    *products(),
+    *awkward_widths(),
+    *tables(),
+    *tied_heads(),
+    *elementwise(),
+    *gathering(),
+    *choosing(),
+    *full_attention(),
+    *segmented_attention(),
+]
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -85,6 +85,19 @@ def query_heads(width: int, cache: KVCache) -> int:
     return heads
 
 
+def check_segments(segments: Sequence[int], rows: int) -> None:
+    """Refuse boundaries of segments that do not go from 0 to `rows` without a step back.
+
+    Raises
+    ------
+    ValueError
+        If they do not.
+    """
+    bounds = np.asarray(segments)
+    if bounds.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != rows or (np.diff(bounds) < 0).any():
+        raise ValueError(f"segments: expected boundaries from 0 to {rows} that do not decrease")
+
+
 def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     """`arrays`, if they are of these shapes and types: what `KVCache.restore` checks first.
 
@@ -171,9 +184,34 @@ class Ops(Protocol):
     def add(self, x: Array, y: Array, *, out: Array) -> None:
         """``out = x + y``, all of one shape."""
 
+    def gather(self, x: Array, index: Array, *, out: Array) -> None:
+        """``out[i] = x[index[i]]``: float32 rows; index int32, each below the rows of x."""
+
     # attention; scores are scaled by 1/sqrt(head_dim) and accumulated in float32
-    def vision_attention(self, qkv: Array, heads: int, *, out: Array) -> None:
-        """Full self-attention. qkv [P, heads * 3 * d], each head's q, k, v side by side; out [P, heads * d]."""
+    def vision_attention(
+        self,
+        qkv: Array,
+        heads: int,
+        *,
+        out: Array,
+        rope: Array | None = None,
+        segments: Sequence[int] | None = None,
+    ) -> None:
+        """Self-attention of patches.
+
+        Parameters
+        ----------
+        qkv : Array
+            ``[P, heads * 3 * d]``, each head's q, k, v side by side.
+        out : Array
+            ``[P, heads * d]``.
+        rope : Array, optional
+            float32 ``[P, d]``: cos in the first half of a row, sin in the second, for a half-split rotation of q and
+            k over the whole head, in float32.
+        segments : sequence of int, optional
+            0 ... P, not decreasing, on the host: row i attends to the rows between the two boundaries it lies
+            between. By default to all.
+        """
 
     def cross_attention(self, q: Array, k: Array, v: Array, heads: int, *, out: Array) -> None:
         """Full attention of q [Q, heads * d] over k, v [P, heads * d]; out [Q, heads * d]."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -143,10 +145,13 @@ def cached_attention(
             cache.depth, cache.width, cache.padded, address(start), address(out), factor, *scratch,
         )  # fmt: skip
         return
+    # The longest first, so that no thread is left with one at the end.
+    blocks = query_blocks([0, len(qkv)], lambda queries: tiles.QUERIES)[::-1].copy()
+    to.program.keep(blocks)
     to.add(
-        "block_attention", to.counters, address(qkv), qkv.shape[1], d, len(qkv), cache.kv_heads * group, group, d,
-        CACHE_KINDS[cache.dtype], *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start),
-        address(out), factor, *scratch,
+        "block_attention", to.counters, address(qkv), qkv.shape[1], d, address(blocks), len(blocks),
+        cache.kv_heads * group, group, d, CACHE_KINDS[cache.dtype], *cache.addresses(layer), 0, cache.depth,
+        cache.width, cache.padded, address(start), address(out), factor, *scratch,
     )  # fmt: skip
 
 
@@ -205,6 +210,18 @@ def _partial(to: Recorder, items: int, splits: int, width: int) -> int:
     return to.memory("partial", items * splits * 4 * (width + 16)) if splits > 1 else 0
 
 
+def query_blocks(segments: Sequence[int], most: Callable[[int], int]) -> np.ndarray:
+    """Blocks of rows that attend together, int32 ``[blocks, 4]``: first row, rows, first key, end of the keys.
+
+    `segments`: where they begin, and the end; `most`: rows of a block, for the rows of a segment.
+    """
+    blocks = []
+    for begin, end in itertools.pairwise(map(int, segments)):
+        step = most(end - begin)
+        blocks += [(row, min(step, end - row), begin, end) for row in range(begin, end, step)]
+    return np.array(blocks, np.int32).reshape(-1, 4)
+
+
 def full_attention(
     to: Recorder,
     query: tuple[int, int, int, int],
@@ -214,25 +231,42 @@ def full_attention(
     out: np.ndarray,
     factor: int,
     activations: str,
+    *,
+    rope: np.ndarray | None = None,
+    segments: Sequence[int] | None = None,
 ) -> None:
-    """Every query over every key, in float32 or (unless `activations` is "int16") 16-bit integers.
+    """Every query over every key (of its segment), in float32 or (unless `activations` is "int16") 16-bit integers.
 
     `query`: address, float32 in a row, float32 from head to head, rows; `key`: addresses of keys and of values, then
     the same.
     """
     q, q_row, q_head, queries = query
     k, v, k_row, k_head, keys = key
-    if PAIRS and (activations == "int8" or (activations == "auto" and keys * heads * d >= SMALL)):
+    pairs = PAIRS and (activations == "int8" or (activations == "auto" and keys * heads * d >= SMALL))
+    most = functools.partial(_paired_queries, heads, to.threads) if pairs else lambda queries: tiles.QUERIES
+    blocks = query_blocks([0, queries] if segments is None else segments, most)
+    if segments is None:
+        blocks[:, 3] = keys
+    to.program.keep(blocks, rope)
+    work = address(blocks), len(blocks), heads
+    if pairs:
         nbytes = tiles.int16_attention_scratch_bytes(d)
         to.add(
-            "block_attention_int16", to.counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, keys,
+            "block_attention_int16", to.counters, q, q_row, q_head, *work, d, k, v, address(rope), k_row, k_head,
             address(out), factor, *_attention_scratch(to, d, nbytes),
         )  # fmt: skip
         return
     to.add(
-        "block_attention", to.counters, q, q_row, q_head, queries, heads, 1, d, ROWS_KIND, k, v, 0, 0, k_row, k_head,
-        keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
+        "block_attention", to.counters, q, q_row, q_head, *work, 1, d, ROWS_KIND, k, v, 0, 0, address(rope), k_row,
+        k_head, keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
     )  # fmt: skip
+
+
+def _paired_queries(heads: int, threads: int, queries: int) -> int:
+    """Of a block: many, since each brings the keys and values into form anew, but enough blocks for all threads."""
+    blocks = max(-(-queries // tiles.PAIR_QUERIES), -(-4 * threads // heads))
+    whole_tiles = -(-queries // tiles.PAIR_TOKENS)
+    return max(1, -(-whole_tiles // blocks)) * tiles.PAIR_TOKENS
 
 
 def _attention_scratch(to: Recorder, d: int, nbytes: int) -> tuple[int, int]:

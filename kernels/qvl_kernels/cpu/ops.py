@@ -13,7 +13,7 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
-from qvl_kernels.ops import Norm, query_heads
+from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 ACTIVATIONS = ("auto", "int16", "int8")
@@ -184,7 +184,7 @@ class CpuOps:
             source, parameters = target, (0, 0, 0)
         if w.perm:
             target = self._memory(program, "gathered", 4 * rows * k)
-            program.add("gather", source, rows, k, w.perm, target)
+            program.add("gather_columns", source, rows, k, w.perm, target)
             source = target
         if w.bits == 16:
             return (source,)
@@ -229,17 +229,31 @@ class CpuOps:
             program.keep(x, y, out)
             program.add("add", address(x), address(y), address(out), x.size)
 
+    def gather(self, x, index, *, out):
+        check("index", index, I32, (None,))
+        check("x", x, F32, (None, None))
+        check("out", out, F32, (len(index), x.shape[1]))
+        with self._program() as program:
+            program.keep(x, index, out)
+            program.add("gather_rows", address(x), *x.shape, address(index), len(index), address(out))
+
     # ---------------------------------------------------------------------------------------------- attention
-    def vision_attention(self, qkv, heads, *, out):
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
         check("qkv", qkv, F32, (None, None))
         d = qkv.shape[1] // (3 * heads)
         check("qkv", qkv, F32, (len(qkv), heads * 3 * d))
         check("out", out, F32, (len(qkv), heads * d))
+        if rope is not None:
+            check("rope", rope, F32, (len(qkv), d))
+            if d % 2:
+                raise ValueError(f"a rotation of heads of {d}, which is odd")
+        if segments is not None:
+            check_segments(segments, len(qkv))
         with self._program() as program:
             program.keep(qkv, out)
             base, row, head = address(qkv), heads * 3 * d, 3 * d
-            key = base + 4 * d, base + 8 * d, row, head, len(qkv)
-            self._attend(program, (base, row, head, len(qkv)), key, heads, d, out)
+            query, key = (base, row, head, len(qkv)), (base + 4 * d, base + 8 * d, row, head, len(qkv))
+            self._attend(program, query, key, heads, d, out, rope=rope, segments=segments)
 
     def cross_attention(self, q, k, v, heads, *, out):
         check("q", q, F32, (None, None))
@@ -253,8 +267,9 @@ class CpuOps:
             key = address(k), address(v), width, d, len(k)
             self._attend(program, (address(q), width, d, len(q)), key, heads, d, out)
 
-    def _attend(self, program, query, key, heads, d, out) -> None:
-        batched.full_attention(self._recorder(program), query, key, heads, d, out, _softmax_scale(d), self.activations)
+    def _attend(self, program, query, key, heads, d, out, **options) -> None:
+        recorder, factor = self._recorder(program), _softmax_scale(d)
+        batched.full_attention(recorder, query, key, heads, d, out, factor, self.activations, **options)
 
     def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
         heads, d = self._check_cached(qkv, cache, start), cache.head_dim

@@ -38,7 +38,7 @@ def gemm_scratch_bytes(k: int) -> int:
 def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
     padded = _up(head_dim, 16)
-    return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
+    return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS) + 16 * padded)
 
 
 def group_attention_scratch_bytes(head_dim: int, group: int) -> int:
@@ -51,4 +51,4 @@ def int16_attention_scratch_bytes(head_dim: int) -> int:
     padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
     a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
     held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * a_key
-    return 4 * (held + 2 * padded + 16 + 16 * pairs + 64)
+    return 4 * (held + 3 * padded + 16 + 16 * pairs + 64)

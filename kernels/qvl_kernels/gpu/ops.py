@@ -199,7 +199,9 @@ class CudaOps:
 
     # attention
 
-    def vision_attention(self, qkv, heads, *, out):
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
+        if rope is not None or segments is not None:
+            raise DeviceError("the GPU kernels have no rotation and segments of patches yet: use the CPU")
         rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
         if 2 * d % ALIGNMENT:
             self._attention(self._parts(qkv, heads, d), rows, rows, heads, 1, d, out)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qvl_kernels.ops import Norm, query_heads, restored
+from qvl_kernels.ops import Norm, check_segments, query_heads, restored
 from qvl_kernels.packing import Matrix
 from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, rotate, silu
 
@@ -108,9 +109,18 @@ class ReferenceOps:
     def add(self, x, y, *, out):
         out[...] = x + y
 
-    def vision_attention(self, qkv, heads, *, out):
+    def gather(self, x, index, *, out):
+        out[...] = x[index]
+
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
+        segments = [0, len(qkv)] if segments is None else segments
+        check_segments(segments, len(qkv))
         q, k, v = qkv.reshape(len(qkv), heads, 3, -1).transpose(2, 1, 0, 3)
-        out[...] = attention(q, k, v).reshape(out.shape)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        for begin, end in itertools.pairwise(segments):
+            part = attention(q[:, begin:end], k[:, begin:end], v[:, begin:end])
+            out[begin:end] = part.reshape(end - begin, out.shape[1])
 
     def cross_attention(self, q, k, v, heads, *, out):
         q, k, v = (a.reshape(len(a), heads, -1).swapaxes(0, 1) for a in (q, k, v))

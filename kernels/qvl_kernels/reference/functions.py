@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+QUERIES = 1024
+"""Queries whose scores are held at once."""
 
 
 def erf_gelu(x: np.ndarray) -> np.ndarray:
@@ -77,12 +82,13 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray |
         float32 ``[T, heads, d]``.
     """
     out = np.empty((q.shape[1], q.shape[0], q.shape[2]), np.float32)
-    for head in range(len(q)):
-        scores = (q[head] @ k[head].T) / np.float32(math.sqrt(q.shape[2]))
+    for head, first in itertools.product(range(len(q)), range(0, q.shape[1], QUERIES)):
+        rows = slice(first, first + QUERIES)
+        scores = (q[head, rows] @ k[head].T) / np.float32(math.sqrt(q.shape[2]))
         if visible is not None:
-            scores = np.where(visible, scores, -np.inf)
+            scores = np.where(visible[rows], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = (weights @ v[head]) / weights.sum(-1, keepdims=True)
+        out[rows, head] = (weights @ v[head]) / weights.sum(-1, keepdims=True)
     return out
 
 
