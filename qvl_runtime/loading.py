@@ -74,6 +74,8 @@ def load(
         if value < 0:
             raise QvlError(f"{name} is {value}; expected 0 or more")
     blob = Blob(path)
+    if context is not None and context > blob.config.max_position_embeddings:
+        raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
     if check:
         blob.check()
     ops = make_ops(device, activations, progress)
