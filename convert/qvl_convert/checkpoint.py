@@ -15,6 +15,7 @@ from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.config import GenerationConfig, ModelConfig
 from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
+from qvl_runtime.file.blob import MAX_RANKS
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import as_path, open_regular, read_regular, shown
 from qvl_runtime.file.tensorfile import Entry, TensorFile
@@ -24,8 +25,6 @@ FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat1
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 # Buffers that some published checkpoints carry and that this runtime computes by itself.
 BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
-# Six times Qwen's.
-MAX_RANKS = 16 << 20
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

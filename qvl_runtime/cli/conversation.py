@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import size
 from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
@@ -33,7 +34,6 @@ SAMPLING: dict[str, Callable[[str], Any]] = {
     "seed": int,
 }
 SETTINGS = {**SAMPLING, "max_new_tokens": int}
-FORMAT = "qvl conversation 1"
 
 
 class Conversation:
@@ -220,18 +220,7 @@ class Conversation:
         if not rest:
             raise QvlError("/load needs the name of a file that /save made")
         path = user_path(_unquoted(rest))
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] != FORMAT:
-                raise ValueError
-            history = [(query, answer) for query, answer in document["history"]]
-            settings = {name: SETTINGS[name](value) for name, value in document["settings"].items()}
-            system = str(document["system"])
-        except OSError as error:
-            raise QvlError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            raise QvlError(f"{path}: is no conversation saved with /save") from None
-        self.history, self.settings, self.system = history, settings, system
+        self.system, self.settings, self.history = read_saved(path, SETTINGS)
         self._boxes, self._waiting, self._left_out = [], [], 0
         self._tell_loaded(path)
         if _past(path).exists():

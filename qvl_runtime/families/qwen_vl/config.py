@@ -19,7 +19,7 @@ def _take(data: Mapping[str, Any], key: str, kind: type, where: str, default: An
     if value is None:
         raise QvlError(f"{where}: '{key}' is missing; is this a Qwen-VL or Qwen-7B config?")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1023 else math.inf
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise QvlError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}")
     if kind is float and not math.isfinite(value):
