@@ -114,6 +114,19 @@ def test_options_of_gptq_are_refused_without_it(qvl, tmp_path):
     fails(qvl("convert", BIN, tmp_path / "x.qvl", "--spill"), "spill", "gptq")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
+def test_a_git_lfs_pointer_is_named_as_such(qvl, tmp_path, name):
+    (folder := tmp_path / "clone").mkdir()
+    for file in (GOLDEN / "ckpt/tiny-vl").iterdir():
+        (folder / file.name).symlink_to(file)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    pointer = folder / (next(iter(index.values())) if name == "model.safetensors" else name)
+    pointer.unlink()
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    fails(qvl("convert", folder, tmp_path / "x.qvl"), pointer.name, "Git-LFS pointer", "git lfs pull")
+    fails(qvl("info", pointer), pointer.name, "Git-LFS pointer")
+
+
 def test_a_folder_without_permission_is_one_line(qvl, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x.qvl"))

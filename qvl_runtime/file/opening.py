@@ -11,6 +11,8 @@ from qvl_runtime.errors import QvlError
 
 # A pipe without a writer would block in open(), and a terminal could become this process's own.
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+# What a clone without Git-LFS has in the place of each large file.
+LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -35,7 +37,7 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
     Raises
     ------
     QvlError
-        Nothing there, no permission, a folder, pipe, socket or device, or a file above `limit`.
+        Nothing there, no permission, a folder, pipe, socket or device, a file above `limit`, or a Git-LFS pointer.
     """
     name = as_path(path)
     try:
@@ -51,6 +53,10 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
             raise QvlError(f"{shown(path)}: cannot be read (it is {kind}, not a regular file); {remedy}")
         if limit is not None and status.st_size > limit:
             raise _too_large(path, limit, remedy)
+        if status.st_size <= LFS_POINTER_BYTES:
+            if os.read(descriptor, len(LFS_POINTER)) == LFS_POINTER:
+                raise QvlError(f"{shown(path)}: is a Git-LFS pointer, not the file; fetch that with `git lfs pull`")
+            os.lseek(descriptor, 0, os.SEEK_SET)
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
