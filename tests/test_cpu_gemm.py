@@ -60,6 +60,11 @@ def rounded(x: np.ndarray, activations: str, span: int) -> np.ndarray:
     return (np.rint(spans / np.where(scale == 0, 1, scale)) * scale).reshape(rows, -1)[:, :k]
 
 
+def span(activations: str, rows: int, bits: int, group: int) -> int:
+    """Columns of activations with one scale."""
+    return 128 if activations == "int16" or rows <= 16 or (bits, group) == (8, 128) else 32
+
+
 @pytest.mark.parametrize("activations", LIMIT)
 @pytest.mark.parametrize("rows,n,k", [(17, 5, 7), (18, 32, 128), (25, 33, 130), (31, 70, 333), (97, 64, 256)])
 @pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)])
@@ -69,8 +74,8 @@ def test_quantised_product_is_that_of_rounded_activations(cpu, rng, activations,
     w = matrix(rng, n, k, bits, group, asymmetric=asymmetric)
     out, want = poisoned(rows, n), poisoned(rows, n)
     cpu[activations].linear(x, cpu[activations].weight(w), out=out)
-    span = 128 if activations == "int16" or (bits, group) == (8, 128) else 32
-    REFERENCE.linear(rounded(x, activations, span), w, out=want)
+    columns = span(activations, rows, bits, group)
+    REFERENCE.linear(rounded(x, activations, columns), w, out=want)
     # A value half-way between two integers may be rounded the other way.
     assert error(out, want) < (2e-3 if activations == "int8" else 2e-5)
     REFERENCE.linear(x, w, out=want)
@@ -155,19 +160,56 @@ def test_an_activation_alone(cpu, rows, activation):
     np.testing.assert_allclose(out[0, :6], [0, 0, 0, 0, 20, 1000], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("alike", [True, False])
-def test_gate_up(cpu, rng, bits, alike):
-    rows, n, k = 19, 40, 160
-    ops = cpu["int16"]
+KINDS = [
+    {"bits": 4},
+    {"bits": 4, "asymmetric": True},
+    {"bits": 4, "permuted": True},
+    {"bits": 4, "group": 32, "asymmetric": True, "permuted": True},
+    {"bits": 8},
+    {"bits": 8, "asymmetric": True},
+    {"bits": 16},
+]
+
+
+@pytest.mark.parametrize("activations", LIMIT)
+@pytest.mark.parametrize("rows", [3, 19])
+@pytest.mark.parametrize("gate_kind", range(len(KINDS)))
+@pytest.mark.parametrize("up_kind", range(len(KINDS)))
+def test_gate_up(cpu, rng, activations, rows, gate_kind, up_kind):
+    """Two matrices of any two kinds; they share the activations' packed form only where both read it alike."""
+    n, k = 40, 160
+    ops = cpu[activations]
     x = normal(rng, rows, k)
-    gate = matrix(rng, n, k, bits, bias=True)
-    up = matrix(rng, n, k, bits, permuted=not alike and bits < 16, asymmetric=not alike)
+    gate, up = matrix(rng, n, k, bias=True, **KINDS[gate_kind]), matrix(rng, n, k, **KINDS[up_kind])
     norm = Norm(normal(rng, k) * np.float32(0.1), None, 1e-6)
     out, want = poisoned(rows, n), poisoned(rows, n)
     ops.gate_up(x, ops.weight(gate), ops.weight(up), out=out, norm=norm)
     REFERENCE.gate_up(x, gate, up, out=want, norm=norm)
-    assert error(out, want) < (FLOAT_LIMIT if bits == 16 else LIMIT["int16"])
+    both_float = KINDS[gate_kind]["bits"] == KINDS[up_kind]["bits"] == 16
+    assert error(out, want) < (FLOAT_LIMIT if both_float else 2 * LIMIT[activations if rows > 16 else "int16"])
+
+
+@pytest.mark.parametrize("activations", LIMIT)
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("code", ["lowest", "highest"])
+def test_sums_of_extreme_codes(cpu, activations, rows, bits, group, asymmetric, code):
+    """Every weight and activation at its largest magnitude and of one sign: no partial sum may overflow."""
+    n, k = 33, 512
+    values = np.full((n, k), 0 if code == "lowest" else (1 << bits) - 1, np.uint8)
+    scales = np.full((n, k // group), 0.01)
+    zeros = np.full(scales.shape, 0 if code == "highest" else (1 << bits) - 1, np.uint8) if asymmetric else None
+    w = pack(values, scales, bits, group, zeros=zeros)
+    # Alone, or beside a larger number that leaves the largest low plane to the others.
+    for x in (np.ones((rows, k), np.float32), np.full((rows, k), 127.49 / 32512, np.float32)):
+        x[1::2] *= -1
+        x[:, ::128] = np.copysign(1, x[:, ::128])
+        out, want = poisoned(rows, n), poisoned(rows, n)
+        cpu[activations].linear(x, cpu[activations].weight(w), out=out)
+        REFERENCE.linear(rounded(x, "int16" if rows <= 16 else activations, span(activations, rows, bits, group)), w,
+                         out=want)  # fmt: skip
+        assert error(out, want) < 1e-4
 
 
 @pytest.mark.parametrize("rows,n,k", [(17, 3, 5), (400, 33, 588), (24, 64, 1024)])
