@@ -68,7 +68,7 @@ def first_token(model: qvl.Model, ids: list[int], image: np.ndarray) -> dict:
         "seconds": time.perf_counter() - started,
         "image": timings.image,
         "prefill": timings.prefill,
-        "kept_tokens": timings.kept_tokens,
+        "cached_tokens": timings.cached_tokens,
         "prompt_tokens": timings.prompt_tokens,
     }
 
@@ -98,7 +98,7 @@ def bench_turn(path: Path, options: dict, repeats: int) -> dict:
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
         row["of_fresh"] = row["seconds"] / whole
         summary[name] = row
-        computed = row["prompt_tokens"] - row["kept_tokens"]
+        computed = row["prompt_tokens"] - row["cached_tokens"]
         print(
             f"{name:16} {row['seconds']:10.2f} s {row['of_fresh']:8.3f}x {row['image']:7.2f} s {row['prefill']:7.2f} s "
             f"{computed:9.0f}"
@@ -122,14 +122,14 @@ def bench_repeat(path: Path, options: dict, repeats: int) -> dict:
     print(
         f"{len(form.tokens)} quoted tokens: {plain:.2f} tokens/s; with guesses {guessed:.2f} ({guessed / plain:.2f}x);"
     )
-    print(f"  {timings.right_guesses} of {timings.guessed_tokens} guesses were right")
+    print(f"  {timings.accepted_drafts} of {timings.draft_tokens} guesses were right")
     return {
         "plain": plain,
         "guessed": guessed,
         "ratio": guessed / plain,
         "rates": {"plain": rates[False], "guessed": rates[True]},
-        "right_guesses": timings.right_guesses,
-        "guessed_tokens": timings.guessed_tokens,
+        "accepted_drafts": timings.accepted_drafts,
+        "draft_tokens": timings.draft_tokens,
     }
 
 
@@ -153,7 +153,7 @@ def bench_long(path: Path, options: dict, folder: Path, turns: int = 200, pictur
         rows.append({
             "seconds": time.perf_counter() - started,
             "prompt_tokens": answer.prompt_tokens,
-            "computed": answer.prompt_tokens - answer.timings.kept_tokens,
+            "computed": answer.prompt_tokens - answer.timings.cached_tokens,
             "left_out": answer.left_out,
             "features_bytes": model.vision.cache.nbytes,
             "peak_bytes": peak_bytes(),

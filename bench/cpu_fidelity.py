@@ -18,7 +18,6 @@ import numpy as np
 
 from qvl_convert.walk import relative_error
 from qvl_runtime import load
-from qvl_runtime.engine.sequence import Context
 from qvl_runtime.families.qwen_vl.vision import Workspace
 
 ACTIVATIONS, TOKENS = ("auto", "int16"), 64
@@ -26,7 +25,7 @@ ACTIVATIONS, TOKENS = ("auto", "int16"), 64
 
 def vision_layers(model, inputs: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The output of the i-th layer for the i-th input."""
-    tower = model.vision._tower
+    tower = model.pictures.vision.tower
     work = Workspace.empty(model.ops, tower.config)
     for block, x in zip(tower.blocks, inputs):
         model.ops.write(work.x, x)
@@ -37,7 +36,7 @@ def vision_layers(model, inputs: list[np.ndarray]) -> Iterator[np.ndarray]:
 def decoder_layers(model, inputs: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The output of the i-th layer for the i-th input."""
     decoder = model.decoder
-    context, work = Context(model.ops, model.config, "fp16", TOKENS), decoder.workspace(TOKENS)
+    context, work = decoder.sequence("fp16", TOKENS), decoder.workspace(TOKENS)
     context.begin(TOKENS)
     for index, x in enumerate(inputs):
         model.ops.write(work.x, x)

@@ -30,6 +30,7 @@ from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
 from qvl_runtime.engine.session import Session
+from qvl_runtime.inputs.prompt import Prompt
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 PROMPT, ANSWER, TURN = 512, 32, 4
@@ -110,8 +111,9 @@ class Ours:
 
     def prompt(self, tokens: list[int]) -> None:
         self.session.truncate(0)
-        self.session.keep(tokens)
-        self.session.prefill(tokens, tokens, [], PROMPT + ANSWER)
+        prompt = Prompt(tokens, [])
+        self.session.keep(prompt)
+        self.session.prefill(prompt, [], PROMPT + ANSWER)
         self.session.best(0)
 
     def forget_answer(self) -> None:

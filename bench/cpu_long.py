@@ -40,18 +40,18 @@ def main() -> None:
     model, rows, room, answer = load(arguments.model, device="cpu"), PREFILL_ROWS, arguments.tokens + 32, 16
     decoder, ops, config = model.decoder, model.ops, model.config
     session = Session(decoder, arguments.kv_cache, room, threading.RLock())
-    context = session.context
+    context = session.state
     context.begin(arguments.tokens)
     context.reserve(room)
     store = context.store
     store.keys[:], store.values[:], store.scales[:] = 1, 1, 0.01
-    ids = np.random.default_rng(0).integers(0, 150000, rows).tolist()
+    ids = ops.upload(np.random.default_rng(0).integers(0, 150000, rows).astype(np.int32))
     work = decoder.workspace(rows)
 
     def piece(start: int) -> None:
         context.truncate(0)
         context.advance(start)
-        decoder.embed(ids, [], work.x)
+        decoder.embed(ids, work.x)
         decoder.forward(work, context)
 
     def attention(start: int) -> None:

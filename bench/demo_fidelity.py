@@ -39,7 +39,7 @@ def main() -> None:
         for name, recipe in {"GPTQ": calibrated(scratch / "known", args.level), "nearest": {}}.items():
             convert(args.folder, blob := scratch / f"{name}.qvl", **INT4, **recipe)
             model = qvl.load(blob, "cpu", activations="int16")
-            samples = calibration.load(fresh, model.tokenizer, chat=True, count=2 * len(SKILLS) * args.count)
+            samples = calibration.load(fresh, model, count=2 * len(SKILLS) * args.count)
             reports[name] = verify(model, open_reference(args.folder), samples)
     for name, report in reports.items():
         print(f"{name}: {text(report)}")

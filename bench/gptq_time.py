@@ -25,7 +25,6 @@ from qvl_convert.quantize_model import Calibrated
 from qvl_convert.walk import Published, Walk, stages
 from qvl_runtime.backends import make_ops
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -36,12 +35,13 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["vision", "decoder"], choices=("vision", "decoder"))
     args = parser.parse_args()
     source = Source(Checkpoint(args.source))
-    config, ranks = source.checkpoint.config, source.checkpoint.ranks
-    tokenizer = Tokenizer.from_ranks(ranks, image_tags=True, vocab_size=config.vocab_size)
-    samples = calibration.load("builtin", tokenizer, chat=True, count=args.samples)
+    checkpoint = source.checkpoint
+    samples = calibration.load("builtin", checkpoint, count=args.samples)
     plans = {plan.spec.name: plan for plan in source.plan(Recipe(vision_bits=4, head_bits=4, method="gptq"))}
     ops, published = make_ops(args.device, "int16"), Published(source)
-    walk, maker = Walk(ops, config, samples), Calibrated(samples, device=args.device)
+    family, config = checkpoint.family, checkpoint.config
+    walk, maker = Walk(ops, family, config, samples, checkpoint.reader), Calibrated(samples, device=args.device)
+    walk.run(stages(family, config)[0], Weights(published, ops))
     rng = np.random.default_rng(0)
     for array in (*walk.patches, *walk.hidden):
         array[...] = rng.standard_normal(array.shape, np.float32)
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"{args.samples} samples, {tokens} tokens, {pictures} pictures, {os.cpu_count()} processors, {ops.name}")
     results = {}
     for kind in args.kinds:
-        stage = next(s for s in stages(config) if s.kind == kind)
+        stage = next(s for s in stages(family, config) if s.kind == kind)
         steps, made = {}, {}
 
         def timed(name, call, steps=steps):

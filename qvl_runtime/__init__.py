@@ -6,12 +6,13 @@
 """
 
 from qvl_kernels.ops import DeviceError
+from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Grounding, JsonSchema, Regex
-from qvl_runtime.engine.generation import ChatResult, Piece, Result, Timings
+from qvl_runtime.engine.generation import Piece, Timings
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import Box
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
+from qvl_runtime.results import ChatResult, Result, Stream
 
 __all__ = [
     "Box",
@@ -24,6 +25,7 @@ __all__ = [
     "QvlError",
     "Regex",
     "Result",
+    "Stream",
     "Timings",
     "load",
 ]

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 
 from qvl_kernels.ops import DeviceError, Ops
+from qvl_runtime.blob import Blob
 from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 USUAL_CONTEXT = 2048
 """Tokens a GPU must have room for: a picture, a question, and a long answer."""

@@ -14,7 +14,11 @@ import numpy as np
 from qvl_kernels.ops import Ops
 from qvl_runtime.budget import cache_bytes
 from qvl_runtime.engine.session import Session
+from qvl_runtime.inputs.prompt import Prompt
 from qvl_runtime.model import Model
+
+PICTURE_SIDE = 448
+"""Pixels along each side of the picture that is timed."""
 
 READ_EVERY = 8
 """Tokens of an answer from one measure of the memory's speed to the next."""
@@ -66,9 +70,8 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     def once(limits: _Limits | None) -> dict[str, float]:
         tokens = random.integers(0, model.tokenizer.eod_id, prompt_tokens).tolist()
         taken = _prompt(session, tokens, new_tokens, limits) | _answer(session, new_tokens, limits)
-        if model.vision is not None:
-            side = model.config.visual.image_size
-            picture = random.integers(0, 256, (side, side, 3), np.uint8)
+        if model.pictures is not None:
+            picture = random.integers(0, 256, (PICTURE_SIDE, PICTURE_SIDE, 3), np.uint8)
             begin = time.perf_counter()
             model.encode_image(picture)
             taken["image"] = time.perf_counter() - begin
@@ -116,10 +119,11 @@ class _Limits:
 
 def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | None) -> dict[str, float]:
     found = {"int8_peak": limits.int8_peak()} if limits else {}
+    prompt = Prompt(tokens, [])
     session.truncate(0)
-    session.keep(tokens)
+    session.keep(prompt)
     begin = time.perf_counter()
-    session.prefill(tokens, tokens, [], len(tokens) + new)
+    session.prefill(prompt, [], len(tokens) + new)
     session.best(0)
     return found | {"prefill": len(tokens) / (time.perf_counter() - begin)}
 
@@ -144,7 +148,8 @@ def bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
 def _decoder_weights(model: Model) -> int:
     """Weights every prompt token is multiplied with; the output head is used for the last one only."""
     c = model.config
-    layer = 4 * c.attention_width * c.hidden_size + 3 * c.hidden_size * c.ffn_width
+    width = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    layer = width * c.hidden_size + 3 * c.hidden_size * c.ffn_width
     return c.num_hidden_layers * layer
 
 

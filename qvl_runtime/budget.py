@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from qvl_runtime.blob import Blob
 from qvl_runtime.engine.session import PREFILL_ROWS
-from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
-from qvl_runtime.file.blob import Blob
+from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.specs import MatrixSpec
 
 VISION_PARTS = ("vision", "adapter")
-ROTARY_TABLES = 3
-"""NTK factors up to four times the length a model was trained with; their tables are kept."""
 KV_CACHES = ("fp16", "int8")
 
 
@@ -23,7 +21,7 @@ class Budget:
     Attributes
     ----------
     parts : dict of str to int
-        Weights by part (the keys of `architecture.PARTS`).
+        Weights by part (the keys of `qvl_runtime.families.specs.PARTS`).
     cache : int
         Keys and values of `context` tokens.
     workspace : int
@@ -57,7 +55,9 @@ def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Bud
         from qvl_kernels import gpu
 
         reserve = gpu.RESERVE
-    return Budget(weight_bytes(blob, backend), cache, workspace_bytes(blob.config), context, reserve)
+    return Budget(
+        weight_bytes(blob, backend), cache, workspace_bytes(blob.family, blob.config, context), context, reserve
+    )
 
 
 def weight_bytes(blob: Blob, backend: str = "cpu") -> dict[str, int]:
@@ -67,7 +67,7 @@ def weight_bytes(blob: Blob, backend: str = "cpu") -> dict[str, int]:
     from qvl_kernels import gpu
 
     sizes: dict[str, int] = {}
-    for spec in tensors(blob.config):
+    for spec in blob.family.tensors(blob.config):
         if isinstance(spec, MatrixSpec):
             nbytes = gpu.device_bytes(spec.n, spec.k, *blob.bits(spec.name)) + (4 * spec.n if spec.bias else 0)
         else:
@@ -76,30 +76,26 @@ def weight_bytes(blob: Blob, backend: str = "cpu") -> dict[str, int]:
     return sizes
 
 
-def cache_bytes(config: ModelConfig, context: int, kv_cache: str, backend: str = "cpu") -> int:
+def cache_bytes(config: Config, context: int, kv_cache: str, backend: str = "cpu") -> int:
     """Keys and values of all layers; int8 has a scale for every vector, in fp16 on a GPU and else in float32."""
     if backend == "cuda":
         from qvl_kernels import gpu
 
-        return gpu.cache_bytes(config.num_hidden_layers, config.num_attention_heads, config.head_dim, context, kv_cache)
+        return gpu.cache_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context, kv_cache)
     vector = config.head_dim + 4 if kv_cache == "int8" else 2 * config.head_dim
-    return 2 * config.num_hidden_layers * config.num_attention_heads * context * vector
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * context * vector
 
 
-def workspace_bytes(config: ModelConfig) -> int:
-    """Activations at four bytes each and as much again for their quantised copies, and tables of rotation.
+def workspace_bytes(family: Family, config: Config, context: int) -> int:
+    """Activations at four bytes each and as much again for their quantized copies, and the rotary table.
 
-    Those of the vision tower stay, beside what the adapter or a prompt needs.
+    Those of the vision part stay, beside what a prompt needs.
     """
-    row = config.hidden_size + 4 * config.attention_width + config.ffn_width
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    row = config.hidden_size + (2 * heads + 2 * kv_heads) * config.head_dim + config.ffn_width
     prefill = PREFILL_ROWS * row + config.vocab_size
-    vision = tower = 0
-    if config.visual is not None:
-        v = config.visual
-        tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
-        vision = 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
-    tables = (1 + ROTARY_TABLES) * config.max_position_embeddings * config.head_dim
-    return 4 * (tower + max(2 * prefill, 2 * vision, tower) + tables)
+    kept, passing = family.vision_values(config) if config.sees else (0, 0)
+    return 4 * (kept + max(2 * prefill, 2 * passing, kept) + context * config.head_dim)
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:
@@ -107,8 +103,8 @@ def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = 
     found = []
     if kv_cache != "int8" and budget(blob, context, "int8", backend).total <= free:
         found.append("--kv-cache int8")
-    needed = budget(blob, 0, kv_cache, backend).total
-    tokens = (free - needed) // (cache_bytes(blob.config, 256, kv_cache, backend) // 256) // 256 * 256
+    nothing, page = (budget(blob, count, kv_cache, backend).total for count in (0, 256))
+    tokens = (free - nothing) // (page - nothing) * 256
     if 256 <= tokens < context:
         found.append(f"--context {tokens}")
     return found

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from collections.abc import Callable
 
 from qvl_runtime.backends import backend, check_fit, make_ops
-from qvl_runtime.budget import KV_CACHES
+from qvl_runtime.blob import Blob
+from qvl_runtime.budget import KV_CACHES, VISION_PARTS
+from qvl_runtime.engine.kv_file import identity
+from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
-from qvl_runtime.inputs.image_cache import MEMORY_BYTES
+from qvl_runtime.families.layers import Decoder
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.picture_cache import MEMORY_BYTES, PictureCache
+from qvl_runtime.inputs.pictures import PictureEncoder, PictureReader
 from qvl_runtime.model import Model
+from qvl_runtime.options import whole_number
+
+FEATURES_VERSION = 4
+"""To be raised where preprocessing or the vision part's arithmetic changes: features on disk are then void."""
 
 
 def load(
@@ -68,18 +79,39 @@ def load(
     """
     if kv_cache not in KV_CACHES:
         raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
-    if context is not None and context < 1:
-        raise QvlError(f"context is {context}; expected 1 or more tokens")
+    if context is not None:
+        whole_number("context", context, 1)
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
-        if value < 0:
-            raise QvlError(f"{name} is {value}; expected 0 or more")
+        whole_number(name, value)
     blob = Blob(path)
-    if context is not None and context > blob.config.max_position_embeddings:
-        raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
     if check:
         blob.check()
     ops = make_ops(device, activations, progress)
     same = vision_device is None or backend(vision_device)[0] == ops.name
     vision_ops = ops if same else make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=same)
-    return Model(blob, ops, vision_ops, kv_cache, context, activations, conversations, image_cache_bytes, cache_dir)
+    lock, family, config = threading.RLock(), blob.family, blob.config
+    decoder = Decoder(Weights(blob, ops), family.decoder_names, family.rotary)
+    pictures = None
+    if config.sees:
+        facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), blob.metadata["preprocessing"]]
+        pictures = PictureEncoder(
+            PictureReader(
+                family.preprocess(config, blob.metadata["preprocessing"]),
+                json.dumps([*facts, vision_ops.name, activations], sort_keys=True),
+            ),
+            family.vision(Weights(blob, vision_ops)),
+            ops,
+            PictureCache(config.hidden_size, image_cache_bytes, cache_dir),
+            lock,
+        )
+    window = config.max_position_embeddings
+    return Model(
+        blob,
+        family.tokenizer(blob.ranks, config),
+        Sessions(decoder, kv_cache, conversations, lock),
+        pictures,
+        window=window if context is None else min(context, window),
+        identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
+        device=lock,
+    )

@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.qwen_vl.tensors import VectorSpec, tensors
+from qvl_runtime.families.qwen_vl.tensors import tensors
+from qvl_runtime.families.specs import VectorSpec
 
 TEMPLATE = Path(__file__).parent / "golden" / "ckpt" / "tiny-vl"
 

@@ -8,8 +8,8 @@ import qvl_runtime as qvl
 from qvl_convert import allocation
 from qvl_convert.allocation import choose, parse_size
 from qvl_convert.convert import convert
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 OPTIONS = {"group_size": 32, "device": "reference", "calibration_samples": 3}

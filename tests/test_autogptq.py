@@ -13,8 +13,8 @@ from shards import changed_copy
 
 from qvl_convert.convert import convert
 from qvl_convert.rtn import quantize
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 CKPT = GOLDEN / "ckpt"
 INDEX = json.loads((GOLDEN / "gptq/index.json").read_text())

@@ -14,10 +14,10 @@ import qvl_runtime as qvl
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.ops import DeviceError
 from qvl_runtime.backends import check_fit
+from qvl_runtime.blob import Blob
 from qvl_runtime.budget import budget, cache_bytes, remedies
 from qvl_runtime.cli.info import fit
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])

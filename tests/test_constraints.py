@@ -11,10 +11,10 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.engine.constraints import Grounding, JsonSchema, Regex, box_can_become, mask
+from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex, mask
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import QwenGrounding, box_can_become, parse_boxes
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
@@ -32,11 +32,16 @@ SCHEMA = {
 }
 
 
+def _asked(limit, opened="", tokenizer=None):
+    tokenizer = TOKENIZER if tokenizer is None else tokenizer
+    return Answer(tokenizer, STOPS, limit, opened, QwenGrounding().constraint)
+
+
 def _answer(form, seed: int, limit: int, opened: str = "") -> str:
     """What a model of random logits says under a form, at temperature 1.5."""
     random = np.random.default_rng(seed)
     sampler = Sampler(temperature=1.5, seed=seed)
-    constraint = form.start(TOKENIZER, STOPS, limit, opened)
+    constraint = form.start(_asked(limit, opened))
     ids: list[int] = []
     while len(ids) < limit:
         logits = (2 * random.standard_normal(640)).astype(np.float32)
@@ -96,12 +101,12 @@ def test_grounding_completes_the_box_a_prompt_opened():
 
 def test_grounding_refuses_what_cannot_be_completed():
     with pytest.raises(QvlError, match="needs 24"):
-        Grounding().start(TOKENIZER, STOPS, 23, "")
+        Grounding().start(_asked(23, ""))
     with pytest.raises(QvlError, match="no box completes"):
-        Grounding().start(TOKENIZER, STOPS, 50, "<box>(7;")
+        Grounding().start(_asked(50, "<box>(7;"))
     text_only = Tokenizer.from_ranks(RANKS, image_tags=False)
     with pytest.raises(QvlError, match="Qwen-VL"):
-        Grounding().start(text_only, STOPS, 50, "")
+        Grounding().start(_asked(50, "", text_only))
 
 
 def test_json_always_parses_and_fits():
@@ -123,7 +128,7 @@ def test_regex_always_matches():
 @pytest.mark.parametrize("form", [Regex("(unclosed"), JsonSchema("{not json"), JsonSchema({"type": "nonsense"})])
 def test_a_bad_grammar_is_one_clear_line(form):
     with pytest.raises(QvlError, match="cannot be used") as error:
-        form.start(TOKENIZER, STOPS, 50, "")
+        form.start(_asked(50, ""))
     assert "\n" not in str(error.value)
 
 
@@ -132,19 +137,19 @@ def test_a_bad_grammar_is_one_clear_line(form):
 )
 def test_a_form_that_nothing_matches_is_refused_before_an_answer(form):
     with pytest.raises(QvlError, match=r"no text matches it|Unsatisfiable") as error:
-        form.start(TOKENIZER, STOPS, 50, "")
+        form.start(_asked(50, ""))
     assert "\n" not in str(error.value)
 
 
 def test_a_form_that_only_the_empty_text_matches_is_a_form():
-    assert list(np.flatnonzero(Regex("").start(TOKENIZER, STOPS, 50, "").allowed())) == sorted(STOPS)
+    assert list(np.flatnonzero(Regex("").start(_asked(50, "")).allowed())) == sorted(STOPS)
 
 
 def test_another_ref_begins_only_where_its_box_has_room():
     """A model that begins another ref whenever it may, and writes the longest box there is."""
     needed = 4 + len("(998,998),(999,999)") + 1  # ref, one token, its end, box; corners; end of the box
     for limit in range(needed, 4 * needed + 2):
-        constraint = Grounding().start(TOKENIZER, STOPS, limit, "")
+        constraint = Grounding().start(_asked(limit, ""))
         ids: list[int] = []
         while not (allowed := constraint.allowed())[list(STOPS)].any() or allowed[TOKENIZER.ref_start_id]:
             wanted = [TOKENIZER.ref_start_id, TOKENIZER.ref_end_id, TOKENIZER.box_start_id, TOKENIZER.box_end_id]

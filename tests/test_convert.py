@@ -21,9 +21,10 @@ from shards import all_tensors, changed_copy
 from qvl_convert import writer as writer_module
 from qvl_convert.convert import convert, each_by_itself
 from qvl_convert.rtn import quantize
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
-from qvl_runtime.file.blob import Blob
+from qvl_runtime.families.qwen_vl.tensors import tensors
+from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 from qvl_runtime.file.tensorfile import TensorFile
 
 CKPT = GOLDEN / "ckpt"

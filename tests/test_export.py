@@ -12,8 +12,8 @@ from qvl_convert import export as export_module
 from qvl_convert.convert import convert
 from qvl_convert.export import autogptq_arrays, export
 from qvl_kernels.packing import pack
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 CKPT = GOLDEN / "ckpt"
 KEPT = {"vision_bits": 16, "head_bits": 16}

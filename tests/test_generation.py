@@ -7,8 +7,9 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.engine.generation import Choice, StopStrings, Timings, collect, stream_generate
+from qvl_runtime.engine.generation import Choice, StopStrings, Timings, stream_generate
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.results import collected
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
 TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True)
@@ -22,6 +23,10 @@ def _stream(tokens, *, stop=(), max_new_tokens=100, stop_ids=()):
         stop=stop,
         timings=Timings(),
     )
+
+
+def _collected(pieces):
+    return collected(list(pieces), lambda text: [])
 
 
 @given(
@@ -43,7 +48,7 @@ def test_stop_strings_do_not_depend_on_how_text_arrives(pieces, stops):
 
 def test_stop_string_across_tokens_ends_the_answer():
     tokens = TOKENIZER.encode("one two END three")
-    result = collect(_stream(tokens, stop=["END"]))
+    result = _collected(_stream(tokens, stop=["END"]))
     assert result.text == "one two "
     assert result.finish_reason == "stop"
     assert result.timings.new_tokens < len(tokens)
@@ -51,21 +56,21 @@ def test_stop_string_across_tokens_ends_the_answer():
 
 def test_stop_token_is_not_part_of_the_answer():
     tokens = [*TOKENIZER.encode("hello"), TOKENIZER.im_end_id, *TOKENIZER.encode("more")]
-    result = collect(_stream(tokens, stop_ids=[TOKENIZER.im_end_id]))
+    result = _collected(_stream(tokens, stop_ids=[TOKENIZER.im_end_id]))
     assert (result.text, result.finish_reason) == ("hello", "stop")
     assert result.token_ids == TOKENIZER.encode("hello")
 
 
 def test_length_keeps_every_token():
     tokens = TOKENIZER.encode("hello world")
-    result = collect(_stream(tokens, max_new_tokens=3))
+    result = _collected(_stream(tokens, max_new_tokens=3))
     assert result.finish_reason == "length"
     assert result.token_ids == tokens[:3]
     assert result.text == TOKENIZER.decode(tokens[:3])
 
 
 def test_no_token_at_all_is_an_empty_answer():
-    result = collect(_stream(TOKENIZER.encode("hello"), max_new_tokens=0))
+    result = _collected(_stream(TOKENIZER.encode("hello"), max_new_tokens=0))
     assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
 
 
@@ -79,7 +84,7 @@ def test_stream_never_shows_half_a_character():
 
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end():
-    result = collect(_stream(TOKENIZER.encode("wait EN"), stop=["END"]))
+    result = _collected(_stream(TOKENIZER.encode("wait EN"), stop=["END"]))
     assert (result.text, result.finish_reason) == ("wait EN", "length")
 
 

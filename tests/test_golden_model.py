@@ -102,7 +102,7 @@ def test_logits_hidden_states_and_greedy_ids(case, device, model, in_golden):
 
 def _check_greedy(model, ids, images, expected):
     answer = model.generate(ids, images, max_new_tokens=len(expected["gen_ids"]))
-    stops = [i for i, t in enumerate(expected["gen_ids"]) if t in model._stop_ids()]
+    stops = [i for i, t in enumerate(expected["gen_ids"]) if t in model.stop_ids]
     wanted = expected["gen_ids"][: stops[0] if stops else None].tolist()
     assert expected["gen_gap"].min() > 0.006, "the fp16 cache moves logits by up to 0.003"
     assert answer.token_ids == wanted

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.lora import Merged
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.blob import Blob
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 C_ATTN, W1 = "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.w1"

@@ -2,6 +2,7 @@
 
 import base64
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from PIL import Image
 from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.prompt import DEFAULT_SYSTEM, build_chat, build_prompt, list_to_text
+from qvl_runtime.families.qwen_vl.prompt import DEFAULT_SYSTEM, QwenPrompts, list_to_text
+from qvl_runtime.inputs.images import is_url, refuse_url
+from qvl_runtime.inputs.pictures import Access, Picture
+from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window, is_messages
 from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 CHAT = read("chat.json")
@@ -19,8 +23,39 @@ PIL_IMAGE = Image.new("RGB", (4, 4))
 ARRAY = np.zeros((4, 4, 3), np.uint8)
 
 
+class Made(NamedTuple):
+    """A prompt with the sources of its pictures."""
+
+    ids: list[int]
+    images: list
+
+
+def _made(prompt: Prompt) -> Made:
+    return Made(prompt.ids, [slot.picture.content for slot in prompt.slots])
+
+
+def _read(source, access: Access) -> Picture:
+    if is_url(source) and not access.urls:
+        refuse_url(source)
+    return Picture(b"key", source, 256, (256, 1), (1, 1), (1, 1))
+
+
+def _prompts(tokenizer: Tokenizer, *, chat: bool) -> QwenPrompts:
+    return QwenPrompts(tokenizer, chat, _read if tokenizer.has_image_tags else None)
+
+
+def build_prompt(prompt, images, tokenizer, *, chat, access=Access()):  # noqa: B008
+    return _made(_prompts(tokenizer, chat=chat).build(prompt, images, access))
+
+
+def build_chat(tokenizer, query, history=None, images=None, *, system=None, max_window_size=6144):
+    window = Window(max_window_size)
+    made: ChatPrompt = _prompts(tokenizer, chat=True).chat(query, history, images, system=system, window=window)
+    return _made(made.prompt), made.query
+
+
 def raw(prompt, images=None, **options):
-    return build_prompt(prompt, images, TINY, chat=True, **options)
+    return build_prompt(prompt, images, TINY, chat=is_messages(prompt), **options)
 
 
 def check_contexts(tokenizer: Tokenizer, cases: list[dict]) -> None:
@@ -106,8 +141,50 @@ def test_any_source_in_the_list_format():
     assert prompt.ids == TINY.encode("Picture 1: <img></img>\nPicture 2: <img></img>\n?")
 
 
-def test_a_tag_split_over_two_pieces():
-    assert raw([{"text": "<im"}, {"text": "g>a.png</img>"}]) == raw("<img>a.png</img>")
+def test_a_tag_split_over_two_parts_opens_nothing():
+    """A filter that looks at each part by itself must not be passed."""
+    parts = [{"text": "<im"}, {"text": "g>a.png</img>"}]
+    for prompt in (parts, [{"role": "user", "content": parts}]):
+        made = raw(prompt)
+        assert made.images == [] and TINY.img_start_id not in made.ids
+        assert "<img>a.png</img>" in TINY.decode(made.ids)
+
+
+def test_an_answer_is_text_whose_tags_open_nothing():
+    answer = "<img>/etc/passwd</img> and <img>unclosed <ref>dog</ref><box>(1,2),(3,4)</box>"
+    asked, _ = build_chat(TINY, "q", [("first", answer)])
+    assert asked.images == [] and TINY.img_start_id not in asked.ids
+    assert TINY.box_start_id in asked.ids, "boxes stay what they are"
+    messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": answer}]
+    assert raw([*messages, {"role": "user", "content": "q"}]) == asked
+
+
+def test_without_paths_tags_are_text():
+    closed = Access(paths=False)
+    for prompt in ("<img>a.png</img>?", "<img>unclosed", [{"role": "user", "content": "<img>a.png</img><imgpad>"}]):
+        made = raw(prompt, access=closed)
+        assert made.images == []
+        assert not {TINY.img_start_id, TINY.img_end_id, TINY.img_pad_id} & set(made.ids)
+    assert raw([{"image": b"bytes"}, {"text": "?"}], access=closed).images == [b"bytes"]
+
+
+def test_a_message_without_content_is_refused():
+    with pytest.raises(QvlError, match="message 1 has no content"):
+        raw([{"role": "user"}])
+
+
+def test_a_ref_without_boxes():
+    assert list_to_text([{"ref": "r", "box": []}]) == "<ref>r</ref>"
+
+
+def test_the_list_format_is_a_chat_models_turn():
+    parts = [{"image": "a.png"}, {"text": "?"}]
+    assert build_prompt(parts, None, TINY, chat=True) == raw([{"role": "user", "content": parts}])
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "url": "a.png"}, {"type": "image_url", "image_url": "a.png"}])
+def test_other_libraries_image_parts(part):
+    assert raw([part, {"text": "?"}]) == raw([{"image": "a.png"}, {"text": "?"}])
 
 
 def test_single_box():
@@ -234,7 +311,7 @@ def test_bad_prompts(prompt, images, message):
 
 
 def test_urls_when_allowed():
-    assert raw("<img>https://x.org/a.png</img>", allow_urls=True).images == ["https://x.org/a.png"]
+    assert raw("<img>https://x.org/a.png</img>", access=Access(urls=True)).images == ["https://x.org/a.png"]
 
 
 def test_messages_for_a_base_model():

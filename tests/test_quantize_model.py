@@ -18,10 +18,9 @@ from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights
 from qvl_convert.rtn import quantize
 from qvl_convert.walk import Published, Walk, stages
 from qvl_runtime.backends import make_ops
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.file.blob import Blob
-from qvl_runtime.inputs.tokenizer import Tokenizer
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 ALL_INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32, "method": "gptq", "device": "reference"}
@@ -34,9 +33,16 @@ def source():
 
 @pytest.fixture(scope="module")
 def samples(source):
-    config = source.checkpoint.config
-    tokenizer = Tokenizer.from_ranks(source.checkpoint.ranks, image_tags=True, vocab_size=config.vocab_size)
-    return calibration.load("builtin", tokenizer, chat=True, count=3, max_tokens=600)
+    return calibration.load("builtin", source.checkpoint, count=3, max_tokens=600)
+
+
+def _walk(source, ops, samples, folder=None):
+    checkpoint = source.checkpoint
+    return Walk(ops, checkpoint.family, checkpoint.config, samples, checkpoint.reader, folder)
+
+
+def _stages(source):
+    return stages(source.checkpoint.family, source.checkpoint.config)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +58,8 @@ def sha256(path):
 
 def test_a_walk_computes_what_the_model_computes(source, samples, model):
     ops = make_ops("reference")
-    walk, weights = Walk(ops, source.checkpoint.config, samples), Weights(Published(source), ops)
-    for stage in stages(source.checkpoint.config):
+    walk, weights = _walk(source, ops, samples), Weights(Published(source), ops)
+    for stage in _stages(source):
         walk.run(stage, weights)
     head = weights.matrix("lm_head")
     for i, sample in enumerate(samples):
@@ -65,8 +71,8 @@ def test_spilled_activations_are_the_same(source, samples, tmp_path):
     ops = make_ops("reference")
     weights, results = Weights(Published(source), ops), []
     for folder in (None, tmp_path):
-        walk = Walk(ops, source.checkpoint.config, samples, folder)
-        for stage in stages(source.checkpoint.config)[:-3]:
+        walk = _walk(source, ops, samples, folder)
+        for stage in _stages(source)[:-3]:
             walk.run(stage, weights)
         results.append([np.array(x) for x in walk.hidden])
     assert len(list(tmp_path.iterdir())) == 3
@@ -76,9 +82,9 @@ def test_spilled_activations_are_the_same(source, samples, tmp_path):
 
 def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples):
     """The Hessian of each product predicts the error of its output."""
-    config, ops = source.checkpoint.config, make_ops("reference")
-    walk, seen = Walk(ops, config, samples), set()
-    for stage in stages(config):
+    ops = make_ops("reference")
+    walk, seen = _walk(source, ops, samples), set()
+    for stage in _stages(source):
         names = set(stage.matrices) - {"transformer.wte", "lm_head"}
         watch = Watch(ops, names)
         walk.run(stage, WatchedWeights(Published(source), watch), keep=False)
@@ -86,7 +92,7 @@ def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples):
         assert all(h.count > 0 and np.trace(h.sum) > 0 for h in watch.hessians.values())
         seen |= names
         walk.run(stage, Weights(Published(source), ops))
-    assert len(seen) == sum(len(stage.matrices) for stage in stages(config)) - 2
+    assert len(seen) == sum(len(stage.matrices) for stage in _stages(source)) - 2
 
 
 def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
@@ -110,12 +116,9 @@ def test_a_layer_is_calibrated_behind_the_quantised_ones(source, samples, whole,
 
     monkeypatch.setattr(Calibrated, "hessians", spy)
     convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=3)
-    tokens = Tokenizer.from_ranks(
-        source.checkpoint.ranks, image_tags=True, vocab_size=source.checkpoint.config.vocab_size
-    )
     ops, blob = make_ops("reference"), Blob(whole)
-    walk = Walk(ops, blob.config, calibration.load("builtin", tokens, chat=True, count=3))
-    for stage in stages(blob.config):
+    walk = _walk(source, ops, calibration.load("builtin", source.checkpoint, count=3))
+    for stage in _stages(source):
         if stage.index > 0:
             for got, want in zip(seen[stage.kind, stage.index], walk.outputs(stage)):
                 np.testing.assert_array_equal(got, want)
@@ -191,9 +194,9 @@ def test_bad_calibration_data_leave_nothing_behind(tmp_path):
 
 def test_the_error_the_algorithm_sees_is_that_of_the_layer(source, samples):
     """One decoder matrix: GPTQ on the watched Hessian beats rounding on the layer's own inputs."""
-    config, ops = source.checkpoint.config, make_ops("reference")
-    walk = Walk(ops, config, samples)
-    for stage in stages(config):
+    ops = make_ops("reference")
+    walk = _walk(source, ops, samples)
+    for stage in _stages(source):
         if stage.kind == "decoder":
             break
         walk.run(stage, Weights(Published(source), ops))

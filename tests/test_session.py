@@ -79,12 +79,12 @@ def test_only_what_is_new_is_computed(pair, in_golden):
     model, _ = pair()
     first = model.chat(f"<img>{IMAGES[0]}</img>What is this?", temperature=0, max_new_tokens=8)
     second = model.chat("And where?", first.history, temperature=0, max_new_tokens=8)
-    assert first.timings.kept_tokens == 0 and first.timings.kept_images == 0
+    assert first.timings.cached_tokens == 0 and first.timings.cached_images == 0
     # The answer's text may be cut into other tokens than the model chose; all before it is kept in any case.
-    assert second.timings.kept_tokens >= first.prompt_tokens - 1
-    assert second.timings.kept_images == 1
+    assert second.timings.cached_tokens >= first.prompt_tokens - 1
+    assert second.timings.cached_images == 1
     edited = model.chat("And where not?", first.history, temperature=0, max_new_tokens=8)
-    assert edited.timings.kept_tokens > second.prompt_tokens - 16
+    assert edited.timings.cached_tokens > second.prompt_tokens - 16
 
 
 def test_another_picture_under_the_same_name_is_another_prompt(pair, tmp_path, golden):
@@ -96,11 +96,11 @@ def test_another_picture_under_the_same_name_is_another_prompt(pair, tmp_path, g
         answer = model.generate(f"<img>{path}</img>What is this?", max_new_tokens=4, logprobs=1)
         wanted = fresh.generate(f"<img>{path}</img>What is this?", max_new_tokens=4, logprobs=1)
         assert answer.logprobs[0].logprob == pytest.approx(wanted.logprobs[0].logprob, abs=1e-4)
-        assert answer.timings.kept_images == 0
+        assert answer.timings.cached_images == 0
         answers.append(answer.logprobs[0].logprob)
     assert abs(answers[0] - answers[1]) > 1e-3
     again = model.generate("What is this?", [(golden / IMAGES[1]).read_bytes()], max_new_tokens=4)
-    assert again.timings.kept_images == 1, "a known picture under another name"
+    assert again.timings.cached_images == 1, "a known picture under another name"
 
 
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
@@ -114,7 +114,7 @@ def test_borders_of_dynamic_ntk(kv_cache, pair):
         crossed = sum(bound < max(before, after) for bound in (64, 128, 256)) != sum(
             bound < min(before, after) for bound in (64, 128, 256)
         )
-        assert answer.timings.kept_tokens == (0 if crossed else min(before, after - 1))
+        assert answer.timings.cached_tokens == (0 if crossed else min(before, after - 1))
         _same(answer, fresh.generate(ids[:after], max_new_tokens=8))
 
 
@@ -134,16 +134,16 @@ def test_the_same_prompt_again_is_not_computed(pair):
     one = model.generate("What is this?", max_new_tokens=8, temperature=1, seed=3)
     two = model.generate("What is this?", max_new_tokens=8, temperature=1, seed=3)
     assert two.token_ids == one.token_ids
-    assert two.timings.kept_tokens == two.prompt_tokens
+    assert two.timings.cached_tokens == two.prompt_tokens
     model.generate("What", max_new_tokens=8)
-    assert model.generate("What is this?", max_new_tokens=8).timings.kept_tokens < two.prompt_tokens
+    assert model.generate("What is this?", max_new_tokens=8).timings.cached_tokens < two.prompt_tokens
 
 
 def test_n_answers_share_the_prompt(pair):
     model, _ = pair()
     options = {"temperature": 1.0, "max_new_tokens": 8}
     answers = model.generate("What is this?", n=3, seed=5, **options)
-    assert [a.timings.kept_tokens == a.prompt_tokens for a in answers] == [False, True, True]
+    assert [a.timings.cached_tokens == a.prompt_tokens for a in answers] == [False, True, True]
     alone = [model.generate("What is this?", seed=5 + i, **options) for i in range(3)]
     assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
     assert len({tuple(a.token_ids) for a in answers}) == 3
@@ -191,9 +191,9 @@ def test_two_conversations_take_turns(pair):
     for ids in (dogs, cats):
         model.generate(ids, max_new_tokens=2)
     for ids in (dogs, cats, dogs):
-        assert model.generate([*ids, 90], max_new_tokens=2).timings.kept_tokens >= 40
+        assert model.generate([*ids, 90], max_new_tokens=2).timings.cached_tokens >= 40
     model.forget()
-    assert model.generate(dogs, max_new_tokens=2).timings.kept_tokens == 0
+    assert model.generate(dogs, max_new_tokens=2).timings.cached_tokens == 0
 
 
 @pytest.mark.parametrize("operation", ["embed", "linear", "rope_append", "argmax", "write", "download"])
@@ -276,7 +276,7 @@ def test_memory_is_bounded(pair):
     silent, _ = pair(conversations=0)
     silent.generate("x", max_new_tokens=2)
     assert not silent._sessions._idle
-    assert silent.generate("x", max_new_tokens=2).timings.kept_tokens == 0
+    assert silent.generate("x", max_new_tokens=2).timings.cached_tokens == 0
 
 
 def test_an_idle_session_waits_for_its_conversation():

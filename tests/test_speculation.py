@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import qvl_runtime as qvl
-from qvl_runtime.engine.drafts import HOPE, MATCHED, MOST_GUESSED, PromptLookup
-from qvl_runtime.engine.generation import Chooser, Timings, generate_step
+from qvl_runtime.engine.drafts import HOPE, MATCHED, MAX_DRAFT, PromptLookup
+from qvl_runtime.engine.generation import Timings, TokenSelector, generate_step
 from qvl_runtime.engine.sampling import Sampler, softmax
 
 MIXED = np.random.default_rng(2).integers(0, 4, 120).tolist()
@@ -48,7 +48,7 @@ class Chain:
 
 
 def _toy(seed: int, guesses: PromptLookup | None, temperature: float) -> list[int]:
-    choose = Chooser(Sampler(temperature, seed=seed), list(MIXED))
+    choose = TokenSelector(Sampler(temperature, seed=seed), list(MIXED))
     return [choice.token for choice in generate_step(Chain(MIXED), choose, guesses, 30, Timings())]
 
 
@@ -56,7 +56,7 @@ def test_sampling_keeps_its_distribution():
     """All 4^3 continuations, each with its exact probability, against 10000 answers made with guesses (chi-square)."""
     draws, seen, batches = 10_000, Counter(), Counter()
     for seed in range(draws):
-        chain, choose = Chain(MIXED), Chooser(Sampler(1.0, seed=seed), list(MIXED))
+        chain, choose = Chain(MIXED), TokenSelector(Sampler(1.0, seed=seed), list(MIXED))
         answer = [choice.token for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 4, Timings())]
         seen[tuple(answer[:3])] += 1
         batches[max(chain.batches)] += 1
@@ -81,7 +81,7 @@ def test_guessing_changes_no_token(temperature):
 
 def test_what_was_not_chosen_is_forgotten():
     for seed in range(50):
-        chain, choose = Chain(MIXED), Chooser(Sampler(1.0, seed=seed), list(MIXED))
+        chain, choose = Chain(MIXED), TokenSelector(Sampler(1.0, seed=seed), list(MIXED))
         answer = []
         for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 20, Timings()):
             fed = MIXED + answer
@@ -91,7 +91,7 @@ def test_what_was_not_chosen_is_forgotten():
 
 def test_guesses_stay_within_the_window_and_the_limit():
     start = [1, 2, 3] * 4
-    chain, choose = Chain(start), Chooser(Sampler(), list(start))
+    chain, choose = Chain(start), TokenSelector(Sampler(), list(start))
     chain.logits_after[:] = 0
     for a, b, c in ((1, 2, 3), (2, 3, 1), (3, 1, 2)):
         chain.logits_after[a, b, c] = 9
@@ -107,21 +107,21 @@ def test_guesses_stay_within_the_window_and_the_limit():
 
 def test_a_guess_is_what_followed_last_time():
     lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 1, 2], 0.0)
-    assert lookup.guess(7) == [], f"{MATCHED} tokens must agree"
+    assert lookup.draft(7) == [], f"{MATCHED} tokens must agree"
     lookup.append(3)
-    assert lookup.guess(4) == [6, 7, 8, 9]
-    assert lookup.guess(0) == []
+    assert lookup.draft(4) == [6, 7, 8, 9]
+    assert lookup.draft(0) == []
     lookup.append(5)
-    assert lookup.guess(7) == []
+    assert lookup.draft(7) == []
     loop = PromptLookup([1, 2, 1, 2, 1, 2], 0.0)
-    assert loop.guess(100) == ([1, 2] * 8)[:MOST_GUESSED], "a loop goes on"
+    assert loop.draft(100) == ([1, 2] * 8)[:MAX_DRAFT], "a loop goes on"
 
 
 def test_guesses_that_fail_become_rare():
     lookup = PromptLookup([1, 2, 3] * 3, 0.45)
     tried = 0
     for _ in range(300):
-        guessed = lookup.guess(7)
+        guessed = lookup.draft(7)
         tried += len(guessed)
         if guessed:
             lookup.learn(len(guessed), 0)
@@ -130,7 +130,7 @@ def test_guesses_that_fail_become_rare():
     assert 1 < tried < 60
     for _ in range(20):
         lookup.learn(7, 7)
-    assert len(lookup.guess(7)) == 7
+    assert len(lookup.draft(7)) == 7
     assert 0 < HOPE < 1
 
 
@@ -158,5 +158,5 @@ def test_the_models_answer_is_the_same(kv_cache, options, blob):
         guessed = model.generate(prompt, max_new_tokens=100, form=form, **options)
         assert guessed.token_ids == plain.token_ids
         assert guessed.logprobs == plain.logprobs
-    assert guessed.timings.guessed_tokens > guessed.timings.right_guesses > 5
+    assert guessed.timings.draft_tokens > guessed.timings.accepted_drafts > 5
     assert len(guessed.token_ids) == 100

@@ -16,8 +16,8 @@ from qvl_convert.verify import Bf16Ops, judged_positions, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
 from qvl_runtime.backends import make_ops
+from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import Box
 from qvl_runtime.families.weights import Weights
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
@@ -26,8 +26,7 @@ INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32}
 
 @pytest.fixture(scope="module")
 def samples(model):
-    tokenizer = model("tiny-vl", bits=16).tokenizer
-    return calibration.load("builtin", tokenizer, chat=True, count=3, max_tokens=1000, seed=1)
+    return calibration.load("builtin", model("tiny-vl", bits=16), count=3, max_tokens=1000, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_the_figures_are_those_of_the_two_models_logits(report, model, samples):
     kl, same, nll = [], [], []
     for sample in samples:
         p, q = (log_softmax(m.logits(sample.ids, sample.images)) for m in (original, ours))
-        kept = judged_positions(sample.ids, ours.tokenizer)
+        kept = judged_positions(sample, ours.tokenizer)
         kl += list((np.exp(p) * (p - q)).sum(1)[kept])
         same += list((p.argmax(1) == q.argmax(1))[kept])
         nll += [-q[i, sample.ids[i + 1]] for i in kept]
@@ -101,8 +100,8 @@ def test_the_originals_answer_is_exactly_its_greedy_one(model, samples, monkeypa
     monkeypatch.setattr(answers_module, "_summary", lambda done, *_: followed.extend(done))
     reference = open_reference(VL)
     weights = Weights(reference, ours.ops)
-    walk = Walk(ours.ops, reference.config, samples)
-    for stage in stages(reference.config):
+    walk = Walk(ours.ops, ours.blob.family, ours.config, samples, ours.pictures.reader)
+    for stage in stages(ours.blob.family, ours.config):
         if stage.kind in answers_module.PICTURE_STAGES:
             walk.run(stage, weights)
     asked = [sample for sample in samples if sample.asked]

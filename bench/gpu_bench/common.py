@@ -12,7 +12,10 @@ import numpy as np
 
 from qvl_kernels.gpu import CudaOps
 from qvl_kernels.packing import Matrix, packed_shapes
+from qvl_runtime.families.layers import Decoder
+from qvl_runtime.families.qwen_vl import FAMILY
 from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.families.weights import Weights
 
 BEYOND_CACHE = 400 << 20
@@ -162,17 +165,13 @@ class SyntheticBlob:
     bits: tuple[tuple[str, int], ...]
 
     def matrix(self, name: str) -> Matrix:
-        from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
-
-        spec = next(s for s in tensors(self.config) if s.name == name)
+        spec = next(s for s in FAMILY.tensors(self.config) if s.name == name)
         assert isinstance(spec, MatrixSpec)
         plain = matrix(spec.n, spec.k, dict(self.bits)[spec.part])
         return dataclasses.replace(plain, bias=np.zeros(spec.n, np.float32) if spec.bias else None)
 
     def vector(self, name: str) -> np.ndarray:
-        from qvl_runtime.families.qwen_vl.tensors import tensors
-
-        shape = next(s.shape for s in tensors(self.config) if s.name == name)
+        shape = next(s.shape for s in FAMILY.tensors(self.config) if s.name == name)
         if name.endswith("bias"):
             return np.zeros(shape, np.float32)
         if name.endswith("weight"):
@@ -193,6 +192,11 @@ def true_config(layers: int | None = None, vision_layers: int | None = None) -> 
 def synthetic(ops, config: ModelConfig, bits: dict[str, int]) -> Weights:
     """Random weights for a backend."""
     return Weights(SyntheticBlob(config, tuple(bits.items())), ops)
+
+
+def decoder(weights: Weights) -> Decoder:
+    """The decoder of these weights."""
+    return Decoder(weights, FAMILY.decoder_names, FAMILY.rotary)
 
 
 def pixels(config: ModelConfig) -> np.ndarray:

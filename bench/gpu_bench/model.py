@@ -11,9 +11,10 @@ from gpu_bench import common
 from gpu_bench.common import peer, table, torch_or_none
 from gpu_bench.speed import copy_bandwidth
 from qvl_kernels.gpu.cache import cache_bytes
-from qvl_runtime.engine.sequence import Context
+from qvl_runtime.engine.decoder import DecodeStep, Features
+from qvl_runtime.engine.sequence import SequenceState
+from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.qwen_vl.adapter import Adapter
-from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
 from qvl_runtime.families.qwen_vl.vision import VisionTower
 
 GB = 1e9
@@ -27,12 +28,12 @@ def decode() -> dict:
     """Token by token with 512 and with 8000 tokens of context, and prefill, beside what the memory allows."""
     ops, config = common.make_ops(), common.true_config()
     rate = copy_bandwidth(ops)
-    decoder = Decoder(common.synthetic(ops, config, common.BITS))
+    decoder = common.decoder(common.synthetic(ops, config, common.BITS))
     weights = sum(_bytes(w) for w in _matrices(decoder))
     rows, found = [], {}
     for kind in ("fp16", "int8"):
         for length in (512, 8000):
-            context = Context(ops, config, kind, min(length + 2 * STEPS, config.max_position_embeddings))
+            context = decoder.sequence(kind, min(length + 2 * STEPS, config.max_position_embeddings))
             ops.driver.fill(context.store.values.address, 0, context.store.values.nbytes)
             context.truncate(length)
             step = DecodeStep(decoder, context)
@@ -50,7 +51,7 @@ def decode() -> dict:
 
 def _matrices(decoder: Decoder):
     for block in decoder.blocks:
-        yield from (block.c_attn, block.attn_proj, block.w1, block.w2, block.mlp_proj)
+        yield from (block.qkv, block.attention_out, block.up, block.gate, block.down)
     yield decoder.head
 
 
@@ -58,7 +59,7 @@ def _bytes(w) -> int:
     return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
 
 
-def _decode(ops, step: DecodeStep, context: Context, length: int) -> tuple[float, float]:
+def _decode(ops, step: DecodeStep, context: SequenceState, length: int) -> tuple[float, float]:
     """Seconds a step: of its graph alone, and as greedy generation runs it, reading each token back."""
     for _ in range(3):
         step(7)
@@ -83,19 +84,20 @@ def prefill(decoder: Decoder, step: DecodeStep, ids: list[int], images: list) ->
     for first in range(0, len(ids), ROWS):
         part = ids[first : first + ROWS]
         rows = work.rows(len(part))
-        decoder.embed(part, [(row - first, features) for row, features in images], rows.x)
-        decoder.forward(rows, step.context)
-        step.context.advance(len(part))
+        decoder.embed(decoder.ops.upload(np.array(part, np.int32)), rows.x)
+        pictures = [Features(row - first, features.shape[0], features) for row, features in images]
+        decoder.forward(rows, step.sequence, pictures)
+        step.sequence.advance(len(part))
     decoder.logits(rows.x[len(part) - 1 : len(part)], step.logits)
 
 
 def _prefill(ops, decoder: Decoder) -> dict:
     rows, found = [], {}
     for length in (512, 2048):
-        step = DecodeStep(decoder, Context(ops, decoder.config, "fp16", length))
+        step = DecodeStep(decoder, decoder.sequence("fp16", length))
         times = []
         for _ in range(4):
-            step.context.truncate(0)
+            step.sequence.truncate(0)
             begin = time.perf_counter()
             prefill(decoder, step, list(range(length)), [])
             ops.synchronize()
@@ -198,12 +200,12 @@ def memory() -> dict:
     for settings, bits in (("default", common.BITS), ("smallest", common.SMALLEST)):
         ops = common.make_ops()
         weights = common.synthetic(ops, config, bits)
-        decoder, tower, adapter = Decoder(weights), VisionTower(weights), Adapter(weights)
+        decoder, tower, adapter = common.decoder(weights), VisionTower(weights), Adapter(weights)
         for name, kind, tokens in (("picture + 2048 tokens", "fp16", 2048), ("8192 tokens, int8 cache", "int8", 8192)):
             ops.memory.trim()
             ops.memory.peak = ops.memory.in_use
             tokens = min(tokens, config.max_position_embeddings)
-            step = DecodeStep(decoder, Context(ops, config, kind, tokens))
+            step = DecodeStep(decoder, decoder.sequence(kind, tokens))
             features = adapter(tower(common.pixels(config)))
             prefill(decoder, step, list(range(100, 100 + tokens - 8)), [(1, features)])
             for _ in range(8):

@@ -16,7 +16,7 @@ import numpy as np
 from gpu_bench import common
 from gpu_bench.common import table
 from qvl_kernels.gpu import CudaOps, signatures
-from qvl_kernels.gpu.bundle import Bundle
+from qvl_kernels.gpu.loader import Bundle
 from qvl_kernels.ops import DeviceError, Norm
 from qvl_kernels.reference import ReferenceOps
 
@@ -173,9 +173,7 @@ def _long_attention(ops, reference, rng) -> list:
                 qkv = backend.upload(step.astype(backend.activation_dtype))
                 start = backend.upload(np.array([position], np.int32))
                 out = backend.empty((len(step), heads * d), backend.activation_dtype)
-                backend.rope_append(
-                    qkv, rope=backend.upload(rope), logn=backend.upload(logn), cache=cache, layer=0, start=start
-                )
+                backend.rope_append(qkv, backend.upload(rope), backend.upload(logn), cache, 0, start)
                 backend.cached_attention(qkv, cache, 0, start, out=out)
                 seen.append(backend.download(out).astype(np.float32))
                 position += len(step)
@@ -191,18 +189,16 @@ def _long_attention(ops, reference, rng) -> list:
 
 def true_model() -> dict:
     """Two layers of the decoder and of the ViT at their true width, against the reference."""
-    from qvl_runtime.engine.generation import score
-    from qvl_runtime.engine.sequence import Context
+    from qvl_runtime.engine.scoring import score
     from qvl_runtime.families.qwen_vl.adapter import Adapter
-    from qvl_runtime.families.qwen_vl.decoder import Decoder
     from qvl_runtime.families.qwen_vl.vision import VisionTower
+    from qvl_runtime.inputs.prompt import Prompt
 
     config, ids, found = common.true_config(1, 1), list(range(100, 120)), {}
     for name, ops in (("reference", ReferenceOps()), ("cuda", common.make_ops())):
         weights = common.synthetic(ops, config, common.BITS | {"head": 4, "embedding": 4})
         features = Adapter(weights)(VisionTower(weights)(common.pixels(config)))
-        context = Context(ops, config, ops.score_cache_dtype, len(ids), layers=1)
-        logits = score(Decoder(weights), context, ids, [])
+        logits = score(common.decoder(weights), Prompt(ids, []), [])
         found[name] = (ops.download(features), logits)
     errors = [_relative(got, want) for got, want in zip(found["cuda"], found["reference"])]
     rows = list(zip(("picture features", "logits"), errors))
@@ -274,7 +270,7 @@ def _language(tests, model, case: dict, bits: int) -> list:
             unsure = np.flatnonzero(expected["gen_gap"] < 2 * error)
             count = int(unsure[0]) if len(unsure) else len(expected["gen_ids"])
             wanted = expected["gen_ids"][:count].tolist()
-            stops = [i for i, token in enumerate(wanted) if token in model._stop_ids()]
+            stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
             got = model.generate(ids, images, max_new_tokens=count).token_ids
             same, checked = same and got == wanted[: stops[0] if stops else None], True
     return [f"{case['file'][:-4]} int{bits}", error, FP16_LOGITS, ("same" if same else "differ") if checked else "-"]

@@ -82,7 +82,8 @@ def allocate(
             f"--target-size {target / 1e9:.3f} GB is too small: with 4 bits everywhere and groups of {group_size} "
             f"the file has {smallest / 1e9:.3f} GB"
         )
-    units = stages(source.checkpoint.config)
+    checkpoint = source.checkpoint
+    units = stages(checkpoint.family, checkpoint.config)
     losses = measure(source, samples, units, plans, device)
     weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in BITS} for unit in units]
     chosen = choose(losses, weights, target - smallest)
@@ -127,8 +128,9 @@ def measure(
     device: str,
 ) -> list[dict[int, float]]:
     """Squared relative change of what leaves each unit at 4 and 8 bits; at 16 it counts as 0."""
-    config, ops = source.checkpoint.config, make_ops(device, "int16")
-    walk, published = Walk(ops, config, samples[:SAMPLES]), Published(source)
+    checkpoint, ops = source.checkpoint, make_ops(device, "int16")
+    walk = Walk(ops, checkpoint.family, checkpoint.config, samples[:SAMPLES], checkpoint.reader)
+    published = Published(source)
     losses = []
     for unit in units:
         before = [np.array(x) for x in walk.outputs(unit)]
@@ -159,7 +161,7 @@ def _seen(walk: Walk, unit: Stage, weights: Weights) -> list[np.ndarray]:
     """What leaves a unit: activations, or logits."""
     if unit.kind != "norm":
         return [np.array(x) for x in walk.outputs(unit)]
-    head = weights.matrix("lm_head")
+    head = weights.matrix(walk.family.decoder_names.head)
     return [next(walk.logits(head, i, max(0, len(x) - HEAD_ROWS))) for i, x in enumerate(walk.hidden)]
 
 

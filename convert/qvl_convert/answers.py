@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qvl_convert.calibration import Sample
-from qvl_convert.walk import Walk, stages
-from qvl_runtime.families.qwen_vl.grounding import Box, parse_boxes
+from qvl_convert.walk import PICTURE_STAGES, Walk, stages
+from qvl_runtime.boxes import Box
 from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.prompt import Slot
 from qvl_runtime.model import Model
 
 MAX_ROUNDS = 12
-PICTURE_STAGES = ("patches", "vision", "adapter")
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,8 +80,8 @@ class _Answer:
         return self.sample.ids + self.agreed + self.draft
 
     @property
-    def images(self) -> list:
-        return self.sample.images
+    def slots(self) -> list[Slot]:
+        return self.sample.slots
 
 
 def compare_answers(
@@ -107,28 +107,26 @@ def compare_answers(
     max_new_tokens : int
     progress : callable
     """
-    tokens = model.tokenizer
-    stops = {tokens.im_end_id, tokens.im_start_id, tokens.eod_id, model.generation_config.eos_token_id}
     answers, seen, left = [], [], list(features)
     for sample in samples:
-        mine, left = left[: len(sample.images)], left[len(sample.images) :]
+        mine, left = left[: len(sample.slots)], left[len(sample.slots) :]
         if not sample.asked:
             continue
-        count = sample.ids[: sample.asked].count(tokens.img_start_id) if mine else 0
-        prompt = Sample(sample.ids[: sample.asked], sample.images[:count])
+        slots = [slot for slot in sample.slots if slot.end <= sample.asked]
+        prompt = Sample(sample.ids[: sample.asked], slots)
         draft = _propose(model, prompt, [], max_new_tokens)
         answers.append(_Answer(prompt, draft, [], draft))
-        seen.append(mine[:count])
+        seen.append(mine[: len(slots)])
     for round_ in range(MAX_ROUNDS):
         going = [i for i, answer in enumerate(answers) if not answer.done]
         progress(f"answers, {len(going)} open", round_, MAX_ROUNDS)
         if not going:
             break
-        _check(reference, [answers[i] for i in going], [f for i in going for f in seen[i]], stops, max_new_tokens)
+        _check(model, reference, [answers[i] for i in going], [f for i in going for f in seen[i]], max_new_tokens)
         for i in going:
             if not answers[i].done:
                 answers[i].draft = _propose(model, answers[i].sample, answers[i].agreed, max_new_tokens)
-    return _summary([answer for answer in answers if answer.done], len(answers), tokens, stops)
+    return _summary([answer for answer in answers if answer.done], len(answers), model)
 
 
 def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
@@ -138,15 +136,16 @@ def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> lis
     return result.token_ids + ([model.tokenizer.im_end_id] if result.finish_reason == "stop" else [])
 
 
-def _check(weights: Weights, answers: list[_Answer], features: list[np.ndarray], stops: set, limit: int) -> None:
+def _check(model: Model, weights: Weights, answers: list[_Answer], features: list[np.ndarray], limit: int) -> None:
     """Extend `agreed` by what the original says in place of the draft, up to where it differs."""
-    walk = Walk(weights.ops, weights.blob.config, answers)
+    family, config, stops = model.blob.family, weights.config, model.stop_ids
+    walk = Walk(weights.ops, family, config, answers)
     for target, values in zip(walk.features, features):
         target[...] = values
-    for stage in stages(weights.blob.config):
+    for stage in stages(family, config):
         if stage.kind not in PICTURE_STAGES:
             walk.run(stage, weights)
-    head = weights.matrix("lm_head")
+    head = weights.matrix(family.decoder_names.head)
     for i, answer in enumerate(answers):
         first = len(answer.sample.ids) + len(answer.agreed) - 1
         said = np.concatenate([part.argmax(1) for part in walk.logits(head, i, first)])
@@ -159,7 +158,8 @@ def _check(weights: Weights, answers: list[_Answer], features: list[np.ndarray],
         answer.done = len(answer.agreed) == limit or answer.agreed[-1] in stops
 
 
-def _summary(answers: list[_Answer], count: int, tokenizer, stops: set) -> Answers:
+def _summary(answers: list[_Answer], count: int, model: Model) -> Answers:
+    tokenizer, stops, parse = model.tokenizer, model.stop_ids, model.blob.family.grounding.parse
     differences, distances, overlaps = [], [], []
     for answer in answers:
         ours, theirs = (_without_stop(ids, stops) for ids in (answer.first, answer.agreed))
@@ -168,7 +168,8 @@ def _summary(answers: list[_Answer], count: int, tokenizer, stops: set) -> Answe
             pairs = zip([*ours, None], [*theirs, None])
             differences.append(next(i for i, (a, b) in enumerate(pairs) if a != b))
         distances.append(edit_distance(*texts) / max(1, *map(len, texts)))
-        boxes = [parse_boxes(text) for text in texts]
+        pictures = [slot.picture for slot in answer.slots]
+        boxes = [parse(text, pictures) for text in texts]
         overlaps += [iou(a, b) for a, b in zip(*boxes)]
         overlaps += [0.0] * abs(len(boxes[0]) - len(boxes[1]))
     return Answers(
@@ -184,7 +185,7 @@ def _summary(answers: list[_Answer], count: int, tokenizer, stops: set) -> Answe
     )
 
 
-def _without_stop(ids: list[int], stops: set) -> list[int]:
+def _without_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in stops else ids
 
 

@@ -8,7 +8,6 @@ Per quantised linear: qweight int32 ``[k/8, n]`` (row r, bits 4i..4i+3 hold colu
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from qvl_convert.checkpoint import FLOATS, Checkpoint, read_json
 from qvl_kernels.packing import BLOCK, SYMMETRIC_ZERO, Matrix, pack
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
+from qvl_runtime.families.specs import MatrixSpec
 
 WORDS = (np.dtype(np.int32),)
 REMEDY = "take the unquantised model, or its 4-bit AutoGPTQ files"
@@ -39,7 +38,7 @@ def settings(checkpoint: Checkpoint) -> Settings | None:
         For another method, layout or number of bits than AutoGPTQ's 4 bits, version 1.
     """
     path = checkpoint.folder / "quantize_config.json"
-    if os.path.lexists(path):
+    if path.exists():
         config: Any = read_json(path)
     else:
         path = checkpoint.folder / "config.json"
@@ -75,7 +74,7 @@ def layout(
 ) -> dict[str, dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]]:
     """The AutoGPTQ tensors of every quantised matrix: ``{matrix name: {tensor name: (shape, dtypes)}}``."""
     result = {}
-    for spec in tensors(checkpoint.config):
+    for spec in checkpoint.family.tensors(checkpoint.config):
         if not isinstance(spec, MatrixSpec) or spec.part != "decoder" or f"{spec.name}.qweight" not in checkpoint:
             continue
         if spec.k % 8 or spec.n % 8:

@@ -1,8 +1,7 @@
 """Calibration data: conversations with pictures, whose activations tell which weights matter.
 
 Sources: Qwen-VL's fine-tuning JSON (a list of ``{"id", "conversations": [{"from", "value"}]}`` with
-``Picture 1: <img>path</img>``), chat messages (``{"messages": [{"role", "content"}]}``, whose content may be a list of
-parts as Hugging Face's and OpenAI's), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
+``Picture 1: <img>path</img>``), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
 folder of pictures (a caption in ``NAME.txt`` beside ``NAME.png``), or "builtin": scenes with shapes and print drawn by
 the package, questions and answers about them, and passages of text, in English and Chinese.
 """
@@ -11,36 +10,48 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.json_text import parse_json
-from qvl_runtime.file.opening import as_path, read_regular
-from qvl_runtime.inputs.images import ImageSource, load_image
-from qvl_runtime.inputs.prompt import build_prompt
+from qvl_runtime.families.base import Config, Prompts
+from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.pictures import LOCAL
+from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 log = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
-FORM = "see Qwen-VL's fine-tuning format"
 MAX_BAD = 10
-MAX_DATA, MAX_CAPTION = 256 << 20, 1 << 20
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 WORDS = ("OPEN", "EXIT", "Hello", "Coffee", "Sale 50%", "Platform 9", "No. 12", "Paris", "STOP", "Menu", "Bus 42")
 
-Turn = tuple[str, str]
+Content = str | list[dict[str, Any]]
+"""A text with ``<img>path</img>``, or parts of a message."""
+
+Turn = tuple[str, Content]
 """A role ("system", "user", "assistant") and what is said."""
+
+
+class Speaker(Protocol):
+    """A model or checkpoint whose prompts the samples become."""
+
+    config: Config
+    tokenizer: Tokenizer
+    prompts: Prompts
+
+    @property
+    def is_chat(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,20 +61,24 @@ class Sample:
     Attributes
     ----------
     ids : list of int
-        With an image slot for each picture.
-    images : list of image sources
-        One for each slot, in order.
+    slots : list of Slot
+        The pictures among the ids.
     asked : int
         How many of the ids come before the last answer; 0 where nothing is asked.
     """
 
     ids: list[int]
-    images: list[ImageSource]
+    slots: list[Slot]
     asked: int = 0
+
+    @property
+    def images(self) -> list[ImageSource]:
+        """What the pictures can be read from."""
+        return [slot.picture.content for slot in self.slots]
 
 
 def load(
-    source: str | Path, tokenizer: Tokenizer, *, chat: bool, count: int = 32, max_tokens: int = 1024, seed: int = 0
+    source: str | Path, speaker: Speaker, *, count: int = 32, max_tokens: int = 1024, seed: int = 0
 ) -> list[Sample]:
     """Read calibration data.
 
@@ -71,9 +86,8 @@ def load(
     ----------
     source : str or Path
         "builtin", or a file or folder as the module describes.
-    tokenizer : Tokenizer
-    chat : bool
-        Whether the model knows chat turns; else conversations become plain text.
+    speaker : Speaker
+        For a base model conversations become plain text.
     count : int
         Samples to take, at random where there are more.
     max_tokens : int
@@ -85,21 +99,18 @@ def load(
     QvlError
         When nothing can be read, more than `MAX_BAD` samples are bad (each is named and skipped), or none is left.
     """
-    rng, source = np.random.default_rng(seed), as_path(source)
-    for name, value in (("count", count), ("max_tokens", max_tokens)):
-        if type(value) is not int or value < 1:
-            raise QvlError(f"{name} is {value!r}; expected 1 or more")
+    rng = np.random.default_rng(seed)
     if str(source) == BUILTIN:
-        found = _builtin(rng, count, pictures=tokenizer.has_image_tags)
+        found = _builtin(rng, count, pictures=speaker.config.sees)
     else:
-        found = list(_read(source))
+        found = list(_read(Path(source)))
         found = [found[i] for i in rng.permutation(len(found))]
     samples, bad = [], 0
-    for name, turns, images in found:
+    for name, turns in found:
         if len(samples) == count:
             break
         try:
-            samples.append(_cut(_sample(turns, images, _root(source), tokenizer, chat), max_tokens, tokenizer))
+            samples.append(_cut(_sample(turns, _root(source), speaker), max_tokens))
         except QvlError as error:
             bad += 1
             log.warning("%s: skipped: %s", name, error)
@@ -115,74 +126,57 @@ def digest(samples: list[Sample]) -> str:
     total = hashlib.sha256()
     for sample in samples:
         total.update(np.array(sample.ids, np.int32).tobytes())
-        for image in sample.images:
-            total.update(load_image(image).tobytes())
+        for slot in sample.slots:
+            total.update(slot.picture.key)
     return total.hexdigest()[:32]
 
 
-Found = tuple[str, list[Turn] | str, list[ImageSource]]
-"""A name for messages, turns or a plain text, and pictures for its empty ``<img></img>``."""
+Found = tuple[str, list[Turn] | str]
+"""A name for messages, and turns or a plain text."""
 
 
-def _root(source: Path) -> Path:
-    return source if os.path.isdir(source) else source.parent
+def _root(source: str | Path) -> Path:
+    path = Path(source)
+    return path if path.is_dir() else path.parent
 
 
 def _read(path: Path) -> Iterator[Found]:
-    if os.path.isdir(path):
+    if path.is_dir():
         yield from _read_folder(path)
         return
-    remedy = "give a JSON file or a folder"
-    content = read_regular(path, limit=MAX_DATA, remedy=remedy)
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise QvlError(f"{path}: cannot be read as calibration data ({error}); {remedy}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QvlError(f"{path}: cannot be read as calibration data ({error}); give a JSON file or a folder") from None
     if path.suffix == ".jsonl":
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         for name, line in lines:
-            yield name, *_entry(parse_json(line, f"{name}:", FORM))
+            yield name, _entry(_parse(line, name))
         return
-    entries = parse_json(text, f"{path}:", FORM)
+    entries = _parse(text, str(path))
     if not isinstance(entries, list):
-        raise QvlError(f"{path}: holds no list of conversations; {FORM}")
+        raise QvlError(f"{path}: holds no list of conversations; see Qwen-VL's fine-tuning format")
     for number, entry in enumerate(entries, 1):
         label = entry.get("id", number) if isinstance(entry, dict) else number
-        yield f"{path}, sample {label}", *_entry(entry)
+        yield f"{path}, sample {label}", _entry(entry)
 
 
-def _entry(entry: Any) -> tuple[list[Turn] | str, list[ImageSource]]:
+def _parse(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise QvlError(f"{name}: is not readable as JSON ({error})") from None
+
+
+def _entry(entry: Any) -> list[Turn] | str:
     """Turns or text of one object; what is wrong with it is found when it is made into a sample."""
-    entry = entry if isinstance(entry, dict) else {}
-    if isinstance(entry.get("text"), str):
-        return entry["text"], []
-    conversation = entry.get("conversations", entry.get("messages"))
-    turns: list[Turn] = []
-    images: list[ImageSource] = []
-    for turn in conversation if isinstance(conversation, list) else []:
-        turn = turn if isinstance(turn, dict) else {}
-        who, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        turns.append((SPEAKERS.get(str(who).lower(), str(who)), _said(said, images)))
-    return turns, images
-
-
-def _said(said: Any, images: list[ImageSource]) -> Any:
-    """A list of parts as text with empty image slots, whose pictures go to `images`; all else as it is."""
-    if not isinstance(said, list):
-        return said
-    texts = []
-    for part in said:
-        part = part if isinstance(part, dict) else {}
-        source = next((part[key] for key in ("image", "image_url", "url") if key in part), None)
-        source = source.get("url") if isinstance(source, dict) else source
-        if isinstance(source, str):
-            images.append(source)
-            texts.append(f"Picture {len(images)}: <img></img>\n")
-        elif isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            return None
-    return "".join(texts)
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return entry["text"]
+    conversation = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(conversation, list):
+        return []
+    turns = [(t.get("from"), t.get("value")) if isinstance(t, dict) else (None, None) for t in conversation]
+    return [(SPEAKERS.get(str(who).lower(), str(who)), said) for who, said in turns]
 
 
 def _read_folder(folder: Path) -> Iterator[Found]:
@@ -191,12 +185,11 @@ def _read_folder(folder: Path) -> Iterator[Found]:
         raise QvlError(f"{folder}: holds no pictures ({', '.join(PICTURES)})")
     for i, path in enumerate(paths):
         question = ("Describe the picture.", "描述这张图。")[i % 2]
-        turns = [("user", f"Picture 1: <img></img>\n{question}")]
+        turns: list[Turn] = [("user", [{"image": path}, {"text": question}])]
         caption = path.with_suffix(".txt")
-        if os.path.lexists(caption):
-            said = read_regular(caption, limit=MAX_CAPTION, remedy="a caption is a text file beside its picture")
-            turns.append(("assistant", said.decode("utf-8", "replace").strip()))
-        yield str(path), turns, [path]
+        if caption.exists():
+            turns.append(("assistant", caption.read_text(encoding="utf-8", errors="replace").strip()))
+        yield str(path), turns
 
 
 def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Found]:
@@ -206,77 +199,73 @@ def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Fo
     found: list[Found] = []
     for i in range(count):
         if pictures and i % 3 != 2:
-            found.append((f"builtin picture {i}", *_drawn(rng, 1 + (i % 6 == 4))))
+            found.append((f"builtin picture {i}", _drawn(rng, 1 + (i % 6 == 4))))
         else:
             chosen = [passages[order[(3 * i + j) % len(passages)]] for j in range(3)]
-            found.append((f"builtin text {i}", "\n\n".join(chosen), []))
+            found.append((f"builtin text {i}", "\n\n".join(chosen)))
     return found
 
 
-def _drawn(rng: np.random.Generator, pictures: int) -> tuple[list[Turn], list[ImageSource]]:
+def _drawn(rng: np.random.Generator, pictures: int) -> list[Turn]:
     scenes = [random_scene(rng, words=WORDS, shares=(0.3, 0.2, 0.5, 0.0)) for _ in range(pictures)]
     exchanges = [exchange for _ in range(40) if (exchange := ask(rng, scenes)) is not None][:8]
     if pictures == 1 and (last := ask(rng, scenes, ("find", "ground")[int(rng.integers(2))])) is not None:
         exchanges[-1] = last
-    slots = "".join(f"Picture {n}: <img></img>\n" for n in range(1, pictures + 1))
     spoken = [turn for exchange in exchanges for turn in exchange.turns]
     turns = [turn for question, answer in spoken for turn in (("user", question), ("assistant", answer))]
-    turns[0] = ("user", slots + turns[0][1])
-    return turns, [draw(scene, 448) for scene in scenes]
+    parts = [*({"image": draw(scene, 448)} for scene in scenes), {"text": turns[0][1]}]
+    return [("user", parts), *turns[1:]]
 
 
-def _sample(turns: list[Turn] | str, images: list[ImageSource], root: Path, tokenizer: Tokenizer, chat: bool) -> Sample:
-    images = [_from(root, image) for image in images]
+def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:
     if isinstance(turns, str):
-        turns = _resolve(turns, root, tokenizer)
-        prompt = build_prompt(turns, images, tokenizer, chat=chat)
-        return _checked(Sample(prompt.ids, prompt.images))
+        return _without_pixels(speaker.prompts.build(_resolve(turns, root, speaker), None, LOCAL))
     for role, said in turns:
-        if role not in SPEAKERS.values() or not isinstance(said, str):
+        if role not in SPEAKERS.values() or not isinstance(said, str | list):
             raise QvlError(f"a turn is {role!r}: {str(said)[:40]!r}; expected 'user' or 'assistant' and a text")
     if not any(role == "user" for role, _ in turns):
         raise QvlError("has no 'conversations' with a turn of the user")
-    turns = [(role, _resolve(said, root, tokenizer)) for role, said in turns]
-    answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
-    if chat:
-        prompt = build_prompt([{"role": r, "content": said} for r, said in turns], images, tokenizer, chat=True)
-        tail = [] if answer is None else [*tokenizer.encode_chat(answer), tokenizer.im_end_id]
+    answer = str(turns[-1][1]) if turns[-1][0] == "assistant" else None
+    asked = [(role, _resolve(said, root, speaker)) for role, said in (turns if answer is None else turns[:-1])]
+    if speaker.is_chat:
+        prompt = speaker.prompts.build([{"role": r, "content": said} for r, said in asked], None, LOCAL)
     else:
-        prompt = build_prompt("\n".join(said for _, said in turns) + "\n", images, tokenizer, chat=False)
-        tail = [] if answer is None else tokenizer.encode(answer)
-    return _checked(Sample(prompt.ids + tail, prompt.images, len(prompt.ids)))
+        said = [part for _, content in asked for part in (*_parts(content), {"text": "\n"})]
+        prompt = speaker.prompts.build(said, None, LOCAL)
+    return _without_pixels(prompt, [] if answer is None else speaker.prompts.answer(answer), asks=True)
 
 
-def _resolve(text: str, root: Path, tokenizer: Tokenizer) -> str:
-    """Paths of pictures that are relative to the data's folder, made good from here."""
-    if not tokenizer.has_image_tags:
-        return text
-    pieces = [_from(root, piece) if i % 2 else piece for i, piece in enumerate(split_images(text))]
-    return "".join(f"<img>{piece}</img>" if i % 2 else piece for i, piece in enumerate(pieces))
+def _parts(content: Content) -> list[dict[str, Any]]:
+    return [{"text": content}] if isinstance(content, str) else content
 
 
-def _from(root: Path, source: ImageSource) -> ImageSource:
-    """A path that is relative to the data's folder, made good from here."""
-    if not isinstance(source, str) or not source or os.path.exists(source) or not os.path.exists(root / source):
-        return source
-    return str(root / source)
+def _resolve(content: Content, root: Path, speaker: Speaker) -> Content:
+    """Make the paths of pictures, which are relative to the data's folder, relative to here."""
+    if isinstance(content, list) or not speaker.config.sees:
+        return content
+    pieces = split_images(content)
+    for i in range(1, len(pieces), 2):
+        if pieces[i] and not Path(pieces[i]).exists() and (root / pieces[i]).exists():
+            pieces[i] = str(root / pieces[i])
+    if speaker.tokenizer.has_image_tags or len(pieces) == 1:
+        return "".join(f"<img>{piece}</img>" if i % 2 else piece for i, piece in enumerate(pieces))
+    return [{"image": piece} if i % 2 else {"text": piece} for i, piece in enumerate(pieces) if piece]
 
 
-def _checked(sample: Sample) -> Sample:
-    """Pictures that cannot be read are found now, not hours later."""
-    for image in sample.images:
-        load_image(image)
-    return sample
+def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = False) -> Sample:
+    """Pictures were read, so that nothing fails hours later; their pixels are computed again when needed."""
+    slots = [Slot(start, dataclasses.replace(picture, pixels=None)) for start, picture in prompt.slots]
+    return Sample([*prompt.ids, *answer], slots, len(prompt.ids) if asks else 0)
 
 
-def _cut(sample: Sample, max_tokens: int, tokenizer: Tokenizer) -> Sample:
+def _cut(sample: Sample, max_tokens: int) -> Sample:
     if len(sample.ids) <= max_tokens:
         return sample
-    starts = [i for i, token in enumerate(sample.ids) if token == tokenizer.img_start_id]
-    split = [start for start in starts if start < max_tokens < start + tokenizer.n_queries + 2]
+    # The token before a slot opens it, and the one behind it closes it.
+    split = [slot.start - 1 for slot in sample.slots if slot.start - 1 < max_tokens < slot.end + 1]
     end = split[0] if split else max_tokens
-    images = sample.images[: sum(start < end for start in starts)]
-    kept = Sample(sample.ids[:end], images, sample.asked if sample.asked <= end else 0)
+    slots = [slot for slot in sample.slots if slot.end <= end]
+    kept = Sample(sample.ids[:end], slots, sample.asked if sample.asked <= end else 0)
     if not kept.ids:
         raise QvlError(f"its first picture does not fit into {max_tokens} tokens")
     return kept

@@ -18,11 +18,8 @@ from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Finished
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
-from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.tensors import PARTS, VectorSpec, tensors
-from qvl_runtime.file.blob import FORMAT, RANKS, VERSION
-from qvl_runtime.inputs.images import MEAN, STD
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.blob import FORMAT, RANKS, VERSION
+from qvl_runtime.families.specs import PARTS, VectorSpec
 
 Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
 """Makes the matrices that are still missing, in any order, given source, all plans, those that are missing, and a
@@ -88,7 +85,7 @@ def convert(
     resume : bool
         Take up an unfinished conversion of the same model with the same settings.
     force : bool
-        Replace `out` if it exists, or begin an unfinished conversion anew.
+        Replace `out` if it exists.
     progress : callable
         Told the name of each finished tensor, the bytes of the file that are done, and its size.
     produce : callable
@@ -99,11 +96,6 @@ def convert(
     QvlError
         When source or settings are refused; nothing is left behind then.
     """
-    if method != "gptq" and target_size is None:
-        if calibration_data != calibration.BUILTIN:
-            raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
-        if spill:
-            raise QvlError("spill is for method gptq or a target size; choose one")
     default = 16 if bits == 16 else 8
     recipe = Recipe(
         bits=bits,
@@ -113,7 +105,9 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
-    vectors = [spec for spec in tensors(source.checkpoint.config) if isinstance(spec, VectorSpec)]
+    checkpoint = source.checkpoint
+    specs = checkpoint.family.tensors(checkpoint.config)
+    vectors = [spec for spec in specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
         chosen = allocate(
@@ -159,12 +153,7 @@ def convert(
 
 
 def _samples(source: Source, data: str | os.PathLike, count: int) -> list[calibration.Sample]:
-    checkpoint = source.checkpoint
-    tokenizer = Tokenizer.from_ranks(
-        checkpoint.ranks, image_tags=checkpoint.config.visual is not None, vocab_size=checkpoint.config.vocab_size
-    )
-    chat = checkpoint.generation_config.chat_format == "chatml"
-    return calibration.load(data, tokenizer, chat=chat, count=count)
+    return calibration.load(data, source.checkpoint, count=count)
 
 
 def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) -> Layout:
@@ -186,11 +175,10 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
     parts = {}
     for plan in plans:
         parts.setdefault(plan.spec.part, []).append(plan)
-    sees = checkpoint.config.visual is not None
     values = {
         "config": checkpoint.config.to_dict(),
         "generation_config": checkpoint.generation_config.to_dict(),
-        "preprocessing": {"mean": MEAN.tolist(), "std": STD.tolist()} if sees else {},
+        "preprocessing": checkpoint.family.read_preprocessing(checkpoint.folder, checkpoint.config),
         "quantization": {part: _made(parts[part]) for part in PARTS if part in parts},
         "source": {
             "name": checkpoint.folder.resolve().name,

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from qvl_convert.checkpoint import published_shapes
 from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, VectorSpec, tensors
-from qvl_runtime.file.blob import Blob
+from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 
 SHARD = 2 << 30
 """Bytes after which another file is begun."""
@@ -114,7 +114,7 @@ def _words(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _settings(blob: Blob) -> dict[str, Any] | None:
     """What `quantize_config.json` says; None when the decoder has 16 bits."""
-    specs = [s for s in tensors(blob.config) if isinstance(s, MatrixSpec) and s.part == "decoder"]
+    specs = [s for s in blob.family.tensors(blob.config) if isinstance(s, MatrixSpec) and s.part == "decoder"]
     matrices = [blob.matrix(spec.name) for spec in specs]
     kinds = {(m.bits, m.group_size) for m in matrices}
     if len(kinds) > 1:
@@ -142,8 +142,8 @@ def _settings(blob: Blob) -> dict[str, Any] | None:
 
 def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the folder, one at a time, by its published name."""
-    shapes = published_shapes(blob.config)
-    for _, group in itertools.groupby(tensors(blob.config), lambda s: getattr(s, "source", s.name)):
+    shapes = published_shapes(blob.family, blob.config)
+    for _, group in itertools.groupby(blob.family.tensors(blob.config), lambda s: getattr(s, "source", s.name)):
         specs = list(group)
         spec = specs[0]
         if isinstance(spec, VectorSpec):

@@ -13,7 +13,7 @@ from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.writer import Layout
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
+from qvl_runtime.families.specs import MatrixSpec
 
 METHODS = ("rtn", "gptq")
 ROW_CHUNK = 16 << 20
@@ -117,7 +117,7 @@ class Source:
                 )
         imported = {} if self._autogptq is None else autogptq.layout(checkpoint, self._autogptq)
         self.imported = set(imported)
-        shapes = published.published_shapes(checkpoint.config)
+        shapes = published.published_shapes(checkpoint.family, checkpoint.config)
         wanted = {name: (shape, published.FLOATS) for name, shape in shapes.items()}
         for name, arrays in imported.items():
             del wanted[f"{name}.weight"]
@@ -138,7 +138,9 @@ class Source:
         QvlError
             When an AutoGPTQ source is to become 8 bits.
         """
-        specs = [spec for spec in tensors(self.checkpoint.config) if isinstance(spec, MatrixSpec)]
+        specs = [
+            spec for spec in self.checkpoint.family.tensors(self.checkpoint.config) if isinstance(spec, MatrixSpec)
+        ]
         return [self._plan(spec, recipe, (bits or {}).get(spec.name, recipe.bits_of(spec.part))) for spec in specs]
 
     def _plan(self, spec: MatrixSpec, recipe: Recipe, bits: int) -> MatrixPlan:

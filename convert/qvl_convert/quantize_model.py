@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,13 +59,13 @@ class Watch:
         """Say which matrix a weight is."""
         self._names[id(weight)] = name
 
-    def linear(self, x: Array, w: Weight, *, out: Array, norm: Norm | None = None, **rest) -> None:
+    def linear(self, x: Array, w: Weight, *, norm: Norm | None = None, **rest: Any) -> None:
         self._see(x, norm, w)
-        self._ops.linear(x, w, out=out, norm=norm, **rest)
+        self._ops.linear(x, w, norm=norm, **rest)
 
-    def gate_up(self, x: Array, gate: Weight, up: Weight, *, out: Array, norm: Norm) -> None:
+    def gate_up(self, x: Array, gate: Weight, up: Weight, *, norm: Norm, **rest: Any) -> None:
         self._see(x, norm, gate, up)
-        self._ops.gate_up(x, gate, up, out=out, norm=norm)
+        self._ops.gate_up(x, gate, up, norm=norm, **rest)
 
     def _see(self, x: Array, norm: Norm | None, *weights: Weight) -> None:
         names = [name for w in weights if (name := self._names[id(w)]) in self._wanted]
@@ -139,18 +140,19 @@ class Calibrated:
         todo = {plan.spec.name: plan for plan in pending}
         calibrated = {name for name, plan in todo.items() if plan.method == "gptq"}
         ops = make_ops(self._device, "int16")
-        walk = Walk(ops, source.checkpoint.config, self.samples, folder)
-        published, quantised = Published(source), InFile(source, plans, finished)
-        for stage in stages(source.checkpoint.config):
+        checkpoint = source.checkpoint
+        walk = Walk(ops, checkpoint.family, checkpoint.config, self.samples, checkpoint.reader, folder)
+        published, quantized = Published(source), InFile(source, plans, finished)
+        for stage in stages(checkpoint.family, checkpoint.config):
             names = [name for name in stage.matrices if name in todo]
             hessians = {}
             if calibrated:
                 hessians = self.hessians(walk, stage, published, calibrated)
             yield from ((todo[name], source.matrix(todo[name])) for name in names if name not in calibrated)
-            yield from self.quantise(source, [todo[n] for n in names if n in calibrated], hessians)
+            yield from self.quantize(source, [todo[n] for n in names if n in calibrated], hessians)
             calibrated -= set(names)
             if calibrated and stage.kind != "norm":
-                walk.run(stage, Weights(quantised, ops))
+                walk.run(stage, Weights(quantized, ops))
 
     def hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
         """Of the wanted matrices of a stage, with the original weights in it."""
@@ -167,7 +169,7 @@ class Calibrated:
         walk.run(stage, WatchedWeights(published, watch), keep=False)
         return watch.hessians
 
-    def quantise(
+    def quantize(
         self, source: Source, plans: list[MatrixPlan], hessians: dict[str, Hessian]
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
         """The matrices of a stage, of which those with the same input should follow one another."""

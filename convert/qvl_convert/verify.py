@@ -21,11 +21,11 @@ from qvl_convert.calibration import Sample
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.lora import Merged
 from qvl_convert.plan import Source
-from qvl_convert.walk import Model, Published, Walk, relative_error, stages
-from qvl_kernels.ops import Ops, Weight
+from qvl_convert.walk import Published, Walk, relative_error, stages
+from qvl_kernels.ops import Array, Ops, Weight
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.weights import Weights
-from qvl_runtime.file.blob import Blob
+from qvl_runtime.families.weights import Tensors, Weights
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.model import Model as Runtime
 
@@ -95,22 +95,22 @@ class Bf16Ops:
         self._ops = ops
 
     def __getattr__(self, name: str):
-        attribute = getattr(self._ops, name)
-        return self._rounded(attribute) if callable(attribute) else attribute
+        function = getattr(self._ops, name)
+        return self._rounded(function) if callable(function) else function
 
-    def _rounded(self, operation: Callable) -> Callable:
-        """`operation`, whose float `out` is rounded when it is done: every operation has it as a keyword."""
-
-        def call(*args, **options) -> Any:
-            result, out = operation(*args, **options), options.get("out")
-            if out is not None and out.dtype.kind == "f":
-                self._ops.write(out, self._ops.download(out).astype(ml_dtypes.bfloat16).astype(out.dtype))
+    def _rounded(self, function: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            if "out" in options:
+                out: Array = options["out"]
+                if out.dtype != np.int32:
+                    self._ops.write(out, self._ops.download(out).astype(ml_dtypes.bfloat16).astype(out.dtype))
             return result
 
         return call
 
 
-def open_reference(path: str | Path, lora: str | Path | None = None) -> Model:
+def open_reference(path: str | Path, lora: str | Path | None = None) -> Tensors:
     """The original: a Hugging Face folder (with the adapter that was merged), or a `.qvl` file of higher precision."""
     if Path(path).is_file():
         return Blob(path)
@@ -119,7 +119,7 @@ def open_reference(path: str | Path, lora: str | Path | None = None) -> Model:
 
 def verify(
     model: Runtime,
-    reference: Model,
+    reference: Tensors,
     samples: Sequence[Sample],
     *,
     max_new_tokens: int = 64,
@@ -130,7 +130,7 @@ def verify(
     Parameters
     ----------
     model : qvl_runtime.Model
-    reference : Model
+    reference : Tensors
         From `open_reference`.
     samples : sequence of Sample
         At best not those the model was calibrated with.
@@ -144,14 +144,15 @@ def verify(
     QvlError
         When the two are different models.
     """
-    config = model.config
+    config, family = model.config, model.blob.family
     if reference.config != config:
         different = [k for k, v in config.to_dict().items() if reference.config.to_dict().get(k) != v]
         raise QvlError(f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ")
     bf16 = Bf16Ops(model.ops)
-    walks = [Walk(ops, config, samples) for ops in (model.ops, model.ops, bf16)]
+    reader = None if model.pictures is None else model.pictures.reader
+    walks = [Walk(ops, family, config, samples, reader) for ops in (model.ops, model.ops, bf16)]
     weights = [Weights(reference, model.ops), Weights(model.blob, model.ops), Weights(reference, bf16)]
-    layers, plan = [], stages(config)
+    layers, plan = [], stages(family, config)
     for done, stage in enumerate(plan):
         name = stage.kind if stage.kind not in ("vision", "decoder") else f"{stage.kind} {stage.index}"
         progress(name, done, len(plan))
@@ -161,8 +162,8 @@ def verify(
             layers.append((name, relative_error(outputs, walks[0].outputs(stage))))
     progress("logits", len(plan), len(plan))
     features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
-    judged = [judged_positions(sample.ids, model.tokenizer) for sample in samples]
-    nll, scores = _scores(walks, [w.matrix("lm_head") for w in weights], samples, judged)
+    judged = [judged_positions(sample, model.tokenizer) for sample in samples]
+    nll, scores = _scores(walks, [w.matrix(family.decoder_names.head) for w in weights], samples, judged)
     answers = None
     if max_new_tokens and any(sample.asked for sample in samples):
         answers = compare_answers(model, weights[0], samples, walks[0].features, max_new_tokens, progress)
@@ -178,14 +179,18 @@ def verify(
     )
 
 
-def judged_positions(ids: Sequence[int], tokenizer: Tokenizer) -> np.ndarray:
+def judged_positions(sample: Sample, tokenizer: Tokenizer) -> np.ndarray:
     """The positions whose next token counts: those of the answers in a chat, else of all text.
 
     A chat model was trained on its answers alone; what it would have asked itself is noise.
     """
+    ids = sample.ids
     following = np.array(ids[1:])
     if tokenizer.im_start_id not in ids:
-        return np.flatnonzero(following != tokenizer.img_pad_id)
+        pictures = np.zeros(len(ids), bool)
+        for slot in sample.slots:
+            pictures[slot.start : slot.end] = True
+        return np.flatnonzero(~pictures[1:])
     head = [tokenizer.im_start_id, *tokenizer.encode_ordinary("assistant"), *tokenizer.encode_ordinary("\n")]
     positions, answering = [], False
     for i in range(len(following)):

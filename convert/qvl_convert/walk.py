@@ -16,27 +16,16 @@ import numpy as np
 from qvl_convert.plan import Recipe, Source
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
-from qvl_runtime.engine.sequence import Context
-from qvl_runtime.families.qwen_vl import decoder, vision
-from qvl_runtime.families.qwen_vl.adapter import Adapter
-from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.qwen_vl.tensors import MatrixSpec, tensors
+from qvl_runtime.engine.decoder import Features
+from qvl_runtime.engine.sequence import Rotary, SequenceState
+from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.layers import Block, Workspace, place_features
+from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.images import ImageSource, load_image, preprocess
+from qvl_runtime.inputs.pictures import PictureReader, Pixels
+from qvl_runtime.inputs.prompt import Slot
 
-VISION, DECODER = f"{vision.NAME}.", "transformer.h."
-
-
-class Model(Protocol):
-    """What `Weights` reads: a `Blob`, or anything with its three names."""
-
-    config: ModelConfig
-
-    def matrix(self, name: str) -> Matrix:
-        """A weight, by its base name."""
-
-    def vector(self, name: str) -> np.ndarray:
-        """A float32 tensor."""
+PICTURE_STAGES = ("patches", "vision", "adapter")
 
 
 class Published:
@@ -74,29 +63,24 @@ class Stage:
     matrices: tuple[str, ...]
 
 
-def stages(config: ModelConfig) -> list[Stage]:
+def stages(family: Family, config: Config) -> list[Stage]:
     """The stages of a model, in order; "norm" leaves what the output head reads."""
     groups: dict[tuple[str, int], list[str]] = {}
-    for spec in tensors(config):
+    for spec in family.tensors(config):
         if isinstance(spec, MatrixSpec):
-            groups.setdefault(_stage_of(spec), []).append(spec.name)
+            groups.setdefault(family.stage_of(spec), []).append(spec.name)
+    groups.setdefault(("norm", 0), [])  # a tied head has no matrix of its own
     return [Stage(kind, index, tuple(names)) for (kind, index), names in groups.items()]
-
-
-def _stage_of(spec: MatrixSpec) -> tuple[str, int]:
-    if spec.part == "decoder":
-        return "decoder", int(spec.name.removeprefix(DECODER).split(".")[0])
-    if spec.part == "vision":
-        layer = spec.name.removeprefix(f"{VISION}transformer.resblocks.").split(".")[0]
-        return ("vision", int(layer)) if layer.isdigit() else ("patches", 0)
-    return {"adapter": "adapter", "embedding": "embedding", "head": "norm"}[spec.part], 0
 
 
 class Prompted(Protocol):
     """A prompt with its pictures."""
 
-    ids: list[int]
-    images: list[ImageSource]
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def slots(self) -> Sequence[Slot]: ...
 
 
 Steps = tuple[Callable[[int], Array], list[np.ndarray]]
@@ -110,44 +94,61 @@ class Walk:
     ----------
     ops : Ops
         Of the weights that `run` is given, or the backend behind them.
-    config : ModelConfig
+    family : Family
+    config : Config
     prompts : sequence
-        With `ids` and `images`. Pictures are read when they are needed.
+        With `ids` and `slots`. Pictures are decoded when they are needed.
+    reader : PictureReader, optional
+        Decodes them; needed if there are any.
     spill : Path, optional
         Folder for the activations, which else stay in memory.
 
     Attributes
     ----------
     patches, features, hidden : list of ndarray
-        float32: of each picture (in order of the prompts) ``[patches, width]`` inside the ViT, then
-        ``[n_queries, hidden_size]``; of each prompt ``[T, hidden_size]``, after "norm" what the output head reads.
+        float32: of each picture (in order of the prompts) ``[rows, width]`` inside the ViT, and
+        ``[levels * tokens, hidden_size]``; of each prompt ``[T, hidden_size]``, after "norm" what the output head
+        reads.
     """
 
-    def __init__(self, ops: Ops, config: ModelConfig, prompts: Sequence[Prompted], spill: Path | None = None):
-        self.ops, self.config, self.prompts = ops, config, prompts
-        self._images = [image for prompt in prompts for image in prompt.images]
-        self._spill = spill
-        self._cache: Context | None = None
+    def __init__(
+        self,
+        ops: Ops,
+        family: Family,
+        config: Config,
+        prompts: Sequence[Prompted],
+        reader: PictureReader | None = None,
+        spill: Path | None = None,
+    ):
+        self.ops, self.family, self.config, self.prompts = ops, family, config, prompts
+        self._pictures = [slot.picture for prompt in prompts for slot in prompt.slots]
+        self._reader, self._spill = reader, spill
+        self._cache: SequenceState | None = None
         self.hidden = self._room("hidden", [(len(prompt.ids), config.hidden_size) for prompt in prompts])
-        self.patches = self.features = []
-        if config.visual is not None:
-            v = config.visual
-            self.patches = self._room("patches", [(v.patches, v.width)] * len(self._images))
-            self.features = self._room("features", [(v.n_queries, v.output_dim)] * len(self._images))
+        self.patches: list[np.ndarray] = []
+        rows = [(family.levels(config) * picture.tokens, config.hidden_size) for picture in self._pictures]
+        self.features = self._room("features", rows)
 
     def run(self, stage: Stage, weights: Weights, *, keep: bool = True) -> None:
         """Take all prompts through a stage; without `keep` only to see what its products are given."""
-        step, target = getattr(self, f"_{stage.kind}")(weights, stage.index)
+        step, target = self._steps(stage, weights)
         for i, array in enumerate(target):
             out = step(i)
             if keep:
                 array[...] = self.ops.download(out)
 
+    def _steps(self, stage: Stage, weights: Weights) -> Steps:
+        if stage.kind in PICTURE_STAGES:
+            return self._vision(stage, weights)
+        if stage.kind == "embedding":
+            return self._embedding(weights)
+        return self._decoder(weights, stage.index) if stage.kind == "decoder" else self._norm(weights)
+
     def outputs(self, stage: Stage) -> list[np.ndarray]:
         """The arrays that a stage writes."""
         if stage.kind in ("patches", "vision"):
             return self.patches
-        return self.features if stage.kind == "adapter" else self.hidden
+        return self._level(stage.index) if stage.kind == "adapter" else self.hidden
 
     def logits(self, head: Weight, prompt: int, first: int = 0, rows: int = 64) -> Iterator[np.ndarray]:
         """After "norm": a prompt's logits from a position on, float32 ``[rows, vocab]`` at a time.
@@ -167,61 +168,58 @@ class Walk:
         whole = np.memmap(self._spill / f"{name}.float32", np.float32, "w+", shape=(total, shapes[0][1]))
         return np.split(whole, np.cumsum([rows for rows, _ in shapes])[:-1])
 
-    def _patches(self, weights: Weights, _: int) -> Steps:
-        embed, size = vision.PatchEmbedding(weights), self.config.visual.image_size
+    def _level(self, index: int) -> list[np.ndarray]:
+        """The rows of the features that one stage "adapter" makes."""
+        spans = ((index * picture.tokens, (index + 1) * picture.tokens) for picture in self._pictures)
+        return [features[first:last] for features, (first, last) in zip(self.features, spans)]
 
-        def step(i: int) -> Array:
-            out = self.ops.empty(self.patches[i].shape)
-            embed(preprocess(load_image(self._images[i]), size), out)
-            return out
+    def _vision(self, stage: Stage, weights: Weights) -> Steps:
+        compute = self.family.vision_stage(stage.kind, stage.index, weights)
+        if stage.kind == "patches" and not self.patches:
+            shapes = [self.family.vision_shape(self.config, self._pixels(i)) for i in range(len(self._pictures))]
+            self.patches = self._room("patches", shapes)
+        return lambda i: compute(self.patches[i], self._pixels(i)), self.outputs(stage)
 
-        return step, self.patches
+    def _pixels(self, index: int) -> Pixels:
+        return self._reader.decode(self._pictures[index].content)
 
-    def _vision(self, weights: Weights, index: int) -> Steps:
-        block, work = vision.Block.load(weights, index), vision.Workspace.empty(self.ops, self.config.visual)
+    def _placed(self, prompt: int) -> list[Features]:
+        """The features of a prompt's pictures."""
+        before = sum(len(other.slots) for other in self.prompts[:prompt])
+        return [
+            Features(slot.start, slot.picture.tokens, self.ops.upload(self.features[before + i]))
+            for i, slot in enumerate(self.prompts[prompt].slots)
+        ]
 
-        def step(i: int) -> Array:
-            self.ops.write(work.x, self.patches[i])
-            block(weights.ops, work, self.config.visual.heads)
-            return work.x
-
-        return step, self.patches
-
-    def _adapter(self, weights: Weights, _: int) -> Steps:
-        adapter = Adapter(weights)
-        return lambda i: adapter(self.ops.upload(self.patches[i])), self.features
-
-    def _embedding(self, weights: Weights, _: int) -> Steps:
-        table, pictures, slots = weights.matrix("transformer.wte"), iter(self.features), []
-        for prompt in self.prompts:
-            # an image slot starts behind <img>
-            starts = [i + 1 for i, token in enumerate(prompt.ids) if self._opens_picture(token)]
-            slots.append([(start, next(pictures)) for start in starts])
+    def _embedding(self, weights: Weights) -> Steps:
+        table = weights.matrix(self.family.decoder_names.embedding)
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)
             self.ops.embed(self.ops.upload(np.array(self.prompts[i].ids, np.int32)), table, out=out)
-            for start, features in slots[i]:
-                self.ops.write(out[start : start + len(features)], features)
+            place_features(self.ops, self._placed(i), 0, out)
             return out
 
         return step, self.hidden
 
     def _decoder(self, weights: Weights, index: int) -> Steps:
-        block = decoder.Block.load(weights, index)
+        block = Block.load(weights, self.family.decoder_names, index)
         longest = max(len(x) for x in self.hidden)
-        work = decoder.Workspace.empty(self.ops, self.config, longest)
+        work = Workspace.empty(self.ops, self.config, longest)
+        levels = self.family.levels(self.config)
 
         def step(i: int) -> Array:
             rows = work.rows(len(self.hidden[i]))
             self.ops.write(rows.x, self.hidden[i])
-            block(weights.ops, rows, self._context(len(self.hidden[i])), index)
+            block(weights.ops, rows, self._sequence(i), index)
+            if index + 1 < levels:
+                place_features(self.ops, self._placed(i), index + 1, rows.x)
             return rows.x
 
         return step, self.hidden
 
-    def _norm(self, weights: Weights, _: int) -> Steps:
-        norm = weights.rms_norm("transformer.ln_f")
+    def _norm(self, weights: Weights) -> Steps:
+        norm = weights.rms_norm(self.family.decoder_names.norm)
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)
@@ -230,16 +228,18 @@ class Walk:
 
         return step, self.hidden
 
-    def _context(self, length: int) -> Context:
-        """A cache of one layer; every layer overwrites it."""
+    def _sequence(self, prompt: int) -> SequenceState:
+        """A cache of one layer, which every layer overwrites, set to the positions of a prompt."""
         if self._cache is None:
             longest = max(len(x) for x in self.hidden)
-            self._cache = Context(self.ops, self.config, self.ops.score_cache_dtype, longest, layers=1)
-        self._cache.begin(length)
-        return self._cache
 
-    def _opens_picture(self, token: int) -> bool:
-        return self.config.visual is not None and token == self.config.visual.image_start_id
+            def rotary(capacity: int) -> Rotary:
+                return self.family.rotary(self.ops, self.config, capacity)
+
+            self._cache = SequenceState(self.ops, self.config, rotary, self.ops.score_cache_dtype, longest, layers=1)
+        self._cache.begin(len(self.hidden[prompt]), self.prompts[prompt].slots)
+        self._cache.truncate(0)
+        return self._cache
 
 
 def relative_error(arrays: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:

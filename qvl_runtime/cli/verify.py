@@ -36,13 +36,14 @@ def verify(
     The original runs layer by layer from its own files, so it may be larger than memory. The built-in data are not
     those that calibration uses.
 
-    \b
     Examples:
+
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat
+
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat --data my-conversations.json --plot error.png
     """
     loaded = qvl.load(model, device=device)
-    found = calibration.load(data, loaded.tokenizer, chat=loaded.is_chat, count=samples, seed=1)
+    found = calibration.load(data, loaded, count=samples, seed=1)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qvl_runtime.families.qwen_vl.grounding import Box, parse_boxes
+from qvl_runtime.boxes import Box
+from qvl_runtime.families.qwen_vl.grounding import parse_boxes
 
 BAR = 0.5
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,11 +27,33 @@ class Constraint(Protocol):
         """Note that `token`, which was allowed, is the next one."""
 
 
+class Answer(NamedTuple):
+    """The answer that a constraint is for.
+
+    Attributes
+    ----------
+    tokenizer : Tokenizer
+    stop_ids : frozenset of int
+    limit : int
+        Tokens it has at most.
+    opened : str
+        A box that the prompt leaves for the answer to complete.
+    grounding : callable
+        ``grounding(tokenizer, stop_ids, limit, opened)``: the family's constraint for boxes.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    limit: int
+    opened: str
+    grounding: Callable[[Tokenizer, frozenset[int], int, str], Constraint]
+
+
 class Form(Protocol):
     """What an answer must look like."""
 
-    def start(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        """Begin an answer of at most `limit` tokens to a prompt that left `opened` open (see `boxes.opened_box`)."""
+    def start(self, answer: Answer) -> Constraint:
+        """Begin an answer."""
 
 
 def mask(logits: np.ndarray, constraint: Constraint) -> np.ndarray:
@@ -41,16 +63,10 @@ def mask(logits: np.ndarray, constraint: Constraint) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Grounding:
-    """``<ref>…</ref><box>(x1,y1),(x2,y2)</box>``, once or more, always complete.
+    """Phrases with boxes around what they name, in the model's own notation, once or more and always complete."""
 
-    Corners are 0..999 with x1 < x2 and y1 < y2. Every ref is closed in time for its box, so `max_new_tokens` must
-    leave room for one.
-    """
-
-    def start(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        if tokenizer.box_start_id is None:
-            raise QvlError("this model has no box tokens; grounding needs a Qwen-VL model")
-        return _GroundingConstraint(tokenizer, stop_ids, limit, opened)
+    def start(self, answer: Answer) -> Constraint:
+        return answer.grounding(answer.tokenizer, answer.stop_ids, answer.limit, answer.opened)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +75,8 @@ class Regex:
 
     pattern: str
 
-    def start(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        return _GrammarConstraint(tokenizer, stop_ids, "regex", self.pattern)
+    def start(self, answer: Answer) -> Constraint:
+        return _GrammarConstraint(answer.tokenizer, answer.stop_ids, "regex", self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,120 +89,9 @@ class JsonSchema:
 
     schema: Mapping[str, Any] | str
 
-    def start(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
+    def start(self, answer: Answer) -> Constraint:
         schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
-        return _GrammarConstraint(tokenizer, stop_ids, "json_schema", schema)
-
-
-CORNERS = "(999,999),(999,999)"
-"""The longest content of a box; no token is shorter than one of its characters."""
-
-
-def box_can_become(text: str) -> bool:
-    """Whether `text` begins the content of a box: "(x1,y1),(x2,y2)" with 0 <= x1 < x2 <= 999 and so for y.
-
-    Examples
-    --------
-    >>> box_can_become("(12,7),(12"), box_can_become("(12,7),(13"), box_can_become("(12,7),(1")
-    (False, True, True)
-    """
-    corners: list[int] = []
-    for before in ("(", ",", "),(", ","):
-        if len(text) <= len(before):
-            return before.startswith(text)
-        if not text.startswith(before):
-            return False
-        text = text.removeprefix(before)
-        digits = text[: len(text) - len(text.lstrip("0123456789"))]
-        text = text.removeprefix(digits)
-        low, high = (0, 998) if len(corners) < 2 else (corners[len(corners) - 2] + 1, 999)
-        if not text:
-            return _number_can_become(digits, low, high)
-        if not digits or str(int(digits)) != digits or not low <= int(digits) <= high:
-            return False
-        corners.append(int(digits))
-    return text == ")"
-
-
-def _number_can_become(digits: str, low: int, high: int) -> bool:
-    if not digits:
-        return True
-    if digits.startswith("0"):
-        return digits == "0" and low == 0
-    value = int(digits)
-    spans = ((value * 10**more, (value + 1) * 10**more - 1) for more in range(3))
-    return any(first <= high and last >= low for first, last in spans)
-
-
-class _GroundingConstraint:
-    """A small automaton over tokens: where it is, and what stands in the box so far."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str):
-        self._tokenizer, self._stop_ids = tokenizer, stop_ids
-        self._left, self._corners = limit, ""
-        self._state = "begin"
-        if opened:
-            self._state, self._corners = "box", opened.rpartition("<box>")[2]
-            if not box_can_become(self._corners):
-                raise QvlError(f"the prompt opens the box {self._corners!r}, which no box completes; end it with <box>")
-        needed = self._cost() if opened else self._cost() + 1
-        if limit < needed:
-            raise QvlError(f"max_new_tokens is {limit}; a box with its ref needs {needed}")
-
-    def _cost(self) -> int:
-        """Tokens that finish what is open, at worst: ref, its end, box, corners, its end."""
-        box = len(CORNERS) - len(self._corners) + 1
-        return box if self._state == "box" else box + {"begin": 3, "ref": 2, "text": 2, "after ref": 1}[self._state]
-
-    def allowed(self) -> np.ndarray:
-        ids, tokens = self._tokenizer, np.zeros(self._tokenizer.vocab_size, bool)
-        if self._state == "begin":
-            tokens[ids.ref_start_id] = True
-        elif self._state in ("ref", "text"):
-            tokens[ids.ref_end_id] = self._state == "text"
-            if self._state == "ref" or self._left > self._cost():
-                tokens |= _texts(ids)
-        elif self._state == "after ref":
-            tokens[ids.box_start_id] = True
-        elif self._state == "box":
-            for token, text in _corner_tokens(ids):
-                tokens[token] = box_can_become(self._corners + text)
-            tokens[ids.box_end_id] = self._corners.endswith(")") and self._corners.count(")") == 2
-        else:
-            tokens[list(self._stop_ids)] = True
-            tokens[ids.ref_start_id] = self._left > len(CORNERS) + 4
-        return tokens
-
-    def advance(self, token: int) -> None:
-        ids = self._tokenizer
-        self._left -= 1
-        following = {
-            ids.ref_start_id: "ref",
-            ids.ref_end_id: "after ref",
-            ids.box_start_id: "box",
-            ids.box_end_id: "after box",
-        }
-        if token in following:
-            self._state, self._corners = following[token], ""
-        elif self._state == "box":
-            self._corners += ids.token_bytes(token).decode()
-        elif self._state == "ref":
-            self._state = "text"
-
-
-@functools.lru_cache(maxsize=4)
-def _texts(tokenizer: Tokenizer) -> np.ndarray:
-    """Ordinary tokens that cannot be taken for a part of a tag."""
-    ordinary = range(tokenizer.eod_id)
-    plain = [b"<" not in tokenizer.token_bytes(token) for token in ordinary]
-    return np.array(plain + [False] * (tokenizer.vocab_size - len(plain)))
-
-
-@functools.lru_cache(maxsize=4)
-def _corner_tokens(tokenizer: Tokenizer) -> list[tuple[int, str]]:
-    """Ordinary tokens of which a box's content may be made."""
-    pairs = ((token, tokenizer.token_bytes(token)) for token in range(tokenizer.eod_id))
-    return [(token, text.decode()) for token, text in pairs if text and not text.translate(None, b"0123456789(),")]
+        return _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
 
 
 class _GrammarConstraint:

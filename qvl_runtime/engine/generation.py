@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from qvl_kernels.ops import Array
 from qvl_runtime.engine.constraints import Constraint, mask
 from qvl_runtime.engine.drafts import PromptLookup
 from qvl_runtime.engine.sampling import Sampler
-from qvl_runtime.engine.sequence import Context
 from qvl_runtime.engine.session import Session
-from qvl_runtime.families.qwen_vl.decoder import Decoder
-from qvl_runtime.families.qwen_vl.grounding import Box, parse_boxes
-from qvl_runtime.families.weights import Trace, no_trace
 from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -29,13 +24,13 @@ class Timings:
     ----------
     image, prefill, decode : float
         Seconds.
-    prompt_tokens, kept_tokens : int
+    prompt_tokens, cached_tokens : int
         Of the prompt, and those among them that an earlier call had computed already.
-    images, kept_images : int
+    images, cached_images : int
         Pictures of the prompt, and those among them that did not pass through the vision tower again.
     new_tokens : int
         Of the answer.
-    guessed_tokens, right_guesses : int
+    draft_tokens, accepted_drafts : int
         See `qvl_runtime.engine.drafts`.
     """
 
@@ -43,17 +38,17 @@ class Timings:
     prefill: float = 0.0
     decode: float = 0.0
     prompt_tokens: int = 0
-    kept_tokens: int = 0
+    cached_tokens: int = 0
     images: int = 0
-    kept_images: int = 0
+    cached_images: int = 0
     new_tokens: int = 0
-    guessed_tokens: int = 0
-    right_guesses: int = 0
+    draft_tokens: int = 0
+    accepted_drafts: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
         """Of the tokens that were computed."""
-        return (self.prompt_tokens - self.kept_tokens) / self.prefill if self.prefill else 0.0
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill if self.prefill else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -101,61 +96,14 @@ class Piece:
     logprobs: tuple[Logprob, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An answer.
-
-    Attributes
-    ----------
-    text : str
-        As generated, with its tags.
-    token_ids : list of int
-        Without the token that ended it.
-    finish_reason : str
-        "stop" or "length".
-    boxes : list of Box
-        All well-formed boxes of the text.
-    prompt_tokens : int
-    timings : Timings
-    logprobs : list of Logprob
-        One for each of `token_ids` where they were asked for, else empty.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    boxes: list[Box]
-    prompt_tokens: int
-    timings: Timings
-    logprobs: list[Logprob] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatResult(Result):
-    """An answer in a chat.
-
-    Attributes
-    ----------
-    text : str
-        Stripped.
-    history : list of (query, answer)
-        The conversation with this turn.
-    left_out : int
-        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
-    """
-
-    history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
-    left_out: int = 0
-
-
 @dataclasses.dataclass
-class Chooser:
+class TokenSelector:
     """Makes the choices of one answer: constraint, then sampler, then the record of how likely it was.
 
     Parameters
     ----------
     sampler : Sampler
-    past : list of int
+    tokens : list of int
         The prompt; every choice is appended.
     constraint : Constraint, optional
     logprobs : int, optional
@@ -163,7 +111,7 @@ class Chooser:
     """
 
     sampler: Sampler
-    past: list[int]
+    tokens: list[int]
     constraint: Constraint | None = None
     logprobs: int | None = None
 
@@ -174,11 +122,11 @@ class Chooser:
         else:
             logits = session.logits(row)
             possible = logits if self.constraint is None else mask(logits, self.constraint)
-            token = self.sampler(possible, self.past)
+            token = self.sampler(possible, self.tokens)
             choice = Choice(token, None if self.logprobs is None else logprob(logits, token, self.logprobs))
         if self.constraint is not None:
             self.constraint.advance(choice.token)
-        self.past.append(choice.token)
+        self.tokens.append(choice.token)
         return choice
 
 
@@ -196,32 +144,32 @@ def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
 
 
 def generate_step(
-    session: Session, choose: Chooser, guesses: PromptLookup | None, limit: int, timings: Timings
+    session: Session, select: TokenSelector, drafts: PromptLookup | None, limit: int, timings: Timings
 ) -> Iterator[Choice]:
     """Up to `limit` tokens, after `session` was prefilled; each is computed on when the next is asked for.
 
-    With `guesses` several tokens are computed at once, and those that were not chosen are forgotten again.
+    With `drafts` several tokens are computed at once; those that were not chosen are discarded.
     """
-    guessed: list[int] = []
+    draft: list[int] = []
     row = 0
     for made in range(1, limit + 1):
-        choice = choose(session, row)
+        choice = select(session, row)
         yield choice
         if made == limit:
             return
-        if guesses is not None:
-            guesses.append(choice.token)
-        if row < len(guessed) and guessed[row] == choice.token:
+        if drafts is not None:
+            drafts.append(choice.token)
+        if row < len(draft) and draft[row] == choice.token:
             row += 1
-            timings.right_guesses += 1
+            timings.accepted_drafts += 1
             continue
-        if guessed:
-            session.truncate(session.length - len(guessed) + row)
-            guesses.learn(len(guessed), row)
-        guessed = guesses.guess(min(session.room - 1, limit - made - 1)) if guesses is not None else []
+        if draft:
+            session.truncate(session.length - len(draft) + row)
+            drafts.learn(len(draft), row)
+        draft = drafts.draft(min(session.room - 1, limit - made - 1)) if drafts is not None else []
         row = 0
-        timings.guessed_tokens += len(guessed)
-        session.feed(choice.token, *guessed)
+        timings.draft_tokens += len(draft)
+        session.feed(choice.token, *draft)
 
 
 def stream_generate(
@@ -261,16 +209,6 @@ def _piece(text: str, choices: Sequence[Choice]) -> Piece:
     return Piece(text, tuple(choice.token for choice in choices), logprobs=logprobs)
 
 
-def collect(pieces: Iterator[Piece], opened: str = "") -> Result:
-    """The whole answer of a stream; `opened` is a box the prompt left open, see `opened_box`."""
-    pieces = list(pieces)
-    text, last = "".join(p.text for p in pieces), pieces[-1]
-    ids = [token for p in pieces for token in p.token_ids]
-    logprobs = [entry for p in pieces for entry in p.logprobs]
-    boxes = parse_boxes(opened + text)
-    return Result(text, ids, last.finish_reason, boxes, last.timings.prompt_tokens, last.timings, logprobs)
-
-
 class StopStrings:
     """Cuts a stream of text before the first of some strings, which may arrive in parts."""
 
@@ -299,26 +237,3 @@ class StopStrings:
     def flush(self) -> str:
         """What was held, when nothing more comes."""
         return "" if self.found else self._release(len(self.held))
-
-
-def score(
-    decoder: Decoder,
-    context: Context,
-    ids: Sequence[int],
-    images: Sequence[tuple[int, Array]],
-    trace: Trace = no_trace,
-) -> np.ndarray:
-    """Logits after every token of a prompt: float32 ``[T, vocab]``, in one pass.
-
-    `context` needs but one layer: each layer's keys are used at once and overwritten by the next layer's.
-    """
-    ops, rows = decoder.ops, 64
-    work, part = decoder.workspace(len(ids)), ops.empty((min(rows, len(ids)), decoder.config.vocab_size))
-    decoder.embed(ids, images, work.x)
-    decoder.forward(work, context, trace)
-    out = np.empty((len(ids), decoder.config.vocab_size), np.float32)
-    for first in range(0, len(ids), rows):
-        x = work.x[first : first + rows]
-        decoder.logits(x, part[: x.shape[0]])
-        out[first : first + rows] = ops.download(part[: x.shape[0]])
-    return out

@@ -1,4 +1,4 @@
-"""A conversation's past on disk: keys and values in a safetensors file, so that it goes on without computing them.
+"""Keys and values of a sequence on disk, so that a conversation continues without computing them again.
 
 Tensors ``LAYER.PART`` are what `KVCache.saved` gives, in a backend's own layout; the metadata says which tokens and
 pictures they belong to, the NTK factor, and the `identity` of all that computed them. The last tensor is the SHA-256 of
@@ -12,46 +12,41 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from qvl_kernels.ops import Ops
-from qvl_runtime.engine.sequence import Context, Key
+from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.atomic import replacing
-from qvl_runtime.file.blob import Blob
-from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.tensorfile import DTYPES, TensorFile
+from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"
-MALFORMED = "the file is malformed: the conversation has to be computed anew"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def identity(blob: Blob, ops: Ops, activations: str, kv_cache: str) -> str:
-    """Names what keys and values depend on besides the prompt: weights, config, arithmetic, and how they are kept."""
-    facts = [FORMAT, blob.hashes(), blob.config.to_dict(), ops.name, activations, kv_cache]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def identity(*facts: object) -> str:
+    """A hash of everything that keys and values depend on besides the prompt, as JSON types."""
+    return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()
 
 
-def write(path: str | os.PathLike, context: Context, keys: Sequence[Key], identity: str) -> None:
-    """Save the positions of `context` that `keys` describe.
+def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str) -> None:
+    """Save the positions of `state` that `keys` describe.
 
     Raises
     ------
     QvlError
         When the file cannot be written; an older one is then left as it is.
     """
-    store, length = context.store, len(keys)
+    store, length = state.store, len(keys)
     parts, entries, offset = store.saved(0, length), {}, 0
     for layer, (part, array) in itertools.product(range(store.layers), enumerate(parts)):
         entries[f"{layer}.{part}"] = _entry(array, offset)
         offset += array.nbytes
     entries[DIGEST] = _entry(np.empty(32, np.uint8), offset)
-    facts = {"format": FORMAT, "identity": identity, "alpha": str(context.alpha), "keys": json.dumps(_runs(keys))}
+    facts = {"format": FORMAT, "identity": identity, "alpha": str(state.rotary.alpha), "keys": json.dumps(_runs(keys))}
     header = json.dumps({"__metadata__": facts, **entries}).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
@@ -73,7 +68,7 @@ def write(path: str | os.PathLike, context: Context, keys: Sequence[Key], identi
 
 
 @dataclasses.dataclass(frozen=True)
-class Past:
+class SavedKV:
     """What `read` found.
 
     Attributes
@@ -88,31 +83,29 @@ class Past:
     alpha: int
     _file: TensorFile
 
-    def restore(self, context: Context) -> None:
-        """Put everything into a context.
+    def restore(self, state: SequenceState) -> None:
+        """Put everything into a state.
 
         Raises
         ------
         QvlError
             Where it does not fit the context's cache, which is left empty.
         """
-        context.truncate(0)
-        context.rotate(self.alpha)
-        context.reserve(len(self.keys))
-        layers = context.store.layers
-        parts, rest = divmod(len(self._file.entries) - 1, layers)
+        state.truncate(0)
+        state.rescale(self.alpha)
+        state.reserve(len(self.keys))
+        layers, names = state.store.layers, [name for name in self._file.entries if name != DIGEST]
+        parts = len(names) // layers
         try:
-            if rest or len(self.keys) > context.store.capacity:
-                raise ValueError
             for layer in range(layers):
-                arrays = [self._file.array(f"{layer}.{part}") for part in range(parts)]
-                context.store.restore(layer, len(self.keys), arrays)
+                arrays = [self._file.array(name) for name in names[layer * parts : (layer + 1) * parts]]
+                state.store.restore(layer, len(self.keys), arrays)
         except ValueError:
             raise QvlError(f"{self._file.path}: its keys and values are of another shape than this model's") from None
-        context.truncate(len(self.keys))
+        state.truncate(len(self.keys))
 
 
-def read(path: str | os.PathLike, identity: str) -> Past:
+def read(path: str | os.PathLike, identity: str) -> SavedKV:
     """Open what `write` wrote, and check all of it.
 
     Raises
@@ -128,9 +121,7 @@ def read(path: str | os.PathLike, identity: str) -> Past:
         raise QvlError(f"{path}: its keys and values are of another model, device, or way of keeping them")
     if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
         raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
-    keys, alpha = _read_keys(file), _read_alpha(file)
-    _check_finite(file)
-    return Past(keys, alpha, file)
+    return SavedKV(_unrolled(json.loads(facts["keys"])), int(facts["alpha"]), file)
 
 
 def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
@@ -152,42 +143,3 @@ def _unrolled(runs: list[int | list]) -> list[Key]:
     for run in runs:
         keys += [run] if isinstance(run, int) else [bytes.fromhex(run[0])] * run[1]
     return keys
-
-
-# A digest shows damage, not who wrote a file: every field is checked as a stranger's.
-
-
-def _read_keys(file: TensorFile) -> list[Key]:
-    runs = parse_json(file.metadata.get("keys", ""), f"{file.path}: its list of keys", MALFORMED)
-    if not isinstance(runs, list) or not all(_is_token(run) or _is_picture(run) for run in runs):
-        raise QvlError(f"{file.path}: its list of keys holds something else than tokens and pictures; {MALFORMED}")
-    count = sum(1 if isinstance(run, int) else run[1] for run in runs)
-    # A position takes at least a byte of each layer: more of them are refused before there is a list of them.
-    if not 0 < count <= max(entry.stop for entry in file.entries.values()):
-        raise QvlError(f"{file.path}: claims {count} positions, which it does not hold; {MALFORMED}")
-    return _unrolled(runs)
-
-
-def _is_token(run: object) -> bool:
-    return type(run) is int and 0 <= run < 1 << 31
-
-
-def _is_picture(run: object) -> bool:
-    if not isinstance(run, list) or len(run) != 2 or type(run[1]) is not int or run[1] < 1:
-        return False
-    return isinstance(run[0], str) and re.fullmatch("[0-9a-f]{64}", run[0]) is not None
-
-
-def _read_alpha(file: TensorFile) -> int:
-    text = file.metadata.get("alpha", "")
-    alpha = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
-    if alpha < 1 or alpha & (alpha + 1):  # 1, 3, 7, 15, …
-        raise QvlError(f"{file.path}: has the NTK factor {text[:40]!r}, which no prompt has; {MALFORMED}")
-    return alpha
-
-
-def _check_finite(file: TensorFile) -> None:
-    for name in file.entries:
-        values = file.array(name)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise QvlError(f"{file.path}: {name!r:.40} holds a value that is not finite; {MALFORMED}")

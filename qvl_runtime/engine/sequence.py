@@ -1,78 +1,139 @@
-"""The past of one conversation: its keys and values, and the positions they were computed with."""
+"""The state of one sequence: its keys and values, how many there are, and its rotary positions."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from qvl_kernels.ops import KVCache, Ops
-from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.qwen_vl.positions import logn_table, ntk_alpha, rotary_table
-
-Key = int | bytes
-"""What a position was computed from: a token id, or the hash of the picture that fills the slot it is in."""
+from qvl_kernels.ops import Array, KVCache, Ops
+from qvl_runtime.inputs.prompt import Slot
 
 PAGE = 256
 """Capacity grows in steps of this many positions."""
 
 
-class Context:
-    """A KV cache with its length, its rotary tables, and the rule of dynamic NTK.
+class Rotary(Protocol):
+    """Rotary positions of one sequence.
+
+    Attributes
+    ----------
+    rope : Array
+        float32 ``[capacity, head_dim]``, as `Ops.rope_append` takes it: row i is that of the i-th token.
+    logn : Array or None
+        float32 ``[capacity]``: factors of the queries.
+    alpha : int
+        The factor that the base was scaled by; keys that were rotated with another one cannot be used. 1 for a family
+        without dynamic scaling.
+    """
+
+    rope: Array
+    logn: Array | None
+    alpha: int
+
+    def scaling(self, length: int) -> int:
+        """The `alpha` that a prompt of `length` tokens asks for."""
+
+    def rescale(self, alpha: int) -> None:
+        """Take another `alpha`."""
+
+    def place(self, length: int, slots: Sequence[Slot]) -> None:
+        """Set the rows of a prompt of `length` tokens, and of the tokens that follow it."""
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping what `place` set."""
+
+
+class Shape(Protocol):
+    """What a cache's size depends on; every family's config has it."""
+
+    num_hidden_layers: int
+    max_position_embeddings: int
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+
+class SequenceState:
+    """The keys and values of one sequence, its length, and its rotary positions.
+
+    Parameters
+    ----------
+    ops : Ops
+    shape : Shape
+    rotary : callable
+        Makes the `Rotary` for a capacity.
+    dtype : str
+        Of the cache.
+    capacity : int
+        Tokens to make room for at first.
+    layers : int, optional
+        Fewer layers than the model has; they are used in turn.
 
     Attributes
     ----------
     store : KVCache
-        The backend's arrays.
     start : Array
         int32 ``[1]`` on the device: the position of the next token.
-    rope, logn : Array
-        Tables of all positions of the window, for `Ops.rope_append`.
     length : int
         Positions filled.
-    alpha : int
-        The NTK factor the keys in the store were rotated with.
     """
 
-    def __init__(self, ops: Ops, config: ModelConfig, dtype: str, capacity: int, layers: int | None = None):
-        self.ops, self.config = ops, config
-        self.window = config.max_position_embeddings
-        self._layers = config.num_hidden_layers if layers is None else layers
-        self._dtype = dtype
+    def __init__(
+        self,
+        ops: Ops,
+        shape: Shape,
+        rotary: Callable[[int], Rotary],
+        dtype: str,
+        capacity: int,
+        layers: int | None = None,
+    ):
+        self.ops, self._shape, self._dtype = ops, shape, dtype
+        self.window = shape.max_position_embeddings
+        self._layers = shape.num_hidden_layers if layers is None else layers
         self.store = self._empty(capacity)
+        self.rotary = rotary(self.store.capacity)
         self.start = ops.upload(np.zeros(1, np.int32))
-        rope = _rotary(self._pages(self.window), 1, config)
-        self.rope = ops.empty(rope.shape)  # not uploaded: that may share memory, and this table is overwritten
-        ops.write(self.rope, rope)
-        self.logn = ops.upload(logn_table(self._pages(self.window), config))
-        self.length, self.alpha = 0, 1
+        self.length = 0
 
     def _pages(self, capacity: int) -> int:
         return min(-(-capacity // PAGE) * PAGE, max(self.window, PAGE))
 
     def _empty(self, capacity: int) -> KVCache:
-        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        return self.ops.kv_cache(self._layers, heads, head_dim, self._pages(capacity), self._dtype)
+        shape = self._shape
+        return self.ops.kv_cache(
+            self._layers, shape.num_key_value_heads, shape.head_dim, self._pages(capacity), self._dtype
+        )
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Whatever captured operations on this sequence refer to; they are void once it changes."""
+        return self.store, self.rotary.rope, self.rotary.logn
 
     def layer(self, index: int) -> int:
-        """Where a layer's keys lie: a context of fewer layers than the model reuses them in turn."""
+        """Index of a layer's keys in the store."""
         return index % self._layers
 
-    def begin(self, length: int) -> None:
+    def begin(self, length: int, slots: Sequence[Slot] = ()) -> None:
         """Prepare for a prompt of `length` tokens in all, of which the first `self.length` are in the cache.
 
-        Where the longer prompt asks for another NTK factor the cached keys are void and `length` drops to 0.
+        If the prompt asks for another scaling of the rotary base, the cached keys are void and `length` drops to 0.
         """
-        self.rotate(ntk_alpha(length, self.config))
+        self.rescale(self.rotary.scaling(length))
+        self.reserve(length)
+        self.rotary.place(length, slots)
         self.truncate(self.length)
 
-    def rotate(self, alpha: int) -> None:
-        """Take another NTK factor; keys in the cache are void then."""
-        if alpha != self.alpha:
+    def rescale(self, alpha: int) -> None:
+        """Take another scaling of the rotary base; keys in the cache are void then."""
+        if alpha != self.rotary.alpha:
             # The keys are void before the table changes: an interrupt must not leave one with the other.
-            self.length, self.alpha = 0, 0
-            self.ops.write(self.rope, _rotary(self._pages(self.window), alpha, self.config))
-            self.alpha = alpha
+            self.length = 0
+            self.rotary.rescale(alpha)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping those that are filled.
@@ -80,10 +141,11 @@ class Context:
         A cache grows by half at least, so that a long conversation is not copied at every turn.
         """
         if capacity > self.store.capacity:
-            # While it moves, the past is in neither cache: an interrupt or a lack of memory must not leave half of it.
+            # While it moves, the keys are in neither cache: an interrupt or a lack of memory must not leave half of it.
             length, self.length = self.length, 0
             try:
                 self.store = self.store.resized(self._pages(max(capacity, self.store.capacity * 3 // 2)), length)
+                self.rotary.reserve(self.store.capacity)
             except BaseException:
                 self.store = self._empty(PAGE)
                 raise
@@ -97,10 +159,3 @@ class Context:
         """Forget all positions from `length` on."""
         self.length = length
         self.ops.write(self.start, np.array([length], np.int32))
-
-
-@functools.lru_cache(maxsize=8)
-def _rotary(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
-    table = rotary_table(positions, alpha, config)
-    table.flags.writeable = False
-    return table

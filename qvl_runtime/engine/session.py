@@ -1,4 +1,4 @@
-"""What a model remembers between calls: keys and values of earlier prompts, reused as far as a new one agrees."""
+"""The prefix cache: keys and values of earlier prompts and answers, reused by a prompt that begins alike."""
 
 from __future__ import annotations
 
@@ -10,101 +10,106 @@ import numpy as np
 
 from qvl_kernels.ops import Array
 from qvl_runtime.engine import kv_file
-from qvl_runtime.engine.drafts import MOST_GUESSED
-from qvl_runtime.engine.sequence import Context, Key
-from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
+from qvl_runtime.engine.decoder import Decoder, DecodeStep, Features
+from qvl_runtime.engine.drafts import MAX_DRAFT
+from qvl_runtime.engine.sequence import SequenceState
+from qvl_runtime.inputs.prompt import Key, Prompt, Slot
 
 PREFILL_ROWS = 512
 """Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
 
 
 class Session:
-    """A decoder at work on one conversation.
+    """One cached sequence, and the decoder that extends it.
 
-    Positions are described by their `Key`, so that a prompt finds what it shares with an earlier one even where a
-    picture's path changed, and never takes another picture's features for its own. The keys are noted before a
-    position counts as filled: an error or an interrupt at any point leaves a session that is merely shorter.
+    Positions are described by their `Key`, so that a prompt finds what it shares with an earlier one even if a
+    picture's path changed, and never takes another picture's features for its own. Keys are noted before a position
+    counts as filled: an error or an interrupt at any point leaves a session that is merely shorter.
 
     Attributes
     ----------
-    context : Context
+    state : SequenceState
     """
 
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, device: threading.RLock):
         self.decoder, self._device = decoder, device
-        self.context = Context(decoder.ops, decoder.config, dtype, capacity)
-        self._step = DecodeStep(decoder, self.context, 1 + MOST_GUESSED)
+        self.state: SequenceState = decoder.sequence(dtype, capacity)
+        self._step = DecodeStep(decoder, self.state, 1 + MAX_DRAFT)
         self._keys: list[Key] = []  # those from `length` on mean nothing
-        self._after_prompt: tuple[int, np.ndarray] | None = None
+        # The length of the last prompt, and the logits after it, for another answer to the same prompt.
+        self._prompted: int | None = None
+        self._prompt_logits = decoder.ops.empty((1, decoder.vocab_size))
 
     @property
     def length(self) -> int:
         """Positions filled."""
-        return self.context.length
+        return self.state.length
 
     @property
     def room(self) -> int:
         """Positions left in the model's window."""
-        return self.context.window - self.context.length
+        return self.state.window - self.state.length
 
     def shared(self, keys: Sequence[Key]) -> int:
         """How many of the first positions of a prompt are those of this session."""
         differing = (i for i, (a, b) in enumerate(zip(self._keys[: self.length], keys)) if a != b)
         return next(differing, min(self.length, len(keys)))
 
-    def keep(self, keys: Sequence[Key]) -> int:
+    def keep(self, prompt: Prompt) -> int:
         """Forget what a prompt does not share; returns how many of its positions need no computing.
 
-        All do only where the logits after exactly this prompt are known: it is asked again, or for another answer.
-        Where the prompt's length asks for another NTK factor nothing can be kept.
+        All of them only if the logits after exactly this prompt are known: it is asked again, or for another answer.
+        None if the prompt's length asks for another scaling of the rotary base.
         """
+        keys = prompt.keys
         with self._device:
-            self.context.begin(len(keys))
+            self.state.begin(len(keys), prompt.slots)
             kept = self.shared(keys)
-            if self._after_prompt is not None and self._after_prompt[0] > kept:
-                self._after_prompt = None
-            if kept == len(keys) and (self._after_prompt is None or self._after_prompt[0] < kept):
+            if self._prompted is not None and self._prompted > kept:
+                self._prompted = None
+            if kept == len(keys) and self._prompted != kept:
                 kept -= 1
             self.truncate(kept)
         return kept
 
-    def prefill(
-        self, ids: Sequence[int], keys: Sequence[Key], images: Sequence[tuple[int, Array]], capacity: int
-    ) -> None:
-        """Compute what `keep` left of a prompt; afterwards row 0 of `logits` speaks of the token that follows.
+    def prefill(self, prompt: Prompt, features: Sequence[tuple[Slot, Array]], capacity: int) -> None:
+        """Compute what `keep` left of a prompt; afterwards row 0 of `logits` is for the token that follows.
 
         Parameters
         ----------
-        ids, keys
-            Of the whole prompt.
-        images : sequence of (int, Array)
-            Index into `ids` of the first of an image's positions, and its features. Those kept may be left out.
+        prompt : Prompt
+        features : sequence of (Slot, Array)
+            Of the prompt's pictures. Those whose positions are all kept may be left out.
         capacity : int
             Positions to make room for: prompt and answer.
         """
-        if self._after_prompt is not None and self._after_prompt[0] == len(ids):
+        ids, keys, ops = prompt.ids, prompt.keys, self.decoder.ops
+        if self._prompted == len(ids):
             with self._device:
-                self.decoder.ops.write(self._step.logits[:1], self._after_prompt[1])
-                self.decoder.ops.argmax(self._step.logits[:1], out=self._step.best[:1])
+                ops.copy(self._prompt_logits, self._step.logits[:1])
+                ops.argmax(self._step.logits[:1], out=self._step.best[:1])
             return
         work = self.decoder.workspace(min(len(ids) - self.length, PREFILL_ROWS))
+        self._prompted = None
         while self.length < len(ids):
             with self._device:
-                self.context.reserve(capacity)
+                self.state.reserve(capacity)
                 first = self.length
                 chunk = ids[first : first + PREFILL_ROWS]
                 rows = work.rows(len(chunk))
-                self.decoder.embed(chunk, [(row - first, features) for row, features in images], rows.x)
-                self.decoder.forward(rows, self.context)
+                self.decoder.embed(ops.upload(np.asarray(chunk, np.int32)), rows.x)
+                pictures = [Features(slot.start - first, slot.picture.tokens, values) for slot, values in features]
+                self.decoder.forward(rows, self.state, pictures)
                 self._fill(keys[first : first + len(chunk)])
         with self._device:
-            ops, logits = self.decoder.ops, self._step.logits[:1]
+            logits = self._step.logits[:1]
             self.decoder.logits(rows.x[len(chunk) - 1 : len(chunk)], logits)
             ops.argmax(logits, out=self._step.best[:1])
-            self._after_prompt = len(ids), ops.download(logits)
+            ops.copy(logits, self._prompt_logits)
+            self._prompted = len(ids)
 
     def feed(self, *tokens: int) -> None:
-        """Append tokens; afterwards row i of `logits` speaks of the one that follows ``tokens[i]``."""
+        """Append tokens; afterwards row i of `logits` is for the token that follows ``tokens[i]``."""
         with self._device:
             self._keys[self.length :] = tokens
             self._step(*tokens)
@@ -112,7 +117,7 @@ class Session:
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on."""
         with self._device:
-            self.context.truncate(length)
+            self.state.truncate(length)
 
     def logits(self, row: int) -> np.ndarray:
         """float32 ``[vocab]``."""
@@ -127,17 +132,17 @@ class Session:
     def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
         """Write the first `length` positions to a file; see `kv_file.write`."""
         with self._device:
-            kv_file.write(path, self.context, self._keys[:length], identity)
+            kv_file.write(path, self.state, self._keys[:length], identity)
 
-    def resume(self, found: kv_file.Past) -> None:
-        """Go on where a saved session was; see `kv_file.Past.restore`."""
+    def resume(self, found: kv_file.SavedKV) -> None:
+        """Continue a saved session; see `kv_file.SavedKV.restore`."""
         with self._device:
-            found.restore(self.context)
-            self._keys, self._after_prompt = list(found.keys), None
+            found.restore(self.state)
+            self._keys, self._prompted = list(found.keys), None
 
     def _fill(self, keys: Sequence[Key]) -> None:
         self._keys[self.length :] = keys
-        self.context.advance(len(keys))
+        self.state.advance(len(keys))
 
 
 class Sessions:
@@ -155,7 +160,7 @@ class Sessions:
     """
 
     def __init__(self, decoder: Decoder, dtype: str, limit: int, device: threading.RLock):
-        self._decoder, self._dtype, self._limit, self._device = decoder, dtype, limit, device
+        self.decoder, self._dtype, self._limit, self._device = decoder, dtype, limit, device
         self._idle: list[Session] = []
         self._lock = threading.Lock()
 
@@ -173,7 +178,7 @@ class Sessions:
                 self._idle.remove(best)
                 return best
         with self._device:
-            return Session(self._decoder, self._dtype, capacity, self._device)
+            return Session(self.decoder, self._dtype, capacity, self._device)
 
     def give(self, session: Session) -> None:
         """Put a session back."""
@@ -201,7 +206,7 @@ class Sessions:
         if not self._limit:
             return 0
         with self._device:
-            session = Session(self._decoder, self._dtype, len(found.keys), self._device)
+            session = Session(self.decoder, self._dtype, len(found.keys), self._device)
         session.resume(found)
         self.give(session)
         return len(found.keys)

@@ -1,1 +1,32 @@
-"""Model families: what each computes, reads and writes. Everything else in the package knows none of them."""
+"""The model families, by the `model_type` of their `config.json`; each is imported when it is first needed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qvl_runtime.errors import QvlError
+
+if TYPE_CHECKING:
+    from qvl_runtime.families.base import Family
+
+FAMILIES = {
+    "qwen": "qvl_runtime.families.qwen_vl",
+}
+"""`model_type` -> module with the constant `FAMILY`."""
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that a `config.json` belongs to.
+
+    Raises
+    ------
+    QvlError
+        For an unknown `model_type`.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(map(repr, FAMILIES))
+        raise QvlError(f"{where}: model_type is {str(model_type)[:60]!r}; this runtime runs {known}")
+    return importlib.import_module(FAMILIES[model_type]).FAMILY

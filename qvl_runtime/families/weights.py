@@ -1,42 +1,56 @@
-"""Fetching a blob's tensors onto a device, and looking at what a model computes with them."""
+"""Fetching a model's tensors onto a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.file.blob import Blob
+from qvl_kernels.ops import Norm, Ops, Weight
+from qvl_kernels.packing import Matrix
 
-Trace = Callable[[str, Array], None]
-"""Called with the name of a stage and its values while a model runs; for parity checks."""
+if TYPE_CHECKING:
+    from qvl_runtime.families.base import Config
 
 
-def no_trace(stage: str, values: Array) -> None:
-    """The `Trace` that looks at nothing."""
+class Tensors(Protocol):
+    """Where tensors come from: a `Blob`, or a checkpoint that is being converted."""
+
+    config: Config
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight, by its base name."""
+
+    def vector(self, name: str) -> np.ndarray:
+        """A float32 tensor."""
 
 
 class Weights:
-    """The tensors of one blob, prepared for one backend."""
+    """The tensors of one model, prepared for one backend.
 
-    def __init__(self, blob: Blob, ops: Ops):
-        self.blob, self.ops = blob, ops
+    Parameters
+    ----------
+    tensors : Tensors
+    ops : Ops
+    """
+
+    def __init__(self, tensors: Tensors, ops: Ops):
+        self.tensors, self.ops, self.config = tensors, ops, tensors.config
 
     def matrix(self, name: str) -> Weight:
         """A product's weight."""
-        return self.ops.weight(self.blob.matrix(name))
+        return self.ops.weight(self.tensors.matrix(name))
 
     def vector(self, name: str) -> np.ndarray:
         """A float32 tensor, on the host."""
-        return self.blob.vector(name)
+        return self.tensors.vector(name)
 
-    def rms_norm(self, name: str) -> Norm:
-        """An RMSNorm of the decoder."""
-        eps = self.blob.config.layer_norm_epsilon
-        return Norm(self.ops.upload(self.vector(f"{name}.weight")), None, eps)
+    def rms_norm(self, name: str, eps: float | None = None) -> Norm:
+        """An RMSNorm; its epsilon is the decoder's if not given."""
+        weight = self.ops.upload(self.vector(f"{name}.weight"))
+        return Norm(weight, None, self.config.norm_eps if eps is None else eps)
 
-    def layer_norm(self, name: str) -> Norm:
-        """A LayerNorm of the ViT or the adapter; its epsilon is fixed at 1e-6 in the published model."""
+    def layer_norm(self, name: str, eps: float = 1e-6) -> Norm:
+        """A LayerNorm."""
         weight, bias = (self.ops.upload(self.vector(f"{name}.{kind}")) for kind in ("weight", "bias"))
-        return Norm(weight, bias, 1e-6)
+        return Norm(weight, bias, eps)

@@ -2,87 +2,212 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import hashlib
 import os
 import threading
-from functools import partial
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from qvl_kernels.ops import Array, Ops
-from qvl_runtime.families.qwen_vl.adapter import Adapter
-from qvl_runtime.families.qwen_vl.vision import VisionTower
-from qvl_runtime.families.weights import Trace, Weights, no_trace
-from qvl_runtime.file.blob import Blob
-from qvl_runtime.inputs.image_cache import ImageCache, Picture
-from qvl_runtime.inputs.images import ImageSource, load_image, preprocess
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.inputs.picture_cache import PictureCache
+from qvl_runtime.trace import Trace, no_trace
 
-FEATURES_VERSION = 3
-"""To be raised where preprocessing or the vision tower's arithmetic changes: what is on disk is then void."""
+MAX_FILE_BYTES = 64 << 20
+KNOWN_FILES = 4096
 
 
-class PictureEncoder:
-    """The vision tower and the adapter, with a cache of what they computed.
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What a prompt may open.
+
+    Attributes
+    ----------
+    paths : bool
+        Files of this machine, also by an ``<img>`` tag. Without it such tags are plain text.
+    urls : bool
+        http(s) URLs.
+    """
+
+    paths: bool = True
+    urls: bool = False
+
+
+LOCAL = Access()
+"""Files, but no URLs."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels:
+    """A picture as the vision tower reads it.
+
+    Attributes
+    ----------
+    values : numpy.ndarray
+        float32, in the family's own shape.
+    tokens : int
+        Positions that the picture takes in a prompt.
+    grid : tuple of int
+        Rows and columns of these positions.
+    size, resized : tuple of int
+        Width and height of the picture as it was given, and as the tower reads it.
+    """
+
+    values: np.ndarray
+    tokens: int
+    grid: tuple[int, int]
+    size: tuple[int, int]
+    resized: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture of a prompt.
+
+    Attributes
+    ----------
+    key : bytes
+        A hash of its pixels and of everything else that its features depend on. The same picture under two names has
+        one key, and a changed file another.
+    content : image source
+        What it can be decoded from again.
+    tokens, grid, size, resized
+        As in `Pixels`.
+    pixels : numpy.ndarray or None
+        `Pixels.values` if they were computed already.
+    """
+
+    key: bytes
+    content: ImageSource
+    tokens: int
+    grid: tuple[int, int]
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    pixels: np.ndarray | None = None
+
+
+Preprocess = Callable[[Image.Image], Pixels]
+"""How a family prepares an RGB picture."""
+
+
+class Vision(Protocol):
+    """The vision part of a model."""
+
+    ops: Ops
+
+    def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
+        """What the decoder sees of `Pixels.values`: float32 ``[levels * tokens, hidden]``.
+
+        The first `tokens` rows stand in place of the picture's tokens; further levels are for the decoder's layers.
+        """
+
+
+class PictureReader:
+    """Decodes pictures and finds out which ones they are.
 
     Parameters
     ----------
-    weights : Weights
-        Of a model with a vision part, on the backend that encodes.
+    preprocess : callable
+        The family's.
+    identity : str
+        Names the weights, preprocessing and arithmetic that features depend on.
+    """
+
+    def __init__(self, preprocess: Preprocess, identity: str = ""):
+        self._preprocess, self._identity = preprocess, identity
+        self._known: OrderedDict[bytes, Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, source: ImageSource, access: Access = LOCAL) -> Picture:
+        """Decode a picture, unless the same bytes were decoded before.
+
+        Raises
+        ------
+        QvlError
+            When it cannot be read, or `access` does not allow it.
+        """
+        content = _content(source) if access.paths else source
+        digest = hashlib.sha256(content).digest() if isinstance(content, bytes) else None
+        with self._lock:
+            if digest in self._known:
+                self._known.move_to_end(digest)
+                return dataclasses.replace(self._known[digest], content=content)
+        try:
+            pixels = self.decode(content, access)
+        except QvlError:
+            if content is source:
+                raise
+            pixels, digest = self.decode(source, access), None  # its message names the path
+        facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
+        del facts["values"]
+        key = hashlib.sha256(self._identity.encode() + str(pixels.grid).encode() + pixels.values.tobytes()).digest()
+        if digest is not None:
+            with self._lock:
+                self._known[digest] = Picture(key, b"", **facts)
+                while len(self._known) > KNOWN_FILES:
+                    self._known.popitem(last=False)
+        return Picture(key, content, **facts, pixels=pixels.values)
+
+    def decode(self, source: ImageSource, access: Access = LOCAL) -> Pixels:
+        """Decode a picture and prepare it for the vision tower."""
+        return self._preprocess(load_image(source, allow_urls=access.urls))
+
+
+class PictureEncoder:
+    """Encodes pictures, each once as long as the cache holds it.
+
+    Parameters
+    ----------
+    reader : PictureReader
+    vision : Vision
     target : Ops
         The backend the features are for.
-    activations : str
-        See `load`; part of what features depend on.
-    memory, folder
-        See `ImageCache`.
+    cache : PictureCache
     device : threading.RLock
         Held while something is computed.
     """
 
     def __init__(
-        self,
-        weights: Weights,
-        target: Ops,
-        *,
-        activations: str,
-        memory: int,
-        folder: str | os.PathLike | None,
-        device: threading.RLock,
+        self, reader: PictureReader, vision: Vision, target: Ops, cache: PictureCache, device: threading.RLock
     ):
-        config = weights.blob.config
-        self._target = target
-        self._ops, self._device, self._size = weights.ops, device, config.visual.image_size
-        self._tower, self._adapter = VisionTower(weights), Adapter(weights)
-        identity = _identity(weights.blob, weights.ops.name, activations)
-        self.cache = ImageCache((config.visual.n_queries, config.hidden_size), identity, memory, folder)
-
-    def read(self, image: ImageSource, *, allow_urls: bool = False) -> Picture:
-        """Decode a picture if it is new, so that nothing but arithmetic is left to fail."""
-        return self.cache.picture(image, partial(self._pixels, allow_urls=allow_urls))
+        self.reader, self.vision, self.cache = reader, vision, cache
+        self._target, self._device = target, device
 
     def features(self, picture: Picture) -> tuple[Array, bool]:
-        """What the decoder sees, float32 ``[n_queries, hidden]``, and whether it was known."""
+        """What the decoder sees (see `Vision.encode`), and whether it was known."""
         known = self.cache.get(picture.key)
         if known is not None:
             return self._target.upload(known), True
-        pixels = self._pixels(picture.content) if picture.pixels is None else picture.pixels
-        features = self._encode(pixels, no_trace)
-        values = self._ops.download(features)
-        self.cache.put(picture.key, values)
-        return features if self._target is self._ops else self._target.upload(values), False
-
-    def encode(self, image: ImageSource, *, allow_urls: bool, trace: Trace) -> np.ndarray:
-        """Features of a picture, computed in any case."""
-        return self._ops.download(self._encode(self._pixels(image, allow_urls=allow_urls), trace))
-
-    def _pixels(self, image: ImageSource, *, allow_urls: bool = False) -> np.ndarray:
-        return preprocess(load_image(image, allow_urls=allow_urls), self._size)
-
-    def _encode(self, pixels: np.ndarray, trace: Trace) -> Array:
+        # What was read once may be read again: permission was checked then.
+        pixels = self.reader.decode(picture.content).values if picture.pixels is None else picture.pixels
         with self._device:
-            return self._adapter(self._tower(pixels, trace), trace)
+            features = self.vision.encode(pixels, picture.grid)
+            values = self.vision.ops.download(features)
+        self.cache.put(picture.key, values)
+        return features if self._target is self.vision.ops else self._target.upload(values), False
+
+    def encode(self, source: ImageSource, access: Access, trace: Trace) -> np.ndarray:
+        """Features of a picture, computed in any case: float32 ``[tokens, hidden]``."""
+        pixels = self.reader.decode(source, access)
+        with self._device:
+            features = self.vision.encode(pixels.values, pixels.grid, trace)
+            return self.vision.ops.download(features[: pixels.tokens])
 
 
-def _identity(blob: Blob, backend: str, activations: str) -> str:
-    """What the features of a picture depend on besides its pixels."""
-    weights, config = blob.hashes("transformer.visual."), vars(blob.config.visual)
-    return json.dumps([FEATURES_VERSION, weights, config, backend, activations], sort_keys=True)
+def _content(source: ImageSource) -> ImageSource:
+    """A picture's bytes in place of a path, so that what is hashed is what is decoded."""
+    if not isinstance(source, str | Path) or is_url(source) or str(source).startswith("data:"):
+        return source
+    try:
+        with open(source, "rb") as file:
+            # A longer file is no picture: someone passed a model by mistake.
+            return file.read() if os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES else source
+    except (OSError, ValueError):
+        return source  # decoding it says what is wrong

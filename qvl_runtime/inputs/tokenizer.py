@@ -173,6 +173,11 @@ class Tokenizer:
         return self.img_start_id is not None
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """Special forms that end an answer."""
+        return frozenset((self.eod_id, self.im_start_id, self.im_end_id))
+
+    @property
     def encoding(self) -> tiktoken.Encoding:
         """The tiktoken encoding behind it, for libraries that take one."""
         return self._bpe

@@ -6,24 +6,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fakes.absent  # noqa: F401
+import numpy as np
 from fakes.gpu import FakeDriver, Images
 
 from qvl_kernels.gpu import CudaOps
-from qvl_runtime.engine.sequence import Context
-from qvl_runtime.families.qwen_vl.decoder import Decoder, DecodeStep
+from qvl_runtime.blob import Blob
+from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.file.blob import Blob
 
 
 def main(path: str) -> None:
     driver, blob = FakeDriver(), Blob(path)
     ops = CudaOps(driver, Images())
-    decoder = Decoder(Weights(blob, ops))
+    decoder = Decoder(Weights(blob, ops), blob.family.decoder_names, blob.family.rotary)
     for dtype in ("fp16", "int8"):
-        context = Context(ops, blob.config, dtype, 16)
+        context = decoder.sequence(dtype, 16)
         context.begin(2)
         work = decoder.workspace(2)
-        decoder.embed([1, 2], [], work.x)
+        decoder.embed(ops.upload(np.array([1, 2], np.int32)), work.x)
         decoder.forward(work, context)
         context.advance(2)
         step = DecodeStep(decoder, context)

@@ -1,1 +1,137 @@
 """Qwen-VL, Qwen-VL-Chat and Qwen-7B (2023)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qvl_kernels.ops import Ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.base import VisionStage
+from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.families.qwen_vl import positions
+from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.grounding import QwenGrounding
+from qvl_runtime.families.qwen_vl.preprocessing import MEAN, STD, preprocess
+from qvl_runtime.families.qwen_vl.prompt import QwenPrompts
+from qvl_runtime.families.qwen_vl.tensors import DECODER, stage_of, tensors
+from qvl_runtime.families.qwen_vl.vision import Vision, vision_stage
+from qvl_runtime.families.rope import TableRotary
+from qvl_runtime.families.specs import MatrixSpec, TensorSpec
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.pictures import Picture, Pixels
+from qvl_runtime.inputs.tokenizer import Tokenizer
+
+RANKS_FILE = "qwen.tiktoken"
+
+
+class QwenVL:
+    """`qvl_runtime.families.base.Family`."""
+
+    model_type = "qwen"
+    grounding = QwenGrounding()
+    decoder_names = DECODER
+
+    def read_config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
+        return ModelConfig.from_dict(data, where)
+
+    def title(self, config: ModelConfig, generation: GenerationConfig) -> str:
+        name = "Qwen-VL" if config.sees else "Qwen-7B"
+        return f"{name}-Chat" if generation.is_chat else name
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
+        return tensors(config)
+
+    def tokenizer(self, ranks: bytes, config: ModelConfig) -> Tokenizer:
+        visual = config.visual
+        return Tokenizer.from_ranks(
+            ranks,
+            image_tags=visual is not None,
+            n_queries=visual.n_queries if visual else 256,
+            vocab_size=config.vocab_size,
+        )
+
+    def rotary(self, ops: Ops, config: ModelConfig, capacity: int) -> TableRotary:
+        return TableRotary(
+            ops,
+            capacity,
+            lambda count, alpha: positions.rotary_table(count, alpha, config),
+            lambda count: positions.logn_table(count, config),
+            lambda length: positions.ntk_alpha(length, config),
+        )
+
+    def preprocess(self, config: ModelConfig, preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Pixels]:
+        mean, std = (
+            np.array(preprocessing.get(name, default), np.float32) for name, default in (("mean", MEAN), ("std", STD))
+        )
+        return functools.partial(_pixels, config, mean, std)
+
+    def vision(self, weights: Weights) -> Vision:
+        return Vision(weights)
+
+    def vision_values(self, config: ModelConfig) -> tuple[int, int]:
+        v = config.visual
+        tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
+        return tower, 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
+
+    def prompts(
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        generation: GenerationConfig,
+        read: Callable[..., Picture] | None,
+    ) -> QwenPrompts:
+        return QwenPrompts(tokenizer, generation.is_chat, read)
+
+    def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
+        return stage_of(spec)
+
+    def vision_shape(self, config: ModelConfig, pixels: Pixels) -> tuple[int, int]:
+        return config.visual.patches, config.visual.width
+
+    def levels(self, config: ModelConfig) -> int:
+        return 1
+
+    def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
+        return vision_stage(kind, index, weights)
+
+    def read_ranks(self, folder: Path, config: ModelConfig) -> bytes:
+        path = folder / RANKS_FILE
+        try:
+            ranks = path.read_bytes()
+        except FileNotFoundError:
+            raise QvlError(f"{path}: no such file; download it from the model's repository") from None
+        try:
+            tokenizer = self.tokenizer(ranks, config)
+        except QvlError as error:
+            raise QvlError(f"{path}: {error}") from None
+        visual = config.visual
+        if visual is not None and visual.image_start_id != tokenizer.img_start_id:
+            raise QvlError(
+                f"{folder / 'config.json'}: visual 'image_start_id' is {visual.image_start_id}, but <img> is "
+                f"{tokenizer.img_start_id} in {path.name}; do they belong together?"
+            )
+        return ranks
+
+    def read_preprocessing(self, folder: Path, config: ModelConfig) -> dict[str, Any]:
+        return {"mean": MEAN.tolist(), "std": STD.tolist()} if config.sees else {}
+
+
+def _pixels(config: ModelConfig, mean: np.ndarray, std: np.ndarray, image: Image.Image) -> Pixels:
+    visual = config.visual
+    side = visual.image_size
+    return Pixels(
+        values=preprocess(image, side, mean, std),
+        tokens=visual.n_queries,
+        grid=(visual.n_queries, 1),
+        size=image.size,
+        resized=(side, side),
+    )
+
+
+FAMILY = QwenVL()

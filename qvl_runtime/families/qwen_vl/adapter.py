@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qvl_kernels.ops import Array
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
-from qvl_runtime.families.weights import Trace, Weights, no_trace
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.trace import Trace, no_trace
 
 NAME = "transformer.visual.attn_pool"
 
@@ -13,7 +14,7 @@ class Adapter:
     """One layer of cross-attention, a norm, and a projection."""
 
     def __init__(self, weights: Weights):
-        ops, config = weights.ops, weights.blob.config.visual
+        ops, config = weights.ops, weights.config.visual
         self.ops, self.config = ops, config
         self.kv_proj = weights.matrix(f"{NAME}.kv_proj") if config.width != config.output_dim else None
         self.ln_kv = weights.layer_norm(f"{NAME}.ln_kv")

@@ -1,4 +1,4 @@
-"""The typed, checked configuration of a model: what `config.json` and `generation_config.json` say."""
+"""What the `config.json` of a Qwen-VL or Qwen-7B says, checked."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.families.reading import check, take
 
 # Far beyond any model of the family: what sizes memory before a file's tensors can contradict it.
 MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_SIDE, MAX_MLP_RATIO = 1024, 1 << 24, 1 << 24, 1 << 13, 64.0
-
-
-def _take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    """Read ``data[key]`` as `kind`, refusing a missing or mistyped value by name."""
-    value = data.get(key, default)
-    if value is None:
-        raise QvlError(f"{where}: '{key}' is missing; is this a Qwen-VL or Qwen-7B config?")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1 << 1023 else math.inf
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise QvlError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise QvlError(f"{where}: '{key}' is {value!r}, expected a finite number")
-    return value
-
-
-def _check(ok: bool, where: str, message: str) -> None:
-    if not ok:
-        raise QvlError(f"{where}: {message}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +56,31 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> VisionConfig:
         where = f"{where}: visual"
-        _check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
+        check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
         kinds = {f.name: {"int": int, "float": float}[f.type] for f in dataclasses.fields(cls)}
-        config = cls(**{k: _take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
+        config = cls(**{k: take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
         for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "n_queries"):
-            _check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
-        _check(
+            check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
+        check(
             0 < config.mlp_ratio <= MAX_MLP_RATIO,
             where,
             f"'mlp_ratio' is {config.mlp_ratio}, expected > 0 and at most {MAX_MLP_RATIO}",
         )
         for name, limit in (("layers", MAX_LAYERS), ("image_size", MAX_SIDE)):
             value = getattr(config, name)
-            _check(value <= limit, where, f"'{name}' is {value}, expected at most {limit}")
-        _check(
+            check(value <= limit, where, f"'{name}' is {value}, expected at most {limit}")
+        check(
             config.image_size % config.patch_size == 0,
             where,
             f"'image_size' {config.image_size} is no multiple of 'patch_size' {config.patch_size}",
         )
-        _check(
+        check(
             config.width % config.heads == 0,
             where,
             f"'width' {config.width} is no multiple of 'heads' {config.heads}",
         )
-        _check(config.output_dim % 128 == 0, where, f"'output_dim' {config.output_dim} is no multiple of 128")
-        _check(math.isqrt(config.n_queries) ** 2 == config.n_queries, where, "'n_queries' is no square")
+        check(config.output_dim % 128 == 0, where, f"'output_dim' {config.output_dim} is no multiple of 128")
+        check(math.isqrt(config.n_queries) ** 2 == config.n_queries, where, "'n_queries' is no square")
         return config
 
 
@@ -133,6 +114,20 @@ class ModelConfig:
         return self.kv_channels
 
     @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the decoder's norms."""
+        return self.layer_norm_epsilon
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures."""
+        return self.visual is not None
+
+    @property
     def attention_width(self) -> int:
         """Width of q, of k and of v."""
         return self.num_attention_heads * self.kv_channels
@@ -147,33 +142,33 @@ class ModelConfig:
             For another `model_type`, a missing key, or a value this runtime does not compute.
         """
         model_type = data.get("model_type")
-        _check(
+        check(
             model_type == "qwen",
             where,
             f"model_type is {model_type!r}; this runtime runs 'qwen' (Qwen-VL, Qwen-VL-Chat, Qwen-7B)",
         )
         kinds = {f.name: {"int": int, "float": float, "bool": bool}.get(f.type) for f in dataclasses.fields(cls)}
-        values = {k: _take(data, k, t, where) for k, t in kinds.items() if t is not None}
+        values = {k: take(data, k, t, where) for k, t in kinds.items() if t is not None}
         visual = data.get("visual")
         config = cls(**values, visual=None if visual is None else VisionConfig.from_dict(visual, where))
         for name, kind in kinds.items():
             if kind in (int, float):
-                _check(values[name] > 0, where, f"'{name}' is {values[name]}, expected > 0")
+                check(values[name] > 0, where, f"'{name}' is {values[name]}, expected > 0")
         for name, limit in (
             ("num_hidden_layers", MAX_LAYERS),
             ("seq_length", MAX_POSITIONS),
             ("max_position_embeddings", MAX_POSITIONS),
             ("vocab_size", MAX_VOCABULARY),
         ):
-            _check(values[name] <= limit, where, f"'{name}' is {values[name]}, expected at most {limit}")
-        _check(config.seq_length > 1, where, "'seq_length' is 1, expected > 1")
-        _check(config.intermediate_size % 2 == 0, where, "'intermediate_size' is odd")
-        _check(config.kv_channels % 2 == 0, where, "'kv_channels' is odd")
+            check(values[name] <= limit, where, f"'{name}' is {values[name]}, expected at most {limit}")
+        check(config.seq_length > 1, where, "'seq_length' is 1, expected > 1")
+        check(config.intermediate_size % 2 == 0, where, "'intermediate_size' is odd")
+        check(config.kv_channels % 2 == 0, where, "'kv_channels' is odd")
         for name, computed in (("rotary_pct", 1.0), ("no_bias", True), ("tie_word_embeddings", False)):
             value = data.get(name, computed)
-            _check(value == computed, where, f"'{name}' is {value!r}; only {computed!r} is known")
+            check(value == computed, where, f"'{name}' is {value!r}; only {computed!r} is known")
         if config.visual is not None:
-            _check(
+            check(
                 config.visual.output_dim == config.hidden_size,
                 where,
                 f"visual 'output_dim' {config.visual.output_dim} differs from 'hidden_size' {config.hidden_size}",
@@ -186,39 +181,3 @@ class ModelConfig:
         if self.visual is None:
             del data["visual"]
         return data
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """What `generation_config.json` says about prompts and sampling."""
-
-    chat_format: str = "raw"
-    eos_token_id: int | None = None
-    max_window_size: int = 6144
-    max_new_tokens: int = 512
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
-        """Read a published `generation_config.json`; absent keys keep their defaults."""
-        kinds = {"str": str, "int": int, "int | None": int, "bool": bool, "float": float}
-        values = {
-            f.name: _take(data, f.name, kinds[f.type], where)
-            for f in dataclasses.fields(cls)
-            if data.get(f.name) is not None
-        }
-        config = cls(**values)
-        _check(
-            config.chat_format in ("chatml", "raw"),
-            where,
-            f"'chat_format' is {config.chat_format!r}, expected 'chatml' or 'raw'",
-        )
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -1,75 +1,23 @@
-"""Boxes: found in an answer, written into a prompt, drawn on a picture."""
+"""Boxes as Qwen-VL writes them: ``<ref>dog</ref><box>(10,20),(300,400)</box>``, in thousandths of the picture."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import io
-import os
 import re
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
 
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.constraints import Constraint
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.images import ImageSource, load_image
+from qvl_runtime.inputs.pictures import Picture
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 # A tag that opens twice was not closed the first time: the span begins at the later one.
 _SPAN = re.compile(r"<(ref|box|quad|img)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _OPENED = re.compile(r"(?:<ref>[^<]*</ref>)?<box>[^<]*\Z")
 _CORNERS = re.compile(r"\s*,\s*".join([r"(\d{1,4})"] * 4), re.ASCII)
-
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
-
-# Files that have Chinese, as Linux distributions, Windows and macOS call them; then one with most other scripts.
-FONT_FILES = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansSC-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "DroidSansFallback.ttf",
-    "msyh.ttc",
-    "simhei.ttf",
-    "simsun.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "STHeiti Light.ttc",
-    "Arial Unicode.ttf",
-    "DejaVuSans.ttf",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Box:
-    """A rectangle on a picture that counts as 1000 wide and 1000 high.
-
-    Attributes
-    ----------
-    ref : str or None
-        What the box shows, if the answer says so.
-    x1, y1, x2, y2 : int
-        Left, top, right, bottom, in thousandths of the width and height.
-    """
-
-    ref: str | None
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-
-    def to_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The corners in pixels of a picture of this size: left, top, right, bottom."""
-        return (
-            int(self.x1 / 1000 * width),
-            int(self.y1 / 1000 * height),
-            int(self.x2 / 1000 * width),
-            int(self.y2 / 1000 * height),
-        )
 
 
 def parse_boxes(text: str) -> list[Box]:
@@ -124,123 +72,129 @@ def format_box(box: Box) -> str:
     return f"{ref}<box>({box.x1},{box.y1}),({box.x2},{box.y2})</box>"
 
 
-class Drawing(NamedTuple):
-    """A picture with boxes on it, and the labels that stand there as a number: ``{2: "击掌"}``."""
-
-    image: Image.Image
-    legend: dict[int, str]
+CORNERS = "(999,999),(999,999)"
+"""The longest content of a box; no token is shorter than one of its characters."""
 
 
-def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | None = None) -> Drawing:
-    """Draw boxes and their labels on a copy of a picture.
+def box_can_become(text: str) -> bool:
+    """Whether `text` begins the content of a box: "(x1,y1),(x2,y2)" with 0 <= x1 < x2 <= 999 and so for y.
 
-    A label is written in the first font of this machine that has all its characters. Where none has, the box
-    carries its number instead, counted from 1 in the order of `boxes`, and the legend tells what it stands for.
-
-    Parameters
-    ----------
-    image : path, bytes, PIL image or array
-        As `load_image` takes it.
-    boxes : sequence of Box
-    out_path : str or pathlib.Path, optional
-        Where to save the picture, in the format of the file's extension.
-
-    Returns
-    -------
-    Drawing
-        The picture (mode RGB, same size) and the legend, which is empty when every label could be written.
-
-    Raises
-    ------
-    QvlError
-        The picture cannot be read, or `out_path` cannot be written.
+    Examples
+    --------
+    >>> box_can_become("(12,7),(12"), box_can_become("(12,7),(13"), box_can_become("(12,7),(1")
+    (False, True, True)
     """
-    picture = load_image(image)
-    width, height = picture.size
-    pen = ImageDraw.Draw(picture)
-    line = max(2, round(min(width, height) / 200))
-    font_size = max(12, round(min(width, height) / 28))
-    legend: dict[int, str] = {}
-    labels = []
-    for number, box in enumerate(boxes, 1):
-        left, top, right, bottom = box.to_pixels(width, height)
-        left, right = sorted(min(x, width - 1) for x in (left, right))
-        top, bottom = sorted(min(y, height - 1) for y in (top, bottom))
-        colour = COLOURS[(number - 1) % len(COLOURS)]
-        pen.rectangle((left, top, right, bottom), outline=colour, width=line)
-        if label := _printable(box.ref or ""):
-            font = next((f for f in _fonts(font_size) if _has_glyphs(f, label)), None)
-            if font is None:
-                legend[number] = label
-                font, label = _fonts(font_size)[0], str(number)
-            labels.append((left, top, label, font, colour))
-    for left, top, label, font, colour in labels:
-        _write_label(pen, picture.size, left, top, label, font, colour)
-    if out_path is not None:
-        _save(picture, Path(out_path))
-    return Drawing(picture, legend)
+    corners: list[int] = []
+    for before in ("(", ",", "),(", ","):
+        if len(text) <= len(before):
+            return before.startswith(text)
+        if not text.startswith(before):
+            return False
+        text = text.removeprefix(before)
+        digits = text[: len(text) - len(text.lstrip("0123456789"))]
+        text = text.removeprefix(digits)
+        low, high = (0, 998) if len(corners) < 2 else (corners[len(corners) - 2] + 1, 999)
+        if not text:
+            return _number_can_become(digits, low, high)
+        if not digits or str(int(digits)) != digits or not low <= int(digits) <= high:
+            return False
+        corners.append(int(digits))
+    return text == ")"
 
 
-def _printable(ref: str) -> str:
-    """The label on one line, without characters that show nothing."""
-    return "".join(c for c in " ".join(ref.split()) if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+def _number_can_become(digits: str, low: int, high: int) -> bool:
+    if not digits:
+        return True
+    if digits.startswith("0"):
+        return digits == "0" and low == 0
+    value = int(digits)
+    spans = ((value * 10**more, (value + 1) * 10**more - 1) for more in range(3))
+    return any(first <= high and last >= low for first, last in spans)
 
 
-@functools.cache
-def _fonts(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """Pillow's own Latin font, then those of `FONT_FILES` that this machine has."""
-    fonts = [ImageFont.load_default(size)]
-    for name in FONT_FILES:
-        try:
-            fonts.append(ImageFont.truetype(name, size))
-        except (OSError, ImportError):
-            continue
-    return fonts
+class QwenGrounding:
+    """`qvl_runtime.families.base.Grounding`."""
+
+    def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
+        return parse_boxes(text)
+
+    def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
+        """``<ref>…</ref><box>(x1,y1),(x2,y2)</box>``, once or more, always complete.
+
+        Corners are 0..999 with x1 < x2 and y1 < y2. Every ref is closed in time for its box, so `limit` must leave
+        room for one.
+        """
+        if tokenizer.box_start_id is None:
+            raise QvlError("this model has no box tokens; grounding needs a Qwen-VL model")
+        return _GroundingConstraint(tokenizer, stop_ids, limit, opened)
 
 
-def _has_glyphs(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> bool:
-    """Whether a font draws every character as something else than its sign for a missing one."""
-    try:
-        # Two codes that never are a character: what a font draws for them is its "missing" sign.
-        missing = {_glyph(font, "\uffff"), _glyph(font, "\U0010ffff")}
-        return all(_glyph(font, c) not in missing for c in set(text) - {" "})
-    except UnicodeError:  # Pillow's bitmap font, the only one when it was built without FreeType, is Latin-1
-        return text.isascii()
+class _GroundingConstraint:
+    """A small automaton over tokens: where it is, and what stands in the box so far."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str):
+        self._tokenizer, self._stop_ids = tokenizer, stop_ids
+        self._left, self._corners = limit, ""
+        self._state = "begin"
+        if opened:
+            self._state, self._corners = "box", opened.rpartition("<box>")[2]
+            if not box_can_become(self._corners):
+                raise QvlError(f"the prompt opens the box {self._corners!r}, which no box completes; end it with <box>")
+        needed = self._cost() if opened else self._cost() + 1
+        if limit < needed:
+            raise QvlError(f"max_new_tokens is {limit}; a box with its ref needs {needed}")
+
+    def _cost(self) -> int:
+        """Tokens that finish what is open, at worst: ref, its end, box, corners, its end."""
+        box = len(CORNERS) - len(self._corners) + 1
+        return box if self._state == "box" else box + {"begin": 3, "ref": 2, "text": 2, "after ref": 1}[self._state]
+
+    def allowed(self) -> np.ndarray:
+        ids, tokens = self._tokenizer, np.zeros(self._tokenizer.vocab_size, bool)
+        if self._state == "begin":
+            tokens[ids.ref_start_id] = True
+        elif self._state in ("ref", "text"):
+            tokens[ids.ref_end_id] = self._state == "text"
+            if self._state == "ref" or self._left > self._cost():
+                tokens |= _texts(ids)
+        elif self._state == "after ref":
+            tokens[ids.box_start_id] = True
+        elif self._state == "box":
+            for token, text in _corner_tokens(ids):
+                tokens[token] = box_can_become(self._corners + text)
+            tokens[ids.box_end_id] = self._corners.endswith(")") and self._corners.count(")") == 2
+        else:
+            tokens[list(self._stop_ids)] = True
+            tokens[ids.ref_start_id] = self._left > len(CORNERS) + 4
+        return tokens
+
+    def advance(self, token: int) -> None:
+        ids = self._tokenizer
+        self._left -= 1
+        following = {
+            ids.ref_start_id: "ref",
+            ids.ref_end_id: "after ref",
+            ids.box_start_id: "box",
+            ids.box_end_id: "after box",
+        }
+        if token in following:
+            self._state, self._corners = following[token], ""
+        elif self._state == "box":
+            self._corners += ids.token_bytes(token).decode()
+        elif self._state == "ref":
+            self._state = "text"
 
 
-def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, character: str) -> bytes:
-    size = round(getattr(font, "size", 16))
-    canvas = Image.new("L", (2 * size, 2 * size))
-    ImageDraw.Draw(canvas).text((size // 4, size // 4), character, fill=255, font=font)
-    return canvas.tobytes()
+@functools.lru_cache(maxsize=4)
+def _texts(tokenizer: Tokenizer) -> np.ndarray:
+    """Ordinary tokens that cannot be taken for a part of a tag."""
+    ordinary = range(tokenizer.eod_id)
+    plain = [b"<" not in tokenizer.token_bytes(token) for token in ordinary]
+    return np.array(plain + [False] * (tokenizer.vocab_size - len(plain)))
 
 
-def _write_label(pen, size, left, top, label, font, colour) -> None:
-    """Write a label on a filled strip above its box, or inside where there is no room above."""
-    x1, y1, x2, y2 = pen.textbbox((0, 0), label, font=font)
-    width, height = x2 - x1 + 4, y2 - y1 + 4
-    x = int(max(0, min(left, size[0] - width)))
-    y = int(top - height if top >= height else min(top, max(0, size[1] - height)))
-    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    pen.text((x + 2 - x1, y + 2 - y1), label, fill="white", font=font)
-
-
-def check_extension(path: Path) -> str:
-    """The image format of a file's name; raises QvlError where there is none."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise QvlError(f"cannot save {str(path)!r}: no image format has the extension {path.suffix!r}; try .png")
-    return kind
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    kind = check_extension(path)
-    try:
-        data = io.BytesIO()
-        picture.save(data, kind)
-        partial.write_bytes(data.getvalue())
-        os.replace(partial, path)
-    except (OSError, KeyError) as error:
-        partial.unlink(missing_ok=True)
-        raise QvlError(f"cannot save {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+@functools.lru_cache(maxsize=4)
+def _corner_tokens(tokenizer: Tokenizer) -> list[tuple[int, str]]:
+    """Ordinary tokens of which a box's content may be made."""
+    pairs = ((token, tokenizer.token_bytes(token)) for token in range(tokenizer.eod_id))
+    return [(token, text.decode()) for token, text in pairs if text and not text.translate(None, b"0123456789(),")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 
 from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.rope import cos_sin, inverse_frequencies
 
 
 def ntk_alpha(length: int, config: ModelConfig) -> int:
@@ -19,18 +21,18 @@ def ntk_alpha(length: int, config: ModelConfig) -> int:
     return 2 ** math.ceil(math.log2(length / config.seq_length) + 1) - 1
 
 
+@functools.lru_cache(maxsize=8)
 def rotary_table(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
-    """Cosines and sines of every position: float32 ``[positions, head_dim]``, cos in the first half.
+    """Cosines and sines of every position: float32 ``[positions, head_dim]``, cos in the first half; read-only.
 
     The base is ``rotary_emb_base * alpha^(d / (d - 2))``. Angles are rounded to float32 as the published model
     rounds them, which matters at long context.
     """
     d = config.head_dim
     base = config.rotary_emb_base * alpha ** (d / (d - 2)) if alpha > 1 else config.rotary_emb_base
-    exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
-    inverse = 1 / (np.float64(np.float32(base)) ** exponents).astype(np.float32)
-    angles = np.arange(positions, dtype=np.float32)[:, None] * inverse
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    table = cos_sin(np.arange(positions, dtype=np.float32)[:, None] * inverse_frequencies(d, base))
+    table.flags.writeable = False
+    return table
 
 
 def logn_table(positions: int, config: ModelConfig) -> np.ndarray:

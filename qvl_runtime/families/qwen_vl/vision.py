@@ -9,10 +9,13 @@ from collections.abc import Callable
 import numpy as np
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_runtime.families.qwen_vl.adapter import Adapter
 from qvl_runtime.families.qwen_vl.config import VisionConfig
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
-from qvl_runtime.families.weights import Trace, Weights, no_trace
-from qvl_runtime.inputs.images import patches
+from qvl_runtime.families.qwen_vl.preprocessing import patches
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.pictures import Pixels
+from qvl_runtime.trace import Trace, no_trace
 
 NAME = "transformer.visual"
 
@@ -75,7 +78,7 @@ class PatchEmbedding:
     """What comes before the blocks: patches, their positions, and a norm."""
 
     def __init__(self, weights: Weights):
-        self.ops, self.config = weights.ops, weights.blob.config.visual
+        self.ops, self.config = weights.ops, weights.config.visual
         self.conv1 = weights.matrix(f"{NAME}.conv1")
         positions = weights.vector(f"{NAME}.positional_embedding")
         self.positions = self.ops.upload(interpolate_grid(positions, self.config.grid))
@@ -98,7 +101,7 @@ class VisionTower:
     """
 
     def __init__(self, weights: Weights):
-        self.ops, self.config = weights.ops, weights.blob.config.visual
+        self.ops, self.config = weights.ops, weights.config.visual
         self.embed = PatchEmbedding(weights)
         self.blocks = [Block.load(weights, i) for i in range(self.config.layers)]
 
@@ -134,3 +137,40 @@ class VisionTower:
         for i, block in enumerate(self.blocks):
             block(self.ops, self._work, self.config.heads)
             trace(f"block{i}", self._work.x)
+
+
+class Vision:
+    """ViT and adapter: `qvl_runtime.inputs.pictures.Vision`."""
+
+    def __init__(self, weights: Weights):
+        self.ops = weights.ops
+        self.tower, self.adapter = VisionTower(weights), Adapter(weights)
+
+    def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
+        """Features float32 ``[n_queries, output_dim]`` of pixels float32 ``[3, image_size, image_size]``."""
+        return self.adapter(self.tower(pixels, trace), trace)
+
+
+def vision_stage(kind: str, index: int, weights: Weights) -> Callable[[np.ndarray, Pixels], Array]:
+    """See `qvl_runtime.families.base.Family.vision_stage`."""
+    ops, config = weights.ops, weights.config.visual
+    if kind == "patches":
+        embed = PatchEmbedding(weights)
+
+        def patch(_: np.ndarray, pixels: Pixels) -> Array:
+            out = ops.empty((config.patches, config.width))
+            embed(pixels.values, out)
+            return out
+
+        return patch
+    if kind == "adapter":
+        adapter = Adapter(weights)
+        return lambda state, _: adapter(ops.upload(state))
+    block, work = Block.load(weights, index), Workspace.empty(ops, config)
+
+    def layer(state: np.ndarray, _: Pixels) -> Array:
+        ops.write(work.x, state)
+        block(ops, work, config.heads)
+        return work.x
+
+    return layer

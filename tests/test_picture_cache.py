@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import stat
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 import qvl_runtime as qvl
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.image_cache import ImageCache
+from qvl_runtime.inputs.picture_cache import PictureCache
+from qvl_runtime.inputs.pictures import PictureReader, Pixels
 
 SHAPE = (4, 8)
 SIZE = 4 * 8 * 4
@@ -28,7 +31,7 @@ def _key(number: int) -> bytes:
 
 
 def test_those_used_longest_ago_leave():
-    cache = ImageCache(SHAPE, "weights", 3 * SIZE)
+    cache = PictureCache(SHAPE[1], 3 * SIZE)
     for number in range(3):
         cache.put(_key(number), _features(number))
     assert np.array_equal(cache.get(_key(0)), _features(0))
@@ -36,15 +39,15 @@ def test_those_used_longest_ago_leave():
     assert cache.get(_key(1)) is None
     assert all(cache.get(_key(number)) is not None for number in (0, 2, 3))
     assert cache.nbytes == 3 * SIZE
-    nothing = ImageCache(SHAPE, "weights", 0)
+    nothing = PictureCache(SHAPE[1], 0)
     nothing.put(_key(0), _features(0))
     assert nothing.get(_key(0)) is None and nothing.nbytes == 0
 
 
 def test_a_folder_outlives_the_memory(tmp_path):
     folder = tmp_path / "a" / "cache"
-    ImageCache(SHAPE, "weights", 0, folder).put(_key(1), _features(1))
-    assert np.array_equal(ImageCache(SHAPE, "weights", 0, folder).get(_key(1)), _features(1))
+    PictureCache(SHAPE[1], 0, folder).put(_key(1), _features(1))
+    assert np.array_equal(PictureCache(SHAPE[1], 0, folder).get(_key(1)), _features(1))
     (file,) = folder.iterdir()
     assert file.name == f"{_key(1).hex()}.safetensors"
     assert np.array_equal(load_file(file)["features"], _features(1)), "any safetensors tool opens it"
@@ -53,23 +56,23 @@ def test_a_folder_outlives_the_memory(tmp_path):
 
 def test_the_folder_has_a_limit(tmp_path, monkeypatch):
     """Those used longest ago leave, whichever process used them."""
-    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+    cache = PictureCache(SHAPE[1], 0, tmp_path)
     for number in range(3):
         cache.put(_key(number), _features(number))
         os.utime(cache._path(_key(number)), (number, number))
     size = cache._path(_key(0)).stat().st_size
     (tmp_path / "notes.txt").write_text("not ours")
-    assert ImageCache(SHAPE, "weights", 0, tmp_path).get(_key(0)) is not None
-    monkeypatch.setattr("qvl_runtime.inputs.image_cache.FOLDER_BYTES", 3 * size)
+    assert PictureCache(SHAPE[1], 0, tmp_path).get(_key(0)) is not None
+    monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 3 * size)
     cache.put(_key(3), _features(3))
     assert [cache.get(_key(number)) is not None for number in range(4)] == [True, False, True, True]
-    monkeypatch.setattr("qvl_runtime.inputs.image_cache.FOLDER_BYTES", 1)
+    monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 1)
     cache.put(_key(4), _features(4))
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", cache._path(_key(4)).name}, "the last one stays"
 
 
 def test_a_damaged_file_counts_as_absent(tmp_path):
-    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+    cache = PictureCache(SHAPE[1], 0, tmp_path)
     cache.put(_key(1), _features(1))
     (file,) = tmp_path.iterdir()
     right = file.read_bytes()
@@ -83,14 +86,14 @@ def test_a_damaged_file_counts_as_absent(tmp_path):
     assert cache.get(_key(1)) is not None
     shutil.copy(file, tmp_path / f"{_key(2).hex()}.safetensors")
     assert cache.get(_key(2)) is None, "another picture's"
-    assert ImageCache((8, 8), "weights", 0, tmp_path).get(_key(1)) is None
+    assert PictureCache(16, 0, tmp_path).get(_key(1)) is None
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(QvlError, match="cache_dir"):
-        ImageCache(SHAPE, "weights", 0, tmp_path / "file")
-    cache = ImageCache(SHAPE, "weights", SIZE, tmp_path / "folder")
+        PictureCache(SHAPE[1], 0, tmp_path / "file")
+    cache = PictureCache(SHAPE[1], SIZE, tmp_path / "folder")
     (tmp_path / "folder").rmdir()
     with pytest.warns(UserWarning, match="cannot be written"):
         cache.put(_key(1), _features(1))
@@ -98,7 +101,7 @@ def test_a_folder_that_cannot_be_used(tmp_path):
 
 
 def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
-    cache = ImageCache(SHAPE, "weights", 0, tmp_path)
+    cache = PictureCache(SHAPE[1], 0, tmp_path)
 
     def full(*paths):
         raise OSError(28, "No space left on device")
@@ -109,39 +112,49 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def _png(value: int, *, level: int = 6) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 3), (value, 0, 0)).save(out, "PNG", compress_level=level)
+    return out.getvalue()
+
+
+def _reader(identity: str = "weights", decoded: list | None = None) -> PictureReader:
+    def preprocess(image):
+        if decoded is not None:
+            decoded.append(image)
+        return Pixels(np.asarray(image, np.float32), 4, (2, 2), image.size, image.size)
+
+    return PictureReader(preprocess, identity)
+
+
 def test_a_picture_is_its_pixels(tmp_path):
     """Names do not matter, nor how pixels are packed; everything that features depend on does."""
-    cache, other = (ImageCache(SHAPE, identity, 0) for identity in ("weights", "other weights"))
     decoded = []
-
-    def decode(content):
-        decoded.append(content)
-        return np.frombuffer(bytes(content).ljust(12, b"0")[:12], np.float32)
-
-    (tmp_path / "a").write_bytes(b"one picture.")
-    (tmp_path / "b").write_bytes(b"one picture.")
-    first = cache.picture(tmp_path / "a", decode)
-    assert cache.picture(str(tmp_path / "b"), decode).key == cache.picture(b"one picture.", decode).key == first.key
+    reader, other = _reader(decoded=decoded), _reader("other weights")
+    (tmp_path / "a").write_bytes(_png(1))
+    (tmp_path / "b").write_bytes(_png(1))
+    first = reader.read(tmp_path / "a")
+    assert reader.read(str(tmp_path / "b")).key == reader.read(_png(1)).key == first.key
     assert len(decoded) == 1, "known bytes are not decoded again"
-    assert cache.picture(b"one picture. Packed otherwise.", decode).key == first.key
-    assert cache.picture(b"two pictures", decode).key != first.key
-    assert other.picture(b"one picture.", decode).key != first.key
-    (tmp_path / "a").write_bytes(b"two pictures")
-    assert cache.picture(tmp_path / "a", decode).key != first.key
+    assert _png(1, level=0) != _png(1) and reader.read(_png(1, level=0)).key == first.key
+    assert reader.read(_png(2)).key != first.key
+    assert other.read(_png(1)).key != first.key
+    (tmp_path / "a").write_bytes(_png(2))
+    assert reader.read(tmp_path / "a").key != first.key
 
 
 def test_what_is_hashed_is_what_is_decoded(tmp_path):
     """A file that is exchanged while it is read must not leave its features under another picture's name."""
-    cache = ImageCache(SHAPE, "weights", 0)
-    file = tmp_path / "a"
-    file.write_bytes(b"one picture.")
+    file, found = tmp_path / "a", []
+    file.write_bytes(_png(1))
 
-    def decode(content):
-        file.write_bytes(b"two pictures")
-        return np.frombuffer(content if isinstance(content, bytes) else file.read_bytes(), np.uint8)
+    def preprocess(image):
+        file.write_bytes(_png(2))
+        found.append(np.asarray(image))
+        return Pixels(np.asarray(image, np.float32), 4, (2, 2), image.size, image.size)
 
-    key = cache.picture(file, decode).key
-    assert key == ImageCache(SHAPE, "weights", 0).picture(b"one picture.", lambda b: np.frombuffer(b, np.uint8)).key
+    key = PictureReader(preprocess, "weights").read(file).key
+    assert key == _reader().read(_png(1)).key
 
 
 def test_what_cannot_be_decoded_is_named_by_its_path(tmp_path, blob):
@@ -158,17 +171,17 @@ def test_a_known_picture_skips_the_vision_tower(blob, golden, tmp_path, monkeypa
     picture = golden / IMAGES[0]
     model = qvl.load(path, cache_dir=folder, **options)
     asked = [model.generate("What?", [picture], max_new_tokens=4, logprobs=0) for _ in range(2)]
-    assert [a.timings.kept_images for a in asked] == [0, 1]
+    assert [a.timings.cached_images for a in asked] == [0, 1]
     later = qvl.load(path, cache_dir=folder, **options)
-    monkeypatch.setattr(later.vision, "_encode", None)
+    monkeypatch.setattr(later.pictures, "vision", None)
     asked.append(later.generate("What?", [picture.read_bytes()], max_new_tokens=4, logprobs=0))
-    assert asked[2].timings.kept_images == 1
+    assert asked[2].timings.cached_images == 1
     assert asked[0].logprobs == asked[1].logprobs == asked[2].logprobs
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         later.generate("What?", [golden / IMAGES[1]], max_new_tokens=1)
     for other in (blob("tiny-vl", "img112", bits=16), blob("tiny-vl", bits=16, vision_bits=8)):
         answer = qvl.load(other, cache_dir=folder, **options).generate("What?", [picture], max_new_tokens=1)
-        assert answer.timings.kept_images == 0
+        assert answer.timings.cached_images == 0
 
 
 def test_memory_of_many_pictures_stays_within_the_limit(blob):
@@ -177,6 +190,6 @@ def test_memory_of_many_pictures_stays_within_the_limit(blob):
     rng = np.random.default_rng(0)
     for _ in range(6):
         model.generate("x", [rng.integers(0, 255, (20, 20, 3), np.uint8)], max_new_tokens=1)
-    assert model.vision.cache.nbytes == 3 * 256 * 256 * 4
+    assert model.pictures.cache.nbytes == 3 * 256 * 256 * 4
     with pytest.raises(QvlError, match="image_cache_bytes is -1"):
         qvl.load(path, image_cache_bytes=-1)

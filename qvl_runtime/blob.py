@@ -19,17 +19,16 @@ import numpy as np
 
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.config import GenerationConfig, ModelConfig
-from qvl_runtime.families.qwen_vl.tensors import PARTS, MatrixSpec, VectorSpec, tensors
-from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.families import family_of
+from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.families.specs import PARTS, MatrixSpec, VectorSpec
 from qvl_runtime.file.tensorfile import TensorFile
 
 FORMAT, VERSION = "qvl", "1"
 RANKS = "tokenizer.ranks"
 METADATA = "__metadata__"
 REMEDY = "convert the model again"
-MAX_RANKS = 16 << 20
-"""Bytes of a tokenizer's ranks: six times Qwen's."""
 
 
 def metadata_hash(metadata: Mapping[str, str]) -> str:
@@ -43,7 +42,8 @@ class Blob:
 
     Attributes
     ----------
-    config : ModelConfig
+    family : Family
+    config : Config
     generation_config : GenerationConfig
     metadata : dict
         The other metadata, parsed: `preprocessing`, `quantization`, `source`, `hashes`.
@@ -64,30 +64,34 @@ class Blob:
             raise QvlError(
                 f"{self.path}: has format version {raw.get('version')!r}, this program reads {VERSION!r}; {REMEDY}"
             )
-        self.config = ModelConfig.from_dict(self._json("config"), f"{self.path}: config")
+        config, where = self._json("config"), f"{self.path}: config"
+        self.family: Family = family_of(config, where)
+        self.config: Config = self.family.read_config(config, where)
         self.generation_config = GenerationConfig.from_dict(
             self._json("generation_config"), f"{self.path}: generation_config"
         )
         self.metadata = {key: self._json(key) for key in ("preprocessing", "quantization", "source", "hashes")}
-        self._matrices = {s.name: s for s in tensors(self.config) if isinstance(s, MatrixSpec)}
-        self._vectors = {s.name: s for s in tensors(self.config) if isinstance(s, VectorSpec)}
+        specs = list(self.family.tensors(self.config))
+        self._matrices = {s.name: s for s in specs if isinstance(s, MatrixSpec)}
+        self._vectors = {s.name: s for s in specs if isinstance(s, VectorSpec)}
 
     def _json(self, key: str) -> dict[str, Any]:
-        if key not in self.file.metadata:
-            raise QvlError(f"{self.path}: its metadata {key!r} is missing; {REMEDY}")
-        return parse_object(self.file.metadata[key], f"{self.path}: its metadata {key!r}", REMEDY)
+        try:
+            value = json.loads(self.file.metadata[key])
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+            return value
+        except (KeyError, ValueError) as error:
+            raise QvlError(f"{self.path}: its metadata {key!r} is missing or malformed ({error}); {REMEDY}") from None
 
     @property
     def ranks(self) -> bytes:
         """The tokenizer's rank file."""
-        ranks = self.file.array(RANKS)
-        if ranks.nbytes > MAX_RANKS:
-            raise QvlError(f"{self.path}: its tokenizer has {ranks.nbytes} bytes, more than {MAX_RANKS}; {REMEDY}")
-        return ranks.tobytes()
+        return self.file.array(RANKS).tobytes()
 
     def vector(self, name: str) -> np.ndarray:
         """A `VectorSpec` tensor, float32."""
-        return self._finite(name, self._typed(name, self._vectors[name].shape, np.dtype(np.float32)))
+        return self._typed(name, self._vectors[name].shape, np.dtype(np.float32))
 
     def matrix(self, name: str) -> Matrix:
         """A `MatrixSpec` weight with its bias, as views of the file."""
@@ -96,10 +100,9 @@ class Blob:
         asymmetric = f"{name}.zeros" in self.file
         shapes = packed_shapes(spec.n, spec.k, bits, group_size, zeros=asymmetric)
         arrays = {suffix: self._typed(f"{name}.{suffix}", *wanted) for suffix, wanted in shapes.items()}
-        scales, bias = arrays.get("scales"), self._optional(f"{name}.bias", (spec.n,), np.float32)
-        for suffix, small in (("scales", scales), ("bias", bias)):
-            if small is not None:
-                self._finite(f"{name}.{suffix}", small)
+        scales = arrays.get("scales")
+        if scales is not None and bool(np.any((scales.view(np.uint16) & 0x7C00) == 0x7C00)):
+            raise QvlError(f"{self.path}: '{name}.scales' holds a value that is not finite; {REMEDY}")
         perm = self._optional(f"{name}.perm", (spec.k,), np.int32)
         if perm is not None and not np.array_equal(np.sort(perm), np.arange(spec.k)):
             raise QvlError(f"{self.path}: '{name}.perm' is no permutation of {spec.k} columns; {REMEDY}")
@@ -112,7 +115,7 @@ class Blob:
             scales=scales,
             zeros=arrays.get("zeros"),
             perm=perm,
-            bias=bias,
+            bias=self._optional(f"{name}.bias", (spec.n,), np.float32),
         )
 
     def bits(self, name: str) -> tuple[int, int]:
@@ -139,43 +142,36 @@ class Blob:
             )
         return array
 
-    def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The array: a value that is not finite would be computed with in silence, and kernels make numbers of it."""
-        if array.dtype == np.float16:
-            broken = np.any((array.view(np.uint16) & 0x7C00) == 0x7C00)
-        else:
-            broken = not np.isfinite(array).all()
-        if broken:
-            raise QvlError(f"{self.path}: '{name}' holds a value that is not finite; {REMEDY}")
-        return array
-
     def _optional(self, name: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray | None:
         return self._typed(name, shape, np.dtype(dtype)) if name in self.file else None
+
+    def part_of(self, name: str) -> str | None:
+        """The part (a key of `PARTS`) that a tensor of the file belongs to; None for the tokenizer."""
+        owners = {**self._matrices, **self._vectors}
+        spec = owners.get(name) or owners.get(name.rpartition(".")[0])
+        return None if spec is None else spec.part
 
     def part_sizes(self) -> dict[str, int]:
         """Bytes by part (the keys of `PARTS`)."""
         sizes = dict.fromkeys(PARTS, 0)
-        owners = {**self._matrices, **self._vectors}
         for name, entry in self.file.entries.items():
-            spec = owners.get(name) or owners.get(name.rpartition(".")[0])
-            if spec is not None:
-                sizes[spec.part] += entry.stop - entry.start
+            if (part := self.part_of(name)) is not None:
+                sizes[part] += entry.stop - entry.start
         return {part: size for part, size in sizes.items() if size}
 
-    def hashes(self, prefix: str = "") -> dict[str, str]:
-        """SHA-256 of the tensors whose names begin with `prefix`: as the file tells, or else computed."""
-        told, names = self.metadata["hashes"], sorted(name for name in self.file.entries if name.startswith(prefix))
+    def hashes(self, *parts: str) -> dict[str, str]:
+        """SHA-256 of the tensors, or of those of some parts: as the file tells, or else computed."""
+        told = self.metadata["hashes"]
+        names = sorted(name for name in self.file.entries if not parts or self.part_of(name) in parts)
         return {name: told.get(name) or hashlib.sha256(self.file.bytes(name)).hexdigest() for name in names}
 
     def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Verify the hash of the metadata and of every tensor, and that every value of it is finite.
-
-        Loading looks at the small tensors alone. `progress` is told how many bytes each tensor took.
+        """Verify the hash of the metadata and of every tensor; `progress` is told how many bytes each took.
 
         Raises
         ------
         QvlError
-            Naming the first tensor whose bytes are not those that were written, or that is not finite.
+            Naming the first tensor whose bytes are not those that were written.
         """
         hashes = self.metadata["hashes"]
         if metadata_hash(self.file.metadata) != hashes.get(METADATA):
@@ -183,6 +179,4 @@ class Blob:
         for name, entry in self.file.entries.items():
             if hashlib.sha256(self.file.bytes(name)).hexdigest() != hashes.get(name):
                 raise QvlError(f"{self.path}: tensor '{name}' is damaged (its hash differs); copy the file again")
-            if entry.dtype.kind == "f":
-                self._finite(name, self.file.array(name))
             progress(entry.stop - entry.start)

@@ -1,0 +1,128 @@
+"""One answer: from a checked prompt to pieces of text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from qvl_kernels.ops import Array
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.constraints import Answer, Form
+from qvl_runtime.engine.drafts import ROW_COST, PromptLookup
+from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, stream_generate
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.engine.session import Sessions
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.base import Grounding
+from qvl_runtime.inputs.pictures import PictureEncoder
+from qvl_runtime.inputs.prompt import Prompt, Slot
+from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.options import stop_strings, whole_number
+
+
+class Answering:
+    """Computes answers, one after another.
+
+    Parameters
+    ----------
+    sessions : Sessions
+    pictures : PictureEncoder or None
+        None for a model that takes no pictures.
+    tokenizer : Tokenizer
+    stop_ids : frozenset of int
+        Tokens that end an answer.
+    grounding : Grounding
+    window : int
+        Tokens a prompt and its answer may have together.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        pictures: PictureEncoder | None,
+        *,
+        tokenizer: Tokenizer,
+        stop_ids: frozenset[int],
+        grounding: Grounding,
+        window: int,
+    ):
+        self.window = window
+        self._sessions, self._pictures, self._ops = sessions, pictures, sessions.decoder.ops
+        self._tokenizer, self._stop_ids, self._grounding = tokenizer, stop_ids, grounding
+
+    def check_length(self, prompt: Prompt) -> None:
+        """Refuse a prompt that is empty or longer than the window."""
+        if not prompt.ids:
+            raise QvlError("the prompt is empty; say something")
+        if len(prompt.ids) > self.window:
+            raise QvlError(
+                f"the prompt takes {len(prompt.ids)} tokens and the model's window is {self.window}; shorten the prompt"
+            )
+
+    def answer(
+        self,
+        prompt: Prompt,
+        sampler: Sampler,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None,
+        form: Form | None,
+        logprobs: int | None,
+        speculate: bool,
+    ) -> Iterator[Piece]:
+        """Check everything, and return the generator of an answer."""
+        self.check_length(prompt)
+        limit = min(whole_number("max_new_tokens", max_new_tokens), self.window - len(prompt.ids))
+        if logprobs is not None:
+            whole_number("logprobs", logprobs)
+        stops, constraint = stop_strings(stop), None
+        if form is not None:
+            grounding = self._grounding.constraint
+            constraint = form.start(Answer(self._tokenizer, self._stop_ids, limit, prompt.opened, grounding))
+        select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
+        return self._pieces(prompt, select, stops, limit, speculate)
+
+    def _pieces(
+        self, prompt: Prompt, select: TokenSelector, stop: list[str], limit: int, speculate: bool
+    ) -> Iterator[Piece]:
+        length = len(prompt.ids)
+        session = self._sessions.take(prompt.keys, length + limit)
+        try:
+            kept = session.keep(prompt)
+            started = time.perf_counter()
+            features, encoded = self.features(prompt, kept)
+            self._ops.synchronize()
+            seen = time.perf_counter()
+            session.prefill(prompt, features, length + limit)
+            self._ops.synchronize()
+            timings = Timings(
+                image=seen - started,
+                prefill=time.perf_counter() - seen,
+                prompt_tokens=length,
+                cached_tokens=kept,
+                images=len(prompt.slots),
+                cached_images=len(prompt.slots) - encoded,
+            )
+            drafts = PromptLookup(prompt.ids, ROW_COST.get(self._ops.name, 1.0)) if speculate else None
+            yield from stream_generate(
+                generate_step(session, select, drafts, limit, timings),
+                self._tokenizer,
+                stop_ids=self._stop_ids,
+                stop=stop,
+                timings=timings,
+            )
+        finally:
+            self._sessions.give(session)
+
+    def features(self, prompt: Prompt, kept: int) -> tuple[list[tuple[Slot, Array]], int]:
+        """Features of the pictures that reach beyond position `kept`, and how many of them were not known."""
+        found, encoded = [], 0
+        for slot in prompt.slots:
+            if slot.end > kept and self._pictures is not None:
+                features, known = self._pictures.features(slot.picture)
+                found.append((slot, features))
+                encoded += not known
+        return found, encoded
+
+    def boxes(self, text: str, prompt: Prompt) -> list[Box]:
+        """The boxes of an answer."""
+        return self._grounding.parse(text, prompt.pictures)

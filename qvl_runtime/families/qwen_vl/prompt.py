@@ -1,0 +1,354 @@
+"""Qwen-VL's prompts: raw text, the list format, chat messages and turns, token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qvl_runtime.boxes import Box
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen_vl.grounding import format_box, opened_box
+from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.pictures import LOCAL, Access, Picture
+from qvl_runtime.inputs.prompt import (
+    ChatPrompt,
+    Parts,
+    Place,
+    Prompt,
+    Slot,
+    Window,
+    checked_history,
+    checked_images,
+    checked_parts,
+    count_places,
+    fill,
+    is_ids,
+    is_image_part,
+    is_messages,
+    message_content,
+    part_source,
+    part_text,
+    sources,
+)
+from qvl_runtime.inputs.tokenizer import IMAGE_TAGS, Tokenizer, split_images
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+PICTURE_TAGS = frozenset({"<img>", "</img>", "<imgpad>"})
+
+
+class _Encoded(NamedTuple):
+    """Token ids, and the pictures in them: where each starts, and its source."""
+
+    ids: list[int]
+    pictures: list[tuple[int, ImageSource]]
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenPrompts:
+    """Makes prompts for Qwen-VL, Qwen-VL-Chat and Qwen-7B.
+
+    Attributes
+    ----------
+    tokenizer : Tokenizer
+    is_chat : bool
+        Whether the model knows chat turns.
+    read : callable or None
+        ``read(source, access)`` gives a picture; None for a model without vision.
+    """
+
+    tokenizer: Tokenizer
+    is_chat: bool
+    read: Callable[[ImageSource, Access], Picture] | None
+
+    def build(self, prompt: Any, images: Sequence[ImageSource] | None = None, access: Access = LOCAL) -> Prompt:
+        """Make a prompt of any form ready for the model.
+
+        Parameters
+        ----------
+        prompt : str, list of dict, or sequence of int
+            - a text, taken as it is, with pictures as ``<img>path</img>``;
+            - the list format: parts ``{"image": source}``, ``{"text": str}``, ``{"ref": str, "box": box or boxes}``; a
+              picture becomes ``Picture N: <img>…</img>`` and a line end. For a chat model it is the user's turn;
+            - chat messages: ``{"role": "system" | "user" | "assistant", "content": text or parts}``; the last message
+              is the user's;
+            - token ids, with image slots.
+        images : sequence of image sources, optional
+            For the empty slots (``<img></img>``, or those in the ids) in order. If the prompt has no image, they go
+            before it (or before the last message) as ``Picture N: <img></img>`` and a line end.
+
+        Raises
+        ------
+        QvlError
+            A form, role, part or box that is not one of the above, an unclosed ``<img>``, more or fewer images than
+            slots, a picture that cannot be read or is not allowed, messages for a base model, images for a model
+            without vision.
+        """
+        images = checked_images(images)
+        if is_ids(prompt):
+            return self._prompt(self._from_ids(prompt, images), access)
+        if is_messages(prompt):
+            if not self.is_chat:
+                raise QvlError("this is a base model, which knows no chat messages: pass the prompt as one str")
+            return self._prompt(self._from_messages(prompt, images, access), access)
+        if self.is_chat and not isinstance(prompt, str):
+            message = {"role": "user", "content": checked_parts(prompt)}
+            return self._prompt(self._from_messages([message], images, access), access)
+        parts = self._fill([self._read(prompt, access)], images)[-1]
+        opened = opened_box(prompt) if isinstance(prompt, str) else ""
+        return self._prompt(self._encode(parts, self._raw_forms(access)), access, opened)
+
+    def chat(
+        self,
+        query: Any,
+        history: Sequence[tuple[Any, str | None]] | None = None,
+        images: Sequence[ImageSource] | None = None,
+        *,
+        system: str | None = None,
+        window: Window,
+        access: Access = LOCAL,
+    ) -> ChatPrompt:
+        """Make the prompt for one more turn of a conversation.
+
+        Parameters
+        ----------
+        query : str or list of dict
+            The user's turn: a text or parts, as in `build`.
+        history : sequence of (query, answer), optional
+            Earlier turns, oldest first; an answer may be None. Answers are text: no tag in them opens a picture.
+        images : sequence of image sources, optional
+            For the empty slots of history and query in order; if the query has no image, what is left goes before it.
+        system : str, optional
+            `DEFAULT_SYSTEM` if not given.
+
+        Raises
+        ------
+        QvlError
+            As `build`.
+        """
+        turns = checked_history(history)
+        spoken = [self._read(DEFAULT_SYSTEM if system is None else system, access)]
+        for asked, _ in turns:
+            spoken.append(self._read(asked, access, count_places(spoken)))
+        spoken.append(self._read(query, access, count_places(spoken)))
+        spoken = self._fill(spoken, checked_images(images))
+
+        newline = _Encoded(self.tokenizer.encode_ordinary("\n"), [])
+        user = self._user_forms(access)
+        first = self._say("system", spoken[0], user)
+        last = _join([newline, self._say("user", spoken[-1], user), self._answer_head()])
+        said = []
+        for asked, (_, answer) in zip(spoken[1:-1], turns):
+            answered = [] if answer is None else [self._say("assistant", [answer], self._answer_forms())]
+            said.append(_join([newline, self._say("user", asked, user), newline, *answered]))
+        left_out = window.left_out(len(first.ids), [len(turn.ids) for turn in said], len(last.ids))
+        prompt = self._prompt(_join([first, *said[left_out:], last]), access)
+        return ChatPrompt(prompt, _for_history(query, spoken[-1], access), left_out)
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer, with the token that ends it in a chat."""
+        if self.is_chat:
+            return [*self._encode([text], self._answer_forms()).ids, self.tokenizer.im_end_id]
+        return self._encode([text], self._raw_forms(Access(paths=False))).ids
+
+    # ------------------------------------------------------------------------------------------------ parts
+    def _read(self, content: Any, access: Access, pictures_before: int = 0) -> Parts:
+        """A text, or a list of parts, as text and places for pictures.
+
+        Each text is searched for tags by itself: parts that form a tag together open nothing.
+        """
+        if isinstance(content, str):
+            return self._split(content, access)
+        return _from_parts(content, pictures_before, lambda text: self._split(text, access))
+
+    def _split(self, text: str, access: Access) -> Parts:
+        if not self.tokenizer.has_image_tags or not access.paths:
+            return [text]
+        return [Place(piece or None) if i % 2 else piece for i, piece in enumerate(split_images(text))]
+
+    def _fill(self, spoken: list[Parts], images: list[ImageSource]) -> list[Parts]:
+        """Give the empty places their pictures; those left over go before the last text."""
+        if self.read is None and (images or count_places(spoken)):
+            raise QvlError("this model has no vision part: it takes no images")
+        extra = fill(spoken, images)
+        numbered = enumerate(extra, count_places(spoken) + 1)
+        before = [part for n, image in numbered for part in (f"Picture {n}: ", Place(image), "\n")]
+        return [*spoken[:-1], before + spoken[-1]]
+
+    # ------------------------------------------------------------------------------------------------ encoding
+    def _raw_forms(self, access: Access) -> frozenset[str]:
+        """Special forms in a raw prompt. Image spans were cut out; an ``<img>`` that is left is text."""
+        forms = frozenset(self.tokenizer.encoding.special_tokens_set)
+        return forms - ({"<img>"} if access.paths else PICTURE_TAGS)
+
+    def _user_forms(self, access: Access) -> frozenset[str]:
+        """Special forms in what a user says: control forms such as ``<|im_end|>`` are text."""
+        return self._raw_forms(access) & frozenset(IMAGE_TAGS)
+
+    def _answer_forms(self) -> frozenset[str]:
+        """Special forms in an answer: those of grounding."""
+        return self._raw_forms(Access()) & (frozenset(IMAGE_TAGS) - PICTURE_TAGS)
+
+    def _encode(self, parts: Parts, special: frozenset[str]) -> _Encoded:
+        ids: list[int] = []
+        pictures: list[tuple[int, ImageSource]] = []
+        tokenizer = self.tokenizer
+        for is_text, group in itertools.groupby(parts, lambda part: isinstance(part, str)):
+            if is_text:
+                text = unicodedata.normalize("NFC", "".join(group))
+                ids += tokenizer.encoding.encode(text, allowed_special=special, disallowed_special=())
+                continue
+            for place in group:
+                pictures.append((len(ids) + 1, place.source))
+                ids += [tokenizer.img_start_id, *[tokenizer.img_pad_id] * tokenizer.n_queries, tokenizer.img_end_id]
+        return _Encoded(ids, pictures)
+
+    def _say(self, role: str, parts: Parts, special: frozenset[str]) -> _Encoded:
+        """One turn: role, line end and content are encoded separately, as in training."""
+        ordinary = self.tokenizer.encode_ordinary
+        head = _Encoded([self.tokenizer.im_start_id, *ordinary(role), *ordinary("\n")], [])
+        return _join([head, self._encode(parts, special), _Encoded([self.tokenizer.im_end_id], [])])
+
+    def _answer_head(self) -> _Encoded:
+        newline = self.tokenizer.encode_ordinary("\n")
+        start = [self.tokenizer.im_start_id, *self.tokenizer.encode_ordinary("assistant")]
+        return _Encoded([*newline, *start, *newline], [])
+
+    def _from_messages(
+        self, messages: Sequence[Mapping[str, Any]], images: list[ImageSource], access: Access
+    ) -> _Encoded:
+        roles = [message.get("role") for message in messages]
+        for number, role in enumerate(roles, 1):
+            if role not in ROLES:
+                raise QvlError(f"message {number} has the role {role!r}: it must be one of {', '.join(ROLES)}")
+            if role == "system" and number > 1:
+                raise QvlError(f"message {number} has the role 'system': only the first message may")
+        if roles[-1] != "user":
+            raise QvlError(
+                f"the last message has the role {roles[-1]!r}: it must be the user's, who waits for an answer"
+            )
+        spoken: list[Parts] = [] if roles[0] == "system" else [[DEFAULT_SYSTEM]]
+        for number, message in enumerate(messages, 1):
+            spoken.append(self._message(message, number, access, count_places(spoken)))
+        spoken = self._fill(spoken, images)
+        newline = _Encoded(self.tokenizer.encode_ordinary("\n"), [])
+        forms = {role: self._user_forms(access) for role in ROLES} | {"assistant": self._answer_forms()}
+        if roles[0] != "system":
+            roles.insert(0, "system")
+        turns = [self._say(role, parts, forms[role]) for role, parts in zip(roles, spoken)]
+        separated = [part for turn in turns for part in (newline, turn)][1:]
+        return _join([*separated, self._answer_head()])
+
+    def _message(self, message: Mapping[str, Any], number: int, access: Access, pictures_before: int) -> Parts:
+        if message["role"] != "assistant":
+            return self._read(message_content(message, number), access, pictures_before)
+        content = message.get("content") or ""
+        return ["".join(map(part_text, checked_parts(content)))] if not isinstance(content, str) else [content]
+
+    def _from_ids(self, ids: Any, images: list[ImageSource]) -> _Encoded:
+        tokenizer, ids = self.tokenizer, [int(i) for i in ids]
+        for i in ids:
+            tokenizer.token_bytes(i)  # refuses an id outside the vocabulary
+        if images and self.read is None:
+            raise QvlError("this model has no vision part: it takes no images")
+        starts = [position for position, i in enumerate(ids) if i == tokenizer.img_start_id]
+        paths = []
+        for start in starts:
+            end = start + 1 + tokenizer.n_queries
+            slot = ids[start + 1 : end]
+            if ids[end : end + 1] != [tokenizer.img_end_id] or tokenizer.img_end_id in slot:
+                raise QvlError(
+                    f"the image slot at position {start} must be <img>, {tokenizer.n_queries} ids, </img>; "
+                    "take the ids from tokenizer.encode"
+                )
+            paths.append(tokenizer.decode(ids[start : end + 1])[len("<img>") : -len("</img>")])
+        # The published tokenizer writes the path into the slot; with its ids no images are needed.
+        named = list(images) if images or not all(paths) else paths
+        if len(named) != len(starts):
+            raise QvlError(
+                f"the token ids have {len(starts)} image slots, but images has {len(named)}: give one for each"
+            )
+        return _Encoded(ids, [(start + 1, source) for start, source in zip(starts, named)])
+
+    def _prompt(self, encoded: _Encoded, access: Access, opened: str = "") -> Prompt:
+        """Read the pictures, so that nothing but arithmetic is left to fail."""
+        return Prompt(encoded.ids, [Slot(start, self.read(s, access)) for start, s in encoded.pictures], opened)
+
+
+def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Write the list format as text, with the paths of its pictures between their tags.
+
+    Examples
+    --------
+    >>> list_to_text([{"image": "a.png"}, {"ref": "dog", "box": [1, 2, 3, 4]}, {"text": "?"}])
+    'Picture 1: <img>a.png</img>\\n<ref>dog</ref><box>(1,2),(3,4)</box>?'
+    """
+    read = _from_parts(parts, 0, lambda text: [text])
+    return "".join(part if isinstance(part, str) else f"<img>{part.source or ''}</img>" for part in read)
+
+
+def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts]) -> Parts:
+    """The list format as text and places; `split` finds the places in a text."""
+    parts: Parts = []
+    number = pictures_before
+    for part in checked_parts(content):
+        if is_image_part(part):
+            number += 1
+            parts += [f"Picture {number}: ", Place(part_source(part)), "\n"]
+        elif "text" in part:
+            found = split(part_text(part))
+            number += count_places([found])
+            parts += found
+        elif "box" in part:
+            parts += map(format_box, _boxes(part)) if len(part["box"]) else [_ref(part)]
+        else:
+            raise QvlError(f"a part of a prompt needs 'text', 'image', 'image_url' or 'box'; found {part!r:.80}")
+    return parts
+
+
+def _ref(part: Mapping[str, Any]) -> str:
+    return f"<ref>{part['ref']}</ref>" if part.get("ref") is not None else ""
+
+
+def _boxes(part: Mapping[str, Any]) -> list[Box]:
+    boxes = part["box"]
+    try:
+        corners = np.array(boxes, np.float64)
+        corners = corners.reshape(1, 4) if corners.ndim == 1 else corners
+        if corners.shape != (len(corners), 4) or not ((corners >= 0) & (corners <= 1000)).all():
+            raise ValueError
+    except (TypeError, ValueError):
+        raise QvlError(
+            f"a box is [x1, y1, x2, y2] in thousandths of the picture, 0 to 999; found {boxes!r:.80}"
+        ) from None
+    refs = itertools.chain([part.get("ref")], itertools.repeat(None))
+    return [Box(ref, *map(math.trunc, corner)) for ref, corner in zip(refs, corners)]
+
+
+def _for_history(query: Any, parts: Parts, access: Access) -> Any:
+    """The query with its pictures: a text if every picture in it has a path, else parts."""
+    pictures = sources(parts)
+    if not pictures and isinstance(query, str):
+        return query
+    if access.paths and all(isinstance(source, str | Path) for source in pictures):
+        shown = (part if isinstance(part, str) else f"<img>{part.source}</img>" for part in parts)
+        return "".join(shown)
+    if isinstance(query, str) and (not access.paths or "<img>" not in query):
+        return [*({"image": source} for source in pictures), {"text": query}]
+    return query
+
+
+def _join(parts: Sequence[_Encoded]) -> _Encoded:
+    ids: list[int] = []
+    pictures: list[tuple[int, ImageSource]] = []
+    for part in parts:
+        pictures += [(len(ids) + start, source) for start, source in part.pictures]
+        ids += part.ids
+    return _Encoded(ids, pictures)

@@ -1,0 +1,87 @@
+"""Checking the options of an answer, in words that name the option and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from qvl_runtime.engine.constraints import Form
+from qvl_runtime.errors import QvlError
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+OTHER_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "do_sample": "temperature (0 is greedy)",
+    "image": "images, a list",
+    "picture": "images, a list",
+    "stop_words": "stop",
+    "stop_strings": "stop",
+    "num_return_sequences": "n",
+}
+"""Names that other libraries use."""
+
+
+def named_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Answer an unknown option with the right name, as a QvlError."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> R:
+        for name in options:
+            if name not in parameters:
+                close = difflib.get_close_matches(name, parameters, 1)
+                right = (
+                    OTHER_NAMES.get(name)
+                    if OTHER_NAMES.get(name, "").split(",")[0].split(" ")[0] in parameters
+                    else None
+                )
+                hint = right or (close[0] if close else None)
+                raise QvlError(
+                    f"{function.__name__}() has no option {name!r}" + (f"; use {hint}" if hint else "; see its help")
+                )
+        return function(*args, **options)
+
+    return checked
+
+
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """`value`, if it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise QvlError(f"{name} is {value!r}; expected a whole number")
+    if value < least:
+        raise QvlError(f"{name} is {value}; expected {least} or more")
+    return int(value)
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """`stop` as a list of strings."""
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
+        raise QvlError(f"stop is {stop!r:.60}; expected a str or a list of str")
+    return list(stops)
+
+
+def one_constraint(constraint: Form | None, form: Form | None) -> Form | None:
+    """The constraint of an answer; `form` is the option's older name."""
+    if constraint is not None and form is not None:
+        raise QvlError("constraint and form are two names for one option; give constraint")
+    chosen = form if constraint is None else constraint
+    if chosen is None:
+        return None
+    if isinstance(chosen, type):
+        hint = (
+            f"qvl.JsonSchema({chosen.__name__}.model_json_schema())" if hasattr(chosen, "model_json_schema") else None
+        )
+        raise QvlError(
+            f"constraint is the class {chosen.__name__}; pass {hint or f'an object, {chosen.__name__}(...)'}"
+        )
+    if not hasattr(chosen, "start"):
+        raise QvlError(f"constraint is {chosen!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()")
+    return chosen

@@ -1,0 +1,97 @@
+"""What a model gives back: a stream of pieces, and the whole answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.generation import Logprob, Piece, Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes
+    ----------
+    text : str
+        As generated, with its tags.
+    token_ids : list of int
+        Without the token that ended it.
+    finish_reason : str
+        "stop" or "length".
+    boxes : list of Box
+        All well-formed boxes of the text.
+    prompt_tokens : int
+    timings : Timings
+    logprobs : list of Logprob
+        One for each of `token_ids` where they were asked for, else empty.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    boxes: list[Box]
+    prompt_tokens: int
+    timings: Timings
+    logprobs: list[Logprob] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatResult(Result):
+    """An answer in a chat.
+
+    Attributes
+    ----------
+    text : str
+        Stripped.
+    history : list of (query, answer)
+        The conversation with this turn.
+    left_out : int
+        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
+    """
+
+    history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
+    left_out: int = 0
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of an answer as they are computed, and afterwards the whole of it.
+
+    Closing it, or letting go of it, ends the answer.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], finish: Callable[[list[Piece]], Result]):
+        self._pieces, self._finish, self._seen = pieces, finish, list[Piece]()
+
+    def __next__(self) -> Piece:
+        piece = next(self._pieces)
+        self._seen.append(piece)
+        return piece
+
+    def result(self) -> Any:
+        """The whole answer; computes what is left of it. A `Result`, or for a chat's turn a `ChatResult`."""
+        for _ in self:
+            pass
+        return self._finish(self._seen)
+
+    def close(self) -> None:
+        """End the answer."""
+        self._pieces.close()
+
+
+def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
+    """All pieces of an answer as one; `boxes` finds those of its text."""
+    text, last = "".join(piece.text for piece in pieces), pieces[-1]
+    assert last.finish_reason is not None and last.timings is not None
+    return Result(
+        text=text,
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        finish_reason=last.finish_reason,
+        boxes=boxes(text),
+        prompt_tokens=last.timings.prompt_tokens,
+        timings=last.timings,
+        logprobs=[entry for piece in pieces for entry in piece.logprobs],
+    )
