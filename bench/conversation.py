@@ -155,7 +155,7 @@ def bench_long(path: Path, options: dict, folder: Path, turns: int = 200, pictur
             "prompt_tokens": answer.prompt_tokens,
             "computed": answer.prompt_tokens - answer.timings.cached_tokens,
             "left_out": answer.left_out,
-            "features_bytes": model.vision.cache.nbytes,
+            "features_bytes": model.pictures.cache.nbytes,
             "peak_bytes": peak_bytes(),
         })  # fmt: skip
     print(f"{'turns':>10} {'seconds':>8} {'prompt':>7} {'computed':>9} {'left out':>9} {'features':>9} {'peak':>8}")

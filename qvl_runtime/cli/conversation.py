@@ -17,7 +17,6 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import format_box
 from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import load_image
-from qvl_runtime.inputs.prompt import DEFAULT_SYSTEM
 from qvl_runtime.inputs.tokenizer import split_images
 from qvl_runtime.model import Model
 
@@ -49,7 +48,7 @@ class Conversation:
         if not model.is_chat:
             raise QvlError(f"{model.blob.path}: is a base model and has no chat turns; use qvl generate")
         self.model, self.screen = model, screen
-        self.system = DEFAULT_SYSTEM if system is None else system
+        self.system = system
         self.open = True
         self.history: list[tuple[Any, str | None]] = []
         self.settings: dict[str, Any] = {}
@@ -81,7 +80,7 @@ class Conversation:
 
     def attach(self, path: str | os.PathLike) -> None:
         """Add a picture to the next question."""
-        if self.model.vision is None:
+        if self.model.pictures is None:
             raise QvlError("this model sees no pictures")
         width, height = load_image(Path(path).expanduser()).size
         self._waiting.append(str(Path(path).expanduser()))
@@ -192,7 +191,7 @@ class Conversation:
                 raise ValueError
             history = [(query, answer) for query, answer in document["history"]]
             settings = {name: SETTINGS[name](value) for name, value in document["settings"].items()}
-            system = str(document["system"])
+            system = None if document["system"] is None else str(document["system"])
         except OSError as error:
             raise QvlError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):

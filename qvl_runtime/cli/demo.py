@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +19,9 @@ from qvl_runtime.demo.conversations import SINGLE, Exchange
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
 from qvl_runtime.demo.scoring import is_right
 from qvl_runtime.drawing import draw_boxes
-from qvl_runtime.engine.generation import Piece, Result, collect
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
+from qvl_runtime.results import Result
 
 QUESTIONS = (
     ("ground", "en"), ("count", "en"), ("color", "zh"), ("find", "zh"), ("position", "en"), ("present", "zh"),
@@ -110,16 +109,13 @@ def _ask(model: Model, exchange: Exchange, picture: Image.Image) -> Result:
         slot = "" if messages else "Picture 1: <img></img>\n"
         messages.append({"role": "user", "content": slot + question})
         print(f"\n   > {question}\n   ", end="")
-        result = collect(_shown(model.stream(messages, [picture], max_new_tokens=160)))
+        answer = model.stream(messages, [picture], max_new_tokens=160)
+        for piece in answer:
+            print(piece.text, end="", flush=True)
+        result = answer.result()
         print("" if is_right(result.text, truth) else f"      [wrong: {truth}]")
         messages.append({"role": "assistant", "content": result.text})
     return result
-
-
-def _shown(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
-        yield piece
 
 
 def _since(start: float) -> str:
