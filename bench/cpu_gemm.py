@@ -102,7 +102,7 @@ def bench_prompt(threads: int, rounds: int, rows: list[dict], tokens: int = 512)
     def layers() -> None:
         for _ in range(TIMED_LAYERS):
             ops.linear(h, qkv_w, out=qkv, norm=norm)
-            ops.rope_append(qkv, rope, logn, cache, 0, start)
+            ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=0, start=start)
             ops.cached_attention(qkv, cache, 0, start, out=mixed)
             ops.linear(mixed, out_w, out=after, residual=h)
             ops.gate_up(after, gate, up, out=gated, norm=norm)

@@ -171,7 +171,7 @@ class Token:
         def step() -> None:
             for index, (w_qkv, w_out, w_gate, w_up, w_down) in enumerate(self.layers):
                 ops.linear(h, w_qkv, out=qkv, norm=norm)
-                ops.rope_append(qkv, rope, logn, self.cache, index, start)
+                ops.rope_append(qkv, rope=rope, logn=logn, cache=self.cache, layer=index, start=start)
                 ops.cached_attention(qkv, self.cache, index, start, out=mixed)
                 ops.linear(mixed, w_out, out=h, residual=h)
                 ops.gate_up(h, w_gate, w_up, out=gated, norm=norm)

@@ -244,14 +244,13 @@ def test_threads_do_not_change_a_result(cpu, rng, bits):
 
 def attended(ops, qkv, cache, heads, pieces):
     """Append and attend piece by piece; rope is the identity."""
-    rope = np.zeros((cache.capacity, qkv.shape[1] // (3 * heads)), np.float32)
+    rope = np.zeros((cache.capacity, cache.head_dim), np.float32)
     rope[:, : rope.shape[1] // 2] = 1
-    logn = np.ones(cache.capacity, np.float32)
-    out = poisoned(len(qkv), qkv.shape[1] // 3)
+    out = poisoned(len(qkv), heads * cache.head_dim)
     begin = 0
     for count in pieces:
         piece, start = qkv[begin : begin + count].copy(), np.array([begin], np.int32)
-        ops.rope_append(piece, rope, logn, cache, 0, start)
+        ops.rope_append(piece, rope=rope, logn=None, cache=cache, layer=0, start=start)
         ops.cached_attention(piece, cache, 0, start, out=out[begin : begin + count])
         begin += count
     return out
@@ -364,6 +363,32 @@ def test_a_zero_query_gives_the_mean(cpu, rng, monkeypatch, kernel, patches):
     mean = parts[:, 2].mean(0, dtype=np.float64)
     for row in out[::3]:
         assert error(row, mean) < ATTENTIONS[kernel]
+
+
+@pytest.mark.parametrize("kernel", ATTENTIONS)
+@pytest.mark.parametrize("d", [24, 64, 72, 80])
+def test_rotated_patches_of_segments(cpu, rng, monkeypatch, kernel, d):
+    """Windows and whole pictures of any length, each alone and rotated, by both kernels."""
+    heads, segments = 2, [0, 64, 128, 128, 132, 700, 1300]
+    qkv, angles = normal(rng, 1300, heads * 3 * d), rng.uniform(0, 7, (1300, d // 2))
+    rope = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    out, want = poisoned(1300, heads * d), poisoned(1300, heads * d)
+    monkeypatch.setattr(batched, "PAIRS", True)
+    ops = cpu["int8" if kernel == "int16" else "int16"]
+    ops.vision_attention(qkv, heads, out=out, rope=rope, segments=segments)
+    REFERENCE.vision_attention(qkv, heads, out=want, rope=rope, segments=segments)
+    assert error(out, want) < ATTENTIONS[kernel]
+    captured = poisoned(1300, heads * d)
+    replay = ops.capture(lambda: ops.vision_attention(qkv, heads, out=captured, rope=rope, segments=list(segments)))
+    replay()
+    assert np.array_equal(captured, out)
+
+
+@pytest.mark.parametrize("segments", [[0], [0, 5], [1, 9], [0, 7, 3, 9], [[0, 9]]])
+def test_segments_that_do_not_fit(cpu, segments):
+    for ops in (cpu["int16"], REFERENCE):
+        with pytest.raises(ValueError, match="segments"):
+            ops.vision_attention(np.zeros((9, 48), np.float32), 2, out=poisoned(9, 16), segments=segments)
 
 
 @pytest.mark.parametrize("activations", LIMIT)

@@ -373,7 +373,7 @@ def test_rope_append(int8, t, heads, d, begin, rng):
     cache, start = Cache(heads, capacity, d, int8), np.array([begin], np.int32)
     expected = reference.kv_cache(1, heads, d, capacity, cache.kind)
     rotated = qkv.astype(np.float32)
-    reference.rope_append(rotated, rope, logn, expected, 0, start)
+    reference.rope_append(rotated, rope=rope, logn=logn, cache=expected, layer=0, start=start)
     launch(f"rope_append.{cache.kind}", (t, ceil(heads, s.ROPE_HEADS)), qkv, rope, logn, *cache.arguments, start, heads,
            capacity, d)  # fmt: skip
     new = slice(begin, begin + t)

@@ -119,7 +119,7 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
         ops.empty((1,), np.int32),
     )
     rope, logn = ops.empty((200, d)), ops.empty((200,))
-    ops.rope_append(qkv, rope, logn, cache, layer, start)
+    ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=layer, start=start)
     ops.cached_attention(qkv, cache, layer, start, out=out)
     append, attend = driver.launches
     assert append.name == f"rope_append.{dtype}" and append.grid == (rows, 1, 1)
@@ -313,11 +313,12 @@ def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, mo
     def compile_all(path, architectures, progress):
         built.append(architectures)
         _bundle(path, build.source_hash())
+        return path
 
     monkeypatch.setattr(build, "build", compile_all)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: build.TRITON_VERSION)
     monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
-    monkeypatch.setattr(loader, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
     for _ in range(2):
         bundle = loader.find((8, 6))
         assert bundle["add.any"] == Image(b"code", "cubin", "add", 4, 8, {"A": 1})
@@ -339,7 +340,7 @@ def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
-    monkeypatch.setattr(loader, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
     for version, message in ((absent, "no Triton is installed"), (lambda name: "3.9", "Triton 3.9 is installed")):
         monkeypatch.setattr(importlib.metadata, "version", version)
         with pytest.raises(DeviceError, match=f"without compiled GPU kernels, and {message}.*pip install triton=="):

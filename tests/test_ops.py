@@ -154,6 +154,46 @@ def products() -> Iterator[Case]:
                 yield Case(f"{label}-outlier", OUTLIER, {"act_x": outlier}, (m, n), linear, "activation")
 
 
+def awkward_widths() -> Iterator[Case]:
+    """Inner widths of vision towers that are no multiple of a group, with biases, and every activation."""
+    for bits, group in ((4, 128), (8, 128), (8, 64), (16, 128)):
+        for m, width in ((3, 3420), (20, 3420), (20, 4304)):
+            rng = random(f"{bits}{m}{width}")
+            down, ups = matrix(rng, 40, width, bits, group), [matrix(rng, width, 96, bits, group) for _ in range(2)]
+
+            def linear(ops, a, out, w=down):
+                ops.linear(a["act_x"], ops.weight(w), out=out, residual=a["residual"])
+
+            def gate_up(ops, a, out, ups=ups):
+                ops.gate_up(a["x"], *map(ops.weight, ups), out=out, norm=make_norm(a))
+
+            label, narrow = f"w{bits}g{group}-{m}x{width}", values(rng, m, 96)
+            inputs = {"act_x": values(rng, m, width), "residual": values(rng, m, 40)}
+            yield Case(f"down-{label}", PRODUCT, inputs, (m, 40), linear)
+            inputs = {"x": narrow, "norm_weight": values(rng, 96)}
+            yield Case(f"gate-up-{label}", PRODUCT, inputs, (m, width), gate_up, "activation")
+            for activation in ("gelu_tanh", "quick_gelu"):
+
+                def activated(ops, a, out, w=ups[0], activation=activation):
+                    ops.linear(a["act_x"], ops.weight(w), out=out, activation=activation)
+
+                yield Case(f"{activation}-{label}", PRODUCT, {"act_x": narrow}, (m, width), activated, "activation")
+
+
+def tied_heads() -> Iterator[Case]:
+    """One weight that is a table for `embed` and a matrix for `linear`."""
+    for bits in (4, 8, 16):
+        rng = random(f"{bits}tied")
+        table, ids = matrix(rng, 70, 200, bits, bias=False), rng.integers(0, 70, 5).astype(np.int32)
+
+        def tied(ops, a, out, w=table, ids=ids):
+            weight, rows = ops.weight(w), ops.empty((len(ids), 200))
+            ops.embed(ops.upload(ids), weight, out=rows)
+            ops.linear(rows, weight, out=out, norm=make_norm(a))
+
+        yield Case(f"tied-w{bits}", PRODUCT, {"norm_weight": values(rng, 200)}, (5, 70), tied)
+
+
 def tables() -> Iterator[Case]:
     for bits, group, zeros, perm in KINDS:
         label = f"embed-w{bits}g{group}{'z' * zeros}{'p' * perm}"
@@ -219,7 +259,55 @@ def full_attention() -> Iterator[Case]:
         yield Case(f"cross-large-{label}", OUTLIER, large, (7, heads * d), cross, "activation")
 
 
-CASES = [*products(), *tables(), *elementwise(), *choosing(), *full_attention()]
+def segmented_attention() -> Iterator[Case]:
+    """Rotated patches of one picture, in ragged windows, or of several pictures."""
+    for heads, d, segments in (
+        (2, 24, [0, 20]),
+        (3, 32, [0, 4, 12, 12, 60]),
+        (2, 64, [0, 256, 300, 364]),
+        (1, 72, [0, 300]),
+        (2, 80, [0, 64, 128, 144, 160, 196]),
+    ):
+        rng, rows = random(f"{heads}{d}segments"), segments[-1]
+        angles = rng.uniform(0, 2 * np.pi, (rows, d // 2))
+        inputs = {
+            "act_qkv": values(rng, rows, heads * 3 * d),
+            "rope": np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32),
+        }
+
+        def attend(ops, a, out, heads=heads, segments=segments):
+            ops.vision_attention(a["act_qkv"], heads, out=out, rope=a["rope"], segments=segments)
+
+        def unrotated(ops, a, out, heads=heads, segments=segments):
+            ops.vision_attention(a["act_qkv"], heads, out=out, segments=np.array(segments, np.int32))
+
+        shape, label = (rows, heads * d), f"{heads}x{d}-{len(segments) - 1}"
+        yield Case(f"vision-rope-segments-{label}", SOFTMAX, inputs, shape, attend, "activation")
+        yield Case(f"vision-segments-{label}", SOFTMAX, inputs, shape, unrotated, "activation")
+
+
+def gathering() -> Iterator[Case]:
+    for rows, n, k in ((5, 9, 100), (1, 1, 16), (40, 40, 33)):
+        rng = random(f"{rows}gather")
+        index = rng.integers(0, rows, n).astype(np.int32)
+
+        def gather(ops, a, out, index=index):
+            ops.gather(a["x"], ops.upload(index), out=out)
+
+        yield Case(f"gather-{rows}-{n}x{k}", EXACT, {"x": values(rng, rows, k)}, (n, k), gather)
+
+
+CASES = [
+    *products(),
+    *awkward_widths(),
+    *tables(),
+    *tied_heads(),
+    *elementwise(),
+    *gathering(),
+    *choosing(),
+    *full_attention(),
+    *segmented_attention(),
+]
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -253,15 +341,16 @@ def test_operation(backend, index):
     assert found <= allowed
 
 
-CACHES = [
-    (kind, heads, d)
-    for kind in ("fp32", "fp16", "int8")
-    for heads, d in ((2, 8), (3, 20), (2, 64), (4, 128), (1, 128), (5, 10))
+HEADS = [
+    *((heads, heads, d) for heads, d in ((2, 8), (3, 20), (2, 64), (4, 128), (1, 128), (5, 10))),
+    *((4, 2, 24), (8, 2, 32), (6, 1, 80), (7, 1, 64), (16, 2, 96), (14, 2, 128), (3, 1, 10)),
 ]
+"""Heads of queries, heads of keys, and their size."""
+CACHES = [(kind, *heads) for kind in ("fp32", "fp16", "int8") for heads in HEADS]
 
 
-@pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
-def test_cache(cache_backend, kind, heads, d):
+@pytest.mark.parametrize(("kind", "heads", "kv_heads", "d"), CACHES)
+def test_cache(cache_backend, kind, heads, kv_heads, d):
     """Prompt, decode, prompt again, grow, shrink: rotated queries and attention after each step."""
     backend = cache_backend
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
@@ -270,15 +359,20 @@ def test_cache(cache_backend, kind, heads, d):
     rope, logn = values(rng, 2 * capacity, d), 1 + rng.random(2 * capacity).astype(np.float32)
     steps = (7, 1, 1, 150, 40, 1, 17)
     # numbers that fp16 holds: of others, every backend would quantise slightly different ones
-    qkvs = [values(rng, tokens, 3 * heads * d).astype(np.float16).astype(np.float32) for tokens in steps]
+    qkvs = [values(rng, tokens, (heads + 2 * kv_heads) * d).astype(np.float16).astype(np.float32) for tokens in steps]
+    weights = 1 + values(rng, 2, d) / 4
     results = []
     for ops in (ReferenceOps(), backend):
-        cache, position, seen = ops.kv_cache(2, heads, d, capacity, kind), 0, []
+        cache, position, seen = ops.kv_cache(2, kv_heads, d, capacity, kind), 0, []
+        options = {"logn": ops.upload(logn)}
+        if heads != kv_heads:  # as the families are
+            norms = [Norm(ops.upload(weight), None, 1e-6) for weight in weights]
+            options = {"logn": None, "q_norm": norms[0], "k_norm": norms[1]}
         for qkv in qkvs:
             tokens = len(qkv)
             start, array = ops.upload(np.array([position], np.int32)), ops.upload(qkv.astype(ops.activation_dtype))
             out = ops.upload(np.full((tokens, heads * d), np.nan, ops.activation_dtype))
-            ops.rope_append(array, ops.upload(rope), ops.upload(logn), cache, layer, start)
+            ops.rope_append(array, rope=ops.upload(rope), cache=cache, layer=layer, start=start, **options)
             ops.cached_attention(array, cache, layer, start, out=out)
             seen.append((ops.download(array)[:, : heads * d], ops.download(out)))
             position += tokens
@@ -291,18 +385,18 @@ def test_cache(cache_backend, kind, heads, d):
         assert np.linalg.norm(got - want) <= limits[SOFTMAX] * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(("kind", "heads", "d"), CACHES)
-def test_a_saved_cache_comes_back(backend, kind, heads, d):
+@pytest.mark.parametrize(("kind", "heads", "kv_heads", "d"), CACHES)
+def test_a_saved_cache_comes_back(backend, kind, heads, kv_heads, d):
     """Into a cache of another capacity, at a length off every block; what it does not have room for is refused."""
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
         pytest.skip("no float32 cache")
     rng, length, ops = random(f"saved-{kind}-{heads}-{d}"), 37, backend
-    cache, other = (ops.kv_cache(2, heads, d, capacity, kind) for capacity in (80, 300))
-    rope, logn = ops.upload(values(rng, 300, d)), ops.upload(np.ones(300, np.float32))
-    past, now = (ops.upload(values(rng, n, 3 * heads * d).astype(ops.activation_dtype)) for n in (length + 4, 3))
+    cache, other = (ops.kv_cache(2, kv_heads, d, capacity, kind) for capacity in (80, 300))
+    rope, width = ops.upload(values(rng, 300, d)), (heads + 2 * kv_heads) * d
+    past, now = (ops.upload(values(rng, n, width).astype(ops.activation_dtype)) for n in (length + 4, 3))
     outs = [ops.upload(np.full((3, heads * d), np.nan, ops.activation_dtype)) for _ in range(2)]
     for layer in range(2):
-        ops.rope_append(past, rope, logn, cache, layer, ops.upload(np.zeros(1, np.int32)))
+        ops.rope_append(past, rope=rope, logn=None, cache=cache, layer=layer, start=ops.upload(np.zeros(1, np.int32)))
     for layer in range(2):
         saved = [array.copy() for array in cache.saved(layer, length)]
         other.restore(layer, length, saved)
@@ -311,11 +405,11 @@ def test_a_saved_cache_comes_back(backend, kind, heads, d):
     start = ops.upload(np.array([length], np.int32))
     for store, out in zip((cache, other), outs):
         fresh = ops.upload(ops.download(now))
-        ops.rope_append(fresh, rope, logn, store, 1, start)
+        ops.rope_append(fresh, rope=rope, logn=None, cache=store, layer=1, start=start)
         ops.cached_attention(fresh, store, 1, start, out=out)
     assert np.array_equal(*map(ops.download, outs))
     for wrong in (saved[:-1], [*saved, saved[0]], [a[:1] for a in saved], [a.astype(np.float64) for a in saved]):
-        if heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
+        if kv_heads > 1 or [a.shape for a in wrong] != [a.shape for a in saved] or wrong[0].dtype == np.float64:
             with pytest.raises(ValueError, match="not of this cache"):
                 other.restore(0, length, wrong)
     with pytest.raises(ValueError, match="not of this cache"):

@@ -46,24 +46,25 @@ def test_products(ops, rng, bits, group, asymmetric, n, k):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("heads,d", [(3, 22), (4, 64), (2, 128)])
-def test_cached_attention(ops, rng, kind, heads, d):
+@pytest.mark.parametrize("heads,kv_heads,d", [(3, 3, 22), (4, 4, 64), (2, 2, 128), (4, 2, 24), (7, 1, 80), (12, 2, 32)])
+def test_cached_attention(ops, rng, kind, heads, kv_heads, d):
     """A past longer than the blocks of keys, gone through in pieces of every size."""
     length = 600
-    qkv = normal(rng, length, 3 * heads * d) * 2
-    alone = attended(ops, qkv, ops.kv_cache(1, heads, d, length, kind), heads, [1] * length)
+    qkv = normal(rng, length, (heads + 2 * kv_heads) * d) * 2
+    alone = attended(ops, qkv, ops.kv_cache(1, kv_heads, d, length, kind), heads, [1] * length)
     for pieces in ([length], range(1, 35), [250, 7, 256, 2, 85], [33] * 18):
-        got = attended(ops, qkv, ops.kv_cache(1, heads, d, length, kind), heads, list(pieces))
+        got = attended(ops, qkv, ops.kv_cache(1, kv_heads, d, length, kind), heads, list(pieces))
         assert np.array_equal(got[: sum(pieces)], alone[: sum(pieces)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 12])
-def test_a_few_queries_of_a_large_model(rng, threads):
+@pytest.mark.parametrize("kv_heads", [5, 1])
+def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
     """Up to 16 rows are as each alone also where more are rounded: a guess that is checked changes no answer."""
     ops, heads, d, length = CpuOps(activations="int8", threads=threads), 5, 128, 500
-    qkv = normal(rng, length, 3 * heads * d)
+    qkv = normal(rng, length, (heads + 2 * kv_heads) * d)
     for kind in ("fp16", "int8"):
-        first, second = ops.kv_cache(1, heads, d, length, kind), ops.kv_cache(1, heads, d, length, kind)
+        first, second = (ops.kv_cache(1, kv_heads, d, length, kind) for _ in range(2))
         alone = attended(ops, qkv, first, heads, [480] + [1] * 20)
         assert np.array_equal(attended(ops, qkv, second, heads, [480, 3, 16, 1]), alone)
 

@@ -16,7 +16,7 @@ import numpy as np
 from gpu_bench import common
 from gpu_bench.common import table
 from qvl_kernels.gpu import CudaOps, signatures
-from qvl_kernels.gpu.loader import Bundle
+from qvl_kernels.gpu.bundle import Bundle
 from qvl_kernels.ops import DeviceError, Norm
 from qvl_kernels.reference import ReferenceOps
 
@@ -173,7 +173,9 @@ def _long_attention(ops, reference, rng) -> list:
                 qkv = backend.upload(step.astype(backend.activation_dtype))
                 start = backend.upload(np.array([position], np.int32))
                 out = backend.empty((len(step), heads * d), backend.activation_dtype)
-                backend.rope_append(qkv, backend.upload(rope), backend.upload(logn), cache, 0, start)
+                backend.rope_append(
+                    qkv, rope=backend.upload(rope), logn=backend.upload(logn), cache=cache, layer=0, start=start
+                )
                 backend.cached_attention(qkv, cache, 0, start, out=out)
                 seen.append(backend.download(out).astype(np.float32))
                 position += len(step)

@@ -25,6 +25,7 @@ import math
 import numba
 import numpy as np
 
+from qvl_convert.jit import jit
 from qvl_kernels.packing import SYMMETRIC_ZERO
 from qvl_runtime.errors import QvlError
 
@@ -283,7 +284,7 @@ def _nearest(x, low, high):
     return min(max(np.rint(x), low), high)
 
 
-@numba.njit(parallel=True, cache=True, fastmath=True)
+@jit(fastmath=True)
 def _search(w, price, top, group_size, middle, scales, zeros):
     n, k = w.shape
     top = np.float32(top)
@@ -314,7 +315,7 @@ def _search(w, price, top, group_size, middle, scales, zeros):
             scales[row, group], zeros[row, group] = best_scale, np.int32(best_zero)
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+@jit(fastmath={"contract"})
 def _round_block(w, target, inner, columns, scales, zeros, top, group_size, start, error, codes):
     n, width = target.shape
     top = np.float32(top)
@@ -331,7 +332,7 @@ def _round_block(w, target, inner, columns, scales, zeros, top, group_size, star
                 target[row, j] += e * inner[i, j]
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+@jit(fastmath={"contract"})
 def _descend(w, error, gradient, inner, codes, scales, zeros, start, top, group_size):
     """Coordinate descent inside one block of columns; `gradient` is ``error @ H`` of the block.
 

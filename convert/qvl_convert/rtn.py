@@ -10,6 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from qvl_convert.jit import jit
 from qvl_kernels.packing import BLOCK, ROWS, Matrix, pack_groups, packed_shapes, round_up
 from qvl_runtime.errors import QvlError
 
@@ -110,7 +111,7 @@ def quantize(
     )
 
 
-@numba.njit(parallel=True, cache=True)
+@jit()
 def _ranges(weight, group_size, low, high):
     """Smallest and largest value of each group; infinite if one of its values is not finite."""
     n, k = weight.shape
@@ -127,7 +128,7 @@ def _ranges(weight, group_size, low, high):
             high[row, group] = largest if finite else np.inf
 
 
-@numba.njit(parallel=True, cache=True)
+@jit()
 def _pack(weight, scales, zeros, group_size, bits, packed):
     """Round to codes and store them in the layout of `qvl_kernels.packing`."""
     n, k = weight.shape

@@ -48,6 +48,8 @@ class KVCache(Protocol):
     """Keys and values of all layers, in the backend's own layout."""
 
     layers: int
+    kv_heads: int
+    head_dim: int
     capacity: int
     nbytes: int
 
@@ -65,6 +67,35 @@ class KVCache(Protocol):
         ValueError
             For arrays of other shapes or types.
         """
+
+
+def query_heads(width: int, cache: KVCache) -> int:
+    """Heads of queries in a row of `width` columns that also holds the keys and values of `cache`'s heads.
+
+    Raises
+    ------
+    ValueError
+        If they are not a multiple of the cache's heads.
+    """
+    heads = width // cache.head_dim - 2 * cache.kv_heads
+    if width % cache.head_dim or heads < 1 or heads % cache.kv_heads:
+        raise ValueError(
+            f"qkv of {width} columns: it does not fit a cache of {cache.kv_heads} heads of {cache.head_dim}"
+        )
+    return heads
+
+
+def check_segments(segments: Sequence[int], rows: int) -> None:
+    """Refuse boundaries of segments that do not go from 0 to `rows` without a step back.
+
+    Raises
+    ------
+    ValueError
+        If they do not.
+    """
+    bounds = np.asarray(segments)
+    if bounds.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != rows or (np.diff(bounds) < 0).any():
+        raise ValueError(f"segments: expected boundaries from 0 to {rows} that do not decrease")
 
 
 def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
@@ -118,9 +149,11 @@ class Ops(Protocol):
     def weight(self, matrix: Matrix) -> Weight:
         """Prepare a matrix for the products below."""
 
-    def kv_cache(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
-        """A cache for `capacity` positions. `dtype`: "fp16", "int8" (a scale a position and head), or
-        `score_cache_dtype`."""
+    def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
+        """A cache of `capacity` positions, for `kv_heads` heads of keys and values.
+
+        `dtype`: "fp16", "int8" (a scale a position and head), or `score_cache_dtype`.
+        """
 
     # products
     def embed(self, ids: Array, table: Weight, *, out: Array) -> None:
@@ -151,27 +184,75 @@ class Ops(Protocol):
     def add(self, x: Array, y: Array, *, out: Array) -> None:
         """``out = x + y``, all of one shape."""
 
+    def gather(self, x: Array, index: Array, *, out: Array) -> None:
+        """``out[i] = x[index[i]]``: float32 rows; index int32, each below the rows of x."""
+
     # attention; scores are scaled by 1/sqrt(head_dim) and accumulated in float32
-    def vision_attention(self, qkv: Array, heads: int, *, out: Array) -> None:
-        """Full self-attention. qkv [P, heads * 3 * d], each head's q, k, v side by side; out [P, heads * d]."""
+    def vision_attention(
+        self,
+        qkv: Array,
+        heads: int,
+        *,
+        out: Array,
+        rope: Array | None = None,
+        segments: Sequence[int] | None = None,
+    ) -> None:
+        """Self-attention of patches.
+
+        Parameters
+        ----------
+        qkv : Array
+            ``[P, heads * 3 * d]``, each head's q, k, v side by side.
+        out : Array
+            ``[P, heads * d]``.
+        rope : Array, optional
+            float32 ``[P, d]``: cos in the first half of a row, sin in the second, for a half-split rotation of q and
+            k over the whole head, in float32.
+        segments : sequence of int, optional
+            0 ... P, not decreasing, on the host: row i attends to the rows between the two boundaries it lies
+            between. By default to all.
+        """
 
     def cross_attention(self, q: Array, k: Array, v: Array, heads: int, *, out: Array) -> None:
         """Full attention of q [Q, heads * d] over k, v [P, heads * d]; out [Q, heads * d]."""
 
-    def rope_append(self, qkv: Array, rope: Array, logn: Array, cache: KVCache, layer: int, start: Array) -> None:
-        """Rotate q and k of qkv [T, 3 * heads * d] (all q, then k, then v) and append k and v to the cache.
+    def rope_append(
+        self,
+        qkv: Array,
+        *,
+        rope: Array,
+        logn: Array | None,
+        cache: KVCache,
+        layer: int,
+        start: Array,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> None:
+        """Rotate q and k of `qkv` and append k and v to the cache.
 
-        Row t has position ``start[0] + t``. rope [capacity, d] float32 holds cos in its first half and sin in its
-        second; rotation is half-split (neox): ``[a, b] -> [a cos - b sin, b cos + a sin]``. After it q is
-        multiplied by ``logn[position]`` (float32 [capacity]). q is changed in place; what becomes of the k and v
-        parts of `qkv` is unspecified.
+        Parameters
+        ----------
+        qkv : Array
+            ``[T, (heads + 2 * kv_heads) * d]``: all q, then k, then v. q is changed in place; afterwards the k and v
+            parts are unspecified. `kv_heads` and d are the cache's; `heads` is a multiple of `kv_heads`.
+        rope : Array
+            float32 ``[capacity, d]``: cos in the first half of a row, sin in the second. Row t of `qkv` takes row
+            ``start[0] + t``, the one it is given in the cache. The rotation is half-split (neox):
+            ``[a, b] -> [a cos - b sin, b cos + a sin]``.
+        logn : Array or None
+            float32 ``[capacity]``: a factor for the rotated q of each row of the cache.
+        start : Array
+            int32 ``[1]``.
+        q_norm, k_norm : Norm, optional
+            RMSNorm of each head before the rotation, in float32, with one weight ``[d]`` for all heads.
         """
 
     def cached_attention(self, qkv: Array, cache: KVCache, layer: int, start: Array, *, out: Array) -> None:
         """Causal attention of the q part of `qkv` over positions 0 .. ``start[0] + t`` of the cache.
 
-        Keys and values are read from the cache alone, as it rounds them, so an answer does not depend on how its
-        prompt was cut into pieces. out [T, heads * d].
+        Grouped queries: of ``heads`` heads of q, head i reads head ``i // (heads / kv_heads)`` of keys and values,
+        which are read from the cache alone, as it rounds them. So an answer does not depend on how its prompt was cut
+        into pieces. out ``[T, heads * d]``.
         """
 
     # choosing

@@ -76,7 +76,9 @@ class Block:
         """Run over ``work.x`` in place, appending to `sequence`."""
         layer, rotary = sequence.layer(index), sequence.rotary
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.attention_norm)
-        ops.rope_append(work.qkv, rotary.rope, rotary.logn, sequence.store, layer, sequence.start)
+        ops.rope_append(
+            work.qkv, rope=rotary.rope, logn=rotary.logn, cache=sequence.store, layer=layer, start=sequence.start
+        )
         ops.cached_attention(work.qkv, sequence.store, layer, sequence.start, out=work.attended)
         ops.linear(work.attended, self.attention_out, out=work.x, residual=work.x)
         ops.gate_up(work.x, self.gate, self.up, out=work.hidden, norm=self.mlp_norm)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from pathlib import Path
 
+from qvl_kernels import cache_folder
 from qvl_kernels.gpu import build
 from qvl_kernels.gpu.build import Compiled
 from qvl_kernels.gpu.launcher import Image
-from qvl_kernels.gpu.loader import cache_folder
 
 compile_kernel = build.compile_kernel
 
@@ -20,7 +21,7 @@ ARCHITECTURE = int(os.environ.get("QVL_TEST_ARCHITECTURE", "80"))
 
 @functools.cache
 def _folder() -> Path:
-    return cache_folder() / f"test-kernels-{build.source_hash()[:16]}"
+    return (cache_folder.find().path or Path(tempfile.mkdtemp())) / f"test-kernels-{build.source_hash()[:16]}"
 
 
 def compiled(name: str, architecture: int) -> Compiled:

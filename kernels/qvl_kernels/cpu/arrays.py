@@ -61,19 +61,20 @@ class CpuWeight:
 class CpuCache:
     """Keys and values of all layers, laid out as `cached` describes."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str):
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"cache dtype {dtype!r}: expected one of {', '.join(CACHE_DTYPES)}")
-        if min(layers, heads, capacity) < 1 or head_dim < 2 or head_dim % 2 or head_dim > 256:
-            raise ValueError(f"cache of {layers} layers, {heads} heads of {head_dim}, {capacity} positions")
-        self.layers, self.heads, self.head_dim, self.capacity, self.dtype = layers, heads, head_dim, capacity, dtype
+        if min(layers, kv_heads, capacity) < 1 or head_dim < 2 or head_dim % 2 or head_dim > 256:
+            raise ValueError(f"cache of {layers} layers, {kv_heads} heads of {head_dim}, {capacity} positions")
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        self.capacity, self.dtype = capacity, dtype
         self.depth, self.width = round_up(head_dim, 4), round_up(head_dim, 16)
         self.padded = round_up(capacity, 16)
         kind = CACHE_DTYPES[dtype]
         # Zeroed, because padding is multiplied by zero and must be finite; the system hands the pages out when used.
-        self.keys = _zeros((layers, heads, self.padded // 16, self.depth * 16), kind)
-        self.values = _zeros((layers, heads, self.padded, self.width), kind)
-        scales = (layers, 2, heads, self.padded) if dtype == "int8" else (layers, 2, 0, 0)
+        self.keys = _zeros((layers, kv_heads, self.padded // 16, self.depth * 16), kind)
+        self.values = _zeros((layers, kv_heads, self.padded, self.width), kind)
+        scales = (layers, 2, kv_heads, self.padded) if dtype == "int8" else (layers, 2, 0, 0)
         self.scales = _zeros(scales, np.dtype(np.float32))
 
     @property
@@ -90,7 +91,7 @@ class CpuCache:
         """A cache of another capacity that holds the first `length` positions of this one."""
         if length > min(capacity, self.capacity):
             raise ValueError(f"{length} positions do not fit from {self.capacity} into {capacity}")
-        other = CpuCache(self.layers, self.heads, self.head_dim, capacity, self.dtype)
+        other = CpuCache(self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         blocks = round_up(length, 16) // 16
         # One array after the other, so that keys and values do not both lie in memory twice.
         other.keys[:, :, :blocks], self.keys = self.keys[:, :, :blocks], None

@@ -17,11 +17,13 @@ from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
+from qvl_kernels.cpu.rotary import rotate
 from qvl_kernels.cpu.simd import (
     absolute,
     exp2,
     fma,
     get_f32,
+    get_i32,
     loads,
     max_all,
     maximum,
@@ -103,19 +105,29 @@ def expect_row(x, row, d):
 
 
 @routine
-def mean_key(keys, row, count, d, target):
+def turned(x, angles, index, d, buffer):
+    """Where row `index` of rotated rows is: in `buffer`, or x itself without `angles`."""
+    if angles == 0:
+        return x
+    rotate(x, angles + 4 * index * d, d // 2, float32(1), buffer)
+    return buffer
+
+
+@routine
+def mean_key(keys, row, angles, count, d, target, buffer):
     for c in range(0, d, 16):
         store(target + 4 * c, zero())
     for i in range(count):
         expect_row(keys + i * row, row, d)
+        x = turned(keys + i * row, angles, i, d, buffer)
         for c in range(0, d, 16):
-            store(target + 4 * c, load(target + 4 * c) + take(keys + i * row + 4 * c, d - c))
+            store(target + 4 * c, load(target + 4 * c) + take(x + 4 * c, d - c))
     for c in range(0, d, 16):
         store(target + 4 * c, load(target + 4 * c) * (float32(1) / float32(count)))
 
 
 @routine
-def hold_keys(source, row, held, d, mean, target, scales, buffer):
+def hold_keys(source, row, angles, held, d, mean, target, scales, buffer, turn_buffer):
     """Keys as pairs ``[held / 32, pairs, 32, 2]``, and their scales."""
     pairs = (d + 31) // 32 * 16
     for i in range(0, held, 16):
@@ -123,7 +135,8 @@ def hold_keys(source, row, held, d, mean, target, scales, buffer):
             scale = float32(0)
             if i + j < held:
                 expect_row(source + (i + j) * row, row, d)
-                scale = round_row(source + (i + j) * row, mean, d, float32(1), buffer + 4 * pairs * j)
+                x = turned(source + (i + j) * row, angles, i + j, d, turn_buffer)
+                scale = round_row(x, mean, d, float32(1), buffer + 4 * pairs * j)
             put_f32(scales + 4 * (i + j), scale)
         for c in range(0, pairs, 16):
             side = target + 4 * (i // 32 * 32 * pairs + 32 * c + i % 32)
@@ -279,7 +292,7 @@ def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
 
 
 @routine
-def begin(scratch, q, row, count, d, factor):
+def begin(scratch, q, row, angles, count, d, factor, buffer):
     """Round the queries (zeros up to whole tiles) and clear what is summed."""
     queries, _, _, _, _, out, tops, totals, scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
@@ -287,47 +300,49 @@ def begin(scratch, q, row, count, d, factor):
         scale = float32(1)
         if i < count:
             expect_row(q + i * row, row, d)
-            scale = round_row(q + i * row, 0, d, factor, queries + 4 * i * pairs)
+            x = turned(q + i * row, angles, i, d, buffer)
+            scale = round_row(x, 0, d, factor, queries + 4 * i * pairs)
         put_f32(scales + 4 * i, scale)
         clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
 
 
-@routine
-def queries_at_once(queries, heads, threads):
-    """Of a task: many, since each brings the keys and values into form anew, but enough tasks for all threads."""
-    tasks = max((queries + PAIR_QUERIES - 1) // PAIR_QUERIES, (4 * threads + heads - 1) // heads)
-    tiles = (queries + PAIR_TOKENS - 1) // PAIR_TOKENS
-    return (tiles + tasks - 1) // tasks * PAIR_TOKENS
-
-
 @kernel
 def block_attention_int16(args, thread, threads):
-    """Rows `q_row` and `k_row` float32 apart, heads `q_head` and `k_head` apart, out ``[rows, heads * d]``."""
-    (counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, length, out, factor, scratch,
-     scratch_bytes) = unpack(args, 16)  # fmt: skip
+    """Blocks of queries over the keys of their segment, see ``attention_prefill.block_attention``.
+
+    Rows `q_row` and `k_row` float32 apart, heads `q_head` and `k_head` apart, out ``[rows, heads * d]``.
+    """
+    (counters, q, q_row, q_head, blocks, block_count, heads, d, k, v, angles, k_row, k_head, out, factor, scratch,
+     scratch_bytes) = unpack(args, 17)  # fmt: skip
     scratch += thread * scratch_bytes
-    padded, size = (d + 15) // 16 * 16, queries_at_once(queries, heads, threads)
-    blocks = (queries + size - 1) // size
+    padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     _, keys, values, _, _, sums, _, totals, query_scales = layout(scratch, d)
     key_scales = query_scales + 4 * PAIR_QUERIES
     value_scales = key_scales + 4 * KEYS
     mean = value_scales + 4 * (padded + 16)
     row_scales = mean + 4 * padded
     buffer = row_scales + 3 * 64
+    turn_buffer = buffer + 64 * pairs
     for turn in range(threads):
         owner = (thread + turn) % threads
-        task, stop = claim(counters, owner, threads, blocks * heads, 1)
+        task, stop = claim(counters, owner, threads, block_count * heads, 1)
         while task < stop:
-            head, row = task // blocks, task % blocks * size
-            count = min(size, queries - row)
-            begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor))
+            head, block = task // block_count, blocks + 16 * (task % block_count)
+            row, count = int(get_i32(block)), int(get_i32(block + 4))
+            first_key, end_key = int(get_i32(block + 8)), int(get_i32(block + 12))
+            rotation = angles + 4 * row * d if angles != 0 else 0
+            begin(scratch, q + 4 * (row * q_row + head * q_head), 4 * q_row, rotation, count, d, as_f32(factor),
+                  turn_buffer)  # fmt: skip
             source, rows_apart = k + 4 * head * k_head, 4 * k_row
-            mean_key(source, rows_apart, length, d, mean)
-            for first in range(0, length, KEYS):
-                held = min(KEYS, length - first)
-                hold_keys(source + first * rows_apart, rows_apart, held, d, mean, keys, key_scales, buffer)
+            rotation = angles + 4 * first_key * d if angles != 0 else 0
+            mean_key(source + first_key * rows_apart, rows_apart, rotation, end_key - first_key, d, mean, turn_buffer)
+            for first in range(first_key, end_key, KEYS):
+                held = min(KEYS, end_key - first)
+                rotation = angles + 4 * first * d if angles != 0 else 0
+                hold_keys(source + first * rows_apart, rows_apart, rotation, held, d, mean, keys, key_scales, buffer,
+                          turn_buffer)  # fmt: skip
                 where = v + 4 * (first * k_row + head * k_head)
                 hold_values(where, rows_apart, held, d, values, value_scales, buffer)
                 attend(scratch, d, count, held, key_scales, value_scales, row_scales)
             end(totals, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
-            task, stop = claim(counters, owner, threads, blocks * heads, 1)
+            task, stop = claim(counters, owner, threads, block_count * heads, 1)

@@ -13,6 +13,7 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, make_float_tile, make_narrow_tile
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
+from qvl_kernels.cpu.rotary import rotate
 from qvl_kernels.cpu.simd import (
     bytes_,
     exp2,
@@ -85,12 +86,18 @@ def end(totals, out, d, count, target, row):
 
 # ------------------------------------------------------------------------------------------------ a task
 @routine
-def begin(q, row, count, d, factor, queries, out, tops, totals):
-    """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated."""
+def begin(q, row, angles, count, d, factor, queries, out, tops, totals):
+    """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated.
+
+    They are rotated by `angles`, a row for each, if that is not 0.
+    """
     padded = (d + 15) // 16 * 16
     for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
-        for c in range(0, padded, 16):
-            store(queries + i * ROW + 4 * c, take(q + i * row + 4 * c, d - c) * factor if i < count else zero())
+        if angles != 0 and i < count:
+            rotate(q + i * row, angles + 4 * i * d, d // 2, factor, queries + i * ROW)
+        else:
+            for c in range(0, padded, 16):
+                store(queries + i * ROW + 4 * c, take(q + i * row + 4 * c, d - c) * factor if i < count else zero())
         clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
 
 
@@ -208,14 +215,24 @@ def row_values(source, d, padded, target):
 
 @routine
 def hold(
-    kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d, key_target, value_target
+    kind, keys, values, key_scales, value_scales, angles, depth, width, length, head, first, held, d, key_target,
+    value_target, turned,
 ):  # fmt: skip
-    """Positions first .. first + held of one head, as `attend` wants them."""
+    """Positions first .. first + held of one head, as `attend` wants them.
+
+    Rows of keys are rotated by `angles`, if that is not 0, in `turned`, memory for 16 of them.
+    """
     padded = (d + 15) // 16 * 16
     for i in range(0, held, 16):
         target, where = key_target + 4 * (i // 32 * 32 * d + i % 32), head * length + first + i
         if kind == ROWS:
-            row_keys(keys + 4 * ((first + i) * depth + head * width), 4 * depth, min(16, held - i), d, target)
+            source, row, lines = keys + 4 * ((first + i) * depth + head * width), 4 * depth, min(16, held - i)
+            if angles != 0:
+                for j in range(lines):
+                    rotate(source + j * row, angles + 4 * (first + i + j) * d, d // 2, float32(1),
+                           turned + 4 * j * padded)  # fmt: skip
+                source, row = turned, 4 * padded
+            row_keys(source, row, lines, d, target)
         else:
             cached_keys(kind, keys + where * depth * kind, key_scales + 4 * where, d, target)
     for i in range(held):
@@ -228,31 +245,34 @@ def hold(
 
 @kernel
 def block_attention(args, thread, threads):
-    """Attention of every query, over all keys or (`start`, the address of the first query's position) the past.
+    """Attention of blocks of queries, over the keys of their segment or (`start`, the first query's position) the past.
 
-    Queries and `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart; else
-    `depth` and `width` are the cache's. `length` counts the keys, or the cache's capacity.
+    A block is four int32: first query, queries, first key, end of the keys (of no account with `start`). Queries and
+    `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart, rotated by
+    `angles`, ``[rows, d]``, if they are not 0; else `depth` and `width` are the cache's. `group` heads in turn share
+    one of keys. `length` is the cache's capacity.
     """
-    (counters, q, q_row, q_head, queries, heads, d, kind, keys, values, key_scales, value_scales, depth, width, length,
-     start, out, factor, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
+    (counters, q, q_row, q_head, blocks, count, heads, group, d, kind, keys, values, key_scales, value_scales, angles,
+     depth, width, length, start, out, factor, scratch, scratch_bytes) = unpack(args, 23)  # fmt: skip
     scratch += thread * scratch_bytes
-    blocks = (queries + QUERIES - 1) // QUERIES
     for turn in range(threads):
         owner = (thread + turn) % threads
-        task, stop = claim(counters, owner, threads, blocks * heads, 1)
+        task, stop = claim(counters, owner, threads, count * heads, 1)
         while task < stop:
-            head, row = task % heads, (blocks - 1 - task // heads) * QUERIES  # the longest tasks first
-            count, end_key, seen = min(QUERIES, queries - row), length, length
+            head, block = task % heads, blocks + 16 * (task // heads)
+            row, queries = int(get_i32(block)), int(get_i32(block + 4))
+            first_key, end_key = int(get_i32(block + 8)), int(get_i32(block + 12))
+            seen = end_key
             if start != 0:
                 seen = int(get_i32(start)) + row + 1
-                end_key = min(length, seen + count - 1)
+                end_key = min(length, seen + queries - 1)
             held_queries, held_keys, held_values, _, sums, tops, totals = layout(scratch, d)
-            begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, count, d, as_f32(factor), held_queries, sums, tops,
-                  totals)  # fmt: skip
-            for first in range(0, end_key, KEYS):
+            begin(q + 4 * (row * q_row + head * q_head), 4 * q_row, angles + (4 * row * d if angles != 0 else 0),
+                  queries, d, as_f32(factor), held_queries, sums, tops, totals)  # fmt: skip
+            for first in range(first_key, end_key, KEYS):
                 held = min(KEYS, end_key - first)
-                hold(kind, keys, values, key_scales, value_scales, depth, width, length, head, first, held, d,
-                     held_keys, held_values)  # fmt: skip
-                attend(scratch, d, count, held, seen - first, 0 if start == 0 else 1)
-            end(totals, sums, d, count, out + 4 * (row * heads + head) * d, 4 * heads * d)
-            task, stop = claim(counters, owner, threads, blocks * heads, 1)
+                hold(kind, keys, values, key_scales, value_scales, angles, depth, width, length, head // group, first,
+                     held, d, held_keys, held_values, totals + 4 * QUERIES)  # fmt: skip
+                attend(scratch, d, queries, held, seen - first, 0 if start == 0 else 1)
+            end(totals, sums, d, queries, out + 4 * (row * heads + head) * d, 4 * heads * d)
+            task, stop = claim(counters, owner, threads, count * heads, 1)

@@ -81,7 +81,7 @@ def _make(kind: str):
             owner = (thread + turn) % threads
             head, stop = claim(counters, owner, threads, heads, 1)
             while head < stop:
-                begin(q + 4 * head * d, 0, 1, d, as_f32(factor), query, mean_so_far, top, total)
+                begin(q + 4 * head * d, 0, 0, 1, d, as_f32(factor), query, mean_so_far, top, total)
                 for first in range(0, length, KEYS):
                     held, where = min(KEYS, length - first), head * capacity + first
                     k, v, i = keys + where * depth * size, values + where * width * size, 0

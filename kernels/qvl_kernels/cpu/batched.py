@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,12 +58,14 @@ def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
     return activations == "int8" or (activations == "auto" and w.n * w.k >= SMALL)
 
 
-def attends_alone(cache: CpuCache, rows: int, activations: str) -> bool:
-    """Whether so many queries go over the cache by `cached`, which is the fastest for a few and adds up otherwise.
+def attends_alone(width: int, rows: int, activations: str) -> bool:
+    """Whether so many queries, `width` columns of all heads, go over the cache by a kernel for a few.
+
+    Those are the fastest, and add up otherwise than `attention_prefill`.
 
     Where products are exact `cached_attention` is taken always, so that a row's result is the same among any others.
     """
-    exact = activations == "int16" or (activations == "auto" and cache.heads * cache.head_dim < SMALL_WIDTH)
+    exact = activations == "int16" or (activations == "auto" and width < SMALL_WIDTH)
     return rows <= FEW and not exact
 
 
@@ -130,19 +134,92 @@ def cached_attention(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
     """`Ops.cached_attention`, of one query as among many; `factor`: what turns q . k into a power of two, as a word."""
-    d = cache.head_dim
+    d, group = cache.head_dim, out.shape[1] // (cache.kv_heads * cache.head_dim)
+    if len(qkv) == 1 and group > 1:
+        group_attention(to, qkv, cache, layer, start, out, factor, 1)
+        return
     scratch = _attention_scratch(to, d, tiles.attention_scratch_bytes(d))
     if len(qkv) == 1:
         to.add(
-            f"row_attention_{cache.dtype}", to.counters, address(qkv), cache.heads, d, *cache.addresses(layer),
+            f"row_attention_{cache.dtype}", to.counters, address(qkv), cache.kv_heads, d, *cache.addresses(layer),
             cache.depth, cache.width, cache.padded, address(start), address(out), factor, *scratch,
         )  # fmt: skip
         return
+    # The longest first, so that no thread is left with one at the end.
+    blocks = query_blocks([0, len(qkv)], lambda queries: tiles.QUERIES)[::-1].copy()
+    to.program.keep(blocks)
     to.add(
-        "block_attention", to.counters, address(qkv), 3 * cache.heads * d, d, len(qkv), cache.heads, d,
-        CACHE_KINDS[cache.dtype], *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start),
-        address(out), factor, *scratch,
+        "block_attention", to.counters, address(qkv), qkv.shape[1], d, address(blocks), len(blocks),
+        cache.kv_heads * group, group, d, CACHE_KINDS[cache.dtype], *cache.addresses(layer), 0, cache.depth,
+        cache.width, cache.padded, address(start), address(out), factor, *scratch,
     )  # fmt: skip
+
+
+def attention_of_a_few(
+    to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
+) -> None:
+    """`Ops.cached_attention` where `attends_alone` holds: positions are split among threads that would be idle."""
+    d, heads = cache.head_dim, out.shape[1] // cache.head_dim
+    splits = _splits(cache.kv_heads, to.threads)
+    if heads != cache.kv_heads:
+        partial = group_attention(to, qkv, cache, layer, start, out, factor, splits)
+    else:
+        partial, vectors = _partial(to, len(qkv) * heads, splits, cache.width), 8 if cache.width == 128 else 1
+        to.add(
+            f"attention_{cache.dtype}_{16 * vectors}", to.counters, address(qkv), len(qkv), heads, d, address(start),
+            *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits, address(out), factor, partial,
+            to.memory("attend", 16384 * to.threads),
+        )  # fmt: skip
+    if splits > 1:
+        to.add("attention_merge", partial, len(qkv) * heads, splits, cache.width, d, address(out))
+
+
+def group_attention(
+    to: Recorder,
+    qkv: np.ndarray,
+    cache: CpuCache,
+    layer: int,
+    start: np.ndarray,
+    out: np.ndarray,
+    factor: int,
+    splits: int,
+) -> int:
+    """Add the kernel for groups; returns where it leaves its partial sums, if there are `splits`."""
+    d, heads = cache.head_dim, out.shape[1] // cache.head_dim
+    group, partial = heads // cache.kv_heads, _partial(to, len(qkv) * heads, splits, cache.width)
+    scratch = _attention_scratch(to, d, tiles.group_attention_scratch_bytes(d, group))
+    to.add(
+        f"group_attention_{cache.dtype}", to.counters, address(qkv), len(qkv), cache.kv_heads, group, d,
+        *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start), splits, address(out), factor,
+        partial, *scratch,
+    )  # fmt: skip
+    return partial
+
+
+def _splits(kv_heads: int, threads: int) -> int:
+    """Parts the positions of each query and head are cut into, so that no thread waits long for another.
+
+    They do not depend on how many queries there are: each is added up as it would be alone.
+    """
+    if kv_heads % threads == 0 or kv_heads >= 8 * threads:
+        return 1
+    return -(-4 * threads // kv_heads)
+
+
+def _partial(to: Recorder, items: int, splits: int, width: int) -> int:
+    return to.memory("partial", items * splits * 4 * (width + 16)) if splits > 1 else 0
+
+
+def query_blocks(segments: Sequence[int], most: Callable[[int], int]) -> np.ndarray:
+    """Blocks of rows that attend together, int32 ``[blocks, 4]``: first row, rows, first key, end of the keys.
+
+    `segments`: where they begin, and the end; `most`: rows of a block, for the rows of a segment.
+    """
+    blocks = []
+    for begin, end in itertools.pairwise(map(int, segments)):
+        step = most(end - begin)
+        blocks += [(row, min(step, end - row), begin, end) for row in range(begin, end, step)]
+    return np.array(blocks, np.int32).reshape(-1, 4)
 
 
 def full_attention(
@@ -154,25 +231,42 @@ def full_attention(
     out: np.ndarray,
     factor: int,
     activations: str,
+    *,
+    rope: np.ndarray | None = None,
+    segments: Sequence[int] | None = None,
 ) -> None:
-    """Every query over every key, in float32 or (unless `activations` is "int16") 16-bit integers.
+    """Every query over every key (of its segment), in float32 or (unless `activations` is "int16") 16-bit integers.
 
     `query`: address, float32 in a row, float32 from head to head, rows; `key`: addresses of keys and of values, then
     the same.
     """
     q, q_row, q_head, queries = query
     k, v, k_row, k_head, keys = key
-    if PAIRS and (activations == "int8" or (activations == "auto" and keys * heads * d >= SMALL)):
+    pairs = PAIRS and (activations == "int8" or (activations == "auto" and keys * heads * d >= SMALL))
+    most = functools.partial(_paired_queries, heads, to.threads) if pairs else lambda queries: tiles.QUERIES
+    blocks = query_blocks([0, queries] if segments is None else segments, most)
+    if segments is None:
+        blocks[:, 3] = keys
+    to.program.keep(blocks, rope)
+    work = address(blocks), len(blocks), heads
+    if pairs:
         nbytes = tiles.int16_attention_scratch_bytes(d)
         to.add(
-            "block_attention_int16", to.counters, q, q_row, q_head, queries, heads, d, k, v, k_row, k_head, keys,
+            "block_attention_int16", to.counters, q, q_row, q_head, *work, d, k, v, address(rope), k_row, k_head,
             address(out), factor, *_attention_scratch(to, d, nbytes),
         )  # fmt: skip
         return
     to.add(
-        "block_attention", to.counters, q, q_row, q_head, queries, heads, d, ROWS_KIND, k, v, 0, 0, k_row, k_head,
-        keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
+        "block_attention", to.counters, q, q_row, q_head, *work, 1, d, ROWS_KIND, k, v, 0, 0, address(rope), k_row,
+        k_head, keys, 0, address(out), factor, *_attention_scratch(to, d, tiles.attention_scratch_bytes(d)),
     )  # fmt: skip
+
+
+def _paired_queries(heads: int, threads: int, queries: int) -> int:
+    """Of a block: many, since each brings the keys and values into form anew, but enough blocks for all threads."""
+    blocks = max(-(-queries // tiles.PAIR_QUERIES), -(-4 * threads // heads))
+    whole_tiles = -(-queries // tiles.PAIR_TOKENS)
+    return max(1, -(-whole_tiles // blocks)) * tiles.PAIR_TOKENS
 
 
 def _attention_scratch(to: Recorder, d: int, nbytes: int) -> tuple[int, int]:

@@ -1,12 +1,11 @@
-"""Compile every kernel into one file of machine code: ``python -m qvl_kernels.cpu.build OUT``.
+"""Compile every kernel into one piece of machine code.
 
-Run as a process of its own, so that Numba and LLVM's optimiser (150 MB) never enter the process that answers.
+`cache` runs this in a process of its own, so that Numba and LLVM's optimizer (150 MB) never enter the one that answers.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
 import multiprocessing
 import os
@@ -117,14 +116,10 @@ def compile_kernels() -> bytes:
     return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
 
 
-def main(path: str) -> None:
-    """Write the file at once or not at all, whoever else is writing it."""
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        code = compile_kernels()
-        file.write(hashlib.sha256(code).digest() + code)
-    os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def main() -> None:
+    """Write `compile_kernels` to standard output; whatever else would be printed there goes to standard error."""
+    out = os.dup(1)
+    os.dup2(2, 1)
+    code = compile_kernels()
+    with os.fdopen(out, "wb") as file:
+        file.write(code)

@@ -13,6 +13,7 @@ from numba import float32
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
+from qvl_kernels.cpu.rotary import normalize_head, rotate
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     absolute,
@@ -110,24 +111,27 @@ def _make_append(kind: str):
                     put_f32(value + 4 * i, get_f32(v + 4 * i))
 
     def rope_append(args, thread, threads):
-        (qkv, tokens, heads, head_dim, rope, logn, start, keys, values, key_scales, value_scales, capacity, depth,
-         width, scratch) = unpack(args, 15)  # fmt: skip
+        (qkv, tokens, heads, kv_heads, head_dim, q_norm, q_eps, k_norm, k_eps, rope, logn, start, keys, values,
+         key_scales, value_scales, capacity, depth, width, scratch) = unpack(args, 20)  # fmt: skip
         scratch += thread * 4096
-        half, begin = head_dim // 2, int(get_i32(start))
-        first, last = share(tokens * heads, thread, threads)
+        half, begin, turned = head_dim // 2, int(get_i32(start)), heads + kv_heads
+        first, last = share(tokens * turned, thread, threads)
         for item in range(first, last):
-            token = item // heads
-            head, position = item - token * heads, begin + token
+            token = item // turned
+            which, position = item - token * turned, begin + token
             if position >= capacity:
                 continue
-            row = qkv + 4 * (token * 3 * heads + head) * head_dim
+            row = qkv + 4 * (token * (turned + kv_heads) + which) * head_dim
             angles = rope + 4 * position * head_dim
-            rotate(row, angles, half, get_f32(logn + 4 * position))
-            row += 4 * heads * head_dim
-            rotate(row, angles, half, float32(1))
+            if which < heads:
+                normalize_head(row, q_norm, head_dim, as_f32(q_eps))
+                rotate(row, angles, half, get_f32(logn + 4 * position) if logn != 0 else float32(1), row)
+                continue
+            normalize_head(row, k_norm, head_dim, as_f32(k_eps))
+            rotate(row, angles, half, float32(1), row)
             put_vectors(
                 row,
-                row + 4 * heads * head_dim,
+                row + 4 * kv_heads * head_dim,
                 keys,
                 values,
                 key_scales,
@@ -136,28 +140,13 @@ def _make_append(kind: str):
                 width,
                 head_dim,
                 capacity,
-                head,
+                which - heads,
                 position,
                 scratch,
             )
 
     rope_append.__name__ = f"rope_append_{kind}"
     return kernel(rope_append)
-
-
-@routine
-def rotate(x, angles, half, factor):
-    """Rotate one head in place (neox halves) and scale it."""
-    for i in range(0, half, 16):
-        count = half - i
-        a, b = take(x + 4 * i, count), take(x + 4 * (half + i), count)
-        c, s = take(angles + 4 * i, count), take(angles + 4 * (half + i), count)
-        if count >= 16:
-            store(x + 4 * i, (a * c - b * s) * factor)
-            store(x + 4 * (half + i), (b * c + a * s) * factor)
-        else:
-            store_part(x + 4 * i, (a * c - b * s) * factor, count)
-            store_part(x + 4 * (half + i), (b * c + a * s) * factor, count)
 
 
 for _kind in ("fp32", "fp16", "int8"):

@@ -13,7 +13,7 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
-from qvl_kernels.ops import Norm
+from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 ACTIVATIONS = ("auto", "int16", "int8")
@@ -123,8 +123,8 @@ class CpuOps:
     def weight(self, matrix: Matrix) -> CpuWeight:
         return CpuWeight(matrix)
 
-    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
-        return CpuCache(layers, heads, head_dim, capacity, dtype)
+    def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
+        return CpuCache(layers, kv_heads, head_dim, capacity, dtype)
 
     # ---------------------------------------------------------------------------------------------- products
     def embed(self, ids, table, *, out):
@@ -184,7 +184,7 @@ class CpuOps:
             source, parameters = target, (0, 0, 0)
         if w.perm:
             target = self._memory(program, "gathered", 4 * rows * k)
-            program.add("gather", source, rows, k, w.perm, target)
+            program.add("gather_columns", source, rows, k, w.perm, target)
             source = target
         if w.bits == 16:
             return (source,)
@@ -229,17 +229,31 @@ class CpuOps:
             program.keep(x, y, out)
             program.add("add", address(x), address(y), address(out), x.size)
 
+    def gather(self, x, index, *, out):
+        check("index", index, I32, (None,))
+        check("x", x, F32, (None, None))
+        check("out", out, F32, (len(index), x.shape[1]))
+        with self._program() as program:
+            program.keep(x, index, out)
+            program.add("gather_rows", address(x), *x.shape, address(index), len(index), address(out))
+
     # ---------------------------------------------------------------------------------------------- attention
-    def vision_attention(self, qkv, heads, *, out):
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
         check("qkv", qkv, F32, (None, None))
         d = qkv.shape[1] // (3 * heads)
         check("qkv", qkv, F32, (len(qkv), heads * 3 * d))
         check("out", out, F32, (len(qkv), heads * d))
+        if rope is not None:
+            check("rope", rope, F32, (len(qkv), d))
+            if d % 2:
+                raise ValueError(f"a rotation of heads of {d}, which is odd")
+        if segments is not None:
+            check_segments(segments, len(qkv))
         with self._program() as program:
             program.keep(qkv, out)
             base, row, head = address(qkv), heads * 3 * d, 3 * d
-            key = base + 4 * d, base + 8 * d, row, head, len(qkv)
-            self._attend(program, (base, row, head, len(qkv)), key, heads, d, out)
+            query, key = (base, row, head, len(qkv)), (base + 4 * d, base + 8 * d, row, head, len(qkv))
+            self._attend(program, query, key, heads, d, out, rope=rope, segments=segments)
 
     def cross_attention(self, q, k, v, heads, *, out):
         check("q", q, F32, (None, None))
@@ -253,62 +267,56 @@ class CpuOps:
             key = address(k), address(v), width, d, len(k)
             self._attend(program, (address(q), width, d, len(q)), key, heads, d, out)
 
-    def _attend(self, program, query, key, heads, d, out) -> None:
-        batched.full_attention(self._recorder(program), query, key, heads, d, out, _softmax_scale(d), self.activations)
+    def _attend(self, program, query, key, heads, d, out, **options) -> None:
+        recorder, factor = self._recorder(program), _softmax_scale(d)
+        batched.full_attention(recorder, query, key, heads, d, out, factor, self.activations, **options)
 
-    def rope_append(self, qkv, rope, logn, cache, layer, start):
-        self._check_cached(qkv, cache, start)
-        check("rope", rope, F32, (None, cache.head_dim))
-        check("logn", logn, F32, (None,))
-        if min(len(rope), len(logn)) < cache.capacity:
-            raise ValueError(f"rope and logn: {len(rope)} and {len(logn)} positions for a cache of {cache.capacity}")
+    def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
+        heads, d = self._check_cached(qkv, cache, start), cache.head_dim
+        check("rope", rope, F32, (None, d))
+        if logn is not None:
+            check("logn", logn, F32, (None,))
+        if min(len(rope), len(rope if logn is None else logn)) < cache.capacity:
+            lengths = len(rope) if logn is None else f"{len(rope)} and {len(logn)}"
+            raise ValueError(f"rope and logn: {lengths} positions for a cache of {cache.capacity}")
         with self._program() as program:
             program.keep(qkv, rope, logn, cache, start)
+            norms = [part for norm in (q_norm, k_norm) for part in self._head_norm(program, norm, d)]
             scratch = self._memory(program, "append", 4096 * self.threads)
             program.add(
-                f"rope_append_{cache.dtype}", address(qkv), len(qkv), cache.heads, cache.head_dim, address(rope),
+                f"rope_append_{cache.dtype}", address(qkv), len(qkv), heads, cache.kv_heads, d, *norms, address(rope),
                 address(logn), address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, scratch,
             )  # fmt: skip
 
+    def _head_norm(self, program: Program, norm: Norm | None, d: int) -> tuple[int, int]:
+        """Weight and eps of the RMSNorm of each head, or zeros."""
+        if norm is None:
+            return 0, 0
+        if norm.bias is not None:
+            raise ValueError("a norm of queries or keys has no bias")
+        weight, _, eps = self._norm(program, norm, d)
+        return weight, eps
+
     def cached_attention(self, qkv, cache, layer, start, *, out):
-        self._check_cached(qkv, cache, start)
-        check("out", out, F32, (len(qkv), cache.heads * cache.head_dim))
-        if not batched.attends_alone(cache, len(qkv), self.activations):
-            with self._program() as program:
-                program.keep(qkv, cache, start, out)
-                factor = _softmax_scale(cache.head_dim)
-                batched.cached_attention(self._recorder(program), qkv, cache, layer, start, out, factor)
-            return
-        items, splits = len(qkv) * cache.heads, self._splits(cache.heads)
+        width = self._check_cached(qkv, cache, start) * cache.head_dim
+        check("out", out, F32, (len(qkv), width))
+        few = batched.attends_alone(width, len(qkv), self.activations)
+        attention = batched.attention_of_a_few if few else batched.cached_attention
         with self._program() as program:
             program.keep(qkv, cache, start, out)
-            partial = self._memory(program, "partial", items * splits * 4 * (cache.width + 16)) if splits > 1 else 0
-            vectors = 8 if cache.width == 128 else 1
-            program.add(
-                f"attention_{cache.dtype}_{16 * vectors}", self._pool.counters, address(qkv), len(qkv), cache.heads,
-                cache.head_dim, address(start), *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits,
-                address(out), _softmax_scale(cache.head_dim), partial,
-                self._memory(program, "attend", 16384 * self.threads),
-            )  # fmt: skip
-            if splits > 1:
-                program.add("attention_merge", partial, items, splits, cache.width, cache.head_dim, address(out))
+            factor = _softmax_scale(cache.head_dim)
+            attention(self._recorder(program), qkv, cache, layer, start, out, factor)
 
-    def _splits(self, heads: int) -> int:
-        """Pieces each query and head is cut into, so that no thread waits long for another.
-
-        They do not depend on how many queries there are: each is added up as it would be alone.
-        """
-        if heads % self.threads == 0 or heads >= 8 * self.threads:
-            return 1
-        return -(-4 * self.threads // heads)
-
-    def _check_cached(self, qkv: np.ndarray, cache: CpuCache, start: np.ndarray) -> None:
-        check("qkv", qkv, F32, (None, 3 * cache.heads * cache.head_dim))
+    def _check_cached(self, qkv: np.ndarray, cache: CpuCache, start: np.ndarray) -> int:
+        """Heads of queries in `qkv`."""
+        check("qkv", qkv, F32, (None, None))
+        heads = query_heads(qkv.shape[1], cache)
         check("start", start, I32, (None,))
         if not len(start):
             raise ValueError("start: empty")
         if getattr(self._local, "recording", None) is None and not 0 <= start[0] <= cache.capacity - len(qkv):
             raise ValueError(f"start {start[0]}: {len(qkv)} more positions do not fit a cache of {cache.capacity}")
+        return heads
 
     # ---------------------------------------------------------------------------------------------- choosing
     def argmax(self, logits, *, out):

@@ -139,7 +139,7 @@ def normalize(args, thread, threads):
 
 
 @kernel
-def gather(args, thread, threads):
+def gather_columns(args, thread, threads):
     """``out[:, j] = x[:, index[j]]``, float32 ``[rows, k]``, index int32."""
     x, rows, k, index, out = unpack(args, 5)
     first, last = share(rows * k, thread, threads)

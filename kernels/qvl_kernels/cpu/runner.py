@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import struct
 import threading
 import weakref
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qvl_kernels.cpu import cache
+from qvl_kernels.ops import DeviceError
 
 WORDS = 32
 """int64 words of an instruction: the kernel's address and up to 31 arguments."""
@@ -33,11 +35,17 @@ def aligned(count: int, dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
 
 
 def default_threads() -> int:
-    """``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the processors this process may run on."""
+    """``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the processors this process may run on.
+
+    Raises
+    ------
+    DeviceError
+        A variable is not a number from 1 to 256.
+    """
     for name in ("QVL_THREADS", "NUMBA_NUM_THREADS"):
         if text := os.environ.get(name):
-            if not text.isdigit() or not 1 <= int(text) <= 256:
-                raise ValueError(f"{name}={text}: expected a number from 1 to 256")
+            if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
+                raise DeviceError(f"{name}={text}: expected a number from 1 to 256; unset {name}")
             return int(text)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -42,6 +42,21 @@ def add(args, thread, threads):
 
 
 @kernel
+def gather_rows(args, thread, threads):
+    """``out[i] = x[index[i]]``, float32 ``[count, k]``; an index past the rows of x is clamped."""
+    x, rows, k, index, count, out = unpack(args, 6)
+    first, last = share(count, thread, threads)
+    for i in range(first, last):
+        source = x + 4 * k * min(max(int(get_i32(index + 4 * i)), 0), rows - 1)
+        for c in range(0, k, 16):
+            target = out + 4 * (i * k + c)
+            if k - c >= 16:
+                store(target, load(source + 4 * c))
+            else:
+                store_part(target, take(source + 4 * c, k - c), k - c)
+
+
+@kernel
 def copy(args, thread, threads):
     """``out = x``, n values each of 2 (fp16) or 4 (float32) bytes."""
     x, x_size, out, out_size, n = unpack(args, 5)

@@ -12,6 +12,8 @@ FLOAT_TOKENS = 6
 """Queries in a tile of attention in float32."""
 PAIR_TOKENS, PAIR_QUERIES = 6, 1056
 """Queries in a tile, and in a task, of attention in 16-bit integers."""
+LINES = 4
+"""Heads of a group that share each key and value in `attention_group`."""
 QUERIES = 192
 """Queries of an attention task."""
 KEYS = 256
@@ -36,7 +38,12 @@ def gemm_scratch_bytes(k: int) -> int:
 def attention_scratch_bytes(head_dim: int) -> int:
     """Scratch memory a thread needs for the prefill attention kernels."""
     padded = _up(head_dim, 16)
-    return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS))
+    return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS) + 16 * padded)
+
+
+def group_attention_scratch_bytes(head_dim: int, group: int) -> int:
+    """Scratch memory a thread needs for ``attention_group``."""
+    return 4 * _up(group, LINES) * (2 * KEYS + _up(head_dim, 16) + 2) + 64
 
 
 def int16_attention_scratch_bytes(head_dim: int) -> int:
@@ -44,4 +51,4 @@ def int16_attention_scratch_bytes(head_dim: int) -> int:
     padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
     a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
     held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * a_key
-    return 4 * (held + 2 * padded + 16 + 16 * pairs + 64)
+    return 4 * (held + 3 * padded + 16 + 16 * pairs + 64)

@@ -3,7 +3,7 @@
 signatures.py  kernels/  build.py     what the kernels are, their sources, how they are compiled
 driver.py                             the NVIDIA driver: the only module that talks to it
 arrays.py  memory.py  weights.py  cache.py     what lies on the device
-launcher.py  graph.py  loader.py      compiled kernels, and the order in which they run
+launcher.py  graph.py  loader.py  bundle.py     compiled kernels, and the order in which they run
 ops.py                                the `Ops` protocol, on top of all these
 """
 

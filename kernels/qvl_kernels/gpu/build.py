@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m qvl_kernels.gpu.build [OUT.zip] [--arch 86]…``.
 
 The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for GPUs that none was made for, which
-their driver compiles, and manifest.json (see loader.py). The PTX for sm_75 is there so that what turing.py writes can
+their driver compiles, and manifest.json (see bundle.py). The PTX for sm_75 is there so that what turing.py writes can
 be checked on a newer GPU (bench/gpu.py does). It is a product of the sources, so it is not kept beside them:
 run this before a wheel is made, and the wheel takes kernels.zip along. An installation without it compiles what its own
 GPU needs, once, into the user's cache.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
@@ -25,11 +24,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qvl_kernels.gpu.loader import BUNDLE, PTX_ARCHITECTURE
+from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
 from qvl_kernels.ops import DeviceError
-
-TRITON_VERSION = "3.6.0"
 
 _WITH_PTX = (75, PTX_ARCHITECTURE)
 
@@ -139,18 +136,6 @@ def build(
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def source_hash() -> str:
-    """A hash of everything the compiled kernels depend on."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256(TRITON_VERSION.encode())
-    for file in [*sorted((here / "kernels").glob("*.py")), *(here / n for n in _ALSO_SOURCES)]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
-
-
-_ALSO_SOURCES = ("signatures.py", "tiles.json", "build.py", "turing.py")
 
 
 def _triton():

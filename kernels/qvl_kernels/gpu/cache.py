@@ -20,16 +20,16 @@ _STRIDE = 64
 """Rows of the arrays are padded to this many positions, which aligns every head of every layer."""
 
 
-def cache_bytes(layers: int, heads: int, head_dim: int, capacity: int, dtype: str) -> int:
+def cache_bytes(layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
     """Bytes of a cache."""
-    positions = layers * 2 * heads * round_up(capacity, _STRIDE)
+    positions = layers * 2 * kv_heads * round_up(capacity, _STRIDE)
     return positions * (head_dim * CACHE_DTYPES[dtype].itemsize + (2 if dtype == "int8" else 0))
 
 
 class CudaCache:
-    """Keys and values, ``[layers, 2, heads, capacity, head_dim]`` in fp16 or int8.
+    """Keys and values, ``[layers, 2, kv_heads, capacity, head_dim]`` in fp16 or int8.
 
-    int8 has one fp16 scale a position and head, ``[layers, 2, heads, capacity]``.
+    int8 has one fp16 scale a position and head, ``[layers, 2, kv_heads, capacity]``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CudaCache:
         memory: Memory,
         launch: Launcher,
         layers: int,
-        heads: int,
+        kv_heads: int,
         head_dim: int,
         capacity: int,
         dtype: str,
@@ -47,10 +47,11 @@ class CudaCache:
         if head_dim % 2 or not 0 < head_dim <= 128:
             raise ValueError(f"head_dim {head_dim}: the GPU kernels take an even one of at most 128")
         self.memory, self.launch = memory, launch
-        self.layers, self.heads, self.head_dim, self.capacity, self.dtype = layers, heads, head_dim, capacity, dtype
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        self.capacity, self.dtype = capacity, dtype
         self.stride = round_up(capacity, _STRIDE)
-        self.values = memory.array((layers, 2, heads, self.stride, head_dim), CACHE_DTYPES[dtype])
-        self.scales = memory.array((layers, 2, heads, self.stride), np.float16) if dtype == "int8" else None
+        self.values = memory.array((layers, 2, kv_heads, self.stride, head_dim), CACHE_DTYPES[dtype])
+        self.scales = memory.array((layers, 2, kv_heads, self.stride), np.float16) if dtype == "int8" else None
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,7 @@ class CudaCache:
 
     def resized(self, capacity: int, length: int) -> CudaCache:
         """A cache of another capacity that holds the first `length` positions of this one."""
-        other = CudaCache(self.memory, self.launch, self.layers, self.heads, self.head_dim, capacity, self.dtype)
+        other = CudaCache(self.memory, self.launch, self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         self._move(self.values, other.values, length * self.head_dim * self.values.dtype.itemsize // 2)
         if self.scales is not None:
             self._move(self.scales, other.scales, length)

@@ -1,77 +1,22 @@
-"""Finding compiled kernels: the bundle that ships with the package, or one made once on this computer.
-
-A bundle is what build.py writes, a zip of cubins and PTX with a manifest.json::
-
-    {"triton": "3.6.0", "sources": "<hash>", "kernels": {name: {architecture: {
-        "symbol": str, "warps": int, "shared": int, "constants": {...}, "cubin": path in the zip, "ptx": the same}}}}
-
-`ptx` is there for the architecture whose PTX stands in on GPUs that no cubin was made for, and for sm_75.
-"""
+"""Finding compiled kernels: the bundle that ships with the package, or one made once on this computer."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import json
-import os
+import io
 import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+import tempfile
 from pathlib import Path
 
-from qvl_kernels.gpu.launcher import Image
+from qvl_kernels import cache_folder
+from qvl_kernels.gpu import build
+from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES
 from qvl_kernels.ops import DeviceError
 
-BUNDLE = Path(__file__).with_name("kernels.zip")
-"""Where the bundle lies when it ships with the package."""
-
-PTX_ARCHITECTURE = 80
-"""Whose PTX stands in on GPUs that no cubin was made for."""
-
 EXACT_FROM = 90
 """From this architecture on code uses features of exactly one GPU; before, a cubin runs on all later minor versions."""
-
-
-class Bundle(Mapping[str, Image]):
-    """The kernels of one architecture, read from a bundle as they are asked for.
-
-    Attributes
-    ----------
-    architecture : int
-        What they were compiled for.
-    kind : str
-        "cubin" or "ptx".
-    sources : str
-        Hash of what they were compiled from.
-    """
-
-    def __init__(self, path: Path, architecture: int, kind: str):
-        self.path, self.architecture, self.kind = path, architecture, kind
-        try:
-            self._zip = zipfile.ZipFile(path)
-            manifest = json.loads(self._zip.read("manifest.json"))
-            self.sources: str = manifest["sources"]
-            self._entries = {n: e[str(architecture)] for n, e in manifest["kernels"].items() if str(architecture) in e}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-            raise DeviceError(
-                f"{path}: is no bundle of GPU kernels ({e}); delete it, or install qvl-runtime again"
-            ) from e
-        self._images: dict[str, Image] = {}
-
-    def __getitem__(self, name: str) -> Image:
-        if name not in self._images:
-            entry = self._entries[name]
-            code = self._zip.read(entry[self.kind])
-            self._images[name] = Image(
-                code, self.kind, entry["symbol"], entry["warps"], entry["shared"], entry["constants"]
-            )
-        return self._images[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def choose(capability: tuple[int, int]) -> tuple[int, str]:
@@ -86,16 +31,13 @@ def choose(capability: tuple[int, int]) -> tuple[int, str]:
 
 def locate(capability: tuple[int, int]) -> Bundle | None:
     """The kernels for a GPU of a compute capability that are there already, if any."""
-    from qvl_kernels.gpu.build import source_hash
-
     architecture, kind = choose(capability)
-    sources = source_hash()
-    for path in (BUNDLE, _made(architecture, sources)):
-        if path.exists():
-            bundle = Bundle(path, architecture, kind)
-            if bundle.sources == sources and len(bundle):
-                return bundle
-    return None
+    bundles = [Bundle(BUNDLE, architecture, kind)] if BUNDLE.exists() else []
+    made = _made(cache_folder.find().path, architecture)
+    if made and (file := cache_folder.open_private(made)):
+        with contextlib.suppress(DeviceError):  # damaged: made again
+            bundles.append(Bundle(made, architecture, kind, file))
+    return next((bundle for bundle in bundles if bundle.sources == source_hash() and len(bundle)), None)
 
 
 def find(capability: tuple[int, int]) -> Bundle:
@@ -106,23 +48,23 @@ def find(capability: tuple[int, int]) -> Bundle:
     DeviceError
         There are none and the Triton they are compiled with is not installed.
     """
-    from qvl_kernels.gpu.build import build, source_hash
-
-    bundle = locate(capability)
-    if bundle is None:
-        check_compiler()
-        architecture, kind = choose(capability)
-        made = _made(architecture, source_hash())
-        print(f"qvl: compiling the GPU kernels for sm_{architecture}, once; they are kept in {made}", file=sys.stderr)
-        build(made, [architecture], _show)
-        bundle = Bundle(made, architecture, kind)
-    return bundle
+    if bundle := locate(capability):
+        return bundle
+    check_compiler()
+    architecture, kind = choose(capability)
+    folder = cache_folder.find()
+    print(f"qvl: compiling the GPU kernels for sm_{architecture}, {folder.notice}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="qvl-") as scratch:
+        # Read into memory: there may be no folder to keep them in, or no room in it.
+        code = build.build(Path(scratch) / "kernels.zip", [architecture], _show).read_bytes()
+    made = _made(folder.path, architecture)
+    if made:
+        cache_folder.keep(made, code)
+    return Bundle(made or Path("GPU kernels"), architecture, kind, io.BytesIO(code))
 
 
 def check_compiler() -> None:
     """Raise a DeviceError where kernels could not be compiled; does not import Triton, which takes a while."""
-    from qvl_kernels.gpu.build import TRITON_VERSION
-
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -135,17 +77,8 @@ def check_compiler() -> None:
         )
 
 
-def _made(architecture: int, sources: str) -> Path:
-    return cache_folder() / f"gpu-kernels-sm{architecture}-{sources[:16]}.zip"
-
-
-def cache_folder() -> Path:
-    """Where this computer keeps what can be made again."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qvl"
+def _made(folder: Path | None, architecture: int) -> Path | None:
+    return folder and folder / f"gpu-kernels-sm{architecture}-{source_hash()[:16]}.zip"
 
 
 def _show(done: int, total: int, name: str) -> None:

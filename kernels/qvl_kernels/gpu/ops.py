@@ -15,7 +15,7 @@ from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import ALIGNMENT, Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
-from qvl_kernels.ops import DeviceError, Norm
+from qvl_kernels.ops import DeviceError, Norm, query_heads
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -100,8 +100,8 @@ class CudaOps:
     def weight(self, matrix: Matrix) -> DeviceMatrix:
         return to_device(self, matrix)
 
-    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
-        return CudaCache(self.memory, self.launch, layers, heads, head_dim, capacity, dtype)
+    def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
+        return CudaCache(self.memory, self.launch, layers, kv_heads, head_dim, capacity, dtype)
 
     # products
 
@@ -199,7 +199,9 @@ class CudaOps:
 
     # attention
 
-    def vision_attention(self, qkv, heads, *, out):
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
+        if rope is not None or segments is not None:
+            raise DeviceError("the GPU kernels have no rotation and segments of patches yet: use the CPU")
         rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
         if 2 * d % ALIGNMENT:
             self._attention(self._parts(qkv, heads, d), rows, rows, heads, 1, d, out)
@@ -226,24 +228,27 @@ class CudaOps:
         grid = (-(-q_rows // self.launch.constants(name)["BM"]), heads)
         self.launch(name, grid, *qkv, out, q_rows, k_rows, heads, parts, d, 1 / math.sqrt(d))
 
-    def rope_append(self, qkv, rope, logn, cache, layer, start):
-        grid = (qkv.shape[0], -(-cache.heads // s.ROPE_HEADS))
-        sizes = (cache.heads, cache.stride, cache.head_dim)
+    def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
+        heads = _same_heads(qkv, cache)
+        if logn is None or q_norm is not None or k_norm is not None:
+            raise DeviceError("the GPU kernels have no norms of queries and keys yet: use the CPU")
+        grid = (qkv.shape[0], -(-heads // s.ROPE_HEADS))
+        sizes = (heads, cache.stride, cache.head_dim)
         self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *cache.layer(layer), start, *sizes)
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
-        t, d = qkv.shape[0], cache.head_dim
-        _expect(out, (t, cache.heads * d), _HALF)
+        t, d, heads = qkv.shape[0], cache.head_dim, _same_heads(qkv, cache)
+        _expect(out, (t, heads * d), _HALF)
         arguments = (qkv, *cache.layer(layer), start, out)
-        sizes = (cache.heads, cache.stride, d, 1 / math.sqrt(d))
+        sizes = (heads, cache.stride, d, 1 / math.sqrt(d))
         variant = f"{cache.dtype}.{'128' if d == 128 else 'any'}"
         if t == 1:
-            partials = self.empty((cache.heads, s.DECODE_SPLITS, 128 + 1))
-            grid = (cache.heads, s.DECODE_SPLITS)
-            self.launch(f"decode_attention.{variant}", grid, *arguments, partials, self._counters, *sizes)
+            name, grid = f"decode_attention.{variant}", (heads, s.DECODE_SPLITS)
+            partials = self.empty((heads, s.DECODE_SPLITS, 128 + 1))
+            self.launch(name, grid, *arguments, partials, self._counters, *sizes)
         else:
             name = f"cached_attention.{variant}"
-            grid = (-(-t // self.launch.constants(name)["BM"]), cache.heads)
+            grid = (-(-t // self.launch.constants(name)["BM"]), heads)
             self.launch(name, grid, *arguments, t, *sizes)
 
     # choosing
@@ -268,6 +273,14 @@ def _flags(*conditions: tuple) -> int:
 def _alike(a: DeviceMatrix, b: DeviceMatrix) -> bool:
     """Whether one kernel can read both weights side by side."""
     return (a.n, a.k, a.kind, a.group_shift, a.order) == (b.n, b.k, b.kind, b.group_shift, b.order)
+
+
+def _same_heads(qkv: DeviceArray, cache: CudaCache) -> int:
+    """Heads of queries, which must be as many as of keys."""
+    heads = query_heads(qkv.shape[1], cache)
+    if heads != cache.kv_heads:
+        raise DeviceError(f"the GPU kernels do not share {cache.kv_heads} heads of keys yet: use the CPU")
+    return heads
 
 
 def _elements(size: int) -> int:

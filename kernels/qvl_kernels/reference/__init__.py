@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qvl_kernels.ops import Norm, restored
+from qvl_kernels.ops import Norm, check_segments, query_heads, restored
 from qvl_kernels.packing import Matrix
-from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, silu
+from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, rotate, silu
 
 CACHE_DTYPES = ("fp32", "fp16", "int8")
 
 
 class ReferenceCache:
-    """Keys and values as float32 ``[layers, 2, heads, capacity, head_dim]``, each rounded as `dtype` would."""
+    """Keys and values as float32 ``[layers, 2, kv_heads, capacity, head_dim]``, each rounded as `dtype` would."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int, capacity: int, dtype: str):
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
             raise ValueError(f"cache dtype {dtype!r}: expected one of {CACHE_DTYPES}")
-        self.layers, self.capacity, self.dtype = layers, capacity, dtype
-        self.values = np.zeros((layers, 2, heads, capacity, head_dim), np.float32)
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        self.capacity, self.dtype = capacity, dtype
+        self.values = np.zeros((layers, 2, kv_heads, capacity, head_dim), np.float32)
 
     @property
     def nbytes(self) -> int:
         return self.values.nbytes
 
     def resized(self, capacity: int, length: int) -> ReferenceCache:
-        layers, _, heads, _, head_dim = self.values.shape
-        other = ReferenceCache(layers, heads, head_dim, capacity, self.dtype)
+        other = ReferenceCache(self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         other.values[:, :, :, :length] = self.values[:, :, :, :length]
         return other
 
@@ -40,7 +41,7 @@ class ReferenceCache:
         (target[...],) = restored([(target.shape, target.dtype)], arrays)
 
     def append(self, layer: int, start: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Store k and v, float32 ``[heads, T, head_dim]``, from position `start` on."""
+        """Store k and v, float32 ``[kv_heads, T, head_dim]``, from position `start` on."""
         for slot, x in enumerate((k, v)):
             if self.dtype == "fp16":
                 x = x.astype(np.float16)
@@ -74,8 +75,8 @@ class ReferenceOps:
     def weight(self, matrix: Matrix) -> Matrix:
         return matrix
 
-    def kv_cache(self, layers, heads, head_dim, capacity, dtype):
-        return ReferenceCache(layers, heads, head_dim, capacity, dtype)
+    def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
+        return ReferenceCache(layers, kv_heads, head_dim, capacity, dtype)
 
     def embed(self, ids, table, *, out):
         out[...] = table.rows(ids)
@@ -108,32 +109,38 @@ class ReferenceOps:
     def add(self, x, y, *, out):
         out[...] = x + y
 
-    def vision_attention(self, qkv, heads, *, out):
+    def gather(self, x, index, *, out):
+        out[...] = x[index]
+
+    def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
+        segments = [0, len(qkv)] if segments is None else segments
+        check_segments(segments, len(qkv))
         q, k, v = qkv.reshape(len(qkv), heads, 3, -1).transpose(2, 1, 0, 3)
-        out[...] = attention(q, k, v).reshape(out.shape)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        for begin, end in itertools.pairwise(segments):
+            part = attention(q[:, begin:end], k[:, begin:end], v[:, begin:end])
+            out[begin:end] = part.reshape(end - begin, out.shape[1])
 
     def cross_attention(self, q, k, v, heads, *, out):
         q, k, v = (a.reshape(len(a), heads, -1).swapaxes(0, 1) for a in (q, k, v))
         out[...] = attention(q, k, v).reshape(out.shape)
 
-    def rope_append(self, qkv, rope, logn, cache, layer, start):
-        begin, heads = int(start[0]), cache.values.shape[2]
+    def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
+        begin, heads = int(start[0]), query_heads(qkv.shape[1], cache)
         positions = slice(begin, begin + len(qkv))
-        q, k, v = qkv.reshape(len(qkv), 3, heads, -1).transpose(1, 2, 0, 3)
-        cos, sin = np.split(rope[positions], 2, axis=-1)
-
-        def rotate(x: np.ndarray) -> np.ndarray:
-            a, b = np.split(x, 2, axis=-1)
-            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-        cache.append(layer, begin, rotate(k), v)
-        q[...] = rotate(q) * logn[positions, None]
+        by_head = qkv.reshape(len(qkv), -1, cache.head_dim).swapaxes(0, 1)
+        q, k, v = np.split(by_head, [heads, heads + cache.kv_heads])
+        rotated = rotate(k if k_norm is None else self._norm(k, k_norm), rope[positions])
+        cache.append(layer, begin, rotated, v)
+        rotated = rotate(q if q_norm is None else self._norm(q, q_norm), rope[positions])
+        q[...] = rotated if logn is None else rotated * logn[positions, None]
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
-        begin, heads = int(start[0]), cache.values.shape[2]
+        begin, heads = int(start[0]), query_heads(qkv.shape[1], cache)
         end = begin + len(qkv)
-        q = qkv.reshape(len(qkv), 3, heads, -1)[:, 0].swapaxes(0, 1)
-        k, v = cache.values[layer, :, :, :end]
+        q = qkv.reshape(len(qkv), -1, cache.head_dim)[:, :heads].swapaxes(0, 1)
+        k, v = cache.values[layer, :, :, :end].repeat(heads // cache.kv_heads, axis=1)
         visible = np.arange(end) <= np.arange(begin, end)[:, None]
         out[...] = attention(q, k, v, visible).reshape(out.shape)
 

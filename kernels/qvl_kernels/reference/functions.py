@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+QUERIES = 1024
+"""Queries whose scores are held at once."""
 
 
 def erf_gelu(x: np.ndarray) -> np.ndarray:
@@ -53,6 +58,12 @@ ACTIVATIONS = {"gelu": erf_gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gel
 """By the names of `qvl_kernels.ops.Activation`."""
 
 
+def rotate(x: np.ndarray, rope: np.ndarray) -> np.ndarray:
+    """Half-split rotation of ``[..., T, d]``; rope ``[T, d]`` holds cos in its first half and sin in its second."""
+    (a, b), (cos, sin) = np.split(x, 2, axis=-1), np.split(rope, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None = None) -> np.ndarray:
     """Softmax attention of each head.
 
@@ -71,12 +82,13 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray |
         float32 ``[T, heads, d]``.
     """
     out = np.empty((q.shape[1], q.shape[0], q.shape[2]), np.float32)
-    for head in range(len(q)):
-        scores = (q[head] @ k[head].T) / np.float32(math.sqrt(q.shape[2]))
+    for head, first in itertools.product(range(len(q)), range(0, q.shape[1], QUERIES)):
+        rows = slice(first, first + QUERIES)
+        scores = (q[head, rows] @ k[head].T) / np.float32(math.sqrt(q.shape[2]))
         if visible is not None:
-            scores = np.where(visible, scores, -np.inf)
+            scores = np.where(visible[rows], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = (weights @ v[head]) / weights.sum(-1, keepdims=True)
+        out[rows, head] = (weights @ v[head]) / weights.sum(-1, keepdims=True)
     return out
 
 

@@ -1,0 +1,153 @@
+"""Grouped-query attention of a few queries over the cache: every key and value is read once for all heads of its group.
+
+A task is one query row, one head of keys and a part of the positions. `LINES` heads at a time share each key and value
+after its conversion to float32. The arithmetic is that of `attention_prefill`, in the same order: where the positions
+are in one part the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from qvl_kernels.cpu.atomics import claim
+from qvl_kernels.cpu.attention_prefill import ROW, clear, end, weigh
+from qvl_kernels.cpu.quantize import take
+from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
+from qvl_kernels.cpu.simd import (
+    bytes_,
+    fma,
+    get_f32,
+    get_i32,
+    loads,
+    put_f32,
+    rows,
+    sar,
+    spreads,
+    store,
+    store_rows,
+    to_f32,
+    zeros,
+)
+from qvl_kernels.cpu.tiles import KEYS, LINES
+
+load, zero = loads("f32", 16), zeros("f32", 16)
+none, held_rows, spread = zeros("f32", 16, LINES), rows("f32", 16, LINES), spreads("f32", 16, LINES)
+words, signed = loads("i32", 16), bytes_(16, True)
+
+
+@routine
+def layout(scratch, lines, padded):
+    """Where queries, scores, outputs and the lines' maxima and sums lie."""
+    scores = scratch + lines * ROW
+    out = scores + lines * ROW
+    tops = out + 4 * lines * padded
+    return scratch, scores, out, tops, tops + 4 * lines
+
+
+@routine
+def begin(q, group, lines, d, factor, queries, out, tops, totals):
+    """Copy the scaled queries of a group, zeros up to `lines`, and clear what is accumulated."""
+    padded = (d + 15) // 16 * 16
+    for i in range(lines):
+        for c in range(0, padded, 16):
+            v = take(q + 4 * (i * d + c), d - c) * factor if i < group else zero()
+            store(queries + i * ROW + 4 * c, v)
+        clear(tops + 4 * i, totals + 4 * i, out + 4 * i * padded, padded)
+
+
+def _make(kind: str):
+    size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
+    floats = rows("f16" if kind == "fp16" else "f32", 16, 1)
+
+    if kind == "int8":
+
+        @routine
+        def score(query, d, keys, scales, out):
+            """Scores of 16 positions and `LINES` queries."""
+            total, scale = none(), load(scales)
+            for i in range(0, d, 4):
+                w = words(keys + 16 * i)
+                for j in range(min(4, d - i)):
+                    key = to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale
+                    total = fma(key, spread(query + 4 * (i + j), ROW), total)
+            store_rows(out, total, ROW)
+
+        @routine
+        def mean(weights, count, values, width, scales, out, out_row):
+            """Add 16 columns of `count` weighted values to each of `LINES` rows."""
+            total = held_rows(out, out_row)
+            for _ in range(count):
+                total = fma(to_f32(signed(values)) * get_f32(scales), spread(weights, ROW), total)
+                values += width
+                scales += 4
+                weights += 4
+            store_rows(out, total, out_row)
+
+    else:
+
+        @routine
+        def score(query, d, keys, scales, out):
+            total = none()
+            for _ in range(d):
+                total = fma(floats(keys, 0), spread(query, ROW), total)
+                keys += 16 * size
+                query += 4
+            store_rows(out, total, ROW)
+
+        @routine
+        def mean(weights, count, values, width, scales, out, out_row):
+            total = held_rows(out, out_row)
+            for _ in range(count):
+                total = fma(floats(values, 0), spread(weights, ROW), total)
+                values += width * size
+                weights += 4
+            store_rows(out, total, out_row)
+
+    def group_attention(args, thread, threads):
+        (counters, qkv, tokens, kv_heads, group, d, keys, values, key_scales, value_scales, depth, width, capacity,
+         start, splits, out, factor, partial, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
+        lines, padded = (group + LINES - 1) // LINES * LINES, (d + 15) // 16 * 16
+        queries, scores, sums, tops, totals = layout(scratch + thread * scratch_bytes, lines, padded)
+        record, items = 4 * (width + 16), tokens * kv_heads * splits
+        for turn in range(threads):
+            owner = (thread + turn) % threads
+            item, stop = claim(counters, owner, threads, items, 1)
+            while item < stop:
+                which, split = item // splits, item % splits
+                token = which // kv_heads
+                kv_head = which - token * kv_heads
+                length = min(capacity, int(get_i32(start)) + token + 1)
+                blocks = (length + 15) // 16
+                low, high = blocks * split // splits * 16, min(blocks * (split + 1) // splits * 16, length)
+                q = qkv + 4 * (token * (group + 2) * kv_heads + kv_head * group) * d
+                begin(q, group, lines, d, as_f32(factor), queries, sums, tops, totals)
+                for first in range(low, high, KEYS):
+                    held, where = min(KEYS, high - first), kv_head * capacity + first
+                    k, v = keys + where * depth * size, values + where * width * size
+                    for i in range(0, held, 16):
+                        for line in range(0, lines, LINES):
+                            score(queries + line * ROW, d, k + i * depth * size, key_scales + 4 * (where + i),
+                                  scores + line * ROW + 4 * i)  # fmt: skip
+                    for line in range(group):
+                        weigh(scores + line * ROW, held, held, tops + 4 * line, totals + 4 * line,
+                              sums + 4 * line * padded, padded)  # fmt: skip
+                    for c in range(0, padded, 16):
+                        for line in range(0, lines, LINES):
+                            mean(scores + line * ROW, held, v + c * size, width, value_scales + 4 * where,
+                                 sums + 4 * (line * padded + c), 4 * padded)  # fmt: skip
+                head = which * group
+                if splits == 1:
+                    end(totals, sums, d, group, out + 4 * head * d, 4 * d)
+                else:
+                    for line in range(group):
+                        target = partial + ((head + line) * splits + split) * record
+                        for c in range(0, padded, 16):
+                            store(target + 4 * c, load(sums + 4 * (line * padded + c)))
+                        put_f32(target + 4 * width, get_f32(tops + 4 * line))
+                        put_f32(target + 4 * width + 4, get_f32(totals + 4 * line))
+                item, stop = claim(counters, owner, threads, items, 1)
+
+    group_attention.__name__ = f"group_attention_{kind}"
+    return kernel(group_attention)
+
+
+for _kind in ("fp32", "fp16", "int8"):
+    _make(_kind)

@@ -1,0 +1,87 @@
+"""A bundle of compiled kernels: what `build` writes and `loader` finds.
+
+It is a zip of cubins and PTX with a manifest.json::
+
+    {"triton": "3.6.0", "sources": "<hash>", "kernels": {name: {architecture: {
+        "symbol": str, "warps": int, "shared": int, "constants": {...}, "cubin": path in the zip, "ptx": the same}}}}
+
+`ptx` is there for the architecture whose PTX stands in on GPUs that no cubin was made for, and for sm_75.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from qvl_kernels.gpu.launcher import Image
+from qvl_kernels.ops import DeviceError
+
+TRITON_VERSION = "3.6.0"
+
+BUNDLE = Path(__file__).with_name("kernels.zip")
+"""Where the bundle lies when it ships with the package."""
+
+PTX_ARCHITECTURE = 80
+"""Whose PTX stands in on GPUs that no cubin was made for."""
+
+ALSO_SOURCES = ("signatures.py", "tiles.json", "build.py", "bundle.py", "turing.py")
+"""Files besides kernels/ that the compiled kernels depend on."""
+
+
+class Bundle(Mapping[str, Image]):
+    """The kernels of one architecture, read from a bundle as they are asked for.
+
+    Attributes
+    ----------
+    architecture : int
+        What they were compiled for.
+    kind : str
+        "cubin" or "ptx".
+    sources : str
+        Hash of what they were compiled from.
+
+    `file`, open already, is read in place of the one at `path`, and checked to its end.
+    """
+
+    def __init__(self, path: Path, architecture: int, kind: str, file: BinaryIO | None = None):
+        self.path, self.architecture, self.kind = path, architecture, kind
+        try:
+            self._zip = zipfile.ZipFile(file or path)
+            if file and (damaged := self._zip.testzip()):
+                raise ValueError(f"{damaged} is damaged")
+            manifest = json.loads(self._zip.read("manifest.json"))
+            self.sources: str = manifest["sources"]
+            self._entries = {n: e[str(architecture)] for n, e in manifest["kernels"].items() if str(architecture) in e}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            raise DeviceError(
+                f"{path}: is no bundle of GPU kernels ({e}); delete it, or install qvl-runtime again"
+            ) from e
+        self._images: dict[str, Image] = {}
+
+    def __getitem__(self, name: str) -> Image:
+        if name not in self._images:
+            entry = self._entries[name]
+            code = self._zip.read(entry[self.kind])
+            self._images[name] = Image(
+                code, self.kind, entry["symbol"], entry["warps"], entry["shared"], entry["constants"]
+            )
+        return self._images[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def source_hash() -> str:
+    """A hash of everything the compiled kernels depend on."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(TRITON_VERSION.encode())
+    for file in [*sorted((here / "kernels").glob("*.py")), *(here / n for n in ALSO_SOURCES)]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()

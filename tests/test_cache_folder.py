@@ -1,0 +1,256 @@
+"""Where compiled kernels are kept, whose files are run, and what the process that compiles them imports."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+
+from qvl_kernels import cache_folder
+from qvl_kernels.cpu import CpuOps, cache
+
+POSIX = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes as on POSIX")
+
+
+@pytest.fixture(scope="module")
+def code() -> bytes:
+    """The kernels' machine code."""
+    CpuOps(threads=1)
+    folder = cache_folder.find().path
+    return (folder and cache._read(folder / f"cpu-kernels-{cache.key()}.bin")) or cache._compile()
+
+
+@pytest.fixture
+def compiled(code, monkeypatch):
+    """``compiled()`` loads the kernels anew, and tells whether they were compiled (which takes no time here)."""
+    count = []
+    monkeypatch.setattr(cache, "_compile", lambda: count.append(1) or code)
+
+    def load() -> int:
+        before = len(count)
+        cache_folder._find.cache_clear()
+        assert cache._engine.__wrapped__().get_function_address("qvl_execute")
+        return len(count) - before
+
+    return load
+
+
+@pytest.fixture
+def folder(code, tmp_path, monkeypatch):
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "a" / "qvl"))
+    yield tmp_path / "a" / "qvl"
+    cache_folder._find.cache_clear()
+
+
+def another_user(monkeypatch) -> None:
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+@POSIX
+def test_folder_and_files_are_private(folder, compiled, capfd):
+    before = os.umask(0)
+    try:
+        assert compiled() == 1
+    finally:
+        os.umask(before)
+    (file,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
+    assert compiled() == 0
+    assert capfd.readouterr().err == f"qvl: compiling kernels for this processor, once; they are kept in {folder}\n"
+
+
+@POSIX
+def test_folder_that_others_can_write_to_is_not_used(folder, compiled, capfd):
+    assert compiled() == 1
+    for mode in (0o770, 0o707, 0o777):
+        folder.chmod(mode)
+        assert compiled() == 1
+        assert f"at every start, because others may write to {folder}; set QVL_CACHE_DIR" in capfd.readouterr().err
+    folder.chmod(0o755)
+    assert compiled() == 0
+
+
+@POSIX
+def test_folder_of_another_user_is_not_used(folder, compiled, capfd, monkeypatch):
+    assert compiled() == 1
+    with monkeypatch.context() as patch:
+        another_user(patch)
+        assert compiled() == 1
+    assert f"because {folder} belongs to another user" in capfd.readouterr().err
+
+
+@POSIX
+def test_file_that_others_can_have_written_is_not_run(folder, compiled, monkeypatch):
+    assert compiled() == 1
+    (file,) = folder.iterdir()
+    for mode in (0o620, 0o602, 0o666):
+        file.chmod(mode)
+        assert compiled() == 1, "compiled again"
+        assert file.stat().st_mode & 0o777 == 0o600, "and replaced"
+    assert cache_folder.open_private(file)
+    another_user(monkeypatch)
+    assert cache_folder.open_private(file) is None
+
+
+@POSIX
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    assert cache_folder.open_private(tmp_path / "fifo") is None
+    assert cache_folder.open_private(tmp_path) is None
+    assert cache_folder.open_private(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("place", ["below a file", "a file", "proc", "no home", "nul"])
+def test_unusable_folder_is_said_once(place, tmp_path, compiled, capfd, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    named = {"below a file": str(tmp_path / "file" / "qvl"), "a file": str(tmp_path / "file"), "proc": "/proc/qvl"}
+    if place in named:
+        monkeypatch.setenv("QVL_CACHE_DIR", named[place])
+    elif place == "no home":
+        monkeypatch.delenv("QVL_CACHE_DIR", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: Path("/proc/nobody"))
+    else:
+        monkeypatch.setattr(cache_folder, "find", lambda: cache_folder._find.__wrapped__("a\0b"))
+    assert compiled() == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "at every start, because" in line and line.endswith("; set QVL_CACHE_DIR to a folder of your own")
+    assert "once" not in line
+
+
+# ------------------------------------------------------------------------------------------------ its files
+def test_damaged_and_foreign_files_are_compiled_again(folder, compiled):
+    """100 of them: cut, changed, of no kernels, of other kernels under this name."""
+    assert compiled() == 1
+    (file,) = folder.iterdir()
+    whole, rng = file.read_bytes(), random.Random(0)
+
+    def signed(code: bytes, name: str = file.name) -> bytes:
+        return cache._digest(Path(name), code) + code
+
+    other = signed(whole[32:], "cpu-kernels-0.bin")
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    empty = machine.emit_object(llvm.parse_assembly(""))
+    none = b"".join((b"\1\0\0\0", len(empty).to_bytes(4, "little"), empty))
+    bad = [b"", bytes(32), signed(b""), signed(bytes(4)), signed(none), signed(none[:-1]), signed(bytes(400)), other]
+    while len(bad) < 100:
+        data = bytearray(whole)
+        at = rng.randrange(len(data))
+        if len(bad) % 3:
+            data[at] ^= 1 << rng.randrange(8)
+        else:
+            del data[at:]
+        bad.append(bytes(data))
+    for data in bad:
+        file.write_bytes(data)
+        assert compiled() == 1
+        assert file.read_bytes() == whole
+    assert compiled() == 0
+
+
+def test_full_disk_leaves_nothing_behind(folder, compiled, capfd, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert compiled() == 1
+    assert list(folder.iterdir()) == []
+    assert "could not be kept" in capfd.readouterr().err
+    old, new = folder / "old.partial", folder / "new.partial"
+    for partial in (old, new):
+        partial.write_bytes(b"of a process that was killed, or is still writing")
+    os.utime(old, (0, 0))
+    assert compiled() == 1
+    assert new.exists() and not old.exists()
+
+
+# ------------------------------------------------------------------------------------------------ the compiler
+PLANTED = "import os, sys; open(os.environ['QVL_PLANTED'], 'a').write(__name__ + ' ')\n"
+
+
+def test_compiling_runs_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    """Modules that lie where the user stands, or where PYTHONPATH points, are not imported."""
+    log, here = tmp_path / "log", tmp_path / "model"
+    here.mkdir()
+    for name in ("numba", "llvmlite", "numpy", "qvl_kernels", "multiprocessing", "struct", "gc"):
+        (here / f"{name}.py").write_text(PLANTED)
+    (here / "sitecustomize.py").write_text(PLANTED)
+    (here / ".numba_config.yaml").write_text("cache_dir: planted\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}")
+    monkeypatch.setenv("QVL_PLANTED", str(log))
+    # Every import the compiler makes, without the compilation.
+    only_imports = cache.BUILD.replace(
+        "main()", "import os; from qvl_kernels.cpu import build; build.prepare(); os.write(1, b'imported')"
+    )
+    monkeypatch.setattr(cache, "BUILD", only_imports)
+    assert cache._compile() == b"imported"
+    assert not log.exists()
+
+
+@pytest.mark.parametrize("install", ["checkout", "wheel", "target folder"])
+def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
+    """From a folder that is on the path only because PYTHONPATH names it, beside the libraries or apart from them."""
+    package = Path(cache.__file__).parents[1]
+    root = package.parent
+    if install != "checkout":
+        root = tmp_path / install
+        root.mkdir()
+        os.symlink(package, root / "qvl_kernels")
+        if install == "target folder":
+            (root / "typing.py").write_text("raise SystemExit('a module that replaces one of the standard library')")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from qvl_kernels.cpu import cache; del sys.path[0];"
+        "cache.BUILD = cache.BUILD.replace('main()', 'import qvl_kernels, typing; print(qvl_kernels.__file__)');"
+        "print(cache._compile().decode(), end='')"
+    )
+    if install == "target folder":
+        script = "import typing, " + script.removeprefix("import ")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(root)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == f"{root / 'qvl_kernels' / '__init__.py'}\n", done.stderr
+
+
+def test_failed_compilation_is_one_line(monkeypatch):
+    monkeypatch.setattr(cache, "BUILD", "raise ValueError('two\\nlines')")
+    with pytest.raises(cache.DeviceError, match=r"could not be compiled \(lines\); try QVL_CPU=plain"):
+        cache._compile()
+
+
+# ------------------------------------------------------------------------------------------------ Numba's own
+def test_numba_keeps_its_own_cache_in_the_folder(folder, monkeypatch):
+    import numba
+
+    from qvl_convert.jit import jit
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    cache_folder._find.cache_clear()
+
+    def double(x):
+        return x * 2
+
+    assert jit()(double)(np.arange(3)).tolist() == [0, 2, 4]
+    assert list((folder / "numba").rglob("*.nbi")) and numba.config.CACHE_DIR == ""
+
+
+def test_numba_without_a_folder(monkeypatch):
+    """Read-only packages and no home: compiled for this process alone."""
+    from qvl_convert.jit import jit
+
+    monkeypatch.setenv("QVL_CACHE_DIR", "/proc/qvl")
+
+    def double(x):
+        return x * 2
+
+    assert jit()(double)(np.arange(3)).tolist() == [0, 2, 4]
