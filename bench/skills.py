@@ -6,7 +6,7 @@
 
 Exact match, except for boxes (`find`, `ground`, places in `second`): one counts when its IoU with the true one is at
 least 0.5; an answer with several is right when all its boxes are. A table for people, then one JSON document as the
-last line.
+last line. Pictures with Chinese print need the font of Debian's fonts-wqy-microhei, unless --level says otherwise.
 """
 
 from __future__ import annotations
@@ -191,7 +191,10 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    test = list(cases(args.seed, args.count, args.skills, args.level))
+    try:
+        test = list(cases(args.seed, args.count, args.skills, args.level))
+    except FileNotFoundError as error:
+        parser.exit(1, f"skills.py: {error}\n")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, blob in columns(args.models, args.kinds, args.level, Path(folder)):

@@ -23,7 +23,9 @@ from qvl_runtime.families import family_of
 from qvl_runtime.families.base import Config, Family
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.specs import PARTS, MatrixSpec, VectorSpec
+from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.tensorfile import TensorFile
+from qvl_runtime.inputs.tokenizer import MAX_RANKS
 
 FORMAT, VERSION = "qvl", "1"
 RANKS = "tokenizer.ranks"
@@ -76,22 +78,21 @@ class Blob:
         self._vectors = {s.name: s for s in specs if isinstance(s, VectorSpec)}
 
     def _json(self, key: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self.file.metadata[key])
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
-            return value
-        except (KeyError, ValueError) as error:
-            raise QvlError(f"{self.path}: its metadata {key!r} is missing or malformed ({error}); {REMEDY}") from None
+        if key not in self.file.metadata:
+            raise QvlError(f"{self.path}: its metadata {key!r} is missing; {REMEDY}")
+        return parse_object(self.file.metadata[key], f"{self.path}: its metadata {key!r}", REMEDY)
 
     @property
     def ranks(self) -> bytes:
         """The tokenizer's rank file."""
-        return self.file.array(RANKS).tobytes()
+        ranks = self.file.array(RANKS)
+        if ranks.nbytes > MAX_RANKS:
+            raise QvlError(f"{self.path}: its tokenizer has {ranks.nbytes} bytes, more than {MAX_RANKS}; {REMEDY}")
+        return ranks.tobytes()
 
     def vector(self, name: str) -> np.ndarray:
         """A `VectorSpec` tensor, float32."""
-        return self._typed(name, self._vectors[name].shape, np.dtype(np.float32))
+        return self._finite(name, self._typed(name, self._vectors[name].shape, np.dtype(np.float32)))
 
     def matrix(self, name: str) -> Matrix:
         """A `MatrixSpec` weight with its bias, as views of the file."""
@@ -100,9 +101,10 @@ class Blob:
         asymmetric = f"{name}.zeros" in self.file
         shapes = packed_shapes(spec.n, spec.k, bits, group_size, zeros=asymmetric)
         arrays = {suffix: self._typed(f"{name}.{suffix}", *wanted) for suffix, wanted in shapes.items()}
-        scales = arrays.get("scales")
-        if scales is not None and bool(np.any((scales.view(np.uint16) & 0x7C00) == 0x7C00)):
-            raise QvlError(f"{self.path}: '{name}.scales' holds a value that is not finite; {REMEDY}")
+        scales, bias = arrays.get("scales"), self._optional(f"{name}.bias", (spec.n,), np.float32)
+        for suffix, small in (("scales", scales), ("bias", bias)):
+            if small is not None:
+                self._finite(f"{name}.{suffix}", small)
         perm = self._optional(f"{name}.perm", (spec.k,), np.int32)
         if perm is not None and not np.array_equal(np.sort(perm), np.arange(spec.k)):
             raise QvlError(f"{self.path}: '{name}.perm' is no permutation of {spec.k} columns; {REMEDY}")
@@ -115,7 +117,7 @@ class Blob:
             scales=scales,
             zeros=arrays.get("zeros"),
             perm=perm,
-            bias=self._optional(f"{name}.bias", (spec.n,), np.float32),
+            bias=bias,
         )
 
     def bits(self, name: str) -> tuple[int, int]:
@@ -142,6 +144,16 @@ class Blob:
             )
         return array
 
+    def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array: a value that is not finite would be computed with in silence, and kernels make numbers of it."""
+        if array.dtype == np.float16:
+            broken = np.any((array.view(np.uint16) & 0x7C00) == 0x7C00)
+        else:
+            broken = not np.isfinite(array).all()
+        if broken:
+            raise QvlError(f"{self.path}: '{name}' holds a value that is not finite; {REMEDY}")
+        return array
+
     def _optional(self, name: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray | None:
         return self._typed(name, shape, np.dtype(dtype)) if name in self.file else None
 
@@ -166,12 +178,14 @@ class Blob:
         return {name: told.get(name) or hashlib.sha256(self.file.bytes(name)).hexdigest() for name in names}
 
     def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Verify the hash of the metadata and of every tensor; `progress` is told how many bytes each took.
+        """Verify the hash of the metadata and of every tensor, and that every value of it is finite.
+
+        Loading looks at the small tensors alone. `progress` is told how many bytes each tensor took.
 
         Raises
         ------
         QvlError
-            Naming the first tensor whose bytes are not those that were written.
+            Naming the first tensor whose bytes are not those that were written, or that is not finite.
         """
         hashes = self.metadata["hashes"]
         if metadata_hash(self.file.metadata) != hashes.get(METADATA):
@@ -179,4 +193,6 @@ class Blob:
         for name, entry in self.file.entries.items():
             if hashlib.sha256(self.file.bytes(name)).hexdigest() != hashes.get(name):
                 raise QvlError(f"{self.path}: tensor '{name}' is damaged (its hash differs); copy the file again")
+            if entry.dtype.kind == "f":
+                self._finite(name, self.file.array(name))
             progress(entry.stop - entry.start)

@@ -139,12 +139,18 @@ def _write_label(pen, size, left, top, label, font, colour) -> None:
     pen.text((x + 2 - x1, y + 2 - y1), label, fill="white", font=font)
 
 
+def check_extension(path: Path) -> str:
+    """The image format of a file's name; raises QvlError where there is none."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise QvlError(f"cannot save {str(path)!r}: no image format has the extension {path.suffix!r}; try .png")
+    return kind
+
+
 def _save(picture: Image.Image, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
+    kind = check_extension(path)
     try:
-        kind = Image.registered_extensions().get(path.suffix.lower())
-        if kind is None:
-            raise QvlError(f"cannot save {str(path)!r}: no image format has the extension {path.suffix!r}; try .png")
         data = io.BytesIO()
         picture.save(data, kind)
         partial.write_bytes(data.getvalue())

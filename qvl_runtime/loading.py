@@ -84,6 +84,8 @@ def load(
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
         whole_number(name, value)
     blob = Blob(path)
+    if context is not None and context > blob.config.max_position_embeddings:
+        raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
     if check:
         blob.check()
     ops = make_ops(device, activations, progress)

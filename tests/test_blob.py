@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -132,8 +133,8 @@ def set_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (config(vocab_size=1024), "its config asks for"),
         (config(model_type="llama"), "model_type is 'llama'"),
         (config(seq_length=None), "'seq_length' is missing"),
-        (meta("config", "{"), "'config' is missing or malformed"),
-        (meta("hashes", "[]"), "'hashes' is missing or malformed"),
+        (meta("config", "{"), "'config' is not readable as JSON"),
+        (meta("hashes", "[]"), "'hashes' holds no JSON object"),
         (meta("generation_config", {"top_p": "x"}), "'top_p'"),
         (lambda a, m: m.pop("quantization"), "'quantization' is missing"),
         (meta("version", "2"), "format version '2'"),
@@ -197,3 +198,48 @@ def test_mutated_files_raise_nothing_but_our_error(good, flipped, edits):
         everything(flipped).check()
     except QvlError as error:
         assert re.match(r"[^\n]+$", str(error))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_small_tensors_that_are_not_finite_are_refused_at_once(spoilt, good, value):
+    file, count = TensorFile(good), 0
+    for name in file.entries:
+        array = file.array(name)
+        if array.dtype.kind != "f" or (array.ndim == 2 and name.endswith(".weight")):
+            continue
+        count += 1
+
+        def change(arrays, metadata, name=name):
+            arrays[name].reshape(-1)[-1] = value
+
+        with pytest.raises(QvlError, match=f"'{re.escape(name)}' holds a value that is not finite"):
+            everything(spoilt(change))
+    assert count == 53
+
+
+def test_check_looks_at_the_large_ones_too(blob, tmp_path):
+    """Their hash is right: whoever made the file wrote it so."""
+    file, name = TensorFile(blob("tiny-vl", bits=16)), "transformer.h.0.mlp.w1.weight"
+    arrays, metadata = {n: np.array(file.array(n)) for n in file.entries}, dict(file.metadata)
+    arrays[name][3, 5] = np.nan
+    hashes = json.loads(metadata["hashes"])
+    hashes[name] = hashlib.sha256(arrays[name].tobytes()).hexdigest()
+    metadata["hashes"] = json.dumps(hashes)
+    (tmp_path / "x.qvl").write_bytes(safetensors_bytes(arrays, metadata))
+    with pytest.raises(QvlError, match=f"'{re.escape(name)}' holds a value that is not finite"):
+        everything(tmp_path / "x.qvl").check()
+
+
+@pytest.mark.parametrize("key", ["config", "generation_config", "preprocessing", "quantization", "source", "hashes"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "", '{"a": 1, "a": 2}', "9" * 5000])
+def test_metadata_of_any_form(spoilt, key, text):
+    with pytest.raises(QvlError, match=f"its metadata '{key}'"):
+        everything(spoilt(lambda arrays, metadata: metadata.update({key: text})))
+
+
+def test_numbers_beyond_a_float(spoilt):
+    def change(arrays, metadata):
+        metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"layer_norm_epsilon": 10**400})
+
+    with pytest.raises(QvlError, match=r"'layer_norm_epsilon' is inf"):
+        everything(spoilt(change))

@@ -91,8 +91,23 @@ def test_the_picture_given_is_left_alone():
 
 
 def test_boxes_beyond_the_edge_or_upside_down():
-    draw_boxes(GREY, [Box("x", 1000, 1000, 0, 0), Box("a label longer than the picture " * 9, 999, 0, 1000, 1)])
-    draw_boxes(Image.new("RGB", (1, 1)), [Box("x", 0, 0, 999, 999)])
+    upside_down = draw_boxes(GREY, [Box(None, 1000, 1000, 0, 0)]).image
+    np.testing.assert_array_equal(
+        np.asarray(upside_down), np.asarray(draw_boxes(GREY, [Box(None, 0, 0, 1000, 1000)])[0])
+    )
+    changed = (np.asarray(upside_down) != 128).any(axis=2)
+    assert changed[0].all() and changed[-1].all() and changed[:, 0].all() and changed[:, -1].all()
+    assert not changed[10:-10, 10:-10].any()
+    long = draw_boxes(GREY, [Box("a label longer than the picture " * 9, 999, 0, 1000, 1)]).image
+    assert (np.asarray(long) != 128).any(axis=2)[:10].mean() > 0.5
+    dot = draw_boxes(Image.new("RGB", (1, 1), "#808080"), [Box("x", 0, 0, 999, 999)]).image
+    assert dot.size == (1, 1) and (np.asarray(dot) != 128).any()
+
+
+def test_a_box_at_the_right_edge_is_seen():
+    pixels = np.asarray(draw_boxes(GREY, [Box(None, 900, 0, 1000, 1000)]).image)
+    changed = (pixels != 128).any(axis=2)
+    assert changed[:, 199].all() and changed[99, 180:].all() and not changed[:, :180].any()
 
 
 def without_fonts(monkeypatch, *names):

@@ -125,7 +125,7 @@ def test_what_is_no_calibration_data_is_an_error_that_names_the_file(tmp_path, n
 
 
 def test_missing_files_and_folders_without_pictures_are_errors(tmp_path, chat):
-    with pytest.raises(QvlError, match="cannot be read"):
+    with pytest.raises(QvlError, match="no such file; give a JSON file"):
         calibration.load(tmp_path / "gone.json", chat)
     with pytest.raises(QvlError, match="no pictures"):
         calibration.load(tmp_path, chat)
@@ -145,3 +145,51 @@ def test_nothing_left_after_cutting_is_a_bad_sample(folder, base):
     (folder / "data.jsonl").write_text(json.dumps({"text": "<img>a.png</img>"}))
     with pytest.raises(QvlError, match="no usable sample"):
         calibration.load(folder / "data.jsonl", base, max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "image": "a.png"},
+        {"image": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+    ],
+)
+def test_messages_of_parts_as_others_write_them(folder, chat, part):
+    asked = [part, {"type": "text", "text": "What is it?"}]
+    answered = [{"type": "text", "text": "Grey."}]
+    for turns in (
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]},
+        {"conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": "Grey."}]},
+    ):
+        (folder / "data.json").write_text(json.dumps([turns, conversation()]))
+        one, other = calibration.load(folder / "data.json", chat)
+        assert one.ids == other.ids and one.asked == other.asked
+        assert [picture.key for _, picture in one.slots] == [picture.key for _, picture in other.slots]
+
+
+def test_parts_nobody_knows_are_bad_samples(folder, chat, caplog):
+    bad = [[{"type": "video", "video": "a.mp4"}], [1], [{"text": 3}], 7, None, [{"type": "image", "url": "http://x/a"}]]
+    entries = [{"messages": [{"role": "user", "content": content}]} for content in bad]
+    (folder / "data.json").write_text(json.dumps([*entries, conversation()]))
+    assert len(calibration.load(folder / "data.json", chat)) == 1
+    assert caplog.text.count("skipped") == len(bad)
+
+
+def test_samples_are_shuffled_before_the_first_are_taken(folder, base, tokenizer):
+    lines = [{"text": f"number {i}"} for i in range(50)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    taken = [
+        [int(tokenizer.decode(s.ids).split()[1]) for s in calibration.load(folder / "data.jsonl", base, **o)]
+        for o in ({"count": 5}, {"count": 5}, {"count": 5, "seed": 1}, {"count": 50})
+    ]
+    assert taken[0] == taken[1] and taken[0] != taken[2] and max(taken[0]) > 5
+    assert taken[3] != sorted(taken[3]) and sorted(taken[3]) == list(range(50))
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"count": "8"}, {"max_tokens": 0}, {"count": True}])
+def test_impossible_counts(chat, options):
+    with pytest.raises(QvlError, match="expected 1 or more"):
+        calibration.load("builtin", chat, **options)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,7 +15,9 @@ from rich.console import Console
 
 import qvl_runtime as qvl
 from qvl_runtime.cli.conversation import Conversation, dropped_file
-from qvl_runtime.cli.screen import Screen, shown
+from qvl_runtime.cli.screen import Screen
+from qvl_runtime.cli.turns import pictures, portable, words
+from qvl_runtime.inputs.images import load_image
 
 
 class Spoken(Screen):
@@ -64,7 +67,8 @@ def test_a_pasted_path_attaches(talk, tmp_path):
         talk.take(line)
     assert len(talk._waiting) == 5
     assert dropped_file("what is in my cat.png?") is None
-    assert dropped_file("x" * 500 + ".png") is None
+    for line in ("x" * 500 + ".png", "file://[::1", "file://[::1/a.png", "~nosuchuser/a.png", "a\0b.png"):
+        assert dropped_file(line) is None
 
 
 def test_undo_and_retry(talk):
@@ -82,6 +86,30 @@ def test_undo_and_retry(talk):
     talk.take("/undo")
     talk.take("/retry")
     assert talk.screen.complaints == ["there is nothing to undo", "there is nothing to retry"]
+    assert talk.screen.said[-2:] == ["took back 'two'; turns left: 1", "took back 'one'; turns left: 0"]
+
+
+def test_retry_of_a_question_with_a_picture_replaces_the_turn(talk, monkeypatch):
+    talk.take("/image images/rgb_odd.png")
+    talk.take("What is it?")
+    before = talk.history
+    talk.take("/retry")
+    assert talk.history == before and len(before) == 1
+
+    def refuses(*arguments, **options):
+        raise qvl.QvlError("no")
+
+    monkeypatch.setattr(talk.model, "chat", refuses)
+    talk.take("/retry")
+    assert talk.history == before
+
+
+def test_a_picture_waits_until_a_question_was_answered(talk):
+    talk.take("/image images/rgb_odd.png")
+    talk.take("<img>nowhere.png</img> What is it?")
+    assert not talk.history and len(talk._waiting) == 1
+    talk.take("What is it?")
+    assert len(talk.history) == 1 and not talk._waiting
 
 
 def test_save_and_load(talk, tmp_path):
@@ -97,6 +125,8 @@ def test_save_and_load(talk, tmp_path):
     other.take("more")
     assert other.history == talk.history
     assert (tmp_path / "talk one.json").stat().st_mode & 0o077 == 0
+    assert other.screen.said[0].endswith("talk one.json: turns 1, pictures 1")
+    assert "What is it?" in other.screen.said[1]
     (tmp_path / "bad.json").write_text("[1, 2]")
     other.take(f"/load {tmp_path}/bad.json")
     other.take("/load nowhere.json")
@@ -134,11 +164,72 @@ def test_a_loaded_conversation_goes_on_without_computing(talk, blob, tmp_path, m
     assert len(other.history) == 2
 
 
-def test_a_box_is_asked_about_in_thousandths(talk):
-    width, height = Image.open("images/rgb_odd.png").size
+def test_a_saved_conversation_is_read_in_another_folder(talk, tmp_path, monkeypatch):
     talk.take("/image images/rgb_odd.png")
-    talk.take(f"/box 0 0 {width} {height / 2} What?")
-    assert "<box>(0,0),(999,500)</box>What?" in talk.history[0][0]
+    talk.take("What is it?")
+    talk.take("<img>images/rgba.png</img>And this?")
+    picture = Image.open("images/rgb_odd.png").convert("RGB")
+    talk.history.append(([{"image": picture}, {"text": "And that?"}], "a \udc80 cat"))
+    talk.take(f"/save {tmp_path}/talk.json")
+    assert not talk.screen.complaints
+    monkeypatch.chdir(tmp_path)
+    other = Conversation(talk.model, Spoken())
+    other.take("/load talk.json")
+    assert not other.screen.complaints and not any("gone" in line for line in other.screen.said)
+    first, second, third = (pictures(query)[0] for query, _ in other.history)
+    assert Path(first).is_file() and Path(second).is_file()
+    assert load_image(third).tobytes() == picture.tobytes()
+    assert other.history[2][1] == talk.history[2][1]
+    other.take("/set max_new_tokens 2")
+    other.take("And now?")
+    assert len(other.history) == 4 and not other.screen.complaints
+
+
+def test_load_names_a_picture_that_is_gone(talk, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "cat.png")
+    talk.take(f"/image {tmp_path}/cat.png")
+    talk.take("What is it?")
+    talk.take(f"/save {tmp_path}/talk.json")
+    (tmp_path / "cat.png").unlink()
+    talk.take(f"/load {tmp_path}/talk.json")
+    assert any("cat.png" in line and "gone" in line for line in talk.screen.said)
+
+
+def test_what_a_turn_holds_in_either_form():
+    picture = Image.new("RGB", (20, 10))
+    pieces = [{"image": "a.png"}, {"image_url": {"url": "http://x/b.png"}}, {"image": picture}, {"text": "What?"}]
+    assert pictures(pieces) == ["a.png", "http://x/b.png", picture]
+    assert words(pieces) == words("<img>a.png</img>What?") == "What?"
+    saved = portable(pieces)
+    assert saved[0] == {"image": "a.png"} and saved[1] == pieces[1] and saved[2]["image"].startswith("data:image/png")
+    assert portable("<img>http://x/b.png</img><img></img>") == "<img>http://x/b.png</img><img></img>"
+
+
+def test_urls_are_fetched_only_where_allowed(talk, monkeypatch):
+    picture = Image.new("RGB", (20, 10))
+    talk.take("/image http://example.com/a.png")
+    assert talk.screen.complaints and "--allow-urls" in talk.screen.complaints[0]
+    monkeypatch.setattr("qvl_runtime.cli.conversation.load_image", lambda source, *, allow_urls: picture)
+    allowed = Conversation(talk.model, Spoken(), allow_urls=True)
+    allowed.take("/image http://example.com/a.png")
+    assert allowed.screen.said == ["http://example.com/a.png: 20 x 10, goes with your next question"]
+    assert allowed._waiting == [picture]
+
+
+@pytest.mark.parametrize(
+    ("corners", "box"),
+    [
+        ((0, 0, 1, 0.5), "(0,0),(999,500)"),
+        ((0.1, 0.2, 0.3, 0.9), "(100,200),(300,900)"),
+        ((0.75, -3, 9, 0.5), "(750,0),(999,500)"),
+    ],
+)
+def test_a_box_is_asked_about_in_thousandths(talk, tmp_path, corners, box):
+    Image.new("RGB", (400, 200)).save(tmp_path / "wide.png")
+    talk.take(f"/image {tmp_path}/wide.png")
+    x1, y1, x2, y2 = corners
+    talk.take(f"/box {400 * x1} {200 * y1} {400 * x2} {200 * y2} What?")
+    assert f"<box>{box}</box>What?" in talk.history[0][0]
 
 
 def test_show_draws_the_last_boxes(talk, tmp_path):
@@ -148,6 +239,7 @@ def test_show_draws_the_last_boxes(talk, tmp_path):
     talk.take("/image images/rgb_odd.png")
     talk.take("Where?")
     talk._boxes = [Box("击掌", 100, 100, 500, 500)]
+    talk.take("/image images/rgba.png")
     talk.take(f"/show {tmp_path}/out.png")
     assert Image.open(tmp_path / "out.png").size == Image.open("images/rgb_odd.png").size
     assert talk.screen.complaints == ["the last answer has no boxes to show"]
@@ -161,8 +253,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(talk.model, "chat", interrupted)
-    talk.take("Hello")
-    assert talk.history == [("Hello", "half an ans")]
+    talk.take("/image images/rgb_odd.png")
+    with pytest.raises(KeyboardInterrupt):
+        talk.take("Hello")
+    (query, answer), *others = talk.history
+    assert words(query) == "Hello" and len(pictures(query)) == 1
+    assert (answer, others, talk._waiting) == ("half an ans", [], [])
     assert talk.open
 
 
@@ -175,15 +271,25 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
         "/set top_p 7",
         "/image",
         "/image nowhere.png",
+        "/image ~nosuchuser/a.png",
+        "/image a\0b.png",
+        "/image http://[::1",
         "/box 1 2 3",
+        "/box 1 2 nan 4",
+        "/box 1 2 inf 4",
+        "/box 5 2 5 4",
         "/save",
+        "/save ~nosuchuser/a.json",
+        "/save a\0b",
+        "/load",
+        "/load ~nosuchuser/a.json",
+        "/load a\0b",
+        "/set max_new_tokens 0",
+        "/set temperature nan",
     ],
 )
 def test_what_the_user_can_mend_is_one_line(talk, line):
     talk.take(line)
-    if line == "/set top_p 7":
-        talk.take("/set temperature 1")
-        talk.take("Hello")
     assert len(talk.screen.complaints) == 1
     assert "\n" not in talk.screen.complaints[0]
     talk.take("/set top_p")
@@ -197,20 +303,42 @@ def test_help_names_every_command(talk):
     assert all(f"/{name}" in text for name in talk._commands)
 
 
-def test_markdown_keeps_the_tags():
-    console = Console(file=io.StringIO(), width=200)
-    from rich.markdown import Markdown
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    console.print(Markdown(shown("A <ref>dog</ref><box>(1,2),(3,4)</box> **bold**")))
-    text = console.file.getvalue()
-    assert "<ref>dog</ref><box>(1,2),(3,4)</box>" in text
-    assert "**" not in text
+
+def shown_on_terminal(*pieces: str) -> str:
+    console = Console(file=FakeTerminal(), force_terminal=True, width=40, height=10, _environ={"TERM": "xterm"})
+    with Screen(console).answering("thinking") as place:
+        for piece in pieces:
+            place.show(piece)
+    return console.file.getvalue().rpartition("\x1b[2K")[2]
+
+
+def test_a_terminal_shows_an_answer_as_it_is_and_once():
+    lines = [f"{i}: 2*3*4 `x` __init__  two  spaces\n" for i in range(40)]
+    pieces = [" ", "\n# of items\n", *lines, "<ref>dog</ref><box>(1,2),(3,4)</box>"]
+    assert shown_on_terminal(*pieces) == "".join(pieces).lstrip() + "\n"
+
+
+def test_a_terminal_does_not_obey_an_answer():
+    assert shown_on_terminal("a\x1b[2Jb\x07c\x9b1md\te\r\nf") == "a\ufffd[2Jb\ufffdc\ufffd1md\te\nf\n"
+
+
+def test_a_pipe_gets_every_character():
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with Screen(console).answering("thinking") as place:
+        place.show(" \x1b[2J\r\n")
+    assert console.file.getvalue() == " \x1b[2J\r\n\n"
 
 
 def test_a_pipe_gets_answers_alone(blob, in_golden):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", "chat", str(blob("tiny-vl", bits=16)), "--device", "cpu"]
-    done = subprocess.run(command, input="/set temperature 0\nHello\n", capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0
+    command = [sys.executable, "-m", "qvl_runtime", "chat", str(blob("tiny-vl", bits=16)), "--device", "cpu"]
+    lines = "/set temperature 0\n/set max_new_tokens 4\nHello\n/image nowhere.png\n/quit\n/nonsense\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "nowhere.png" in done.stderr
     assert "\x1b" not in done.stdout
     assert done.stdout.endswith("\n")
     assert "help" not in done.stdout

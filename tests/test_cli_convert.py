@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from conftest import GOLDEN
 
 from qvl_runtime.blob import Blob
-from qvl_runtime.cli.main import main
+from qvl_runtime.cli.main import VERBS, main
+from qvl_runtime.cli.text import duration, size
 from qvl_runtime.file.tensorfile import TensorFile
 
 BIN = GOLDEN / "ckpt/tiny-vl-bin"
@@ -55,7 +57,7 @@ def test_convert_then_info(qvl, tmp_path):
     assert lines["output head"].endswith("fp16")
     assert "every hash is right" in text
     sizes = Blob(out).part_sizes()
-    assert f"{sizes['decoder'] / 1e6:.1f} MB" in lines["decoder"]
+    assert size(sizes["decoder"]) in lines["decoder"]
 
 
 def test_info_json(qvl, blob):
@@ -107,6 +109,24 @@ def test_errors_are_one_line(qvl, tmp_path, blob):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.qvl"]
 
 
+def test_options_of_gptq_are_refused_without_it(qvl, tmp_path):
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--calibration", "mine.json"), "mine.json", "gptq")
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--spill"), "spill", "gptq")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
+def test_a_git_lfs_pointer_is_named_as_such(qvl, tmp_path, name):
+    (folder := tmp_path / "clone").mkdir()
+    for file in (GOLDEN / "ckpt/tiny-vl").iterdir():
+        (folder / file.name).symlink_to(file)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    pointer = folder / (next(iter(index.values())) if name == "model.safetensors" else name)
+    pointer.unlink()
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    fails(qvl("convert", folder, tmp_path / "x.qvl"), pointer.name, "Git-LFS pointer", "git lfs pull")
+    fails(qvl("info", pointer), pointer.name, "Git-LFS pointer")
+
+
 def test_a_folder_without_permission_is_one_line(qvl, tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x.qvl"))
@@ -120,8 +140,15 @@ def test_interrupt_is_130_and_leaves_the_unfinished_file(qvl, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qvl_convert.writer.BlobWriter.write", interrupt)
-    assert qvl("convert", BIN, tmp_path / "x.qvl")[0] == 130
+    status, out, err = qvl("convert", BIN, tmp_path / "x.qvl")
+    assert (status, out, err.count("\n")) == (130, "", 1)
+    assert "x.qvl.partial" in err and "--resume" in err
     assert [p.name for p in tmp_path.iterdir()] == ["x.qvl.partial"]
+    monkeypatch.undo()
+    fails(qvl("convert", BIN, tmp_path / "x.qvl"), "x.qvl.partial", "--resume", "--force")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.qvl.partial"]
+    assert qvl("convert", BIN, tmp_path / "x.qvl", "--force")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["x.qvl"]
 
 
 @pytest.mark.parametrize("arguments", [("convert",), ("convert", "a"), ("frobnicate",), ("info", "x", "--nonsense")])
@@ -142,6 +169,62 @@ def test_help_and_version(qvl):
     status, text, _ = qvl("convert", "--help")
     assert status == 0
     assert "qvl convert Qwen-VL-Chat qwen-vl-chat.qvl" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_of_help_are_whole_in_a_narrow_terminal(qvl, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "40")
+    status, text, _ = qvl(verb, "--help")
+    examples = [line.strip() for line in text.splitlines() if line.startswith(f"    qvl {verb}")]
+    source = importlib.import_module(f"qvl_runtime.cli.{verb}")
+    written = [line.strip() for line in getattr(source, verb).__doc__.splitlines()]
+    assert status == 0 and len(examples) >= 1
+    assert all(example in written for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (999_600, "1.00 MB"),
+        (5_352_000, "5.35 MB"),
+        (99_960_000, "100 MB"),
+        (6_590_000_000, "6.59 GB"),
+        (123_400_000_000, "123 GB"),
+    ],
+)
+def test_a_size_has_a_unit_that_fits(nbytes, text):
+    assert size(nbytes) == text
+
+
+def test_a_time_has_a_unit_that_fits():
+    assert [duration(t) for t in (0.0003, 0.0142, 0.9999, 33.84)] == ["0.30 ms", "14.2 ms", "1.00 s", "33.8 s"]
+
+
+def test_an_ascii_terminal_shows_code_points(blob):
+    name = Path("圆") / blob("tiny-vl-bin").name
+    done = subprocess.run(
+        [sys.executable, "-m", "qvl_runtime", "info", str(name)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+    )
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert "\\u5706" in done.stderr
+
+
+def test_a_message_has_no_control_characters(qvl):
+    fails(qvl("info", "\x1b[2J.qvl"), "\ufffd[2J.qvl: no such file")
+
+
+@pytest.mark.parametrize("words", ["qvl co", "qvl info --con"])
+def test_a_shell_completes_verbs_and_options(words):
+    environment = {"_QVL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    command = [sys.executable, "-m", "qvl_runtime"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.stdout.split() == {"qvl co": ["convert"], "qvl info --con": ["--context"]}[words]
 
 
 def test_only_the_wanted_verb_is_imported(blob):
@@ -179,4 +262,4 @@ def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path):
     assert "962.8" in shown
     piped = subprocess.run([*command, str(tmp_path / "b.qvl")], capture_output=True, text=True, check=True)
     assert piped.stderr == ""
-    assert piped.stdout == f"{tmp_path / 'b.qvl'}: {Path(tmp_path / 'b.qvl').stat().st_size / 1e6:,.1f} MB\n"
+    assert piped.stdout == f"{tmp_path / 'b.qvl'}: {size(Path(tmp_path / 'b.qvl').stat().st_size)}\n"

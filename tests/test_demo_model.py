@@ -114,6 +114,22 @@ def test_demo_leaves_what_it_names(tmp_path, capsys):
     for word in ("qvl convert", "qvl generate", "qvl chat", "--seed 3", "MB", "tokens/s"):
         assert word in text
     assert any("\u4e00" <= c <= "\u9fff" for c in text) and "?" in text
+    demo(out=out, seed=3, device="cpu")
+    (out / "demo.qvl").write_bytes(b"a file of the user")
+    with pytest.raises(qvl.QvlError, match=r"demo\.qvl: exists"):
+        demo(out=out, seed=3, device="cpu")
+    assert (out / "demo.qvl").read_bytes() == b"a file of the user"
+    (out / "demo.qvl").unlink()
+    with pytest.raises(qvl.QvlError, match=r"picture\.png: exists"):
+        demo(out=out, seed=3, device="cpu")
+    with pytest.raises(qvl.QvlError, match="is a file"):
+        demo(out=out / "picture.png", seed=3, device="cpu")
+
+
+def test_demo_asks_an_ascii_terminal_in_english():
+    scene = fresh_scene(np.random.default_rng(5))
+    asked = questions(np.random.default_rng(5), scene, ("en",))
+    assert len(asked) >= 6 and all(exchange.language == "en" for exchange in asked)
 
 
 def test_demo_draws_the_same_picture_for_the_same_seed():

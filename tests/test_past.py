@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from shards import safetensors_bytes
 
 import qvl_runtime as qvl
 from qvl_runtime.engine.kv_file import _runs, _unrolled
@@ -134,3 +136,91 @@ def test_keys_are_written_in_runs():
     keys = [1, 1, 2, b"a" * 32, b"a" * 32, b"b" * 32, 3]
     assert len(_runs(keys)) == 6
     assert _unrolled(json.loads(json.dumps(_runs(keys)))) == keys
+
+
+@pytest.fixture(scope="module")
+def saved(blob, tmp_path_factory):
+    """A model, and a past of it."""
+    model = qvl.load(blob("tiny-vl", bits=16), device="cpu")
+    file = tmp_path_factory.mktemp("past") / "right"
+    assert model.save_past(file, model.chat("Hello", **GREEDY).history)
+    return model, file
+
+
+def forged(file, out, change) -> None:
+    """A copy after ``change(arrays, metadata)``, with a digest that is right."""
+    found = TensorFile(file)
+    arrays = {name: np.array(found.array(name)) for name in found.entries if name != "digest"}
+    metadata = dict(found.metadata)
+    change(arrays, metadata)
+    head = safetensors_bytes({**arrays, "digest": np.zeros(32, np.uint8)}, metadata)[:-32]
+    out.write_bytes(head + hashlib.sha256(head).digest())
+
+
+def _set(**values):
+    return lambda arrays, metadata: metadata.update(values)
+
+
+def _runs_are(*runs):
+    return _set(keys=json.dumps(runs))
+
+
+def _first(change):
+    def apply(arrays, metadata):
+        arrays["0.0"] = change(arrays["0.0"])
+
+    return apply
+
+
+def _not_a_number(array):
+    array = array.copy()
+    array.reshape(-1)[7] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, metadata: metadata.pop("keys"), "list of keys"),
+        (lambda arrays, metadata: metadata.pop("alpha"), "NTK factor"),
+        (_set(alpha="-3"), "NTK factor '-3'"),
+        (_set(alpha="0"), "NTK factor"),
+        (_set(alpha="2"), "NTK factor"),
+        (_set(alpha="9" * 400), "NTK factor"),
+        (_set(alpha="1.0"), "NTK factor"),
+        (_set(keys="{}"), "list of keys"),
+        (_set(keys="[" * 100_000), "nested too deeply"),
+        (_runs_are(), "claims 0 positions"),
+        (_runs_are(-1), "tokens and pictures"),
+        (_runs_are(True), "tokens and pictures"),
+        (_runs_are(1.5), "tokens and pictures"),
+        (_runs_are(10**400), "tokens and pictures"),
+        (_runs_are(["ab" * 32, -5]), "tokens and pictures"),
+        (_runs_are(["ab" * 32, 10**9]), "claims 1000000000 positions"),
+        (_runs_are(["ab" * 32, 1e9]), "tokens and pictures"),
+        (_runs_are(["ab" * 31, 5]), "tokens and pictures"),
+        (_runs_are(["xy" * 32, 5]), "tokens and pictures"),
+        (_runs_are(["ab" * 32]), "tokens and pictures"),
+        (_runs_are(1, 2, 3), "another shape"),
+        (_runs_are(["ab" * 32, 5000]), "another shape"),
+        (_first(_not_a_number), "not finite"),
+        (_first(lambda a: a[:1]), "another shape"),
+        (_first(lambda a: a.astype(np.float32)), "another shape"),
+        (lambda arrays, metadata: arrays.pop("0.0"), "another shape"),
+        (lambda arrays, metadata: arrays.update({"0.9": arrays.pop("0.0")}), "another shape"),
+        (lambda arrays, metadata: arrays.update(x=np.zeros(3, np.uint8)), "another shape"),
+        (lambda arrays, metadata: arrays.clear(), ""),
+    ],
+)
+def test_a_forged_past_is_refused_however_right_its_digest(saved, tmp_path, change, message):
+    model, file = saved
+    forged(file, tmp_path / "forged", change)
+    with pytest.raises(QvlError) as caught:
+        model.load_past(tmp_path / "forged")
+    assert message in str(caught.value) and "forged: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_forgery_that_changes_nothing_is_taken(saved, tmp_path):
+    model, file = saved
+    forged(file, tmp_path / "same", lambda arrays, metadata: None)
+    assert model.load_past(tmp_path / "same") == model.load_past(file)

@@ -8,6 +8,7 @@ Per quantised linear: qweight int32 ``[k/8, n]`` (row r, bits 4i..4i+3 hold colu
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def settings(checkpoint: Checkpoint) -> Settings | None:
         For another method, layout or number of bits than AutoGPTQ's 4 bits, version 1.
     """
     path = checkpoint.folder / "quantize_config.json"
-    if path.exists():
+    if os.path.lexists(path):
         config: Any = read_json(path)
     else:
         path = checkpoint.folder / "config.json"

@@ -1,7 +1,8 @@
 """Calibration data: conversations with pictures, whose activations tell which weights matter.
 
 Sources: Qwen-VL's fine-tuning JSON (a list of ``{"id", "conversations": [{"from", "value"}]}`` with
-``Picture 1: <img>path</img>``), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
+``Picture 1: <img>path</img>``), chat messages (``{"messages": [{"role", "content"}]}``, whose content may be a list of
+parts as Hugging Face's and OpenAI's), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
 folder of pictures (a caption in ``NAME.txt`` beside ``NAME.png``), or "builtin": scenes with shapes and print drawn by
 the package, questions and answers about them, and passages of text, in English and Chinese.
 """
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,8 @@ from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Config, Prompts
+from qvl_runtime.file.json_text import parse_json
+from qvl_runtime.file.opening import as_path, read_regular
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL
 from qvl_runtime.inputs.prompt import Prompt, Slot
@@ -31,7 +34,9 @@ from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 log = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
+FORM = "see Qwen-VL's fine-tuning format"
 MAX_BAD = 10
+MAX_DATA, MAX_CAPTION = 256 << 20, 1 << 20
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 WORDS = ("OPEN", "EXIT", "Hello", "Coffee", "Sale 50%", "Platform 9", "No. 12", "Paris", "STOP", "Menu", "Bus 42")
@@ -99,11 +104,14 @@ def load(
     QvlError
         When nothing can be read, more than `MAX_BAD` samples are bad (each is named and skipped), or none is left.
     """
-    rng = np.random.default_rng(seed)
+    rng, source = np.random.default_rng(seed), as_path(source)
+    for name, value in (("count", count), ("max_tokens", max_tokens)):
+        if type(value) is not int or value < 1:
+            raise QvlError(f"{name} is {value!r}; expected 1 or more")
     if str(source) == BUILTIN:
         found = _builtin(rng, count, pictures=speaker.config.sees)
     else:
-        found = list(_read(Path(source)))
+        found = list(_read(source))
         found = [found[i] for i in rng.permutation(len(found))]
     samples, bad = [], 0
     for name, turns in found:
@@ -135,48 +143,63 @@ Found = tuple[str, list[Turn] | str]
 """A name for messages, and turns or a plain text."""
 
 
-def _root(source: str | Path) -> Path:
-    path = Path(source)
-    return path if path.is_dir() else path.parent
+def _root(source: Path) -> Path:
+    return source if os.path.isdir(source) else source.parent
 
 
 def _read(path: Path) -> Iterator[Found]:
-    if path.is_dir():
+    if os.path.isdir(path):
         yield from _read_folder(path)
         return
+    remedy = "give a JSON file or a folder"
+    content = read_regular(path, limit=MAX_DATA, remedy=remedy)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QvlError(f"{path}: cannot be read as calibration data ({error}); give a JSON file or a folder") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QvlError(f"{path}: cannot be read as calibration data ({error}); {remedy}") from None
     if path.suffix == ".jsonl":
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         for name, line in lines:
-            yield name, _entry(_parse(line, name))
+            yield name, _entry(parse_json(line, f"{name}:", FORM))
         return
-    entries = _parse(text, str(path))
+    entries = parse_json(text, f"{path}:", FORM)
     if not isinstance(entries, list):
-        raise QvlError(f"{path}: holds no list of conversations; see Qwen-VL's fine-tuning format")
+        raise QvlError(f"{path}: holds no list of conversations; {FORM}")
     for number, entry in enumerate(entries, 1):
         label = entry.get("id", number) if isinstance(entry, dict) else number
         yield f"{path}, sample {label}", _entry(entry)
 
 
-def _parse(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise QvlError(f"{name}: is not readable as JSON ({error})") from None
-
-
 def _entry(entry: Any) -> list[Turn] | str:
     """Turns or text of one object; what is wrong with it is found when it is made into a sample."""
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("text"), str):
         return entry["text"]
-    conversation = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(conversation, list):
-        return []
-    turns = [(t.get("from"), t.get("value")) if isinstance(t, dict) else (None, None) for t in conversation]
-    return [(SPEAKERS.get(str(who).lower(), str(who)), said) for who, said in turns]
+    conversation = entry.get("conversations", entry.get("messages"))
+    turns: list[Turn] = []
+    for turn in conversation if isinstance(conversation, list) else []:
+        turn = turn if isinstance(turn, dict) else {}
+        who, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        turns.append((SPEAKERS.get(str(who).lower(), str(who)), _said(said)))
+    return turns
+
+
+def _said(said: Any) -> Any:
+    """A list of parts, as any of the forms in use writes them, as pictures and texts; all else as it is."""
+    if not isinstance(said, list):
+        return said
+    parts: list[dict[str, Any]] = []
+    for part in said:
+        part = part if isinstance(part, dict) else {}
+        source = next((part[key] for key in ("image", "image_url", "url") if key in part), None)
+        source = source.get("url") if isinstance(source, dict) else source
+        if isinstance(source, str):
+            parts.append({"image": source})
+        elif isinstance(part.get("text"), str):
+            parts.append({"text": part["text"]})
+        else:
+            return None
+    return parts
 
 
 def _read_folder(folder: Path) -> Iterator[Found]:
@@ -187,8 +210,9 @@ def _read_folder(folder: Path) -> Iterator[Found]:
         question = ("Describe the picture.", "描述这张图。")[i % 2]
         turns: list[Turn] = [("user", [{"image": path}, {"text": question}])]
         caption = path.with_suffix(".txt")
-        if caption.exists():
-            turns.append(("assistant", caption.read_text(encoding="utf-8", errors="replace").strip()))
+        if os.path.lexists(caption):
+            said = read_regular(caption, limit=MAX_CAPTION, remedy="a caption is a text file beside its picture")
+            turns.append(("assistant", said.decode("utf-8", "replace").strip()))
         yield str(path), turns
 
 
@@ -241,15 +265,21 @@ def _parts(content: Content) -> list[dict[str, Any]]:
 
 def _resolve(content: Content, root: Path, speaker: Speaker) -> Content:
     """Make the paths of pictures, which are relative to the data's folder, relative to here."""
-    if isinstance(content, list) or not speaker.config.sees:
+    if isinstance(content, list):
+        return [part | {"image": _from(root, part["image"])} if "image" in part else part for part in content]
+    if not speaker.config.sees:
         return content
-    pieces = split_images(content)
-    for i in range(1, len(pieces), 2):
-        if pieces[i] and not Path(pieces[i]).exists() and (root / pieces[i]).exists():
-            pieces[i] = str(root / pieces[i])
+    pieces = [_from(root, piece) if i % 2 else piece for i, piece in enumerate(split_images(content))]
     if speaker.tokenizer.has_image_tags or len(pieces) == 1:
         return "".join(f"<img>{piece}</img>" if i % 2 else piece for i, piece in enumerate(pieces))
     return [{"image": piece} if i % 2 else {"text": piece} for i, piece in enumerate(pieces) if piece]
+
+
+def _from(root: Path, source: ImageSource) -> ImageSource:
+    """A path that is relative to the data's folder, made good from here."""
+    if not isinstance(source, str) or not source or os.path.exists(source) or not os.path.exists(root / source):
+        return source
+    return str(root / source)
 
 
 def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = False) -> Sample:

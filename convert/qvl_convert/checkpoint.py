@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +18,8 @@ from qvl_runtime.families import family_of
 from qvl_runtime.families.base import Config, Family, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import as_path, open_regular, read_regular, shown
 from qvl_runtime.file.tensorfile import Entry, TensorFile
 from qvl_runtime.inputs.pictures import PictureReader
 from qvl_runtime.inputs.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat1
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 # Buffers that some published checkpoints carry and that this runtime computes by itself.
 BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
-MAX_JSON = 64 << 20
 
 
 def published_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
@@ -52,24 +52,15 @@ def read_json(path: Path) -> dict[str, Any]:
     QvlError
         When it is missing, or holds something else.
     """
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError("too large")
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
-    except FileNotFoundError:
-        raise QvlError(f"{path}: no such file; is {path.parent} the folder of a Hugging Face model?") from None
-    except (ValueError, RecursionError) as error:
-        raise QvlError(f"{path}: is not readable as JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise QvlError(f"{path}: holds no JSON object; download it again")
-    return value
+    content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of a Hugging Face model?")
+    return parse_object(content, f"{path}:", "download it again")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return result
+def open_weights(path: Path) -> TensorFile | PickleFile:
+    """A weight file of either kind, by its ending."""
+    if path.suffix == ".safetensors":
+        return TensorFile(path, remedy="finish the download")
+    return PickleFile(path)
 
 
 def read_tensor(shard: TensorFile | PickleFile, name: str) -> np.ndarray:
@@ -102,16 +93,16 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise QvlError(f"{self.folder}: is no folder; give the folder of a Hugging Face model")
+        self.folder = as_path(folder)
+        if not os.path.isdir(self.folder):
+            raise QvlError(f"{shown(self.folder)}: is no folder; give the folder of a Hugging Face model")
         self.raw_config = read_json(self.folder / "config.json")
         where = str(self.folder / "config.json")
         self.family = family_of(self.raw_config, where)
         self.config: Config = self.family.read_config(self.raw_config, where)
         generation = self.folder / "generation_config.json"
         self.generation_config = GenerationConfig.from_dict(
-            read_json(generation) if generation.exists() else {}, str(generation)
+            read_json(generation) if os.path.lexists(generation) else {}, str(generation)
         )
         self.ranks = self.family.read_ranks(self.folder, self.config)
         self._shards = self._open_shards()
@@ -120,7 +111,7 @@ class Checkpoint:
             for name in shard.entries:
                 if name in self._owners:
                     raise QvlError(
-                        f"{shard.path}: tensor {name!r} stands in {self._owners[name].path.name} too; "
+                        f"{shard.path}: tensor {name!r:.100} stands in {self._owners[name].path.name} too; "
                         "remove the shards of another model"
                     )
                 self._owners[name] = shard
@@ -128,7 +119,8 @@ class Checkpoint:
 
     def _open_shards(self) -> list[TensorFile | PickleFile]:
         self._index: dict[str, str] = {}
-        self._index_path = next((self.folder / name for name in INDEXES if (self.folder / name).exists()), None)
+        found = [self.folder / name for name in INDEXES if os.path.lexists(self.folder / name)]
+        self._index_path = found[0] if found else None
         if self._index_path is not None:
             self._index = self._read_index(self._index_path, INDEXES[self._index_path.name])
             names = sorted(set(self._index.values()))
@@ -139,10 +131,7 @@ class Checkpoint:
         if not names:
             raise QvlError(f"{self.folder}: holds no weights: neither *.safetensors nor pytorch_model*.bin")
         paths = [self.folder / name for name in names]
-        for path in paths:
-            if not path.is_file():
-                raise QvlError(f"{path}: no such file, but {self._index_path.name} names it; finish the download")
-        return [TensorFile(p) if p.suffix == ".safetensors" else PickleFile(p) for p in paths]
+        return [open_weights(path) for path in paths]
 
     @staticmethod
     def _read_index(path: Path, suffix: str) -> dict[str, str]:
@@ -158,7 +147,9 @@ class Checkpoint:
         for name, shard in self._index.items():
             owner = self._owners.get(name)
             if owner is None or owner.path.name != shard:
-                raise QvlError(f"{self.folder / shard}: has no tensor {name!r}, but {self._index_path.name} says so")
+                raise QvlError(
+                    f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_path.name} says so"
+                )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -251,7 +242,7 @@ class Checkpoint:
         for name in self.names:
             if name not in wanted and not BUFFERS.search(name):
                 raise QvlError(
-                    f"{self.path(name)}: {name!r} is a tensor which config.json does not describe; "
+                    f"{self.path(name)}: {name!r:.100} is a tensor which config.json does not describe; "
                     "do they belong together?"
                 )
 
@@ -263,7 +254,7 @@ class Checkpoint:
 def _fingerprint(path: Path, samples: int = 64, length: int = 4096) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for i in range(samples):
             file.seek(max(size - length, 0) * i // (samples - 1))
             digest.update(file.read(length))

@@ -19,6 +19,7 @@ from qvl_convert.quantize_model import Calibrated, Finished
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
+from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
 
 Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
@@ -85,7 +86,7 @@ def convert(
     resume : bool
         Take up an unfinished conversion of the same model with the same settings.
     force : bool
-        Replace `out` if it exists.
+        Replace `out` if it exists, or begin an unfinished conversion anew.
     progress : callable
         Told the name of each finished tensor, the bytes of the file that are done, and its size.
     produce : callable
@@ -96,6 +97,11 @@ def convert(
     QvlError
         When source or settings are refused; nothing is left behind then.
     """
+    if method != "gptq" and target_size is None:
+        if calibration_data != calibration.BUILTIN:
+            raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
+        if spill:
+            raise QvlError("spill is for method gptq or a target size; choose one")
     default = 16 if bits == 16 else 8
     recipe = Recipe(
         bits=bits,

@@ -10,15 +10,13 @@ import hashlib
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qvl_convert.checkpoint import Checkpoint, read_json, read_tensor
-from qvl_convert.unpickle import PickleFile
+from qvl_convert.checkpoint import Checkpoint, open_weights, read_json, read_tensor
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.tensorfile import TensorFile
+from qvl_runtime.file.opening import as_path, open_regular
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -45,13 +43,13 @@ class Merged(Checkpoint):
 
     def __init__(self, folder: str | os.PathLike, adapter: str | os.PathLike):
         super().__init__(folder)
-        self._adapter = Path(adapter)
+        self._adapter = as_path(adapter)
         self._where = self._adapter / "adapter_config.json"
         self._factor = _factor(read_json(self._where), str(self._where))
-        self._path = next((self._adapter / name for name in FILES if (self._adapter / name).is_file()), None)
+        self._path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
         if self._path is None:
             raise QvlError(f"{self._adapter}: holds no {FILES[0]}; finish the download")
-        shard = TensorFile(self._path) if self._path.suffix == ".safetensors" else PickleFile(self._path)
+        shard = open_weights(self._path)
         self._low_rank: dict[str, dict[str, np.ndarray]] = {}
         self._saved: dict[str, np.ndarray] = {}
         for key in shard.entries:
@@ -73,8 +71,11 @@ class Merged(Checkpoint):
 
     def fingerprint(self) -> dict[str, str]:
         """As `Checkpoint.fingerprint`, with the adapter's file and strength."""
-        digest = hashlib.sha256(self._path.read_bytes() + str(self._factor(1)).encode()).hexdigest()
-        return super().fingerprint() | {f"{self._adapter.name}/{self._path.name}": digest[:32]}
+        with open_regular(self._path) as file:
+            digest = hashlib.file_digest(file, "sha256")
+        # The strength at two ranks tells alpha and `use_rslora`.
+        digest.update(f"{self._factor(1)} {self._factor(4)}".encode())
+        return super().fingerprint() | {f"{self._adapter.name}/{self._path.name}": digest.hexdigest()[:32]}
 
     def _take(self, key: str, array: np.ndarray) -> None:
         low_rank, saved = LOW_RANK.fullmatch(key), SAVED.fullmatch(key)

@@ -12,13 +12,15 @@ import dataclasses
 import math
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import open_regular
 
 STORAGES = {
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -37,7 +39,10 @@ DICTIONARY, TENSOR, PARAMETER = (
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
 )
-MAX_PICKLE = 64 << 20
+# Of one shard's pickle; Qwen-VL's largest has 0.2 MB and 20,000 instructions.
+MAX_PICKLE = 8 << 20
+MAX_INSTRUCTIONS = 1 << 20
+MAX_DIRECTORY = 8 << 20
 REMEDY = "only files that hold nothing but tensors are read; take the model's safetensors files"
 
 
@@ -79,27 +84,25 @@ class PickleFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(path, remedy="finish the download") as file:
                 if file.read(2) != b"PK":
                     raise QvlError(
                         f"{path}: is no zip file: truncated, or saved by PyTorch before 1.6; "
                         "download it again, or save it with a newer PyTorch"
                     )
                 pickle, self._storages = _read_archive(file)
-        except FileNotFoundError:
-            raise QvlError(f"{path}: no such file; is the download complete?") from None
         except QvlError:
             raise
         # zipfile documents no complete list of what a damaged archive makes it raise.
         except Exception as error:
-            raise QvlError(f"{path}: cannot be read ({error}); download it again") from None
+            raise QvlError(f"{path}: cannot be read ({error!s:.300}); download it again") from None
         try:
             self.entries = _Interpreter(self._storages).run(pickle)
         except _Refused as error:
             raise QvlError(f"{path}: {error}; {REMEDY}") from None
         # What a damaged pickle makes the interpreter raise: popping an empty stack, a wrong operand.
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise QvlError(f"{path}: its pickle is malformed ({error}); download it again") from None
+            raise QvlError(f"{path}: its pickle is malformed ({error!s:.300}); download it again") from None
 
     def array(self, name: str) -> np.ndarray:
         """A tensor, mapped for as long as the array lives; copied only when it is not contiguous."""
@@ -120,15 +123,31 @@ def map_bytes(path: Path, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
     """
     if start == stop:
         return np.empty(0, dtype)
-    raw = np.asarray(np.memmap(path, np.uint8, "r", start, (stop - start,)))
+    with open_regular(path) as file:
+        try:
+            raw = np.asarray(np.memmap(file, np.uint8, "r", start, (stop - start,)))
+        except (OSError, ValueError) as error:  # ValueError: it was cut short meanwhile
+            raise QvlError(f"{path}: cannot be read ({error}); download it again") from None
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
     return raw.view(dtype)
 
 
-def _read_archive(file: Any) -> tuple[bytes, dict[str, tuple[int, int]]]:
+class _SmallReads:
+    """A file as `zipfile` may use it: it would read a directory of any length at once, and make objects of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, count: int = -1) -> bytes:
+        if count > MAX_DIRECTORY:
+            raise ValueError(f"its directory has {count} bytes")
+        return self._read(MAX_DIRECTORY if count < 0 else count)
+
+
+def _read_archive(file: BinaryIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The pickle of a shard, and where each storage lies: ``{key: (start, stop)}``."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_SmallReads(file)) as archive:
         records = archive.infolist()
         names = [r.filename for r in records]
         if len(set(names)) != len(names):
@@ -153,7 +172,7 @@ def _read_archive(file: Any) -> tuple[bytes, dict[str, tuple[int, int]]]:
     return pickle, {name.removeprefix(prefix): span for name, span in spans.items() if name.startswith(prefix)}
 
 
-def _span(file: Any, record: zipfile.ZipInfo, size: int) -> tuple[int, int]:
+def _span(file: BinaryIO, record: zipfile.ZipInfo, size: int) -> tuple[int, int]:
     """Where the bytes of an uncompressed record lie."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 or record.compress_size != record.file_size:
         raise ValueError(f"its record {record.filename!r} is compressed or encrypted")
@@ -190,6 +209,14 @@ class _Mark:
     pass
 
 
+def _program(pickle: bytes) -> Iterator[tuple[str, Any]]:
+    """The instructions of a pickle with their operands, one at a time: a byte can be one, and a tuple of it 100."""
+    for count, (instruction, operand, _) in enumerate(pickletools.genops(pickle), 1):
+        if count > MAX_INSTRUCTIONS:
+            raise ValueError(f"it has more than {MAX_INSTRUCTIONS} instructions")
+        yield instruction.name, operand
+
+
 class _Interpreter:
     """Runs the instructions of one pickle; the only values it makes are those of this module and plain data."""
 
@@ -199,19 +226,18 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> dict[str, PickledTensor]:
-        program = [(instruction.name, operand) for instruction, operand, _ in pickletools.genops(pickle)]
         # Named before anything else is refused: what a hostile file calls is what its reader wants to know.
-        for name, operand in program:
+        for name, operand in _program(pickle):
             if name in ("GLOBAL", "INST"):
                 _known(operand)
-        for name, operand in program:
+        for name, operand in _program(pickle):
             self._step(name, operand)
         (result,) = self.stack
         if not isinstance(result, dict):
             raise _Refused("holds no dictionary of tensors")
         for name, value in result.items():
             if not isinstance(value, PickledTensor):
-                raise _Refused(f"{name!r} in it is no tensor")
+                raise _Refused(f"{name!r:.100} in it is no tensor")
         return result
 
     def _step(self, name: str, operand: Any) -> None:

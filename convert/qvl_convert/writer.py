@@ -38,6 +38,11 @@ def _order(name: str, dtype: np.dtype) -> int:
     return len(SUFFIX_ORDER) + DTYPE_ORDER.index(dtype.name)
 
 
+def partial_path(path: Path) -> Path:
+    """What a file is called until it is finished."""
+    return path.with_name(path.name + ".partial")
+
+
 class BlobWriter:
     """Writes the tensors of one file.
 
@@ -52,7 +57,7 @@ class BlobWriter:
     resume : bool
         Take up an unfinished file, if there is one.
     force : bool
-        Replace a finished file.
+        Replace a finished file, or begin an unfinished one anew.
 
     Raises
     ------
@@ -66,10 +71,12 @@ class BlobWriter:
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_path(path)
         self._force = force
         self._refuse_existing()
         self._plan(layout, metadata)
+        if self.partial.exists() and not (resume or force):
+            raise QvlError(f"{self.partial}: is unfinished; --resume continues it, --force begins anew")
         resume = resume and self.partial.exists()
         if not resume:
             self._check_space()
@@ -135,7 +142,7 @@ class BlobWriter:
             self._file.close()
             raise QvlError(
                 f"{self.partial}: was begun with other settings or from another model; "
-                "convert without --resume to begin anew"
+                "convert with --force instead of --resume to begin anew"
             )
         self._done = {name for name, value in found.items() if value != NO_HASH and self._hash(name) == value}
 

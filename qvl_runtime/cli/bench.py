@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
 from qvl_runtime.cli.loading import Activations, Device, KVCache, load_shown
+from qvl_runtime.cli.text import duration, size
 from qvl_runtime.errors import QvlError
 
 
@@ -28,10 +29,9 @@ def bench(
 
     A table, then one JSON document as the last line. QVL_THREADS sets the number of threads.
 
+    \b
     Examples:
-
       qvl bench qwen-vl-chat.qvl
-
       QVL_THREADS=1 qvl bench qwen-vl-chat.qvl --prompt-tokens 8000 --kv-cache int8
     """
     loaded = load_shown(model, device, kv_cache, activations=activations)
@@ -61,16 +61,16 @@ def _table(speeds: Speeds, conditions: dict) -> Table:
     for heading in ("work", "speed", "of the machine's limit"):
         table.add_column(heading, justify="left" if heading == "work" else "right")
     if speeds.image is not None:
-        table.add_row("one picture", f"{speeds.image:.2f} s", "")
+        table.add_row("one picture", duration(speeds.image), "")
     prompt, answer = (f"{conditions[name]} tokens" for name in ("prompt_tokens", "new_tokens"))
     table.add_row(f"prompt of {prompt}", f"{speeds.prefill:.1f} tokens/s", _share(speeds.prefill_share, "int8 peak"))
     table.add_row(f"answer of {answer}", f"{speeds.decode:.2f} tokens/s", _share(speeds.decode_share, "bandwidth"))
-    table.add_row("bytes an answer's token reads", f"{speeds.bytes_per_token / 1e9:.3f} GB", "")
+    table.add_row("bytes an answer's token reads", size(speeds.bytes_per_token), "")
     if speeds.bandwidth is not None:
-        table.add_row("the machine reads", f"{speeds.bandwidth / 1e9:.1f} GB/s", "")
+        table.add_row("the machine reads", f"{size(speeds.bandwidth)}/s", "")
         table.add_row("the machine multiplies int8", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
     if speeds.peak_memory is not None:
-        table.add_row("peak memory, file included", f"{speeds.peak_memory / 1e9:.2f} GB", "")
+        table.add_row("peak memory, file included", size(speeds.peak_memory), "")
     return table
 
 

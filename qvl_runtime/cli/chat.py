@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.cli.conversation import Conversation
-from qvl_runtime.cli.loading import Activations, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
 from qvl_runtime.cli.screen import Screen
+from qvl_runtime.cli.text import standard_input
 
 
 def chat(
     model: Annotated[Path, typer.Argument(help="A .qvl file of a chat model.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture to begin with.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture to begin with.")] = None,
     system: Annotated[str | None, typer.Option(help="What the assistant is told about itself.")] = None,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
@@ -23,20 +24,19 @@ def chat(
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep what was seen of pictures here, for later (up to 2 GiB).")
+        Path | None, typer.Option(help="Keep the features of pictures in this folder, for later (up to 2 GiB).")
     ] = None,
+    allow_urls: AllowUrls = False,
 ) -> None:
     """Talk with a chat model; /help inside lists what you can do.
 
-    From a pipe it answers every line and prints the answers alone.
+    From a pipe it answers every line and prints the answers alone. The exit status is 1 if a line failed.
 
+    \b
     Examples:
-
       qvl chat qwen-vl-chat.qvl
-
       qvl chat qwen-vl-chat.qvl --image cat.jpg
-
-      echo "What is the capital of France?" | qvl chat qwen-vl-chat.qvl
+      echo "Describe it." | qvl chat qwen-vl-chat.qvl -i cat.jpg
     """
     loaded = load_shown(
         model,
@@ -47,27 +47,30 @@ def chat(
         vision_device=vision_device,
         cache_dir=cache_dir,
     )
-    conversation = Conversation(loaded, Screen(), system=system)
-    for path in image or ():
-        conversation.attach(path)
-    if sys.stdin.isatty():
+    conversation = Conversation(loaded, Screen(), system=system, allow_urls=allow_urls)
+    for source in image or ():
+        conversation.attach(source)
+    if sys.stdin is not None and sys.stdin.isatty():
         _talk(conversation)
-    else:
-        for line in sys.stdin:
-            conversation.take(line.rstrip("\n"))
+        return
+    for line in standard_input():
+        conversation.take(line)
+        if not conversation.open:
+            break
+    if conversation.failed:
+        raise typer.Exit(1)
 
 
 def _talk(conversation: Conversation) -> None:
-    """Read lines with history and editing until the user leaves."""
+    """Read lines with history and editing until the user leaves; Ctrl-C ends what is going on, and no more."""
     from prompt_toolkit import PromptSession
 
     conversation.greet()
     session: PromptSession[str] = PromptSession()
     while conversation.open:
         try:
-            line = session.prompt("> ")
+            conversation.take(session.prompt("> "))
         except KeyboardInterrupt:
             continue
         except EOFError:
             break
-        conversation.take(line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from qvl_runtime.boxes import Box
+from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.cli.screen import Screen
+from qvl_runtime.cli.text import size
+from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import format_box
 from qvl_runtime.file.atomic import replacing
-from qvl_runtime.inputs.images import load_image
-from qvl_runtime.inputs.tokenizer import split_images
+from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.model import Model
 
-SETTINGS: dict[str, Callable[[str], Any]] = {
+SAMPLING: dict[str, Callable[[str], Any]] = {
     "temperature": float,
     "top_p": float,
     "top_k": int,
@@ -28,10 +32,9 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "repetition_penalty": float,
     "presence_penalty": float,
     "frequency_penalty": float,
-    "max_new_tokens": int,
     "seed": int,
 }
-FORMAT = "qvl conversation 1"
+SETTINGS = {**SAMPLING, "max_new_tokens": int}
 
 
 class Conversation:
@@ -41,18 +44,20 @@ class Conversation:
     ----------
     open : bool
         False once the user has left.
+    failed : bool
+        Whether a line could not be done.
     history : list of (query, answer)
     """
 
-    def __init__(self, model: Model, screen: Screen, *, system: str | None = None):
+    def __init__(self, model: Model, screen: Screen, *, system: str | None = None, allow_urls: bool = False):
         if not model.is_chat:
             raise QvlError(f"{model.blob.path}: is a base model and has no chat turns; use qvl generate")
-        self.model, self.screen = model, screen
+        self.model, self.screen, self.allow_urls = model, screen, allow_urls
         self.system = system
-        self.open = True
+        self.open, self.failed = True, False
         self.history: list[tuple[Any, str | None]] = []
         self.settings: dict[str, Any] = {}
-        self._waiting: list[str] = []
+        self._waiting: list[ImageSource] = []
         self._boxes: list[Box] = []
         self._left_out = 0
         self._commands = {
@@ -64,27 +69,41 @@ class Conversation:
         self.screen.say(f"{self.model.blob.path.name} on {self.model.ops.name}. /help for commands, Ctrl-D to leave.")
 
     def take(self, line: str) -> None:
-        """Do what one line says; what the user can mend is said and the conversation goes on."""
+        """Do what one line says; an error that the user can correct is shown, and the conversation goes on.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            When interrupted; what there is of an answer is in the history then.
+        """
         line = line.strip()
         if not line:
             return
         try:
             if path := dropped_file(line):
-                self.attach(path)
+                self.attach(str(path))
             elif line.startswith("/"):
                 self._command(line)
             else:
                 self._ask(line)
         except QvlError as error:
+            self.failed = True
             self.screen.complain(str(error))
 
-    def attach(self, path: str | os.PathLike) -> None:
-        """Add a picture to the next question."""
+    def attach(self, source: str) -> None:
+        """Add a picture, by its path or URL, to the next question."""
         if self.model.pictures is None:
-            raise QvlError("this model sees no pictures")
-        width, height = load_image(Path(path).expanduser()).size
-        self._waiting.append(str(Path(path).expanduser()))
-        self.screen.say(f"{path}: {width} x {height}, goes with your next question")
+            raise QvlError("this model takes no pictures")
+        if is_url(source):
+            if not self.allow_urls:
+                raise QvlError(f"{source}: is a URL; start qvl chat with --allow-urls, or download the picture first")
+            picture: ImageSource = load_image(source, allow_urls=True)
+            width, height = picture.size
+        else:
+            picture = str(user_path(source).absolute())
+            width, height = load_image(picture).size
+        self._waiting.append(picture)
+        self.screen.say(f"{source}: {width} x {height}, goes with your next question")
 
     # what a line can ask for
 
@@ -96,36 +115,40 @@ class Conversation:
 
     def _do_help(self, rest: str) -> None:
         """/help                     this list"""
+        wide = self.screen.console.width >= 80
         for command in self._commands.values():
-            self.screen.say(command.__doc__)
+            usage, text = re.split(r"\s{2,}", command.__doc__, maxsplit=1)
+            self.screen.say(f"{usage:<32}{text}" if wide else f"{usage}\n  {text}")
         self.screen.say("A line that is the path of a picture attaches it. Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _do_image(self, rest: str) -> None:
         """/image FILE               attach a picture to your next question"""
         if not rest:
             raise QvlError("/image needs the path of a picture")
-        self.attach(_unquoted(rest))
+        self.attach(rest if is_url(rest) else _unquoted(rest))
 
     def _do_box(self, rest: str) -> None:
         """/box X1 Y1 X2 Y2 [QUESTION]  ask about a rectangle of the last picture, in its pixels"""
-        words = rest.split(maxsplit=4)
+        parts = rest.split(maxsplit=4)
         try:
-            corners = [float(word) for word in words[:4]]
-            if len(corners) != 4:
+            x1, y1, x2, y2 = (float(part) for part in parts[:4])
+            if not (x1 < x2 < math.inf and y1 < y2 < math.inf):
                 raise ValueError
         except ValueError:
-            raise QvlError("/box needs four numbers, x1 y1 x2 y2, in pixels of the picture") from None
-        width, height = load_image(self._picture()).size
-        scaled = [min(999, max(0, int(v / size * 1000))) for v, size in zip(corners, (width, height) * 2)]
-        question = words[4] if len(words) > 4 else "What is this?"
+            raise QvlError("/box needs four numbers, x1 y1 x2 y2 (left, top, right, bottom), in pixels") from None
+        width, height = load_image(self._last_picture(), allow_urls=self.allow_urls).size
+        corners = zip((x1, y1, x2, y2), (width, height) * 2)
+        scaled = [math.floor(min(999, max(0, corner / side * 1000))) for corner, side in corners]
+        question = parts[4] if len(parts) > 4 else "What is this?"
         self._ask(f"{format_box(Box(None, *scaled))}{question}")
 
     def _do_show(self, rest: str) -> None:
         """/show [FILE.png]          draw the last answer's boxes on its picture"""
         if not self._boxes:
             raise QvlError("the last answer has no boxes to show")
-        out = Path(_unquoted(rest) or "boxes.png").expanduser()
-        for number, label in draw_boxes(self._picture(), self._boxes, out).legend.items():
+        out = user_path(_unquoted(rest) or "boxes.png")
+        picture = load_image(self._spoken_of(), allow_urls=self.allow_urls)
+        for number, label in draw_boxes(picture, self._boxes, out).legend.items():
             self.screen.say(f"{number}: {label}")
         self.screen.say(f"saved {out}")
         if out.suffix.lower() == ".png":
@@ -135,70 +158,72 @@ class Conversation:
         """/undo                     take back your last question and its answer"""
         if not self.history:
             raise QvlError("there is nothing to undo")
-        self.history.pop()
+        query, _ = self.history.pop()
         self._boxes = []
+        self.screen.say(f"took back {_shortened(query)}; turns left: {len(self.history)}")
 
     def _do_retry(self, rest: str) -> None:
         """/retry                    ask the last question again"""
         if not self.history:
             raise QvlError("there is nothing to retry")
-        query, answer = self.history.pop()
+        before, self.history = self.history, self.history[:-1]
         try:
-            self._answer(query)
-        finally:
-            if not self.history or self.history[-1][0] is not query:
-                self.history.append((query, answer))
+            self._answer(before[-1][0])
+        except QvlError:
+            self.history = before
+            raise
 
     def _do_set(self, rest: str) -> None:
         """/set NAME VALUE           temperature, top_p, top_k, max_new_tokens, seed, …; no VALUE: the model's own"""
         name, _, value = rest.replace("=", " ").partition(" ")
         if not name:
-            own = {k: v for k, v in self.model.generation_config.to_dict().items() if k in SETTINGS}
+            config = self.model.generation_config
+            own = {k: v for k, v in config.to_dict().items() if k in SETTINGS}
+            own |= {} if config.do_sample else {"temperature": 0}
             self.screen.say(", ".join(f"{k} {v}" for k, v in (own | self.settings).items()))
             return
         if name not in SETTINGS:
             raise QvlError(f"{name} is no setting; there are {', '.join(SETTINGS)}")
         if not value.strip():
             self.settings.pop(name, None)
+            self.screen.say(f"{name}: the model's own")
             return
         try:
-            self.settings[name] = SETTINGS[name](value.strip())
+            number = SETTINGS[name](value.strip())
         except ValueError:
             raise QvlError(f"{name} is {value.strip()!r}, expected a number") from None
+        if name in SAMPLING:
+            Sampler(**{name: number})
+        elif number < 1:
+            raise QvlError(f"{name} is {number}, expected 1 or more")
+        self.settings[name] = number
+        self.screen.say(f"{name} {number}")
 
     def _do_save(self, rest: str) -> None:
         """/save FILE.json           save the conversation, and beside it what the model remembers of it (large)"""
         if not rest:
             raise QvlError("/save needs a file name")
-        document = {"format": FORMAT, "system": self.system, "settings": self.settings, "history": self.history}
-        path = Path(_unquoted(rest)).expanduser()
+        path = user_path(_unquoted(rest))
+        history = [(portable(query), answer) for query, answer in self.history]
+        document = {"format": FORMAT, "system": self.system, "settings": self.settings, "history": history}
         try:
             with replacing(path) as file:
-                file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
+                file.write(json.dumps(document, ensure_ascii=False, indent=1).encode(errors="backslashreplace"))
         except OSError as error:
             raise QvlError(f"{path}: cannot be written ({error.strerror})") from None
         self.screen.say(f"saved {path}")
         if tokens := self.model.save_past(_past(path), self.history, system=self.system):
-            size = _past(path).stat().st_size / 1e6
-            self.screen.say(f"saved {_past(path)}: {size:.1f} MB, so that {tokens} tokens need not be computed again")
+            nbytes = size(_past(path).stat().st_size)
+            self.screen.say(f"saved {_past(path)}: {nbytes}, so that {tokens} tokens need not be computed again")
 
     def _do_load(self, rest: str) -> None:
         """/load FILE.json           go on with a saved conversation"""
-        path = Path(_unquoted(rest)).expanduser()
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] != FORMAT:
-                raise ValueError
-            history = [(query, answer) for query, answer in document["history"]]
-            settings = {name: SETTINGS[name](value) for name, value in document["settings"].items()}
-            system = None if document["system"] is None else str(document["system"])
-        except OSError as error:
-            raise QvlError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            raise QvlError(f"{path}: is no conversation saved with /save") from None
-        self.history, self.settings, self.system = history, settings, system
-        self._boxes, self._waiting = [], []
-        self.screen.say(f"{len(history)} turns")
+        if not rest:
+            raise QvlError("/load needs the name of a file that /save made")
+        path = user_path(_unquoted(rest))
+        self.system, self.settings, self.history = read_saved(path, SETTINGS)
+        self._boxes, self._waiting, self._left_out = [], [], 0
+        self._tell_loaded(path)
         if _past(path).exists():
             try:
                 self.screen.say(f"{self.model.load_past(_past(path))} tokens need not be computed again")
@@ -209,46 +234,70 @@ class Conversation:
         """/quit                     leave"""
         self.open = False
 
+    def _tell_loaded(self, path: Path) -> None:
+        named = [source for query, _ in self.history for source in pictures(query)]
+        self.screen.say(f"{path}: turns {len(self.history)}, pictures {len(named)}")
+        if self.history:
+            self.screen.say(f"the last question was {_shortened(self.history[-1][0])}")
+        for source in named:
+            if isinstance(source, str) and not (is_url(source) or source.startswith("data:") or is_file(source)):
+                self.screen.say(f"{source}: this picture is gone; put it back before you ask")
+
     # answering
 
     def _ask(self, text: str) -> None:
-        pieces: Any = text
-        if self._waiting:
-            pieces = [*({"image": path} for path in self._waiting), {"text": text}]
-        self._answer(pieces)
-        self._waiting = []
+        waiting, self._waiting = self._waiting, []
+        try:
+            self._answer([*({"image": source} for source in waiting), {"text": text}] if waiting else text)
+        except QvlError:
+            self._waiting = waiting
+            raise
 
     def _answer(self, query: Any) -> None:
-        """Answer and remember; Ctrl-C ends the answer early and keeps what there is of it."""
+        """Answer and remember, also what there is of an answer when it is interrupted."""
         said: list[str] = []
-        with self.screen.answering("looking" if self._waiting else "thinking") as place:
+        with self.screen.answering("thinking") as place:
 
             def show(piece) -> None:
                 said.append(piece.text)
                 place.show(piece.text)
 
             try:
-                result = self.model.chat(query, self.history, system=self.system, on_piece=show, **self.settings)
+                result = self.model.chat(
+                    query,
+                    self.history,
+                    system=self.system,
+                    on_piece=show,
+                    allow_urls=self.allow_urls,
+                    **self.settings,
+                )
             except KeyboardInterrupt:
                 self.history = [*self.history, (query, "".join(said).strip())]
                 self._boxes = []
-                return
+                raise
         if result.left_out > self._left_out:
             self.screen.say(f"(the context is full: the model no longer sees the oldest {result.left_out} turns)")
+        if result.finish_reason == "length":
+            full = result.prompt_tokens + len(result.token_ids) >= self.model.window
+            remedy = "start with a larger --context" if full else "/set max_new_tokens allows more"
+            self.screen.say(f"(the answer was cut after {len(result.token_ids)} tokens; {remedy})")
         self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
 
-    def _picture(self) -> str:
-        """The picture last spoken of."""
-        if self._waiting:
-            return self._waiting[-1]
+    def _last_picture(self) -> ImageSource:
+        """The picture that waits for the next question, or else the one last spoken of."""
+        return self._waiting[-1] if self._waiting else self._spoken_of()
+
+    def _spoken_of(self) -> ImageSource:
+        """The last picture of the history."""
         for query, _ in reversed(self.history):
-            if isinstance(query, str):
-                found = split_images(query)[1::2]
-            else:
-                found = [piece["image"] for piece in query if "image" in piece]
-            if found:
+            if found := pictures(query):
                 return found[-1]
         raise QvlError("there is no picture yet; attach one with /image FILE")
+
+
+def _shortened(query: Any) -> str:
+    text = words(query)
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _past(path: Path) -> Path:
@@ -258,8 +307,13 @@ def _past(path: Path) -> Path:
 
 def dropped_file(line: str) -> Path | None:
     """The picture a line names, if nothing else: a path as terminals paste it (quoted, escaped) or a file URL."""
-    path = unquote(urlparse(line).path) if line.startswith("file://") else _unquoted(line)
-    return Path(path).expanduser() if Path(path).suffix and _exists(path) else None
+    text = _unquoted(line)
+    if line.startswith("file://"):
+        try:
+            text = unquote(urlparse(line).path)
+        except ValueError:  # such as file://[::1
+            return None
+    return user_path(text) if Path(text).suffix and _exists(text) else None
 
 
 def _unquoted(text: str) -> str:
@@ -267,14 +321,14 @@ def _unquoted(text: str) -> str:
     if _exists(text):
         return text
     try:
-        words = shlex.split(text)
+        parts = shlex.split(text)
     except ValueError:
         return text
-    return words[0] if len(words) == 1 else text
+    return parts[0] if len(parts) == 1 else text
 
 
-def _exists(path: str) -> bool:
+def _exists(text: str) -> bool:
     try:
-        return Path(path).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError):  # longer than a path may be, a NUL in it, no such user
+        return is_file(user_path(text))
+    except QvlError:
         return False

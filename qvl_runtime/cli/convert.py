@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from qvl_convert.convert import Progress as Report
 from qvl_convert.convert import convert as run
+from qvl_convert.writer import partial_path
+from qvl_runtime.cli.text import size
 
 
 def convert(
@@ -38,45 +41,46 @@ def convert(
         typer.Option(help="Conversations to compare with the original at the end.  [default: 2 with gptq, else 0]"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT, or what is there of it, if it exists.")] = False,
 ) -> None:
     """Make a .qvl file out of a Hugging Face model.
 
     Reads Qwen-VL, Qwen-VL-Chat and Qwen-7B from safetensors or PyTorch files, and takes over their 4-bit AutoGPTQ
     editions as they are. No code of the model is run.
 
+    \b
     Examples:
-
       qvl convert Qwen-VL-Chat qwen-vl-chat.qvl
-
       qvl convert Qwen-VL-Chat small.qvl --vision-bits 4 --head-bits 4
-
-      qvl convert Qwen-VL-Chat faithful.qvl --method gptq --calibration my-conversations.json
-
+      qvl convert Qwen-VL-Chat best.qvl --method gptq --calibration my.json
       qvl convert Qwen-VL-Chat mine.qvl --lora my-fine-tune
-
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
-    with _bar() as report:
-        run(
-            src,
-            out,
-            bits=bits,
-            group_size=group_size,
-            vision_bits=vision_bits,
-            head_bits=head_bits,
-            method=method,
-            target_size=target_size,
-            lora=lora,
-            calibration_data=calibration,
-            calibration_samples=calibration_samples,
-            device=device,
-            spill=spill,
-            resume=resume,
-            force=force,
-            progress=report,
-        )
-    print(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
+    try:
+        with _bar() as report:
+            run(
+                src,
+                out,
+                bits=bits,
+                group_size=group_size,
+                vision_bits=vision_bits,
+                head_bits=head_bits,
+                method=method,
+                target_size=target_size,
+                lora=lora,
+                calibration_data=calibration,
+                calibration_samples=calibration_samples,
+                device=device,
+                spill=spill,
+                resume=resume,
+                force=force,
+                progress=report,
+            )
+    except KeyboardInterrupt:
+        if (partial := partial_path(out)).exists():
+            print(f"qvl: interrupted; {partial} is unfinished: --resume continues it", file=sys.stderr)
+        raise
+    print(f"{out}: {size(out.stat().st_size)}")
     if verify is None:
         verify = 2 if method == "gptq" else 0
     if verify:

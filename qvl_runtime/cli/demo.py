@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +15,15 @@ import typer
 from PIL import Image
 
 from qvl_convert.convert import convert
+from qvl_runtime.blob import Blob
 from qvl_runtime.cli.loading import Device
+from qvl_runtime.cli.text import duration, size
 from qvl_runtime.demo import checkpoint_folder
-from qvl_runtime.demo.conversations import SINGLE, Exchange
+from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, Exchange
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
 from qvl_runtime.demo.scoring import is_right
 from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.errors import QvlError
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
@@ -28,11 +33,13 @@ QUESTIONS = (
     ("read", "en"), ("second", "en"),
 )  # fmt: skip
 SIDE = 448
+FILES = ("demo.qvl", "picture.png", "boxes.png")
+"""What it leaves in its folder, the model first."""
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the picture and the boxes.")] = Path("qvl-demo"),
-    seed: Annotated[int | None, typer.Option(help="Draw this picture again; a fresh one if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw this picture again; a fresh one if not given.")] = None,
     device: Device = "auto",
 ) -> None:
     """Try the small model that comes with the package.
@@ -40,20 +47,19 @@ def demo(
     Converts it to 4 bits, draws a picture that nobody has seen, asks about it in English and Chinese, and saves the
     picture with the boxes of the answers. Everything stays in one folder, which may be deleted afterwards.
 
+    \b
     Examples:
-
       qvl demo
-
       qvl demo --seed 7 --out /tmp/demo
     """
     began = time.perf_counter()
     source, blob = checkpoint_folder(), out / "demo.qvl"
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     print("1. The model: the package's own small Qwen-VL, converted to 4 bits")
     print(f"   $ qvl convert {shlex.quote(str(source))} {shlex.quote(str(blob))} --force")
     convert(source, blob, force=True)
     before = (source / "model.safetensors").stat().st_size
-    print(f"   {before / 1e6:.1f} MB in bf16 -> {blob.stat().st_size / 1e6:.1f} MB ({_since(began)})")
+    print(f"   {size(before)} in bf16 -> {size(blob.stat().st_size)} ({_since(began)})")
 
     seed = int(time.time()) % 1_000_000 if seed is None else seed
     rng = np.random.default_rng(seed)
@@ -65,7 +71,9 @@ def demo(
     start = time.perf_counter()
     model = load(blob, device)
     print(f"\n3. Questions, answered on {model.ops.name} (loading took {_since(start)})")
-    results = [_ask(model, exchange, picture) for exchange in questions(rng, scene)]
+    # A terminal without Chinese is asked in English alone.
+    languages = LANGUAGES if _can_print("中文") else ("en",)
+    results = [_ask(model, exchange, picture) for exchange in questions(rng, scene, languages)]
 
     boxes = [box for result in results for box in result.boxes]
     legend = draw_boxes(picture, boxes, out / "boxes.png").legend
@@ -77,8 +85,8 @@ def demo(
         sum(getattr(t, count) for t in spent) / max(sum(getattr(t, seconds) for t in spent), 1e-9)
         for count, seconds in (("prompt_tokens", "prefill"), ("new_tokens", "decode"))
     )
-    picture_time = sum(t.image for t in spent) / len(spent)
-    print(f"\n   picture {picture_time * 1000:.1f} ms, prompt {prompts:,.0f} tokens/s, answer {answers:,.0f} tokens/s")
+    # The features of the picture are cached after the first question.
+    print(f"\n   picture {duration(spent[0].image)}, prompt {prompts:,.0f} tokens/s, answer {answers:,.0f} tokens/s")
     print(f"   all in {_since(began)}. Go on by yourself:")
     asked = f"qvl generate {shlex.quote(str(blob))} 'Describe the picture.' --image"
     print(f"   $ {asked} {shlex.quote(str(out / 'picture.png'))}")
@@ -93,10 +101,39 @@ def fresh_scene(rng: np.random.Generator) -> Scene:
             return scene
 
 
-def questions(rng: np.random.Generator, scene: Scene) -> list[Exchange]:
-    """One question for each of QUESTIONS that the scene allows."""
+def _make_folder(out: Path) -> None:
+    """Make the folder, and refuse to replace files in it that `qvl demo` did not write."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise QvlError(f"{out}: is a file; name a folder with --out") from None
+    except OSError as error:
+        raise QvlError(f"{out}: cannot be made ({error.strerror}); name another folder with --out") from None
+    taken = [name for name in FILES if (out / name).exists()]
+    if taken and not _is_demo_model(out / FILES[0]):
+        raise QvlError(f"{out / taken[0]}: exists and is not of qvl demo; name another folder with --out")
+
+
+def _is_demo_model(path: Path) -> bool:
+    try:
+        return Blob(path).metadata["source"].get("name") == checkpoint_folder().name
+    except QvlError:
+        return False
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def questions(rng: np.random.Generator, scene: Scene, languages: Sequence[str] = LANGUAGES) -> list[Exchange]:
+    """One question for each of QUESTIONS that the scene allows, in its language or else the first of `languages`."""
     asked = []
-    for skill, language in QUESTIONS:
+    for skill, wanted in QUESTIONS:
+        language = wanted if wanted in languages else languages[0]
         tries = (SINGLE[skill][0](rng, language, scene) for _ in range(20))
         asked += list(itertools.islice((e for e in tries if e), 1))
     return asked
@@ -119,4 +156,4 @@ def _ask(model: Model, exchange: Exchange, picture: Image.Image) -> Result:
 
 
 def _since(start: float) -> str:
-    return f"{time.perf_counter() - start:.1f} s"
+    return duration(time.perf_counter() - start)

@@ -9,6 +9,7 @@ import typer
 
 from qvl_convert.export import export as run
 from qvl_runtime.blob import Blob
+from qvl_runtime.cli.text import size
 
 
 def export(
@@ -21,10 +22,9 @@ def export(
     The decoder keeps its integers, in AutoGPTQ's layout, so that other tools read what was quantised here; everything
     else becomes fp16. The model's Python files, which some tools ask for, come from the original's repository.
 
+    \b
     Examples:
-
       qvl export qwen-vl-chat.qvl Qwen-VL-Chat-Int4
     """
     run(Blob(model), folder, force=force)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {size / 1e6:,.1f} MB")
+    print(f"{folder}: {size(sum(path.stat().st_size for path in folder.iterdir()))}")

@@ -11,24 +11,29 @@ from typing import Annotated
 
 import typer
 
-from qvl_runtime.cli.loading import Activations, ContextTokens, Device, KVCache, VisionDevice, load_shown
-from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.cli.text import printable, standard_input
+from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.images import ImageSource, load_image
 from qvl_runtime.inputs.tokenizer import split_images
+from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeat for several.")] = None,
     draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
@@ -38,22 +43,23 @@ def generate(
     activations: Activations = "auto",
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")] = False,
+    allow_urls: AllowUrls = False,
 ) -> None:
     """Answer a prompt, with pictures if the model sees.
 
-    The prompt is taken as it is, without chat turns: see `qvl chat` for those.
+    The prompt is taken as it is, without chat turns: see `qvl chat` for those. Standard input loses its last line end.
 
+    \b
     Examples:
-
-      qvl generate qwen-vl.qvl "Describe the image in English:" --image cat.jpg
-
+      qvl generate qwen-vl.qvl "Describe the image in English:" -i cat.jpg
       qvl generate qwen-vl.qvl "<img>cat.jpg</img><ref>the cat</ref><box>" --draw found.png
-
       qvl generate qwen-vl.qvl - --json < prompt.txt
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
-    picture = _last_picture(text, image) if draw is not None else None
+    text = "".join(standard_input()).removesuffix("\n") if prompt == "-" else prompt
+    picture = None
+    if draw is not None:
+        check_extension(draw)
+        picture = load_image(_last_picture(text, image), allow_urls=allow_urls)
     loaded = load_shown(model, device, kv_cache, activations=activations, context=context, vision_device=vision_device)
     pieces = loaded.stream(
         text,
@@ -62,7 +68,10 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
         stop=stop or (),
         allow_urls=allow_urls,
@@ -74,18 +83,34 @@ def generate(
     if picture is not None:
         for number, label in draw_boxes(picture, result.boxes, draw).legend.items():
             print(f"{number}: {label}", file=sys.stderr)
+    if note := _note(loaded, result, max_new_tokens):
+        print(f"qvl: {note}", file=sys.stderr)
 
 
-def _last_picture(prompt: str, images: list[Path] | None) -> ImageSource:
+def _last_picture(prompt: str, images: list[str] | None) -> ImageSource:
     named = split_images(prompt)[1::2]
     if not (images or named):
         raise QvlError("--draw needs a picture to draw on; name one with --image")
     return named[-1] if named and named[-1] else images[-1]
 
 
+def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
+    """What the user should know of an answer that ended early."""
+    if result.finish_reason == "length" and len(result.token_ids) < max_new_tokens:
+        window = model.config.max_position_embeddings
+        remedy = f"--context may be up to {window}" if model.window < window else "shorten the prompt"
+        return f"the answer was cut: prompt and answer fill the context of {model.window} tokens; {remedy}"
+    if not result.text.strip() and result.finish_reason == "stop":
+        chat = "; this is a chat model: `qvl chat` asks it with chat turns" if model.is_chat else ""
+        return f"the model ended its answer at once{chat}"
+    return None
+
+
 def _show(pieces: Iterator[Piece]) -> None:
+    """Print each piece as it comes: as it is, but for what a terminal would obey."""
+    show = printable if sys.stdout.isatty() else str
     for piece in pieces:
-        print(piece.text, end="", flush=True)
+        print(show(piece.text), end="", flush=True)
 
 
 def to_json(result: Result) -> dict:

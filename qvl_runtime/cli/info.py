@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress
 from qvl_runtime.backends import device_memory
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import KV_CACHES, VISION_PARTS, budget, remedies
+from qvl_runtime.cli.text import printable, size
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS
 
@@ -27,12 +28,10 @@ def info(
 ) -> None:
     """Tell what a .qvl file holds, and whether it will fit.
 
+    \b
     Examples:
-
       qvl info qwen-vl-chat.qvl
-
       qvl info qwen-vl-chat.qvl --check
-
       qvl info qwen-vl-chat.qvl --context 8192 --kv-cache int8
     """
     blob = Blob(model)
@@ -115,15 +114,15 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
 
 
 def _fit_text(memory: dict[str, Any]) -> list[str]:
-    def gigabytes(key: str) -> str:
-        return f"{memory[key] / 1e9:.2f} GB"
+    def needs(key: str) -> str:
+        return size(memory[key])
 
-    free = "an unknown amount is free" if memory["free"] is None else f"{gigabytes('free')} free"
+    free = "an unknown amount is free" if memory["free"] is None else f"{needs('free')} free"
     lines = [
         f"  with {memory['context']} tokens on {memory['device']}, {memory['kv_cache']} cache: "
-        f"{gigabytes('total')} needed, {free}",
-        f"    weights {gigabytes('weights')} (vision {gigabytes('vision')}), cache {gigabytes('cache')}, "
-        f"work space {gigabytes('workspace')}" + (f", driver {gigabytes('reserve')}" if memory["reserve"] else ""),
+        f"{needs('total')} needed, {free}",
+        f"    weights {needs('weights')} (vision {needs('vision')}), cache {needs('cache')}, "
+        f"work space {needs('workspace')}" + (f", driver {needs('reserve')}" if memory["reserve"] else ""),
     ]
     if not memory["fits"]:
         remedies = " or ".join(memory["remedies"])
@@ -133,7 +132,7 @@ def _fit_text(memory: dict[str, Any]) -> list[str]:
 
 def _text(facts: dict[str, Any]) -> str:
     config, lines = facts["config"], []
-    lines.append(f"{facts['file']}: {facts['model']}, {facts['bytes'] / 1e6:,.1f} MB")
+    lines.append(f"{facts['file']}: {facts['model']}, {size(facts['bytes'])}")
     lines.append(f"  made from    {facts['source'].get('name')} by {facts['source'].get('made_by')}")
     lines.append(
         f"  decoder      {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
@@ -149,12 +148,12 @@ def _text(facts: dict[str, Any]) -> str:
     for part in facts["parts"].values():
         bits, group_size, method = part["bits"], part["group_size"], part["method"]
         kind = "fp16" if bits == 16 else f"int{bits}, groups of {group_size}, {method}"
-        lines.append(f"  {part['label']:<12} {part['bytes'] / 1e6:10,.1f} MB  {kind}")
+        lines.append(f"  {part['label']:<12} {size(part['bytes']):>10}  {kind}")
     if "memory" in facts:
         lines += _fit_text(facts["memory"])
     if "check" in facts:
         lines.append("  every hash is right")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _check(blob: Blob) -> None:

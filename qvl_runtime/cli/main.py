@@ -1,10 +1,11 @@
-"""The command `qvl`: finds the verb, runs it, and turns what the user can mend into one line."""
+"""The command `qvl`: finds the verb, runs it, and turns an error that the user can correct into one line."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from qvl_kernels.ops import DeviceError
+from qvl_runtime.cli.text import one_line
 from qvl_runtime.errors import QvlError
 
 VERBS = {
@@ -26,18 +28,30 @@ VERBS = {
     "export": "Write a .qvl file's weights as a Hugging Face model.",
 }
 INTERRUPTED = 130
+COMPLETION = "_QVL_COMPLETE"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its status: 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
+    _show_any_character()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verb = next((a for a in arguments if not a.startswith("-")), None)
+    # A shell that asks for completions names the words typed so far in the environment.
+    typed = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
+    words = typed.split()[1:] if COMPLETION in os.environ else arguments
+    verb = next((word for word in words if not word.startswith("-")), None)
     _app(verb)(arguments, prog_name="qvl")
+
+
+def _show_any_character() -> None:
+    """Let an ASCII terminal show an answer in Chinese as its code points, instead of ending in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _app(wanted: str | None) -> typer.Typer:
     """The commands; only the wanted one is imported, of the others the summary is enough."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_root)
     for verb, summary in VERBS.items():
         module = f"{__package__}.{verb}"
@@ -79,6 +93,9 @@ def _guarded(verb: Callable) -> Callable:
             # The reader has gone, and flushing at exit would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except MemoryError:
+            print("qvl: there is not enough memory; close other programs or take a smaller model", file=sys.stderr)
+            raise typer.Exit(1) from None
         except (QvlError, DeviceError, OSError) as error:
             print(f"qvl: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -90,7 +107,7 @@ def _one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(text.split())
+    return one_line(text)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
-from rich.markdown import Markdown
-from rich.spinner import Spinner
+
+from qvl_runtime.cli.text import one_line, printable
 
 
 class Screen:
-    """Standard output: answers as Markdown on a terminal, as plain text in a pipe."""
+    """Standard output: answers, and on a terminal what there is to say about them."""
 
     def __init__(self, console: Console | None = None):
         self.console = Console() if console is None else console
@@ -23,11 +22,12 @@ class Screen:
     def say(self, text: str) -> None:
         """A line that is not the model's; a pipe does not get it."""
         if self.console.is_terminal:
-            self.console.print(text, style="dim", markup=False, highlight=False)
+            # Wrapped by the terminal: a path can then be copied whole.
+            self.console.print(printable(text), style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def complain(self, text: str) -> None:
         """What went wrong, on one line, on standard error."""
-        print(f"qvl: {' '.join(text.split())}", file=sys.stderr)
+        print(f"qvl: {one_line(text)}", file=sys.stderr)
 
     def answering(self, waiting_for: str) -> Answering:
         """A place for one answer; until its first text a spinner says what is waited for."""
@@ -41,43 +41,38 @@ class Screen:
 
 
 class Answering:
-    """Shows an answer as it grows."""
+    """Writes an answer as it comes, once and as it is: a pipe gets every character, a terminal the printable ones."""
 
     def __init__(self, console: Console, waiting_for: str):
-        self._console, self._text = console, ""
-        self._live: Live | None = None
-        if console.is_terminal:
-            spinner = Spinner("dots", waiting_for)
-            self._live = Live(spinner, console=console, refresh_per_second=8, vertical_overflow="visible")
+        self._console, self._is_terminal = console, console.is_terminal
+        self._spinner = console.status(waiting_for, spinner="line") if self._is_terminal else None
 
     def __enter__(self) -> Answering:
-        if self._live is not None:
-            self._live.start()
+        if self._spinner is not None and not self._console.is_dumb_terminal:
+            self._spinner.start()
         return self
 
     def show(self, text: str) -> None:
         """Append to the answer."""
-        self._text += text
-        if self._live is None:
-            self._console.file.write(text)
-            self._console.file.flush()
-        elif self._text.strip():
-            self._live.update(Markdown(shown(self._text)))
+        if self._spinner is not None:
+            text = text.lstrip()
+            if not text:
+                return
+            self._stop_spinner()
+        self._console.file.write(printable(text) if self._is_terminal else text)
+        self._console.file.flush()
+
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is None:
-            self._console.file.write("\n")
-            return
-        if not self._text.strip():
-            self._live.update("")
-        self._live.stop()
-
-
-def shown(text: str) -> str:
-    """An answer as Markdown may show it: Markdown takes the model's tags for HTML and would drop them."""
-    return text.replace("<", "\\<")
+        self._stop_spinner()
+        self._console.file.write("\n")
+        self._console.file.flush()
 
 
 def _inline(path: Path) -> str | None:

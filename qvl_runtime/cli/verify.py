@@ -36,10 +36,9 @@ def verify(
     The original runs layer by layer from its own files, so it may be larger than memory. The built-in data are not
     those that calibration uses.
 
+    \b
     Examples:
-
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat
-
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat --data my-conversations.json --plot error.png
     """
     loaded = qvl.load(model, device=device)

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,11 +20,13 @@ import numpy as np
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.atomic import replacing
+from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.tensorfile import DTYPES, TensorFile
 from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"
+MALFORMED = "the file is malformed: the conversation has to be computed anew"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -94,11 +97,13 @@ class SavedKV:
         state.truncate(0)
         state.rescale(self.alpha)
         state.reserve(len(self.keys))
-        layers, names = state.store.layers, [name for name in self._file.entries if name != DIGEST]
-        parts = len(names) // layers
+        layers = state.store.layers
+        parts, rest = divmod(len(self._file.entries) - 1, layers)
         try:
+            if rest or len(self.keys) > state.store.capacity:
+                raise ValueError
             for layer in range(layers):
-                arrays = [self._file.array(name) for name in names[layer * parts : (layer + 1) * parts]]
+                arrays = [self._file.array(f"{layer}.{part}") for part in range(parts)]
                 state.store.restore(layer, len(self.keys), arrays)
         except ValueError:
             raise QvlError(f"{self._file.path}: its keys and values are of another shape than this model's") from None
@@ -121,7 +126,9 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
         raise QvlError(f"{path}: its keys and values are of another model, device, or way of keeping them")
     if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
         raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
-    return SavedKV(_unrolled(json.loads(facts["keys"])), int(facts["alpha"]), file)
+    keys, alpha = _read_keys(file), _read_alpha(file)
+    _check_finite(file)
+    return SavedKV(keys, alpha, file)
 
 
 def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
@@ -143,3 +150,42 @@ def _unrolled(runs: list[int | list]) -> list[Key]:
     for run in runs:
         keys += [run] if isinstance(run, int) else [bytes.fromhex(run[0])] * run[1]
     return keys
+
+
+# A digest shows damage, not who wrote a file: every field is checked as a stranger's.
+
+
+def _read_keys(file: TensorFile) -> list[Key]:
+    runs = parse_json(file.metadata.get("keys", ""), f"{file.path}: its list of keys", MALFORMED)
+    if not isinstance(runs, list) or not all(_is_token(run) or _is_picture(run) for run in runs):
+        raise QvlError(f"{file.path}: its list of keys holds something else than tokens and pictures; {MALFORMED}")
+    count = sum(1 if isinstance(run, int) else run[1] for run in runs)
+    # A position takes at least a byte of each layer: more of them are refused before there is a list of them.
+    if not 0 < count <= max(entry.stop for entry in file.entries.values()):
+        raise QvlError(f"{file.path}: claims {count} positions, which it does not hold; {MALFORMED}")
+    return _unrolled(runs)
+
+
+def _is_token(run: object) -> bool:
+    return type(run) is int and 0 <= run < 1 << 31
+
+
+def _is_picture(run: object) -> bool:
+    if not isinstance(run, list) or len(run) != 2 or type(run[1]) is not int or run[1] < 1:
+        return False
+    return isinstance(run[0], str) and re.fullmatch("[0-9a-f]{64}", run[0]) is not None
+
+
+def _read_alpha(file: TensorFile) -> int:
+    text = file.metadata.get("alpha", "")
+    alpha = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    if alpha < 1 or alpha & (alpha + 1):  # 1, 3, 7, 15, …
+        raise QvlError(f"{file.path}: has the NTK factor {text[:40]!r}, which no prompt has; {MALFORMED}")
+    return alpha
+
+
+def _check_finite(file: TensorFile) -> None:
+    for name in file.entries:
+        values = file.array(name)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise QvlError(f"{file.path}: {name!r:.40} holds a value that is not finite; {MALFORMED}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import mmap
 import os
@@ -14,8 +13,11 @@ import ml_dtypes
 import numpy as np
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.file.opening import open_regular
 
-MAX_HEADER = 100 << 20
+# A thousand times a model's; parsed, it takes up to 30 times as much memory.
+MAX_HEADER = 16 << 20
 MAX_DIMS = 8
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -44,6 +46,12 @@ class Entry:
 class TensorFile:
     """A mapped safetensors file.
 
+    Parameters
+    ----------
+    path : path
+    remedy : str
+        Ends the line of an error about a file that cannot be opened.
+
     Attributes
     ----------
     entries : dict of str to Entry
@@ -57,64 +65,51 @@ class TensorFile:
         When the file is missing, is no safetensors file, is truncated, or its offsets overlap or leave gaps.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise QvlError(f"{self.path}: {size} bytes are no safetensors file; download it again")
+    def __init__(self, path: str | os.PathLike, *, remedy: str = "check the path"):
+        with open_regular(path, remedy=remedy) as file:
+            self.path, size = Path(path), os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise QvlError(f"{self.path}: {size} bytes are no safetensors file; download it again")
+            try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                # Linux then reads what is not in memory yet in pages of 2 MB: a thread gets a third more bandwidth.
-                with contextlib.suppress(OSError):  # where the system has none
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-        except FileNotFoundError:
-            raise QvlError(f"{self.path}: no such file; check the path") from None
-        except (IsADirectoryError, PermissionError, OSError) as error:
-            raise QvlError(f"{self.path}: cannot be read ({error.strerror or error}); check the path") from None
+            except (OSError, ValueError) as error:  # ValueError: it was cut short meanwhile
+                raise QvlError(f"{self.path}: cannot be read ({error}); check the path") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Linux then reads what is not in memory yet in pages of 2 MB: a thread gets a third more bandwidth.
+            with contextlib.suppress(OSError):  # where the system has none
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.entries, self.metadata = self._read_header(size)
 
     def _read_header(self, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
         length = int.from_bytes(self._map[:8], "little")
-        if length > min(MAX_HEADER, size - 8):
+        if MAX_HEADER < length <= size - 8:
+            raise QvlError(
+                f"{self.path}: its header has {length} bytes, more than {MAX_HEADER}; take the file from its maker"
+            )
+        if length > size - 8:
             raise QvlError(
                 f"{self.path}: its header claims {length} bytes of a {size}-byte file; "
                 "it is truncated or no safetensors file: download it again"
             )
+        header = parse_object(self._map[8 : 8 + length], f"{self.path}: its header", "download it again")
         try:
-            header = json.loads(self._map[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(v, str) for v in metadata.values()):
                 raise ValueError("its metadata holds something else than text")
-            entries = {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise QvlError(f"{self.path}: its header is malformed ({error}); download it again") from None
+            entries = {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise QvlError(f"{self.path}: its header is malformed ({error!s:.300}); download it again") from None
         end = 8 + length
         entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
         for name, entry in entries.items():
             if entry.start != end:
-                raise QvlError(f"{self.path}: tensor {name!r} overlaps another or leaves a gap; download it again")
+                raise QvlError(f"{self.path}: tensor {name!r:.100} overlaps another or leaves a gap; download it again")
             end = entry.stop
         if end != size:
             raise QvlError(
                 f"{self.path}: holds {size} bytes where its header describes {end}; it is truncated: download it again"
             )
         return entries, metadata
-
-    @staticmethod
-    def _entry(name: str, fields: dict, base: int) -> Entry:
-        if fields["dtype"] not in DTYPES:
-            raise ValueError(f"tensor {name!r} has the unknown dtype {fields['dtype']!r}")
-        dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
-        begin, end = fields["data_offsets"]
-        if len(shape) > MAX_DIMS:
-            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions")
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError(f"tensor {name!r} has a negative or fractional size")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - begin} bytes")
-        return Entry(dtype, shape, base + begin, base + end)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -130,7 +125,9 @@ class TensorFile:
         try:
             entry = self.entries[name]
         except KeyError:
-            raise QvlError(f"{self.path}: has no tensor {name!r}; is it complete, and of this model family?") from None
+            raise QvlError(
+                f"{self.path}: has no tensor {name!r:.100}; is it complete, and of this model family?"
+            ) from None
         flat = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, entry.start)
         if flat.ctypes.data % entry.dtype.itemsize:
             flat = flat.copy()
@@ -146,8 +143,17 @@ class TensorFile:
         return memoryview(self._map)[: self.entries[name].start]
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return result
+def _entry(name: str, fields: dict, base: int) -> Entry:
+    """What the header says about a tensor, whose offsets count from `base`."""
+    label = f"tensor {name!r:.100}"
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"{label} has the unknown dtype {fields['dtype']!r}")
+    dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
+    begin, end = fields["data_offsets"]
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{label} has {len(shape)} dimensions")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{label} has a negative or fractional size")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{label} of shape {list(shape)} does not fill its {end - begin} bytes")
+    return Entry(dtype, shape, base + begin, base + end)

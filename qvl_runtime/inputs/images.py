@@ -1,92 +1,182 @@
-"""Pictures: from whatever the caller has to the patches the vision tower multiplies."""
+"""Pictures: from whatever the caller has to an RGB image."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-import urllib.request
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import read_regular, shown
+from qvl_runtime.inputs.fetch import fetch
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray
+ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 # A decoded picture of this many pixels takes 270 MB; Pillow too suspects an attack from here on.
 MAX_PIXELS = 89_478_485
-MAX_FETCH_BYTES = 64 << 20
+# OpenJPEG takes 24 bytes a pixel to decode, and a file of 1.5 KB can ask for all of them.
+MAX_JPEG2000_PIXELS = 16 << 20
+# A bitmap of `MAX_PIXELS`.
+MAX_FILE_BYTES = 257 << 20
 # Only formats that Pillow decodes by itself: for EPS it would start Ghostscript on the file.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a picture is turned."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def load_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
-    """Read a picture and convert it to RGB, as the model was trained: alpha dropped, EXIF rotation ignored.
+def load_image(
+    source: ImageSource, *, allow_urls: bool = False, allow_paths: bool = True, exif: bool = False
+) -> Image.Image:
+    """Read a picture and convert it to RGB; alpha is dropped.
 
     Parameters
     ----------
-    source : str, pathlib.Path, bytes, PIL.Image.Image or numpy.ndarray
-        A path, a base64 ``data:`` URL, the bytes of an image file, a PIL image, or a uint8 array [H, W, 3] (RGB)
-        or [H, W, 4] (alpha is dropped).
+    source : str, pathlib.Path, bytes, file, PIL.Image.Image or numpy.ndarray
+        A path, a ``file://`` URI, a base64 ``data:`` URL, an http(s) URL, the bytes of an image file, a file opened for
+        reading bytes, a PIL image, or an array ``[H, W]`` or ``[H, W, 1]`` (grey), ``[H, W, 3]`` (RGB) or ``[H, W, 4]``
+        (alpha is dropped): uint8, or floating point from 0 to 1.
     allow_urls : bool
         Whether an http(s) URL may be fetched.
+    allow_paths : bool
+        Whether a path or ``file://`` URI may be opened.
+    exif : bool
+        Turn the picture as its EXIF orientation says. Qwen-VL was trained without.
 
     Returns
     -------
     PIL.Image.Image
-        Mode RGB, first frame only.
+        Mode RGB, first frame only. Greys of 16 bits are scaled to 8.
 
     Raises
     ------
     QvlError
-        Nothing there, no image in it, more than `MAX_PIXELS` pixels, an array of another dtype or shape, or a
-        URL that is not allowed.
+        Nothing there, no image in it, more than `MAX_PIXELS` pixels, an array of another dtype, shape or range, or a
+        source that is not allowed.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(lambda: source, "the PIL image")
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
+    content = read_image(source, allow_urls=allow_urls, allow_paths=allow_paths)
+    return decode_image(content, image_label(source), exif=exif)
+
+
+def read_image(
+    source: ImageSource, *, allow_urls: bool = False, allow_paths: bool = True
+) -> bytes | Image.Image | np.ndarray:
+    """The bytes of a picture that has to be opened or fetched; a PIL image or an array as it is.
+
+    Raises
+    ------
+    QvlError
+        As `load_image`, but for what decoding finds.
+    """
+    if isinstance(source, Image.Image | np.ndarray):
+        return source
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_stream(io.BytesIO(source), "the image bytes")
-    if isinstance(source, str) and source.startswith("data:"):
-        return _from_stream(io.BytesIO(_read_data_url(source)), "the data: URL")
+        return bytes(source)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _read_data_url(source)
     if is_url(source):
-        return _from_stream(io.BytesIO(_fetch(source, allow_urls)), source)
-    if isinstance(source, str | Path):
-        return _from_file(source)
+        return fetch(source) if allow_urls else refuse_url(source)
+    if isinstance(source, str | os.PathLike):
+        if not allow_paths:
+            raise QvlError(
+                f"image {str(source)[:100]!r}: no file is opened here; pass the picture's bytes or a data: URL"
+            )
+        return _read_file(source)
+    if hasattr(source, "read"):
+        return _read_stream(source)
     raise QvlError(
-        f"an image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(source).__name__}"
+        "an image must be a path, a URL, bytes, a file opened for reading, a PIL image or an array, "
+        f"not {type(source).__name__}"
     )
+
+
+def decode_image(content: bytes | Image.Image | np.ndarray, label: str, *, exif: bool = False) -> Image.Image:
+    """What `read_image` gave as an RGB image; errors call it `label`. See `load_image`."""
+    if isinstance(content, np.ndarray):
+        return _from_array(content)
+    if isinstance(content, Image.Image):
+        return _to_rgb(lambda: content, label, exif)
+    if not content:
+        raise QvlError(f"{label} is empty (0 bytes)")
+    return _to_rgb(lambda: Image.open(io.BytesIO(content), formats=FORMATS), label, exif)
+
+
+def image_label(source: ImageSource) -> str:
+    """What errors call a source."""
+    if isinstance(source, Image.Image):
+        return "the PIL image"
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return "the data: URL"
+    if is_url(source):
+        return f"the picture at {shown(source)}"
+    return f"image {shown(source)!r}" if isinstance(source, str | os.PathLike) else "the image bytes"
 
 
 def is_url(source: ImageSource) -> bool:
     """Whether a picture would have to be fetched from a network."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def refuse_url(url: str) -> NoReturn:
-    raise QvlError(f"no URL is fetched unless you allow it: download {url} and pass the file's path or bytes")
+    raise QvlError(f"no URL is fetched unless you allow it: download {shown(url)} and pass the file's path or bytes")
 
 
-def _from_file(path: str | Path) -> Image.Image:
+def _read_file(path: str | os.PathLike) -> bytes:
     try:
-        # Opened, not read: someone will pass a model file by mistake.
-        with open(path, "rb") as file:
-            return _from_stream(file, f"image {str(path)!r}")
-    except QvlError:
-        raise
-    except (OSError, ValueError) as error:
-        raise QvlError(f"cannot read image {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+        name = _path_of_uri(path) if isinstance(path, str) and path[:7].lower() == "file://" else path
+        return read_regular(name, limit=MAX_FILE_BYTES)
+    except QvlError as error:
+        raise QvlError(f"cannot read image {error}") from None
+
+
+def _path_of_uri(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError("it names another machine")
+        return url2pathname(parts.path)
+    except ValueError as error:
+        raise QvlError(f"{shown(uri)}: is no file URI ({error}); expected file:///path") from None
+
+
+def _read_stream(stream: BinaryIO) -> bytes:
+    """All of a file the caller opened, wherever it was read to."""
+    try:
+        if stream.seekable():
+            stream.seek(0)
+        content = stream.read(MAX_FILE_BYTES + 1)
+    except Exception as error:  # any object with a read()
+        raise QvlError(f"the image file cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, bytes):
+        raise QvlError(f"the image file gives {type(content).__name__}, not bytes: open it with mode 'rb'")
+    if len(content) > MAX_FILE_BYTES:
+        raise QvlError(
+            f"the image file is larger than {MAX_FILE_BYTES >> 20} MiB: it is no picture, or shrink it first"
+        )
+    return content
 
 
 def _read_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
-    if not comma or not head.endswith(";base64"):
+    if not comma or not head.lower().endswith(";base64"):
         raise QvlError(f"cannot read the image {url[:40]!r}: expected data:image/...;base64,...")
     try:
         return base64.b64decode(body, validate=True)
@@ -94,59 +184,73 @@ def _read_data_url(url: str) -> bytes:
         raise QvlError(f"cannot read the image {url[:40]!r}: its base64 is broken ({error})") from None
 
 
-def _fetch(url: str, allow_urls: bool) -> bytes:
-    if not allow_urls:
-        refuse_url(url)
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            data = reply.read(MAX_FETCH_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise QvlError(f"cannot fetch {url}: {error}") from None
-    if len(data) > MAX_FETCH_BYTES:
-        raise QvlError(f"{url} is larger than {MAX_FETCH_BYTES >> 20} MiB: download and shrink it first")
-    return data
-
-
-def _from_stream(stream: BinaryIO, name: str) -> Image.Image:
-    if not stream.seek(0, io.SEEK_END):
-        raise QvlError(f"{name} is empty (0 bytes)")
-    stream.seek(0)
-    return _to_rgb(lambda: Image.open(stream, formats=FORMATS), name)
-
-
-def _to_rgb(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
+def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = open_image()
-            _check_size(*image.size, name)
-            return image.convert("RGB")
+            _check_size(*image.size, label, MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_PIXELS)
+            rgb = _scaled(image, label).convert("RGB")
+            turn = UPRIGHT.get(_orientation(image)) if exif else None
+            return rgb if turn is None else rgb.transpose(turn)
     except QvlError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise QvlError(f"{name} has more than {MAX_PIXELS} pixels: shrink it first") from None
+        raise QvlError(f"{label} has more than {MAX_PIXELS} pixels: shrink it first") from None
     except Image.UnidentifiedImageError:
-        raise QvlError(f"{name} is no image in a known format ({', '.join(FORMATS)})") from None
+        raise QvlError(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise QvlError(f"{name} is broken: {_one_line(error)}") from None
+        raise QvlError(f"{label} is broken: {_one_line(error)}") from None
 
 
-def _check_size(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise QvlError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS}: shrink it first")
+def _scaled(image: Image.Image, label: str) -> Image.Image:
+    """Greys of more than 8 bits as 8: Pillow's own conversion makes white of all above 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        return _grey(values * np.float32(255), label) if not (values > 1).any() else _grey(values, label)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise QvlError(f"{label} has greys of 32 bits: save it with 8 or 16")
+    return _grey(values.astype(np.float32) / np.float32(257), label)
+
+
+def _grey(values: np.ndarray, label: str) -> Image.Image:
+    if not np.isfinite(values).all():
+        raise QvlError(f"{label} holds a value that is not finite")
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF data say nothing, and the picture is there all the same
+        return None
+
+
+def _check_size(width: int, height: int, label: str, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
+        raise QvlError(f"{label} has {width} x {height} pixels, more than {limit}: shrink it first")
     if width * height == 0:
-        raise QvlError(f"{name} has no pixels ({width} x {height})")
+        raise QvlError(f"{label} has no pixels ({width} x {height})")
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise QvlError(f"an image array must be uint8 with values 0..255, not {array.dtype}")
-    if array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise QvlError(f"an image array must have the shape [height, width, 3], not {list(array.shape)}")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise QvlError(f"an image array must be uint8 (0 to 255) or floating point (0 to 1), not {array.dtype}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise QvlError(
+            f"an image array must have the shape [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}"
+        )
     _check_size(array.shape[1], array.shape[0], "the image array")
-    return Image.fromarray(np.ascontiguousarray(array[:, :, :3]))
+    colours = array[:, :, :3] if array.ndim == 3 else array[:, :, None]
+    if array.dtype != np.uint8:
+        if not ((colours >= 0) & (colours <= 1)).all():
+            raise QvlError("a floating-point image array must have values from 0 to 1; for 0 to 255 make it uint8")
+        colours = np.rint(colours * np.float32(255)).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(colours, (*array.shape[:2], 3))))

@@ -24,8 +24,9 @@ from qvl_runtime.families.qwen_vl.vision import Vision, vision_stage
 from qvl_runtime.families.rope import TableRotary
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
 from qvl_runtime.families.weights import Weights
+from qvl_runtime.file.opening import read_regular
 from qvl_runtime.inputs.pictures import Picture, Pixels
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.tokenizer import MAX_RANKS, Tokenizer
 
 RANKS_FILE = "qwen.tiktoken"
 
@@ -102,10 +103,7 @@ class QwenVL:
 
     def read_ranks(self, folder: Path, config: ModelConfig) -> bytes:
         path = folder / RANKS_FILE
-        try:
-            ranks = path.read_bytes()
-        except FileNotFoundError:
-            raise QvlError(f"{path}: no such file; download it from the model's repository") from None
+        ranks = read_regular(path, limit=MAX_RANKS, remedy="download it from the model's repository")
         try:
             tokenizer = self.tokenizer(ranks, config)
         except QvlError as error:

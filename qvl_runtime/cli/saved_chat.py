@@ -1,0 +1,94 @@
+"""Reading what `/save` of the chat wrote: every field is checked, since anybody may have made the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import read_regular
+
+FORMAT = "qvl conversation 1"
+PIECES = ("text", "image", "ref", "box", "type", "url", "image_url")
+"""Keys of a query's pieces."""
+
+
+class SavedChat(NamedTuple):
+    """A conversation as it was saved: see `Conversation`."""
+
+    system: str
+    settings: dict[str, Any]
+    history: list[tuple[Any, str | None]]
+
+
+def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], Any]]) -> SavedChat:
+    """Read a saved conversation.
+
+    Parameters
+    ----------
+    path : path
+    settings : mapping
+        The settings there are, and what makes a value of a text.
+
+    Raises
+    ------
+    QvlError
+        When the file cannot be read or is no saved conversation; the first thing wrong is named.
+    """
+    content = read_regular(path, limit=MAX_JSON, remedy="name a file that /save wrote")
+    try:
+        document = parse_object(content, f"{path}:", "it was not written by /save")
+        if document.get("format") != FORMAT:
+            raise QvlError(f"{path}: is no conversation saved with /save")
+        if not isinstance(document.get("system"), str):
+            raise QvlError(f"{path}: 'system' is no text")
+        saved = SavedChat(document["system"], _settings(document.get("settings"), settings), _history(document))
+    except QvlError as error:
+        message = str(error)
+        raise QvlError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+    return saved
+
+
+def _settings(found: Any, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise QvlError("'settings' is no object")
+    values = {}
+    for name, value in found.items():
+        if name not in known:
+            raise QvlError(f"{name!r:.40} is no setting; there are {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise QvlError(f"the setting {name} is {value!r:.40}, expected a number")
+        try:
+            values[name] = known[name](str(value))
+        except (ValueError, OverflowError):
+            raise QvlError(f"the setting {name} is {value!r:.40}, expected a whole number") from None
+    if values.get("max_new_tokens", 0) < 0:
+        raise QvlError(f"max_new_tokens is {values['max_new_tokens']!r:.40}; expected 0 or more")
+    Sampler(**{name: value for name, value in values.items() if name != "max_new_tokens"})
+    return values
+
+
+def _history(document: Mapping[str, Any]) -> list[tuple[Any, str | None]]:
+    turns = document.get("history")
+    if not isinstance(turns, list):
+        raise QvlError("'history' is no list of turns")
+    history = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise QvlError(f"turn {number} is no pair of a question and an answer")
+        query, answer = turn
+        if not isinstance(query, str) and not (isinstance(query, list) and all(map(_is_piece, query))):
+            raise QvlError(f"the question of turn {number} is neither a text nor a list of pieces")
+        if answer is not None and not isinstance(answer, str):
+            raise QvlError(f"the answer of turn {number} is no text")
+        history.append((query, answer))
+    return history
+
+
+def _is_piece(piece: Any) -> bool:
+    if not isinstance(piece, dict) or not piece or not set(piece) <= set(PIECES):
+        return False
+    return all(isinstance(value, str) or key in ("box", "image_url") for key, value in piece.items())

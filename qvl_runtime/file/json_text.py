@@ -1,0 +1,43 @@
+"""Parsing JSON nobody vouches for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qvl_runtime.errors import QvlError
+
+MAX_JSON = 16 << 20
+"""Bytes of a JSON file; its values take up to 30 times as much memory."""
+
+
+def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
+    """Parse JSON, in UTF-8 where it is bytes; `where` begins the error's line and `remedy` ends it.
+
+    Raises
+    ------
+    QvlError
+        When it is malformed, nested too deeply, or an object has a key twice.
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise QvlError(f"{where} is not readable as JSON (it is nested too deeply); {remedy}") from None
+    except ValueError as error:
+        raise QvlError(f"{where} is not readable as JSON ({error}); {remedy}") from None
+
+
+def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
+    """As `parse_json`, for what must be an object."""
+    value = parse_json(text, where, remedy)
+    if not isinstance(value, dict):
+        raise QvlError(f"{where} holds no JSON object; {remedy}")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return result
