@@ -19,17 +19,10 @@ from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, PictureEncoder
-from qvl_runtime.inputs.prompt import Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
-from qvl_runtime.options import named_options, one_constraint, whole_number
+from qvl_runtime.options import chat_window, named_options, one_constraint, whole_number
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 from qvl_runtime.trace import Trace, no_trace
-
-ANSWER_SHARE = 8
-"""Up to window / 8 tokens of a chat's window are reserved for the answer."""
-
-BLOCK_SHARE = 4
-"""On overflow at least window / 4 tokens of history are left out, so that later prompts still share a prefix."""
 
 
 class Model:
@@ -82,7 +75,7 @@ class Model:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model was trained for turns of a conversation."""
+        """Whether the model knows chat turns."""
         return self.generation_config.is_chat
 
     @property
@@ -116,32 +109,14 @@ class Model:
     ) -> Result | list[Result]:
         """Answer a prompt; the options are those of `stream`.
 
-        With `n` it gives a list of as many answers, which share the prompt's computation. Answer i is the one that
-        ``seed + i`` gives alone; without a seed each is random.
+        With `n` it gives a list of as many answers, which share the prompt's computation: answer i is that of
+        ``seed + i`` alone, or random without a seed.
         """
+        options = {name: value for name, value in locals().items() if name not in ("self", "n", "seed")}
         first = seed if seed is None else whole_number("seed", seed)
 
         def answer(seed: int | None) -> Result:
-            return self.stream(
-                prompt,
-                images,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                seed=seed,
-                stop=stop,
-                constraint=constraint,
-                form=form,
-                logprobs=logprobs,
-                speculate=speculate,
-                allow_paths=allow_paths,
-                allow_urls=allow_urls,
-            ).result()
+            return self.stream(**options, seed=seed).result()
 
         if n is None:
             return answer(first)
@@ -179,10 +154,10 @@ class Model:
             which is the user's turn where the model is a chat model; chat messages (``[{"role": …, "content": …}]``);
             or token ids with image slots.
         images : sequence of image, optional
-            Pictures for the empty slots, in order. A text without a slot gets them in front.
+            For the empty slots, in order. A text without a slot gets them in front.
         max_new_tokens : int
             The answer ends earlier where the model's window does.
-        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed
+        temperature, …, seed
             See `Sampler`. By default the answer is greedy.
         stop : str or sequence of str, optional
             Texts that end the answer and are not in it.
@@ -249,35 +224,10 @@ class Model:
     ) -> ChatResult:
         """Answer one turn of a conversation; the options are those of `stream_chat`.
 
-        Parameters
-        ----------
-        on_piece : callable, optional
-            Called with every `Piece` as it comes; what it raises ends the answer.
+        `on_piece` is called with every `Piece` as it comes; what it raises ends the answer.
         """
-        stream = self.stream_chat(
-            query,
-            history,
-            images,
-            system=system,
-            max_window_size=max_window_size,
-            block=block,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            stop=stop,
-            constraint=constraint,
-            form=form,
-            logprobs=logprobs,
-            speculate=speculate,
-            allow_paths=allow_paths,
-            allow_urls=allow_urls,
-        )
+        options = {name: value for name, value in locals().items() if name not in ("self", "on_piece")}
+        stream = self.stream_chat(**options)
         for piece in stream:
             if on_piece is not None:
                 on_piece(piece)
@@ -316,12 +266,10 @@ class Model:
         ----------
         query : str or list of dict
             The user's turn, as text or as a list of parts.
-        history : sequence of (str, str or None)
-            Earlier turns, as `ChatResult.history` gives them.
-        images : sequence of image, optional
-            For the query's image slots, as in `stream`.
+        history, images : sequence, optional
+            Earlier turns, as `ChatResult.history` gives them; pictures for the query's slots, as in `stream`.
         system : str, optional
-            What the assistant is told about itself; the family's default if not given.
+            The family's default if not given.
         max_window_size : int, optional
             Tokens of history that are kept, counted from the newest turn back. The oldest turns leave whole, and
             also where the question would not fit the model's window with room for an answer.
@@ -334,12 +282,12 @@ class Model:
         Returns
         -------
         Stream
-            Its `result` is a `ChatResult`.
+            With a `ChatResult`.
 
         Raises
         ------
         QvlError
-            As `stream`, and for a base model, which has no turns.
+            As `stream`, and for a base model.
         """
         self._require_chat()
         own = self.generation_config
@@ -354,7 +302,8 @@ class Model:
             presence_penalty=_given(presence_penalty, 0.0),
             frequency_penalty=_given(frequency_penalty, 0.0),
         )
-        window, access = self._chat_window(max_window_size, block, wanted), Access(allow_paths, allow_urls)
+        window = chat_window(self.window, own.max_window_size, wanted, max_window_size, block)
+        access = Access(allow_paths, allow_urls)
         made = self.prompts.chat(query, history, images, system=system, window=window, access=access)
         pieces = self._answering.answer(
             made.prompt, sampler, wanted, stop, one_constraint(constraint, form), logprobs, speculate
@@ -392,16 +341,13 @@ class Model:
     def encode_image(
         self, image: ImageSource, *, allow_paths: bool = True, allow_urls: bool = False, trace: Trace = no_trace
     ) -> np.ndarray:
-        """What the decoder sees of a picture: float32 ``[tokens, hidden]``.
-
-        `trace` is called with each stage of the vision part, for parity checks.
-        """
+        """What the decoder sees of a picture, float32 ``[tokens, hidden]``; `trace` as in `logits`."""
         if self.pictures is None:
             raise QvlError(f"{self.blob.path}: has no vision part and takes no pictures; use a vision-language model")
         return self.pictures.encode(image, Access(allow_paths, allow_urls), trace)
 
     def forget(self) -> None:
-        """Drop the keys and values of earlier calls, and free their memory."""
+        """Free the keys and values of earlier calls."""
         self._sessions.clear()
 
     def save_past(
@@ -409,8 +355,8 @@ class Model:
     ) -> int:
         """Write keys and values of a conversation to a file, as far as earlier calls left them in memory.
 
-        `load_past` in another run of the same model then lets the conversation go on without computing it again. The
-        file is as large as the cache: in Qwen-VL 0.5 MB a token, half with int8.
+        After `load_past` in another run of the same model the conversation goes on without computing it again. The
+        file is as large as the cache.
 
         Parameters
         ----------
@@ -420,15 +366,16 @@ class Model:
         Returns
         -------
         int
-            Tokens saved. 0: nothing of the conversation is in memory, and no file was written.
+            Tokens saved. 0: none of the conversation is in memory, and no file was written.
 
         Raises
         ------
         QvlError
-            When the file cannot be written, or a picture of the conversation cannot be read again.
+            When the file cannot be written, or a picture cannot be read again.
         """
         self._require_chat()
-        window = self._chat_window(None, None, self.generation_config.max_new_tokens)
+        own = self.generation_config
+        window = chat_window(self.window, own.max_window_size, own.max_new_tokens)
         made = self.prompts.chat("", history, None, system=system, window=window, access=Access())
         return self._sessions.save(path, made.prompt.keys, self._identity)
 
@@ -438,8 +385,7 @@ class Model:
         Raises
         ------
         QvlError
-            When the file is damaged, or was written with other weights, another device, kind of cache, or setting of
-            `activations`. Nothing is lost but time: the conversation is then computed again.
+            When the file is damaged, or was written with other weights, another device, cache, or `activations`.
         """
         return self._sessions.load(path, self._identity)
 
@@ -448,16 +394,6 @@ class Model:
             raise QvlError(
                 f"{self.blob.path}: is a base model and has no chat turns; use generate() with a plain prompt"
             )
-
-    def _chat_window(self, history: int | None, block: int | None, wanted: int) -> Window:
-        """Which turns are kept for an answer of `wanted` tokens."""
-        if block is not None:
-            whole_number("block", block, 1)
-        tokens = self.window - min(wanted, self.window // ANSWER_SHARE)
-        if history is not None:
-            return Window(whole_number("max_window_size", history), tokens, 1 if block is None else block)
-        history = self.generation_config.max_window_size
-        return Window(history, tokens, max(1, min(history, self.window) // BLOCK_SHARE) if block is None else block)
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -12,6 +12,13 @@ import numpy as np
 
 from qvl_runtime.engine.constraints import Form
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.prompt import Window
+
+ANSWER_SHARE = 8
+"""Up to window / 8 tokens of a chat's window are reserved for the answer."""
+
+BLOCK_SHARE = 4
+"""On overflow at least window / 4 tokens of history are left out, so that later prompts still share a prefix."""
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -85,3 +92,28 @@ def one_constraint(constraint: Form | None, form: Form | None) -> Form | None:
     if not hasattr(chosen, "start"):
         raise QvlError(f"constraint is {chosen!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()")
     return chosen
+
+
+def chat_window(
+    window: int, own_history: int, answer: int, history: int | None = None, block: int | None = None
+) -> Window:
+    """Which turns of a history are kept.
+
+    Parameters
+    ----------
+    window : int
+        Of the model.
+    own_history : int
+        Tokens of history that the model's generation config keeps.
+    answer : int
+        Tokens the answer may have.
+    history, block : int, optional
+        `max_window_size` and `block` of `Model.chat`.
+    """
+    if block is not None:
+        whole_number("block", block, 1)
+    tokens = window - min(answer, window // ANSWER_SHARE)
+    if history is not None:
+        return Window(whole_number("max_window_size", history), tokens, 1 if block is None else block)
+    own_block = max(1, min(own_history, window) // BLOCK_SHARE)
+    return Window(own_history, tokens, own_block if block is None else block)

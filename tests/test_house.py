@@ -1,0 +1,88 @@
+"""The house: imports go down only, no file is long, and nobody above the families knows one of them."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"qvl_kernels": ROOT / "kernels", "qvl_runtime": ROOT, "qvl_convert": ROOT / "convert"}
+MAX_LINES = 400
+
+LAYERS = (
+    ("qvl_kernels",),
+    ("qvl_runtime.errors", "qvl_runtime.trace"),
+    ("qvl_runtime.file",),
+    ("qvl_runtime.inputs", "qvl_runtime.boxes", "qvl_runtime.drawing"),
+    ("qvl_runtime.engine",),
+    ("qvl_runtime.families",),
+    ("qvl_runtime.blob", "qvl_runtime.budget", "qvl_runtime.backends", "qvl_runtime.options", "qvl_runtime.results"),
+    ("qvl_runtime.answering", "qvl_runtime.model", "qvl_runtime.loading", "qvl_runtime.benchmark", "qvl_runtime.demo"),
+    ("qvl_convert",),
+    ("qvl_runtime.cli",),
+)
+"""From the bottom: a module imports from its own layer and those before it."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in (folder / package).rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str) -> set[str]:
+    """What a module imports when it is imported: not inside functions, nor for the type checker alone."""
+    found: set[str] = set()
+    for node in ast.parse(modules()[name].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module if module in modules() else node.module for module in inner}
+    return {module for module in found if module in modules() and module != name}
+
+
+def layer(name: str) -> int | None:
+    for number, prefixes in enumerate(LAYERS):
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
+            return number
+    return None
+
+
+def test_no_module_imports_itself_through_others():
+    TopologicalSorter({name: imports(name) for name in modules()}).prepare()  # raises CycleError, which names them
+
+
+def test_imports_go_down_only():
+    upward = [
+        f"{name} imports {other}"
+        for name in modules()
+        for other in imports(name)
+        if layer(name) is not None and layer(other) is not None and layer(other) > layer(name)
+    ]
+    assert not upward
+
+
+def test_every_module_has_a_layer():
+    top = {"qvl_runtime", "qvl_runtime.__main__"}
+    assert [name for name in modules() if layer(name) is None and name not in top] == []
+
+
+@pytest.mark.parametrize("above", ["qvl_runtime.engine", "qvl_runtime.inputs", "qvl_runtime.file", "qvl_convert"])
+def test_only_the_registry_names_a_family(above):
+    families = {name for name in modules() if name.startswith("qvl_runtime.families.qwen")}
+    named = [f"{name} imports {other}" for name in modules() if name.startswith(above) for other in imports(name)]
+    assert not [line for line in named if line.split()[-1] in families]
+
+
+def test_no_file_is_long():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()}
+    assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_LINES} == {}
