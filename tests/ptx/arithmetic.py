@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.errors import PtxError
-from ptx.group import UNSIGNED, Executor, Group, elementwise, opcode, reader
+from ptx.group import UNSIGNED, Executor, Group, add_undefined, elementwise, opcode, reader
 from ptx.parse import Instruction
 
 Function = Callable[..., np.ndarray]
@@ -23,7 +23,13 @@ def type_of(name: str) -> np.dtype:
     return np.dtype(bool) if name == "pred" else np.dtype(f"{_KINDS[name[0]]}{int(name[1:]) // 8}")
 
 
-def _apply(function: Function, instruction: Instruction, dtype: np.dtype, sources: int) -> Executor:
+def _either(*halves: np.ndarray) -> np.ndarray:
+    return np.bitwise_or.reduce(halves)
+
+
+def _apply(
+    function: Function, instruction: Instruction, dtype: np.dtype, sources: int, halves: Function | None = None
+) -> Executor:
     """``d = function(a, b, ...)`` with all operands of one type."""
     target, *operands = instruction.operands
     if len(operands) != sources:
@@ -31,12 +37,12 @@ def _apply(function: Function, instruction: Instruction, dtype: np.dtype, source
     reads = [reader(operand, dtype) for operand in operands]
     if sources == 1:
         (one,) = reads
-        return elementwise(target, operands, lambda group: function(one(group)))
+        return elementwise(target, operands, lambda group: function(one(group)), halves)
     if sources == 2:
         one, two = reads
-        return elementwise(target, operands, lambda group: function(one(group), two(group)))
+        return elementwise(target, operands, lambda group: function(one(group), two(group)), halves)
     one, two, three = reads
-    return elementwise(target, operands, lambda group: function(one(group), two(group), three(group)))
+    return elementwise(target, operands, lambda group: function(one(group), two(group), three(group)), halves)
 
 
 # integers and bits --------------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ def _float_pairs(instruction: Instruction, match: re.Match) -> Executor:
         values = np.broadcast_arrays(*values)
         return function(*(np.ascontiguousarray(value).view(half) for value in values)).view(whole)
 
-    return _apply(compute, instruction, np.dtype(whole), count)
+    return _apply(compute, instruction, np.dtype(whole), count, _either)
 
 
 # comparing, choosing, converting ------------------------------------------------------------------------------------
@@ -313,12 +319,12 @@ def _select(instruction: Instruction, match: re.Match) -> Executor:
         undefined = [group.undefined.get(slot) for slot in slots]
         if undefined[0] is None and undefined[1] is None:
             return inner(group, mask)
-        nowhere = np.zeros(group.lanes, bool)
+        nowhere = np.zeros(group.lanes, np.uint8)
         of_yes, of_no, of_condition = (nowhere if lanes is None else lanes for lanes in undefined)
         lanes = np.where(reads[0](group), of_yes, of_no) | of_condition
+        lanes = lanes if mask is None else np.where(mask, lanes, 0)
         group.write(target, np.where(*(read(group) for read in reads)), mask)
-        before = group.undefined.get(target.slot, nowhere)
-        group.set_undefined(target.slot, before | (lanes if mask is None else lanes & mask))
+        add_undefined(group, target.slot, lanes)
         return None
 
     return run

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx.errors import PtxError
-from ptx.parse import Address, Immediate, Instruction, Operand, Program, Register, Scalar, Special
+from ptx.parse import Address, Immediate, Instruction, Operand, Program, Register, Special
 
 if TYPE_CHECKING:
     from ptx.meeting import Meeting
@@ -33,6 +33,8 @@ Observer = Callable[[str, np.ndarray, int, np.ndarray | slice], None]
 Reader = Callable[["Group"], np.ndarray]
 
 WARP = 32
+LOW, HIGH, WHOLE = 1, 2, 3
+"""Halves of a register, in `Group.undefined`."""
 UNSIGNED = {1: np.dtype(bool), 8: np.dtype("u1"), 16: np.dtype("u2"), 32: np.dtype("u4"), 64: np.dtype("u8")}
 
 
@@ -49,7 +51,8 @@ class Group:
         Of every block: its index in the grid.
     registers : list of np.ndarray
     undefined : dict of int to np.ndarray
-        Register -> lanes whose value means nothing. Others are defined everywhere.
+        Register -> what of its value means nothing, uint8: 1 for the lower half, 2 for the upper one. Others are
+        defined everywhere. (Compilers put a value beside an undefined one where they compute on pairs.)
     epoch : np.ndarray
         Barriers every block has passed.
     meeting : Meeting or None
@@ -81,7 +84,7 @@ class Group:
         self.grid_block = blocks
         self.epoch = np.zeros(len(blocks), np.int32)
         zeros = {width: np.zeros(self.lanes, dtype) for width, dtype in UNSIGNED.items()}
-        everywhere = np.ones(self.lanes, bool)
+        everywhere = np.full(self.lanes, WHOLE, np.uint8)
         self.registers = [zeros[width] for width in program.widths]
         self.undefined = dict.fromkeys(range(len(self.registers)), everywhere)
         place = np.unravel_index(blocks, grid[::-1])[::-1]
@@ -104,12 +107,12 @@ class Group:
         self.registers[slot] = np.where(mask, value, self.registers[slot])
         undefined = self.undefined.get(slot)
         if undefined is not None:
-            self.set_undefined(slot, undefined & ~mask)
+            self.set_undefined(slot, np.where(mask, 0, undefined))
 
     def set_undefined(self, slot: int, lanes: np.ndarray) -> None:
-        """Note where a register means nothing."""
+        """Note where a register means nothing: bool, or halves as in `undefined`."""
         if lanes.any():
-            self.undefined[slot] = lanes
+            self.undefined[slot] = lanes * np.uint8(WHOLE) if lanes.dtype == bool else lanes.astype(np.uint8)
         else:
             self.undefined.pop(slot, None)
 
@@ -119,7 +122,7 @@ class Group:
         for slot in sources:
             lanes = self.undefined.get(slot)
             if lanes is not None:
-                found = lanes if found is None else found | lanes
+                found = lanes != 0 if found is None else found | (lanes != 0)
         if found is not None and mask is not None:
             found = found & mask
         return found if found is not None and found.any() else None
@@ -240,23 +243,41 @@ def registers_in(operands: Sequence[Operand]) -> tuple[int, ...]:
 
 
 def elementwise(
-    target: Register | Scalar, sources: Sequence[Operand], compute: Callable[[Group], np.ndarray]
+    target: Operand,
+    sources: Sequence[Operand],
+    compute: Callable[[Group], np.ndarray],
+    halves: Callable[..., np.ndarray] | None = None,
 ) -> Executor:
-    """An executor for what every lane does for itself: undefined operands make an undefined result."""
+    """An executor for what every lane does for itself: undefined operands make an undefined result.
+
+    `halves` tells which halves of it, from those of every operand; without it, all of it.
+    """
     if not isinstance(target, Register):
         raise PtxError(f"{target} is no register")
     slots = registers_in(sources)
+    each = [getattr(source, "slot", None) for source in sources]
 
     def run(group: Group, mask: Mask) -> None:
         undefined = None
         if not group.undefined.keys().isdisjoint(slots):
-            undefined = group.any_undefined(slots, mask)
+            if halves is None:
+                undefined = group.any_undefined(slots, mask)
+            else:
+                nothing = np.zeros(group.lanes, np.uint8)
+                undefined = halves(*(group.undefined.get(slot, nothing) for slot in each)).astype(np.uint8)
+                undefined = undefined if mask is None else np.where(mask, undefined, 0)
         group.write(target, compute(group), mask)
         if undefined is not None:
-            already = group.undefined.get(target.slot)
-            group.set_undefined(target.slot, undefined if already is None else undefined | already)
+            add_undefined(group, target.slot, undefined)
 
     return run
+
+
+def add_undefined(group: Group, slot: int, lanes: np.ndarray) -> None:
+    """Note where a register means nothing, besides where it already did."""
+    lanes = lanes * np.uint8(WHOLE) if lanes.dtype == bool else lanes
+    before = group.undefined.get(slot)
+    group.set_undefined(slot, lanes if before is None else before | lanes)
 
 
 def strict(sources: Sequence[Operand], run: Executor) -> Executor:

@@ -9,7 +9,23 @@ import numpy as np
 
 from ptx.arithmetic import type_of
 from ptx.errors import PtxError
-from ptx.group import UNSIGNED, WARP, Executor, Group, Mask, address_reader, elementwise, opcode, reader, spread, strict
+from ptx.group import (
+    HIGH,
+    LOW,
+    UNSIGNED,
+    WARP,
+    WHOLE,
+    Executor,
+    Group,
+    Mask,
+    add_undefined,
+    address_reader,
+    elementwise,
+    opcode,
+    reader,
+    spread,
+    strict,
+)
 from ptx.parse import Immediate, Instruction, Operand, Register
 
 # registers ----------------------------------------------------------------------------------------------------------
@@ -27,7 +43,7 @@ def _move(instruction: Instruction, match: re.Match) -> Executor:
     if match[2] != "pred" and dtype.itemsize != type_of(match[2]).itemsize:
         raise PtxError("the register has another width")
     read = reader(source, dtype)
-    return elementwise(target, [source], read)
+    return elementwise(target, [source], read, lambda halves: halves)
 
 
 def _pack(target: Register, parts: Sequence[Register]) -> Executor:
@@ -40,7 +56,11 @@ def _pack(target: Register, parts: Sequence[Register]) -> Executor:
             value |= read(group).astype(dtype) << dtype.type(width * i)
         return value
 
-    return elementwise(target, parts, compute)
+    return elementwise(target, parts, compute, _packed if len(parts) == 2 else None)
+
+
+def _packed(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return (low != 0) * np.uint8(LOW) | (high != 0) * np.uint8(HIGH)
 
 
 def _unpack(targets: Sequence[Register | None], source: Register) -> Executor:
@@ -49,7 +69,10 @@ def _unpack(targets: Sequence[Register | None], source: Register) -> Executor:
 
     def part(i: int) -> Executor:
         return elementwise(
-            targets[i], [source], lambda group: (read(group) >> wide.type(width * i)).astype(UNSIGNED[width])
+            targets[i],
+            [source],
+            lambda group: (read(group) >> wide.type(width * i)).astype(UNSIGNED[width]),
+            lambda halves: ((halves & (1 << i)) != 0) * np.uint8(WHOLE) if len(targets) == 2 else halves,
         )
 
     parts = [part(i) for i, target in enumerate(targets) if target is not None]
@@ -80,9 +103,7 @@ def _shuffle(instruction: Instruction, match: re.Match) -> Executor:
         group.write(target, spread(value(group), group.lanes)[origin], mask)
         if undefined is not None:
             moved = undefined[origin]
-            before = group.undefined.get(target.slot)
-            moved = moved if mask is None else moved & mask
-            group.set_undefined(target.slot, moved if before is None else before | moved)
+            add_undefined(group, target.slot, moved if mask is None else np.where(mask, moved, 0))
 
     return strict([by], run)
 

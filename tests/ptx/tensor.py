@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ptx.errors import PtxError
-from ptx.group import WARP, Executor, Group, Mask, address_reader, opcode, reader, registers_in, spread, strict
+from ptx.group import WARP, WHOLE, Executor, Group, Mask, address_reader, opcode, reader, registers_in, spread, strict
 from ptx.movement import whole_warps
 from ptx.parse import Immediate, Instruction, Operand, Register
 
@@ -163,7 +163,7 @@ class Products:
                 for slot in {register.slot for register in product.sums} - still:
                     if slot in group.undefined:
                         undefined = group.undefined[slot].copy()
-                        undefined[lanes] = False
+                        undefined[lanes] = 0
                         group.set_undefined(slot, undefined)
 
     def begin(self, group: Group, warpgroup: int, sums: tuple[Register, ...], granules: list[np.ndarray]) -> None:
@@ -171,8 +171,8 @@ class Products:
         self.running[warpgroup].append(_Running(self._commits[warpgroup], sums, granules))
         for register in sums:
             undefined = group.undefined.get(register.slot)
-            undefined = np.zeros(group.lanes, bool) if undefined is None else undefined.copy()
-            undefined[warpgroup * _WARPGROUP : (warpgroup + 1) * _WARPGROUP] = True
+            undefined = np.zeros(group.lanes, np.uint8) if undefined is None else undefined.copy()
+            undefined[warpgroup * _WARPGROUP : (warpgroup + 1) * _WARPGROUP] = WHOLE
             group.undefined[register.slot] = undefined
 
 
