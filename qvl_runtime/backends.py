@@ -59,7 +59,12 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
     if name == "cuda":
         from qvl_kernels import gpu
 
-        return gpu.CudaOps(progress=progress)
+        try:
+            return gpu.CudaOps(progress=progress)
+        except DeviceError as error:
+            if device == "cuda":
+                raise
+            reason = str(error)
     if device == "auto":
         from qvl_kernels import gpu
 

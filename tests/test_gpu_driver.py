@@ -47,10 +47,10 @@ def test_memory_launches_and_graphs(library):
     _run(library, "seam")
 
 
-def test_the_public_api_on_a_bundle_of_kernels(library, blob, tmp_path, monkeypatch):
-    """In a process that can import neither torch nor triton."""
+def _bundle(folder: Path) -> None:
+    """Kernels for sm_90 where the loader looks for what was compiled once."""
     images, kernels = Images(), {}
-    path = tmp_path / "qvl" / f"gpu-kernels-sm90-{source_hash()[:16]}.zip"
+    path = folder / "qvl" / f"gpu-kernels-sm90-{source_hash()[:16]}.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as bundle:
         bundle.writestr("code", b"\x7fELF")
@@ -65,6 +65,11 @@ def test_the_public_api_on_a_bundle_of_kernels(library, blob, tmp_path, monkeypa
             }
             kernels[name] = {"90": entry}
         bundle.writestr("manifest.json", json.dumps({"sources": source_hash(), "kernels": kernels}))
+
+
+def test_the_public_api_on_a_bundle_of_kernels(library, blob, tmp_path, monkeypatch):
+    """In a process that can import neither torch nor triton."""
+    _bundle(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _run(library, "model", blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=16))
 
@@ -76,12 +81,24 @@ def test_the_public_api_on_a_bundle_of_kernels(library, blob, tmp_path, monkeypa
         ({"capability": 61}, "Fake GPU has compute capability 6.1 and 7.5 (Turing, 2018) is the oldest supported"),
         ({"init": 100}, "no usable NVIDIA GPU"),
         ({"devices": 0}, "no NVIDIA GPU found"),
+        ({"context": 2}, "Fake GPU cannot be used"),
+        ({"stream": 2}, "Fake GPU cannot be used"),
     ],
 )
 def test_what_is_not_usable_is_said_in_one_line(library, settings, message):
     said = _run(library, "refused", **settings)
     assert message in said
     assert f"qvl: no usable GPU ({message}" in said
+
+
+def test_a_gpu_without_memory_left_is_passed_over(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _bundle(tmp_path)
+    assert "running on the CPU" in _run(library, "full", memory=1000)
+
+
+def test_another_librarys_context_does_not_matter(library):
+    _run(library, "foreign")
 
 
 def test_no_driver_at_all_is_said_in_one_line():

@@ -1,6 +1,6 @@
 """What the runtime does through the real cuda-core, on the driver library built from libcuda.c.
 
-driver_run.py LIBRARY seam | model BLOB | refused
+driver_run.py LIBRARY seam | model BLOB | refused | full | foreign
 """
 
 import ctypes
@@ -146,9 +146,26 @@ def refused(library: ctypes.CDLL | None) -> None:
     print(reason)
 
 
+def full(library: ctypes.CDLL) -> None:
+    """A GPU without a byte to give: found, and then of no use."""
+    gpu.available = lambda: (True, "Fake GPU")
+    raises("out of memory", lambda: make_ops("cuda"))
+    assert make_ops("auto").name == "cpu"
+
+
+def foreign(library: ctypes.CDLL) -> None:
+    """Another library makes its own context current: ours is again, before the next call."""
+    driver = Driver()
+    library.fake_forget_context()
+    driver.free(driver.allocate(100))
+    mark = driver.mark()
+    library.fake_forget_context()
+    driver.wait(mark)
+
+
 if __name__ == "__main__":
     path, part, *rest = sys.argv[1:]
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
-    {"seam": seam, "model": model, "refused": refused}[part](library, *rest)
+    {"seam": seam, "model": model, "refused": refused, "full": full, "foreign": foreign}[part](library, *rest)
     assert not {"torch", "triton"} & sys.modules.keys()
     print("done")

@@ -3,7 +3,7 @@
  * Launches go to a function the test registers (fake_on_launch), which gets the kernel's name, the grid, and the
  * addresses of the arguments, as the driver would. What the GPU is comes from the environment, read at each call:
  * FAKE_CUDA_DRIVER (12080), FAKE_CUDA_CAPABILITY (90), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_DEVICES (1),
- * FAKE_CUDA_INIT (cuInit's status). Calls not listed here succeed and do nothing.
+ * FAKE_CUDA_INIT, FAKE_CUDA_CONTEXT, FAKE_CUDA_STREAM (the status of cuInit, of making a context, and a stream). Calls not listed here succeed and do nothing.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -57,15 +57,17 @@ API cuDeviceGetAttribute(int *v, int attribute, int d) {
   }
   return 0;
 }
-API cuDevicePrimaryCtxRetain(void **c, int d) { *c = &handle; return 0; }
+API cuDevicePrimaryCtxRetain(void **c, int d) { *c = &handle; return setting("FAKE_CUDA_CONTEXT", 0); }
+API fake_forget_context(void) { current = 0; return 0; }
 API cuCtxGetCurrent(void **c) { *c = current; return 0; }
 API cuCtxSetCurrent(void *c) { current = c; return 0; }
 API cuCtxGetDevice(int *d) { *d = 0; return 0; }
 API cuCtxGetDevice_v2(int *d, void *c) { *d = 0; return 0; }
 API cuStreamGetCtx(void *s, void **c) { *c = &handle; return 0; }
-API cuStreamCreate(void **s, unsigned f) { *s = &handle; return 0; }
-API cuStreamCreateWithPriority(void **s, unsigned f, int p) { *s = &handle; return 0; }
+API cuStreamCreate(void **s, unsigned f) { *s = &handle; return setting("FAKE_CUDA_STREAM", 0); }
+API cuStreamCreateWithPriority(void **s, unsigned f, int p) { return cuStreamCreate(s, f); }
 API cuEventCreate(void **e, unsigned f) { *e = &handle; return 0; }
+API cuEventSynchronize(void *e) { return current ? 0 : INVALID_CONTEXT; }
 API cuEventElapsedTime_v2(float *ms, void *a, void *b) { *ms = 1; return 0; }
 API cuGetErrorName(int e, const char **s) { *s = "FAKE_ERROR"; return 0; }
 API cuGetErrorString(int e, const char **s) { *s = "a fake error"; return 0; }

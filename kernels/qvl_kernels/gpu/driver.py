@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -96,9 +95,10 @@ class Driver:
                 "(Turing, 2018) is the oldest supported: use the CPU"
             )
         self._core = core
-        self._current = threading.local()
-        self._enter()
-        self._stream = self._device.create_stream()
+        self._context = 0
+        with self._errors("cannot be used"):
+            self._enter()
+            self._stream = self._device.create_stream()
         self._raw_stream = api.CUstream(int(self._stream.handle))
         properties = self._device.properties
         self.shared_limit = properties.max_shared_memory_per_block_optin
@@ -213,6 +213,7 @@ class Driver:
 
     def wait(self, mark: Mark) -> None:
         """Wait until the stream has passed `mark`."""
+        self._enter()
         self._ok(self._api.cuEventSynchronize(mark.event))
 
     def seconds(self, begin: Mark, end: Mark) -> float:
@@ -239,10 +240,10 @@ class Driver:
             graph.launch(self._stream)
 
     def _enter(self) -> None:
-        """Make the GPU current in this thread."""
-        if not getattr(self._current, "done", False):
+        """Make the GPU current in this thread, where another library may have made another one current."""
+        if self._context == 0 or int(self._ok(self._api.cuCtxGetCurrent())) != self._context:
             self._device.set_current()
-            self._current.done = True
+            self._context = int(self._ok(self._api.cuCtxGetCurrent()))
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
