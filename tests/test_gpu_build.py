@@ -1,5 +1,6 @@
 """Every GPU kernel compiles for every architecture, within its shared memory and without spills; and the bundle."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qvl_kernels.gpu import signatures, turing
-from qvl_kernels.gpu.build import source_hash
+from qvl_kernels.gpu.build import compile_kernel, source_hash
 
 TRITON = importlib.util.find_spec("triton")
 if TRITON is None:
@@ -100,6 +101,16 @@ def test_a_launch_takes_the_listed_arguments_and_two_null_pointers(bundle, manif
             found = re.findall(r"\.param \.(\w+)", header)
             expected = [widths.get(kind, "u64") for kind in signatures.types(name).values()]
             assert [t.replace("b32", "u32") for t in found] == [*expected, "u64", "u64"], name
+
+
+def test_a_signature_in_another_order_is_refused(monkeypatch):
+    """Arguments are passed by position: two that changed places would be taken for each other."""
+    kernel = signatures.KERNELS["add"]
+    first, second, *rest = kernel.arguments
+    swapped = dataclasses.replace(kernel, arguments=(second, first, *rest))
+    monkeypatch.setitem(signatures.KERNELS, "add", swapped)
+    with pytest.raises(TypeError, match="takes"):
+        compile_kernel("add.any", 80)
 
 
 def test_a_turing_product_is_two_halves():

@@ -16,6 +16,7 @@ from qvl_kernels.gpu import signatures as s
 from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.graph import Queue
 from qvl_kernels.gpu.launcher import Launcher
+from qvl_kernels.gpu.memory import Memory
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack, round_up
 from qvl_kernels.reference import ReferenceOps
@@ -43,7 +44,7 @@ def launch(name, grid, *args, observer=None):
     """Run a kernel with the launch arguments of its signature, on the arrays where they are."""
     driver = PtxDriver(seed=len(name) + sum(grid))
     driver.observer = observer
-    launcher = Launcher(driver, Queue(driver), images)
+    launcher = Launcher(driver, Queue(driver, Memory(driver)), images)
     arrays = [value for value in args if isinstance(value, np.ndarray)]
     for array, written in {owner(array)[0].ctypes.data: owner(array) for array in arrays}.values():
         driver.adopt(array, written)

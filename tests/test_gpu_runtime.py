@@ -253,6 +253,42 @@ def test_a_captured_step_keeps_its_memory(ops, driver):
     assert ops.memory.in_use == before
 
 
+def test_captured_steps_share_their_temporaries(ops):
+    """Ten products take the scratch of one, and so do the steps of ten sessions."""
+    w = ops.weight(matrix(256, 1000, 4))
+    x, out = ops.empty((1, 1000), np.float16), ops.empty((1, 256))
+
+    def step(products):
+        for _ in range(products):
+            ops.linear(x, w, out=out)
+
+    before = ops.memory.in_use
+    one = ops.capture(lambda: step(1))
+    taken = ops.memory.in_use - before
+    assert taken > 0
+    replays = [ops.capture(lambda: step(10)) for _ in range(10)]
+    assert ops.memory.in_use == before + taken
+    del one
+    assert ops.memory.in_use == before + taken, "the others still use it"
+    del replays
+    gc.collect()
+    assert ops.memory.in_use == before
+
+
+def test_a_step_that_fails_leaves_no_scratch(ops):
+    before = ops.memory.in_use
+
+    def step():
+        ops.empty((1000,))
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            ops.capture(step)
+    gc.collect()
+    assert ops.memory.in_use == before
+
+
 def test_what_cannot_be_replayed_is_refused(ops):
     x = ops.empty((4,))
     for step in (

@@ -73,7 +73,8 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
     module, function = family.source.split(".")
     source = getattr(importlib.import_module(f"qvl_kernels.gpu.kernels.{module}"), function)
     kinds, fixed, shape = types(name), constants(name, architecture), tile(name, architecture)
-    if [*kinds, *fixed] != source.arg_names and {*kinds, *fixed} != {*source.arg_names}:
+    launched = [argument for argument in source.arg_names if argument not in fixed]
+    if launched != [*kinds] or not {*fixed} <= {*source.arg_names}:
         raise TypeError(f"{name}: {family.source} takes {source.arg_names}, listed are {[*kinds, *fixed]}")
     attributes = {
         (i,): [["tt.divisibility", 16]]

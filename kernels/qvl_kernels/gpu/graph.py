@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.gpu.memory import Memory
 
 
 class Queue:
@@ -15,16 +18,22 @@ class Queue:
     finished tape is shown to the driver, which allows neither within a capture.
     """
 
-    def __init__(self, driver: Driver):
-        self.driver = driver
-        self._tape: list[tuple[Callable, tuple, Any]] | None = None
+    def __init__(self, driver: Driver, memory: Memory):
+        self.driver, self.memory = driver, memory
+        self._tape: list[tuple[Callable, tuple]] | None = None
+        self._keep: list[Any] = []
 
-    def __call__(self, action: Callable, *args: Any, keep: Any = None) -> None:
-        """Do ``action(*args)``, a call of the driver, now or at every replay; `keep` lives as long as that may be."""
+    def __call__(self, action: Callable, *args: Any, keep: Iterable[Any] = ()) -> None:
+        """Do ``action(*args)``, a call of the driver, now or at every replay.
+
+        The memory of the arrays in `keep` (or of pairs that begin with one) lives as long as that may be. What was
+        made within the captured step is `Memory.scratch`'s: it is used again as soon as the step lets go of it.
+        """
         if self._tape is None:
             action(*args)
         else:
-            self._tape.append((action, args, keep))
+            self._tape.append((action, args))
+            self._keep += _owners(keep)
 
     def host_access(self, what: str) -> None:
         """Refuse what only makes sense at once."""
@@ -35,17 +44,28 @@ class Queue:
         """Record what `step` does."""
         if self._tape is not None:
             raise RuntimeError("a captured step cannot capture another")
-        self._tape = tape = []
-        try:
-            step()
-        finally:
-            self._tape = None
+        with self.memory.scratch.record():
+            self._tape, self._keep = tape, keep = [], []
+            try:
+                step()
+            finally:
+                self._tape, self._keep = None, []
 
-        def play() -> None:
-            for action, args, _ in tape:
-                action(*args)
+            def play() -> None:
+                for action, args in tape:
+                    action(*args)
 
-        return Replay(self.driver, self.driver.capture(play), tape)
+            replay = Replay(self.driver, self.driver.capture(play), keep)
+        weakref.finalize(replay, self.memory.scratch.release).atexit = False
+        return replay
+
+
+def _owners(values: Iterable[Any]) -> Iterator[Any]:
+    """What keeps the memory of arrays that were not made within the captured step."""
+    for value in values:
+        array = value[0] if isinstance(value, tuple) else value
+        if isinstance(array, DeviceArray) and not array.owner.scratch:
+            yield array.owner
 
 
 class Replay:

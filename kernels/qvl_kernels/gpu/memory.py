@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -145,6 +146,7 @@ class Memory:
     def __init__(self, driver: Driver):
         self.driver = driver
         self.in_use = self.peak = 0
+        self.scratch = Scratch(self)
         self._pool: dict[int, list[int]] = collections.defaultdict(list)
         self._pooled = 0
 
@@ -190,15 +192,71 @@ class Memory:
                 self.driver.free(address)
 
 
-class Block:
-    """One allocation; it lives as long as an array refers to it."""
+class Scratch:
+    """Blocks that steps made and let go of again while they were captured.
 
-    __slots__ = ("__weakref__", "address")
+    Steps run one after another and leave nothing for each other in such blocks, so that all share them: they are taken
+    again within a step, and by the next one that is captured. They stay as long as any of the steps does.
+    """
+
+    def __init__(self, memory: Memory):
+        self._memory = memory
+        self._free: dict[int, list[int]] = collections.defaultdict(list)
+        self._steps = 0
+        self.recording = False
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Blocks taken within belong to a captured step, which `release` ends."""
+        self._steps += 1
+        self.recording = True
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self.recording = False
+
+    def release(self) -> None:
+        """A captured step is gone."""
+        self._steps -= 1
+        if self._steps == 0:
+            free, self._free = self._free, collections.defaultdict(list)
+            for nbytes, addresses in free.items():
+                for address in addresses:
+                    self._memory.give(address, nbytes)
+
+    def take(self, nbytes: int) -> int:
+        """As `Memory.take`."""
+        return self._free[nbytes].pop() if self._free[nbytes] else self._memory.take(nbytes)
+
+    def give(self, address: int, nbytes: int) -> None:
+        """As `Memory.give`."""
+        if self._steps:
+            self._free[nbytes].append(address)
+        else:
+            self._memory.give(address, nbytes)
+
+
+class Block:
+    """One allocation; it lives as long as an array refers to it.
+
+    Attributes
+    ----------
+    address : int
+    scratch : bool
+        Whether it was made within a captured step.
+    """
+
+    __slots__ = ("__weakref__", "address", "scratch")
 
     def __init__(self, memory: Memory, nbytes: int):
         nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
-        self.address = memory.take(nbytes)
-        weakref.finalize(self, memory.give, self.address, nbytes).atexit = False
+        self.scratch = memory.scratch.recording
+        home = memory.scratch if self.scratch else memory
+        self.address = home.take(nbytes)
+        weakref.finalize(self, home.give, self.address, nbytes).atexit = False
 
 
 class Uploader:

@@ -60,7 +60,7 @@ class CudaOps:
 
             images = find(self.driver.capability)
         self.memory = Memory(self.driver)
-        self.queue = Queue(self.driver)
+        self.queue = Queue(self.driver, self.memory)
         self.launch = Launcher(self.driver, self.queue, images)
         self.uploader = Uploader(self.driver, progress)
         self._counters = self.empty((_COUNTERS,), np.int32)

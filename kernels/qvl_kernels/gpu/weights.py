@@ -149,4 +149,4 @@ def _pad_rows(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
 def _clear(device: Device, array: DeviceArray, padded: bool) -> None:
     """Rows that the upload does not write hold zeros, not what the memory held before."""
     if padded:
-        device.queue(device.driver.fill, array.address, 0, array.nbytes, keep=array)
+        device.queue(device.driver.fill, array.address, 0, array.nbytes, keep=(array,))
