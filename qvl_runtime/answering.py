@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Answer, Form
-from qvl_runtime.engine.drafts import ROW_COST, PromptLookup
+from qvl_runtime.engine.drafts import PromptLookup
 from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, stream_generate
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.session import Sessions
@@ -102,7 +102,7 @@ class Answering:
                 images=len(prompt.slots),
                 cached_images=len(prompt.slots) - encoded,
             )
-            drafts = PromptLookup(prompt.ids, ROW_COST.get(self._ops.name, 1.0)) if speculate else None
+            drafts = PromptLookup(prompt.ids, self._ops.row_cost) if speculate else None
             yield from stream_generate(
                 generate_step(session, select, drafts, limit, timings),
                 self._tokenizer,

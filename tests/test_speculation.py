@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qvl_runtime as qvl
-from qvl_runtime.engine.drafts import HOPE, MATCHED, MAX_DRAFT, PromptLookup
+from qvl_runtime.engine.drafts import MATCHED, MAX_DRAFT, PRIOR, PromptLookup
 from qvl_runtime.engine.generation import Timings, TokenSelector, generate_step
 from qvl_runtime.engine.sampling import Sampler, softmax
 
@@ -131,7 +131,7 @@ def test_guesses_that_fail_become_rare():
     for _ in range(20):
         lookup.learn(7, 7)
     assert len(lookup.draft(7)) == 7
-    assert 0 < HOPE < 1
+    assert 0 < PRIOR < 1
 
 
 class FewWords:

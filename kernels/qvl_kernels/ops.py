@@ -124,11 +124,14 @@ class Ops(Protocol):
         inputs and logits are always float32.
     score_cache_dtype : str
         The most precise cache ("fp32" or "fp16"), for scoring.
+    row_cost : float
+        Time of each further row of a small batch, in passes of one row: what a draft of one more token costs.
     """
 
     name: str
     activation_dtype: np.dtype
     score_cache_dtype: str
+    row_cost: float
 
     # memory
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> Array:

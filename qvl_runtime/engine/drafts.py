@@ -19,10 +19,6 @@ computed as one row alone would be."""
 MATCHED = 3
 """Tokens that must have occurred before, in this order."""
 
-ROW_COST = {"cpu": 0.4, "cuda": 0.1}
-"""What each further row of a small batch costs, in passes of one row. On two cores 2, 8 and 16 rows were measured to
-take 1.4, 4.4 and 6.4 times as long as one; more cores wait for memory more, and a GPU, not measured, should most."""
-
 PRIOR = 0.75
 """Prior acceptance rate. The estimate returns to it while nothing is drafted."""
 
@@ -35,7 +31,7 @@ class PromptLookup:
     tokens : iterable of int
         The prompt.
     row_cost : float
-        See `ROW_COST`.
+        `Ops.row_cost`.
     """
 
     def __init__(self, tokens: Iterable[int], row_cost: float):

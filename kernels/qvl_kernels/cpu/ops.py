@@ -48,6 +48,9 @@ class CpuOps:
     name = "cpu"
     activation_dtype = F32
     score_cache_dtype = "fp32"
+    row_cost = 0.4
+    """Measured on two cores: 2, 8 and 16 rows take 1.4, 4.4 and 6.4 times as long as one. More cores wait for memory
+    more, so that a row costs less."""
 
     def __init__(self, *, activations: str = "auto", threads: int | None = None):
         if activations not in ACTIVATIONS:

@@ -56,6 +56,7 @@ class ReferenceOps:
     name = "reference"
     activation_dtype = np.dtype(np.float32)
     score_cache_dtype = "fp32"
+    row_cost = 1.0
 
     def empty(self, shape, dtype=np.float32):
         return np.empty(shape, dtype)
