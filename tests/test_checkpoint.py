@@ -58,7 +58,7 @@ def test_every_tensor_is_what_another_reader_sees():
 @pytest.mark.parametrize("name", ["tiny-vl", "tiny-vl-bin"])
 def test_names_and_shapes_are_those_of_the_published_model(name):
     checkpoint = Checkpoint(CKPT / name)
-    shapes = published_shapes(checkpoint.config)
+    shapes = published_shapes(checkpoint.family, checkpoint.config)
     assert {n: checkpoint.entry(n).shape for n in checkpoint.names} == shapes
     assert checkpoint.ranks == (CKPT / name / "qwen.tiktoken").read_bytes()
     assert checkpoint.generation_config.chat_format == "chatml"
@@ -224,8 +224,10 @@ def test_fingerprint_tells_sources_apart(copy):
 
 def test_qwen_7b_is_the_text_half():
     raw = json.loads((VL / "config.json").read_text())
-    both = published_shapes(ModelConfig.from_dict(raw))
-    text = published_shapes(ModelConfig.from_dict({k: v for k, v in raw.items() if k != "visual"}))
+    both = published_shapes(Checkpoint(VL).family, ModelConfig.from_dict(raw))
+    text = published_shapes(
+        Checkpoint(VL).family, ModelConfig.from_dict({k: v for k, v in raw.items() if k != "visual"})
+    )
     assert text == {name: shape for name, shape in both.items() if ".visual." not in name}
 
 

@@ -1,10 +1,13 @@
 """Export is the inverse of import, bit for bit, and what was quantised here can be read again."""
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from safetensors import SafetensorError
 from shards import all_tensors
 
 import qvl_runtime as qvl
@@ -91,3 +94,27 @@ def test_an_existing_folder_is_kept_and_a_failure_leaves_nothing(blob, tmp_path,
     with pytest.raises(ZeroDivisionError):
         export(model, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_files_are_as_readable_as_any_other(blob, tmp_path):
+    old = os.umask(0o022)
+    try:
+        export(Blob(blob("tiny-vl", **KEPT)), tmp_path / "out")
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(blob, tmp_path, monkeypatch, error):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(export_module, "save_file", full)
+    with pytest.raises(QvlError, match=r"out: cannot be written \(No space left on device\); make room"):
+        export(Blob(blob("tiny-vl", **KEPT)), tmp_path / "out")
+    with pytest.raises(QvlError, match=r"out: cannot be written \(No such file"):
+        export(Blob(blob("tiny-vl", **KEPT)), tmp_path / "no" / "out")
+    with pytest.raises(QvlError, match="expected a path"):
+        export(Blob(blob("tiny-vl", **KEPT)), None)
+    assert not list(tmp_path.iterdir())

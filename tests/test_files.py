@@ -87,7 +87,7 @@ def test_in_checkpoints(folder, kind):
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_everywhere_else(tmp_path, tokenizer, kind):
+def test_everywhere_else(tmp_path, speaker, kind):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for name, action in {
@@ -95,8 +95,8 @@ def test_everywhere_else(tmp_path, tokenizer, kind):
         "picture.png": load_image,
         "weights.safetensors": TensorFile,
         "adapter/adapter_config.json": lambda path: Merged(VL, path.parent),
-        "data.json": lambda path: calibration.load(path, tokenizer, chat=True),
-        "data.jsonl": lambda path: calibration.load(path, tokenizer, chat=True),
+        "data.json": lambda path: calibration.load(path, speaker),
+        "data.jsonl": lambda path: calibration.load(path, speaker),
     }.items():
         if kind == "folder" and name.startswith("data"):
             continue  # calibration data may be a folder
@@ -105,21 +105,14 @@ def test_everywhere_else(tmp_path, tokenizer, kind):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return calibration_tokenizer()
+def speaker():
+    return Checkpoint(VL)
 
 
-def calibration_tokenizer():
-    from qvl_runtime.inputs.tokenizer import Tokenizer
-
-    ckpt = Checkpoint(VL)
-    return Tokenizer.from_ranks(ckpt.ranks, image_tags=True, vocab_size=ckpt.config.vocab_size)
-
-
-def test_a_caption_that_is_no_file(tmp_path, tokenizer):
+def test_a_caption_that_is_no_file(tmp_path, speaker):
     shutil.copy(GOLDEN / "images/rgb_odd.png", tmp_path / "a.png")
     (tmp_path / "a.txt").symlink_to("/dev/zero")
-    refused(lambda: calibration.load(tmp_path, tokenizer, chat=True), "a.txt")
+    refused(lambda: calibration.load(tmp_path, speaker), "a.txt")
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff\n", "", "nowhere/at/all"])

@@ -1,16 +1,20 @@
 """LoRA adapters are merged while a model is read."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.lora import Merged
+from qvl_convert.verify import mismatch, open_reference
 from qvl_runtime.blob import Blob
+from qvl_runtime.cli.main import _app
 from qvl_runtime.errors import QvlError
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
@@ -107,3 +111,36 @@ def test_a_quantised_base_and_a_missing_file_are_refused(adapter, tmp_path):
     with pytest.raises(QvlError, match=r"adapter_config\.json"):
         convert(VL, tmp_path / "x.qvl", lora=tmp_path / "gone")
     assert not (tmp_path / "x.qvl").exists()
+
+
+def test_the_fingerprint_tells_strengths_apart(adapter):
+    """Or a conversion of one would be resumed as one of the other."""
+    configs = ({}, {"lora_alpha": 16}, {"use_rslora": True}, {"lora_alpha": 16, "use_rslora": True})
+    folder, _ = adapter()
+    settings, prints = json.loads((folder / "adapter_config.json").read_text()), set()
+    for config in configs:
+        (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+        prints.add(json.dumps(Merged(VL, folder).fingerprint()))
+    assert len(prints) == len(configs)
+
+
+def test_a_merged_file_says_so_and_verify_knows(adapter, tmp_path):
+    """`convert --lora --verify` compares with the merged model, not with the base."""
+    folder, _ = adapter()
+    out = tmp_path / "m.qvl"
+    more = ["--bits", "16", "--lora", folder, "--verify", "1", "--device", "reference"]
+    shown = CliRunner().invoke(_app("convert"), ["convert", *map(str, [VL, out, *more])])
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert float(re.search(r"KL divergence, mean +([0-9.]+)", shown.stdout)[1]) < 1e-5
+    blob = Blob(out)
+    assert mismatch(blob, open_reference(VL, folder)) is None
+    assert "adapter 'adapter', which the reference is without" in mismatch(blob, open_reference(VL))
+    assert "made without the adapter" in mismatch(_base(tmp_path), open_reference(VL, folder))
+    assert "another adapter" in mismatch(blob, open_reference(VL, adapter({"lora_alpha": 1})[0]))
+    shown = CliRunner().invoke(_app("info"), ["info", str(out)])
+    assert "tiny-vl with the adapter adapter by" in shown.stdout
+
+
+def _base(folder) -> Blob:
+    convert(VL, folder / "base.qvl", bits=16)
+    return Blob(folder / "base.qvl")

@@ -1,22 +1,26 @@
 """Comparing a file with its original: the figures, the answers, and what the command prints."""
 
+import dataclasses
 import json
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
 from PIL import Image
+from shards import changed_copy
+from typer.testing import CliRunner
 
 from qvl_convert import answers as answers_module
-from qvl_convert import calibration
+from qvl_convert import calibration, verify_plot
 from qvl_convert.answers import compare_answers, edit_distance, iou
-from qvl_convert.verify import Bf16Ops, judged_positions, open_reference, verify
+from qvl_convert.verify import Bf16Ops, judged_positions, mismatch, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
 from qvl_runtime.backends import make_ops
+from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import Box
+from qvl_runtime.cli.main import _app
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.weights import Weights
 
@@ -63,7 +67,7 @@ def test_in_a_chat_the_answers_are_judged_and_else_all_text(model):
     tokenizer = model("tiny-vl", bits=16).tokenizer
     prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
     ids = tokenizer.encode(prompt * 2)
-    judged = judged_positions(ids, tokenizer)
+    judged = judged_positions(calibration.Sample(ids, []), tokenizer)
     assert tokenizer.decode([ids[i + 1] for i in judged]) == "Yes.<|im_end|>" * 2
     ids = tokenizer.encode("One <img></img> two.")
     judged = judged_positions(ids, tokenizer)
@@ -151,17 +155,115 @@ def test_edit_distance(a, b, want):
 
 
 def test_the_plot_is_a_picture_and_a_bad_name_an_error(report, tmp_path):
-    plot(report, tmp_path / "x.png")
-    assert np.asarray(Image.open(tmp_path / "x.png")).std() > 5
-    with pytest.raises(QvlError, match=r"nowhere.*cannot be written"):
-        plot(report, tmp_path / "nowhere" / "x.png")
+    plot(report, tmp_path / "x.png", title="x.qvl")
+    pixels = np.asarray(Image.open(tmp_path / "x.png")).reshape(-1, 3)
+    for colour in (verify_plot.LINE, verify_plot.FLOOR):
+        assert (pixels == colour).all(axis=1).sum() > 1000, "both lines are there"
+    broken = dataclasses.replace(report, floor_layers=[float("nan")] * len(report.layers))
+    plot(broken, tmp_path / "x.png", title="x.qvl")
+    for name in ("nowhere/x.png", "x.unknown", "x", ""):
+        with pytest.raises(QvlError, match=r"cannot be written"):
+            verify_plot.check_path(tmp_path / name)
 
 
-def test_the_command_prints_a_table_or_json(blob, tmp_path):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", "verify", blob("tiny-vl", **INT4), "--reference", VL]
-    command += ["--samples", "1", "--device", "reference", "--max-new-tokens", "2"]
-    shown = subprocess.run([*command, "--plot", tmp_path / "p.png"], capture_output=True, text=True, check=True)
-    assert "KL divergence, mean" in shown.stdout and "noise floor" in shown.stdout and shown.stderr == ""
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [(1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.07, [0, 0.02, 0.04, 0.06, 0.08]), (4.1, [0, 1, 2, 3, 4, 5]), (0, [0, 1])],
+)
+def test_ticks_are_round(largest, ticks):
+    assert verify_plot.round_ticks(largest) == pytest.approx(ticks)
+
+
+def test_the_noise_floor_is_given_stage_by_stage(report):
+    assert len(report.floor_layers) == len(report.layers)
+    assert all(0 < floor < error for floor, (_, error) in zip(report.floor_layers, report.layers))
+    assert [at for at, _ in report.floor_by_position] == [at for at, _ in report.kl_by_position]
+
+
+def test_pictures_without_captions_are_judged_by_their_questions(model, tmp_path, golden):
+    for name in ("rgb_odd.png", "rgba.png"):
+        shutil.copy(golden / "images" / name, tmp_path)
+    ours = model("tiny-vl", **INT4)
+    samples = calibration.load(tmp_path, ours, count=2)
+    assert not any(len(judged_positions(sample, ours.tokenizer)) for sample in samples)
+    found = verify(ours, open_reference(VL), samples, max_new_tokens=2)
+    assert found.positions > 20 and found.answers.count == 2 and not found.failures()
+
+
+def test_a_file_that_is_broken_fails(report):
+    assert not report.failures()
+    for change, message in (
+        ({"kl_mean": float("nan")}, "not finite"),
+        ({"perplexity": float("inf")}, "not finite"),
+        ({"kl_mean": 14.7}, "KL divergence is 14.70"),
+        ({"features": 1.3}, "features is 130%"),
+    ):
+        broken = dataclasses.replace(report, model=dataclasses.replace(report.model, **change))
+        assert message in broken.failures()[0]
+
+
+def test_boxes_of_one_answer_alone_count_as_missed(model):
+    """Whichever of the two has more."""
+    loaded = model("tiny-vl", bits=16)
+    tokenizer = loaded.tokenizer
+    one, two = (tokenizer.encode("<box>(1,2),(300,400)</box>" * count) for count in (1, 2))
+    for ours, theirs in ((one, two), (two, one), ([], one), (one, [])):
+        answer = answers_module._Answer(calibration.Sample([], []), ours, theirs, [], done=True)
+        found = answers_module._summary([answer], 1, loaded)
+        assert found.boxes == max(len(ours), len(theirs)) // len(one)
+        assert found.iou_under_half == 1 - min(len(ours), len(theirs)) / max(len(ours), len(theirs))
+
+
+@pytest.fixture(scope="module")
+def cli(blob):
+    def command(*more, file=None):
+        arguments = [file or blob("tiny-vl", **INT4), "--reference", VL, "--samples", "1", "--device", "reference"]
+        return CliRunner().invoke(_app("verify"), ["verify", *map(str, [*arguments, "--max-new-tokens", "0", *more])])
+
+    return command
+
+
+def test_the_command_prints_a_table_or_json(cli, tmp_path):
+    shown = cli("--plot", tmp_path / "p.png", "--max-new-tokens", "2")
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert "KL divergence, mean" in shown.stdout and "noise floor" in shown.stdout
     assert (tmp_path / "p.png").exists()
-    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout)["model"]["kl_mean"] > 0
+    assert json.loads(cli("--json").stdout)["model"]["kl_mean"] > 0
+
+
+def test_the_plots_path_is_checked_before_anything_is_read(cli, tmp_path):
+    for name in ("nowhere/p.png", "p.unknown"):
+        shown = cli("--plot", tmp_path / name, file=tmp_path / "gone.qvl")
+        assert shown.exit_code == 1 and name in shown.stderr and shown.stderr.count("\n") == 1
+
+
+def test_a_plot_that_fails_at_the_end_leaves_the_table(cli, tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    shown = cli("--plot", tmp_path / "p.png")
+    assert shown.exit_code == 1 and "No space left" in shown.stderr and "KL divergence, mean" in shown.stdout
+
+
+def test_a_file_beyond_the_limits_fails_after_its_table(cli, monkeypatch):
+    monkeypatch.setattr("qvl_convert.verify.MAX_KL", 1e-9)
+    shown = cli()
+    assert shown.exit_code == 1 and "KL divergence, mean" in shown.stdout
+    assert "does not answer as" in shown.stderr and shown.stderr.count("\n") == 1
+
+
+def test_the_data_are_not_those_of_calibration(cli, monkeypatch):
+    seen = []
+    monkeypatch.setattr("qvl_runtime.cli.verify.run", lambda *given, **_: seen.append(given))
+    cli()
+    loaded, _, samples = seen[0]
+    used = calibration.load("builtin", loaded, count=1)
+    assert calibration.digest(samples) != calibration.digest(used)
+
+
+def test_what_cannot_belong_together_is_warned_of(blob, tmp_path):
+    other = changed_copy(VL, tmp_path / "other")
+    assert mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(VL)) is None
+    assert mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(blob("tiny-vl", bits=16))) is None
+    assert "other weights" in mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(other))

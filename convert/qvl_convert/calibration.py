@@ -249,7 +249,7 @@ def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:
             raise QvlError(f"a turn is {role!r}: {str(said)[:40]!r}; expected 'user' or 'assistant' and a text")
     if not any(role == "user" for role, _ in turns):
         raise QvlError("has no 'conversations' with a turn of the user")
-    answer = str(turns[-1][1]) if turns[-1][0] == "assistant" else None
+    answer = _text(turns[-1][1]) if turns[-1][0] == "assistant" else None
     asked = [(role, _resolve(said, root, speaker)) for role, said in (turns if answer is None else turns[:-1])]
     if speaker.is_chat:
         prompt = speaker.prompts.build([{"role": r, "content": said} for r, said in asked], None, LOCAL)
@@ -257,6 +257,12 @@ def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:
         said = [part for _, content in asked for part in (*_parts(content), {"text": "\n"})]
         prompt = speaker.prompts.build(said, None, LOCAL)
     return _without_pixels(prompt, [] if answer is None else speaker.prompts.answer(answer), asks=True)
+
+
+def _text(content: Content) -> str:
+    if not all("text" in part for part in _parts(content)):
+        raise QvlError("an answer has a picture; expected a text")
+    return "".join(part["text"] for part in _parts(content))
 
 
 def _parts(content: Content) -> list[dict[str, Any]]:

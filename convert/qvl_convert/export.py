@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qvl_convert.checkpoint import published_shapes
@@ -23,6 +24,7 @@ from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec
+from qvl_runtime.file.opening import as_path
 
 SHARD = 2 << 30
 """Bytes after which another file is begun."""
@@ -45,22 +47,28 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     ------
     QvlError
         When the folder exists, or AutoGPTQ's layout cannot hold the decoder: differing bits or group sizes, or a
-        matrix whose sides are no multiples of what a 32-bit word holds.
+        matrix whose sides are no multiples of what a 32-bit word holds. Or when the folder cannot be written, the
+        disk being full: nothing is left then.
     """
-    folder = Path(folder)
-    if folder.exists() and not force:
+    folder = as_path(folder)
+    if os.path.lexists(folder) and not force:
         raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
     settings = _settings(blob)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir()
         _write_weights(_tensors(blob, settings is not None), partial)
         _write_texts(blob, settings, partial)
-    except BaseException:
-        shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise QvlError(f"{folder}: cannot be written ({reason}); make room, or name another folder") from None
         raise
-    if folder.exists():
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
 
@@ -168,7 +176,11 @@ def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> No
     held: dict[str, np.ndarray] = {}
 
     def flush() -> None:
-        save_file(held, folder / f"{len(shards):05}.safetensors", {"format": "pt"})
+        path = folder / f"{len(shards):05}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(held, path, {"format": "pt"})
+        path.chmod(mode)  # the library's file is its owner's alone
         shards.append(list(held))
         held.clear()
 

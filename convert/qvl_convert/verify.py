@@ -29,6 +29,10 @@ from qvl_runtime.families.weights import Tensors, Weights
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.model import Model as Runtime
 
+MAX_KL, MAX_FEATURE_ERROR = 1.0, 1.0
+"""Limits in nats and as a share: int4 models have less than a tenth of either, models that do not belong together
+more."""
+
 BIN = 32
 """Positions whose KL divergence is averaged in `Report.kl_by_position`."""
 
@@ -69,8 +73,10 @@ class Report:
     model, floor : Divergence
     layers : list of (str, float)
         Relative error of what leaves each stage of the model.
-    kl_by_position : list of (int, float)
-        First position of each bin and the mean KL divergence in it.
+    floor_layers : list of float
+        The noise floor's, in the same order.
+    kl_by_position, floor_by_position : list of (int, float)
+        First position of each bin and the mean KL divergence in it; the noise floor's.
     answers : Answers or None
     """
 
@@ -80,12 +86,26 @@ class Report:
     model: Divergence
     floor: Divergence
     layers: list[tuple[str, float]]
+    floor_layers: list[float]
     kl_by_position: list[tuple[int, float]]
+    floor_by_position: list[tuple[int, float]]
     answers: Answers | None
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
         return dataclasses.asdict(self)
+
+    def failures(self) -> list[str]:
+        """What lies beyond `MAX_KL` and `MAX_FEATURE_ERROR`: such a file does not answer as its original."""
+        found, model = [], self.model
+        figures = [v for part in (model, self.floor) for v in dataclasses.asdict(part).values() if v is not None]
+        if not np.isfinite([*figures, *(error for _, error in self.layers)]).all():
+            found.append("a result is not finite")
+        if model.kl_mean > MAX_KL:
+            found.append(f"the mean KL divergence is {model.kl_mean:.2f} (limit {MAX_KL})")
+        if model.features is not None and model.features > MAX_FEATURE_ERROR:
+            found.append(f"the error of picture features is {model.features:.0%} (limit {MAX_FEATURE_ERROR:.0%})")
+        return found
 
 
 class Bf16Ops:
@@ -115,6 +135,26 @@ def open_reference(path: str | Path, lora: str | Path | None = None) -> Tensors:
     if Path(path).is_file():
         return Blob(path)
     return Published(Source(Checkpoint(path) if lora is None else Merged(path, lora)))
+
+
+def mismatch(blob: Blob, reference: Tensors) -> str | None:
+    """Why a file was not made from this reference, as far as the files' fingerprints tell; None where it was."""
+    told = blob.metadata["source"].get("files")
+    if isinstance(reference, Blob):
+        found = reference.metadata["source"].get("files")
+    else:
+        found = reference.source.checkpoint.fingerprint()
+    if not isinstance(told, dict) or not isinstance(found, dict) or told == found:
+        return None
+    merged, given = ([name for name in files if "/" in name] for files in (told, found))
+    if merged and not given:
+        adapter = merged[0].partition("/")[0]
+        return f"was made with the adapter {adapter!r:.80}, which the reference is without: name it with --lora"
+    if given and not merged:
+        return "was made without the adapter that --lora names"
+    if merged != given or any(told[name] != found[name] for name in merged):
+        return "was made with another adapter than --lora names"
+    return "was made from other weights than the reference's"
 
 
 def verify(
@@ -152,7 +192,7 @@ def verify(
     reader = None if model.pictures is None else model.pictures.reader
     walks = [Walk(ops, family, config, samples, reader) for ops in (model.ops, model.ops, bf16)]
     weights = [Weights(reference, model.ops), Weights(model.blob, model.ops), Weights(reference, bf16)]
-    layers, plan = [], stages(family, config)
+    layers, floor_layers, plan = [], [], stages(family, config)
     for done, stage in enumerate(plan):
         name = stage.kind if stage.kind not in ("vision", "decoder") else f"{stage.kind} {stage.index}"
         progress(name, done, len(plan))
@@ -160,9 +200,12 @@ def verify(
             walk.run(stage, w)
         if outputs := walks[1].outputs(stage):
             layers.append((name, relative_error(outputs, walks[0].outputs(stage))))
+            floor_layers.append(relative_error(walks[2].outputs(stage), walks[0].outputs(stage)))
     progress("logits", len(plan), len(plan))
     features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
     judged = [judged_positions(sample, model.tokenizer) for sample in samples]
+    if not any(map(len, judged)):  # pictures without captions, say: no answer is known
+        judged = [text_positions(sample) for sample in samples]
     nll, scores = _scores(walks, [w.matrix(family.decoder_names.head) for w in weights], samples, judged)
     answers = None
     if max_new_tokens and any(sample.asked for sample in samples):
@@ -174,9 +217,19 @@ def verify(
         model=_divergence(scores[0], features[0]),
         floor=_divergence(scores[1], features[1]),
         layers=layers,
+        floor_layers=floor_layers,
         kl_by_position=_by_position(scores[0]),
+        floor_by_position=_by_position(scores[1]),
         answers=answers,
     )
+
+
+def text_positions(sample: Sample) -> np.ndarray:
+    """The positions whose next token is no part of a picture."""
+    pictures = np.zeros(len(sample.ids), bool)
+    for slot in sample.slots:
+        pictures[slot.start : slot.end] = True
+    return np.flatnonzero(~pictures[1:])
 
 
 def judged_positions(sample: Sample, tokenizer: Tokenizer) -> np.ndarray:
@@ -187,10 +240,7 @@ def judged_positions(sample: Sample, tokenizer: Tokenizer) -> np.ndarray:
     ids = sample.ids
     following = np.array(ids[1:])
     if tokenizer.im_start_id not in ids:
-        pictures = np.zeros(len(ids), bool)
-        for slot in sample.slots:
-            pictures[slot.start : slot.end] = True
-        return np.flatnonzero(~pictures[1:])
+        return text_positions(sample)
     head = [tokenizer.im_start_id, *tokenizer.encode_ordinary("assistant"), *tokenizer.encode_ordinary("\n")]
     positions, answering = [], False
     for i in range(len(following)):

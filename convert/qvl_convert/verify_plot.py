@@ -1,7 +1,9 @@
-"""The picture of a `Report`: the divergence by position, and the error by layer."""
+"""The picture of a `Report`: the divergence by position and the error by layer, each beside its noise floor."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,50 +11,90 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qvl_convert.verify import Report
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import as_path, shown
 
-SIZE, MARGIN, GAP = (1200, 900), (90, 60), 90
-INK, GRID, LINE = (30, 30, 34), (224, 224, 228), (36, 84, 214)
+SIZE, MARGIN, GAP = (1200, 940), (90, 90), 90
+INK, GRID, LINE, FLOOR = (30, 30, 34), (224, 224, 228), (36, 84, 214), (150, 150, 158)
 
 
-def plot(report: Report, path: str | Path) -> None:
-    """Draw a report into an image file, its format by its ending.
+def check_path(path: str | Path) -> None:
+    """Refuse a name under which no picture can be written, before hours of work.
+
+    Raises
+    ------
+    QvlError
+        An ending of no image format, or a folder that is missing or not writable.
+    """
+    path = as_path(path)
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
+        raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
+
+
+def plot(report: Report, path: str | Path, *, title: str) -> None:
+    """Draw a report with its noise floor into an image file, its format by its ending.
 
     Raises
     ------
     QvlError
         When the file cannot be written.
     """
+    check_path(path)
     image = Image.new("RGB", SIZE, "white")
     pen, height = ImageDraw.Draw(image), (SIZE[1] - 2 * MARGIN[1] - GAP) // 2
+    pen.text((MARGIN[0], 40), title, fill=INK, font=ImageFont.load_default(24), anchor="ls")
+    pen.text((SIZE[0] - 30, 40), "noise floor", fill=FLOOR, font=ImageFont.load_default(20), anchor="rs")
+    pen.text((SIZE[0] - 160, 40), "this file", fill=LINE, font=ImageFont.load_default(20), anchor="rs")
     at, kl = zip(*report.kl_by_position)
-    _panel(pen, MARGIN[1], height, "KL divergence by position, nats", [str(a) for a in at], kl)
+    floor = [value for _, value in report.floor_by_position]
+    _panel(pen, MARGIN[1], height, "KL divergence by position, nats", [str(a) for a in at], kl, floor)
     names, errors = zip(*report.layers)
-    _panel(pen, MARGIN[1] + height + GAP, height, "relative error by layer", names, errors)
+    _panel(pen, MARGIN[1] + height + GAP, height, "relative error by layer", names, errors, report.floor_layers)
     try:
         image.save(path)
     except (OSError, ValueError) as error:
-        raise QvlError(f"{path}: cannot be written ({error}); name a .png file in a folder that exists") from None
+        raise QvlError(
+            f"{shown(path)}: cannot be written ({error}); name a .png file in a folder that exists"
+        ) from None
+
+
+def round_ticks(largest: float, most: int = 6) -> list[float]:
+    """Up to `most` multiples of 1, 2 or 5 times a power of ten, from 0 to the first that is not below `largest`."""
+    if not 0 < largest < math.inf:
+        return [0.0, 1.0]
+    exponent = math.floor(math.log10(largest))
+    steps = [factor * 10.0**power for power in range(exponent - 1, exponent + 2) for factor in (1, 2, 5)]
+    step = next(step for step in steps if math.ceil(largest / step) < most)
+    return [i * step for i in range(math.ceil(largest / step) + 1)]
 
 
 def _panel(
-    pen: ImageDraw.ImageDraw, top: int, height: int, title: str, names: Sequence[str], values: Sequence[float]
+    pen: ImageDraw.ImageDraw,
+    top: int,
+    height: int,
+    title: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    floor: Sequence[float],
 ) -> None:
-    """One line chart with its axis from 0."""
+    """One chart of two lines with its axis from 0; values that are not finite leave gaps."""
     left, right, bottom = MARGIN[0], SIZE[0] - 30, top + height
-    font, largest = ImageFont.load_default(16), max(values) or 1.0
+    ticks = round_ticks(max((v for v in (*values, *floor) if math.isfinite(v)), default=0))
+    font = ImageFont.load_default(16)
     pen.text((left, top - 12), title, fill=INK, font=ImageFont.load_default(20), anchor="ls")
-    for step in range(5):
-        y = bottom - height * step / 4
+    for tick in ticks:
+        y = bottom - height * tick / ticks[-1]
         pen.line((left, y, right, y), fill=GRID)
-        pen.text((left - 8, y), f"{largest * step / 4:.2g}", fill=INK, font=font, anchor="rm")
-    points = [
-        (left + (right - left) * (i + 0.5) / len(values), bottom - height * value / largest)
-        for i, value in enumerate(values)
-    ]
-    if len(points) > 1:
-        pen.line(points, fill=LINE, width=3)
-    for x, y in points:
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=LINE)
+        pen.text((left - 8, y), f"{tick:.6g}", fill=INK, font=font, anchor="rm")
+    places = [left + (right - left) * (i + 0.5) / len(values) for i in range(len(values))]
+    for line, colour in ((floor, FLOOR), (values, LINE)):
+        points = [(x, bottom - height * v / ticks[-1]) for x, v in zip(places, line) if math.isfinite(v)]
+        if len(points) > 1:
+            pen.line(points, fill=colour, width=3)
+        for x, y in points:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
     every = -(-len(names) // 10)
-    for (x, _), name in list(zip(points, names))[::every]:
+    for x, name in list(zip(places, names))[::every]:
         pen.text((x, bottom + 8), name, fill=INK, font=font, anchor="ma")

@@ -133,7 +133,11 @@ def _fit_text(memory: dict[str, Any]) -> list[str]:
 def _text(facts: dict[str, Any]) -> str:
     config, lines = facts["config"], []
     lines.append(f"{facts['file']}: {facts['model']}, {size(facts['bytes'])}")
-    lines.append(f"  made from    {facts['source'].get('name')} by {facts['source'].get('made_by')}")
+    source = facts["source"]
+    files = source.get("files")
+    adapters = sorted({name.partition("/")[0] for name in files if "/" in name} if isinstance(files, dict) else ())
+    merged = f" with the adapter {', '.join(adapters)}" if adapters else ""
+    lines.append(f"  made from    {source.get('name')}{merged} by {source.get('made_by')}")
     lines.append(
         f"  decoder      {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
         f"{config['num_attention_heads']} heads, {config['vocab_size']} tokens, "

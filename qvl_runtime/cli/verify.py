@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
-from qvl_convert.verify import Report, open_reference
+from qvl_convert.verify import Report, mismatch, open_reference
 from qvl_convert.verify import verify as run
+from qvl_convert.verify_plot import check_path
 from qvl_convert.verify_plot import plot as draw
 from qvl_runtime.cli.loading import Device
+from qvl_runtime.errors import QvlError
 
 
 def verify(
@@ -41,7 +44,12 @@ def verify(
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat
       qvl verify qwen-vl-chat.qvl --reference Qwen-VL-Chat --data my-conversations.json --plot error.png
     """
+    if plot is not None:
+        check_path(plot)
     loaded = qvl.load(model, device=device)
+    original = open_reference(reference, lora)
+    if (reason := mismatch(loaded.blob, original)) is not None:
+        print(f"qvl: warning: {model} {reason}", file=sys.stderr)
     found = calibration.load(data, loaded, count=samples, seed=1)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -49,14 +57,16 @@ def verify(
         task = bar.add_task("reading", total=None)
         report = run(
             loaded,
-            open_reference(reference, lora),
+            original,
             found,
             max_new_tokens=max_new_tokens,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
         )
-    if plot is not None:
-        draw(report, plot)
     print(json.dumps(report.to_dict()) if as_json else text(report))
+    if plot is not None:
+        draw(report, plot, title=model.name)
+    if failures := report.failures():
+        raise QvlError(f"{model}: does not answer as {reference} does: {'; '.join(failures)}; convert it again")
 
 
 def text(report: Report) -> str:
