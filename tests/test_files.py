@@ -93,6 +93,7 @@ def test_everywhere_else(tmp_path, speaker, kind):
     for name, action in {
         "model.qvl": lambda path: qvl.load(path, device="reference"),
         "picture.png": load_image,
+        "other.png": speaker.reader.read,
         "weights.safetensors": TensorFile,
         "adapter/adapter_config.json": lambda path: Merged(VL, path.parent),
         "data.json": lambda path: calibration.load(path, speaker),

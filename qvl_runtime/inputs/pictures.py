@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from qvl_kernels.ops import Array, Ops
-from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
 from qvl_runtime.inputs.picture_cache import PictureCache
 from qvl_runtime.trace import Trace, no_trace
 
-MAX_FILE_BYTES = 64 << 20
 KNOWN_FILES = 4096
 
 
@@ -133,18 +129,13 @@ class PictureReader:
         QvlError
             When it cannot be read, or `access` does not allow it.
         """
-        content = _content(source) if access.paths else source
+        content = read_image(source, allow_urls=access.urls, allow_paths=access.paths)
         digest = hashlib.sha256(content).digest() if isinstance(content, bytes) else None
         with self._lock:
             if digest in self._known:
                 self._known.move_to_end(digest)
                 return dataclasses.replace(self._known[digest], content=content)
-        try:
-            pixels = self.decode(content, access)
-        except QvlError:
-            if content is source:
-                raise
-            pixels, digest = self.decode(source, access), None  # its message names the path
+        pixels = self._preprocess(decode_image(content, image_label(source)))
         facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
         del facts["values"]
         key = hashlib.sha256(self._identity.encode() + str(pixels.grid).encode() + pixels.values.tobytes()).digest()
@@ -157,7 +148,7 @@ class PictureReader:
 
     def decode(self, source: ImageSource, access: Access = LOCAL) -> Pixels:
         """Decode a picture and prepare it for the vision tower."""
-        return self._preprocess(load_image(source, allow_urls=access.urls))
+        return self._preprocess(load_image(source, allow_urls=access.urls, allow_paths=access.paths))
 
 
 class PictureEncoder:
@@ -199,15 +190,3 @@ class PictureEncoder:
         with self._device:
             features = self.vision.encode(pixels.values, pixels.grid, trace)
             return self.vision.ops.download(features[: pixels.tokens])
-
-
-def _content(source: ImageSource) -> ImageSource:
-    """A picture's bytes in place of a path, so that what is hashed is what is decoded."""
-    if not isinstance(source, str | Path) or is_url(source) or str(source).startswith("data:"):
-        return source
-    try:
-        with open(source, "rb") as file:
-            # A longer file is no picture: someone passed a model by mistake.
-            return file.read() if os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES else source
-    except (OSError, ValueError):
-        return source  # decoding it says what is wrong
