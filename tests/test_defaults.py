@@ -44,7 +44,7 @@ def test_the_oldest_conversation_is_forgotten_first(blob):
     model = qvl.load(blob("tiny-vl", bits=16), device="cpu", conversations=2)
 
     def cached(prompt: str) -> int:
-        return model.generate(prompt, max_new_tokens=2).timings.kept_tokens
+        return model.generate(prompt, max_new_tokens=2).timings.cached_tokens
 
     first, second, third = (f"{word} {word} {word} {word}" for word in ("alpha", "beta", "gamma"))
     assert cached(first) == cached(second) == 0

@@ -30,7 +30,7 @@ def test_what_was_saved_is_read(tmp_path):
     ("change", "message"),
     [
         ({"format": "another"}, "no conversation saved"),
-        ({"system": None}, "'system'"),
+        ({"system": 7}, "'system'"),
         ({"system": ["x"]}, "'system'"),
         ({"settings": []}, "'settings'"),
         ({"settings": {"temperature": float("inf")}}, "temperature is inf"),

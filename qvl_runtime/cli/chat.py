@@ -16,7 +16,9 @@ from qvl_runtime.cli.text import standard_input
 
 def chat(
     model: Annotated[Path, typer.Argument(help="A .qvl file of a chat model.")],
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture to begin with.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture to begin with.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What the assistant is told about itself.")] = None,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",

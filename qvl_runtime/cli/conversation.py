@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ class Conversation:
 
     def _do_help(self, rest: str) -> None:
         """/help                     this list"""
-        wide = self.screen.console.width >= 80
+        width = self.screen.console.width
         for command in self._commands.values():
             usage, text = re.split(r"\s{2,}", command.__doc__, maxsplit=1)
-            self.screen.say(f"{usage:<32}{text}" if wide else f"{usage}\n  {text}")
+            self.screen.say(f"{usage}\n{textwrap.indent(textwrap.fill(text, width - 4), '    ')}")
         self.screen.say("A line that is the path of a picture attaches it. Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _do_image(self, rest: str) -> None:

@@ -25,7 +25,9 @@ from qvl_runtime.results import Result
 def generate(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture; repeat for several.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -35,7 +37,9 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeat for several.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; repeat for several.")
+    ] = None,
     draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     device: Device = "auto",

@@ -19,7 +19,7 @@ PIECES = ("text", "image", "ref", "box", "type", "url", "image_url")
 class SavedChat(NamedTuple):
     """A conversation as it was saved: see `Conversation`."""
 
-    system: str
+    system: str | None
     settings: dict[str, Any]
     history: list[tuple[Any, str | None]]
 
@@ -43,9 +43,9 @@ def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], A
         document = parse_object(content, f"{path}:", "it was not written by /save")
         if document.get("format") != FORMAT:
             raise QvlError(f"{path}: is no conversation saved with /save")
-        if not isinstance(document.get("system"), str):
+        if not isinstance(document.get("system"), str | None):
             raise QvlError(f"{path}: 'system' is no text")
-        saved = SavedChat(document["system"], _settings(document.get("settings"), settings), _history(document))
+        saved = SavedChat(document.get("system"), _settings(document.get("settings"), settings), _history(document))
     except QvlError as error:
         message = str(error)
         raise QvlError(message if message.startswith(str(path)) else f"{path}: {message}") from None
