@@ -34,7 +34,7 @@ class DeviceError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Norm:
-    """Parameters of a normalisation over the last dimension: RMSNorm without `bias`, LayerNorm with it.
+    """Parameters of a normalization over the last dimension: RMSNorm without `bias`, LayerNorm with it.
 
     RMSNorm: ``x * rsqrt(mean(x^2) + eps) * weight``. LayerNorm: ``(x - mean) * rsqrt(var + eps) * weight + bias``.
     """
@@ -135,7 +135,7 @@ class Ops(Protocol):
 
     # memory
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> Array:
-        """An uninitialised array."""
+        """An uninitialized array."""
 
     def upload(self, values: np.ndarray) -> Array:
         """A copy of `values` on the device (the same memory where that is possible)."""

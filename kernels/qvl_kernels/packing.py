@@ -1,6 +1,6 @@
 """Packed matrices: the order in which a weight lies in the file, in memory, and under the kernels.
 
-A matrix ``W [N, K]`` multiplies activations ``x [K]`` into ``y [N] = W @ x``. Quantised, its rows are padded to a
+A matrix ``W [N, K]`` multiplies activations ``x [K]`` into ``y [N] = W @ x``. Quantized, its rows are padded to a
 multiple of `ROWS` and its columns to a multiple of `BLOCK`, and one step of a kernel reads `ROWS` rows of four
 consecutive columns::
 
@@ -92,7 +92,7 @@ class Matrix:
         return unpack_codes(self.weight, self.n, self.k, self.bits)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """Dequantised rows: float32 ``[len(index), k]``."""
+        """Dequantized rows: float32 ``[len(index), k]``."""
         index = np.asarray(index)
         if self.bits == 16:
             return self.weight[index].astype(np.float32)
@@ -169,7 +169,7 @@ def pack(
     perm: np.ndarray | None = None,
     bias: np.ndarray | None = None,
 ) -> Matrix:
-    """Build a quantised `Matrix`.
+    """Build a quantized `Matrix`.
 
     Parameters
     ----------

@@ -59,7 +59,7 @@ class CpuWeight:
 
 
 class CpuCache:
-    """Keys and values of all layers, laid out as `cached` describes."""
+    """Keys and values of all layers, laid out as `cached_attention` describes."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
@@ -124,5 +124,5 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """An uninitialised array that starts on a cache line."""
+    """An uninitialized array that starts on a cache line."""
     return aligned(int(np.prod(shape)), dtype).reshape(shape)

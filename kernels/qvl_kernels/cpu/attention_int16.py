@@ -97,7 +97,7 @@ def round_row(x, mean, d, factor, target):
 
 
 @routine
-def expect_row(x, row, d):
+def prefetch_row(x, row, d):
     """Bring what lies `AHEAD` rows on: rows are pages apart, where the processor does not look ahead by itself."""
     x += AHEAD * row
     for c in range(0, 4 * d, 64):
@@ -118,7 +118,7 @@ def mean_key(keys, row, angles, count, d, target, buffer):
     for c in range(0, d, 16):
         store(target + 4 * c, zero())
     for i in range(count):
-        expect_row(keys + i * row, row, d)
+        prefetch_row(keys + i * row, row, d)
         x = turned(keys + i * row, angles, i, d, buffer)
         for c in range(0, d, 16):
             store(target + 4 * c, load(target + 4 * c) + take(x + 4 * c, d - c))
@@ -134,7 +134,7 @@ def hold_keys(source, row, angles, held, d, mean, target, scales, buffer, turn_b
         for j in range(16):
             scale = float32(0)
             if i + j < held:
-                expect_row(source + (i + j) * row, row, d)
+                prefetch_row(source + (i + j) * row, row, d)
                 x = turned(source + (i + j) * row, angles, i + j, d, turn_buffer)
                 scale = round_row(x, mean, d, float32(1), buffer + 4 * pairs * j)
             put_f32(scales + 4 * (i + j), scale)
@@ -150,7 +150,7 @@ def hold_values(source, row, held, d, target, scales, inverses):
     for c in range(0, d, 16):
         store(inverses + 4 * c, splat(float32(1e-30)))
     for i in range(held):
-        expect_row(source + i * row, row, d)
+        prefetch_row(source + i * row, row, d)
         for c in range(0, d, 16):
             largest = maximum(load(inverses + 4 * c), absolute(take(source + i * row + 4 * c, d - c)))
             store(inverses + 4 * c, largest)
@@ -299,7 +299,7 @@ def begin(scratch, q, row, angles, count, d, factor, buffer):
     for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
         scale = float32(1)
         if i < count:
-            expect_row(q + i * row, row, d)
+            prefetch_row(q + i * row, row, d)
             x = turned(q + i * row, angles, i, d, buffer)
             scale = round_row(x, 0, d, factor, queries + 4 * i * pairs)
         put_f32(scales + 4 * i, scale)

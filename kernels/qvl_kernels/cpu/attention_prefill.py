@@ -162,7 +162,7 @@ def attend(scratch, d, count, held, visible, step):
 
 # ------------------------------------------------------------------------------------------------ where keys come from
 ROWS, INT8, FP16, FP32 = 0, 1, 2, 4
-"""`kind`: float32 rows, or the bytes of an element of the cache (`qvl_kernels.cpu.cached` describes it)."""
+"""`kind`: float32 rows, or the bytes of an element of the cache (`qvl_kernels.cpu.cached_attention` describes it)."""
 
 
 @routine

@@ -1,8 +1,9 @@
-"""Attention of one query over the cache, with the arithmetic of `attention_prefill`: the same result to the last bit.
+"""Attention of one query over the cache, equal to `attention_prefill` to the last bit.
 
-That kernel converts keys and values to float32 for many queries; for one they are read where they lie (`cached` tells
-how), and converted in registers. Sums are taken in the same order: a score from the first dimension to the last, a mean
-from the first position to the last, with the softmax's state carried on every `KEYS` positions.
+`attention_prefill` converts keys and values to float32 in memory, for many queries. This kernel reads them from the
+cache (layout: `cached_attention`) and converts them in registers. It adds in the same order: a score from the first
+dimension to the last, a mean from the first position to the last, with the softmax's state carried over every `KEYS`
+positions.
 """
 
 from __future__ import annotations

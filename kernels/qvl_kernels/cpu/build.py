@@ -18,7 +18,7 @@ from qvl_kernels.cpu import features
 
 
 def _library(function) -> tuple[str, llvm.ModuleRef]:
-    """Symbol and optimised module of a kernel, in Numba's calling convention."""
+    """Symbol and optimized module of a kernel, in Numba's calling convention."""
     import numba
 
     from qvl_kernels.cpu.registry import ENTRY
@@ -29,7 +29,7 @@ def _library(function) -> tuple[str, llvm.ModuleRef]:
     return compiled.fndesc.llvm_func_name, compiled.library.get_llvm_str()
 
 
-def _only_optimise() -> None:
+def _only_optimize() -> None:
     """Keep Numba from emitting machine code of every routine by itself, to be called from Python.
 
     Nothing is called from Python here. Numba only wants some distinct built-in function to file each routine under.
@@ -91,7 +91,7 @@ def prepare() -> list[str]:
     import numba
 
     gc.disable()
-    _only_optimise()
+    _only_optimize()
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = features.target()
 
     from qvl_kernels.cpu import kernels

@@ -18,7 +18,7 @@ CACHE_BYTES = 400 << 10
 
 
 @routine
-def expect_rows(rows, row, count, block, n):
+def prefetch_rows(rows, row, count, block, n):
     """Lines that `finish` will want, before it does."""
     for m in range(row, row + count):
         line = rows + 4 * (m * n + 32 * block)
@@ -57,9 +57,9 @@ def _make(bits: int):
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW
                         complete = column + count == columns
                         if complete and (not past or gated):
-                            expect_rows(out, row, rows_left, block, n)
+                            prefetch_rows(out, row, rows_left, block, n)
                         elif complete and residual != 0:
-                            expect_rows(residual, row, rows_left, block, n)
+                            prefetch_rows(residual, row, rows_left, block, n)
                         for i in range(0, 32, WIDTH):
                             tile_kernel(
                                 bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0,

@@ -10,7 +10,7 @@ with q in -127..127::
 `center` is the zero point of symmetric codes, or 1 where the matrix has zero points of its own. Scales of the columns
 that lie in high nibbles are divided by ``2**HIGH_SHIFT``. K is rounded up to 128.
 
-The normalisation before a product and the column order of its matrix are applied on the way. Rows beyond the last hold
+The normalization before a product and the column order of its matrix are applied on the way. Rows beyond the last hold
 anything: nothing that is computed from them is stored.
 """
 
@@ -68,7 +68,7 @@ def store_steps(typing, addr, v):
 
 @routine
 def prepare_row(x, k, columns, weight, bias, eps, perm, target, spare):
-    """Normalise (if `weight`) and permute (if `perm`) the row `x` into `target` and pad it with zeros to `columns`."""
+    """Normalize (if `weight`) and permute (if `perm`) the row `x` into `target` and pad it with zeros to `columns`."""
     mean, scale = float32(0), float32(1)
     if weight != 0:
         mean, scale = row_statistics(x, k, bias != 0, eps)
@@ -88,7 +88,7 @@ def prepare_row(x, k, columns, weight, bias, eps, perm, target, spare):
 
 @routine
 def quantize_span(x, row, span, target, scale_at, factor, inverses):
-    """Quantise `span` columns of a tile's rows, `row` bytes apart; returns their sums."""
+    """Quantize `span` columns of a tile's rows, `row` bytes apart; returns their sums."""
     largest = absolute(tile_rows(x, row))
     for i in range(16, span, 16):
         largest = maximum(largest, absolute(tile_rows(x + 4 * i, row)))

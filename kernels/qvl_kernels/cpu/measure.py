@@ -1,4 +1,4 @@
-"""The machine's own limits, measured with the backend's threads (`limits`), to hold speeds against."""
+"""The machine's own limits, measured with the backend's threads (`roofline`), to hold speeds against."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class CpuOps:
     threads : int, optional
         Threads to compute with; by default ``QVL_THREADS``, else all processors this process may use.
     activations : {"auto", "int16", "int8"}
-        How activations enter products of quantised weights with more than 16 rows at once. "int16": two int8 planes
+        How activations enter products of quantized weights with more than 16 rows at once. "int16": two int8 planes
         with a scale for 128 columns, relative error below 1e-4. "int8": a scale for 32 columns, relative error 0.5 to
         1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and vision attention in 16-bit integers,
         below 0.05%, where the processor is fast at it. "auto": int16 for matrices (and exact attention for keys) below

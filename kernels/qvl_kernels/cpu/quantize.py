@@ -1,7 +1,7 @@
 """Activations as 16-bit integers in two int8 planes: ``x = scale * (256 high + low)``, a scale for 128 columns.
 
 Planes int8 ``[M, K]`` with K rounded up to 128, scales float32 ``[M, K/128]``, and the sums of the integers over each
-of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalisation before a product is done on the
+of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalization before a product is done on the
 way.
 """
 
@@ -67,7 +67,7 @@ def row_statistics(x, k, layer, eps):
 
 @routine
 def normal(x, weight, bias, count, mean, scale):
-    """16 normalised values (`weight` 0: as they are)."""
+    """16 normalized values (`weight` 0: as they are)."""
     v = take(x, count)
     if weight == 0:
         return v

@@ -56,5 +56,5 @@ def as_f32(typing, word):
 
 @routine
 def share(n, thread, threads):
-    """The range of 0..n that is this thread's: neighbours, sizes differing by at most one."""
+    """The range of 0..n that is this thread's: neighbors, sizes differing by at most one."""
     return n * thread // threads, n * (thread + 1) // threads

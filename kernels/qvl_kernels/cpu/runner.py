@@ -26,7 +26,7 @@ def float_word(value: float) -> int:
 
 
 def aligned(count: int, dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
-    """An uninitialised vector that starts on a cache line (a page, if it is large)."""
+    """An uninitialized vector that starts on a cache line (a page, if it is large)."""
     dtype = np.dtype(dtype)
     boundary = 64 if count * dtype.itemsize < 1 << 20 else 4096
     buffer = np.empty(count * dtype.itemsize + boundary, np.uint8)

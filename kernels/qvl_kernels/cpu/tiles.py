@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TOKENS = 4
-"""Rows of quantised activations in a tile."""
+"""Rows of quantized activations in a tile."""
 PIECE = 2048
 """Columns of packed weights that are multiplied with many tiles, one after another."""
 HELD_TILES = 128

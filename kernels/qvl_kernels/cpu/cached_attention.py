@@ -200,7 +200,7 @@ def _make_attention(kind: str, vectors: int):
     def attend(query, keys, values, key_scales, value_scales, depth, width, begin, end, weights, out):
         """Online softmax over positions begin (a multiple of 16) .. end.
 
-        Writes the unnormalised sum, float32 ``[width]``, and behind it the maximum and the sum of weights.
+        Writes the unnormalized sum, float32 ``[width]``, and behind it the maximum and the sum of weights.
         """
         top, total = LOWEST, none()
         for i in range(0, width, 16 * vectors):
