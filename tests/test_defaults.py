@@ -52,3 +52,13 @@ def test_the_oldest_conversation_is_forgotten_first(blob):
     assert cached(third) == 0
     assert cached(first) > 0
     assert cached(second) == 0
+
+
+def test_of_answers_that_overlap_the_last_to_end_is_remembered(blob):
+    model = qvl.load(blob("tiny-vl", bits=16), device="cpu", conversations=1)
+    first, second = "alpha alpha alpha alpha", "beta beta beta beta"
+    pieces = model.stream(first, max_new_tokens=8)
+    next(pieces)
+    model.generate(second, max_new_tokens=2)
+    list(pieces)
+    assert model.generate(first, max_new_tokens=2).timings.cached_tokens > 0
