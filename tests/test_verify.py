@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,9 @@ def test_in_a_chat_the_answers_are_judged_and_else_all_text(model):
     judged = judged_positions(calibration.Sample(ids, []), tokenizer)
     assert tokenizer.decode([ids[i + 1] for i in judged]) == "Yes.<|im_end|>" * 2
     ids = tokenizer.encode("One <img></img> two.")
-    judged = judged_positions(ids, tokenizer)
+    start = ids.index(tokenizer.img_start_id) + 1
+    slot = SimpleNamespace(start=start, end=start + ids.count(tokenizer.img_pad_id))
+    judged = judged_positions(calibration.Sample(ids, [slot]), tokenizer)
     assert tokenizer.decode([ids[0], *(ids[i + 1] for i in judged)]) == "One <img></img> two."
 
 
