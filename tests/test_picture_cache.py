@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from shards import safetensors_bytes
 
 import qvl_runtime as qvl
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.picture_cache import PictureCache
 from qvl_runtime.inputs.pictures import PictureReader, Pixels
 
@@ -193,3 +197,18 @@ def test_memory_of_many_pictures_stays_within_the_limit(blob):
     assert model.pictures.cache.nbytes == 3 * 256 * 256 * 4
     with pytest.raises(QvlError, match="image_cache_bytes is -1"):
         qvl.load(path, image_cache_bytes=-1)
+
+
+def test_features_of_other_adapter_weights_are_not_taken(blob, golden, tmp_path):
+    """The adapter's weights are part of what features depend on, not the vision tower's alone."""
+    path, name = blob("tiny-vl", bits=16), "transformer.visual.attn_pool.query"
+    file = TensorFile(path)
+    arrays, metadata = {n: np.array(file.array(n)) for n in file.entries}, dict(file.metadata)
+    arrays[name] *= 2
+    told = json.loads(metadata["hashes"]) | {name: hashlib.sha256(arrays[name].tobytes()).hexdigest()}
+    (tmp_path / "other.qvl").write_bytes(safetensors_bytes(arrays, metadata | {"hashes": json.dumps(told)}))
+    cached = []
+    for which in (path, path, tmp_path / "other.qvl"):
+        model = qvl.load(which, device="reference", cache_dir=tmp_path / "cache")
+        cached.append(model.generate("x", [golden / IMAGES[0]], max_new_tokens=1).timings.cached_images)
+    assert cached == [0, 1, 0]
