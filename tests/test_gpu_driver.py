@@ -43,8 +43,10 @@ def _run(library: Path | str, part: str, *arguments: object, **settings: object)
     return result.stdout + result.stderr
 
 
-def test_memory_launches_and_graphs(library):
-    _run(library, "seam")
+@pytest.mark.parametrize("version", [12000, 12020, 12040, 12080, 13000, 13050])
+def test_memory_launches_and_graphs(library, version):
+    """With drivers of every age, whose entry points are those of their version."""
+    _run(library, "seam", driver=version)
 
 
 def _bundle(folder: Path) -> None:

@@ -4,6 +4,7 @@ driver_run.py LIBRARY seam | model BLOB | refused | full | foreign
 """
 
 import ctypes
+import os
 import sys
 import threading
 from pathlib import Path
@@ -106,7 +107,8 @@ def launches(driver: Driver, library: ctypes.CDLL) -> None:
 
 def seam(library: ctypes.CDLL) -> None:
     driver = Driver()
-    assert (driver.name, driver.capability, driver.driver_version) == ("Fake GPU", (9, 0), (12, 8))
+    assert (driver.name, driver.capability) == ("Fake GPU", (9, 0))
+    assert driver.driver_version == divmod(int(os.environ["FAKE_CUDA_DRIVER"]) // 10, 100)
     assert (driver.shared_limit, driver.multiprocessors) == (101376, 20)
     memory(driver)
     launches(driver, library)

@@ -2,7 +2,7 @@
  *
  * Launches go to a function the test registers (fake_on_launch), which gets the kernel's name, the grid, and the
  * addresses of the arguments, as the driver would. What the GPU is comes from the environment, read at each call:
- * FAKE_CUDA_DRIVER (12080), FAKE_CUDA_CAPABILITY (90), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_DEVICES (1),
+ * FAKE_CUDA_DRIVER (12080: entry points of later versions are not found), FAKE_CUDA_CAPABILITY (90), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_DEVICES (1),
  * FAKE_CUDA_INIT, FAKE_CUDA_CONTEXT, FAKE_CUDA_STREAM (the status of cuInit, of making a context, and a stream). Calls not listed here succeed and do nothing.
  */
 #define _GNU_SOURCE
@@ -14,7 +14,7 @@
 
 #define API __attribute__((visibility("default"))) int
 
-enum { OUT_OF_MEMORY = 2, INVALID = 1, INVALID_CONTEXT = 201, ELAPSED_NS = 1000000 };
+enum { OUT_OF_MEMORY = 2, INVALID = 1, INVALID_CONTEXT = 201, NOT_FOUND = 500, ELAPSED_NS = 1000000 };
 enum { MODE_RUN = 0, MODE_STORE = 1, MODE_REPLAY = 2 };
 
 typedef uint64_t ptr_t;
@@ -192,6 +192,10 @@ API cuGetProcAddress_v2(const char *symbol, void **f, int version, uint64_t flag
   Dl_info info;
   if (!self && dladdr((void *)nothing, &info)) self = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
   *f = 0;
+  if (version > setting("FAKE_CUDA_DRIVER", 12080)) {
+    if (status) *status = 1; /* symbol not found: it came with a later driver */
+    return NOT_FOUND;
+  }
   if (!strcmp(symbol, "cuStreamGetCaptureInfo")) *f = version >= 12030 ? (void *)capture_info_3 : (void *)capture_info_2;
   for (int i = 0; i < 2 && !*f; i++) {
     snprintf(name, sizeof name, "%s%s", symbol, suffixes[i]);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,16 @@ class Mark:
     def __init__(self, event: Any, destroy: Callable[[Any], Any]):
         self.event = event
         weakref.finalize(self, destroy, event).atexit = False
+
+
+class Graph:
+    """A captured graph, ready to be launched."""
+
+    __slots__ = ("__weakref__", "handle")
+
+    def __init__(self, handle: Any, destroy: Callable[[Any], Any]):
+        self.handle = handle
+        weakref.finalize(self, destroy, handle).atexit = False
 
 
 class Driver:
@@ -219,25 +230,40 @@ class Driver:
     def seconds(self, begin: Mark, end: Mark) -> float:
         """Time the device took from one mark to another."""
         self.wait(end)
-        return float(self._ok(self._api.cuEventElapsedTime(begin.event, end.event))) * 1e-3
+        milliseconds = ctypes.c_float()
+        status = self._elapsed(ctypes.byref(milliseconds), int(begin.event), int(end.event))
+        self._ok((self._api.CUresult(status),))
+        return milliseconds.value * 1e-3
 
-    def capture(self, work: Callable[[], None]) -> Any:
-        """A graph of what `work` asks of the stream, which is not carried out."""
+    @functools.cached_property
+    def _elapsed(self) -> Callable:
+        """`cuEventElapsedTime` as CUDA 12.0 has it: what cuda-bindings 13 calls came with 12.8."""
+        address, _ = self._ok(self._api.cuGetProcAddress(b"cuEventElapsedTime", 12000, 0))
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p)
+        return kind(int(address))
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """A graph of what `work` asks of the stream, which is not carried out.
+
+        Plain driver calls: cuda-core's graphs need entry points that came with CUDA 12.3.
+        """
         self._enter()
-        with self._errors("does not take a graph"):
-            builder = self._stream.create_graph_builder()
-            builder.begin_building()
-            try:
-                work()
-            finally:
-                builder.end_building()
-            return builder.complete()
+        api = self._api
+        self._ok(api.cuStreamBeginCapture(self._raw_stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        try:
+            work()
+        finally:
+            recorded = api.cuStreamEndCapture(self._raw_stream)
+        graph = self._ok(recorded)
+        try:
+            return Graph(self._ok(api.cuGraphInstantiate(graph, 0)), api.cuGraphExecDestroy)
+        finally:
+            api.cuGraphDestroy(graph)
 
-    def replay(self, graph: Any) -> None:
+    def replay(self, graph: Graph) -> None:
         """Carry out a captured graph."""
         self._enter()
-        with self._errors("does not run a graph"):
-            graph.launch(self._stream)
+        self._ok(self._api.cuGraphLaunch(graph.handle, self._raw_stream))
 
     def _enter(self) -> None:
         """Make the GPU current in this thread, where another library may have made another one current."""
