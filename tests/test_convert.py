@@ -197,9 +197,9 @@ def test_resume_without_anything_to_resume_begins(tmp_path):
     Blob(tmp_path / "x.qvl").check()
 
 
-def test_without_resume_an_unfinished_file_is_replaced(tmp_path):
+def test_with_force_an_unfinished_file_is_replaced(tmp_path):
     (tmp_path / "x.qvl.partial").write_bytes(b"something else")
-    convert(BIN, tmp_path / "x.qvl")
+    convert(BIN, tmp_path / "x.qvl", force=True)
     Blob(tmp_path / "x.qvl").check()
 
 

@@ -15,6 +15,8 @@ import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_kernels.cpu.arrays import CpuCache
 from qvl_runtime.engine.session import Sessions
+from qvl_runtime.inputs.prompt import Window
+from qvl_runtime.results import collected
 
 CONVERSATIONS = int(os.environ.get("QVL_TEST_CONVERSATIONS", "12"))
 IMAGES = ("images/rgb_odd.png", "images/rgba.png")
@@ -126,7 +128,7 @@ def test_each_session_has_its_own_rotary_table(pair):
     stream = model.stream(ids[:40], max_new_tokens=8)
     pieces = [next(stream)]
     fresh.generate(ids, max_new_tokens=2)
-    assert qvl.generation.collect([*pieces, *stream]).token_ids == wanted.token_ids
+    assert collected([*pieces, *stream], lambda text: []).token_ids == wanted.token_ids
 
 
 def test_the_same_prompt_again_is_not_computed(pair):
@@ -161,7 +163,7 @@ def test_interleaved_streams_do_not_mix(pair):
         pieces[i] += [piece for _, piece in zip(range(1), streams[i])]
     for i, stream in enumerate(streams):
         pieces[i] += stream
-        _same(qvl.generation.collect(pieces[i]), wanted[i])
+        _same(collected(pieces[i], lambda text: []), wanted[i])
 
 
 def test_threads_do_not_mix(pair):
@@ -345,13 +347,11 @@ def test_logprobs_are_the_models_own(pair):
 
 
 def test_turns_leave_in_blocks():
-    from qvl_runtime.inputs.prompt import _turns_that_leave
-
     def leaving(turns, block):
-        return _turns_that_leave([10] * turns, 5, 100, 1000, block)
+        return Window(100, 1000, block).left_out(5, [10] * turns, 0)
 
     assert [leaving(n, 1) for n in range(8, 15)] == [0, 0, 1, 2, 3, 4, 5], "the published rule"
     assert [leaving(n, 30) for n in range(8, 15)] == [0, 0, 3, 3, 3, 6, 6]
     assert leaving(1, 30) == 0
-    assert _turns_that_leave([200], 5, 100, 1000, 30) == 1, "not even the last turn fits"
-    assert _turns_that_leave([10, 200, 10], 5, 1000, 50, 300) == 2, "the last turn that fits stays"
+    assert Window(100, 1000, 30).left_out(5, [200], 0) == 1, "not even the last turn fits"
+    assert Window(1000, 50, 300).left_out(5, [10, 200, 10], 0) == 2, "the last turn that fits stays"

@@ -178,7 +178,7 @@ def _decode(ops, rate: float) -> dict:
         qkv, out = ops.upload(np.ones((1, 3 * heads * d), np.float16)), ops.empty((1, heads * d), np.float16)
         for length in (512, 8000):
             start = ops.upload(np.array([length - 1], np.int32))
-            calls = [partial(ops.cached_attention, qkv, cache, layer, start, out) for layer in range(LAYERS)]
+            calls = [partial(ops.cached_attention, qkv, cache, layer, start, out=out) for layer in range(LAYERS)]
             seconds = side_by_side({"ours": OurTimer(ops).prepare(calls)})["ours"]
             nbytes = 2 * heads * length * (d * cache.values.dtype.itemsize + (2 if kind == "int8" else 0))
             found[f"{kind} {length}"] = {"seconds": seconds, "of_copy": nbytes / seconds / rate}
