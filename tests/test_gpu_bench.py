@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, Images
+from fakes.gpu import FakeDriver, Images, choose
 
 from qvl_kernels import gpu
 from qvl_kernels.gpu import signatures
@@ -50,7 +49,8 @@ def rehearsal(monkeypatch):
 
     monkeypatch.setattr(test_ops, "CASES", test_ops.CASES[::100])
     monkeypatch.setattr(test_ops, "truth", lambda index: np.ones(test_ops.CASES[index].shape))
-    monkeypatch.setattr(test_ops, "CACHES", test_ops.CACHES[-1:])
+    alike = [case for case in test_ops.CACHES if case[1] == case[2]]
+    monkeypatch.setattr(test_ops, "CACHES", alike[-1:])
     monkeypatch.setattr(parity, "_cases", lambda index: _cases(index)[:1])
     monkeypatch.setattr(gpu, "available", lambda: (True, "Fake GPU"))
     monkeypatch.setattr(gpu, "CudaOps", lambda progress: CudaOps(FakeDriver(executor=_choose), Images()), raising=False)
@@ -67,8 +67,7 @@ def _cases(index: str) -> list[dict]:
 def _choose(launch) -> None:
     """Whatever is asked, the answer is token 65."""
     if launch.name == "argmax.any":
-        rows = launch.grid[1]
-        (ctypes.c_int32 * rows).from_address(launch.args["out"])[:] = [65] * rows
+        choose(65, launch.args["out"], launch.grid[1], launch.args["logits"], launch.args["size"])
 
 
 def _bench(name: str = "gpu"):
@@ -84,8 +83,6 @@ SPEED = ["setup", "matvec", "matmul", "attention", "decode", "picture", "memory"
 
 @pytest.mark.parametrize("name", PARITY + SPEED)
 def test_sections_run_and_return_plain_data(rehearsal, name, capsys):
-    if name in ("golden", "operations", "attention"):
-        pytest.xfail("the rehearsal does not follow the kernels' new contract yet")
     module, function = _bench().SECTIONS[name][0].split(".")
     with np.errstate(all="ignore"):
         found = getattr(rehearsal[module], function)()

@@ -109,7 +109,9 @@ def operations() -> dict:
         worst[case.limit] = max(worst.get(case.limit, 0.0), error)
         if not error <= limits[case.limit]:
             failures.append([case.label, error])
-    checks = [lambda k=k: test_ops.test_cache(ops, *k) for k in test_ops.CACHES if k[0] != "fp32"]
+    # the GPU kernels have neither a float32 cache nor, yet, keys that queries share
+    caches = [k for k in test_ops.CACHES if k[0] != "fp32" and k[1] == k[2]]
+    checks = [lambda k=k: test_ops.test_cache(ops, *k) for k in caches]
     for check in [*checks, lambda: test_ops.test_capture_repeats_a_step_on_new_values(ops)]:
         try:
             check()

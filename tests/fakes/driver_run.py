@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fakes.absent  # noqa: F401
 import numpy as np
+from fakes.gpu import choose
 
 from qvl_kernels import gpu
 from qvl_kernels.gpu.driver import Driver
@@ -123,10 +124,11 @@ def model(library: ctypes.CDLL, path: str) -> None:
     @Callback
     def on_launch(mode, stored, name, dims, params):
         if mode != REPLAY and name == b"argmax.any":
-            out, rows = ctypes.c_uint64.from_address(params[1]).value, dims[1]
-            chosen.append((ctypes.c_int32 * rows).from_address(out))
-        for out in chosen:
-            out[:] = [65] * len(out)
+            logits, out = (ctypes.c_uint64.from_address(params[i]).value for i in (0, 1))
+            rows, size = dims[1], ctypes.c_int32.from_address(params[5]).value
+            chosen.append((out, rows, logits, size))
+        for arguments in chosen:
+            choose(65, *arguments)
         seen.append(mode)
         return len(seen)
 
