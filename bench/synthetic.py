@@ -28,9 +28,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from qvl_convert.checkpoint import published_shapes
-from qvl_runtime.families.qwen_vl import FAMILY
+from qvl_convert.published import published_shapes
 from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import tensors
 
 CONFIGS = Path(__file__).parent / "qwen-vl-chat"
 SHARD_BYTES = 2_000_000_000
@@ -59,7 +59,7 @@ def published_order(config: ModelConfig) -> list[Tensor]:
     """All tensors in the order of the published files: decoder, ViT, adapter, output head."""
     visual, first = "transformer.visual.", "transformer.visual.proj"
     rank = {"lm_head.weight": 3, first: 1}
-    shapes = published_shapes(FAMILY, config)
+    shapes = published_shapes(tensors(config))
     names = sorted(shapes, key=lambda name: rank.get(name, 2 if name.startswith(visual) else 0))
     return [Tensor(name, shapes[name]) for name in names]
 

@@ -36,6 +36,8 @@ def load(
     conversations: int = 1,
     image_cache_bytes: int = MEMORY_BYTES,
     cache_dir: str | os.PathLike | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Model:
     """Open a `.qvl` file.
@@ -67,6 +69,9 @@ def load(
         Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
     cache_dir : path, optional
         A folder in which these features are kept for other runs as well, 2 GiB of them at most.
+    min_pixels, max_pixels : int, optional
+        Limits of a picture's size in pixels, for models that take any: by default those of the file, with at most 1280
+        tokens a picture.
     progress : callable
         Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
 
@@ -93,14 +98,15 @@ def load(
     vision_ops = ops if same else make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=same)
     lock, family, config = threading.RLock(), blob.family, blob.config
-    decoder = Decoder(Weights(blob, ops), family.decoder_names, family.rotary)
+    decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary)
     pictures = None
     if config.sees:
         facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), blob.metadata["preprocessing"]]
         pictures = PictureEncoder(
             PictureReader(
-                family.preprocess(config, blob.metadata["preprocessing"]),
+                family.preprocess(config, blob.metadata["preprocessing"], min_pixels=min_pixels, max_pixels=max_pixels),
                 json.dumps([*facts, vision_ops.name, activations], sort_keys=True),
+                upright=family.upright,
             ),
             family.vision(Weights(blob, vision_ops)),
             ops,

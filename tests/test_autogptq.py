@@ -154,7 +154,7 @@ def refused(folder: Path, out: Path, *parts: str, **options) -> None:
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"bits": 8}, ["quantize_config.json", "'bits' is '8'"]),
+        ({"bits": 3}, ["quantize_config.json", "'bits' is '3'"]),
         ({"quant_method": "awq"}, ["'quant_method' is 'awq'"]),
         ({"checkpoint_format": "gptq_v2"}, ["gptq_v2"]),
         ({"is_marlin_format": True}, ["is_marlin_format"]),

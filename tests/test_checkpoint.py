@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from shards import all_tensors, changed_copy, safetensors_bytes
 
-from qvl_convert.checkpoint import Checkpoint, published_shapes
+from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.plan import Recipe, Source
+from qvl_convert.published import published_shapes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.tensors import tensors
 
 CKPT = GOLDEN / "ckpt"
 VL, BIN, ASYM = CKPT / "tiny-vl", CKPT / "tiny-vl-bin", CKPT / "tiny-q7-gptq-asym"
@@ -58,7 +60,7 @@ def test_every_tensor_is_what_another_reader_sees():
 @pytest.mark.parametrize("name", ["tiny-vl", "tiny-vl-bin"])
 def test_names_and_shapes_are_those_of_the_published_model(name):
     checkpoint = Checkpoint(CKPT / name)
-    shapes = published_shapes(checkpoint.family, checkpoint.config)
+    shapes = published_shapes(checkpoint.family.tensors(checkpoint.config))
     assert {n: checkpoint.entry(n).shape for n in checkpoint.names} == shapes
     assert checkpoint.ranks == (CKPT / name / "qwen.tiktoken").read_bytes()
     assert checkpoint.generation_config.chat_format == "chatml"
@@ -224,10 +226,8 @@ def test_fingerprint_tells_sources_apart(copy):
 
 def test_qwen_7b_is_the_text_half():
     raw = json.loads((VL / "config.json").read_text())
-    both = published_shapes(Checkpoint(VL).family, ModelConfig.from_dict(raw))
-    text = published_shapes(
-        Checkpoint(VL).family, ModelConfig.from_dict({k: v for k, v in raw.items() if k != "visual"})
-    )
+    both = published_shapes(tensors(ModelConfig.from_dict(raw)))
+    text = published_shapes(tensors(ModelConfig.from_dict({k: v for k, v in raw.items() if k != "visual"})))
     assert text == {name: shape for name, shape in both.items() if ".visual." not in name}
 
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex, mask
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import QwenGrounding, box_can_become, parse_boxes
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING, parse_boxes
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
+from qvl_runtime.families.tagged_boxes import box_can_become
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
-TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True, vocab_size=640)
+TOKENIZER = QwenTokenizer.from_ranks(RANKS, image_tags=True, vocab_size=640)
 STOPS = frozenset({TOKENIZER.eod_id, TOKENIZER.im_end_id})
 SCHEMA = {
     "type": "object",
@@ -34,7 +35,7 @@ SCHEMA = {
 
 def _asked(limit, opened="", tokenizer=None):
     tokenizer = TOKENIZER if tokenizer is None else tokenizer
-    return Answer(tokenizer, STOPS, limit, opened, QwenGrounding().constraint)
+    return Answer(tokenizer, STOPS, limit, opened, GROUNDING.constraint)
 
 
 def _answer(form, seed: int, limit: int, opened: str = "") -> str:
@@ -104,8 +105,8 @@ def test_grounding_refuses_what_cannot_be_completed():
         Grounding().start(_asked(23, ""))
     with pytest.raises(QvlError, match="no box completes"):
         Grounding().start(_asked(50, "<box>(7;"))
-    text_only = Tokenizer.from_ranks(RANKS, image_tags=False)
-    with pytest.raises(QvlError, match="Qwen-VL"):
+    text_only = QwenTokenizer.from_ranks(RANKS, image_tags=False)
+    with pytest.raises(QvlError, match="no box tokens"):
         Grounding().start(_asked(50, "", text_only))
 
 

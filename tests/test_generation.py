@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl_runtime.engine.generation import Choice, StopStrings, Timings, stream_generate
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.results import collected
 
 RANKS = (GOLDEN / "ckpt" / "tiny-vl" / "qwen.tiktoken").read_bytes()
-TOKENIZER = Tokenizer.from_ranks(RANKS, image_tags=True)
+TOKENIZER = QwenTokenizer.from_ranks(RANKS, image_tags=True)
 
 
 def _stream(tokens, *, stop=(), max_new_tokens=100, stop_ids=()):

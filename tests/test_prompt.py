@@ -11,14 +11,15 @@ from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.prompt import DEFAULT_SYSTEM, QwenPrompts, list_to_text
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
+from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import is_url, refuse_url
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window, is_messages
-from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
 
 CHAT = read("chat.json")
 LISTS = read("listformat.json")
-TINY_TEXT_ONLY = Tokenizer.from_ranks(TINY_RANKS, image_tags=False)
+TINY_TEXT_ONLY = QwenTokenizer.from_ranks(TINY_RANKS, image_tags=False)
 PIL_IMAGE = Image.new("RGB", (4, 4))
 ARRAY = np.zeros((4, 4, 3), np.uint8)
 
@@ -40,7 +41,7 @@ def _read(source, access: Access) -> Picture:
     return Picture(b"key", source, 256, (256, 1), (1, 1), (1, 1))
 
 
-def _prompts(tokenizer: Tokenizer, *, chat: bool) -> QwenPrompts:
+def _prompts(tokenizer: QwenTokenizer, *, chat: bool) -> QwenPrompts:
     return QwenPrompts(tokenizer, chat, _read if tokenizer.has_image_tags else None)
 
 
@@ -58,7 +59,7 @@ def raw(prompt, images=None, **options):
     return build_prompt(prompt, images, TINY, chat=is_messages(prompt), **options)
 
 
-def check_contexts(tokenizer: Tokenizer, cases: list[dict]) -> None:
+def check_contexts(tokenizer: QwenTokenizer, cases: list[dict]) -> None:
     for case in cases:
         if "error" in case:  # the original's Qwen-7B cannot have an open turn in its history
             continue
@@ -82,8 +83,8 @@ def test_golden_contexts_tiny():
 
 def test_golden_contexts_full():
     ranks = real_ranks()
-    check_contexts(Tokenizer.from_ranks(ranks, image_tags=True), CHAT["cases"][0]["make_context"])
-    check_contexts(Tokenizer.from_ranks(ranks, image_tags=False), CHAT["q7_make_context"])
+    check_contexts(QwenTokenizer.from_ranks(ranks, image_tags=True), CHAT["cases"][0]["make_context"])
+    check_contexts(QwenTokenizer.from_ranks(ranks, image_tags=False), CHAT["q7_make_context"])
 
 
 @pytest.mark.parametrize("case", LISTS["from_list"], ids=lambda case: str(case["list"])[:40])

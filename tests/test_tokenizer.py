@@ -8,22 +8,24 @@ from hypothesis import strategies as st
 from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer, split_images
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
+from qvl_runtime.inputs.image_tags import split_images
+from qvl_runtime.inputs.tokenizer import StreamDecoder
 
 
 @pytest.fixture
-def tiny() -> Tokenizer:
+def tiny() -> QwenTokenizer:
     return TINY
 
 
 @pytest.fixture(scope="module")
-def full() -> Tokenizer:
-    return Tokenizer.from_ranks(real_ranks(), image_tags=True, vocab_size=151936)
+def full() -> QwenTokenizer:
+    return QwenTokenizer.from_ranks(real_ranks(), image_tags=True, vocab_size=151936)
 
 
 @pytest.fixture(scope="module")
-def q7() -> Tokenizer:
-    return Tokenizer.from_ranks(real_ranks(), image_tags=False, vocab_size=151936)
+def q7() -> QwenTokenizer:
+    return QwenTokenizer.from_ranks(real_ranks(), image_tags=False, vocab_size=151936)
 
 
 VOCABULARIES = [("full", "vl_full.json"), ("tiny", "vl_tiny.json")]
@@ -87,7 +89,7 @@ def test_q7(q7):
 
 
 def test_slot_length_follows_n_queries():
-    tokenizer = Tokenizer.from_ranks(TINY_RANKS, image_tags=True, n_queries=3)
+    tokenizer = QwenTokenizer.from_ranks(TINY_RANKS, image_tags=True, n_queries=3)
     pad = tokenizer.img_pad_id
     assert tokenizer.encode("<img>x</img>") == [tokenizer.img_start_id, pad, pad, pad, tokenizer.img_end_id]
 
@@ -114,8 +116,8 @@ def test_contractions_are_cut_in_either_case(full):
 
 
 def test_crlf_ranks():
-    crlf = Tokenizer.from_ranks(TINY_RANKS.replace(b"\n", b"\r\n"), image_tags=True)
-    lf = Tokenizer.from_ranks(TINY_RANKS, image_tags=True)
+    crlf = QwenTokenizer.from_ranks(TINY_RANKS.replace(b"\n", b"\r\n"), image_tags=True)
+    lf = QwenTokenizer.from_ranks(TINY_RANKS, image_tags=True)
     text = "Hello, world! 你好 <img>a</img>"
     assert crlf.encode(text) == lf.encode(text)
 
@@ -139,12 +141,12 @@ LINES = TINY_RANKS.splitlines()
 )
 def test_broken_ranks(data, message):
     with pytest.raises(QvlError, match=message):
-        Tokenizer.from_ranks(data, image_tags=True)
+        QwenTokenizer.from_ranks(data, image_tags=True)
 
 
 def test_vocab_size_smaller_than_tokenizer():
     with pytest.raises(QvlError, match="600"):
-        Tokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=600)
+        QwenTokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=600)
 
 
 def test_split_images():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_RANKS = (GOLDEN / "ckpt/tiny-vl/qwen.tiktoken").read_bytes()
-TINY = Tokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=640)
+TINY = QwenTokenizer.from_ranks(TINY_RANKS, image_tags=True, vocab_size=640)
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 
 
@@ -35,7 +35,7 @@ def expand(runs: list) -> list[int]:
     return [i for run in runs for i in ([run[0]] * run[1] if isinstance(run, list) else [run])]
 
 
-def pad_slots(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def pad_slots(ids: list[int], tokenizer: QwenTokenizer) -> list[int]:
     """Replace the path bytes that the original writes into an image slot."""
     out, inside = [], False
     for i in ids:

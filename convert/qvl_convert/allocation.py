@@ -161,7 +161,7 @@ def _seen(walk: Walk, unit: Stage, weights: Weights) -> list[np.ndarray]:
     """What leaves a unit: activations, or logits."""
     if unit.kind != "norm":
         return [np.array(x) for x in walk.outputs(unit)]
-    head = weights.matrix(walk.family.decoder_names.head)
+    head = weights.matrix(walk.family.decoder_names(walk.config).head)
     return [next(walk.logits(head, i, max(0, len(x) - HEAD_ROWS))) for i, x in enumerate(walk.hidden)]
 
 

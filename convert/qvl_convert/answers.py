@@ -145,7 +145,7 @@ def _check(model: Model, weights: Weights, answers: list[_Answer], features: lis
     for stage in stages(family, config):
         if stage.kind not in PICTURE_STAGES:
             walk.run(stage, weights)
-    head = weights.matrix(family.decoder_names.head)
+    head = weights.matrix(family.decoder_names(config).head)
     for i, answer in enumerate(answers):
         first = len(answer.sample.ids) + len(answer.agreed) - 1
         said = np.concatenate([part.argmax(1) for part in walk.logits(head, i, first)])

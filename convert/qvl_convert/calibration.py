@@ -26,10 +26,11 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Config, Prompts
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, read_regular
+from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL
 from qvl_runtime.inputs.prompt import Prompt, Slot
-from qvl_runtime.inputs.tokenizer import Tokenizer, split_images
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

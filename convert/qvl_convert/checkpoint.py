@@ -7,53 +7,26 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from qvl_convert import fp8
 from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families import family_of
-from qvl_runtime.families.base import Config, Family, Prompts
-from qvl_runtime.families.generation_config import GenerationConfig
-from qvl_runtime.families.specs import MatrixSpec, VectorSpec
-from qvl_runtime.file.json_text import MAX_JSON, parse_object
-from qvl_runtime.file.opening import as_path, open_regular, read_regular, shown
+from qvl_runtime.families.base import Config, Prompts
+from qvl_runtime.families.reading import read_json
+from qvl_runtime.file.opening import as_path, open_regular, shown
 from qvl_runtime.file.tensorfile import Entry, TensorFile
 from qvl_runtime.inputs.pictures import PictureReader
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
-FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), FP8)
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 # Buffers that some published checkpoints carry and that this runtime computes by itself.
 BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
-
-
-def published_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the published, unquantised checkpoint of a model."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for spec in family.tensors(config):
-        if isinstance(spec, VectorSpec):
-            shapes[spec.name] = spec.shape
-            continue
-        rows = spec.first_row + spec.n
-        shapes[spec.source] = (spec.k, rows) if spec.transposed else (rows, *(spec.columns or (spec.k,)))
-        if spec.bias is not None:
-            shapes[spec.bias] = (rows,)
-    return shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that nobody vouches for.
-
-    Raises
-    ------
-    QvlError
-        When it is missing, or holds something else.
-    """
-    content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of a Hugging Face model?")
-    return parse_object(content, f"{path}:", "download it again")
 
 
 def open_weights(path: Path) -> TensorFile | PickleFile:
@@ -84,7 +57,9 @@ class Checkpoint:
     generation_config : GenerationConfig
         Defaults when the folder has none.
     ranks : bytes
-        The tokenizer's rank file.
+        The tokenizer's vocabulary, as the blob stores it.
+    preprocessing : dict
+        How pictures are prepared, as the blob stores it.
 
     Raises
     ------
@@ -100,22 +75,28 @@ class Checkpoint:
         where = str(self.folder / "config.json")
         self.family = family_of(self.raw_config, where)
         self.config: Config = self.family.read_config(self.raw_config, where)
-        generation = self.folder / "generation_config.json"
-        self.generation_config = GenerationConfig.from_dict(
-            read_json(generation) if os.path.lexists(generation) else {}, str(generation)
-        )
+        self.generation_config = self.family.read_generation(self.folder)
         self.ranks = self.family.read_ranks(self.folder, self.config)
+        self.preprocessing = self.family.read_preprocessing(self.folder, self.config)
         self._shards = self._open_shards()
-        self._owners: dict[str, TensorFile | PickleFile] = {}
+        self._owners: dict[str, tuple[TensorFile | PickleFile, str]] = {}
         for shard in self._shards:
-            for name in shard.entries:
+            for published in shard.entries:
+                name = self._name(published)
+                if name is None:
+                    continue
                 if name in self._owners:
                     raise QvlError(
-                        f"{shard.path}: tensor {name!r:.100} stands in {self._owners[name].path.name} too; "
+                        f"{shard.path}: tensor {published!r:.100} stands in {self._owners[name][0].path.name} too; "
                         "remove the shards of another model"
                     )
-                self._owners[name] = shard
+                self._owners[name] = (shard, published)
+        self._fp8_block = fp8.block_size(self.raw_config, where)
         self._check_index()
+
+    def _name(self, published: str) -> str | None:
+        """What a tensor is called in the family's list; None if it is not used."""
+        return self.family.published_name(published, self.config)
 
     def _open_shards(self) -> list[TensorFile | PickleFile]:
         self._index: dict[str, str] = {}
@@ -145,8 +126,10 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         for name, shard in self._index.items():
-            owner = self._owners.get(name)
-            if owner is None or owner.path.name != shard:
+            if self._name(name) is None:
+                continue
+            owner = self._owners.get(self._name(name))
+            if owner is None or owner[0].path.name != shard:
                 raise QvlError(
                     f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_path.name} says so"
                 )
@@ -160,8 +143,7 @@ class Checkpoint:
         """Decodes pictures for this model; None if it takes none."""
         if not self.config.sees:
             return None
-        preprocessing = self.family.read_preprocessing(self.folder, self.config)
-        return PictureReader(self.family.preprocess(self.config, preprocessing))
+        return PictureReader(self.family.preprocess(self.config, self.preprocessing), upright=self.family.upright)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -174,32 +156,45 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All tensors, in file order."""
-        return list(self._owners)
+        """All tensors, in file order; scales of FP8 weights belong to these."""
+        return [name for name in self._owners if not self._is_scale(name)]
+
+    def _is_scale(self, name: str) -> bool:
+        return self._fp8_block is not None and name.endswith(fp8.SCALE) and name.removesuffix(fp8.SCALE) in self._owners
 
     def __contains__(self, name: str) -> bool:
         return name in self._owners
 
     def entry(self, name: str) -> Entry | PickledTensor:
         """Dtype and shape of a tensor, without reading it."""
-        return self._owners[name].entries[name]
+        shard, published = self._owners[name]
+        return shard.entries[published]
 
     def path(self, name: str) -> Path:
         """The shard a tensor lies in."""
-        return self._owners[name].path
+        return self._owners[name][0].path
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, read-only, mapped for as long as the array lives.
+        """A tensor, read-only, mapped for as long as the array lives; float32 in memory if it is stored in FP8.
 
         Raises
         ------
         QvlError
-            When there is no such tensor.
+            When there is no such tensor, or the scales of an FP8 tensor do not fit it.
         """
-        shard = self._owners.get(name)
-        if shard is None:
+        if name not in self._owners:
             raise QvlError(f"{self.folder}: has no tensor {name!r}; is the download complete?")
-        return read_tensor(shard, name)
+        array = read_tensor(*self._owners[name])
+        return array if array.dtype != FP8 else self._dequantized(name, array)
+
+    def _dequantized(self, name: str, weight: np.ndarray) -> np.ndarray:
+        block, scale = self._fp8_block, name + fp8.SCALE
+        if block is None:
+            raise QvlError(f"{self.path(name)}: {name!r} is FP8, but config.json does not say so; download it again")
+        shape = tuple(-(-size // side) for size, side in zip(weight.shape, block))
+        if scale not in self or self.entry(scale).shape != shape or weight.ndim != 2:
+            raise QvlError(f"{self.path(name)}: {scale!r} is missing or not of shape {list(shape)}; download it again")
+        return fp8.dequantize(weight, self.vector(scale), block)
 
     def vector(self, name: str) -> np.ndarray:
         """A tensor as float32, in memory.
@@ -259,18 +254,3 @@ def _fingerprint(path: Path, samples: int = 64, length: int = 4096) -> str:
             file.seek(max(size - length, 0) * i // (samples - 1))
             digest.update(file.read(length))
     return digest.hexdigest()[:32]
-
-
-def matrix(checkpoint: Checkpoint, spec: MatrixSpec) -> np.ndarray:
-    """The published weight of a matrix as ``[n, k]``, in the dtype it has."""
-    weight = checkpoint.tensor(spec.source)
-    if spec.transposed:
-        return np.ascontiguousarray(weight.T)[spec.first_row : spec.first_row + spec.n]
-    return weight.reshape(len(weight), -1)[spec.first_row : spec.first_row + spec.n]
-
-
-def bias(checkpoint: Checkpoint, spec: MatrixSpec) -> np.ndarray | None:
-    """The published bias of a matrix as float32 ``[n]``, or None."""
-    if spec.bias is None:
-        return None
-    return checkpoint.vector(spec.bias)[spec.first_row : spec.first_row + spec.n]

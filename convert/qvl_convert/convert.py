@@ -111,9 +111,7 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
-    checkpoint = source.checkpoint
-    specs = checkpoint.family.tensors(checkpoint.config)
-    vectors = [spec for spec in specs if isinstance(spec, VectorSpec)]
+    vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
         chosen = allocate(
@@ -184,7 +182,7 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
     values = {
         "config": checkpoint.config.to_dict(),
         "generation_config": checkpoint.generation_config.to_dict(),
-        "preprocessing": checkpoint.family.read_preprocessing(checkpoint.folder, checkpoint.config),
+        "preprocessing": checkpoint.preprocessing,
         "quantization": {part: _made(parts[part]) for part in PARTS if part in parts},
         "source": {
             "name": checkpoint.folder.resolve().name,

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qvl_convert.checkpoint import published_shapes
+from qvl_convert.published import published_shapes
 from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
@@ -53,6 +53,8 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     folder = as_path(folder)
     if os.path.lexists(folder) and not force:
         raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
+    if blob.family.model_type != "qwen":
+        raise QvlError(f"{blob.path}: only Qwen-VL and Qwen-7B are exported; take the original checkpoint")
     settings = _settings(blob)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -150,8 +152,9 @@ def _settings(blob: Blob) -> dict[str, Any] | None:
 
 def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the folder, one at a time, by its published name."""
-    shapes = published_shapes(blob.family, blob.config)
-    for _, group in itertools.groupby(blob.family.tensors(blob.config), lambda s: getattr(s, "source", s.name)):
+    every = list(blob.family.tensors(blob.config))
+    shapes = published_shapes(every)
+    for _, group in itertools.groupby(every, lambda s: getattr(s, "source", s.name)):
         specs = list(group)
         spec = specs[0]
         if isinstance(spec, VectorSpec):
@@ -164,8 +167,8 @@ def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
         weight = np.concatenate([m.weight if m.bits == 16 else m.dequantize().astype(np.float16) for m in matrices])
         yield spec.source, np.ascontiguousarray(weight.T if spec.transposed else weight).reshape(shapes[spec.source])
         biases = [m.bias for m in matrices if m.bias is not None]
-        if spec.bias is not None:
-            yield spec.bias, np.concatenate(biases).astype(np.float16)
+        if spec.bias:
+            yield spec.biases[0], np.concatenate(biases).astype(np.float16)
         elif any(bias.any() for bias in biases):
             raise QvlError(f"{spec.name}: has a bias, for which an unquantised model has no place; export it at 4 bits")
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qvl_convert import autogptq, rtn
-from qvl_convert import checkpoint as published
-from qvl_convert.checkpoint import Checkpoint
+from qvl_convert import published, rtn
+from qvl_convert.checkpoint import FLOATS, Checkpoint
+from qvl_convert.imports import Imported
+from qvl_convert.layouts import find_layout
 from qvl_convert.writer import Layout
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
 from qvl_runtime.errors import QvlError
@@ -60,7 +61,7 @@ class MatrixPlan:
     Attributes
     ----------
     method : str
-        "fp16", "rtn", "gptq", or "autogptq" (imported as it is).
+        "fp16", "rtn", "gptq", or the layout that it is imported from as it is: "autogptq" or "awq".
     zeros, perm, bias : bool
         Whether it has them.
     """
@@ -97,7 +98,9 @@ class Source:
     ----------
     checkpoint : Checkpoint
     imported : set of str
-        Names of the matrices that are AutoGPTQ's.
+        Names of the matrices that are quantized already.
+    specs : list of TensorSpec
+        All tensors of the model.
 
     Raises
     ------
@@ -107,22 +110,22 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self._autogptq = autogptq.settings(checkpoint)
-        if self._autogptq is None:
+        self.specs = list(checkpoint.family.tensors(checkpoint.config))
+        matrices = [spec for spec in self.specs if isinstance(spec, MatrixSpec)]
+        layout = find_layout(checkpoint)
+        if layout is None:
             packed = next((name for name in checkpoint.names if name.endswith(".qweight")), None)
             if packed is not None:
                 raise QvlError(
-                    f"{checkpoint.path(packed)}: {packed!r} is quantised, but there is no quantize_config.json "
+                    f"{checkpoint.path(packed)}: {packed!r} is quantized, but there is no quantize_config.json "
                     "that says how; finish the download"
                 )
-        imported = {} if self._autogptq is None else autogptq.layout(checkpoint, self._autogptq)
-        self.imported = set(imported)
-        shapes = published.published_shapes(checkpoint.family, checkpoint.config)
-        wanted = {name: (shape, published.FLOATS) for name, shape in shapes.items()}
-        for name, arrays in imported.items():
-            del wanted[f"{name}.weight"]
-            wanted |= arrays
-        checkpoint.check(wanted)
+        self._imported = None if layout is None else Imported(checkpoint, layout, matrices)
+        self.imported = set() if self._imported is None else set(self._imported.specs)
+        unquantized = [spec for spec in self.specs if spec.name not in self.imported]
+        shapes = published.published_shapes(unquantized)
+        wanted = {name: (shape, FLOATS) for name, shape in shapes.items()}
+        checkpoint.check(wanted | ({} if self._imported is None else self._imported.wanted()))
 
     def plan(self, recipe: Recipe, bits: Mapping[str, int] | None = None) -> list[MatrixPlan]:
         """Decide about every matrix, in the order in which the model uses them.
@@ -136,11 +139,9 @@ class Source:
         Raises
         ------
         QvlError
-            When an AutoGPTQ source is to become 8 bits.
+            When a quantized source is to have other bits.
         """
-        specs = [
-            spec for spec in self.checkpoint.family.tensors(self.checkpoint.config) if isinstance(spec, MatrixSpec)
-        ]
+        specs = [spec for spec in self.specs if isinstance(spec, MatrixSpec)]
         return [self._plan(spec, recipe, (bits or {}).get(spec.name, recipe.bits_of(spec.part))) for spec in specs]
 
     def _plan(self, spec: MatrixSpec, recipe: Recipe, bits: int) -> MatrixPlan:
@@ -152,26 +153,26 @@ class Source:
             # 8 bits lose too little for a calibration of the ViT or the head to be worth hours
             calibrated = spec.part == "decoder" or (bits == 4 and spec.part != "embedding")
             method = recipe.method if calibrated else "rtn"
-        return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias is not None)
+        return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias)
 
     def _plan_import(self, spec: MatrixSpec, bits: int) -> MatrixPlan:
-        bias = f"{spec.name}.bias" in self.checkpoint
+        imported = self._imported
+        layout, bias = imported.layout, imported.has_bias(spec)
         if bits == 16:
-            return MatrixPlan(spec, 16, BLOCK, "autogptq", bias)
-        if bits != 4:
+            return MatrixPlan(spec, 16, BLOCK, layout.METHOD, bias)
+        if bits != layout.bits:
             raise QvlError(
-                f"{self._autogptq.path}: the model is quantised to 4 bits and cannot become {bits}; "
-                "use --bits 4 to keep it as it is, or --bits 16"
+                f"{layout.path}: the model is quantized to {layout.bits} bits and cannot become {bits}; "
+                f"use --bits {layout.bits} to keep it as it is, or --bits 16"
             )
-        group_size = self._autogptq.group_size
         return MatrixPlan(
             spec,
-            4,
-            autogptq.stored_group_size(group_size),
-            "autogptq",
+            bits,
+            imported.stored_group_size,
+            layout.METHOD,
             bias,
-            zeros=autogptq.zeros(self.checkpoint, spec) is not None,
-            perm=autogptq.perm(self.checkpoint, spec, group_size) is not None,
+            zeros=imported.zeros(spec) is not None,
+            perm=imported.perm(spec) is not None,
         )
 
     def weight(self, spec: MatrixSpec) -> np.ndarray:
@@ -193,9 +194,9 @@ class Source:
         spec = plan.spec
         if plan.method == "gptq":
             raise RuntimeError(f"{spec.name}: gptq looks at whole layers, not at one matrix")
-        if plan.method == "autogptq":
-            matrix = autogptq.read(self.checkpoint, spec, self._autogptq.group_size)
-            return matrix if plan.bits == 4 else _at_16_bits(matrix)
+        if spec.name in self.imported:
+            matrix = self._imported.matrix(spec)
+            return matrix if plan.bits != 16 else _at_16_bits(matrix)
         name = f"{self.checkpoint.path(spec.source)}: {spec.source!r}"
         weight, bias = self.weight(spec), self.bias(spec)
         if plan.bits == 16:

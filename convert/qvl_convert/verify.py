@@ -206,7 +206,7 @@ def verify(
     judged = [judged_positions(sample, model.tokenizer) for sample in samples]
     if not any(map(len, judged)):  # pictures without captions, say: no answer is known
         judged = [text_positions(sample) for sample in samples]
-    nll, scores = _scores(walks, [w.matrix(family.decoder_names.head) for w in weights], samples, judged)
+    nll, scores = _scores(walks, [w.matrix(family.decoder_names(config).head) for w in weights], samples, judged)
     answers = None
     if max_new_tokens and any(sample.asked for sample in samples):
         answers = compare_answers(model, weights[0], samples, walks[0].features, max_new_tokens, progress)

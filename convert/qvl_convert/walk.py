@@ -121,6 +121,7 @@ class Walk:
         spill: Path | None = None,
     ):
         self.ops, self.family, self.config, self.prompts = ops, family, config, prompts
+        self._names = family.decoder_names(config)
         self._pictures = [slot.picture for prompt in prompts for slot in prompt.slots]
         self._reader, self._spill = reader, spill
         self._cache: SequenceState | None = None
@@ -192,7 +193,7 @@ class Walk:
         ]
 
     def _embedding(self, weights: Weights) -> Steps:
-        table = weights.matrix(self.family.decoder_names.embedding)
+        table = weights.matrix(self._names.embedding)
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)
@@ -203,7 +204,7 @@ class Walk:
         return step, self.hidden
 
     def _decoder(self, weights: Weights, index: int) -> Steps:
-        block = Block.load(weights, self.family.decoder_names, index)
+        block = Block.load(weights, self._names, index)
         longest = max(len(x) for x in self.hidden)
         work = Workspace.empty(self.ops, self.config, longest)
         levels = self.family.levels(self.config)
@@ -219,7 +220,7 @@ class Walk:
         return step, self.hidden
 
     def _norm(self, weights: Weights) -> Steps:
-        norm = weights.rms_norm(self.family.decoder_names.norm)
+        norm = weights.rms_norm(self._names.norm)
 
         def step(i: int) -> Array:
             out = self.ops.empty(self.hidden[i].shape)

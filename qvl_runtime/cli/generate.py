@@ -16,8 +16,8 @@ from qvl_runtime.cli.text import printable, standard_input
 from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, load_image
-from qvl_runtime.inputs.tokenizer import split_images
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 

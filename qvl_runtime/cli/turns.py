@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, load_image
-from qvl_runtime.inputs.tokenizer import split_images
 
 SOURCE_KEYS = ("image", "image_url", "url")
 """Keys under which a piece of a turn may name its picture."""

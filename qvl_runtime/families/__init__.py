@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "qwen": "qvl_runtime.families.qwen_vl",
+    "qwen2_vl": "qvl_runtime.families.qwen2_vl.family",
+    "qwen2_5_vl": "qvl_runtime.families.qwen2_5_vl.family",
+    "qwen3_vl": "qvl_runtime.families.qwen3_vl.family",
 }
 """`model_type` -> module with the constant `FAMILY`."""
 

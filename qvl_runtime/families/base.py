@@ -86,6 +86,9 @@ class Prompts(Protocol):
 class Grounding(Protocol):
     """How a family writes boxes."""
 
+    def mark(self, corners: Sequence[float], size: tuple[int, int]) -> str:
+        """A box in a question: `corners` in pixels of a picture of `size`."""
+
     def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
         """All well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""
 
@@ -101,13 +104,13 @@ class Family(Protocol):
     model_type : str
         As in `config.json`.
     grounding : Grounding
-    decoder_names : DecoderNames
-        Names of the decoder's tensors in the blob.
+    upright : bool
+        Pictures are turned as their EXIF orientation says.
     """
 
     model_type: str
     grounding: Grounding
-    decoder_names: DecoderNames
+    upright: bool
 
     # what the files say
     def read_config(self, data: Mapping[str, Any], where: str) -> Config:
@@ -125,21 +128,40 @@ class Family(Protocol):
     def tensors(self, config: Config) -> Iterator[TensorSpec]:
         """All tensors of a model, in the order in which it uses them."""
 
+    def decoder_names(self, config: Config) -> DecoderNames:
+        """Names of the decoder's tensors in the blob."""
+
     def tokenizer(self, ranks: bytes, config: Config) -> Tokenizer:
-        """The tokenizer that belongs to a config."""
+        """The tokenizer that belongs to a config; `ranks` is what `read_ranks` gave."""
 
     # what it computes
     def rotary(self, ops: Ops, config: Config, capacity: int) -> Rotary:
         """Rotary positions of one sequence, with room for `capacity` tokens."""
 
-    def preprocess(self, config: Config, preprocessing: Mapping[str, Any]) -> Preprocess:
-        """How pictures are prepared; `preprocessing` is that of the blob's metadata."""
+    def preprocess(
+        self,
+        config: Config,
+        preprocessing: Mapping[str, Any],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Preprocess:
+        """How pictures are prepared; `preprocessing` is that of the blob's metadata.
+
+        Raises
+        ------
+        QvlError
+            For limits that the family does not take, or that contradict each other.
+        """
 
     def vision(self, weights: Weights) -> Vision:
         """The vision part of a model whose config `sees`."""
 
     def vision_values(self, config: Config) -> tuple[int, int]:
         """float32 values that encoding the largest picture takes: those that stay, and those of one step."""
+
+    def describe_vision(self, config: Config) -> str:
+        """The vision part in one line, for people."""
 
     def prompts(
         self, tokenizer: Tokenizer, config: Config, generation: GenerationConfig, read: Callable[..., Picture] | None
@@ -163,8 +185,14 @@ class Family(Protocol):
     def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
         """A stage of the vision part: "patches" from pixels, "vision" from the state, "adapter" to features."""
 
+    def published_name(self, name: str, config: Config) -> str | None:
+        """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
+
+    def read_generation(self, folder: Path) -> GenerationConfig:
+        """What a published checkpoint says about prompts and sampling."""
+
     def read_ranks(self, folder: Path, config: Config) -> bytes:
-        """The tokenizer's ranks from a published checkpoint."""
+        """The tokenizer's vocabulary from a published checkpoint, as the blob stores it."""
 
     def read_preprocessing(self, folder: Path, config: Config) -> dict[str, Any]:
         """What a published checkpoint says about the preparation of pictures: the blob's `preprocessing`."""

@@ -17,6 +17,8 @@ class GenerationConfig:
     ----------
     chat_format : str
         "chatml" for a model that knows chat turns, else "raw".
+    thinking : bool
+        An answer begins with reasoning, up to ``</think>``.
     eos_token_id : tuple of int
         Tokens that end an answer, besides the tokenizer's own.
     """
@@ -30,6 +32,7 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    thinking: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:

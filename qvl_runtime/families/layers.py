@@ -77,7 +77,14 @@ class Block:
         layer, rotary = sequence.layer(index), sequence.rotary
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.attention_norm)
         ops.rope_append(
-            work.qkv, rope=rotary.rope, logn=rotary.logn, cache=sequence.store, layer=layer, start=sequence.start
+            work.qkv,
+            rope=rotary.rope,
+            logn=rotary.logn,
+            cache=sequence.store,
+            layer=layer,
+            start=sequence.start,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
         )
         ops.cached_attention(work.qkv, sequence.store, layer, sequence.start, out=work.attended)
         ops.linear(work.attended, self.attention_out, out=work.x, residual=work.x)

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import read_regular, shown
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that nobody vouches for.
+
+    Raises
+    ------
+    QvlError
+        When it is missing, or holds something else.
+    """
+    content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of a Hugging Face model?")
+    return parse_object(content, f"{path}:", "download it again")
 
 
 def take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:

@@ -114,10 +114,12 @@ class PictureReader:
         The family's.
     identity : str
         Names the weights, preprocessing and arithmetic that features depend on.
+    upright : bool
+        Turn pictures as their EXIF orientation says.
     """
 
-    def __init__(self, preprocess: Preprocess, identity: str = ""):
-        self._preprocess, self._identity = preprocess, identity
+    def __init__(self, preprocess: Preprocess, identity: str = "", *, upright: bool = False):
+        self._preprocess, self._identity, self._upright = preprocess, identity, upright
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,7 +137,7 @@ class PictureReader:
             if digest in self._known:
                 self._known.move_to_end(digest)
                 return dataclasses.replace(self._known[digest], content=content)
-        pixels = self._preprocess(decode_image(content, image_label(source)))
+        pixels = self._preprocess(decode_image(content, image_label(source), exif=self._upright))
         facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
         del facts["values"]
         key = hashlib.sha256(self._identity.encode() + str(pixels.grid).encode() + pixels.values.tobytes()).digest()
@@ -148,7 +150,8 @@ class PictureReader:
 
     def decode(self, source: ImageSource, access: Access = LOCAL) -> Pixels:
         """Decode a picture and prepare it for the vision tower."""
-        return self._preprocess(load_image(source, allow_urls=access.urls, allow_paths=access.paths))
+        image = load_image(source, allow_urls=access.urls, allow_paths=access.paths, exif=self._upright)
+        return self._preprocess(image)
 
 
 class PictureEncoder:

@@ -1,13 +1,14 @@
-"""Text to token ids and back, for the vocabulary that Qwen-VL, Qwen-VL-Chat and Qwen-7B share."""
+"""Text to token ids and back: byte-pair ranks and special forms are data, which a family reads."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import codecs
+import functools
 import re
 import unicodedata
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
 import tiktoken
 
@@ -20,51 +21,16 @@ SPLIT_PATTERN = (
 )
 MAX_RANKS = 16 << 20
 """Bytes of a rank file: six times Qwen's."""
-CONTROL_FORMS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-IMAGE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
-
-_IMAGE_SPAN = re.compile(r"<img>(.*?)</img>", re.DOTALL)
-_ANY_TAG = re.compile("|".join(map(re.escape, IMAGE_TAGS)))
 
 
-def split_images(text: str) -> list[str]:
-    """Split a text at its image spans.
-
-    Parameters
-    ----------
-    text : str
-
-    Returns
-    -------
-    list of str
-        Alternately text and what stood between ``<img>`` and ``</img>``: text, path, text, path, ..., text.
+def read_ranks(data: bytes) -> dict[bytes, int]:
+    """Read the content of a ``.tiktoken`` file: one ``base64-token rank`` a line, with either kind of line end.
 
     Raises
     ------
     QvlError
-        An ``<img>`` that is never closed, or another tag inside an image span.
-
-    Examples
-    --------
-    >>> split_images("Picture 1: <img>a.png</img> and more")
-    ['Picture 1: ', 'a.png', ' and more']
+        The data is empty or cut short, a line is malformed, or a token or rank comes twice or is missing.
     """
-    pieces = _IMAGE_SPAN.split(text)
-    for path in pieces[1::2]:
-        if tag := _ANY_TAG.search(path):
-            raise QvlError(f"tags do not nest: {tag[0]} stands inside <img>{_shorten(path)}</img>")
-    for piece in pieces[0::2]:
-        _, found, rest = piece.partition("<img>")
-        if found:
-            raise QvlError(f"unclosed image tag: <img>{_shorten(rest)} has no </img>")
-    return pieces
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read_ranks(data: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line:
@@ -93,86 +59,57 @@ def _read_ranks(data: bytes) -> dict[bytes, int]:
 
 
 class Tokenizer:
-    """Byte-pair tokenizer of the Qwen family; make one with `Tokenizer.from_ranks`.
+    """Byte-pair tokenizer of the Qwen families.
 
-    The ids of the special forms follow the ranks: ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>``,
-    ``<|extra_0|>`` to ``<|extra_204|>``, then the nine image tags where the model has them.
+    Parameters
+    ----------
+    ranks : mapping of bytes to int
+        Rank and id of every ordinary token.
+    special : mapping of str to int
+        Id of every special form.
+    vocab_size : int, optional
+        Number of rows of the embedding. By default there are no padding rows.
 
     Attributes
     ----------
+    special : dict of str to int
     eod_id, im_start_id, im_end_id : int
-    ref_start_id, ref_end_id, box_start_id, box_end_id, quad_start_id, quad_end_id : int or None
-    img_start_id, img_end_id, img_pad_id : int or None
-        None where the model has no image tags (Qwen-7B).
+        Ids of ``<|endoftext|>``, ``<|im_start|>`` and ``<|im_end|>``.
     n_vocab : int
-        Number of ids that have a text.
+        Number of ids up to the last that has a text.
     vocab_size : int
-        Number of rows of the embedding; ids from `n_vocab` up to it are padding and decode to "".
-    n_queries : int
-        Positions an image takes between ``<img>`` and ``</img>``.
+        Number of rows of the embedding; ids that have no text are padding and decode to "".
+
+    Raises
+    ------
+    QvlError
+        An id stands for two tokens, or the embedding has fewer rows than the tokenizer has ids.
     """
 
-    def __init__(self, ranks: dict[bytes, int], *, image_tags: bool, n_queries: int, vocab_size: int | None):
-        forms = CONTROL_FORMS + IMAGE_TAGS if image_tags else CONTROL_FORMS
-        special = {form: len(ranks) + i for i, form in enumerate(forms)}
-        self.n_vocab = len(ranks) + len(forms)
+    def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int], vocab_size: int | None = None):
+        owners: dict[int, bytes | str] = {rank: token for token, rank in ranks.items()}
+        for form, token_id in special.items():
+            if token_id < 0 or owners.setdefault(token_id, form) != form:
+                raise QvlError(f"the tokenizer gives the id {token_id} to {form!r} and to {owners[token_id]!r}")
+        if missing := [form for form in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if form not in special]:
+            raise QvlError(f"the tokenizer has no {missing[0]!r}; take it from the model's own repository")
+        self.n_vocab = max(owners) + 1
         self.vocab_size = self.n_vocab if vocab_size is None else vocab_size
         if self.vocab_size < self.n_vocab:
             raise QvlError(
                 f"the tokenizer has {self.n_vocab} ids, but the config's vocab_size is {self.vocab_size}: "
-                "qwen.tiktoken and config.json are from different models"
+                "tokenizer and config.json are from different models"
             )
-        self.n_queries = n_queries
+        self.special = dict(special)
         self.eod_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
-        self.ref_start_id = special.get("<ref>")
-        self.ref_end_id = special.get("</ref>")
-        self.box_start_id = special.get("<box>")
-        self.box_end_id = special.get("</box>")
-        self.quad_start_id = special.get("<quad>")
-        self.quad_end_id = special.get("</quad>")
-        self.img_start_id = special.get("<img>")
-        self.img_end_id = special.get("</img>")
-        self.img_pad_id = special.get("<imgpad>")
-        self._raw_forms = frozenset(forms)
-        self._chat_forms = frozenset(IMAGE_TAGS) if image_tags else frozenset()
-        self._bpe = tiktoken.Encoding("qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self._bpe = tiktoken.Encoding(
+            "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special
+        )
         self._bytes = [b""] * self.vocab_size
-        for token, rank in ranks.items():
-            self._bytes[rank] = token
-        for form, token_id in special.items():
-            self._bytes[token_id] = form.encode()
-
-    @classmethod
-    def from_ranks(
-        cls, data: bytes, *, image_tags: bool, n_queries: int = 256, vocab_size: int | None = None
-    ) -> Tokenizer:
-        """Make a tokenizer from the content of a ``qwen.tiktoken`` file.
-
-        Parameters
-        ----------
-        data : bytes
-            One ``base64-token rank`` a line, with either kind of line end.
-        image_tags : bool
-            Whether the model has the nine image tags (Qwen-VL) or not (Qwen-7B).
-        n_queries : int
-            Positions an image takes between its tags.
-        vocab_size : int, optional
-            Rows of the model's embedding; by default there are no padding rows.
-
-        Raises
-        ------
-        QvlError
-            The file is empty or cut short, a line is malformed, a token or rank comes twice or is missing, or
-            the embedding has fewer rows than the tokenizer has ids.
-        """
-        return cls(_read_ranks(data), image_tags=image_tags, n_queries=n_queries, vocab_size=vocab_size)
-
-    @property
-    def has_image_tags(self) -> bool:
-        """Whether ``<img>``, ``<ref>``, ``<box>`` and the others are special here."""
-        return self.img_start_id is not None
+        for token_id, token in owners.items():
+            self._bytes[token_id] = token.encode() if isinstance(token, str) else token
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -185,45 +122,31 @@ class Tokenizer:
         return self._bpe
 
     def encode(self, text: str) -> list[int]:
-        """Encode a raw prompt: every special form becomes its id, every image span an image slot.
-
-        Raises
-        ------
-        QvlError
-            An ``<img>`` without its ``</img>``, or with another tag inside.
-        """
-        return self._encode(text, self._raw_forms)
-
-    def encode_chat(self, text: str) -> list[int]:
-        """Encode what someone says in a chat: only the nine image tags are special.
-
-        So ``<|im_end|>`` typed by a user is plain text and cannot end the turn. Raises as `encode` does.
-        """
-        return self._encode(text, self._chat_forms)
+        """Encode a raw prompt: every special form becomes its id."""
+        return self.encode_special(text, self.special.keys())
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Encode a text in which nothing is special."""
         return self._bpe.encode_ordinary(unicodedata.normalize("NFC", text))
 
-    def _encode(self, text: str, special: Set[str]) -> list[int]:
+    def encode_special(self, text: str, special: Set[str]) -> list[int]:
+        """Encode a text in which some special forms become their ids and the others are plain text."""
+        ids: list[int] = []
+        # Cut first: a combining character behind a form would change it when both are normalized together.
+        for i, piece in enumerate(self.split_special(text, special)):
+            ids += [self.special[piece]] if i % 2 else self.encode_ordinary(piece)
+        return ids
+
+    def split_special(self, text: str, special: Set[str]) -> list[str]:
+        """Cut a text at special forms: alternately text and a form, beginning and ending with text."""
         if not isinstance(text, str):
             raise QvlError(f"expected a str to encode, got {type(text).__name__}")
-        # Paths are cut out before the normalisation: a file may well have a name that is not NFC.
-        pieces = split_images(text) if self.has_image_tags else [text]
-        ids: list[int] = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                ids += [self.img_start_id, *[self.img_pad_id] * self.n_queries, self.img_end_id]
-            else:
-                normal = unicodedata.normalize("NFC", piece)
-                ids += self._bpe.encode(normal, allowed_special=special, disallowed_special=())
-        return ids
+        return _splitter(frozenset(special)).split(text) if special else [text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
 
-        Special forms keep their text and padding ids have none. An image slot decodes to ``<img></img>``, or to
-        ``<img>path</img>`` where it carries a path's bytes, as the published model code writes it.
+        Special forms keep their text and padding ids have none.
 
         Raises
         ------
@@ -234,8 +157,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode ids to bytes; see `decode`."""
-        stream = _ByteStream(self)
+        stream = self.byte_stream()
         return b"".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+
+    def byte_stream(self) -> ByteStream:
+        """A decoder of ids to bytes, one by one."""
+        return ByteStream(self)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one id.
@@ -250,38 +177,26 @@ class Tokenizer:
         return self._bytes[token_id]
 
 
-class _ByteStream:
-    """Ids to bytes, one by one, with image slots recognised.
+@functools.lru_cache(maxsize=16)
+def _splitter(special: frozenset[str]) -> re.Pattern[str]:
+    """Finds special forms; where one begins another, the longer."""
+    forms = sorted(special, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, forms)) + ")")
 
-    A slot is ``<img>``, path bytes, at least one ``<imgpad>``, ``</img>``; a path byte is the id of the same value.
-    Whether a run is one shows only at its end, so such a run is held back until then.
-    """
+
+class ByteStream:
+    """Ids to bytes, one by one."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._held: list[int] = []
 
     def push(self, token_id: int) -> bytes:
-        tokenizer, held = self._tokenizer, self._held
-        if held:
-            padded = held[-1] == tokenizer.img_pad_id
-            if token_id == tokenizer.img_pad_id or (0 <= token_id < 256 and not padded):
-                held.append(token_id)
-                return b""
-            if token_id == tokenizer.img_end_id and padded:
-                path = bytes(held[1 : held.index(tokenizer.img_pad_id)])
-                held.clear()
-                return b"<img>" + path + b"</img>"
-        before = self.finish()
-        if token_id == tokenizer.img_start_id:
-            held.append(token_id)
-            return before
-        return before + tokenizer.token_bytes(token_id)
+        """The bytes that this id completes."""
+        return self._tokenizer.token_bytes(token_id)
 
     def finish(self) -> bytes:
-        held = b"".join(map(self._tokenizer.token_bytes, self._held))
-        self._held.clear()
-        return held
+        """What was held back."""
+        return b""
 
 
 class StreamDecoder:
@@ -295,7 +210,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._bytes = _ByteStream(tokenizer)
+        self._bytes = tokenizer.byte_stream()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:

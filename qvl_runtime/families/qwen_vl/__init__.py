@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,22 @@ from qvl_kernels.ops import Ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen_vl import positions
 from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.qwen_vl.grounding import QwenGrounding
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen_vl.preprocessing import MEAN, STD, preprocess
 from qvl_runtime.families.qwen_vl.prompt import QwenPrompts
 from qvl_runtime.families.qwen_vl.tensors import DECODER, stage_of, tensors
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.families.qwen_vl.vision import Vision, vision_stage
+from qvl_runtime.families.reading import read_json
 from qvl_runtime.families.rope import TableRotary
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.file.opening import read_regular
 from qvl_runtime.inputs.pictures import Picture, Pixels
-from qvl_runtime.inputs.tokenizer import MAX_RANKS, Tokenizer
+from qvl_runtime.inputs.tokenizer import MAX_RANKS
 
 RANKS_FILE = "qwen.tiktoken"
 
@@ -35,8 +39,8 @@ class QwenVL:
     """`qvl_runtime.families.base.Family`."""
 
     model_type = "qwen"
-    grounding = QwenGrounding()
-    decoder_names = DECODER
+    grounding = GROUNDING
+    upright = False
 
     def read_config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
         return ModelConfig.from_dict(data, where)
@@ -48,9 +52,12 @@ class QwenVL:
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
         return tensors(config)
 
-    def tokenizer(self, ranks: bytes, config: ModelConfig) -> Tokenizer:
+    def decoder_names(self, config: ModelConfig) -> DecoderNames:
+        return DECODER
+
+    def tokenizer(self, ranks: bytes, config: ModelConfig) -> QwenTokenizer:
         visual = config.visual
-        return Tokenizer.from_ranks(
+        return QwenTokenizer.from_ranks(
             ranks,
             image_tags=visual is not None,
             n_queries=visual.n_queries if visual else 256,
@@ -66,7 +73,16 @@ class QwenVL:
             lambda length: positions.ntk_alpha(length, config),
         )
 
-    def preprocess(self, config: ModelConfig, preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Pixels]:
+    def preprocess(
+        self,
+        config: ModelConfig,
+        preprocessing: Mapping[str, Any],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Callable[[Image.Image], Pixels]:
+        if min_pixels is not None or max_pixels is not None:
+            raise QvlError("min_pixels and max_pixels are for models that take pictures of any size")
         mean, std = (
             np.array(preprocessing.get(name, default), np.float32) for name, default in (("mean", MEAN), ("std", STD))
         )
@@ -80,9 +96,16 @@ class QwenVL:
         tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
         return tower, 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
 
+    def describe_vision(self, config: ModelConfig) -> str:
+        v = config.visual
+        return (
+            f"{v.layers} layers, width {v.width}, {v.heads} heads, pictures {v.image_size} x {v.image_size}, "
+            f"{v.n_queries} tokens each"
+        )
+
     def prompts(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: QwenTokenizer,
         config: ModelConfig,
         generation: GenerationConfig,
         read: Callable[..., Picture] | None,
@@ -100,6 +123,13 @@ class QwenVL:
 
     def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
         return vision_stage(kind, index, weights)
+
+    def published_name(self, name: str, config: ModelConfig) -> str:
+        return name
+
+    def read_generation(self, folder: Path) -> GenerationConfig:
+        path = folder / "generation_config.json"
+        return GenerationConfig.from_dict(read_json(path) if os.path.lexists(path) else {}, str(path))
 
     def read_ranks(self, folder: Path, config: ModelConfig) -> bytes:
         path = folder / RANKS_FILE

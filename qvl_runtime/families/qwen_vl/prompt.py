@@ -15,6 +15,8 @@ import numpy as np
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import format_box, opened_box
+from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
+from qvl_runtime.inputs.image_tags import IMAGE_TAGS, split_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Access, Picture
 from qvl_runtime.inputs.prompt import (
@@ -37,7 +39,6 @@ from qvl_runtime.inputs.prompt import (
     part_text,
     sources,
 )
-from qvl_runtime.inputs.tokenizer import IMAGE_TAGS, Tokenizer, split_images
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
@@ -57,14 +58,14 @@ class QwenPrompts:
 
     Attributes
     ----------
-    tokenizer : Tokenizer
+    tokenizer : QwenTokenizer
     is_chat : bool
         Whether the model knows chat turns.
     read : callable or None
         ``read(source, access)`` gives a picture; None for a model without vision.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: QwenTokenizer
     is_chat: bool
     read: Callable[[ImageSource, Access], Picture] | None
 

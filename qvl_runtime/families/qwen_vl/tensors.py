@@ -30,7 +30,7 @@ def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
         yield from _vision(config)
         yield from _adapter(config)
     d, f = config.hidden_size, config.ffn_width
-    yield MatrixSpec("transformer.wte", "embedding", config.vocab_size, d, "transformer.wte.weight")
+    yield linear("transformer.wte", "embedding", config.vocab_size, d)
     for i in range(config.num_hidden_layers):
         h = f"transformer.h.{i}"
         yield VectorSpec(f"{h}.ln_1.weight", "decoder", (d,))
@@ -53,7 +53,8 @@ def _layer_norm(name: str, part: str, width: int) -> Iterator[VectorSpec]:
 def _vision(config: ModelConfig) -> Iterator[TensorSpec]:
     v, name = config.visual, "transformer.visual"
     convolution = (3, v.patch_size, v.patch_size)
-    yield MatrixSpec(f"{name}.conv1", "vision", v.width, v.patch_dim, f"{name}.conv1.weight", columns=convolution)
+    source = {f"{name}.conv1.weight": v.width}
+    yield MatrixSpec(f"{name}.conv1", "vision", v.width, v.patch_dim, source, columns=convolution)
     yield VectorSpec(f"{name}.positional_embedding", "vision", (256, v.width))
     yield from _layer_norm(f"{name}.ln_pre", "vision", v.width)
     for i in range(v.layers):
@@ -76,13 +77,11 @@ def _adapter(config: ModelConfig) -> Iterator[TensorSpec]:
     yield VectorSpec(f"{name}.query", "adapter", (v.n_queries, d))
     yield VectorSpec(f"{name}.pos_embed", "adapter", (v.n_queries, d))
     for i, projection in enumerate("qkv"):
-        in_proj = f"{name}.attn.in_proj"
-        yield MatrixSpec(
-            f"{name}.attn.{projection}_proj", "adapter", d, d, f"{in_proj}_weight", f"{in_proj}_bias", first_row=i * d
-        )
+        in_proj = {f"{name}.attn.in_proj_weight": d}
+        yield MatrixSpec(f"{name}.attn.{projection}_proj", "adapter", d, d, in_proj, bias=True, first_row=i * d)
     yield linear(f"{name}.attn.out_proj", "adapter", d, d, bias=True)
     yield from _layer_norm("transformer.visual.ln_post", "adapter", d)
-    yield MatrixSpec("transformer.visual.proj", "adapter", d, d, "transformer.visual.proj", transposed=True)
+    yield MatrixSpec("transformer.visual.proj", "adapter", d, d, {"transformer.visual.proj": d}, transposed=True)
 
 
 def stage_of(spec: MatrixSpec) -> tuple[str, int]:

@@ -1,0 +1,69 @@
+"""What the `config.json` of a Qwen2.5-VL says, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, VisionConfig
+from qvl_runtime.families.reading import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VisionConfig(VisionConfig):
+    """A ViT most of whose blocks attend within windows.
+
+    Attributes
+    ----------
+    window_size : int
+        Side of a window in pixels.
+    fullatt_block_indexes : tuple of int
+        Blocks that attend within the whole picture.
+    tokens_per_second : int
+        Temporal positions of a second of video.
+    """
+
+    intermediate_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    tokens_per_second: int
+
+    KEYS: ClassVar[Mapping[str, str]] = {"width": "hidden_size", "output_width": "out_hidden_size"}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "depth": 32,
+        "width": 3584,
+        "output_width": 3584,
+        "num_heads": 16,
+        "patch_size": 14,
+        "intermediate_size": 3420,
+        "window_size": 112,
+        "fullatt_block_indexes": (7, 15, 23, 31),
+        "tokens_per_second": 4,
+    }
+    ACTIVATION = "silu"
+
+    @property
+    def mlp_width(self) -> int:
+        return self.intermediate_size
+
+    @property
+    def window_cells(self) -> int:
+        """Side of a window in tokens."""
+        return self.window_size // MERGE // self.patch_size
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        check(
+            self.window_cells > 0,
+            where,
+            f"'window_size' {self.window_size} is less than a token's {self.factor} pixels",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25Config(ModelConfig):
+    """A Qwen2.5-VL: the decoder is Qwen2-VL's."""
+
+    MODEL_TYPE = "qwen2_5_vl"
+    VISION = Qwen25VisionConfig

@@ -1,0 +1,84 @@
+"""Boxes as Qwen2.5-VL and Qwen3-VL write them: JSON objects with a `bbox_2d` and a `label`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.constraints import Answer, Constraint, Regex
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.pictures import Picture
+from qvl_runtime.inputs.tokenizer import Tokenizer
+
+# An object without objects in it. Lists and fences around may be cut off.
+_OBJECT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*+")*+\}', re.DOTALL)
+
+LABEL = 20
+"""Characters of a label in a constrained answer, at most; they take three bytes each, at most."""
+
+HEAD, TAIL = "```json\n[\n\t", "\n]\n```"
+
+
+class JsonGrounding:
+    """`qvl_runtime.families.base.Grounding` for coordinates in pixels of the resized picture (Qwen2.5-VL)."""
+
+    NUMBER = "(0|[1-9][0-9]{0,4})"
+    LONGEST = "99999"
+
+    def scale(self, pictures: Sequence[Picture]) -> tuple[int, int] | None:
+        """Width and height that a box's numbers refer to; None without a picture."""
+        return pictures[-1].resized if pictures else None
+
+    def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
+        """All objects with four corners, in order; they are on the last picture."""
+        scale = self.scale(pictures)
+        if scale is None:
+            return []
+        found = (_loaded(match[0]) for match in _OBJECT.finditer(text))
+        return [box for data in found if (box := self._box(data, scale)) is not None]
+
+    def _box(self, data: Any, scale: tuple[int, int]) -> Box | None:
+        corners, label = data.get("bbox_2d"), data.get("label")
+        if not isinstance(corners, list) or len(corners) != 4 or not all(map(self._known, corners)):
+            return None
+        return Box(label if isinstance(label, str) else None, *corners, scale=scale)
+
+    def _known(self, number: Any) -> bool:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return False
+        return math.isfinite(number) and 0 <= number <= float(self.LONGEST)
+
+    def mark(self, corners: Sequence[float], size: tuple[int, int]) -> str:
+        """A box in a question: `corners` in pixels of a picture of `size`."""
+        return json.dumps({"bbox_2d": [self.number(v, side) for v, side in zip(corners, size * 2)]})
+
+    def number(self, pixels: float, side: int) -> int:
+        """A coordinate as the model writes it. The size to which a picture is resized is close to its own."""
+        return min(side, max(0, int(pixels)))
+
+    def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
+        """A fenced list of as many boxes as `limit` has room for, always complete.
+
+        A label has `LABEL` characters at most.
+        """
+        corners = ", ".join([self.NUMBER] * 4)
+        item = rf'\{{"bbox_2d": \[{corners}\], "label": "[^"\\\x00-\x1f\x{{10000}}-\x{{10FFFF}}]{{1,{LABEL}}}"\}}'
+        # No token is shorter than a byte, so that an answer has at most as many tokens as bytes.
+        longest = len(f'{{"bbox_2d": [{", ".join([self.LONGEST] * 4)}], "label": ""}},\n\t') + 3 * LABEL
+        more = (limit - len(HEAD) - len(TAIL) - 1) // longest - 1
+        if more < 0:
+            raise QvlError(f"max_new_tokens is {limit}; a box with its label needs {limit - more * longest}")
+        pattern = rf"{re.escape(HEAD)}{item}(,\n\t{item}){{0,{more}}}{re.escape(TAIL)}"
+        return Regex(pattern).start(Answer(tokenizer, stop_ids, limit, "", self.constraint))
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,179 @@
+"""Qwen2-VL as a family, and what its successors state differently."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from qvl_kernels.ops import Ops
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.base import Grounding, VisionStage
+from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.families.layers import DecoderNames
+from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
+from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
+from qvl_runtime.families.qwen2_vl.preprocessing import MAX_TOKENS, Preprocessing, find_settings
+from qvl_runtime.families.qwen2_vl.prompt import Prompts
+from qvl_runtime.families.qwen2_vl.rotary import Mrope
+from qvl_runtime.families.qwen2_vl.template import Template
+from qvl_runtime.families.qwen2_vl.tensors import HEAD, canonical, decoder_names, stage_of, tensors
+from qvl_runtime.families.qwen2_vl.vision import Qwen2Vision, VisionTower
+from qvl_runtime.families.qwen2_vl.vocabulary import Vocabulary, read_vocabulary
+from qvl_runtime.families.reading import read_json
+from qvl_runtime.families.specs import MatrixSpec, TensorSpec
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.pictures import Picture, Pixels
+from qvl_runtime.inputs.tokenizer import Tokenizer
+
+NO_LIMIT = 1 << 24
+"""Tokens of a history: more than any window, for these models have no limit of their own."""
+
+
+class Qwen2VL:
+    """`qvl_runtime.families.base.Family`."""
+
+    TITLE: ClassVar[str] = "Qwen2-VL"
+    CONFIG: ClassVar[type[ModelConfig]] = ModelConfig
+    VISION: ClassVar[type[VisionTower]] = Qwen2Vision
+    grounding: Grounding = GROUNDING
+    upright = True
+
+    @property
+    def model_type(self) -> str:
+        return self.CONFIG.MODEL_TYPE
+
+    def read_config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
+        return self.CONFIG.from_dict(data, where)
+
+    def title(self, config: ModelConfig, generation: GenerationConfig) -> str:
+        return self.TITLE
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
+        return tensors(config)
+
+    def decoder_names(self, config: ModelConfig) -> DecoderNames:
+        return decoder_names(tied=config.tie_word_embeddings, qk_norm=config.QK_NORM)
+
+    def tokenizer(self, data: bytes, config: ModelConfig) -> Tokenizer:
+        ranks, special = Vocabulary.from_bytes(data)
+        return Tokenizer(ranks, special, config.vocab_size)
+
+    def rotary(self, ops: Ops, config: ModelConfig, capacity: int) -> Mrope:
+        return Mrope(ops, config, capacity)
+
+    def preprocess(
+        self,
+        config: ModelConfig,
+        preprocessing: Mapping[str, Any],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Callable[[Image.Image], Pixels]:
+        visual = config.visual
+        settings = Preprocessing.from_dict(preprocessing, visual, "preprocessing")
+        settings = settings.limited(min_pixels, max_pixels, visual.factor)
+
+        def pixels(image: Image.Image) -> Pixels:
+            values, (width, height) = settings.patches(image, visual.patch_size)
+            rows, columns = height // visual.factor, width // visual.factor
+            return Pixels(values, len(values) // MERGE**2, (rows, columns), image.size, (width, height))
+
+        return pixels
+
+    def vision(self, weights: Weights) -> VisionTower:
+        return self.VISION(weights).load()
+
+    def vision_values(self, config: ModelConfig) -> tuple[int, int]:
+        v, patches = config.visual, MAX_TOKENS * MERGE**2
+        kept = patches * (6 * v.width + v.mlp_width + v.head_dim) + self.levels(config) * MAX_TOKENS * v.output_width
+        return kept, patches * 2 * v.patch_dim + self.levels(config) * MAX_TOKENS * v.output_width
+
+    def levels(self, config: ModelConfig) -> int:
+        """Rows of features for each token of a picture."""
+        return 1
+
+    def describe_vision(self, config: ModelConfig) -> str:
+        v = config.visual
+        return (
+            f"{v.depth} layers, width {v.width}, {v.num_heads} heads, pictures of any size, a token for "
+            f"{v.factor} x {v.factor} pixels and {MAX_TOKENS} at most (max_pixels asks for more)"
+        )
+
+    def template(self, generation: GenerationConfig) -> Template:
+        """The chat template."""
+        return Template()
+
+    def prompts(
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        generation: GenerationConfig,
+        read: Callable[..., Picture],
+    ) -> Prompts:
+        return Prompts(tokenizer, config, self.template(generation), read)
+
+    # what the converter needs besides
+    def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
+        return stage_of(spec)
+
+    def vision_shape(self, config: ModelConfig, pixels: Pixels) -> tuple[int, int]:
+        return pixels.tokens * MERGE**2, config.visual.width
+
+    def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
+        return self.VISION(weights).stage(kind, index)
+
+    def published_name(self, name: str, config: ModelConfig) -> str | None:
+        """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
+        return None if config.tie_word_embeddings and name == f"{HEAD}.weight" else canonical(name)
+
+    def read_ranks(self, folder: Path, config: ModelConfig) -> bytes:
+        vocabulary = read_vocabulary(folder)
+        try:
+            Tokenizer(*vocabulary, config.vocab_size)
+        except QvlError as error:
+            raise QvlError(f"{folder}: {error}") from None
+        for form, key in (
+            ("<|image_pad|>", "image_token_id"),
+            ("<|video_pad|>", "video_token_id"),
+            ("<|vision_start|>", "vision_start_token_id"),
+            ("<|vision_end|>", "vision_end_token_id"),
+        ):
+            found, wanted = vocabulary.special.get(form), getattr(config, key)
+            if found != wanted:
+                raise QvlError(
+                    f"{folder / 'config.json'}: '{key}' is {wanted}, but {form} is {found} in the tokenizer; do they "
+                    "belong together?"
+                )
+        return vocabulary.to_bytes()
+
+    def read_preprocessing(self, folder: Path, config: ModelConfig) -> dict[str, Any]:
+        path = find_settings(folder)
+        data = read_json(path)
+        return Preprocessing.from_dict(data.get("image_processor", data), config.visual, str(path)).to_dict()
+
+    def read_generation(self, folder: Path) -> GenerationConfig:
+        """What a published checkpoint says about prompts and sampling."""
+        path = folder / "generation_config.json"
+        data = read_json(path) if os.path.lexists(path) else {}
+        own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": _thinks(folder)}
+        return GenerationConfig.from_dict({**data, **own}, str(path))
+
+
+def _thinks(folder: Path) -> bool:
+    """Whether the checkpoint's own template begins an answer with reasoning."""
+    texts = []
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        texts.append(str(read_json(path).get("chat_template")) if path.is_file() else "")
+    path = folder / "chat_template.jinja"
+    if path.is_file() and path.stat().st_size < 1 << 20:
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return any(re.search(r"<\|im_start\|>assistant(\\n|\n)<think>", text) for text in texts)
+
+
+FAMILY = Qwen2VL()

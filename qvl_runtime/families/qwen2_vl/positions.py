@@ -1,0 +1,91 @@
+"""Where tokens and patches are: M-RoPE positions of a prompt, and rotary rows of tokens and patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_ROPE_BASE, ModelConfig, VisionConfig
+from qvl_runtime.families.rope import cos_sin, inverse_frequencies
+
+
+def patch_positions(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of every patch, int64 ``[rows * columns]`` each, the four of a token one after the other."""
+    grid = np.mgrid[0:rows, 0:columns].reshape(2, rows // MERGE, MERGE, columns // MERGE, MERGE)
+    row, column = grid.transpose(0, 1, 3, 2, 4).reshape(2, -1)
+    return row, column
+
+
+def patch_rotary(rows: int, columns: int, config: VisionConfig) -> np.ndarray:
+    """Rotary rows of patches, in the order of `patch_positions`: half of the frequencies for the row, half the column.
+
+    Returns
+    -------
+    ndarray
+        float32 ``[rows * columns, head_dim]``, cos in its first half.
+    """
+    frequencies = inverse_frequencies(config.head_dim // 2, VISION_ROPE_BASE)
+    angles = [axis[:, None].astype(np.float32) * frequencies for axis in patch_positions(rows, columns)]
+    return cos_sin(np.concatenate(angles, axis=1))
+
+
+def position_ids(length: int, slots: Iterable[tuple[int, int, int]]) -> tuple[np.ndarray, int]:
+    """Positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
+
+    A token of text follows at the next position. The tokens of a picture spread over height and width from there, and
+    the text goes on behind the longer side.
+
+    Parameters
+    ----------
+    length : int
+        Tokens of the prompt.
+    slots : iterable of (int, int, int)
+        First token, rows and columns of each picture, in order.
+
+    Returns
+    -------
+    positions : ndarray
+        int64 ``[3, length]``.
+    delta : int
+        What is added to the index of a token behind the prompt to have its position.
+    """
+    positions = np.empty((3, length), np.int64)
+    index = position = 0
+    for start, rows, columns in slots:
+        positions[:, index:start] = np.arange(position, position + start - index)
+        position += start - index
+        grid = np.mgrid[0:1, 0:rows, 0:columns].reshape(3, -1)
+        index = start + rows * columns
+        positions[:, start:index] = position + grid
+        position += max(rows, columns)
+    positions[:, index:] = np.arange(position, position + length - index)
+    return positions, position - index
+
+
+def rotary_rows(positions: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Rotary rows of tokens.
+
+    Parameters
+    ----------
+    positions : ndarray
+        int64 ``[3, T]``: time, height, width.
+
+    Returns
+    -------
+    ndarray
+        float32 ``[T, head_dim]``, cos in its first half.
+    """
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+    chosen = positions[frequency_axes(config)].T
+    return cos_sin(chosen.astype(np.float32) * frequencies)
+
+
+def frequency_axes(config: ModelConfig) -> np.ndarray:
+    """Which of time, height and width (0, 1, 2) each rotary frequency turns by, int64 ``[head_dim / 2]``."""
+    if not config.INTERLEAVED:
+        return np.repeat(np.arange(3), config.mrope_section)
+    axes = np.zeros(config.head_dim // 2, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * config.mrope_section[axis] : 3] = axis
+    return axes

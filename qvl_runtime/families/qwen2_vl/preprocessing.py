@@ -1,0 +1,225 @@
+"""How the pictures of Qwen2-VL and its successors are prepared: any size, cut into patches.
+
+A file's orientation (EXIF) is applied and transparency dropped, whatever a picture comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse
+from qvl_runtime.families.reading import check, take
+
+MAX_ASPECT_RATIO = 200
+MAX_TOKENS = 1280
+"""Tokens of a picture at most, unless `max_pixels` asks for more. The published limits go up to 16384."""
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size to which a picture is resized: multiples of `factor`, close to its own size and shape.
+
+    Parameters
+    ----------
+    height, width : int
+        Of the picture, in pixels.
+    factor : int
+        Side in pixels of what becomes one token.
+    min_pixels, max_pixels : int
+        Limits of the result. It can be slightly larger where one side would become 0.
+
+    Returns
+    -------
+    tuple of int
+        Height and width.
+
+    Raises
+    ------
+    QvlError
+        When one side is more than 200 times the other.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise QvlError(
+            f"a picture of {width} x {height} pixels has one side more than {MAX_ASPECT_RATIO} times the other; crop it"
+        )
+    rows, columns = round(height / factor), round(width / factor)
+    pixels = rows * columns * factor**2
+    if pixels > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) for side in (height, width))
+    return rows * factor, columns * factor
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize a picture with Pillow's antialiased bicubic filter, the same with every version of Pillow.
+
+    Pillow filters one axis after the other and rounds to whole grey levels in between, so their order matters. Up to
+    version 12 a row's pixels are always filtered first. Version 13 may filter columns first where the height shrinks
+    (python-pillow/Pillow#9549), which changes pixels by up to 10 grey levels. The models were trained with the older
+    order. A call for each axis has that order in all versions.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Mode RGB.
+    width, height : int
+        Of the result, in pixels.
+    """
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return across.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def patch_rows(frames: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
+    """Cut frames into patches, the four of a token one after the other.
+
+    Parameters
+    ----------
+    frames : sequence of ndarray
+        Of one size, float32 ``[height, width, 3]``, both multiples of twice the patch size. They go into a patch
+        together.
+    patch_size : int
+        p, side of a patch in pixels.
+
+    Returns
+    -------
+    ndarray
+        float32 ``[patches, 3 * frames * p * p]``: tokens row by row, a token's patches row by row, and the values of a
+        patch in the order channel, frame, row, column.
+    """
+    stacked = np.stack(frames)
+    count, height, width, channels = stacked.shape
+    rows, columns = height // patch_size, width // patch_size
+    cells = stacked.reshape(count, rows // MERGE, MERGE, patch_size, columns // MERGE, MERGE, patch_size, channels)
+    ordered = cells.transpose(1, 4, 2, 5, 7, 0, 3, 6)
+    return ordered.reshape(rows * columns, channels * count * patch_size**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What a checkpoint says about the preparation of pictures.
+
+    Attributes
+    ----------
+    min_pixels, max_pixels : int
+        Limits of a picture's size after it is resized.
+    mean, std : tuple of float
+        Of the red, green and blue values in 0..1.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], vision: VisionConfig, where: str) -> Self:
+        """Read a published `preprocessor_config.json`, or what `to_dict` gave.
+
+        The limits are `min_pixels` and `max_pixels`, or in `size`, whose edges are counts of pixels, too.
+
+        Raises
+        ------
+        QvlError
+            For a missing key, or a value that this runtime does not compute.
+        """
+        known = {"patch_size": vision.patch_size, "merge_size": MERGE, "temporal_patch_size": FRAMES, "resample": 3}
+        known |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+        refuse(data, where, known)
+        factor = data.get("rescale_factor")
+        check(factor is None or abs(factor * 255 - 1) < 1e-6, where, f"'rescale_factor' is {factor!r}, expected 1/255")
+        size = data.get("size")
+        size = size if isinstance(size, Mapping) else {}
+        limits = [
+            take({key: data.get(key) or size.get(edge)}, key, int, where)
+            for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        ]
+        check(0 < limits[0] <= limits[1], where, f"'min_pixels' {limits[0]} and 'max_pixels' {limits[1]} contradict")
+        means = [_three(data, key, where) for key in ("image_mean", "image_std")]
+        check(min(means[1]) > 0, where, f"'image_std' is {means[1]}, expected numbers above 0")
+        return cls(*limits, *means)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        return {
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def limited(self, min_pixels: int | None, max_pixels: int | None, factor: int) -> Preprocessing:
+        """These settings with the limits that are asked for.
+
+        Without `max_pixels` a picture has `MAX_TOKENS` tokens of `factor` x `factor` pixels at most.
+
+        Raises
+        ------
+        QvlError
+            When they contradict each other, or allow less than one token.
+        """
+        highest = min(self.max_pixels, MAX_TOKENS * factor**2) if max_pixels is None else max_pixels
+        lowest = min(self.min_pixels, highest) if min_pixels is None else min_pixels
+        if highest < factor**2:
+            raise QvlError(f"max_pixels is {highest}; one token takes {factor**2} pixels")
+        if not 0 < lowest <= highest:
+            raise QvlError(f"min_pixels is {lowest}, expected 1 to max_pixels, {highest}")
+        return dataclasses.replace(self, min_pixels=lowest, max_pixels=highest)
+
+    def normalized(self, image: Image.Image) -> np.ndarray:
+        """Pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
+        scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+        return (scaled - np.float32(self.mean)) / np.float32(self.std)
+
+    def patches(self, image: Image.Image, patch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Resize a picture and cut it into patches.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+            Mode RGB.
+
+        Returns
+        -------
+        values : ndarray
+            float32 ``[patches, 3 * 2 * p * p]``, with the picture as both frames; see `patch_rows`.
+        size : tuple of int
+            Width and height after the resize.
+        """
+        factor = patch_size * MERGE
+        height, width = smart_resize(image.height, image.width, factor, self.min_pixels, self.max_pixels)
+        resized = resize(image, width, height)
+        return patch_rows([self.normalized(resized)] * FRAMES, patch_size), (width, height)
+
+
+def _three(data: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
+    values = take(data, key, list, where)
+    check(len(values) == 3, where, f"'{key}' has {len(values)} numbers, expected 3")
+    return tuple(take({key: value}, key, float, where) for value in values)
+
+
+FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where a published checkpoint describes the preparation of pictures; the second has it in a section."""
+
+
+def find_settings(folder: Path) -> Path:
+    """The file that describes the preparation of pictures.
+
+    Raises
+    ------
+    QvlError
+        When there is none.
+    """
+    found = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise QvlError(f"{folder / FILES[0]}: no such file; finish the download")
+    return found

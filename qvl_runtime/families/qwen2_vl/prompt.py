@@ -1,0 +1,317 @@
+"""Prompts of Qwen2-VL and its successors: raw text, chat messages and turns, token ids.
+
+Messages are rendered to text, special forms and places for pictures. The text between two forms is tokenized as a
+whole, so a content that begins with a newline merges with the newline of its role. Forms that somebody types in a
+message stay text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen2_vl.config import ModelConfig
+from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
+from qvl_runtime.families.qwen2_vl.template import Form, Message, Piece, Template
+from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.pictures import Access, Picture
+from qvl_runtime.inputs.prompt import (
+    ChatPrompt,
+    Parts,
+    Place,
+    Prompt,
+    Slot,
+    Window,
+    checked_history,
+    checked_images,
+    checked_parts,
+    count_places,
+    fill,
+    is_ids,
+    is_image_part,
+    is_messages,
+    part_source,
+    part_text,
+    sources,
+)
+from qvl_runtime.inputs.tokenizer import Tokenizer
+
+_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Makes prompts: `qvl_runtime.families.base.Prompts`.
+
+    Attributes
+    ----------
+    tokenizer : Tokenizer
+    config : ModelConfig
+    template : Template
+    read : callable
+        ``read(source, access)`` gives a picture.
+    """
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    template: Template
+    read: Callable[[ImageSource, Access], Picture]
+
+    def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
+        """Make a prompt of any form ready for the model.
+
+        Parameters
+        ----------
+        prompt : str, list of dict, or sequence of int
+            - a text, taken as it is. A picture is ``<img>source</img>``, or ``<img></img>`` or its published form
+              ``<|vision_start|><|image_pad|><|vision_end|>``, which take the next of `images`;
+            - chat messages: ``{"role", "content": text or parts}``. A part is ``{"type": "text", "text": …}``,
+              ``{"type": "image", "image" or "url": source}`` or OpenAI's ``{"type": "image_url", …}``; a picture part
+              without a source takes the next of `images`. A list of parts alone is the user's message;
+            - token ids, with as many ``<|image_pad|>`` between vision tags as a picture has tokens.
+        images : sequence of image sources, optional
+            For the empty places in order. Without any place in a text, they go before it.
+
+        Raises
+        ------
+        QvlError
+            A form, role or part that is not one of the above, more or fewer images than places, a picture that cannot
+            be read or is not allowed.
+        """
+        images = checked_images(images)
+        if is_ids(prompt):
+            return self._from_ids([int(i) for i in prompt], images, access)
+        if isinstance(prompt, str):
+            parts = self._places(prompt, access, self._vision_form)
+            before = [Place(image) for image in fill([parts], images)]
+            return self._encode([*before, *self._forms(parts)], access, GROUNDING.opened(prompt))
+        messages = prompt if is_messages(prompt) else [{"role": "user", "content": checked_parts(prompt)}]
+        read = [self._message(message, number, access) for number, message in enumerate(messages, 1)]
+        self._check_roles(read)
+        if fill([message.content for message in read], images):
+            raise QvlError("the messages have no places for these images: write a part {'type': 'image'} for each")
+        return self._encode([*self._rendered(read), *self.template.answer_head()], access)
+
+    def chat(
+        self,
+        query: Any,
+        history: Sequence[tuple[Any, str | None]] | None,
+        images: Sequence[ImageSource] | None,
+        *,
+        system: str | None,
+        window: Window,
+        access: Access,
+    ) -> ChatPrompt:
+        """Make the prompt for one more turn of a conversation.
+
+        Parameters
+        ----------
+        query : str or list of dict
+            The user's turn: a text or parts, as in `build`.
+        history : sequence of (query, answer), optional
+            Earlier turns, oldest first; an answer may be None. Answers are text: no tag in them opens a picture.
+        images : sequence of image sources, optional
+            For the empty places of history and query in order; if the query has none, what is left goes before it.
+        system : str, optional
+            The family's default if not given.
+
+        Raises
+        ------
+        QvlError
+            As `build`.
+        """
+        turns = checked_history(history)
+        asked = [self._content(question, access) for question, _ in turns]
+        asking = self._content(query, access)
+        extra = fill([*asked, asking], checked_images(images))
+        asking[:0] = [Place(image) for image in extra]
+        first = self.template.system(None if system is None else [system])
+        last = [*self.template.turns([Message("user", asking)]), *self.template.answer_head()]
+        said = []
+        for question, (_, answer) in zip(asked, turns):
+            answered = [] if answer is None else [Message("assistant", self._answer(answer))]
+            said.append(self.template.turns([Message("user", question), *answered]))
+        lengths = [len(self._encode(turn, access).ids) for turn in said]
+        fixed = [len(self._encode(part, access).ids) for part in (first, last)]
+        left_out = window.left_out(fixed[0], lengths, fixed[1])
+        pieces = [*first, *(piece for turn in said[left_out:] for piece in turn), *last]
+        return ChatPrompt(self._encode(pieces, access), _for_history(query, asking), left_out)
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer that was given, with the token that ended it."""
+        return [*self._encode(self._answer(text), Access(paths=False)).ids, self.tokenizer.im_end_id]
+
+    # ------------------------------------------------------------------------------------------------ messages
+    def _message(self, message: Any, number: int, access: Access) -> Message:
+        role, content = message.get("role"), message.get("content")
+        if role not in self.template.ROLES:
+            known = ", ".join(self.template.ROLES)
+            raise QvlError(f"message {number} has the role {role!r:.40}: it must be one of {known}")
+        calls = _tool_calls(message.get("tool_calls"), number)
+        if content is None and not calls:
+            raise QvlError(f"message {number} has no content: give a str, or a list of parts")
+        if calls and role != "assistant":
+            raise QvlError(f"message {number} has the role {role!r}: only an assistant's has tool_calls")
+        if role == "assistant":
+            text = content or ""
+            if not isinstance(text, str):
+                text = "".join(_only_text(part, role) for part in checked_parts(text))
+            return Message(role, self._answer(text), calls)
+        read = self._content(content, access)
+        if role == "system" and count_places([read]):
+            raise QvlError("the system's message takes no pictures: put them into the user's")
+        return Message(role, read)
+
+    def _check_roles(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages, 1):
+            if message.role == "system" and number > 1:
+                raise QvlError(f"message {number} has the role 'system': only the first message may")
+        last = messages[-1].role
+        if last not in ("user", "tool"):
+            raise QvlError(f"the last message has the role {last!r}: it must be the user's, who waits for an answer")
+
+    def _rendered(self, messages: Sequence[Message]) -> list[Piece]:
+        has_system = messages[0].role == "system"
+        system = self.template.system(messages[0].content if has_system else None)
+        return [*system, *self.template.turns(messages[1:] if has_system else messages)]
+
+    def _content(self, content: Any, access: Access) -> Parts:
+        """A text or a list of parts as text and places."""
+        if isinstance(content, str):
+            return self._places(content, access)
+        read: Parts = []
+        for part in checked_parts(content):
+            if is_image_part(part):
+                read.append(Place(part_source(part)))
+            elif "text" in part:
+                read += self._places(part_text(part), access)
+            else:
+                raise QvlError(f"a part of a message needs 'text', 'image' or 'image_url'; found {part!r:.80}")
+        return read
+
+    def _answer(self, text: str) -> list[Piece]:
+        """An earlier answer: forms of grounding, tools and reasoning in it are special again."""
+        structure = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+        vision = {form for form in self.tokenizer.special if re.fullmatch(r"<\|(vision|image|video)_\w+\|>", form)}
+        return self._forms([text], self.tokenizer.special.keys() - structure - vision)
+
+    # ------------------------------------------------------------------------------------------------ pieces
+    @property
+    def _vision_form(self) -> str:
+        """How a picture stands in the published text of a prompt."""
+        ids = (self.config.vision_start_token_id, self.config.image_token_id, self.config.vision_end_token_id)
+        return "".join(self.tokenizer.token_bytes(i).decode() for i in ids)
+
+    def _places(self, text: str, access: Access, vision_form: str = "") -> Parts:
+        """A text cut at its image tags, and at `vision_form` if given. Without access to paths, tags are text."""
+        tagged = _TAG.split(text) if access.paths else [text]
+        parts: Parts = []
+        for i, piece in enumerate(tagged):
+            if i % 2:
+                parts.append(Place(piece or None))
+                continue
+            for j, plain in enumerate(piece.split(vision_form) if vision_form else [piece]):
+                parts += [Place(None), plain] if j else [plain]
+        return parts
+
+    def _forms(self, parts: Sequence[Piece], special: Any = None) -> list[Piece]:
+        """Special forms in the texts of `parts` as `Form`."""
+        pieces: list[Piece] = []
+        for part in parts:
+            if isinstance(part, Place):
+                pieces.append(part)
+                continue
+            cut = self.tokenizer.split_special(part, self.tokenizer.special.keys() if special is None else special)
+            pieces += [Form(piece) if i % 2 else piece for i, piece in enumerate(cut)]
+        return pieces
+
+    def _encode(self, pieces: Sequence[Piece], access: Access, opened: str = "") -> Prompt:
+        """Token ids, with the pictures read, so that nothing but arithmetic is left to fail."""
+        ids: list[int] = []
+        slots: list[Slot] = []
+        text = ""
+        for piece in [*pieces, Form()]:
+            if isinstance(piece, str) and not isinstance(piece, Form):
+                text += piece
+                continue
+            ids += self.tokenizer.encode_ordinary(text)
+            text = ""
+            if isinstance(piece, Place):
+                picture = self.read(piece.source, access)
+                slots.append(Slot(len(ids) + 1, picture))
+                pads = [self.config.image_token_id] * picture.tokens
+                ids += [self.config.vision_start_token_id, *pads, self.config.vision_end_token_id]
+            elif piece:
+                ids.append(self.tokenizer.special[piece])
+        self._check_slots(ids, slots)
+        return Prompt(ids, slots, opened)
+
+    def _check_slots(self, ids: Sequence[int], slots: Sequence[Slot]) -> None:
+        """Refuse a placeholder that stands for no picture: the decoder would read its embedding."""
+        pads = [i for i, token in enumerate(ids) if token in (self.config.image_token_id, self.config.video_token_id)]
+        covered = [i for slot in slots for i in range(slot.start, slot.end)]
+        if pads != covered:
+            stray = next(iter(sorted(set(pads) ^ set(covered))))
+            raise QvlError(
+                f"token {stray} of the prompt is a placeholder outside of a picture's slot: a slot is vision_start, as "
+                "many image_pad as the picture has tokens, vision_end"
+            )
+
+    def _from_ids(self, ids: list[int], images: Sequence[ImageSource], access: Access) -> Prompt:
+        config = self.config
+        for i in ids:
+            self.tokenizer.token_bytes(i)  # refuses an id outside the vocabulary
+        pads = [i for i, token in enumerate(ids) if token == config.image_token_id]
+        starts = [i for i in pads if i - 1 not in pads]
+        if len(starts) != len(images):
+            raise QvlError(
+                f"the token ids have {len(starts)} image slots, but images has {len(images)}: give one for each"
+            )
+        slots = [Slot(start, self.read(image, access)) for start, image in zip(starts, images)]
+        for slot in slots:
+            wanted = [*[config.image_token_id] * slot.picture.tokens, config.vision_end_token_id]
+            before = ids[slot.start - 1] if slot.start else None
+            if before != config.vision_start_token_id or ids[slot.start : slot.end + 1] != wanted:
+                raise QvlError(
+                    f"the image slot at position {slot.start} must be vision_start, {slot.picture.tokens} image_pad "
+                    f"(for {slot.picture.grid[0]} x {slot.picture.grid[1]} tokens), vision_end"
+                )
+        self._check_slots(ids, slots)
+        return Prompt(ids, slots)
+
+
+def _only_text(part: Mapping[str, Any], role: str) -> str:
+    if is_image_part(part) or "text" not in part:
+        raise QvlError(f"the {role}'s message takes text parts only; found {part!r:.80}")
+    return part_text(part)
+
+
+def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
+    """The functions that a message calls, with `name` and `arguments`."""
+    if calls is None:
+        return []
+    functions = []
+    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if not named or not isinstance(function.get("arguments"), str | Mapping):
+            raise QvlError(f"message {number}: a tool call needs 'name' and 'arguments'; found {call!r:.80}")
+        functions.append(function)
+    return functions
+
+
+def _for_history(query: Any, parts: Parts) -> Any:
+    """The query with its pictures: a text if every picture in it is in an image tag, else parts."""
+    found = sources(parts)
+    tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
+    if not found or (tagged and all(isinstance(source, str | Path) for source in found)):
+        return "".join(f"<img>{part.source}</img>" if isinstance(part, Place) else part for part in parts)
+    return [
+        {"type": "image", "image": part.source} if isinstance(part, Place) else {"type": "text", "text": part}
+        for part in parts
+        if part != ""
+    ]

@@ -1,0 +1,336 @@
+"""The ViT of Qwen2-VL, for pictures of any size, and the parts its successors share."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+import numpy as np
+
+from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_EPS, VisionConfig
+from qvl_runtime.families.qwen2_vl.positions import patch_rotary
+from qvl_runtime.families.qwen2_vl.tensors import PATCH_EMBEDDING, VISUAL
+from qvl_runtime.families.weights import Weights
+from qvl_runtime.inputs.pictures import Pixels
+from qvl_runtime.trace import Trace, no_trace
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workspace:
+    """Arrays for one picture.
+
+    Attributes
+    ----------
+    x : Array
+        float32 ``[patches, width]``: the residual stream.
+    rotary : Array
+        float32 ``[patches, head_dim]``: cos and sin of each patch's place.
+    segments : list of int
+        First row of each window, and the number of rows.
+    """
+
+    x: Array
+    qkv: Array
+    attended: Array
+    hidden: Array
+    normed: Array
+    cell: Array
+    features: Array
+    rotary: Array
+    segments: list[int]
+
+    @property
+    def cells(self) -> int:
+        """Tokens of the picture."""
+        return self.cell.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attention:
+    """Self-attention behind a norm, within segments."""
+
+    norm: Norm
+    qkv: Weight
+    proj: Weight
+
+    @classmethod
+    def load(cls, weights: Weights, block: str, norm: Norm) -> Attention:
+        return cls(norm, weights.matrix(f"{block}.attn.qkv"), weights.matrix(f"{block}.attn.proj"))
+
+    def __call__(self, ops: Ops, work: Workspace, heads: int, segments: Sequence[int] | None) -> None:
+        """Run over ``work.x`` in place."""
+        ops.linear(work.x, self.qkv, out=work.qkv, norm=self.norm)
+        ops.vision_attention(work.qkv, heads, out=work.attended, rope=work.rotary, segments=segments)
+        ops.linear(work.attended, self.proj, out=work.x, residual=work.x)
+
+
+Mlp = Callable[[Ops, Workspace], None]
+"""The feed-forward of a block, over ``work.x`` in place."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ActivatedMlp:
+    """A feed-forward with an activation between two layers, behind a norm."""
+
+    norm: Norm
+    up: Weight
+    down: Weight
+    activation: str
+
+    def __call__(self, ops: Ops, work: Workspace) -> None:
+        ops.linear(work.x, self.up, out=work.hidden, norm=self.norm, activation=self.activation)
+        ops.linear(work.hidden, self.down, out=work.x, residual=work.x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merger:
+    """Makes one token of the four patches of a cell.
+
+    Attributes
+    ----------
+    whole_cell : bool
+        The norm spans the four patches together, not each by itself.
+    """
+
+    norm: Norm
+    first: Weight
+    second: Weight
+    whole_cell: bool = False
+
+    @classmethod
+    def load(cls, weights: Weights, name: str, norm: Norm, layers: tuple[str, str], whole_cell: bool = False) -> Merger:
+        first, second = (weights.matrix(f"{name}.{layer}") for layer in layers)
+        return cls(norm, first, second, whole_cell)
+
+    def __call__(self, ops: Ops, work: Workspace, out: Array) -> None:
+        """Merge ``work.x`` into `out`, float32 ``[cells, output_width]``."""
+        cells = (work.cells, work.x.shape[1] * MERGE**2)
+        if self.whole_cell:
+            ops.linear(work.x.reshape(cells), self.first, out=work.cell, norm=self.norm, activation="gelu")
+        else:
+            ops.normalize(work.x, self.norm, out=work.normed)
+            ops.linear(work.normed.reshape(cells), self.first, out=work.cell, activation="gelu")
+        ops.linear(work.cell, self.second, out=out)
+
+
+class Lazy(dict[int, T]):
+    """Parts of a model by index, made when they are first asked for."""
+
+    def __init__(self, make: Callable[[int], T]):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, index: int) -> T:
+        return self.setdefault(index, self._make(index))
+
+
+class VisionTower(abc.ABC):
+    """Patch embedding, blocks and merger: `qvl_runtime.inputs.pictures.Vision`.
+
+    The operations of a picture are captured and replayed; what was captured serves the next picture of the same size.
+    Weights are fetched when they are first used, so that a stage can be run by itself.
+
+    Parameters
+    ----------
+    weights : Weights
+    """
+
+    def __init__(self, weights: Weights):
+        self.weights, self.ops = weights, weights.ops
+        self.config: VisionConfig = weights.config.visual
+        self.patch_embedding = Lazy(lambda _: self.weights.matrix(PATCH_EMBEDDING))
+        self.blocks = Lazy(self._block)
+        self.mergers = Lazy(self._merger)
+        self._grid: tuple[int, int] | None = None
+        self._work: Workspace | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def load(self) -> Self:
+        """Fetch all weights now."""
+        for i in range(self.config.depth):
+            self.blocks[i]
+        for level in range(self.levels):
+            self.mergers[level]
+        self.patch_embedding[0]
+        return self
+
+    def _block(self, index: int) -> tuple[Attention, Mlp]:
+        name = f"{VISUAL}.blocks.{index}"
+        return self._attention(name), self._mlp(name)
+
+    # what a family states
+    @abc.abstractmethod
+    def _attention(self, block: str) -> Attention: ...
+
+    @abc.abstractmethod
+    def _mlp(self, block: str) -> Mlp: ...
+
+    @abc.abstractmethod
+    def _merger(self, level: int) -> Merger: ...
+
+    def _order(self, rows: int, columns: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """The order of a picture's cells in the blocks (None: as they are), and the cells of each window."""
+        return None, np.array([rows * columns])
+
+    def _positions(self, rows: int, columns: int) -> np.ndarray | None:
+        """What is added to the patches of a picture."""
+        return None
+
+    def _windowed(self, index: int) -> bool:
+        """Whether a block attends within windows only."""
+        return False
+
+    def _level_behind(self, index: int) -> int | None:
+        """The level of features that is made of what leaves a block, besides the last."""
+        return None
+
+    # what it computes
+    @property
+    def levels(self) -> int:
+        """Rows of features for each token of a picture."""
+        return 1
+
+    def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
+        """Encode one picture.
+
+        Parameters
+        ----------
+        pixels : ndarray
+            float32 ``[patches, 3 * 2 * p * p]``; see `preprocessing.patch_rows`.
+        grid : tuple of int
+            Rows and columns of its tokens.
+
+        Returns
+        -------
+        Array
+            float32 ``[levels * tokens, output_width]``.
+        """
+        work = self._begin(grid)
+        if trace is not no_trace:
+            self.ops.linear(self.ops.upload(pixels), self.patch_embedding[0], out=work.x)
+            trace("patch_embed", work.x)
+        self._embed(pixels, grid, work)
+        trace("blocks_in", work.x)
+        if trace is not no_trace:
+            self._run(trace)
+        else:
+            if self._replay is None:
+                self._replay = self.ops.capture(self._run)
+            self._replay()
+        features = self._in_order(work.features, grid)
+        trace("final", features[: work.cells])
+        return features
+
+    def stage(self, kind: str, index: int) -> Callable[[np.ndarray, Pixels], Array]:
+        """One stage by itself; see `qvl_runtime.families.base.Family.vision_stage`."""
+
+        def patches(_: np.ndarray, pixels: Pixels) -> Array:
+            work = self._begin(pixels.grid)
+            self._embed(pixels.values, pixels.grid, work)
+            return work.x
+
+        def block(state: np.ndarray, pixels: Pixels) -> Array:
+            work = self._begin(pixels.grid)
+            self.ops.write(work.x, state)
+            self._run_block(index, no_trace)
+            return work.x
+
+        def merge(state: np.ndarray, pixels: Pixels) -> Array:
+            work = self._begin(pixels.grid)
+            self.ops.write(work.x, state)
+            self._merge(index, work)
+            return self._in_order(self._level(index, work), pixels.grid)
+
+        return {"patches": patches, "vision": block, "adapter": merge}[kind]
+
+    def _begin(self, grid: tuple[int, int]) -> Workspace:
+        """Arrays for a picture; those of the last one if it has the same size."""
+        if grid != self._grid or self._work is None:
+            self._grid = self._replay = self._work = None  # frees the last picture's memory first
+            self._work = self._workspace(*grid, *self._order(*grid))
+            self._grid = grid
+        return self._work
+
+    def _embed(self, pixels: np.ndarray, grid: tuple[int, int], work: Workspace) -> None:
+        rows, columns = grid
+        order, _ = self._order(rows, columns)
+        positions = self._positions(MERGE * rows, MERGE * columns)
+        residual = None if positions is None else self.ops.upload(_ordered(positions, order))
+        ordered = self.ops.upload(_ordered(pixels, order))
+        self.ops.linear(ordered, self.patch_embedding[0], out=work.x, residual=residual)
+
+    def _in_order(self, features: Array, grid: tuple[int, int]) -> Array:
+        """A copy of a picture's features, by rows of its tokens."""
+        out, (order, _) = self.ops.empty(features.shape), self._order(*grid)
+        if order is None:
+            self.ops.copy(features, out)
+        else:
+            self.ops.gather(features, self.ops.upload(np.argsort(order).astype(np.int32)), out=out)
+        return out
+
+    def _level(self, level: int, work: Workspace) -> Array:
+        """The rows of a level of features."""
+        return work.features[level * work.cells : (level + 1) * work.cells]
+
+    def _merge(self, level: int, work: Workspace) -> None:
+        """Make a level of features of ``work.x``."""
+        self.mergers[level](self.ops, work, self._level(level, work))
+
+    def _run(self, trace: Trace = no_trace) -> None:
+        for i in range(self.config.depth):
+            self._run_block(i, trace)
+            level = self._level_behind(i)
+            if level is not None:
+                self._merge(level, self._work)
+                trace(f"deepstack{level - 1}", self._level(level, self._work))
+        self._merge(0, self._work)
+
+    def _run_block(self, index: int, trace: Trace) -> None:
+        work, (attention, mlp) = self._work, self.blocks[index]
+        attention(self.ops, work, self.config.num_heads, work.segments if self._windowed(index) else None)
+        mlp(self.ops, work)
+        trace(f"block{index}", work.x)
+
+    def _workspace(self, rows: int, columns: int, order: np.ndarray | None, lengths: np.ndarray) -> Workspace:
+        ops, v, cells = self.ops, self.config, rows * columns
+        patches, merged = cells * MERGE**2, v.width * MERGE**2
+        rotary = patch_rotary(MERGE * rows, MERGE * columns, v)
+        starts = MERGE**2 * np.concatenate([[0], np.cumsum(lengths)])
+        return Workspace(
+            x=ops.empty((patches, v.width)),
+            qkv=ops.empty((patches, 3 * v.width), ops.activation_dtype),
+            attended=ops.empty((patches, v.width), ops.activation_dtype),
+            hidden=ops.empty((patches, v.mlp_width), ops.activation_dtype),
+            normed=ops.empty((patches, v.width), ops.activation_dtype),
+            cell=ops.empty((cells, merged), ops.activation_dtype),
+            features=ops.empty((self.levels * cells, v.output_width)),
+            rotary=ops.upload(_ordered(rotary, order)),
+            segments=starts.tolist(),
+        )
+
+
+def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Rows of patches, with the cells in another order."""
+    if order is None:
+        return rows
+    return rows.reshape(len(order), -1)[order].reshape(rows.shape)
+
+
+class Qwen2Vision(VisionTower):
+    """Qwen2-VL's: LayerNorms, quick GELU."""
+
+    def _attention(self, block: str) -> Attention:
+        return Attention.load(self.weights, block, self.weights.layer_norm(f"{block}.norm1", VISION_EPS))
+
+    def _mlp(self, block: str) -> Mlp:
+        first, second = (self.weights.matrix(f"{block}.mlp.{name}") for name in ("fc1", "fc2"))
+        return ActivatedMlp(self.weights.layer_norm(f"{block}.norm2", VISION_EPS), first, second, "quick_gelu")
+
+    def _merger(self, level: int) -> Merger:
+        name = f"{VISUAL}.merger"
+        return Merger.load(self.weights, name, self.weights.layer_norm(f"{name}.ln_q", VISION_EPS), ("mlp.0", "mlp.2"))

@@ -1,0 +1,42 @@
+"""Qwen3-VL as a family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.families.qwen2_vl.family import Qwen2VL
+from qvl_runtime.families.qwen3_vl.config import Qwen3Config
+from qvl_runtime.families.qwen3_vl.grounding import RelativeGrounding
+from qvl_runtime.families.qwen3_vl.template import Qwen3Template
+from qvl_runtime.families.qwen3_vl.tensors import deepstack_level, tensors
+from qvl_runtime.families.qwen3_vl.vision import Qwen3Vision
+from qvl_runtime.families.specs import MatrixSpec, TensorSpec
+
+
+class Qwen3VL(Qwen2VL):
+    """`qvl_runtime.families.base.Family`."""
+
+    TITLE = "Qwen3-VL"
+    CONFIG = Qwen3Config
+    VISION = Qwen3Vision
+    grounding = RelativeGrounding()
+
+    def title(self, config: Qwen3Config, generation: GenerationConfig) -> str:
+        return f"{self.TITLE}-Thinking" if generation.thinking else self.TITLE
+
+    def tensors(self, config: Qwen3Config) -> Iterator[TensorSpec]:
+        return tensors(config)
+
+    def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
+        level = deepstack_level(spec.name)
+        return super().stage_of(spec) if level is None else ("adapter", level)
+
+    def levels(self, config: Qwen3Config) -> int:
+        return config.visual.levels
+
+    def template(self, generation: GenerationConfig) -> Qwen3Template:
+        return Qwen3Template(generation.thinking)
+
+
+FAMILY = Qwen3VL()

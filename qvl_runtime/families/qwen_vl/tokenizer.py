@@ -1,0 +1,147 @@
+"""Qwen-VL's tokenizer: fixed special forms behind the ranks, and slots for pictures between their tags."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Set
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.image_tags import IMAGE_TAGS, split_images
+from qvl_runtime.inputs.tokenizer import ByteStream, Tokenizer, read_ranks
+
+CONTROL_FORMS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+
+class QwenTokenizer(Tokenizer):
+    """Tokenizer of Qwen-VL, Qwen-VL-Chat and Qwen-7B; make one with `QwenTokenizer.from_ranks`.
+
+    The ids of the special forms follow the ranks: ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>``,
+    ``<|extra_0|>`` to ``<|extra_204|>``, then the nine image tags where the model has them.
+
+    Attributes
+    ----------
+    ref_start_id, ref_end_id, box_start_id, box_end_id, quad_start_id, quad_end_id : int or None
+    img_start_id, img_end_id, img_pad_id : int or None
+        None where the model has no image tags (Qwen-7B).
+    n_queries : int
+        Positions an image takes between ``<img>`` and ``</img>``.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], *, image_tags: bool, n_queries: int, vocab_size: int | None):
+        forms = CONTROL_FORMS + IMAGE_TAGS if image_tags else CONTROL_FORMS
+        special = {form: len(ranks) + i for i, form in enumerate(forms)}
+        super().__init__(ranks, special, vocab_size)
+        self.n_queries = n_queries
+        self.ref_start_id = special.get("<ref>")
+        self.ref_end_id = special.get("</ref>")
+        self.box_start_id = special.get("<box>")
+        self.box_end_id = special.get("</box>")
+        self.quad_start_id = special.get("<quad>")
+        self.quad_end_id = special.get("</quad>")
+        self.img_start_id = special.get("<img>")
+        self.img_end_id = special.get("</img>")
+        self.img_pad_id = special.get("<imgpad>")
+        self._raw_forms = frozenset(forms)
+        self._chat_forms = frozenset(IMAGE_TAGS) if image_tags else frozenset()
+
+    @classmethod
+    def from_ranks(
+        cls, data: bytes, *, image_tags: bool, n_queries: int = 256, vocab_size: int | None = None
+    ) -> QwenTokenizer:
+        """Make a tokenizer from the content of a ``qwen.tiktoken`` file.
+
+        Parameters
+        ----------
+        data : bytes
+            One ``base64-token rank`` a line, with either kind of line end.
+        image_tags : bool
+            Whether the model has the nine image tags (Qwen-VL) or not (Qwen-7B).
+        n_queries : int
+            Positions an image takes between its tags.
+        vocab_size : int, optional
+            Rows of the model's embedding; by default there are no padding rows.
+
+        Raises
+        ------
+        QvlError
+            The file is empty or cut short, a line is malformed, a token or rank comes twice or is missing, or
+            the embedding has fewer rows than the tokenizer has ids.
+        """
+        return cls(read_ranks(data), image_tags=image_tags, n_queries=n_queries, vocab_size=vocab_size)
+
+    @property
+    def has_image_tags(self) -> bool:
+        """Whether ``<img>``, ``<ref>``, ``<box>`` and the others are special here."""
+        return self.img_start_id is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a raw prompt: every special form becomes its id, every image span an image slot.
+
+        Raises
+        ------
+        QvlError
+            An ``<img>`` without its ``</img>``, or with another tag inside.
+        """
+        return self._encode(text, self._raw_forms)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Encode what someone says in a chat: only the nine image tags are special.
+
+        So ``<|im_end|>`` typed by a user is plain text and cannot end the turn. Raises as `encode` does.
+        """
+        return self._encode(text, self._chat_forms)
+
+    def _encode(self, text: str, special: Set[str]) -> list[int]:
+        if not isinstance(text, str):
+            raise QvlError(f"expected a str to encode, got {type(text).__name__}")
+        # Paths are cut out before the normalization: a file may well have a name that is not NFC.
+        pieces = split_images(text) if self.has_image_tags else [text]
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                ids += [self.img_start_id, *[self.img_pad_id] * self.n_queries, self.img_end_id]
+            else:
+                ids += self.encode_special(unicodedata.normalize("NFC", piece), special)
+        return ids
+
+    def byte_stream(self) -> ByteStream:
+        """A decoder of ids to bytes.
+
+        An image slot decodes to ``<img></img>``, or to ``<img>path</img>`` where it carries a path's bytes, as the
+        published model code writes it.
+        """
+        return _SlotStream(self)
+
+
+class _SlotStream(ByteStream):
+    """Ids to bytes, one by one, with image slots recognised.
+
+    A slot is ``<img>``, path bytes, at least one ``<imgpad>``, ``</img>``; a path byte is the id of the same value.
+    Whether a run is one shows only at its end, so such a run is held back until then.
+    """
+
+    def __init__(self, tokenizer: QwenTokenizer):
+        super().__init__(tokenizer)
+        self._held: list[int] = []
+
+    def push(self, token_id: int) -> bytes:
+        tokenizer, held = self._tokenizer, self._held
+        if held:
+            padded = held[-1] == tokenizer.img_pad_id
+            if token_id == tokenizer.img_pad_id or (0 <= token_id < 256 and not padded):
+                held.append(token_id)
+                return b""
+            if token_id == tokenizer.img_end_id and padded:
+                path = bytes(held[1 : held.index(tokenizer.img_pad_id)])
+                held.clear()
+                return b"<img>" + path + b"</img>"
+        before = self.finish()
+        if token_id == tokenizer.img_start_id:
+            held.append(token_id)
+            return before
+        return before + tokenizer.token_bytes(token_id)
+
+    def finish(self) -> bytes:
+        held = b"".join(map(self._tokenizer.token_bytes, self._held))
+        self._held.clear()
+        return held

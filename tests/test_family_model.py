@@ -1,0 +1,97 @@
+"""The newer families against the published code's outputs: every stage, on every backend, through the public API."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from conftest import BACKENDS
+from families import CHECKPOINTS, GOLDEN, read
+
+import qvl_runtime as qvl
+from qvl_convert.convert import convert
+
+LOGITS, HIDDEN, STAGE, FINAL = 2e-4, 1e-4, 1e-4, 3e-5
+LEVELS = ("final", "deepstack0", "deepstack1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """``model(name, device, **options)``: a golden checkpoint, converted and loaded."""
+    folder = tmp_path_factory.mktemp("blobs")
+
+    @functools.cache
+    def make(name: str, device: str = "reference", **options):
+        path = folder / f"{name}-{'-'.join(f'{k}{v}' for k, v in sorted(options.items()))}.qvl"
+        if not path.exists():
+            convert(GOLDEN / "ckpt" / name, path, **options)
+        return qvl.load(path, device=device)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def in_golden(monkeypatch):
+    """Run with the golden folder as the current directory, as the image paths of its prompts expect."""
+    monkeypatch.chdir(GOLDEN)
+
+
+def case_id(case: dict) -> str:
+    return f"{case['ckpt']}-{case['case']}"
+
+
+PICTURES = [case for case in read("vis/index.json") if "resized" not in case]
+
+
+@pytest.mark.parametrize("device", BACKENDS)
+@pytest.mark.parametrize("case", PICTURES, ids=case_id)
+def test_vision_stages(case, device, model):
+    model = model(case["ckpt"], device, bits=16)
+    expected, seen, features = np.load(GOLDEN / case["file"]), defaultdict(list), []
+    for image in case["images"]:
+        made = model.encode_image(image, trace=lambda stage, x: seen[stage].append(model.ops.download(x)))
+        # Without a trace the blocks are captured and replayed.
+        np.testing.assert_array_equal(model.encode_image(image), made)
+        features.append(made)
+    for stage, about in case["stages"].items():
+        rows = slice(None) if about["full"] else expected["rows"]
+        error = np.abs(np.concatenate(seen[stage])[rows] - expected[stage]).max()
+        assert error < (FINAL if stage in LEVELS else STAGE), stage
+    np.testing.assert_array_equal(np.concatenate(features), np.concatenate(seen["final"]))
+
+
+@pytest.mark.parametrize("device", BACKENDS)
+@pytest.mark.parametrize("case", read("lm/index.json"), ids=case_id)
+def test_logits_hidden_states_and_greedy_ids(case, device, model):
+    model, expected = model(case["ckpt"], device, bits=16), np.load(GOLDEN / case["file"])
+    forms = [expected["ids"], case["text"]]
+    if not case["render_options"]:  # `add_vision_id` is written by hand here
+        forms.append(case["messages"])
+    stages = {}
+    logits = model.logits(forms[0], case["images"], trace=lambda s, x: stages.__setitem__(s, model.ops.download(x)))
+    assert np.abs(logits[expected["pos"]] - expected["logits"]).max() < LOGITS
+    hidden = [name for name in expected.files if name.startswith("h_") and name != "h_final_norm"]
+    for name in hidden:
+        assert np.abs(stages[name[2:]][expected["hpos"]] - expected[name]).max() < HIDDEN, name
+    wanted = expected["gen_ids"].tolist()
+    stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
+    wanted = wanted[: stops[0]] if stops else wanted
+    for form in forms:
+        assert model.generate(form, case["images"], max_new_tokens=len(expected["gen_ids"])).token_ids == wanted
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_quantized_cpu_equals_reference(name, bits, model):
+    """The same quantized weights give the same logits, features and greedy ids on both backends."""
+    options = {"bits": bits, "vision_bits": bits, "head_bits": 8, "group_size": 32}
+    cpu, reference = (model(name, device, **options) for device in ("cpu", "reference"))
+    wanted = reference.encode_image("images/land.png")
+    assert np.linalg.norm(cpu.encode_image("images/land.png") - wanted) < 1e-3 * np.linalg.norm(wanted)
+    for prompt in ("The answer is 42.\n答案", "<img>images/exif6.jpg</img><img>images/gray.png</img>这是什么?"):
+        wanted = reference.logits(prompt)
+        assert np.linalg.norm(cpu.logits(prompt) - wanted) < 1e-3 * np.linalg.norm(wanted)
+        answers = [model.generate(prompt, max_new_tokens=16).token_ids for model in (cpu, reference)]
+        assert answers[0] == answers[1]

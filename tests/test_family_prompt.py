@@ -1,0 +1,252 @@
+"""Prompts of the newer families: templates against the golden texts, places for pictures, and what is refused."""
+
+import functools
+import math
+
+import pytest
+from families import GOLDEN, config, read
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen2_vl.prompt import Prompts
+from qvl_runtime.families.qwen2_vl.template import Template
+from qvl_runtime.families.qwen2_vl.vocabulary import read_vocabulary
+from qvl_runtime.families.qwen3_vl.template import Qwen3Template
+from qvl_runtime.inputs.pictures import Access, Picture
+from qvl_runtime.inputs.prompt import Window
+from qvl_runtime.inputs.tokenizer import Tokenizer
+
+NAMES = {"Qwen2-VL and Qwen2.5-VL": "q2-tied", "Qwen3-VL": "q3-tied"}
+SIZES = {"one": (2, 3), "two": (1, 4)}
+CHATS = [row for row in read("tok/chat_tiny.json") if "video" not in str(row["messages"])]
+
+
+def picture(source, access) -> Picture:
+    """A picture whose size its name tells."""
+    rows, columns = SIZES.get(source, (1, 1))
+    return Picture(str(source).encode(), source, rows * columns, (rows, columns), (1, 1), (1, 1))
+
+
+@functools.cache
+def prompts(name: str, thinking: bool = False, tools: bool = False) -> Prompts:
+    ranks, special = read_vocabulary(GOLDEN / "ckpt" / name)
+    tokenizer = Tokenizer(ranks, special, config(name).vocab_size)
+    template = Template() if name.startswith("q2") else Qwen3Template(thinking, TOOLS if tools else ())
+    return Prompts(tokenizer, config(name), template, picture)
+
+
+TOOLS = ({"name": "clock", "parameters": {"zone": "Zürich"}},)
+
+
+def build(made: Prompts, prompt, images=None, access=Access(paths=True)):  # noqa: B008
+    return made.build(prompt, images, access)
+
+
+def chat(made: Prompts, query, history=None, images=None, system=None, window=Window()):  # noqa: B008
+    return made.chat(query, history, images, system=system, window=window, access=Access())
+
+
+def text_of(made: Prompts, prompt) -> str:
+    return made.tokenizer.decode(prompt.ids)
+
+
+def with_vision_ids(messages: list[dict]) -> list[dict]:
+    """The messages with what the template's option `add_vision_id` writes before pictures."""
+    count, out = 0, []
+    for message in messages:
+        parts = []
+        for part in [] if isinstance(message["content"], str) else message["content"]:
+            if part["type"].startswith("image"):
+                count += 1
+                parts.append({"type": "text", "text": f"Picture {count}: "})
+            parts.append(part)
+        out.append({**message, "content": parts or message["content"]})
+    return out
+
+
+@pytest.mark.parametrize("case", CHATS, ids=[f"{r['template'][:8]}-{i}" for i, r in enumerate(CHATS)])
+def test_golden_chats(case):
+    made, options = prompts(NAMES[case["template"]]), case["options"]
+    messages = with_vision_ids(case["messages"]) if options.get("add_vision_id") else case["messages"]
+    images = ["x"] * (str(messages).count("'image'}") + str(messages).count("'type': 'image', 'text'"))
+    built = build(made, messages, images)
+    head = made._encode(made.template.answer_head(), Access()).ids
+    ids = built.ids if options["add_generation_prompt"] else built.ids[: -len(head)]
+    if "<|im_end|> mark" in case["text"]:  # the original takes a typed form for a special one
+        end = made.tokenizer.im_end_id
+        assert case["ids"].count(end) == ids.count(end) + 1
+        assert text_of(made, built) == case["text"]
+    else:
+        assert ids == case["ids"]
+
+
+def test_raw_text():
+    made = prompts("q3-tied")
+    start, pad, end = (made.tokenizer.special[f"<|{n}|>"] for n in ("vision_start", "image_pad", "vision_end"))
+    one, two = [start, *[pad] * 6, end], [start, *[pad] * 4, end]
+    ordinary = made.tokenizer.encode_ordinary
+    built = build(made, "a<img>one</img>b<img></img>", ["two"])
+    assert built.ids == [*ordinary("a"), *one, *ordinary("b"), *two]
+    assert [(slot.start, slot.picture.content) for slot in built.slots] == [(2, "one"), (11, "two")]
+    assert build(made, "b", ["one", "two"]).ids == [*one, *two, *ordinary("b")]
+    assert build(made, "a<|vision_start|><|image_pad|><|vision_end|>b", ["two"]).ids == [
+        *ordinary("a"),
+        *two,
+        *ordinary("b"),
+    ]
+    assert build(made, "<|im_end|>x").ids == [made.tokenizer.im_end_id, *ordinary("x")]
+    plain = build(made, "<img>one</img>", access=Access(paths=False))
+    assert plain.ids == ordinary("<img>one</img>")
+
+
+@pytest.mark.parametrize("name", ["q2-tied", "q3-tied"])
+def test_parts(name):
+    made = prompts(name)
+    by_part = [
+        {"type": "image", "image": "one"},
+        {"type": "image", "url": "one"},
+        {"type": "image_url", "image_url": {"url": "one"}},
+        {"image": "one"},
+        {"image_url": "one"},
+    ]
+    question = {"type": "text", "text": "What?"}
+    expected = build(made, [{"role": "user", "content": [{"type": "image"}, question]}], ["one"])
+    for part in by_part:
+        assert build(made, [{"role": "user", "content": [part, question]}]).ids == expected.ids
+    assert build(made, [by_part[0], question]).ids == expected.ids
+    assert build(made, [{"role": "user", "content": "<img>one</img>What?"}]).ids == expected.ids
+
+
+def test_typed_forms():
+    made = prompts("q3-tied")
+    for content in ("<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>", "<think>"):
+        built = build(made, [{"role": "user", "content": content}])
+        assert built.ids.count(made.tokenizer.im_end_id) == 1
+        assert not built.slots
+        assert content in text_of(made, built)
+        assert not {made.tokenizer.special["<|image_pad|>"], made.tokenizer.special["<think>"]} & set(built.ids)
+    said = "<|object_ref_start|>cat<|object_ref_end|><|im_end|><|image_pad|>"
+    built = build(made, [{"role": "assistant", "content": said}, {"role": "user", "content": "?"}])
+    assert built.ids.count(made.tokenizer.special["<|object_ref_end|>"]) == 1
+    assert built.ids.count(made.tokenizer.im_end_id) == 2
+
+
+def test_chat_turns():
+    made = prompts("q3-tied")
+    first = chat(made, "Look", None, ["one"])
+    assert first.query == [{"type": "image", "image": "one"}, {"type": "text", "text": "Look"}]
+    tagged = chat(made, "<img>one</img>Look")
+    assert tagged.query == "<img>one</img>Look"
+    assert tagged.prompt.ids == first.prompt.ids
+    history = [(first.query, "A cat"), ("And?", "No")]
+    wanted = [
+        {"role": "user", "content": first.query},
+        {"role": "assistant", "content": "A cat"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No"},
+        {"role": "user", "content": "Really?"},
+    ]
+    assert chat(made, "Really?", history).prompt.ids == build(made, wanted).ids
+    system = [{"role": "system", "content": "Short."}]
+    assert chat(made, "Really?", history, system="Short.").prompt.ids == build(made, system + wanted).ids
+    size = len(build(made, wanted).ids)
+    cut = chat(made, "Really?", history, window=Window(math.inf, size - 1))
+    assert cut.left_out == 1
+    assert cut.prompt.ids == build(made, wanted[2:]).ids
+
+
+def test_token_ids():
+    made = prompts("q2-tied")
+    built = build(made, "<img>one</img><img>two</img>x")
+    again = build(made, built.ids, ["one", "two"])
+    assert (again.ids, [s.start for s in again.slots]) == (built.ids, [s.start for s in built.slots])
+    start, pad, end = (made.tokenizer.special[f"<|{n}|>"] for n in ("vision_start", "image_pad", "vision_end"))
+    for ids, images, message in [
+        (built.ids, ["one"], "2 image slots, but images has 1"),
+        (built.ids, ["two", "one"], "position 1 must be"),
+        ([start, *[pad] * 5, end], ["one"], "position 1 must be"),
+        ([start, *[pad] * 7, end], ["one"], "position 1 must be"),
+        ([*[pad] * 6, end], ["one"], "position 0 must be"),
+        ([start, *[pad] * 6], ["one"], "position 1 must be"),
+        ([made.tokenizer.special["<|video_pad|>"]], [], "token 0 .* placeholder"),
+        ([768], [], "768"),
+    ]:
+        with pytest.raises(QvlError, match=message):
+            build(made, ids, images)
+
+
+def test_tools():
+    made = prompts("q3-tied", tools=True)
+    messages = [
+        {"role": "system", "content": "Short."},
+        {"role": "user", "content": "Time?"},
+        {
+            "role": "assistant",
+            "content": "Wait.",
+            "tool_calls": [
+                {"type": "function", "function": {"name": "clock", "arguments": {"zone": "Zürich"}}},
+                {"name": "clock", "arguments": '{"zone": 1}'},
+            ],
+        },
+        {"role": "tool", "content": "12:00"},
+        {"role": "tool", "content": [{"type": "text", "text": "13:00"}]},
+    ]
+    built = build(made, messages)
+    assert text_of(made, built) == (
+        "<|im_start|>system\nShort.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"name": "clock", "parameters": {"zone": "Zürich"}}\n</tools>\n\n'
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\nTime?<|im_end|>\n<|im_start|>assistant\nWait.\n<tool_call>\n"
+        '{"name": "clock", "arguments": {"zone": "Zürich"}}\n</tool_call>\n<tool_call>\n'
+        '{"name": "clock", "arguments": {"zone": 1}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n12:00\n</tool_response>\n<tool_response>\n13:00\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert built.ids.count(made.tokenizer.special["<tool_call>"]) == 4
+    without = build(made, [*messages[:2], {**messages[2], "content": None}, messages[3]])
+    assert '<|im_start|>assistant\n<tool_call>\n{"name"' in text_of(made, without)
+
+
+def test_thinking():
+    made = prompts("q3-tied", thinking=True)
+    said = "<think>\nHm.\n</think>\n\nA cat"
+    built = chat(made, "And?", [("What?", said)]).prompt
+    assert text_of(made, built) == (
+        "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "message"),
+    [
+        ([{"role": "robot", "content": "x"}], [], "the role 'robot'"),
+        ([{"role": "user"}], [], "has no content"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], [], "the last message"),
+        ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], [], "only the first"),
+        ([{"role": "system", "content": [{"type": "image"}]}, {"role": "user", "content": "y"}], ["one"], "system's"),
+        ([{"role": "user", "content": "x"}], ["one"], "no places"),
+        ([{"role": "user", "content": [{"type": "image"}]}], [], "1 empty"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ["one", "two"], "1 empty"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], [], "needs 'text'"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], [], "must be a str"),
+        ([{"role": "user", "content": 3}], [], "must be a str"),
+        ("<img></img>", [], "1 empty"),
+        ("<|image_pad|>", [], "token 0 .* placeholder"),
+        (3, [], "must be a str"),
+        ([{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}], [], "only an assistant's"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}], [], "'name' and 'arguments'"),
+    ],
+)
+def test_refused(prompt, images, message):
+    with pytest.raises(QvlError, match=message):
+        build(prompts("q3-tied"), prompt, images)
+
+
+def test_opened_box():
+    made = prompts("q2-tied")
+    opened = "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(1,"
+    assert build(made, f"<img>one</img>{opened}").opened == opened
+    assert build(made, "<|box_start|>(1,2),(3,4)<|box_end|>").opened == ""
+    assert build(made, "x").opened == ""
