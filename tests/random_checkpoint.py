@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, seed: int, *, visual: dict, **overrides) -> P
             if spec.source.endswith("conv1.weight"):
                 weight = weight.reshape(stacked, 3, config.visual.patch_size, -1)
             weights[spec.source] = np.ascontiguousarray(weight.T) if spec.transposed else weight
-            if spec.bias:
-                weights[spec.bias] = noise((stacked,), 0.1)
+            for bias in spec.biases:
+                weights[bias] = noise((stacked,), 0.1)
     save_file(weights, folder / "model.safetensors")
     return folder

@@ -196,7 +196,7 @@ def synthetic(ops, config: ModelConfig, bits: dict[str, int]) -> Weights:
 
 def decoder(weights: Weights) -> Decoder:
     """The decoder of these weights."""
-    return Decoder(weights, FAMILY.decoder_names, FAMILY.rotary)
+    return Decoder(weights, FAMILY.decoder_names(weights.config), FAMILY.rotary)
 
 
 def pixels(config: ModelConfig) -> np.ndarray:

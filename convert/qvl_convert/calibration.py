@@ -97,7 +97,7 @@ def load(
     count : int
         Samples to take, at random where there are more.
     max_tokens : int
-        Longer samples are cut, before a picture rather than inside its slot.
+        Longer samples are cut, before a picture rather than inside its slot; so are those beyond the window.
     seed : int
 
     Raises
@@ -109,6 +109,7 @@ def load(
     for name, value in (("count", count), ("max_tokens", max_tokens)):
         if type(value) is not int or value < 1:
             raise QvlError(f"{name} is {value!r}; expected 1 or more")
+    max_tokens = min(max_tokens, speaker.config.max_position_embeddings)
     if str(source) == BUILTIN:
         found = _builtin(rng, count, pictures=speaker.config.sees)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from qvl_convert import fp8
 from qvl_convert.autogptq import AutoGptq
 from qvl_convert.awq import Awq
@@ -20,7 +22,7 @@ def find_layout(checkpoint: Checkpoint) -> Import | None:
         For a layout that is not read.
     """
     path = checkpoint.folder / "quantize_config.json"
-    if path.exists():
+    if os.path.lexists(path):
         return AutoGptq.read(read_json(path), str(path))
     path = checkpoint.folder / "config.json"
     config = checkpoint.raw_config.get("quantization_config")

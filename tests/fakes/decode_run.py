@@ -19,7 +19,7 @@ from qvl_runtime.families.weights import Weights
 def main(path: str) -> None:
     driver, blob = FakeDriver(), Blob(path)
     ops = CudaOps(driver, Images())
-    decoder = Decoder(Weights(blob, ops), blob.family.decoder_names, blob.family.rotary)
+    decoder = Decoder(Weights(blob, ops), blob.family.decoder_names(blob.config), blob.family.rotary)
     for dtype in ("fp16", "int8"):
         context = decoder.sequence(dtype, 16)
         context.begin(2)
