@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,7 @@ from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Answer, Form
 from qvl_runtime.engine.drafts import PromptLookup
-from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, stream_generate
+from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, logprob, stream_generate
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
@@ -110,6 +111,29 @@ class Answering:
                 stop=stop,
                 timings=timings,
             )
+        finally:
+            self._sessions.give(session)
+
+    def score(self, prompt: Prompt, continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """Log probability of every token of some continuations of a prompt; see `Model.score`."""
+        self.check_length(prompt)
+        encode, length = self._tokenizer.encode_ordinary, len(prompt.ids)
+        ids = [encode(text) if isinstance(text, str) else [int(i) for i in text] for text in continuations]
+        if (longest := max(map(len, ids), default=0)) > self.window - length:
+            raise QvlError(f"a continuation takes {longest} tokens after {length}; the window is {self.window}")
+        session = self._sessions.take(prompt.keys, length + longest)
+        try:
+            features, _ = self.features(prompt, session.keep(prompt))
+            session.prefill(prompt, features, length + longest)
+            first, scores = session.logits(0), []
+            for tokens in ids:
+                found = [logprob(first, token, 0).logprob for token in tokens[:1]]
+                for before, token in itertools.pairwise(tokens):
+                    session.feed(before)
+                    found.append(logprob(session.logits(0), token, 0).logprob)
+                session.truncate(length)
+                scores.append(found)
+            return scores
         finally:
             self._sessions.give(session)
 

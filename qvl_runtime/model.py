@@ -20,7 +20,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, PictureEncoder
 from qvl_runtime.inputs.tokenizer import Tokenizer
-from qvl_runtime.options import chat_window, named_options, one_constraint, whole_number
+from qvl_runtime.options import chat_window, given, named_options, one_constraint, whole_number
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 from qvl_runtime.trace import Trace, no_trace
 
@@ -91,6 +91,7 @@ class Model:
         *,
         n: int | None = None,
         max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -129,6 +130,7 @@ class Model:
         images: Sequence[ImageSource] | None = None,
         *,
         max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -157,6 +159,8 @@ class Model:
             For the empty slots, in order. A text without a slot gets them in front.
         max_new_tokens : int
             The answer ends earlier where the model's window does.
+        min_new_tokens : int
+            None of the first so many tokens ends the answer; a text of `stop` still does.
         temperature, …, seed
             See `Sampler`. By default the answer is greedy.
         stop : str or sequence of str, optional
@@ -187,9 +191,8 @@ class Model:
             temperature, top_k, top_p, repetition_penalty, seed, min_p, presence_penalty, frequency_penalty
         )
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls))
-        pieces = self._answering.answer(
-            made, sampler, max_new_tokens, stop, one_constraint(constraint, form), logprobs, speculate
-        )
+        form = one_constraint(constraint, form, min_new_tokens)
+        pieces = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate)
         return Stream(
             pieces, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made))
         )
@@ -260,7 +263,7 @@ class Model:
         allow_paths: bool = True,
         allow_urls: bool = False,
     ) -> Stream:
-        """Answer one turn of a conversation piece by piece.
+        """Answer one turn of a conversation piece by piece; the stream's result is a `ChatResult`.
 
         Parameters
         ----------
@@ -279,11 +282,6 @@ class Model:
         max_new_tokens, temperature, …
             As in `stream`, but from the model's own generation config where they are None.
 
-        Returns
-        -------
-        Stream
-            With a `ChatResult`.
-
         Raises
         ------
         QvlError
@@ -293,14 +291,14 @@ class Model:
         own = self.generation_config
         wanted = own.max_new_tokens if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens)
         sampler = Sampler(
-            temperature=_given(temperature, own.temperature if own.do_sample else 0.0),
-            top_k=_given(top_k, own.top_k),
-            top_p=_given(top_p, own.top_p),
-            repetition_penalty=_given(repetition_penalty, own.repetition_penalty),
+            temperature=given(temperature, own.temperature if own.do_sample else 0.0),
+            top_k=given(top_k, own.top_k),
+            top_p=given(top_p, own.top_p),
+            repetition_penalty=given(repetition_penalty, own.repetition_penalty),
             seed=seed,
-            min_p=_given(min_p, 0.0),
-            presence_penalty=_given(presence_penalty, 0.0),
-            frequency_penalty=_given(frequency_penalty, 0.0),
+            min_p=given(min_p, 0.0),
+            presence_penalty=given(presence_penalty, 0.0),
+            frequency_penalty=given(frequency_penalty, 0.0),
         )
         window = chat_window(self.window, own.max_window_size, wanted, max_window_size, block)
         access = Access(allow_paths, allow_urls)
@@ -337,6 +335,15 @@ class Model:
         with self._device:
             return score(self.decoder, made, features, trace)
 
+    def score(
+        self, prompt: Any, continuations: Sequence[str | Sequence[int]], images: Sequence[ImageSource] | None = None
+    ) -> list[list[float]]:
+        """How likely each continuation of a prompt is: natural logarithms, one a token.
+
+        The prompt is computed once. A continuation that is a text is tokenized by itself, without special tokens.
+        """
+        return self._answering.score(self.prompts.build(prompt, images, Access()), continuations)
+
     @named_options
     def encode_image(
         self, image: ImageSource, *, allow_paths: bool = True, allow_urls: bool = False, trace: Trace = no_trace
@@ -356,12 +363,7 @@ class Model:
         """Write keys and values of a conversation to a file, as far as earlier calls left them in memory.
 
         After `load_past` in another run of the same model the conversation goes on without computing it again. The
-        file is as large as the cache.
-
-        Parameters
-        ----------
-        history, system
-            The conversation, as for `chat`.
+        file is as large as the cache. `history` and `system` are those of `chat`.
 
         Returns
         -------
@@ -394,7 +396,3 @@ class Model:
             raise QvlError(
                 f"{self.blob.path}: is a base model and has no chat turns; use generate() with a plain prompt"
             )
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from qvl_runtime.engine.constraints import Form
+from qvl_runtime.engine.constraints import AtLeast, Form
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.prompt import Window
 
@@ -75,11 +75,20 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     return list(stops)
 
 
-def one_constraint(constraint: Form | None, form: Form | None) -> Form | None:
+def given(value: Any, default: Any) -> Any:
+    """`value`, or `default` where it is None."""
+    return default if value is None else value
+
+
+def one_constraint(constraint: Form | None, form: Form | None, min_new_tokens: int = 0) -> Form | None:
     """The constraint of an answer; `form` is the option's older name."""
     if constraint is not None and form is not None:
         raise QvlError("constraint and form are two names for one option; give constraint")
     chosen = form if constraint is None else constraint
+    if whole_number("min_new_tokens", min_new_tokens):
+        if chosen is not None:
+            raise QvlError("min_new_tokens and constraint may contradict each other; give one of them")
+        return AtLeast(min_new_tokens)
     if chosen is None:
         return None
     if isinstance(chosen, type):

@@ -94,6 +94,29 @@ class JsonSchema:
         return _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """Any text of at least so many tokens: none of the first `tokens` may end the answer."""
+
+    tokens: int
+
+    def start(self, answer: Answer) -> Constraint:
+        return _LengthConstraint(answer.tokenizer.vocab_size, answer.stop_ids, self.tokens)
+
+
+class _LengthConstraint:
+    def __init__(self, vocab_size: int, stop_ids: frozenset[int], tokens: int):
+        self._all, self._left = np.ones(vocab_size, bool), tokens
+        self._unfinished = self._all.copy()
+        self._unfinished[list(stop_ids)] = False
+
+    def allowed(self) -> np.ndarray:
+        return self._unfinished if self._left > 0 else self._all
+
+    def advance(self, token: int) -> None:
+        self._left -= 1
+
+
 class _GrammarConstraint:
     """A grammar, matched by llguidance."""
 
