@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -28,7 +29,9 @@ def backend(device: str) -> tuple[str, str]:
         When "cuda" is asked for and there is no usable GPU.
     """
     if device not in DEVICES:
-        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+        another = re.fullmatch("cuda:([0-9]+)", str(device))
+        remedy = f"; for that GPU set CUDA_VISIBLE_DEVICES={another[1]} and say cuda" if another else ""
+        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{remedy}")
     if device in ("cpu", "reference"):
         return device, ""
     from qvl_kernels import gpu

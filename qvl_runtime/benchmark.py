@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import platform
 import sys
-import threading
 import time
 from typing import Any
 
 import numpy as np
 
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Ops
 from qvl_runtime.budget import cache_bytes
 from qvl_runtime.engine.session import Session
@@ -63,7 +63,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     The prompt is random text, the answer whatever comes: stop tokens do not stop it.
     """
     random = np.random.default_rng(0)
-    session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, threading.RLock())
+    session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, make_lock())
     decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
     products = 2 * prompt_tokens * _decoder_weights(model)
 

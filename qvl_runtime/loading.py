@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
 
+from qvl_kernels.locks import make_lock
 from qvl_runtime.backends import backend, check_fit, make_ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import KV_CACHES, VISION_PARTS
@@ -97,7 +97,7 @@ def load(
     same = vision_device is None or backend(vision_device)[0] == ops.name
     vision_ops = ops if same else make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=same)
-    lock, family, config = threading.RLock(), blob.family, blob.config
+    lock, family, config = make_lock(), blob.family, blob.config
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary)
     pictures = None
     if config.sees:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import qvl_runtime as qvl
+from qvl_runtime.backends import backend
 
 IMAGE = "images/rgb_odd.png"
 QUESTION = "What is this? Answer:!"
@@ -195,3 +196,12 @@ def test_the_published_rule_decides_which_turns_stay(tiny, golden):
             assert answer.prompt_tokens == case["n_tokens"]
             checked += 1
     assert checked >= 4
+
+
+def test_another_gpu_is_chosen_by_the_environment():
+    with pytest.raises(
+        qvl.QvlError, match=r"'cuda:1' is unknown; .* for that GPU set CUDA_VISIBLE_DEVICES=1 and say cuda"
+    ):
+        backend("cuda:1")
+    with pytest.raises(qvl.QvlError, match=r"choose one of auto, cpu, cuda, reference$"):
+        backend("gpu")

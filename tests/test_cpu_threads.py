@@ -17,6 +17,7 @@ from test_ops import matrix, random, values
 
 from qvl_kernels.cpu import CpuOps, runner
 from qvl_kernels.cpu.arrays import CpuWeight
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Norm
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -115,6 +116,48 @@ def test_fork_while_another_thread_computes(ops):
     finally:
         busy.set()
         thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_while_another_thread_asks_the_model(model):
+    """The child answers, whichever of the model's locks its parent's other thread held."""
+    asked = model("tiny-vl", device="cpu", bits=4)
+    want, busy, answers = asked.generate("Hi", max_new_tokens=3).token_ids, threading.Event(), []
+
+    def ask():
+        while not busy.is_set():
+            answers.append(asked.generate("A man and a dog " * 20, max_new_tokens=2).token_ids)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for _ in range(8):
+            child = os.fork()
+            if not child:
+                status = 2
+                try:
+                    status = int(asked.generate("Hi", max_new_tokens=3).token_ids != want)
+                finally:
+                    os._exit(status)
+            assert exit_status(child) == 0
+    finally:
+        busy.set()
+        thread.join()
+    assert len(answers) > 1 and answers.count(answers[0]) == len(answers)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_keeps_what_the_forking_thread_holds():
+    lock = make_lock()
+    with lock:
+        child = os.fork()
+        if not child:
+            other = []
+            thread = threading.Thread(target=lambda: other.append(lock.acquire(timeout=0.1)))
+            thread.start()
+            thread.join()
+            os._exit(int(other != [False]))
+        assert exit_status(child) == 0
 
 
 def exit_status(child: int, seconds: float = 20) -> int | str:

@@ -103,6 +103,10 @@ def test_another_librarys_context_does_not_matter(library):
     _run(library, "foreign")
 
 
+def test_a_forked_child_is_told_to_load_the_model(library):
+    _run(library, "forked")
+
+
 def test_no_driver_at_all_is_said_in_one_line():
     if not gpu.absent():
         pytest.skip("this machine has a driver")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array
 from qvl_runtime.engine import kv_file
 from qvl_runtime.engine.decoder import Decoder, DecodeStep, Features
@@ -162,7 +163,7 @@ class Sessions:
     def __init__(self, decoder: Decoder, dtype: str, limit: int, device: threading.RLock):
         self.decoder, self._dtype, self._limit, self._device = decoder, dtype, limit, device
         self._idle: list[Session] = []
-        self._lock = threading.Lock()
+        self._lock = make_lock()
 
     def take(self, keys: Sequence[Key], capacity: int) -> Session:
         """The idle session that shares most with a prompt, or a new one.

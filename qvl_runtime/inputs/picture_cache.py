@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.atomic import replacing
 from qvl_runtime.file.tensorfile import TensorFile
@@ -47,7 +47,7 @@ class PictureCache:
         self.hidden, self.limit = hidden, limit
         self.folder = None if folder is None else Path(folder)
         self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         if self.folder is not None:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array, Ops
 from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
 from qvl_runtime.inputs.picture_cache import PictureCache
@@ -121,7 +122,7 @@ class PictureReader:
     def __init__(self, preprocess: Preprocess, identity: str = "", *, upright: bool = False):
         self._preprocess, self._identity, self._upright = preprocess, identity, upright
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
 
     def read(self, source: ImageSource, access: Access = LOCAL) -> Picture:
         """Decode a picture, unless the same bytes were decoded before.

@@ -1,6 +1,6 @@
 """What the runtime does through the real cuda-core, on the driver library built from libcuda.c.
 
-driver_run.py LIBRARY seam | model BLOB | refused | full | foreign
+driver_run.py LIBRARY seam | model BLOB | refused | full | foreign | forked
 """
 
 import ctypes
@@ -167,9 +167,28 @@ def foreign(library: ctypes.CDLL) -> None:
     driver.wait(mark)
 
 
+def forked(library: ctypes.CDLL) -> None:
+    """A child of a process that uses a GPU cannot use it, and has nothing of it to free."""
+    driver = Driver()
+    address = driver.allocate(100)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            raises("cannot be used in a forked process", lambda: driver.fill(address, 0, 100))
+            driver.free(address)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    driver.free(address)
+
+
 if __name__ == "__main__":
     path, part, *rest = sys.argv[1:]
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
-    {"seam": seam, "model": model, "refused": refused, "full": full, "foreign": foreign}[part](library, *rest)
+    {"seam": seam, "model": model, "refused": refused, "full": full, "foreign": foreign, "forked": forked}[part](
+        library, *rest
+    )
     assert not {"torch", "triton"} & sys.modules.keys()
     print("done")

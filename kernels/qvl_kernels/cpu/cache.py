@@ -10,7 +10,6 @@ import platform
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import llvmlite
@@ -19,6 +18,7 @@ import numpy as np
 
 from qvl_kernels import cache_folder
 from qvl_kernels.cpu import features
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
 HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py"}
@@ -104,7 +104,7 @@ def _load(code: bytes | None) -> llvm.ExecutionEngine | None:
     return engine if engine.get_function_address("qvl_execute") else None
 
 
-_loading = threading.Lock()
+_loading = make_lock()
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qvl_kernels.cpu import cache
+from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
 WORDS = 32
@@ -145,7 +146,7 @@ class Pool:
         self.threads = threads
         self._control = aligned(HEAD + 8 * threads, np.int64)
         self._execute, self._work = (_NATIVE(cache.address(name)) for name in ("execute", "work"))
-        self._restart = threading.Lock()
+        self._restart = make_lock()
         self._start()
 
     @property

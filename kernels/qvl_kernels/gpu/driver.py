@@ -106,7 +106,7 @@ class Driver:
                 "(Turing, 2018) is the oldest supported: use the CPU"
             )
         self._core = core
-        self._context = 0
+        self._context, self._pid = 0, os.getpid()
         with self._errors("cannot be used"):
             self._enter()
             self._stream = self._device.create_stream()
@@ -136,7 +136,9 @@ class Driver:
         return int(self._ok((status, address)))
 
     def free(self, address: int) -> None:
-        """Give memory back; waits until nothing uses it."""
+        """Give memory back; waits until nothing uses it. A forked process has none to give."""
+        if self._pid != os.getpid():
+            return
         self._enter()
         self._ok(self._api.cuMemFree(address))
 
@@ -267,6 +269,10 @@ class Driver:
 
     def _enter(self) -> None:
         """Make the GPU current in this thread, where another library may have made another one current."""
+        if self._pid != os.getpid():
+            raise DeviceError(
+                f"{self.name} cannot be used in a forked process: load the model there, or start it with 'spawn'"
+            )
         if self._context == 0 or int(self._ok(self._api.cuCtxGetCurrent())) != self._context:
             self._device.set_current()
             self._context = int(self._ok(self._api.cuCtxGetCurrent()))
