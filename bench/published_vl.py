@@ -78,6 +78,13 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
     return data | ({"text_config": {**text, "head_dim": 128}} if newest else text)
 
 
+def file_name(tensor: str, name: str) -> str:
+    """What the published files of a size call a tensor: those before Qwen3-VL have older names."""
+    if SIZES[name][0] == "qwen3_vl":
+        return tensor
+    return tensor.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
 def preprocessing(name: str) -> dict[str, Any]:
     """The `preprocessor_config.json` of a published size."""
     if SIZES[name][0] == "qwen3_vl":

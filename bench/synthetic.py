@@ -4,10 +4,11 @@
     python bench/synthetic.py FOLDER --format safetensors   the same in safetensors shards
     python bench/synthetic.py FOLDER --text-only            Qwen-7B: 15.4 GB
     python bench/synthetic.py FOLDER --layers 2             two decoder layers and two of the ViT
+    python bench/synthetic.py FOLDER --model qwen3-vl-4b    another size (published_vl.py lists them), in safetensors
 
-Names and shapes come from the published config beside this file, shards are cut as the published ones are. Values are
-random from a seed, in magnitudes that keep activations sane. The tokenizer is the published one, which the test
-dependency dashscope ships. Everything is streamed: memory stays below 1 GB.
+Names and shapes come from the published configs beside this file, shards of Qwen-VL are cut as the published ones are.
+Values are random from a seed, in magnitudes that keep activations sane. The tokenizer is the published one, which the
+test dependency dashscope ships. Everything is streamed: memory stays below 1 GB.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import published_vl
 
 from qvl_convert.published import published_shapes
+from qvl_runtime.families import family_of
 from qvl_runtime.families.qwen_vl.config import ModelConfig
 from qvl_runtime.families.qwen_vl.tensors import tensors
 
@@ -37,6 +40,11 @@ SHARD_BYTES = 2_000_000_000
 CHUNK_VALUES = 4 << 20
 BF16 = np.dtype(ml_dtypes.bfloat16)
 STORAGE_ALIGNMENT = 64
+ADDED = tuple(
+    f".{layer}.weight"
+    for layer in ("c_proj", "out_proj", "o_proj", "down_proj", "attn.proj", "mlp.fc2", "mlp.linear_fc2")
+)
+"""Ends of the names of matrices whose product is added to the residual stream."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +88,10 @@ def _magnitude(name: str, layers: int) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values."""
     if name.endswith("bias"):
         return 0.0, 0.02
-    if ".ln_" in name:
+    if ".ln_" in name or "norm" in name:
         return 1.0, 0.1
     # What is added to the residual stream in every layer is kept small, or it would grow with the depth.
-    if name.endswith((".c_proj.weight", ".out_proj.weight")):
+    if name.endswith(ADDED):
         return 0.0, 0.02 / math.sqrt(2 * layers)
     return 0.0, 0.02
 
@@ -198,13 +206,32 @@ def write_checkpoint(
     shutil.copy(CONFIGS / "generation_config.json", folder)
     vocabulary = Path(importlib.util.find_spec("dashscope").submodule_search_locations[0])
     shutil.copy(vocabulary / "resources" / "qwen.tiktoken", folder)
-    pickled = layout == "pickle"
+    write_shards(folder, published_order(config), layout == "pickle", config.num_hidden_layers, seed)
+
+
+def write_vl_checkpoint(folder: Path, name: str, *, layers: int | None = None, seed: int = 0) -> None:
+    """Write a whole folder of one of `published_vl.SIZES`: safetensors shards, index, configs, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = published_vl.config(name, layers)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(published_vl.preprocessing(name), indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643]}))
+    published_vl.write_tokenizer(folder, name)
+    family = family_of(raw, name)
+    config = family.read_config(raw, name)
+    shapes = published_shapes(family.tensors(config))
+    parts = [Tensor(published_vl.file_name(tensor, name), shape) for tensor, shape in shapes.items()]
+    write_shards(folder, parts, False, config.num_hidden_layers, seed)
+
+
+def write_shards(folder: Path, tensors: list[Tensor], pickled: bool, layers: int, seed: int) -> None:
+    """Write tensors and the index of their files."""
     stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
-    parts = shards(published_order(config))
+    parts = shards(tensors)
     index = {}
     for number, part in enumerate(parts, 1):
         path = folder / f"{stem}-{number:05d}-of-{len(parts):05d}.{suffix}"
-        (write_pickle if pickled else write_safetensors)(path, part, seed, config.num_hidden_layers)
+        (write_pickle if pickled else write_safetensors)(path, part, seed, layers)
         index |= {tensor.name: path.name for tensor in part}
         print(f"{path.name}: {len(part)} tensors, {sum(t.nbytes for t in part) / 1e9:.2f} GB", flush=True)
     total = sum(tensor.nbytes for part in parts for tensor in part)
@@ -217,9 +244,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--format", choices=("pickle", "safetensors"), default="pickle")
     parser.add_argument("--text-only", action="store_true")
+    parser.add_argument("--model", choices=tuple(published_vl.SIZES))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.model is not None:
+        write_vl_checkpoint(options.folder, options.model, layers=options.layers, seed=options.seed)
+        return
     write_checkpoint(
         options.folder,
         layout=options.format,

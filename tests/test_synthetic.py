@@ -34,7 +34,9 @@ def synthetic():
     spec = importlib.util.spec_from_file_location("synthetic", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["synthetic"] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -70,3 +72,19 @@ def test_pickle_and_safetensors_hold_the_same_values(synthetic, tmp_path, monkey
         assert pickled.entries[tensor.name].start % 64 == 0
     assert pickled.array(tensors[0].name).astype(np.float32).mean() == pytest.approx(1, abs=0.1)
     assert pickled.array(tensors[1].name).astype(np.float32).std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "nbytes"),
+    [("qwen2-vl-7b", 730, 16_582_751_232), ("qwen2.5-vl-7b", 729, 16_584_333_312), ("qwen3-vl-4b", 713, 8_875_631_616)],
+)
+def test_newer_sizes_are_the_published_ones(synthetic, size, count, nbytes, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(synthetic, "write_safetensors", lambda path, tensors, *_: written.extend(tensors))
+    monkeypatch.setattr(synthetic.published_vl, "write_tokenizer", lambda *_: None)
+    synthetic.write_vl_checkpoint(tmp_path, size)
+    names = {tensor.name for tensor in written}
+    assert (len(written), len(names), sum(t.nbytes for t in written)) == (count, count, nbytes)
+    prefixes = {".".join(name.split(".")[:2]) for name in names - {"lm_head.weight"}}
+    newest = {"model.visual", "model.language_model"}
+    assert prefixes == newest if "qwen3" in size else not prefixes & newest
