@@ -35,6 +35,8 @@ class Answering:
     grounding : Grounding
     window : int
         Tokens a prompt and its answer may have together.
+    largest : int
+        What `window` could be in this model.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Answering:
         stop_ids: frozenset[int],
         grounding: Grounding,
         window: int,
+        largest: int,
     ):
-        self.window = window
+        self.window, self._largest = window, largest
         self._sessions, self._pictures, self._ops = sessions, pictures, sessions.decoder.ops
         self._tokenizer, self._stop_ids, self._grounding = tokenizer, stop_ids, grounding
 
@@ -56,8 +59,12 @@ class Answering:
         if not prompt.ids:
             raise QvlError("the prompt is empty; say something")
         if len(prompt.ids) > self.window:
+            pictures = sum(slot.picture.tokens for slot in prompt.slots)
+            parts = f" ({pictures} of them pictures)" if pictures else ""
+            remedy = f", or load with a context of up to {self._largest}" if self.window < self._largest else ""
             raise QvlError(
-                f"the prompt takes {len(prompt.ids)} tokens and the model's window is {self.window}; shorten the prompt"
+                f"the prompt takes {len(prompt.ids)} tokens{parts} and the window is {self.window}; "
+                f"shorten the prompt{remedy}"
             )
 
     def answer(

@@ -142,7 +142,9 @@ def _answer(session: Session, new: int, limits: _Limits | None) -> dict[str, flo
 
 def bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
     sizes = model.blob.part_sizes()
-    return sizes["decoder"] + sizes["head"] + cache_bytes(model.config, context, kv_cache)
+    # A tied head is the embedding, which is read as a whole then.
+    head = sizes["head"] if "head" in sizes else sizes["embedding"]
+    return sizes["decoder"] + head + cache_bytes(model.config, context, kv_cache)
 
 
 def _decoder_weights(model: Model) -> int:

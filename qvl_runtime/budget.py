@@ -13,6 +13,10 @@ from qvl_runtime.families.specs import MatrixSpec
 VISION_PARTS = ("vision", "adapter")
 KV_CACHES = ("fp16", "int8")
 
+DEFAULT_WINDOW = 32768
+"""Tokens a prompt and its answer may have together, unless more are asked for: a cache for the 262,144 tokens that some
+models take would be larger than their weights."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:

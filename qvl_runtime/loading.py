@@ -9,7 +9,7 @@ from collections.abc import Callable
 from qvl_kernels.locks import make_lock
 from qvl_runtime.backends import backend, check_fit, make_ops
 from qvl_runtime.blob import Blob
-from qvl_runtime.budget import KV_CACHES, VISION_PARTS
+from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS
 from qvl_runtime.engine.kv_file import identity
 from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
@@ -58,8 +58,9 @@ def load(
         answers as one computed anew, to the last bit. With 8 it may choose another of two nearly equal tokens: what
         was generated was computed one by one, at 16 bits, and would be part of the prompt.
     context : int, optional
-        Tokens a prompt and its answer may have together; all of the model's window where not given. On a GPU, room
-        for them is made sure of before anything is loaded; where not given, for 2048.
+        Tokens a prompt and its answer may have together; where not given all of the model's window, but 32,768 at
+        most. Keys and values take memory as a conversation grows. On a GPU, room for them is made sure of before
+        anything is loaded; where not given, for 2048.
     vision_device : str, optional
         Another device for the vision part, as `device`: "cpu" leaves 2 GB of a GPU to the rest.
     conversations : int
@@ -113,13 +114,12 @@ def load(
             PictureCache(config.hidden_size, image_cache_bytes, cache_dir),
             lock,
         )
-    window = config.max_position_embeddings
     return Model(
         blob,
         family.tokenizer(blob.ranks, config),
         Sessions(decoder, kv_cache, conversations, lock),
         pictures,
-        window=window if context is None else min(context, window),
+        window=min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
         device=lock,
     )

@@ -59,6 +59,7 @@ class Model:
             stop_ids=self.stop_ids,
             grounding=blob.family.grounding,
             window=window,
+            largest=blob.config.max_position_embeddings,
         )
         read = None if pictures is None else pictures.reader.read
         self.prompts = blob.family.prompts(tokenizer, blob.config, blob.generation_config, read)

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from qvl_runtime.cli.conversation import Conversation
-from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.cli.loading import (
+    Activations,
+    AllowUrls,
+    ContextTokens,
+    Device,
+    KVCache,
+    MaxPixels,
+    VisionDevice,
+    load_shown,
+)
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import standard_input
 
@@ -25,6 +34,7 @@ def chat(
     activations: Activations = "auto",
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
+    max_pixels: MaxPixels = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Keep the features of pictures in this folder, for later (up to 2 GiB).")
     ] = None,
@@ -47,6 +57,7 @@ def chat(
         activations=activations,
         context=context,
         vision_device=vision_device,
+        max_pixels=max_pixels,
         cache_dir=cache_dir,
     )
     conversation = Conversation(loaded, Screen(), system=system, allow_urls=allow_urls)

@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.cli.loading import (
+    Activations,
+    AllowUrls,
+    ContextTokens,
+    Device,
+    KVCache,
+    MaxPixels,
+    VisionDevice,
+    load_shown,
+)
 from qvl_runtime.cli.text import printable, standard_input
 from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
@@ -47,6 +56,7 @@ def generate(
     activations: Activations = "auto",
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
+    max_pixels: MaxPixels = None,
     allow_urls: AllowUrls = False,
 ) -> None:
     """Answer a prompt, with pictures if the model sees.
@@ -64,7 +74,15 @@ def generate(
     if draw is not None:
         check_extension(draw)
         picture = load_image(_last_picture(text, image), allow_urls=allow_urls)
-    loaded = load_shown(model, device, kv_cache, activations=activations, context=context, vision_device=vision_device)
+    loaded = load_shown(
+        model,
+        device,
+        kv_cache,
+        activations=activations,
+        context=context,
+        vision_device=vision_device,
+        max_pixels=max_pixels,
+    )
     pieces = loaded.stream(
         text,
         image,

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress
 
 from qvl_runtime.backends import device_memory
 from qvl_runtime.blob import Blob
-from qvl_runtime.budget import KV_CACHES, VISION_PARTS, budget, remedies
+from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS, budget, remedies
 from qvl_runtime.cli.text import printable, size
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS
@@ -53,7 +53,8 @@ def describe(blob: Blob) -> dict[str, Any]:
     Returns
     -------
     dict
-        `file`, `bytes`, `model`, `parts` (label, bytes, bits, group size and method of each), `source`, `config` and
+        `file`, `bytes`, `model`, `decoder` (its shape and window), `vision` (in words; None if the model takes no
+        pictures), `parts` (label, bytes, bits, group size and method of each), `source`, `config` and
         `generation_config`.
     """
 
@@ -61,15 +62,26 @@ def describe(blob: Blob) -> dict[str, Any]:
         said = blob.metadata["quantization"].get(part)
         return {key: said.get(key) if isinstance(said, dict) else None for key in ("bits", "group_size", "method")}
 
+    config = blob.config
     return {
         "file": str(blob.path),
         "bytes": blob.path.stat().st_size,
-        "model": blob.family.title(blob.config, blob.generation_config),
+        "model": blob.family.title(config, blob.generation_config),
+        "decoder": {
+            "layers": config.num_hidden_layers,
+            "width": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "tokens": config.vocab_size,
+            "window": config.max_position_embeddings,
+            "default_window": min(config.max_position_embeddings, DEFAULT_WINDOW),
+        },
+        "vision": blob.family.describe_vision(config) if config.sees else None,
         "parts": {
             part: {"label": PARTS[part], "bytes": size, **made(part)} for part, size in blob.part_sizes().items()
         },
         "source": blob.metadata["source"],
-        "config": blob.config.to_dict(),
+        "config": config.to_dict(),
         "generation_config": blob.generation_config.to_dict(),
     }
 
@@ -131,24 +143,21 @@ def _fit_text(memory: dict[str, Any]) -> list[str]:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    config, lines = facts["config"], []
+    decoder, lines = facts["decoder"], []
     lines.append(f"{facts['file']}: {facts['model']}, {size(facts['bytes'])}")
     source = facts["source"]
     files = source.get("files")
     adapters = sorted({name.partition("/")[0] for name in files if "/" in name} if isinstance(files, dict) else ())
     merged = f" with the adapter {', '.join(adapters)}" if adapters else ""
     lines.append(f"  made from    {source.get('name')}{merged} by {source.get('made_by')}")
+    shared = "" if decoder["kv_heads"] == decoder["heads"] else f" that share {decoder['kv_heads']} keys"
+    wider = "" if decoder["window"] == decoder["default_window"] else f" (--context: up to {decoder['window']})"
     lines.append(
-        f"  decoder      {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
-        f"{config['num_attention_heads']} heads, {config['vocab_size']} tokens, "
-        f"window {config['max_position_embeddings']}"
+        f"  decoder      {decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads{shared}, "
+        f"{decoder['tokens']} tokens, window {decoder['default_window']}{wider}"
     )
-    if "visual" in config:
-        visual = config["visual"]
-        lines.append(
-            f"  vision       {visual['layers']} layers, width {visual['width']}, {visual['heads']} heads, "
-            f"pictures {visual['image_size']} x {visual['image_size']}, {visual['n_queries']} tokens each"
-        )
+    if facts["vision"]:
+        lines.append(f"  vision       {facts['vision']}")
     for part in facts["parts"].values():
         bits, group_size, method = part["bits"], part["group_size"], part["method"]
         kind = "fp16" if bits == 16 else f"int{bits}, groups of {group_size}, {method}"

@@ -17,6 +17,9 @@ KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")
 Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact, turn by turn) or int8 (fast).")]
 ContextTokens = Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")]
 VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Pictures are shrunk to so many pixels.  [default: 1280 tokens of a picture]")
+]
 AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")]
 
 

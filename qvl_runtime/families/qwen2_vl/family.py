@@ -101,7 +101,7 @@ class Qwen2VL:
         v = config.visual
         return (
             f"{v.depth} layers, width {v.width}, {v.num_heads} heads, pictures of any size, a token for "
-            f"{v.factor} x {v.factor} pixels and {MAX_TOKENS} at most (max_pixels asks for more)"
+            f"{v.factor} x {v.factor} pixels and {MAX_TOKENS} at most (--max-pixels: more)"
         )
 
     def template(self, generation: GenerationConfig) -> Template:

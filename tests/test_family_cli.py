@@ -1,0 +1,93 @@
+"""The command line on files of the newer families."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from families import GOLDEN
+
+import qvl_runtime
+from qvl_convert.convert import convert
+from qvl_runtime.cli.main import main
+from qvl_runtime.errors import QvlError
+
+NAMES = ("q2-tied", "q25-untied", "q3-tied")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """A golden checkpoint of each family, converted."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in NAMES:
+        convert(GOLDEN / "ckpt" / name, folder / f"{name}.qvl", group_size=32)
+    return {name: folder / f"{name}.qvl" for name in NAMES}
+
+
+@pytest.fixture
+def qvl(capfd, monkeypatch):
+    """``qvl(*arguments)`` -> (status, standard output, standard error)."""
+    monkeypatch.chdir(GOLDEN)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        return (caught.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("q2-tied", "Qwen2-VL"), ("q25-untied", "Qwen2.5-VL"), ("q3-tied", "Qwen3-VL")]
+)
+def test_info(name, title, files, qvl):
+    status, text, err = qvl("info", files[name], "--context", 1024)
+    assert (status, err) == (0, "")
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        lines.setdefault(line[2:14].strip(), line)
+    assert f": {title}, " in text.splitlines()[0]
+    assert "pictures of any size" in lines["vision"] and "1280 at most" in lines["vision"]
+    assert lines["decoder"].endswith("window 4096")
+    assert ("output head" in lines) == ("untied" in name)
+    assert "with 1024 tokens" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bench_reads_a_tied_head_too(name, files, qvl):
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 8, "--rounds", 1)
+    status, text, _ = qvl("bench", files[name], *sizes, "--device", "reference")
+    parts = json.loads(qvl("info", files[name], "--json")[1])["parts"]
+    head = parts["head" if "head" in parts else "embedding"]["bytes"]
+    found = json.loads(text.splitlines()[-1])
+    assert status == 0 and found["image"] > 0
+    assert parts["decoder"]["bytes"] + head < found["bytes_per_token"] < parts["decoder"]["bytes"] + head + 20_000
+
+
+def test_max_pixels(files, qvl):
+    def tokens(*options: object) -> int:
+        arguments = ("-i", "images/big.png", "--max-new-tokens", 1, "--json", "--device", "cpu")
+        return json.loads(qvl("generate", files["q2-tied"], "x", *arguments, *options)[1])["prompt_tokens"]
+
+    assert tokens("--max-pixels", 28 * 28 * 4) < 10 < tokens()
+
+
+def test_the_default_window_is_capped(tmp_path, qvl):
+    folder, file = tmp_path / "wide", tmp_path / "wide.qvl"
+    shutil.copytree(GOLDEN / "ckpt/q3-tied", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 262144
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, file, group_size=32)
+    assert "window 32768 (--context: up to 262144)" in qvl("info", file)[1]
+    model = qvl_runtime.load(file, device="cpu")
+    assert model.window == 32768
+    model.generate("Hello", max_new_tokens=2)
+    session = model._sessions.take([], 1)
+    assert session.state.rotary.rope.shape[0] == session.state.store.capacity == 256
+    assert qvl_runtime.load(file, device="cpu", context=100_000).window == 100_000
+    message = r"takes \d+ tokens \(9 of them pictures\) and the window is 5; shorten .*context of up to 262144"
+    with pytest.raises(QvlError, match=message):
+        qvl_runtime.load(file, device="cpu", context=5).generate("Hello", ["images/tiny.png"])
