@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
-from qvl_runtime.engine.constraints import Answer, Form
+from qvl_runtime.engine.constraints import Answer, Constraint, Form, ReasoningFirst
 from qvl_runtime.engine.drafts import PromptLookup
 from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, logprob, stream_generate
 from qvl_runtime.engine.sampling import Sampler
@@ -84,10 +84,18 @@ class Answering:
             whole_number("logprobs", logprobs)
         stops, constraint = stop_strings(stop), None
         if form is not None:
-            grounding = self._grounding.constraint
-            constraint = form.start(Answer(self._tokenizer, self._stop_ids, limit, prompt.opened, grounding))
+            constraint = self._constraint(form, prompt, limit)
         select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
         return self._pieces(prompt, select, stops, limit, speculate)
+
+    def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
+        """Hold an answer to a form; half of the tokens are for it where the model reasons first."""
+        end = prompt.reasoning_end
+        reasoning = 0 if end is None else max(1, limit // 2)
+        grounding = self._grounding.constraint
+        answer = Answer(self._tokenizer, self._stop_ids, limit - reasoning, prompt.opened, grounding)
+        constraint = form.start(answer)
+        return constraint if end is None else ReasoningFirst(constraint, end, self._stop_ids, reasoning)
 
     def _pieces(
         self, prompt: Prompt, select: TokenSelector, stop: list[str], limit: int, speculate: bool
@@ -117,6 +125,7 @@ class Answering:
                 stop_ids=self._stop_ids,
                 stop=stop,
                 timings=timings,
+                reasoning_end=prompt.reasoning_end,
             )
         finally:
             self._sessions.give(session)

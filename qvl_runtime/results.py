@@ -17,9 +17,9 @@ class Result:
     Attributes
     ----------
     text : str
-        As generated, with its tags.
+        As generated, with its tags, without the reasoning.
     token_ids : list of int
-        Without the token that ended it.
+        Of reasoning and text, without the token that ended it.
     finish_reason : str
         "stop" or "length".
     boxes : list of Box
@@ -28,6 +28,8 @@ class Result:
     timings : Timings
     logprobs : list of Logprob
         One for each of `token_ids` where they were asked for, else empty.
+    reasoning : str
+        What the model thought before it answered, stripped; empty for a model that does not.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Result:
     prompt_tokens: int
     timings: Timings
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
+    reasoning: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Stream(Iterator[Piece]):
 
 def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
     """All pieces of an answer as one; `boxes` finds those of its text."""
-    text, last = "".join(piece.text for piece in pieces), pieces[-1]
+    text, last = "".join(piece.text for piece in pieces if not piece.reasoning), pieces[-1]
     assert last.finish_reason is not None and last.timings is not None
     return Result(
         text=text,
@@ -94,4 +97,5 @@ def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
         prompt_tokens=last.timings.prompt_tokens,
         timings=last.timings,
         logprobs=[entry for piece in pieces for entry in piece.logprobs],
+        reasoning="".join(piece.text for piece in pieces if piece.reasoning).strip(),
     )

@@ -18,6 +18,7 @@ from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import size
 from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import format_box
@@ -259,7 +260,10 @@ class Conversation:
         said: list[str] = []
         with self.screen.answering("thinking") as place:
 
-            def show(piece) -> None:
+            def show(piece: Piece) -> None:
+                if piece.reasoning:
+                    place.reason(piece.text)
+                    return
                 said.append(piece.text)
                 place.show(piece.text)
 

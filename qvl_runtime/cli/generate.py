@@ -129,10 +129,13 @@ def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
 
 
 def _show(pieces: Iterator[Piece]) -> None:
-    """Print each piece as it comes: as it is, but for what a terminal would obey."""
+    """Print each piece as it comes, but for what a terminal would obey. Only a terminal is shown reasoning."""
     show = printable if sys.stdout.isatty() else str
     for piece in pieces:
-        print(show(piece.text), end="", flush=True)
+        if not piece.reasoning:
+            print(show(piece.text), end="", flush=True)
+        elif sys.stderr.isatty():
+            print(printable(piece.text), end="", file=sys.stderr, flush=True)
 
 
 def to_json(result: Result) -> dict:

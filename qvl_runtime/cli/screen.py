@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.text import Text
 
 from qvl_runtime.cli.text import one_line, printable
 
@@ -46,14 +47,25 @@ class Answering:
     def __init__(self, console: Console, waiting_for: str):
         self._console, self._is_terminal = console, console.is_terminal
         self._spinner = console.status(waiting_for, spinner="line") if self._is_terminal else None
+        self._reasoned = False
 
     def __enter__(self) -> Answering:
         if self._spinner is not None and not self._console.is_dumb_terminal:
             self._spinner.start()
         return self
 
+    def reason(self, text: str) -> None:
+        """Show reasoning, apart from the answer: dim in a terminal, and not at all in a pipe."""
+        if self._is_terminal:
+            self._stop_spinner()
+            self._reasoned = True
+            self._console.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
+
     def show(self, text: str) -> None:
         """Append to the answer."""
+        if self._reasoned and text:
+            self._console.file.write("\n\n")
+            self._reasoned = False
         if self._spinner is not None:
             text = text.lstrip()
             if not text:

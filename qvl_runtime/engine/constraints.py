@@ -117,6 +117,41 @@ class _LengthConstraint:
         self._left -= 1
 
 
+class ReasoningFirst:
+    """Lets an answer begin with reasoning, and holds what follows it to another constraint.
+
+    Parameters
+    ----------
+    constraint : Constraint
+    end : int
+        The token that ends the reasoning.
+    stop_ids : frozenset of int
+        Tokens that end an answer: none of them may come while the model reasons.
+    limit : int
+        Tokens of reasoning, with `end`, at most.
+    """
+
+    def __init__(self, constraint: Constraint, end: int, stop_ids: frozenset[int], limit: int):
+        self._constraint, self._end, self._stop_ids, self._left = constraint, end, stop_ids, limit
+        self._reasoning = True
+
+    def allowed(self) -> np.ndarray:
+        tokens = self._constraint.allowed()
+        if not self._reasoning:
+            return tokens
+        tokens = np.full(tokens.shape, self._left > 1)
+        tokens[list(self._stop_ids)] = False
+        tokens[self._end] = True
+        return tokens
+
+    def advance(self, token: int) -> None:
+        if not self._reasoning:
+            self._constraint.advance(token)
+            return
+        self._left -= 1
+        self._reasoning = token != self._end
+
+
 class _GrammarConstraint:
     """A grammar, matched by llguidance."""
 

@@ -86,7 +86,7 @@ class Piece:
     """What a stream yields: some text and the tokens behind it.
 
     The last piece also says why the answer ended ("stop" or "length") and how long it took. `logprobs` has an
-    entry a token where they were asked for.
+    entry a token where they were asked for. `reasoning` marks what the model thinks before it answers.
     """
 
     text: str
@@ -94,6 +94,7 @@ class Piece:
     finish_reason: str | None = None
     timings: Timings | None = None
     logprobs: tuple[Logprob, ...] = ()
+    reasoning: bool = False
 
 
 CHECK_EVERY = 16
@@ -193,18 +194,37 @@ def stream_generate(
     stop_ids: frozenset[int],
     stop: Sequence[str],
     timings: Timings,
+    reasoning_end: int | None = None,
 ) -> Iterator[Piece]:
-    """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`."""
+    """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`.
+
+    With `reasoning_end` the answer begins with reasoning, up to that token. Stop strings are looked for behind it, and
+    the line ends that follow it are left out.
+    """
     decoder, watch = StreamDecoder(tokenizer), StopStrings(stop)
     started = time.perf_counter()
     reason, pending = "length", []
+    reasoning = leading = reasoning_end is not None
     for choice in choices:
         if choice.token in stop_ids:
             reason = "stop"
             break
         timings.new_tokens += 1
         pending.append(choice)
-        text = watch.push(decoder.push(choice.token))
+        if reasoning:
+            ended = choice.token == reasoning_end
+            text = decoder.finish() if ended else decoder.push(choice.token)
+            if text or ended:
+                yield _piece(text, pending, reasoning=True)
+                pending = []
+            if ended:
+                reasoning, decoder = False, StreamDecoder(tokenizer)
+            continue
+        text = decoder.push(choice.token)
+        if leading:
+            text = text.lstrip("\n")
+            leading = not text
+        text = watch.push(text)
         if watch.found:
             reason = "stop"
             yield _piece(text, pending)
@@ -215,12 +235,12 @@ def stream_generate(
             pending = []
     timings.decode = time.perf_counter() - started
     rest = "" if watch.found else watch.push(decoder.finish()) + watch.flush()
-    yield dataclasses.replace(_piece(rest, pending), finish_reason=reason, timings=timings)
+    yield dataclasses.replace(_piece(rest, pending, reasoning), finish_reason=reason, timings=timings)
 
 
-def _piece(text: str, choices: Sequence[Choice]) -> Piece:
+def _piece(text: str, choices: Sequence[Choice], reasoning: bool = False) -> Piece:
     logprobs = tuple(choice.logprob for choice in choices if choice.logprob is not None)
-    return Piece(text, tuple(choice.token for choice in choices), logprobs=logprobs)
+    return Piece(text, tuple(choice.token for choice in choices), logprobs=logprobs, reasoning=reasoning)
 
 
 class StopStrings:

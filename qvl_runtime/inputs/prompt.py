@@ -41,11 +41,14 @@ class Prompt:
         In order.
     opened : str
         A box that the prompt leaves for its answer to complete.
+    reasoning_end : int or None
+        The token that ends the reasoning with which the answer begins; None where it begins without.
     """
 
     ids: list[int]
     slots: list[Slot]
     opened: str = ""
+    reasoning_end: int | None = None
 
     @property
     def keys(self) -> list[Key]:

@@ -33,6 +33,9 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 NO_LIMIT = 1 << 24
 """Tokens of a history: more than any window, for these models have no limit of their own."""
 
+REASONING_TOKENS = 8192
+"""Tokens of an answer with its reasoning at most, unless more are asked for or the file says so."""
+
 
 class Qwen2VL:
     """`qvl_runtime.families.base.Family`."""
@@ -160,8 +163,10 @@ class Qwen2VL:
         """What a published checkpoint says about prompts and sampling."""
         path = folder / "generation_config.json"
         data = read_json(path) if os.path.lexists(path) else {}
-        own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": _thinks(folder)}
-        return GenerationConfig.from_dict({**data, **own}, str(path))
+        thinking = _thinks(folder)
+        own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": thinking}
+        default = {"max_new_tokens": REASONING_TOKENS} if thinking else {}
+        return GenerationConfig.from_dict({**default, **data, **own}, str(path))
 
 
 def _thinks(folder: Path) -> bool:

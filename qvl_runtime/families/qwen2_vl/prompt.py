@@ -248,7 +248,14 @@ class Prompts:
             elif piece:
                 ids.append(self.tokenizer.special[piece])
         self._check_slots(ids, slots)
-        return Prompt(ids, slots, opened)
+        return Prompt(ids, slots, opened, self._reasoning_end(ids))
+
+    def _reasoning_end(self, ids: Sequence[int]) -> int | None:
+        """The token that ends the reasoning which a prompt opens: its last special form is <think>."""
+        special = self.tokenizer.special
+        forms = frozenset(special.values())
+        last = next((token for token in reversed(ids) if token in forms), None)
+        return special.get("</think>") if last is not None and last == special.get("<think>") else None
 
     def _check_slots(self, ids: Sequence[int], slots: Sequence[Slot]) -> None:
         """Refuse a placeholder that stands for no picture: the decoder would read its embedding."""
@@ -281,7 +288,7 @@ class Prompts:
                     f"(for {slot.picture.grid[0]} x {slot.picture.grid[1]} tokens), vision_end"
                 )
         self._check_slots(ids, slots)
-        return Prompt(ids, slots)
+        return Prompt(ids, slots, reasoning_end=self._reasoning_end(ids))
 
 
 def _only_text(part: Mapping[str, Any], role: str) -> str:
