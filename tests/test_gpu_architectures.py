@@ -1,6 +1,6 @@
-"""A sample of tests/test_gpu_kernels.py on the PTX of the architectures it does not run whole.
+"""A sample of the tests of the GPU kernels on the PTX of the architectures they do not run whole on.
 
-``QVL_TEST_ARCHITECTURE=90 pytest tests/test_gpu_kernels.py tests/test_gpu_model.py`` runs everything on one.
+``QVL_TEST_ARCHITECTURE=90 pytest tests/test_gpu_{kernels,products,attention,model}.py`` runs everything on one.
 """
 
 from __future__ import annotations
@@ -10,30 +10,34 @@ import pytest
 
 pytest.importorskip("triton")
 
-import test_gpu_kernels as table
+import gpu_kernels
+import test_gpu_attention as attention
+import test_gpu_kernels as rows
+import test_gpu_products as products
 from fakes.compiled import ARCHITECTURE, CompiledImages
 from fakes.ptx_gpu import SHARED_LIMITS, PtxDriver
 
 from qvl_kernels.gpu.signatures import ARCHITECTURES
 
 SAMPLE = {
-    "few rows": lambda rng: table.test_linear("int4", "split", rng),
-    "many rows": lambda rng: table.test_linear("int4", "large tile, split", rng),
-    "bytes": lambda rng: table.test_linear("int8", "asymmetric, bias", rng),
-    "halves": lambda rng: table.test_linear("fp16", "gelu, residual", rng),
-    "gate and up": lambda rng: table.test_gate_up(5, 65, 640, "small", 3, np.float32, False, rng),
-    "rope": lambda rng: table.test_rope_append(True, 5, 9, 64, 0, rng),
-    "decode": lambda rng: table.test_decode_attention(True, 2, 128, 63, rng),
-    "prompt": lambda rng: table.test_cached_attention(False, 3, 2, 128, 70, rng),
-    "picture": lambda rng: table.test_vision_attention("104", 104, 75, rng),
-    "greedy": lambda rng: table.test_argmax(65, rng),
+    "few rows": lambda rng: products.test_linear("int4", "split", rng),
+    "many rows": lambda rng: products.test_linear("int4", "large tile, split", rng),
+    "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
+    "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
+    "gate and up": lambda rng: products.test_gate_up(5, 65, 640, "small", 3, np.float32, False, rng),
+    "rope": lambda rng: attention.test_rope_append(True, "norms", rng),
+    "decode": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 9, rng),
+    "one token": lambda rng: attention.test_decode_attention(False, 1, 7, 1, 128, 40, rng),
+    "prompt": lambda rng: attention.test_cached_attention(False, 3, 2, 2, 128, 70, rng),
+    "picture": lambda rng: attention.test_vision_attention("104", 104, 75, rng),
+    "windows": lambda rng: attention.test_vision_attention_within_segments("any", 20, [0, 16, 17, 33], rng),
+    "greedy": lambda rng: rows.test_argmax(65, rng),
 }
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != ARCHITECTURE])
 @pytest.mark.parametrize("case", SAMPLE)
 def test_the_other_architectures(architecture, case, rng, monkeypatch):
-    monkeypatch.setattr(table, "ARCHITECTURE", architecture)
-    monkeypatch.setattr(table, "images", CompiledImages(architecture))
+    monkeypatch.setattr(gpu_kernels, "images", CompiledImages(architecture))
     monkeypatch.setattr(PtxDriver, "shared_limit", SHARED_LIMITS[architecture])
     SAMPLE[case](rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+import families
 from fakes.compiled import CompiledImages
 from fakes.ptx_gpu import PtxDriver
 
 import qvl_runtime as qvl
+from qvl_convert.convert import convert
 from qvl_kernels import gpu
 from qvl_kernels.gpu.ops import CudaOps
 
@@ -68,6 +71,40 @@ def test_image_features_are_within_the_noise_of_fp16(load, blob):
     features = load(blob("tiny-vl-bin", bits=16)).encode_image(GOLDEN / "images" / "rgb_odd.png")
     error = np.abs(features[vision["qrows"]] - vision["final"][0]).max()
     assert 0 < error < 1.5 * _noise("vis/index.json", "tiny-vl-bin_base.npz")
+
+
+# the newer families --------------------------------------------------------------------------------------------------
+
+FAMILIES = ("q2-untied", "q25-tied", "q3-untied")
+
+
+@pytest.fixture(scope="module")
+def family_blob(tmp_path_factory):
+    """``family_blob(name, **options)``: a golden checkpoint of a newer family, converted."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def make(name: str, **options) -> Path:
+        path = folder / f"{name}.qvl"
+        convert(families.GOLDEN / "ckpt" / name, path, **options)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_newer_family_answers_as_the_published_code(load, family_blob, name, monkeypatch):
+    """A picture, the prompt, and steps on captured graphs, in fp16 where the golden data is float32."""
+    monkeypatch.chdir(families.GOLDEN)
+    model = load(family_blob(name, bits=16))
+    case = min((c for c in families.read("lm/index.json") if c["ckpt"] == name and c["images"]),
+               key=lambda c: len(np.load(families.GOLDEN / c["file"])["ids"]))  # fmt: skip
+    expected = np.load(families.GOLDEN / case["file"])
+    logits = model.logits(expected["ids"], case["images"])[expected["pos"]]
+    error = np.abs(logits - expected["logits"]).max()
+    assert 0 < error < 1.5 * case["logits_drift"]["fp16"]
+    wanted = expected["gen_ids"][:3].tolist()
+    assert model.generate(expected["ids"], case["images"], max_new_tokens=3).token_ids == wanted
 
 
 def test_the_kernels_of_a_model_took_part(driver):

@@ -109,30 +109,60 @@ def test_the_counters_of_split_products_begin_at_zero(ops, driver):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows):
-    heads, d, layer = 3, 16, 1
-    cache = ops.kv_cache(2, heads, d, 100, dtype)
+@pytest.mark.parametrize(("rows", "heads"), [(1, 3), (5, 12), (20, 3)])
+def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
+    kv_heads, d, layer = 3, 16, 1
+    cache = ops.kv_cache(2, kv_heads, d, 100, dtype)
     qkv, out, start = (
-        ops.empty((rows, 3 * heads * d), np.float16),
+        ops.empty((rows, (heads + 2 * kv_heads) * d), np.float16),
         ops.empty((rows, heads * d), np.float16),
         ops.empty((1,), np.int32),
     )
-    rope, logn = ops.empty((200, d)), ops.empty((200,))
-    ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=layer, start=start)
+    norm = Norm(ops.empty((d,)), None, 1e-6)
+    ops.rope_append(
+        qkv, rope=ops.empty((200, d)), logn=None, cache=cache, layer=layer, start=start, q_norm=norm, k_norm=norm
+    )
     ops.cached_attention(qkv, cache, layer, start, out=out)
     append, attend = driver.launches
-    assert append.name == f"rope_append.{dtype}" and append.grid == (rows, 1, 1)
-    assert attend.name == f"{'decode' if rows == 1 else 'cached'}_attention.{dtype}.any"
+    assert append.name == f"rope_append.{dtype}" and append.grid == (rows, -(-(heads + kv_heads) // 8), 1)
+    assert append.args["flags"] == signatures.Q_NORM | signatures.K_NORM and append.args["logn"] == 0
+    few = rows <= signatures.DECODE_ROWS
+    assert attend.name == f"{'decode' if few else 'cached'}_attention.{dtype}.any"
+    assert attend.grid == ((kv_heads * -(-rows * heads // kv_heads // 16), 16, 1) if few else (1, heads, 1))
     half = cache.values.nbytes // 4
     for launch in (append, attend):
         keys, values = launch.args["k"], launch.args["v"]
         assert (keys - cache.values.address, values - keys) == (2 * half, half)
         if dtype == "int8":
             scales = [launch.args[name] - cache.scales.address for name in ("k_scale", "v_scale")]
-            assert scales == [2 * heads * 128 * 2, 3 * heads * 128 * 2]
-        assert {"heads": heads, "capacity": 128, "d": d, "start": start.address}.items() <= launch.args.items()
+            assert scales == [2 * kv_heads * 128 * 2, 3 * kv_heads * 128 * 2]
+        expected = {"heads": heads, "kv_heads": kv_heads, "capacity": 128, "d": d, "start": start.address}
+        assert expected.items() <= launch.args.items()
     assert attend.args["scale"] == 0.25
+
+
+def test_segments_are_uploaded_once_and_outlive_what_was_captured(ops, driver):
+    qkv, out = ops.empty((7, 3 * 16), np.float16), ops.empty((7, 16), np.float16)
+    before = ops.memory.in_use
+    replay = ops.capture(lambda: [ops.vision_attention(qkv, 1, out=out, segments=[0, 3, 3, 7]) for _ in range(3)])
+    replay()
+    bounds = {launch.args["bounds"] for launch in driver.launches}
+    assert len(driver.launches) == 3 and len(bounds) == 1
+    values = np.frombuffer((ctypes.c_int32 * 14).from_address(bounds.pop()), np.int32)
+    assert values.tolist() == [0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 7, 7, 7, 7]
+    assert ops.memory.in_use == before + 256
+    for i in range(30):  # of other pictures
+        ops.vision_attention(qkv, 1, out=out, segments=[0, *[0] * i, 7])
+    assert ops.memory.in_use == before + (8 + 1) * 256
+    with pytest.raises(ValueError, match="segments"):
+        ops.vision_attention(qkv, 1, out=out, segments=[0, 8])
+
+
+def test_arrays_in_another_shape_share_memory(ops):
+    array = ops.upload(np.arange(24, dtype=np.float32).reshape(4, 6))
+    np.testing.assert_array_equal(ops.download(array.reshape((2, 12))[1:]), [np.arange(12, 24)])
+    with pytest.raises(ValueError, match=r"\[5, 5\]"):
+        array.reshape((5, 5))
 
 
 def test_zero_points_are_used_where_there_are_any(ops, driver):

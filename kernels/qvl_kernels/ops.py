@@ -205,7 +205,7 @@ class Ops(Protocol):
         Parameters
         ----------
         qkv : Array
-            ``[P, heads * 3 * d]``, each head's q, k, v side by side.
+            ``[P, heads * 3 * d]``, each head's q, k, v side by side. With `rope`, q and k are unspecified afterwards.
         out : Array
             ``[P, heads * d]``.
         rope : Array, optional

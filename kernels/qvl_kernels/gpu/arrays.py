@@ -46,5 +46,11 @@ class DeviceArray:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return DeviceArray(self.address + start * row, (max(stop - start, 0), *self.shape[1:]), self.dtype, self.owner)
 
+    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """The same values in another shape, in the same memory."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"{self} cannot have the shape {list(shape)}")
+        return DeviceArray(self.address, shape, self.dtype, self.owner)
+
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {list(self.shape)} at {self.address:#x})"

@@ -157,6 +157,14 @@ class Memory:
         array.address = array.owner.address
         return array
 
+    def constant(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
+        """An uninitialised array that a step being captured takes for one made before it."""
+        recording, self.scratch.recording = self.scratch.recording, False
+        try:
+            return self.array(shape, dtype)
+        finally:
+            self.scratch.recording = recording
+
     def take(self, nbytes: int) -> int:
         """The address of a block."""
         if self._pool[nbytes]:

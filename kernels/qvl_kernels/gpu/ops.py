@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,10 +13,10 @@ from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
-from qvl_kernels.gpu.launcher import ALIGNMENT, Images, Launcher
+from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
-from qvl_kernels.ops import DeviceError, Norm, query_heads
+from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -24,6 +25,11 @@ _COUNTERS = 1 << 16
 """Tiles of one product that may be split along k."""
 
 _MAX_SPLIT, _WAVES = 16, 2
+
+_ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_GELU}
+
+_CONSTANTS = 8
+"""Arrays made of a call's numbers that are kept for the next call."""
 
 
 class CudaOps:
@@ -40,7 +46,7 @@ class CudaOps:
 
     Raises
     ------
-    DeviceError
+    qvl_kernels.ops.DeviceError
         There is no usable GPU, or no kernels for it.
     """
 
@@ -67,6 +73,7 @@ class CudaOps:
         self.uploader = Uploader(self.driver, progress)
         self._counters = self.empty((_COUNTERS,), np.int32)
         self.driver.fill(self._counters.address, 0, self._counters.nbytes)
+        self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
     # memory
 
@@ -97,7 +104,7 @@ class CudaOps:
         if source.dtype == target.dtype:
             self.queue(self.driver.move, target.address, source.address, source.nbytes, keep=(source, target))
         else:
-            self._gather(source, None, target, source.size, source.size, 1)
+            self._gather(source, None, None, target, source.size, source.size, 1)
 
     def weight(self, matrix: Matrix) -> DeviceMatrix:
         return to_device(self, matrix)
@@ -118,10 +125,9 @@ class CudaOps:
         _expect(out, (x.shape[0], w.n))
         if residual is not None:
             _expect(residual, out.shape, _FLOAT)
-        if activation not in (None, "gelu"):
-            raise DeviceError(f"the GPU kernels have no {activation} yet: use the CPU")
         h = self._prepare(x, w, norm)
-        flags = _flags((w.bias, s.BIAS), (activation, s.GELU), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
+        flags = _flags((w.bias, s.BIAS), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
+        flags |= 0 if activation is None else _ACTIVATIONS[activation]
         name, grid, partials = self._tiles("linear", w, x.shape[0])
         operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
         self.launch(name, grid, *operands, x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
@@ -150,7 +156,7 @@ class CudaOps:
             return x
         h = self.empty((x.shape[0], w.padded), np.float16)
         if norm is None:
-            self._gather(x, w.perm, h, w.k, w.padded, x.shape[0])
+            self._gather(x, None, w.perm, h, w.k, w.padded, x.shape[0])
         else:
             self._norm(x, norm, w.perm, h, w.padded)
         return h
@@ -189,9 +195,15 @@ class CudaOps:
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
         self.launch(f"norm.{variant}", (x.shape[0],), *arguments)
 
-    def _gather(self, x: DeviceArray, perm, out: DeviceArray, k: int, padded: int, rows: int) -> None:
-        flags = _flags((perm, s.PERMUTED), (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF))
-        self.launch("gather.any", (_elements(padded), rows), x, perm, out, k, padded, flags)
+    def gather(self, x, index, *, out):
+        _expect(index, index.shape[:1], np.dtype(np.int32))
+        _expect(out, (index.shape[0], *x.shape[1:]), x.dtype)
+        self._gather(x, index, None, out, x.shape[1], x.shape[1], index.shape[0])
+
+    def _gather(self, x: DeviceArray, index, perm, out: DeviceArray, k: int, padded: int, rows: int) -> None:
+        halves = (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF)
+        flags = _flags((index, s.ROWS), (perm, s.PERMUTED), *halves)
+        self.launch("gather.any", (_elements(padded), rows), x, index, perm, out, k, padded, flags)
 
     def add(self, x, y, *, out):
         _same_shape(x, y)
@@ -202,56 +214,70 @@ class CudaOps:
     # attention
 
     def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
-        if rope is not None or segments is not None:
-            raise DeviceError("the GPU kernels have no rotation and segments of patches yet: use the CPU")
         rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
-        if 2 * d % ALIGNMENT:
-            self._attention(self._parts(qkv, heads, d), rows, rows, heads, 1, d, out)
-        else:
-            self._attention((qkv, (qkv, 2 * d), (qkv, 4 * d)), rows, rows, heads, 3, d, out)
+        _expect(qkv, (rows, 3 * heads * d), _HALF)
+        if rope is not None:
+            _expect(rope, (rows, d), _FLOAT)
+            if d % 2:
+                raise ValueError(f"a rotation of heads of {d}, which is odd")
+            self.launch("rotate.any", (rows, -(-2 * heads // s.ROPE_HEADS)), qkv, rope, heads, d)
+        bounds = None if segments is None else self._row_bounds(segments, rows)
+        self._attention((qkv, qkv, qkv), bounds, rows, rows, heads, 3, d, out)
 
-    def _parts(self, qkv: DeviceArray, heads: int, d: int) -> list[DeviceArray]:
-        """q, k and v of all heads as arrays of their own, where the kernels could not begin in the middle of a head."""
-        columns = np.arange(3 * heads * d, dtype=np.int32).reshape(heads, 3, d)
-        parts = []
-        for i in range(3):
-            part = self.empty((qkv.shape[0], heads * d), np.float16)
-            self._gather(qkv, self.upload(columns[:, i].ravel()), part, qkv.shape[1], heads * d, qkv.shape[0])
-            parts.append(part)
-        return parts
+    def _row_bounds(self, segments: Sequence[int], rows: int) -> DeviceArray:
+        """int32 ``[2, rows]``: the first row of each row's segment, and the end of it.
+
+        Blocks of one picture ask for the same ones: they are uploaded once, outside of what a captured step repeats.
+        """
+        key = tuple(map(int, segments))
+        found = self._bounds.pop(key, None)
+        if found is None:
+            check_segments(key, rows)
+            ends = np.asarray(key, np.int32)
+            found = self.memory.constant((2, rows), np.int32)
+            self.uploader(np.repeat(np.stack([ends[:-1], ends[1:]]), np.diff(ends), axis=1), found)
+        self._bounds[key] = found
+        if len(self._bounds) > _CONSTANTS:
+            self._bounds.popitem(last=False)
+        return found
 
     def cross_attention(self, q, k, v, heads, *, out):
-        self._attention((q, k, v), q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
+        self._attention((q, k, v), None, q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
 
-    def _attention(self, qkv: tuple, q_rows: int, k_rows: int, heads: int, parts: int, d: int, out) -> None:
+    def _attention(self, qkv: tuple, bounds, q_rows: int, k_rows: int, heads: int, parts: int, d: int, out) -> None:
         _expect(out, (q_rows, heads * d), _HALF)
-        variant = str(d) if str(d) in s.KERNELS["attention"].variants else "any"
-        name = f"attention.{variant}"
+        if d > 128:
+            raise ValueError(f"heads of {d}: the GPU kernels take at most 128")
+        segments = "" if bounds is None else ".segments"
+        name = f"{d}{segments}"
+        if name not in s.KERNELS["attention"].variants:
+            name = f"any{segments}"
+        name = f"attention.{name}"
         grid = (-(-q_rows // self.launch.constants(name)["BM"]), heads)
-        self.launch(name, grid, *qkv, out, q_rows, k_rows, heads, parts, d, 1 / math.sqrt(d))
+        self.launch(name, grid, *qkv, bounds, out, q_rows, k_rows, heads, parts, d, 1 / math.sqrt(d))
 
     def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
-        heads = _same_heads(qkv, cache)
-        if logn is None or q_norm is not None or k_norm is not None:
-            raise DeviceError("the GPU kernels have no norms of queries and keys yet: use the CPU")
-        grid = (qkv.shape[0], -(-heads // s.ROPE_HEADS))
-        sizes = (heads, cache.stride, cache.head_dim)
-        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *cache.layer(layer), start, *sizes)
+        heads = query_heads(qkv.shape[1], cache)
+        grid = (qkv.shape[0], -(-(heads + cache.kv_heads) // s.ROPE_HEADS))
+        weights, epsilons = zip(*(_head_norm(norm, cache.head_dim) for norm in (q_norm, k_norm)))
+        flags = _flags((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM))
+        sizes = (heads, cache.kv_heads, cache.stride, cache.head_dim, *epsilons, flags)
+        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *cache.layer(layer), start, *sizes)
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
-        t, d, heads = qkv.shape[0], cache.head_dim, _same_heads(qkv, cache)
+        t, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
         _expect(out, (t, heads * d), _HALF)
         arguments = (qkv, *cache.layer(layer), start, out)
-        sizes = (heads, cache.stride, d, 1 / math.sqrt(d))
-        variant = f"{cache.dtype}.{'128' if d == 128 else 'any'}"
-        if t == 1:
-            name, grid = f"decode_attention.{variant}", (heads, s.DECODE_SPLITS)
-            partials = self.empty((heads, s.DECODE_SPLITS, 128 + 1))
+        sizes = (t, heads, kv_heads, cache.stride, d, 1 / math.sqrt(d))
+        family = "decode_attention" if t <= s.DECODE_ROWS else "cached_attention"
+        name = f"{family}.{cache.dtype}.{'128' if d == 128 else 'any'}"
+        rows = self.launch.constants(name)["BM"]
+        if t <= s.DECODE_ROWS:
+            partials = self.empty((t * heads, s.DECODE_SPLITS, 128 + 1))
+            grid = (kv_heads * -(-t * (heads // kv_heads) // rows), s.DECODE_SPLITS)
             self.launch(name, grid, *arguments, partials, self._counters, *sizes)
         else:
-            name = f"cached_attention.{variant}"
-            grid = (-(-t // self.launch.constants(name)["BM"]), heads)
-            self.launch(name, grid, *arguments, t, *sizes)
+            self.launch(name, (-(-t // rows), heads), *arguments, *sizes)
 
     # choosing
 
@@ -277,12 +303,14 @@ def _alike(a: DeviceMatrix, b: DeviceMatrix) -> bool:
     return (a.n, a.k, a.kind, a.group_shift, a.order) == (b.n, b.k, b.kind, b.group_shift, b.order)
 
 
-def _same_heads(qkv: DeviceArray, cache: CudaCache) -> int:
-    """Heads of queries, which must be as many as of keys."""
-    heads = query_heads(qkv.shape[1], cache)
-    if heads != cache.kv_heads:
-        raise DeviceError(f"the GPU kernels do not share {cache.kv_heads} heads of keys yet: use the CPU")
-    return heads
+def _head_norm(norm: Norm | None, d: int) -> tuple[DeviceArray | None, float]:
+    """Weight and eps of the RMSNorm of each head."""
+    if norm is None:
+        return None, 0.0
+    if norm.bias is not None:
+        raise ValueError("a norm of queries or keys has no bias")
+    _expect(norm.weight, (d,), _FLOAT)
+    return norm.weight, norm.eps
 
 
 def _elements(size: int) -> int:

@@ -23,8 +23,8 @@ for fp16. ``group_shift = log2(group_size / 32)``.
 
 The key/value cache of a layer
 ------------------------------
-`k`, `v`: fp16 or int8 ``[heads, capacity, d]``; int8 has `k_scale`, `v_scale` fp16 ``[heads, capacity]``. d is even and
-at most 128.
+`k`, `v`: fp16 or int8 ``[kv_heads, capacity, d]``; int8 has `k_scale`, `v_scale` fp16 ``[kv_heads, capacity]``. d is
+even and at most 128. `heads`, of queries, is a multiple of `kv_heads`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ ROW_PADDING = 128
 """Rows of a weight on the device are padded to a multiple of this."""
 
 # flags of `linear`, `gate_up`
-BIAS, GELU, RESIDUAL, OUT_HALF = 1, 2, 4, 8
+BIAS, GELU, RESIDUAL, OUT_HALF, GELU_TANH, QUICK_GELU = 1, 2, 4, 8, 16, 32
 BIAS_UP = 2
 # flags of `norm`, `gather`, `add`, `swiglu`, `embed`, `pack_scales` (OUT_HALF as above)
-LAYER_NORM, PERMUTED, X_HALF, Y_HALF = 1, 2, 4, 16
+LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
 HAS_ZEROS = 1
+# flags of `rope_append`
+LOGN, Q_NORM, K_NORM = 1, 2, 4
 
 DECODE_SPLITS = 16
-"""Programs that share the positions of one head in `decode_attention`."""
+"""Programs that share the positions of one tile in `decode_attention`."""
+
+DECODE_ROWS = 16
+"""Up to so many tokens `decode_attention` takes, and more than these `cached_attention`."""
 
 ARGMAX_PARTS = 64
 """Programs that share one row in `argmax`."""
@@ -103,13 +108,30 @@ _CACHE_VARIANTS: dict[str, dict[str, int | bool]] = {
     for dtype in ("fp16", "int8")
     for size in ("128", "any")
 }
+
+_HEADS = {
+    "64": (64, 64),
+    "72": (72, 64, 16),
+    "80": (80, 64, 16),
+    "104": (104, 64, 32, 16),
+    "128": (128, 128),
+    "any": (0, 128),
+}
+"""The width of a head, and the pieces it is computed in."""
+
+
+def _head(d: int, w0: int, w1: int = 0, w2: int = 0, *, segments: bool) -> dict[str, int | bool]:
+    return {"D": d, "W0": w0, "W1": w1, "W2": w2, "SEGMENTS": segments}
+
+
 _CACHE = "k:*cache v:*cache k_scale:*fp16 v_scale:*fp16 start:*i32"
 
 KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
-    # out [m, n] = gelu?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k the
-    # partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to arrive:
-    # the same bits every time. `counters`: one a tile. flags: BIAS, GELU, RESIDUAL, OUT_HALF (out is fp16).
+    # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k
+    # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
+    # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and QUICK_GELU,
+    # RESIDUAL, OUT_HALF (out is fp16).
     "linear": Kernel(
         "matmul.linear",
         _arguments(
@@ -149,11 +171,11 @@ KERNELS: dict[str, Kernel] = {
         {"1024": {"BLOCK": 1024}, "4096": {"BLOCK": 4096}, "8192": {"BLOCK": 8192}},
         "(m,)",
     ),
-    # The same without a norm: cast, pad and permute. A plain copy of any shape is one row of k = padded = its size.
-    # flags: PERMUTED, X_HALF (x is fp16), OUT_HALF.
+    # The same without a norm: cast, pad and permute, of the rows index (int32 [m]) names. A plain copy of any shape is
+    # one row of k = padded = its size. flags: ROWS (index is read), PERMUTED, X_HALF (x is fp16), OUT_HALF.
     "gather": Kernel(
         "elementwise.gather",
-        _arguments("x:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 flags:i32"),
+        _arguments("x:*fp32 index:*i32 perm:*i32 out:*fp32 k:i32 padded:i32 flags:i32"),
         {"any": {}},
         "(ceil(padded / ELEMENTS), m)",
     ),
@@ -172,36 +194,53 @@ KERNELS: dict[str, Kernel] = {
         "(ceil(size / ELEMENTS),)",
     ),
     # attention; qkv, q, out are fp16, scale is 1/sqrt(d) ----------------------------------------------------------
-    # Rotates q in place and appends k and v at start[0] + t. `int8` quantises the cache: k and v point at int8.
+    # Rotates q in place and appends k and v at start[0] + t. `int8` quantises the cache: k and v point at int8. flags:
+    # LOGN (the rotated q times logn), Q_NORM, K_NORM (RMSNorm of each head before, weights float32 [d]).
     "rope_append": Kernel(
         "rope.rope_append",
-        _arguments(f"qkv:*fp16 rope:*fp32 logn:*fp32 {_CACHE} heads:i32 capacity:i32 d:i32"),
+        _arguments(
+            f"qkv:*fp16 rope:*fp32 logn:*fp32 q_norm:*fp32 k_norm:*fp32 {_CACHE} heads:i32 kv_heads:i32 capacity:i32 "
+            "d:i32 q_eps:fp32 k_eps:fp32 flags:i32"
+        ),
         {"fp16": {"INT8": False}, "int8": {"INT8": True}},
-        "(t, ceil(heads / ROPE_HEADS))",
+        "(t, ceil((heads + kv_heads) / ROPE_HEADS))",
+    ),
+    # Rotates q and k of patches in place; qkv [rows, heads * 3 * d], rope float32 [rows, d].
+    "rotate": Kernel(
+        "rope.rotate",
+        _arguments("qkv:*fp16 rope:*fp32 heads:i32 d:i32"),
+        {"any": {}},
+        "(rows, ceil(2 * heads / ROPE_HEADS))",
     ),
     # Causal, over positions 0 .. start[0] + row. `128` needs d == 128, `any` takes every d.
     "cached_attention": Kernel(
         "attention.cached_attention",
-        _arguments(f"qkv:*fp16 {_CACHE} out:*fp16 t:i32 heads:i32 capacity:i32 d:i32 scale:fp32"),
+        _arguments(f"qkv:*fp16 {_CACHE} out:*fp16 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32"),
         _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for t = 1. partials: float32 [heads, DECODE_SPLITS, 128 + 1]; counters: one a head.
+    # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once.
+    # partials: float32 [t * heads, DECODE_SPLITS, 128 + 1]; counters: one a tile.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
-            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 heads:i32 capacity:i32 d:i32 scale:fp32"
+            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 t:i32 heads:i32 kv_heads:i32 capacity:i32 "
+            "d:i32 scale:fp32"
         ),
         _CACHE_VARIANTS,
-        "(heads, DECODE_SPLITS)",
+        "(kv_heads * ceil(t * heads / kv_heads / BM), DECODE_SPLITS)",
     ),
-    # Full attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart: parts
-    # is 3 for the vision tower (k = q + d, v = q + 2 d, in elements), 1 for separate arrays. out [q_rows, heads * d].
-    # `104` and `128` need that d, `any` takes every d up to 128.
+    # Attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart. parts is 3
+    # for patches, whose q, k, v are all the one array that holds them side by side; 1 for separate arrays. out
+    # [q_rows, heads * d]. Variants named by a number need that d, `any` takes every d up to 128. With `.segments` a row
+    # sees only the rows from bounds[0] up to bounds[1], int32 [2, q_rows]; without, bounds is not read.
     "attention": Kernel(
         "attention.attention",
-        _arguments("q:*fp16 k:*fp16 v:*fp16 out:*fp16 q_rows:i32 k_rows:i32 heads:i32 parts:i32 d:i32 scale:fp32"),
-        {"104": {"D": 104}, "128": {"D": 128}, "any": {"D": 0}},
+        _arguments(
+            "q:*fp16 k:*fp16 v:*fp16 bounds:*i32 out:*fp16 q_rows:i32 k_rows:i32 heads:i32 parts:i32 d:i32 scale:fp32"
+        ),
+        {name: _head(*widths, segments=False) for name, widths in _HEADS.items()}
+        | {f"{name}.segments": _head(*_HEADS[name], segments=True) for name in ("80", "any")},
         "(ceil(q_rows / BM), heads)",
     ),
     # choosing ---------------------------------------------------------------------------------------------------

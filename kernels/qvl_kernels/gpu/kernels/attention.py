@@ -1,32 +1,14 @@
 """Flash attention (Dao 2023): scores of a tile of queries never leave the chip.
 
 Softmax runs in base 2, so `scale` is multiplied by log2(e) once. `cached_attention` is causal and reads keys and values
-from the cache alone; `attention` sees everything and reads them where the products left them.
+from the cache alone; `attention` sees everything, or each row its own segment, and reads them where the products left
+them.
 """
 
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, to_half
-
-
-@triton.jit
-def _weigh(scores, largest, total):
-    """One step of the running softmax: weights of these keys, and what the sums so far must be scaled by."""
-    new = tl.maximum(largest, tl.max(scores, 1))
-    weights = tl.exp2(scores - new[:, None])
-    shrink = tl.exp2(largest - new)
-    return weights, shrink, new, total * shrink + tl.sum(weights, 1)
-
-
-@triton.jit
-def _half(tile, INT8: tl.constexpr):
-    """fp16 of fp16 or int8: bytes go into the mantissa of 1024, which is cheaper than converting them."""
-    if INT8:
-        bits = (tile.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int16) | 0x6400
-        return bits.to(tl.float16, bitcast=True) - 1152.0
-    else:
-        return tile
+from qvl_kernels.gpu.kernels.common import LOG2_E, as_half, to_half, weigh
 
 
 @triton.jit
@@ -41,25 +23,25 @@ def _cached_step(
         keys = tl.load(k_tile, mask=(rn < end)[None, :] & (rd < width)[:, None], other=0)
     else:
         keys = tl.load(k_tile)
-    scores = tl.dot(q, _half(keys, INT8)) * scale
+    scores = tl.dot(q, as_half(keys, INT8)) * scale
     if INT8:
         scores *= tl.load(k_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
     if MASKED:
         scores = tl.where(rn[None, :] <= position[:, None], scores, float("-inf"))
-    weights, shrink, largest, total = _weigh(scores, largest, total)
+    weights, shrink, largest, total = weigh(scores, largest, total, False)
     if INT8:
         weights *= tl.load(v_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
     if MASKED:
         values = tl.load(v_tile, mask=(rn < end)[:, None] & (rd < width)[None, :], other=0)
     else:
         values = tl.load(v_tile)
-    acc = tl.dot(weights.to(tl.float16), _half(values, INT8), acc * shrink[:, None])
+    acc = tl.dot(weights.to(tl.float16), as_half(values, INT8), acc * shrink[:, None])
     return acc, largest, total
 
 
 @triton.jit
 def cached_attention(
-    qkv, k, v, k_scale, v_scale, start, out, t, heads, capacity, d, scale,
+    qkv, k, v, k_scale, v_scale, start, out, t, heads, kv_heads, capacity, d, scale,
     INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     # the longest rows first: short ones fill the gaps at the end
@@ -74,8 +56,9 @@ def cached_attention(
     begin = tl.load(start)
     end = begin + t
     mask = (rm < t)[:, None] & (rd < width)[None, :]
-    q = tl.load(qkv + rm[:, None] * (3 * heads * width) + head * width + rd[None, :], mask=mask, other=0.0)
-    base = head.to(tl.int64) * capacity
+    row = (heads + 2 * kv_heads) * width
+    q = tl.load(qkv + rm[:, None] * row + head * width + rd[None, :], mask=mask, other=0.0)
+    base = (head // (heads // kv_heads)).to(tl.int64) * capacity
     k += base * width
     v += base * width
     k_scale += base
@@ -101,144 +84,119 @@ def cached_attention(
 
 
 @triton.jit
-def attention(
-    q, k, v, out, q_rows, k_rows, heads, parts, d, scale, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    if D == 104:
-        _attention_104(q, k, v, out, q_rows, k_rows, heads, parts, scale, BM, BN)
+def _columns(base, row, seen, width, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """fp16 [rows, WIDTH]: columns from FIRST on of rows that begin at ``base + row``."""
+    column = FIRST + tl.arange(0, WIDTH)
+    at = base + row[:, None] + column[None, :]
+    if D == 0 or FIRST + WIDTH > D:
+        inside = (column < width)[None, :]
+        if MASKED:
+            tile = tl.load(at, mask=seen[:, None] & inside, other=0.0)
+        else:
+            tile = tl.load(at, mask=inside, other=0.0)
+    elif MASKED:
+        tile = tl.load(at, mask=seen[:, None], other=0.0)
     else:
-        _attention_128(q, k, v, out, q_rows, k_rows, heads, parts, d, scale, D, BM, BN)
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
-def _step_128(
-    tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale,
-    MASKED: tl.constexpr, BN: tl.constexpr,
+def _step(
+    q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, low, high, k_rows, stride, width, scale,
+    D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
+    MASKED: tl.constexpr, SEGMENTS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rn = n0 + tl.arange(0, BN)
-    k_tile = k + rn[None, :] * stride + rd[:, None]
-    v_tile = v + rn[:, None] * stride + rd[None, :]
     seen = rn < k_rows
-    if MASKED:
-        keys = tl.load(k_tile, mask=seen[None, :] & in_head[:, None], other=0.0)
-    else:
-        keys = tl.load(k_tile)
-    scores = tl.dot(tile, keys) * scale
-    if MASKED:
+    row = rn * stride
+    scores = tl.dot(q0, tl.trans(_columns(k, row, seen, width, 0, W0, D, MASKED)))
+    if W1:
+        scores = tl.dot(q1, tl.trans(_columns(k, row, seen, width, W0, W1, D, MASKED)), scores)
+    if W2:
+        scores = tl.dot(q2, tl.trans(_columns(k, row, seen, width, W0 + W1, W2, D, MASKED)), scores)
+    scores *= scale
+    if SEGMENTS:
+        scores = tl.where((rn[None, :] >= low[:, None]) & (rn[None, :] < high[:, None]), scores, float("-inf"))
+    elif MASKED:
         scores = tl.where(seen[None, :], scores, float("-inf"))
-    weights, shrink, largest, total = _weigh(scores, largest, total)
-    if MASKED:
-        values = tl.load(v_tile, mask=seen[:, None] & in_head[None, :], other=0.0)
-    else:
-        values = tl.load(v_tile)
-    acc = tl.dot(weights.to(tl.float16), values, acc * shrink[:, None])
-    return acc, largest, total
-
-
-@triton.jit
-def _attention_128(
-    q, k, v, out, q_rows, k_rows, heads, parts, d, scale, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    head = tl.program_id(1)
-    rd = tl.arange(0, 128)
-    if D == 0:
-        width = d
-    else:
-        width = D
-    in_head = rd < width
-    mask = (rm < q_rows)[:, None] & in_head[None, :]
-    stride = parts * heads * width
-    tile = tl.load(q + head * parts * width + rm[:, None] * stride + rd[None, :], mask=mask, other=0.0)
-    k += head * parts * width
-    v += head * parts * width
-    scale *= LOG2_E
-    largest = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, 128), tl.float32)
-    whole = 0
-    if D != 0:
-        whole = k_rows // BN * BN
-        for n0 in range(0, whole, BN):
-            acc, largest, total = _step_128(
-                tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale, False, BN
-            )
-    for n0 in range(whole, k_rows, BN):
-        acc, largest, total = _step_128(
-            tile, acc, largest, total, k, v, n0, k_rows, stride, rd, in_head, scale, True, BN
-        )
-    tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc / total[:, None]), mask=mask)
-
-
-@triton.jit
-def _step_104(
-    q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, k_rows, stride, scale, MASKED: tl.constexpr, BN: tl.constexpr
-):
-    r0 = tl.arange(0, 64)
-    r1 = 64 + tl.arange(0, 32)
-    r2 = 96 + tl.arange(0, 16)
-    m2 = r2 < 104
-    rn = n0 + tl.arange(0, BN)
-    seen = rn < k_rows
-    k_row = k + rn[None, :] * stride
-    v_row = v + rn[:, None] * stride
-    if MASKED:
-        scores = tl.dot(q0, tl.load(k_row + r0[:, None], mask=seen[None, :], other=0.0))
-        scores = tl.dot(q1, tl.load(k_row + r1[:, None], mask=seen[None, :], other=0.0), scores)
-        scores = tl.dot(q2, tl.load(k_row + r2[:, None], mask=seen[None, :] & m2[:, None], other=0.0), scores)
-        scores = tl.where(seen[None, :], scores * scale, float("-inf"))
-    else:
-        scores = tl.dot(q0, tl.load(k_row + r0[:, None]))
-        scores = tl.dot(q1, tl.load(k_row + r1[:, None]), scores)
-        scores = tl.dot(q2, tl.load(k_row + r2[:, None], mask=m2[:, None], other=0.0), scores) * scale
-    weights, shrink, largest, total = _weigh(scores, largest, total)
+    weights, shrink, largest, total = weigh(scores, largest, total, SEGMENTS)
     weights = weights.to(tl.float16)
     shrink = shrink[:, None]
-    if MASKED:
-        a0 = tl.dot(weights, tl.load(v_row + r0[None, :], mask=seen[:, None], other=0.0), a0 * shrink)
-        a1 = tl.dot(weights, tl.load(v_row + r1[None, :], mask=seen[:, None], other=0.0), a1 * shrink)
-        a2 = tl.dot(weights, tl.load(v_row + r2[None, :], mask=seen[:, None] & m2[None, :], other=0.0), a2 * shrink)
-    else:
-        a0 = tl.dot(weights, tl.load(v_row + r0[None, :]), a0 * shrink)
-        a1 = tl.dot(weights, tl.load(v_row + r1[None, :]), a1 * shrink)
-        a2 = tl.dot(weights, tl.load(v_row + r2[None, :], mask=m2[None, :], other=0.0), a2 * shrink)
+    a0 = tl.dot(weights, _columns(v, row, seen, width, 0, W0, D, MASKED), a0 * shrink)
+    if W1:
+        a1 = tl.dot(weights, _columns(v, row, seen, width, W0, W1, D, MASKED), a1 * shrink)
+    if W2:
+        a2 = tl.dot(weights, _columns(v, row, seen, width, W0 + W1, W2, D, MASKED), a2 * shrink)
     return a0, a1, a2, largest, total
 
 
 @triton.jit
-def _attention_104(q, k, v, out, q_rows, k_rows, heads, parts, scale, BM: tl.constexpr, BN: tl.constexpr):
-    """104 = 64 + 32 + 8: the last piece padded to 16, instead of everything to 128."""
+def attention(
+    q, k, v, bounds, out, q_rows, k_rows, heads, parts, d, scale,
+    D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A head is computed in pieces of W0, W1 and W2 columns, so that little of it is padding: 104 = 64 + 32 + 8."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     head = tl.program_id(1)
-    r0 = tl.arange(0, 64)
-    r1 = 64 + tl.arange(0, 32)
-    r2 = 96 + tl.arange(0, 16)
-    m2 = (r2 < 104)[None, :]
-    mask = (rm < q_rows)[:, None]
-    stride = parts * heads * 104
-    q_row = q + head * parts * 104 + rm[:, None] * stride
-    q0 = tl.load(q_row + r0[None, :], mask=mask, other=0.0)
-    q1 = tl.load(q_row + r1[None, :], mask=mask, other=0.0)
-    q2 = tl.load(q_row + r2[None, :], mask=mask & m2, other=0.0)
-    k += head * parts * 104
-    v += head * parts * 104
+    if D == 0:
+        width = d
+    else:
+        width = D
+    inside = rm < q_rows
+    stride = parts * heads * width
+    q += head * parts * width
+    k += (head * parts + parts // 2) * width
+    v += (head * parts + parts - 1) * width
     scale *= LOG2_E
+    q0 = _columns(q, rm * stride, inside, width, 0, W0, D, True)
+    q1 = q0
+    q2 = q0
+    a0 = tl.zeros((BM, W0), tl.float32)
+    a1 = 0.0
+    a2 = 0.0
+    if W1:
+        q1 = _columns(q, rm * stride, inside, width, W0, W1, D, True)
+        a1 = tl.zeros((BM, W1), tl.float32)
+    if W2:
+        q2 = _columns(q, rm * stride, inside, width, W0 + W1, W2, D, True)
+        a2 = tl.zeros((BM, W2), tl.float32)
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    a0 = tl.zeros((BM, 64), tl.float32)
-    a1 = tl.zeros((BM, 32), tl.float32)
-    a2 = tl.zeros((BM, 16), tl.float32)
-    whole = k_rows // BN * BN
-    for n0 in range(0, whole, BN):
-        a0, a1, a2, largest, total = _step_104(
-            q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, k_rows, stride, scale, False, BN
-        )
-    if whole < k_rows:
-        a0, a1, a2, largest, total = _step_104(
-            q0, q1, q2, a0, a1, a2, largest, total, k, v, whole, k_rows, stride, scale, True, BN
-        )
+    first = 0
+    last = k_rows
+    low = rm
+    high = rm
+    if SEGMENTS:
+        # int32 [2, q_rows]: the first row each row sees, and the end of them
+        low = tl.load(bounds + rm, mask=inside, other=k_rows)
+        high = tl.load(bounds + q_rows + rm, mask=inside, other=0)
+        first = tl.min(low, 0) // BN * BN
+        last = tl.max(high, 0)
+    elif D != 0:
+        first = k_rows // BN * BN
+        for n0 in range(0, first, BN):
+            a0, a1, a2, largest, total = _step(
+                q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, low, high, k_rows, stride, width, scale,
+                D, W0, W1, W2, False, SEGMENTS, BN,
+            )  # fmt: skip
+    for n0 in range(first, last, BN):
+        a0, a1, a2, largest, total = _step(
+            q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, low, high, k_rows, stride, width, scale,
+            D, W0, W1, W2, True, SEGMENTS, BN,
+        )  # fmt: skip
     factor = 1.0 / total[:, None]
-    out_row = out + head * 104 + rm[:, None] * (heads * 104)
-    tl.store(out_row + r0[None, :], to_half(a0 * factor), mask=mask)
-    tl.store(out_row + r1[None, :], to_half(a1 * factor), mask=mask)
-    tl.store(out_row + r2[None, :], to_half(a2 * factor), mask=mask & m2)
+    out += head * width
+    _store(out, a0 * factor, rm * (heads * width), inside, width, 0, W0)
+    if W1:
+        _store(out, a1 * factor, rm * (heads * width), inside, width, W0, W1)
+    if W2:
+        _store(out, a2 * factor, rm * (heads * width), inside, width, W0 + W1, W2)
+
+
+@triton.jit
+def _store(out, values, row, inside, width, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    column = FIRST + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (column < width)[None, :]
+    tl.store(out + row[:, None] + column[None, :], to_half(values), mask=mask)

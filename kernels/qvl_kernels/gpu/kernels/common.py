@@ -12,12 +12,18 @@ BIAS = tl.constexpr(1)
 GELU = tl.constexpr(2)
 RESIDUAL = tl.constexpr(4)
 OUT_HALF = tl.constexpr(8)
+GELU_TANH = tl.constexpr(16)
+QUICK_GELU = tl.constexpr(32)
 BIAS_UP = tl.constexpr(2)
 LAYER_NORM = tl.constexpr(1)
 PERMUTED = tl.constexpr(2)
 X_HALF = tl.constexpr(4)
 Y_HALF = tl.constexpr(16)
+ROWS = tl.constexpr(32)
 HAS_ZEROS = tl.constexpr(1)
+LOGN = tl.constexpr(1)
+Q_NORM = tl.constexpr(2)
+K_NORM = tl.constexpr(4)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -70,3 +76,28 @@ def last_to_arrive(counter, parts):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def as_half(tile, INT8: tl.constexpr):
+    """fp16 of fp16 or int8: bytes go into the mantissa of 1024, which is cheaper than converting them."""
+    if INT8:
+        bits = (tile.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int16) | 0x6400
+        return bits.to(tl.float16, bitcast=True) - 1152.0
+    else:
+        return tile
+
+
+@triton.jit
+def weigh(scores, largest, total, BLIND: tl.constexpr):
+    """One step of the running softmax: weights of these keys, and what the sums so far must be scaled by.
+
+    BLIND: there may be rows that have not seen a key yet.
+    """
+    new = tl.maximum(largest, tl.max(scores, 1))
+    origin = new
+    if BLIND:
+        origin = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(scores - origin[:, None])
+    shrink = tl.exp2(largest - origin)
+    return weights, shrink, new, total * shrink + tl.sum(weights, 1)

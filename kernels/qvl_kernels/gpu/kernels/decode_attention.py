@@ -1,80 +1,87 @@
-"""Attention of one new token over the cache, each head's positions split between programs (flash decoding).
+"""Attention of a few new tokens over the cache, the positions split between programs (flash decoding).
 
-Memory bound: plain multiplications keep up with it, and int8 keys need not become a dot's operand. The length is read
-on the device, so a recorded launch serves every step. The programs of a head meet in `partials`; the last to arrive
-merges them, always in the same order.
+The queries of one head of keys, those of all tokens and of all heads that share it, are the rows of one tile: each key
+is read once for them. The length is read on the device, so a recorded launch serves every step. The programs of a tile
+meet in `partials`; the last to arrive merges them, always in the same order.
 """
 
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, last_to_arrive, to_half
+from qvl_kernels.gpu.kernels.common import LOG2_E, as_half, last_to_arrive, to_half, weigh
 
 SPLITS = tl.constexpr(16)
 
 
 @triton.jit
-def _numbers(tile, INT8: tl.constexpr):
-    """float32 of fp16 or int8: bytes go into the mantissa of 2^23, which is cheaper than converting them."""
-    if INT8:
-        bits = (tile.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int32) | 0x4B000000
-        return bits.to(tl.float32, bitcast=True) - 8388736.0
-    else:
-        return tile.to(tl.float32)
-
-
-@triton.jit
 def decode_attention(
-    qkv, k, v, k_scale, v_scale, start, out, partials, counters, heads, capacity, d, scale,
-    INT8: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr,
+    qkv, k, v, k_scale, v_scale, start, out, partials, counters, t, heads, kv_heads, capacity, d, scale,
+    INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    tile = tl.program_id(0)
     part = tl.program_id(1)
+    group = heads // kv_heads
+    tiles = tl.cdiv(t * group, BM)
+    kv_head = tile // tiles
+    # a row of the tile is a token and one of the heads of its group
+    row = tile % tiles * BM + tl.arange(0, BM)
+    token = row // group
+    head = kv_head * group + row % group
+    inside = row < t * group
     rd = tl.arange(0, 128)
     if EXACT:
         width = 128
     else:
         width = d
     in_head = rd < width
-    end = tl.load(start) + 1
+    mask = inside[:, None] & in_head[None, :]
+    begin = tl.load(start)
+    end = begin + t
+    position = begin + token
     share = tl.cdiv(tl.cdiv(end, BN), SPLITS) * BN
     low = part * share
     high = tl.minimum(low + share, end)
-    base = head.to(tl.int64) * capacity
+    base = kv_head.to(tl.int64) * capacity
     k += base * width
     v += base * width
-    q = tl.load(qkv + head * width + rd, mask=in_head, other=0.0).to(tl.float32) * (scale * LOG2_E)
-    largest = float("-inf")
-    total = 0.0
-    acc = tl.zeros((128,), tl.float32)
+    scale *= LOG2_E
+    q_at = token * ((heads + 2 * kv_heads) * width) + head * width
+    q = tl.load(qkv + q_at[:, None] + rd[None, :], mask=mask, other=0.0)
+    largest = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, 128), tl.float32)
     for n0 in range(low, high, BN):
         rn = n0 + tl.arange(0, BN)
         seen = rn < high
-        mask = seen[:, None] & in_head[None, :]
-        keys = tl.load(k + rn[:, None] * width + rd[None, :], mask=mask, other=0)
-        values = tl.load(v + rn[:, None] * width + rd[None, :], mask=mask, other=0)
-        scores = tl.sum(_numbers(keys, INT8) * q[None, :], 1)
+        tile_mask = seen[:, None] & in_head[None, :]
+        keys = tl.load(k + rn[:, None] * width + rd[None, :], mask=tile_mask, other=0)
+        values = tl.load(v + rn[:, None] * width + rd[None, :], mask=tile_mask, other=0)
+        scores = tl.dot(q, tl.trans(as_half(keys, INT8))) * scale
         if INT8:
-            scores *= tl.load(k_scale + base + rn, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 0))
-        weights = tl.exp2(scores - new)
-        shrink = tl.exp2(largest - new)
-        total = total * shrink + tl.sum(weights, 0)
+            scores *= tl.load(k_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
+        scores = tl.where(seen[None, :] & (rn[None, :] <= position[:, None]), scores, float("-inf"))
+        weights, shrink, largest, total = weigh(scores, largest, total, True)
         if INT8:
-            weights *= tl.load(v_scale + base + rn, mask=seen, other=0.0).to(tl.float32)
-        acc = acc * shrink + tl.sum(weights[:, None] * _numbers(values, INT8), 0)
-        largest = new
+            weights *= tl.load(v_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
+        acc = tl.dot(weights.to(tl.float16), as_half(values, INT8), acc * shrink[:, None])
 
-    # [heads, SPLITS, 128] sums, then [heads, SPLITS] logarithms (base 2) of their totals; no positions: weight 0
-    logs = partials + heads * SPLITS * 128
-    slot = head * SPLITS + part
-    tl.store(partials + slot * 128 + rd, acc / tl.where(total > 0, total, 1.0))
-    tl.store(logs + slot, tl.where(total > 0, largest + tl.log2(total), float("-inf")))
-    if last_to_arrive(counters + head, SPLITS):
-        slots = head * SPLITS + tl.arange(0, SPLITS)
-        log = tl.load(logs + slots, cache_modifier=".cg")
-        weight = tl.exp2(log - tl.max(log, 0))
-        sums = tl.load(partials + slots[:, None] * 128 + rd[None, :], cache_modifier=".cg")
-        merged = tl.sum(sums * weight[:, None], 0) / tl.sum(weight, 0)
-        tl.store(out + head * width + rd, to_half(merged), mask=in_head)
+    # [t * heads, SPLITS, 128] sums, then [t * heads, SPLITS] logarithms (base 2) of their totals
+    logs = partials + t * heads * (SPLITS * 128)
+    slot = (kv_head * (t * group) + row) * SPLITS
+    share_of = tl.where(total > 0, total, 1.0)
+    tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc / share_of[:, None], mask=inside[:, None])
+    tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)
+    if last_to_arrive(counters + tile, SPLITS):
+        every = slot[:, None] + tl.arange(0, SPLITS)[None, :]
+        log = tl.load(logs + every, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+        most = tl.max(log, 1)
+        merged = tl.zeros((BM, 128), tl.float32)
+        weight = tl.zeros((BM,), tl.float32)
+        for i in range(SPLITS):
+            this = tl.exp2(tl.load(logs + slot + i, mask=inside, other=0.0, cache_modifier=".cg") - most)
+            at = partials + (slot + i)[:, None] * 128 + rd[None, :]
+            merged += tl.load(at, mask=inside[:, None], other=0.0, cache_modifier=".cg") * this[:, None]
+            weight += this
+        tl.store(
+            out + (token * heads + head)[:, None] * width + rd[None, :], to_half(merged / weight[:, None]), mask=mask
+        )

@@ -3,19 +3,22 @@
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import OUT_HALF, PERMUTED, X_HALF, Y_HALF, load_as_float, store_float
+from qvl_kernels.gpu.kernels.common import OUT_HALF, PERMUTED, ROWS, X_HALF, Y_HALF, load_as_float, store_float
 
 ELEMENTS = tl.constexpr(1024)
 
 
 @triton.jit
-def gather(x, perm, out, k, padded, flags):
+def gather(x, index, perm, out, k, padded, flags):
     row = tl.program_id(1).to(tl.int64)
+    taken = row
+    if flags & ROWS:
+        taken = tl.load(index + row).to(tl.int64)
     column = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     source = column
     if flags & PERMUTED:
         source = tl.load(perm + column, mask=column < k, other=0)
-    value = load_as_float(x, row * k, source, column < k, (flags & X_HALF) != 0)
+    value = load_as_float(x, taken * k, source, column < k, (flags & X_HALF) != 0)
     store_float(out, row * padded, column, value, column < padded, (flags & OUT_HALF) != 0)
 
 

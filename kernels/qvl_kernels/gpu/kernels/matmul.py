@@ -16,8 +16,10 @@ from qvl_kernels.gpu.kernels.common import (
     BIAS,
     BIAS_UP,
     GELU,
+    GELU_TANH,
     INLINE_ASM,
     OUT_HALF,
+    QUICK_GELU,
     RESIDUAL,
     last_to_arrive,
     store_float,
@@ -311,6 +313,11 @@ def linear(
         acc = _add_bias(acc, bias, rn, n, (flags & BIAS) != 0)
         if flags & GELU:
             acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+        # these two are x * sigmoid(y), as (1 + tanh(y / 2)) / 2 = sigmoid(y)
+        if flags & GELU_TANH:
+            acc /= 1.0 + tl.exp(acc * (-1.5957691216057308 - 0.07135481627159632 * acc * acc))
+        if flags & QUICK_GELU:
+            acc /= 1.0 + tl.exp(-1.702 * acc)
         _finish(acc, residual, out, m0, n0, m, n, flags, BM, BN)
 
 

@@ -1,9 +1,9 @@
-"""Rotary embedding of q and k, and appending k and v to the cache."""
+"""Norm and rotary embedding of q and k, and appending k and v to the cache; and rotation of patches."""
 
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import to_half
+from qvl_kernels.gpu.kernels.common import K_NORM, LOGN, Q_NORM, to_half
 
 HEADS = tl.constexpr(8)
 HALF = tl.constexpr(64)
@@ -25,39 +25,91 @@ def _store_int8(base, scales, first, offset, row, half, low, high, mask):
 
 
 @triton.jit
-def rope_append(qkv, rope, logn, k, v, k_scale, v_scale, start, heads, capacity, d, INT8: tl.constexpr):
+def _angles(rope, position, d):
+    """Cosines and sines [1, HALF] of a row of the table."""
+    half = d // 2
+    i = tl.arange(0, HALF)
+    cos = tl.load(rope + position * d + i, mask=i < half, other=0.0)
+    sin = tl.load(rope + position * d + half + i, mask=i < half, other=0.0)
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _factor(a, b, d, eps):
+    """What RMSNorm multiplies each head with, [HEADS, 1]."""
+    return tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / d + eps)[:, None]
+
+
+@triton.jit
+def _weighted(a, b, factor, weight, half, normed):
+    """Heads of which some, [HEADS, 1], are normalized."""
+    i = tl.arange(0, HALF)
+    low = tl.load(weight + i, mask=i < half, other=0.0)[None, :]
+    high = tl.load(weight + half + i, mask=i < half, other=0.0)[None, :]
+    return tl.where(normed, a * factor * low, a), tl.where(normed, b * factor * high, b)
+
+
+@triton.jit
+def rope_append(
+    qkv, rope, logn, q_norm, k_norm, k, v, k_scale, v_scale, start, heads, kv_heads, capacity, d, q_eps, k_eps, flags,
+    INT8: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0)
     position = tl.load(start) + token
     half = d // 2
+    # heads of queries, then those of keys, as they lie in a row
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
-    first = head < heads
-    mask = first[:, None] & (i < half)[None, :]
-    cos = tl.load(rope + position * d + i, mask=i < half, other=0.0)[None, :]
-    sin = tl.load(rope + position * d + half + i, mask=i < half, other=0.0)[None, :]
-    gain = tl.load(logn + position)
-
-    q_low = qkv + token.to(tl.int64) * (3 * heads * d) + head[:, None] * d + i[None, :]
-    a = tl.load(q_low, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(q_low + half, mask=mask, other=0.0).to(tl.float32)
-    tl.store(q_low, to_half((a * cos - b * sin) * gain), mask=mask)
-    tl.store(q_low + half, to_half((b * cos + a * sin) * gain), mask=mask)
-
-    k_low = q_low + heads * d
-    a = tl.load(k_low, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(k_low + half, mask=mask, other=0.0).to(tl.float32)
+    is_q = head < heads
+    is_k = (head >= heads) & (head < heads + kv_heads)
+    in_head = (i < half)[None, :]
+    at = qkv + token.to(tl.int64) * ((heads + 2 * kv_heads) * d) + head[:, None] * d + i[None, :]
+    mask = (is_q | is_k)[:, None] & in_head
+    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
+    if flags & (Q_NORM | K_NORM):
+        factor = _factor(a, b, d, tl.where(is_q, q_eps, k_eps))
+        if flags & Q_NORM:
+            a, b = _weighted(a, b, factor, q_norm, half, is_q[:, None])
+        if flags & K_NORM:
+            a, b = _weighted(a, b, factor, k_norm, half, is_k[:, None])
+    cos, sin = _angles(rope, position, d)
     low = a * cos - b * sin
     high = b * cos + a * sin
-    v_low = k_low + heads * d
-    row = head.to(tl.int64) * capacity + position
+    gain = 1.0
+    if flags & LOGN:
+        gain = tl.load(logn + position)
+    q_mask = is_q[:, None] & in_head
+    tl.store(at, to_half(low * gain), mask=q_mask)
+    tl.store(at + half, to_half(high * gain), mask=q_mask)
+
+    k_mask = is_k[:, None] & in_head
+    row = (head - heads).to(tl.int64) * capacity + position
     offset = row[:, None] * d + i[None, :]
+    v_at = at + kv_heads * d
     if INT8:
-        _store_int8(k, k_scale, first, offset, row, half, low, high, mask)
-        low = tl.load(v_low, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(v_low + half, mask=mask, other=0.0).to(tl.float32)
-        _store_int8(v, v_scale, first, offset, row, half, low, high, mask)
+        _store_int8(k, k_scale, is_k, offset, row, half, low, high, k_mask)
+        low = tl.load(v_at, mask=k_mask, other=0.0).to(tl.float32)
+        high = tl.load(v_at + half, mask=k_mask, other=0.0).to(tl.float32)
+        _store_int8(v, v_scale, is_k, offset, row, half, low, high, k_mask)
     else:
-        tl.store(k + offset, to_half(low), mask=mask)
-        tl.store(k + offset + half, to_half(high), mask=mask)
-        tl.store(v + offset, tl.load(v_low, mask=mask), mask=mask)
-        tl.store(v + offset + half, tl.load(v_low + half, mask=mask), mask=mask)
+        tl.store(k + offset, to_half(low), mask=k_mask)
+        tl.store(k + offset + half, to_half(high), mask=k_mask)
+        tl.store(v + offset, tl.load(v_at, mask=k_mask), mask=k_mask)
+        tl.store(v + offset + half, tl.load(v_at + half, mask=k_mask), mask=k_mask)
+
+
+@triton.jit
+def rotate(qkv, rope, heads, d):
+    """Rotate q and k of patches in place: of each head q, k and v lie side by side."""
+    row = tl.program_id(0)
+    half = d // 2
+    part = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    mask = (part < 2 * heads)[:, None] & (i < half)[None, :]
+    at = qkv + row.to(tl.int64) * (3 * heads * d) + (part // 2 * 3 + part % 2)[:, None] * d + i[None, :]
+    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
+    cos, sin = _angles(rope, row, d)
+    tl.store(at, to_half(a * cos - b * sin), mask=mask)
+    tl.store(at + half, to_half(b * cos + a * sin), mask=mask)

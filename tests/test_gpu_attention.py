@@ -1,0 +1,194 @@
+"""Attention on the GPU, as it ships, in the PTX interpreter, against the reference backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from gpu_kernels import HALF, activations, ceil, close, constants, flags, launch, poisoned, reference
+
+from qvl_kernels.gpu import signatures as s
+from qvl_kernels.ops import Norm
+from qvl_kernels.reference.functions import attention, quantize_kv, rotate
+
+
+class Cache:
+    """A layer of a cache, with poison where nothing was appended yet."""
+
+    def __init__(self, heads, capacity, d, int8):
+        self.int8, self.kind = int8, "int8" if int8 else "fp16"
+        self.k, self.v = (poisoned((heads, capacity, d), np.int8 if int8 else HALF) for _ in range(2))
+        self.scales = [poisoned((heads, capacity), HALF) if int8 else None for _ in range(2)]
+
+    @property
+    def arguments(self):
+        return self.k, self.v, *self.scales
+
+    def values(self):
+        if not self.int8:
+            return [a.astype(np.float32) for a in (self.k, self.v)]
+        return [a * b.astype(np.float32)[..., None] for a, b in zip((self.k, self.v), self.scales)]
+
+
+def rope_tables(rng, capacity, d):
+    angles = rng.uniform(0, 6, (capacity, d // 2))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+    return table, rng.uniform(1, 1.3, capacity).astype(np.float32)
+
+
+ROPE_CASES = {
+    # t, heads, kv_heads, d, begin, logn, q_norm, k_norm
+    "one token": (1, 2, 2, 128, 5, True, False, False),
+    "two programs": (5, 9, 9, 64, 0, True, False, False),
+    "odd": (3, 1, 1, 10, 7, False, False, False),
+    "groups": (2, 6, 2, 24, 3, False, False, False),
+    "norms": (2, 7, 1, 128, 4, False, True, True),
+    "k norm": (3, 4, 2, 32, 0, True, False, True),
+}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("case", ROPE_CASES)
+def test_rope_append(int8, case, rng):
+    t, heads, kv_heads, d, begin, scaled, *normed = ROPE_CASES[case]
+    capacity, all_heads = 12, heads + kv_heads
+    qkv = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF)
+    qkv[:, heads * d + 3] *= HALF(100)
+    qkv[0, -d:] = 0  # a vector of zeros has a scale of zero
+    rope, logn = rope_tables(rng, capacity, d)
+    logn = logn if scaled else None
+    norms = [Norm(rng.uniform(0.5, 2, d).astype(np.float32), None, eps) if n else None
+             for n, eps in zip(normed, (1e-6, 0.5))]  # fmt: skip
+    cache, start = Cache(kv_heads, capacity, d, int8), np.array([begin], np.int32)
+    expected = reference.kv_cache(1, kv_heads, d, capacity, cache.kind)
+    rotated = qkv.astype(np.float32)
+    reference.rope_append(rotated, rope=rope, logn=logn, cache=expected, layer=0, start=start,
+                          q_norm=norms[0], k_norm=norms[1])  # fmt: skip
+    launch(f"rope_append.{cache.kind}", (t, ceil(all_heads, s.ROPE_HEADS)), qkv, rope, logn,
+           *(n and n.weight for n in norms), *cache.arguments, start, heads, kv_heads, capacity, d,
+           *(n.eps if n else 0.0 for n in norms), flags(LOGN=scaled, Q_NORM=normed[0], K_NORM=normed[1]))  # fmt: skip
+    new = slice(begin, begin + t)
+    close(qkv[:, : heads * d], rotated[:, : heads * d], 1e-3)
+    k, v = cache.values()
+    np.testing.assert_allclose(k[:, new], expected.values[0, 0, :, new], rtol=1e-6 if int8 else 1e-3, atol=1e-4)
+    np.testing.assert_array_equal(v[:, new], expected.values[0, 1, :, new])
+    untouched = np.delete(cache.k, np.arange(begin, begin + t), axis=1)
+    np.testing.assert_array_equal(untouched, poisoned(untouched.shape, untouched.dtype))
+
+
+@pytest.mark.parametrize("rows, heads, d", [(3, 2, 80), (2, 5, 12)])
+def test_rotation_of_patches(rows, heads, d, rng):
+    qkv, (rope, _) = activations(rng, rows, heads * 3 * d).astype(HALF), rope_tables(rng, rows, d)
+    parts = qkv.astype(np.float32).reshape(rows, heads, 3, d)
+    expected = rotate(parts.transpose(1, 2, 0, 3), rope).transpose(2, 0, 1, 3)
+    launch("rotate.any", (rows, ceil(2 * heads, s.ROPE_HEADS)), qkv, rope, heads, d)
+    found = qkv.reshape(rows, heads, 3, d)
+    close(found[:, :, :2], expected[:, :, :2], 1e-3)
+    np.testing.assert_array_equal(found[:, :, 2], parts[:, :, 2])
+
+
+def filled_cache(rng, heads, capacity, d, int8, length):
+    cache = Cache(heads, capacity, d, int8)
+    k, v = rng.standard_normal((2, heads, length, d)).astype(np.float32)
+    k[:, length // 2] *= 3
+    for slot, (array, x) in enumerate(((cache.k, k), (cache.v, v))):
+        if int8:
+            codes, scale = quantize_kv(x)
+            put(array, length, codes)
+            put(cache.scales[slot], length, scale[..., 0])
+        else:
+            put(array, length, x)
+    return cache
+
+
+def put(array, length, values):
+    """Fill the first positions of every head."""
+    array[:, :length] = values
+    array.written.reshape(*array.shape, -1)[:, :length] = 1
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("t, heads, kv_heads, d, begin", [(1, 1, 1, 128, 0), (3, 2, 2, 128, 70), (140, 1, 1, 128, 5),
+                                                          (40, 2, 2, 64, 33), (2, 1, 1, 10, 1), (9, 4, 2, 128, 60),
+                                                          (5, 6, 2, 24, 3)])  # fmt: skip
+def test_cached_attention(int8, t, heads, kv_heads, d, begin, rng):
+    cache = filled_cache(rng, kv_heads, begin + t + 3, d, int8, begin + t)
+    qkv, out = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF), poisoned((t, heads * d), HALF)
+    name = f"cached_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
+    grid, start = (ceil(t, constants(name)["BM"]), heads), np.array([begin], np.int32)
+    launch(name, grid, qkv, *cache.arguments, start, out, t, heads, kv_heads, begin + t + 3, d, d**-0.5)
+    close(out, causal(qkv, cache, heads, begin), 3e-3)
+
+
+def causal(qkv, cache, heads, begin):
+    t, end = len(qkv), begin + len(qkv)
+    q = qkv.astype(np.float32).reshape(t, -1, cache.k.shape[2])[:, :heads].swapaxes(0, 1)
+    k, v = (a[:, :end].repeat(heads // len(a), axis=0) for a in cache.values())
+    return attention(q, k, v, np.arange(end) <= np.arange(begin, end)[:, None]).reshape(t, -1)
+
+
+DECODE_CASES = [
+    # t, heads, kv_heads, d, begin
+    (1, 1, 1, 128, 0), (1, 2, 2, 128, 63), (1, 2, 2, 128, 1030), (1, 2, 2, 64, 100), (1, 3, 3, 10, 17),
+    *((1, group, 1, 128, 40) for group in (4, 6, 7, 8)), (1, 6, 2, 24, 50), (1, 4, 2, 128, 70),
+    (2, 2, 2, 128, 1), (5, 12, 2, 32, 9), (16, 8, 1, 128, 30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("t, heads, kv_heads, d, begin", DECODE_CASES)
+def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
+    cache = filled_cache(rng, kv_heads, begin + t + 3, d, int8, begin + t)
+    qkv, out = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF), poisoned((t, heads * d), HALF)
+    name = f"decode_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
+    tiles = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"])
+    partials, counters = poisoned(t * heads * s.DECODE_SPLITS * 129), np.zeros(tiles, np.int32)
+    launch(name, (tiles, s.DECODE_SPLITS), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
+           t, heads, kv_heads, begin + t + 3, d, d**-0.5)  # fmt: skip
+    assert not counters.any()
+    close(out, causal(qkv, cache, heads, begin), 1e-3)
+
+
+@pytest.mark.parametrize("variant, d", [("64", 64), ("72", 72), ("80", 80), ("104", 104), ("128", 128), ("any", 104),
+                                        ("any", 20)])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 75, 128])
+def test_vision_attention(variant, d, rows, rng):
+    heads = 2
+    qkv, out = activations(rng, rows, heads * 3 * d).astype(HALF), poisoned((rows, heads * d), HALF)
+    expected = poisoned((rows, heads * d))
+    reference.vision_attention(qkv.astype(np.float32), heads, out=expected)
+    launch_attention(f"attention.{variant}", qkv, qkv, qkv, None, out, rows, rows, heads, 3, d)
+    close(out, expected, 3e-3)
+
+
+@pytest.mark.parametrize("variant, d, segments", [
+    ("80", 80, [0, 64, 128, 144, 160]),
+    ("any", 12, [0, 1, 1, 70, 75]),
+    ("any", 20, [0, 16, 17, 33]),
+])  # fmt: skip
+def test_vision_attention_within_segments(variant, d, segments, rng):
+    heads, rows = 1, segments[-1]
+    qkv, out = activations(rng, rows, heads * 3 * d).astype(HALF), poisoned((rows, heads * d), HALF)
+    expected = poisoned((rows, heads * d))
+    reference.vision_attention(qkv.astype(np.float32), heads, out=expected, segments=segments)
+    bounds = np.stack([np.repeat(ends, np.diff(segments)) for ends in (segments[:-1], segments[1:])]).astype(np.int32)
+    launch_attention(f"attention.{variant}.segments", qkv, qkv, qkv, bounds, out, rows, rows, heads, 3, d)
+    close(out, expected, 3e-3)
+
+
+@pytest.mark.parametrize("q_rows, k_rows, d", [(1, 1, 128), (130, 70, 128), (33, 100, 32)])
+def test_cross_attention(q_rows, k_rows, d, rng):
+    heads = 2
+    q, k, v = (activations(rng, rows, heads * d).astype(HALF) for rows in (q_rows, k_rows, k_rows))
+    out, expected = poisoned((q_rows, heads * d), HALF), poisoned((q_rows, heads * d))
+    reference.cross_attention(*(a.astype(np.float32) for a in (q, k, v)), heads, out=expected)
+    name = f"attention.{'128' if d == 128 else 'any'}"
+    launch_attention(name, q, k, v, None, out, q_rows, k_rows, heads, 1, d)
+    close(out, expected, 3e-3)
+
+
+def launch_attention(name, q, k, v, bounds, out, q_rows, k_rows, heads, parts, d):
+    grid = (ceil(q_rows, constants(name)["BM"]), heads)
+    launch(name, grid, q, k, v, bounds, out, q_rows, k_rows, heads, parts, d, d**-0.5)

@@ -1,0 +1,150 @@
+"""Products with packed weights on the GPU, as they ship, in the PTX interpreter, against the reference backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from gpu_kernels import (
+    HALF,
+    OnDevice,
+    activations,
+    ceil,
+    close,
+    constants,
+    flags,
+    launch,
+    linear,
+    matrix,
+    poisoned,
+    reference,
+)
+
+from qvl_kernels.ops import Norm
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("n, k", [(32, 128), (65, 300), (130, 104), (1, 1)])
+def test_a_packed_matrix_arrives_on_the_device(bits, n, k, rng):
+    w = OnDevice(matrix(rng, n, k, bits))
+    if bits == 16:
+        np.testing.assert_array_equal(w.codes[:n, :k], w.matrix.weight)
+        np.testing.assert_array_equal(w.codes[:n, k:], 0)
+        return
+    fields = w.codes.view(np.uint32)[..., None, :] >> (bits * np.arange(32 // bits, dtype=np.uint32))[:, None]
+    codes = (fields & ((1 << bits) - 1)).reshape(w.blocks, w.rows, 128)
+    np.testing.assert_array_equal(codes.transpose(1, 0, 2).reshape(w.rows, -1)[:n, :k], w.matrix.codes())
+
+
+LINEAR_CASES = {
+    "one row, one group": {"m": 1, "n": 32, "k": 128},
+    "16 rows": {"m": 16, "n": 128, "k": 256, "dtype": HALF},
+    "off every tile": {"m": 17, "n": 130, "k": 200},
+    "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF},
+    "more programs than blocks need": {"m": 2, "n": 33, "k": 640, "split": 4},
+    "outlier channel": {"m": 4, "n": 64, "k": 384, "outlier": True},
+    "asymmetric, bias": {"m": 5, "n": 40, "k": 256, "asymmetric": True, "bias": True, "dtype": HALF},
+    "column order, split": {"m": 2, "n": 40, "k": 300, "asymmetric": True, "perm": True, "split": 2},
+    "gelu, residual": {"m": 3, "n": 96, "k": 128, "bias": True, "activation": "gelu", "residual": True},
+    "tanh gelu": {"m": 2, "n": 33, "k": 172, "bias": True, "activation": "gelu_tanh", "dtype": HALF},
+    "quick gelu, large tile": {"m": 20, "n": 33, "k": 128, "bias": True, "activation": "quick_gelu", "tile": "large"},
+    "large tile": {"m": 130, "n": 65, "k": 256, "tile": "large", "asymmetric": True},
+    "large tile, split": {"m": 33, "n": 65, "k": 256, "tile": "large", "split": 2, "bias": True, "dtype": HALF},
+}
+KINDS = {"int4": (4, 128), "int4 in 64s": (4, 64), "int4 in 32s": (4, 32), "int8": (8, 128), "int8 in 32s": (8, 32),
+         "fp16": (16, 128)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear(kind, case, rng):
+    options, (bits, group) = dict(LINEAR_CASES[case]), KINDS[kind]
+    m, n, k = (options.pop(key) for key in ("m", "n", "k"))
+    asymmetric, perm = (options.pop(key, False) and bits < 16 for key in ("asymmetric", "perm"))
+    w = matrix(rng, n, k, bits, group, asymmetric=asymmetric, perm=perm, bias=options.pop("bias", False))
+    x = activations(rng, m, k, outlier=options.pop("outlier", False))
+    out, expected = poisoned((m, n), options.pop("dtype", np.float32)), poisoned((m, n))
+    if options.pop("residual", False):
+        options["residual"] = activations(rng, m, n)
+    reference.linear(x, w, out=expected, activation=options.get("activation"), residual=options.get("residual"))
+    linear(x, OnDevice(w), out, **options)
+    close(out, expected, 4e-3)
+
+
+def test_linear_adds_to_its_own_residual(rng):
+    w, x, residual = matrix(rng, 40, 128, 4), activations(rng, 3, 128), activations(rng, 3, 40)
+    expected = poisoned((3, 40))
+    reference.linear(x, w, out=expected, residual=residual)
+    linear(x, OnDevice(w), residual, residual=residual, split=1)
+    close(residual, expected, 2e-3)
+
+
+def test_a_split_product_has_the_same_bits_every_time(rng):
+    """And those of adding the parts in order: what arrives last must not matter."""
+    w, x = OnDevice(matrix(rng, 64, 640, 4)), activations(rng, 2, 640)
+    first, second = poisoned((2, 64)), poisoned((2, 64))
+    linear(x, w, first, split=5)
+    linear(x, w, second, split=5)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_products_beyond_fp16_saturate(rng):
+    """Infinity would become NaN in the next norm; a residual stream in float32 keeps the true value."""
+    w, x = matrix(rng, 32, 128, 4), activations(rng, 2, 128) * 6e4
+    half, full, expected = poisoned((2, 32), HALF), poisoned((2, 32)), poisoned((2, 32))
+    reference.linear(x.clip(-65504, 65504), w, out=expected)
+    assert np.abs(expected).max() > 65504
+    linear(x, OnDevice(w), half)
+    linear(x, OnDevice(w), full)
+    close(full, expected, 4e-3)
+    close(half, expected.clip(-65504, 65504), 4e-3)
+
+
+def test_a_norm_tames_what_fp16_could_not_hold(rng):
+    x = activations(rng, 3, 256, outlier=True) * 1e4
+    norm = Norm(rng.uniform(0.5, 2, 256).astype(np.float32), None, 1e-6)
+    w, out, expected = matrix(rng, 64, 256, 4), poisoned((3, 64)), poisoned((3, 64))
+    reference.linear(x, w, out=expected, norm=norm)
+    linear(x, OnDevice(w), out, norm=norm)
+    close(out, expected, 4e-3)
+
+
+@pytest.mark.parametrize("m, n, k, tile, split, dtype", [
+    (1, 32, 128, "small", 1, HALF),
+    (5, 65, 640, "small", 3, np.float32),
+    (65, 130, 256, "large", 1, HALF),
+    (20, 40, 256, "large", 2, HALF),
+])  # fmt: skip
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
+    gate, up = (matrix(rng, n, k, 4, asymmetric=biased, bias=biased) for _ in range(2))
+    norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 1e-6)
+    x, expected, out = activations(rng, m, k, outlier=True), poisoned((m, n)), poisoned((m, n), dtype)
+    reference.gate_up(x, gate, up, out=expected, norm=norm)
+    g, u, name = OnDevice(gate), OnDevice(up), f"gate_up.int4.{tile}"
+    shape = constants(name)
+    tiles = ceil(m, shape["BM"]) * (g.rows // shape["BN"])
+    partials, counters = poisoned((tiles, split, 2 * shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
+    launch(name, (tiles, split), g.prepare(x, norm), g.codes, g.scales, gate.bias, u.codes, u.scales, up.bias, out,
+           partials, counters, m, n, g.rows, g.blocks, g.shift,
+           flags(BIAS=biased, BIAS_UP=biased, OUT_HALF=dtype == HALF))  # fmt: skip
+    assert not counters.any()
+    close(out, expected, 1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed(kind, rng):
+    bits, group = KINDS[kind]
+    table = matrix(rng, 70, 200, bits, group, asymmetric=bits < 16, perm=bits == 8)
+    w, ids, out, expected = (
+        OnDevice(table),
+        np.array([0, 69, 33, 33, 64], np.int32),
+        poisoned((5, 200)),
+        poisoned((5, 200)),
+    )
+    reference.embed(ids, table, out=expected)
+    launch(f"embed.{w.kind.removesuffix('_fine')}", (w.blocks, 5), ids, w.codes, w.scales, table.perm, out, 200, w.rows,
+           w.blocks, w.shift, flags(PERMUTED=table.perm is not None))  # fmt: skip
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
