@@ -76,6 +76,7 @@ class Answering:
         form: Form | None,
         logprobs: int | None,
         speculate: bool,
+        salt: str | None,
     ) -> Iterator[Piece]:
         """Check everything, and return the generator of an answer."""
         self.check_length(prompt)
@@ -86,7 +87,7 @@ class Answering:
         if form is not None:
             constraint = self._constraint(form, prompt, limit)
         select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
-        return self._pieces(prompt, select, stops, limit, speculate)
+        return self._pieces(prompt, select, stops, limit, speculate, salt)
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
         """Hold an answer to a form; half of the tokens are for it where the model reasons first."""
@@ -98,10 +99,16 @@ class Answering:
         return constraint if end is None else ReasoningFirst(constraint, end, self._stop_ids, reasoning)
 
     def _pieces(
-        self, prompt: Prompt, select: TokenSelector, stop: list[str], limit: int, speculate: bool
+        self,
+        prompt: Prompt,
+        select: TokenSelector,
+        stop: list[str],
+        limit: int,
+        speculate: bool,
+        salt: str | None,
     ) -> Iterator[Piece]:
         length = len(prompt.ids)
-        session = self._sessions.take(prompt.keys, length + limit)
+        session = self._sessions.take(prompt.keys, length + limit, salt)
         try:
             kept = session.keep(prompt)
             started = time.perf_counter()

@@ -80,6 +80,13 @@ def given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def salt(value: Any) -> str | None:
+    """`cache_salt`, if it is a text."""
+    if value is not None and not isinstance(value, str):
+        raise QvlError(f"cache_salt is {value!r:.60}; expected a str")
+    return value
+
+
 def one_constraint(constraint: Form | None, form: Form | None, min_new_tokens: int = 0) -> Form | None:
     """The constraint of an answer; `form` is the option's older name."""
     if constraint is not None and form is not None:

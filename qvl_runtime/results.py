@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Logprob, Piece, Timings
+from qvl_runtime.errors import QvlError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +65,45 @@ class ChatResult(Result):
 class Stream(Iterator[Piece]):
     """The pieces of an answer as they are computed, and afterwards the whole of it.
 
-    Closing it, or letting go of it, ends the answer.
+    Several threads may use one, and `cancel` it. Closing it, or letting go of it, ends the answer.
     """
 
-    def __init__(self, pieces: Iterator[Piece], finish: Callable[[list[Piece]], Result]):
+    def __init__(self, pieces: Generator[Piece], finish: Callable[[list[Piece]], Result]):
         self._pieces, self._finish, self._seen = pieces, finish, list[Piece]()
+        self._lock, self._cancelled = threading.Lock(), False
 
     def __next__(self) -> Piece:
-        piece = next(self._pieces)
-        self._seen.append(piece)
+        with self._lock:
+            if self._cancelled:
+                self._pieces.close()
+            piece = next(self._pieces)
+            self._seen.append(piece)
         return piece
 
     def result(self) -> Any:
-        """The whole answer; computes what is left of it. A `Result`, or for a chat's turn a `ChatResult`."""
+        """The whole answer; waits for what is left of it. A `Result`, or for a chat's turn a `ChatResult`.
+
+        Raises
+        ------
+        QvlError
+            When the answer was cancelled.
+        """
         for _ in self:
             pass
+        if not self._seen or self._seen[-1].finish_reason is None:
+            raise QvlError("the answer was cancelled before its end")
         return self._finish(self._seen)
 
-    def close(self) -> None:
-        """End the answer."""
-        self._pieces.close()
+    def cancel(self) -> None:
+        """End the answer: no further piece comes, and what it takes is freed. Any thread may call it at any time."""
+        self._cancelled = True
+        if self._lock.acquire(blocking=False):  # else who computes a piece notices after it
+            try:
+                self._pieces.close()
+            finally:
+                self._lock.release()
+
+    close = cancel
 
 
 def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:

@@ -284,7 +284,7 @@ def test_memory_is_bounded(pair):
 def test_an_idle_session_waits_for_its_conversation():
     class Idle:
         def __init__(self, keys):
-            self.keys, self.length = keys, len(keys)
+            self.keys, self.length, self.salt = keys, len(keys), None
 
         def shared(self, keys):
             return next((i for i, (a, b) in enumerate(zip(self.keys, keys)) if a != b), min(len(self.keys), len(keys)))

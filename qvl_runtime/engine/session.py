@@ -30,10 +30,12 @@ class Session:
     Attributes
     ----------
     state : SequenceState
+    salt : str or None
+        Whose prompts it is for.
     """
 
-    def __init__(self, decoder: Decoder, dtype: str, capacity: int, device: threading.RLock):
-        self.decoder, self._device = decoder, device
+    def __init__(self, decoder: Decoder, dtype: str, capacity: int, device: threading.RLock, salt: str | None = None):
+        self.decoder, self._device, self.salt = decoder, device, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
         self._step = DecodeStep(decoder, self.state, 1 + MAX_DRAFT)
         self._keys: list[Key] = []  # those from `length` on mean nothing
@@ -165,21 +167,25 @@ class Sessions:
         self._idle: list[Session] = []
         self._lock = make_lock()
 
-    def take(self, keys: Sequence[Key], capacity: int) -> Session:
-        """The idle session that shares most with a prompt, or a new one.
+    def take(self, keys: Sequence[Key], capacity: int, salt: str | None = None) -> Session:
+        """The idle session of this salt that shares most with a prompt, or a new one.
 
         One whose greater part the prompt would throw away goes on waiting for its own conversation as long as
         there may be another.
         """
         with self._lock:
-            best = max(self._idle, key=lambda session: session.shared(keys), default=None)
-            if best is not None and 2 * best.shared(keys) < best.length:
-                best = self._idle[0] if len(self._idle) >= self._limit else None
+            own = [session for session in self._idle if session.salt == salt]
+            best = max(own, key=lambda session: session.shared(keys), default=None)
+            if best is None or 2 * best.shared(keys) < best.length:
+                best = self._idle[0] if self._idle and len(self._idle) >= self._limit else None
             if best is not None:
                 self._idle.remove(best)
+                if best.salt != salt:
+                    best.truncate(0)
+                    best.salt = salt
                 return best
         with self._device:
-            return Session(self.decoder, self._dtype, capacity, self._device)
+            return Session(self.decoder, self._dtype, capacity, self._device, salt)
 
     def give(self, session: Session) -> None:
         """Put a session back."""
@@ -190,7 +196,8 @@ class Sessions:
     def save(self, path: str | os.PathLike, keys: Sequence[Key], identity: str) -> int:
         """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file)."""
         with self._lock:
-            session = max(self._idle, key=lambda session: session.shared(keys), default=None)
+            own = [session for session in self._idle if session.salt is None]
+            session = max(own, key=lambda session: session.shared(keys), default=None)
             length = 0 if session is None else session.shared(keys)
             if not length:
                 return 0

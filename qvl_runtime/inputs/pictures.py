@@ -31,10 +31,13 @@ class Access:
         Files of this machine, also by an ``<img>`` tag. Without it such tags are plain text.
     urls : bool
         http(s) URLs.
+    salt : str or None
+        Whose prompt it is: pictures that were read with another salt count as unknown.
     """
 
     paths: bool = True
     urls: bool = False
+    salt: str | None = None
 
 
 LOCAL = Access()
@@ -71,8 +74,8 @@ class Picture:
     Attributes
     ----------
     key : bytes
-        A hash of its pixels and of everything else that its features depend on. The same picture under two names has
-        one key, and a changed file another.
+        A hash of its pixels, the salt, and everything else that its features depend on. The same picture under two
+        names has one key, and a changed file another.
     content : image source
         What it can be decoded from again.
     tokens, grid, size, resized
@@ -133,7 +136,8 @@ class PictureReader:
             When it cannot be read, or `access` does not allow it.
         """
         content = read_image(source, allow_urls=access.urls, allow_paths=access.paths)
-        digest = hashlib.sha256(content).digest() if isinstance(content, bytes) else None
+        salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
+        digest = hashlib.sha256(salted + content).digest() if isinstance(content, bytes) else None
         with self._lock:
             if digest in self._known:
                 self._known.move_to_end(digest)
@@ -141,7 +145,8 @@ class PictureReader:
         pixels = self._preprocess(decode_image(content, image_label(source), exif=self._upright))
         facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
         del facts["values"]
-        key = hashlib.sha256(self._identity.encode() + str(pixels.grid).encode() + pixels.values.tobytes()).digest()
+        told = salted + self._identity.encode() + str(pixels.grid).encode()
+        key = hashlib.sha256(told + pixels.values.tobytes()).digest()
         if digest is not None:
             with self._lock:
                 self._known[digest] = Picture(key, b"", **facts)
