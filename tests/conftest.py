@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from serving import serving
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_runtime.demo import checkpoint_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("reference", "cpu")
@@ -85,3 +87,18 @@ def model(blob):
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20231001)
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory) -> qvl.Model:
+    """The model that ships with the package, on the CPU."""
+    out = tmp_path_factory.mktemp("demo") / "demo.qvl"
+    convert(checkpoint_folder(), out)
+    return qvl.load(out, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def served(demo_model):
+    """A server of the demo model, as it is started without options."""
+    with serving(demo_model) as server:
+        yield server

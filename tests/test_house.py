@@ -23,6 +23,7 @@ LAYERS = (
     ("qvl_runtime.blob", "qvl_runtime.budget", "qvl_runtime.backends", "qvl_runtime.options", "qvl_runtime.results"),
     ("qvl_runtime.answering", "qvl_runtime.batching", "qvl_runtime.asking", "qvl_runtime.model", "qvl_runtime.loading"),
     ("qvl_runtime.benchmark", "qvl_runtime.demo"),
+    ("qvl_runtime.server",),
     ("qvl_convert",),
     ("qvl_runtime.cli",),
 )

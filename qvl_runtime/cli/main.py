@@ -24,6 +24,7 @@ VERBS = {
     "info": "Tell what a .qvl file holds.",
     "verify": "Measure how far a .qvl file is from the model it was made from.",
     "bench": "Measure how fast a .qvl file runs here.",
+    "serve": "Serve a .qvl file over HTTP, with OpenAI's API.",
     "demo": "Try the small model that comes with the package.",
     "export": "Write a .qvl file's weights as a Hugging Face model.",
 }

@@ -1,0 +1,140 @@
+"""`qvl serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvl_convert.convert import convert
+from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.demo import checkpoint_folder
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import read_regular
+
+KEY_VARIABLE = "QVL_API_KEY"
+KEY_FILE_BYTES = 64 << 10
+SHORTEST_KEY = 16
+
+
+def serve(
+    model: Annotated[Path | None, typer.Argument(help="A .qvl file.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the small model that comes with the package.")] = False,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8080,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"A file of keys, one a line; or set {KEY_VARIABLE} to one key.")
+    ] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Let anybody who reaches another address than this machine's own ask.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name of this server; repeat for several.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A site whose pages may ask; repeat for several.")
+    ] = None,
+    running: Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once.")] = 16,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; others are refused.")] = 64,
+    log_content: Annotated[bool, typer.Option("--log-content", help="Log requests and answers.")] = False,
+    allow_urls: AllowUrls = False,
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
+    context: ContextTokens = None,
+    vision_device: VisionDevice = None,
+) -> None:
+    """Serve a .qvl file over HTTP: OpenAI's API, and a page at /.
+
+    Only this machine may ask, unless --host says otherwise; then clients need a key. Ctrl+C lets running answers
+    finish.
+
+    \b
+    Examples:
+      qvl serve qwen-vl-chat.qvl
+      qvl serve --demo
+      QVL_API_KEY=... qvl serve qwen-vl-chat.qvl --host 0.0.0.0
+    """
+    if (model is None) != demo:
+        raise typer.BadParameter("give a .qvl file, or --demo")
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise QvlError(f"qvl serve needs the package {name}; install it with: pip install 'qvl-runtime[serve]'")
+    from qvl_runtime.server import Limits, create_app
+    from qvl_runtime.server.listening import bind, serve
+
+    keys = _keys(api_key_file)
+    _check_address(host, keys, no_key)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("qvl_runtime.server").setLevel(logging.INFO)
+    with tempfile.TemporaryDirectory(prefix="qvl-demo-") as folder:
+        path = _demo(Path(folder)) if model is None else model
+        loaded = load_shown(
+            path,
+            device,
+            kv_cache,
+            activations=activations,
+            context=context,
+            vision_device=vision_device,
+            conversations=running,
+        )
+        app = create_app(
+            loaded,
+            api_keys=keys,
+            allow_hosts=allow_host or (),
+            allow_origins=allow_origin or (),
+            allow_urls=allow_urls,
+            log_content=log_content,
+            limits=Limits(running=running, waiting=waiting),
+        )
+        bound = bind(host, port)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{bound.getsockname()[1]}"
+        serve(app, bound, lambda: print(f"qvl: serving {app.state.service.name} at {address}", flush=True))
+
+
+def _demo(folder: Path) -> Path:
+    """The package's own model, converted."""
+    blob = folder / "demo.qvl"
+    convert(checkpoint_folder(), blob)
+    return blob
+
+
+def _keys(path: Path | None) -> list[str]:
+    """The keys of a file and of the environment."""
+    keys = []
+    if path is not None:
+        try:
+            text = read_regular(path, limit=KEY_FILE_BYTES).decode("ascii")
+        except UnicodeDecodeError:
+            raise QvlError(f"{path}: a key must be ASCII; write one key a line") from None
+        keys = [line.strip() for line in text.splitlines() if line.strip()]
+        if not keys:
+            raise QvlError(f"{path}: has no key; write one key a line")
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE].strip())
+    if any(len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise QvlError(f"a key must be {SHORTEST_KEY} or more ASCII characters without blanks; make one longer")
+    return keys
+
+
+def _check_address(host: str, keys: list[str], no_key: bool) -> None:
+    if keys or no_key or _is_loopback(host):
+        return
+    raise QvlError(
+        f"--host {host}: other machines could ask without a key; set {KEY_VARIABLE} or --api-key-file, or say --no-key"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,141 @@
+"""The answers of one request, computed in a thread: pictures and prompt, then piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.generation import Piece
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.model import Model
+from qvl_runtime.results import Result
+from qvl_runtime.server.errors import ApiError
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.messages import Messages
+from qvl_runtime.server.metrics import Metrics, Watch
+from qvl_runtime.server.pictures import Sent, fetched, measured
+from qvl_runtime.server.requests import Asked
+from qvl_runtime.server.running import Emit, Switch
+
+NOTHING = Access(paths=False)
+"""What a request may open."""
+
+
+class Preparing(NamedTuple):
+    """Event: a prompt is made from now on."""
+
+
+class Begun(NamedTuple):
+    """Event: the prompt was accepted, and an answer is computed from now on."""
+
+
+class Part(NamedTuple):
+    """Event: a piece of the answer of this number."""
+
+    index: int
+    piece: Piece
+
+
+class Whole(NamedTuple):
+    """Event: the answer of this number is complete; its boxes as the client reads them."""
+
+    index: int
+    result: Result
+    boxes: list[dict[str, Any]]
+
+
+class End(NamedTuple):
+    """Event: all answers are complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """Computes the answers of requests. Its methods run in threads.
+
+    Attributes
+    ----------
+    model : Model
+    limits : Limits
+    metrics : Metrics
+    preparing : threading.Semaphore
+        Held while pictures are decoded: each takes hundreds of megabytes.
+    """
+
+    model: Model
+    limits: Limits
+    metrics: Metrics
+    preparing: threading.Semaphore
+
+    def answer(self, asked: Asked, arrived: float, emit: Emit, switch: Switch) -> None:
+        """Answer a request; see the events.
+
+        Parameters
+        ----------
+        asked : Asked
+        arrived : float
+            When the request came.
+        """
+        watch = Watch(self.metrics, arrived)
+        contents = _fetched(asked.prompt, self.limits, switch.check)
+        prompt: Any = None
+        pictures: list[Sent] = []
+        for index in range(asked.n):
+            with self.preparing:
+                switch.check()
+                emit(Preparing())
+                if prompt is None:
+                    prompt, pictures = self._made(asked.prompt, contents)
+                seed = None if asked.seed is None else asked.seed + index
+                stream = self.model.stream(prompt, seed=seed, allow_paths=False, **asked.options)
+            emit(Begun())
+            try:
+                for piece in stream:
+                    switch.check()
+                    watch.piece(piece)
+                    emit(Part(index, piece))
+                result = stream.result()
+            except QvlError as error:
+                # The prompt was accepted, so that only a grammar of the request can still be at fault.
+                raise ApiError(500 if asked.options["constraint"] is None else 400, str(error)) from error
+            self.metrics.answer(result.timings, result.finish_reason)
+            emit(Whole(index, result, described(result.boxes, pictures)))
+        watch.end()
+        emit(End())
+
+    def token_ids(self, prompt: Messages | str | list[int]) -> list[int]:
+        """The token ids of a prompt; a picture's places are among them."""
+        contents = _fetched(prompt, self.limits, lambda: None)
+        with self.preparing:
+            made, _ = self._made(prompt, contents)
+            return self.model.prompts.build(made, None, NOTHING).ids
+
+    def _made(self, prompt: Messages | str | list[int], contents: Sequence[bytes]) -> tuple[Any, list[Sent]]:
+        """The prompt as `Model.stream` takes it, and its pictures."""
+        if not isinstance(prompt, Messages):
+            return prompt, []
+        family = self.model.blob.family
+        pictures = [measured(c, i, self.limits, upright=family.upright) for i, c in enumerate(contents)]
+        return prompt.for_model(pictures, family.grounding.mark), pictures
+
+
+def _fetched(prompt: Messages | str | list[int], limits: Limits, check: Callable[[], None]) -> list[bytes]:
+    contents = []
+    for number, source in enumerate(prompt.sources if isinstance(prompt, Messages) else ()):
+        check()
+        contents.append(fetched(source, number, limits))
+    return contents
+
+
+def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:
+    """Boxes as the client reads them. They are on the last picture; without one they have no pixels."""
+    described = []
+    for box in boxes:
+        numbers = [box.x1, box.y1, box.x2, box.y2]
+        pixels = list(box.to_pixels(pictures[-1].width, pictures[-1].height)) if pictures else None
+        image = len(pictures) - 1 if pictures else None
+        described.append({"ref": box.ref, "numbers": numbers, "pixels": pixels, "image": image})
+    return described

@@ -1,0 +1,162 @@
+"""The server as one ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence, Set
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qvl_runtime.model import Model
+from qvl_runtime.server.errors import ApiError, of_exception
+from qvl_runtime.server.forms import ChatForm, TextForm
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.requests import read_chat, read_completion
+from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
+from qvl_runtime.server.security import Security
+from qvl_runtime.server.service import Service
+from qvl_runtime.server.serving import AnswerRoute, log_error
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    model: Model,
+    name: str | None = None,
+    *,
+    api_keys: Sequence[str] = (),
+    allow_hosts: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+    allow_urls: bool = False,
+    log_content: bool = False,
+    limits: Limits | None = None,
+) -> Starlette:
+    """The HTTP server of a model, as an ASGI application.
+
+    Parameters
+    ----------
+    model : Model
+    name : str, optional
+        What clients call it; by default its file's name without the ending.
+    api_keys : sequence of str
+        Clients must have one of them, if there are any.
+    allow_hosts : sequence of str
+        Names of this server in a request's ``Host``, besides ``localhost`` and any IP address.
+    allow_origins : sequence of str
+        Sites whose pages may ask, as ``https://example.org``.
+    allow_urls : bool
+        Whether http(s) pictures are fetched, from public addresses.
+    log_content : bool
+        Whether requests and answers are logged.
+    limits : Limits, optional
+
+    Returns
+    -------
+    Starlette
+        Its ``state.service`` is the `Service`. Its lifespan's end waits for running answers.
+    """
+    service = Service(
+        model,
+        model.blob.path.stem if name is None else name,
+        Limits() if limits is None else limits,
+        allow_urls=allow_urls,
+        log_content=log_content,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await service.stop()
+
+    routes = _routes(service)
+    app = Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(_Record, service=service, paths={route.path for route in routes}),
+            Middleware(Security, keys=api_keys, hosts=allow_hosts, origins=allow_origins),
+        ],
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+def _routes(service: Service) -> list[Route]:
+    own, limits = service.model.generation_config, service.limits
+    tokenizer = service.model.tokenizer
+    chat = AnswerRoute(
+        service,
+        lambda data: read_chat(data, limits, own, service.allow_urls),
+        lambda asked: ChatForm(tokenizer, asked.logprobs is not None),
+        kind="chat.completion",
+        chunk="chat.completion.chunk",
+        prefix="chatcmpl",
+    )
+    completion = AnswerRoute(
+        service,
+        lambda data: read_completion(data, limits, own),
+        lambda asked: TextForm(tokenizer, asked.logprobs is not None),
+        kind="text_completion",
+        chunk="text_completion",
+        prefix="cmpl",
+    )
+    models = ModelsRoute(service)
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completion, methods=["POST"]),
+        Route("/v1/tokenize", TokenizeRoute(service), methods=["POST"]),
+        Route("/v1/models", models.all, methods=["GET"]),
+        Route("/v1/models/{name}", models.one, methods=["GET"]),
+        Route("/health", HealthRoute(service).show, methods=["GET"]),
+        Route("/metrics", MetricsRoute(service).show, methods=["GET"]),
+    ]
+
+
+class _Record:
+    """ASGI middleware that counts and logs responses: the route, never what was asked."""
+
+    def __init__(self, app: ASGIApp, service: Service, paths: Set[str]):
+        self._app, self._service, self._paths = app, service, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            # Nobody further out may have it: their logs would show what it says.
+            log_error(error, self._service.log_content)
+            if not status:
+                await of_exception(error).response()(scope, receive, sending)
+        finally:
+            route = scope["path"] if scope["path"] in self._paths else "other"
+            self._service.metrics.response(route, status)
+            log.info("%s %s %d %.3f s", scope["method"], route, status, time.monotonic() - began)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    return of_exception(error).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reasons = {404: "there is no such route", 405: "this route has another method"}
+    return ApiError(error.status_code, reasons.get(error.status_code, str(error.detail))).response(error.headers)

@@ -1,0 +1,162 @@
+"""How answers are written: OpenAI's chat completions and completions, whole or in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from qvl_runtime.engine.generation import Logprob
+from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.server.answers import Part, Whole
+
+
+class Form(Protocol):
+    """How the answers to one request are written."""
+
+    def head(self, index: int) -> dict[str, Any] | None:
+        """The choice of the first chunk of an answer, if there is one before its text."""
+
+    def part(self, part: Part) -> dict[str, Any] | None:
+        """The choice of a chunk with a piece of text; None if it says nothing."""
+
+    def ends(self, whole: Whole) -> list[dict[str, Any]]:
+        """The choices of the last chunks of an answer."""
+
+    def whole(self, whole: Whole) -> dict[str, Any]:
+        """The choice of a complete answer."""
+
+
+class Envelope:
+    """What stands around choices.
+
+    Parameters
+    ----------
+    kind, prefix : str
+        OpenAI's name of the object, and the beginning of its id.
+    model : str
+        The name under which it is served.
+    """
+
+    def __init__(self, kind: str, prefix: str, model: str):
+        self._fields = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
+        self._fields["model"] = model
+
+    def around(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Choices with their envelope."""
+        return {**self._fields, "choices": list(choices), **more}
+
+
+def usage(answers: Sequence[Whole]) -> dict[str, Any]:
+    """Tokens of a request: those of its prompt count once."""
+    prompt = answers[0].result.prompt_tokens
+    completion = sum(answer.result.timings.new_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": answers[0].result.timings.cached_tokens},
+    }
+
+
+class ChatForm:
+    """Chat completions: `Form`.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    logprobs : bool
+        Whether the log probabilities of the tokens are written.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, logprobs: bool):
+        self._tokenizer, self._logprobs = tokenizer, logprobs
+
+    def head(self, index: int) -> dict[str, Any]:
+        return _chat_chunk(index, {"role": "assistant", "content": None})
+
+    def part(self, part: Part) -> dict[str, Any] | None:
+        if not part.piece.text and not part.piece.logprobs:
+            return None
+        return _chat_chunk(part.index, {"content": part.piece.text}, self._tokens(part.piece.logprobs))
+
+    def ends(self, whole: Whole) -> list[dict[str, Any]]:
+        boxes = [_chat_chunk(whole.index, {"boxes": whole.boxes})] if whole.boxes else []
+        return [*boxes, _chat_chunk(whole.index, {}) | {"finish_reason": whole.result.finish_reason}]
+
+    def whole(self, whole: Whole) -> dict[str, Any]:
+        message = {"role": "assistant", "content": whole.result.text, "refusal": None, "boxes": whole.boxes}
+        return {
+            "index": whole.index,
+            "message": message,
+            "logprobs": self._tokens(whole.result.logprobs),
+            "finish_reason": whole.result.finish_reason,
+        }
+
+    def _tokens(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        listed = [
+            self._token(entry.token_id, entry.logprob) | {"top_logprobs": [self._token(*top) for top in entry.top]}
+            for entry in logprobs
+        ]
+        return {"content": listed, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        content = self._tokenizer.token_bytes(token)
+        return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
+
+
+def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+class TextForm:
+    """Completions: `Form`.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    logprobs : bool
+        Whether the log probabilities of the tokens are written.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, logprobs: bool):
+        self._tokenizer, self._logprobs = tokenizer, logprobs
+        self._offset: dict[int, int] = {}
+
+    def head(self, index: int) -> None:
+        return None
+
+    def part(self, part: Part) -> dict[str, Any] | None:
+        if not part.piece.text and not part.piece.logprobs:
+            return None
+        return self._choice(part.index, part.piece.text, part.piece.logprobs)
+
+    def ends(self, whole: Whole) -> list[dict[str, Any]]:
+        return [self._choice(whole.index, "", ()) | {"finish_reason": whole.result.finish_reason}]
+
+    def whole(self, whole: Whole) -> dict[str, Any]:
+        choice = self._choice(whole.index, whole.result.text, whole.result.logprobs)
+        return choice | {"finish_reason": whole.result.finish_reason}
+
+    def _choice(self, index: int, text: str, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+        written = self._tokens(index, logprobs) if self._logprobs else None
+        return {"index": index, "text": text, "logprobs": written, "finish_reason": None}
+
+    def _tokens(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+        tokens, offsets = [], []
+        for entry in logprobs:
+            offsets.append(self._offset.get(index, 0))
+            tokens.append(self._text(entry.token_id))
+            self._offset[index] = offsets[-1] + len(tokens[-1])
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [{self._text(token): value for token, value in entry.top} for entry in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")

@@ -1,0 +1,137 @@
+"""Listening for connections with uvicorn: a graceful end, and no connection that hangs for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.server.service import Service
+
+CONNECTIONS = 4096
+"""Open at once; beyond, uvicorn itself answers 503."""
+
+HEAD_SECONDS = 20.0
+"""A connection may be silent, or in the middle of a request's head, for so long."""
+
+WRITE_SECONDS = 60.0
+"""A client may read nothing for so long."""
+
+
+class Connection(H11Protocol):
+    """A connection that knows for how long it has been stuck."""
+
+    _idle_since: float | None = None
+    _unread: tuple[int, float] | None = None
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether the client sends no request, or does not read its answer."""
+        unread = self.transport.get_write_buffer_size()
+        if unread == 0:
+            self._unread = None
+        elif self._unread is None or unread != self._unread[0]:
+            self._unread = (unread, now)
+        served = self.cycle is not None and not self.cycle.response_complete
+        if served or unread:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        silent = self._idle_since is not None and now - self._idle_since > HEAD_SECONDS
+        return silent or (self._unread is not None and now - self._unread[1] > WRITE_SECONDS)
+
+
+class Listener(uvicorn.Server):
+    """Runs an application until a signal; then running answers finish, and new requests get 503.
+
+    Parameters
+    ----------
+    app : Starlette
+        As `create_app` makes it.
+    listening : callable
+        Called when requests are taken.
+    """
+
+    def __init__(self, app: Starlette, listening: Callable[[], None] = lambda: None):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                loop="asyncio",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._service: Service = app.state.service
+        self._listening = listening
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end: asyncio.Task | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._listening()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if connection.is_stuck(now):
+                    connection.transport.abort()
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it gracefully, the second at once."""
+        if self._loop is not None and self._end is None:
+            self._loop.call_soon_threadsafe(self.stop)
+        else:
+            self.should_exit = self.force_exit = True
+
+    def stop(self) -> None:
+        """Begin the end; called on the event loop."""
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._stop())
+
+    async def _stop(self) -> None:
+        with contextlib.suppress(Exception):
+            await self._service.stop()
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises
+    ------
+    QvlError
+        When the address cannot be used.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        bound = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QvlError(f"{host}:{port}: cannot listen there ({reason}); choose another --host or --port") from None
+    bound.setblocking(False)
+    return bound
+
+
+def serve(app: Starlette, bound: socket.socket, listening: Callable[[], None]) -> None:
+    """Serve on a bound socket until SIGINT or SIGTERM."""
+    listener = Listener(app, listening)
+    with contextlib.suppress(KeyboardInterrupt):
+        listener.run([bound])

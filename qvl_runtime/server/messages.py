@@ -1,0 +1,162 @@
+"""Chat messages of a request: checked, then with their pictures read, as `Model.stream` takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qvl_runtime.server.errors import refused
+from qvl_runtime.server.fields import array, describe, mapping, text
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.pictures import Sent, checked_url
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles of a message, and the model's word for them."""
+
+
+class PicturePart(NamedTuple):
+    """A place for the picture of this number."""
+
+    number: int
+
+
+class BoxPart(NamedTuple):
+    """A box on a picture: its number, and the corners in its pixels."""
+
+    number: int
+    corners: tuple[float, ...]
+    name: str
+
+
+Part = str | PicturePart | BoxPart
+
+
+class Message(NamedTuple):
+    """A message: its role for the model, and its parts."""
+
+    role: str
+    parts: list[Part]
+
+
+@dataclasses.dataclass
+class Messages:
+    """The messages of a request.
+
+    Attributes
+    ----------
+    turns : list of Message
+    sources : list of bytes or str
+        Its pictures in order: image files, or URLs that may be fetched.
+    """
+
+    turns: list[Message]
+    sources: list[str | bytes]
+
+    def for_model(
+        self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], tuple[int, int]], str]
+    ) -> list[dict]:
+        """As `Model.stream` takes them; `mark` writes a box in the model's notation."""
+        return [{"role": turn.role, "content": _content(turn.parts, pictures, mark)} for turn in self.turns]
+
+
+def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[..., str]) -> list[dict]:
+    made: list[dict] = []
+    for part in parts:
+        if isinstance(part, PicturePart):
+            made.append({"type": "image", "image": pictures[part.number].content})
+            continue
+        if isinstance(part, BoxPart):
+            part = mark(part.corners, _checked_size(part, pictures))
+        if made and made[-1]["type"] == "text":
+            made[-1]["text"] += part
+        else:
+            made.append({"type": "text", "text": part})
+    return made or [{"type": "text", "text": ""}]
+
+
+def _checked_size(box: BoxPart, pictures: Sequence[Sent]) -> tuple[int, int]:
+    if box.number >= len(pictures):
+        raise refused(f"{box.name}.image is {box.number}, but the request has {len(pictures)} pictures", box.name)
+    _, width, height = pictures[box.number]
+    x1, y1, x2, y2 = box.corners
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise refused(f"{box.name}.pixels is no box on a picture of {width} x {height} pixels", box.name)
+    return width, height
+
+
+def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
+    """Check the messages of a request.
+
+    Raises
+    ------
+    ApiError
+        For a role or part that there is not, a wrong type, a picture that is no URI, too many pictures, too much text.
+    """
+    listed = array(value, "messages")
+    if not listed:
+        raise refused("messages is empty: it needs a user's message", "messages")
+    reader = _Reader(limits, allow_urls)
+    turns = [reader.message(mapping(data, f"messages[{i}]"), f"messages[{i}]") for i, data in enumerate(listed)]
+    return Messages(turns, reader.sources)
+
+
+class _Reader:
+    """Reads messages one after the other, and counts what is in them."""
+
+    def __init__(self, limits: Limits, allow_urls: bool):
+        self.sources: list[str | bytes] = []
+        self._limits, self._allow_urls, self._text = limits, allow_urls, 0
+
+    def message(self, data: Any, name: str) -> Message:
+        role = text(data.get("role"), f"{name}.role")
+        if role not in ROLES:
+            raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(ROLES)}", f"{name}.role")
+        if data.get("tool_calls"):
+            raise refused(f"{name}.tool_calls: this server knows no tools", f"{name}.tool_calls")
+        content, where = data.get("content"), f"{name}.content"
+        if isinstance(content, str):
+            return Message(ROLES[role], [self._counted(content, where)])
+        if not isinstance(content, list):
+            raise refused(f"{where} must be a string or an array of parts, not {describe(content)}", where)
+        return Message(ROLES[role], [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)])
+
+    def _part(self, part: Any, name: str, role: str) -> Part:
+        part = mapping(part, name)
+        kind = text(part.get("type"), f"{name}.type")
+        if kind == "text":
+            return self._counted(part.get("text"), f"{name}.text")
+        if kind not in ("image_url", "box"):
+            raise refused(f"{name}.type is {kind[:40]!r}; it must be text, image_url or box", f"{name}.type")
+        if role != "user":
+            raise refused(f"{name}: only a user's message has pictures and boxes", name)
+        return self._picture(part, name) if kind == "image_url" else _box(part, name)
+
+    def _picture(self, part: Any, name: str) -> PicturePart:
+        # OpenAI's form is an object; a string would pass for a path elsewhere.
+        url = text(mapping(part.get("image_url"), f"{name}.image_url").get("url"), f"{name}.image_url.url")
+        if len(self.sources) == self._limits.pictures:
+            raise refused(f"the request has more than {self._limits.pictures} pictures", name)
+        self.sources.append(checked_url(url, f"{name}.image_url.url", self._allow_urls))
+        return PicturePart(len(self.sources) - 1)
+
+    def _counted(self, value: Any, name: str) -> str:
+        found = text(value, name)
+        self._text += len(found)
+        if self._text > self._limits.text:
+            raise refused(f"the texts of the request have more than {self._limits.text} characters", name)
+        return found
+
+
+def _box(part: Any, name: str) -> BoxPart:
+    number, pixels = part.get("image", 0), array(part.get("pixels"), f"{name}.pixels")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise refused(f"{name}.image must be the number of a picture, from 0 on", f"{name}.image")
+    if len(pixels) != 4 or not all(_is_coordinate(value) for value in pixels):
+        raise refused(f"{name}.pixels must be four numbers: left, top, right, bottom", f"{name}.pixels")
+    return BoxPart(number, tuple(float(value) for value in pixels), name)
+
+
+def _is_coordinate(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and -math.inf < value < 1e9

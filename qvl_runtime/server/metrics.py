@@ -1,0 +1,101 @@
+"""What `/metrics` shows, under vLLM's names with the prefix ``qvl:``."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from qvl_runtime.engine.generation import Piece, Timings
+from qvl_runtime.server.admission import Admission
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Metrics:
+    """Counts what a server does. No text of a request or an answer is in it.
+
+    Parameters
+    ----------
+    admission : Admission
+    """
+
+    def __init__(self, admission: Admission):
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(f"qvl:{name}", about, labels, registry=registry)
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"qvl:{name}", about, buckets=buckets, registry=registry)
+
+        running = Gauge("qvl:num_requests_running", "Requests that are computed.", registry=registry)
+        running.set_function(lambda: admission.running)
+        waiting = Gauge("qvl:num_requests_waiting", "Requests that wait for their turn.", registry=registry)
+        waiting.set_function(lambda: admission.waiting)
+        self._responses = counter("http_responses", "Responses by route and status.", "route", "status")
+        self._success = counter("request_success", "Answers that came to their end.", "finished_reason")
+        self._prompt = counter("prompt_tokens", "Tokens of prompts.")
+        self._generated = counter("generation_tokens", "Tokens of answers.")
+        self._queries = counter("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache.")
+        self._hits = counter("prefix_cache_hits", "Tokens of prompts that were in the prefix cache.")
+        self._pictures = counter("picture_cache_queries", "Pictures that were looked up in the picture cache.")
+        self._known = counter("picture_cache_hits", "Pictures that were in the picture cache.")
+        self._picture = counter("picture_seconds", "Seconds spent on encoding pictures.")
+        self._prefill = counter("prefill_seconds", "Seconds spent on prompts.")
+        self._decode = counter("decode_seconds", "Seconds spent on answers.")
+        self._first = histogram("time_to_first_token_seconds", "From a request to its first token.", SECONDS)
+        self._between = histogram("inter_token_latency_seconds", "Between two pieces of an answer.", BETWEEN)
+        self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of its answers.", SECONDS)
+
+    def response(self, route: str, status: int) -> None:
+        """Count a response."""
+        self._responses.labels(route, status).inc()
+
+    def answer(self, timings: Timings, finish_reason: str) -> None:
+        """Count an answer that came to its end."""
+        self._success.labels(finish_reason).inc()
+        self._prompt.inc(timings.prompt_tokens)
+        self._generated.inc(timings.new_tokens)
+        self._queries.inc(timings.prompt_tokens)
+        self._hits.inc(timings.cached_tokens)
+        self._pictures.inc(timings.images)
+        self._known.inc(timings.cached_images)
+        self._picture.inc(timings.image)
+        self._prefill.inc(timings.prefill)
+        self._decode.inc(timings.decode)
+
+    def shown(self) -> bytes:
+        """All of it as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+
+class Watch:
+    """Times one request.
+
+    Parameters
+    ----------
+    metrics : Metrics
+    arrived : float
+        When it came, by `time.monotonic`.
+    """
+
+    def __init__(self, metrics: Metrics, arrived: float):
+        self._metrics, self._arrived = metrics, arrived
+        self._last: float | None = None
+
+    def piece(self, piece: Piece) -> None:
+        """A piece of an answer came."""
+        if not piece.token_ids:
+            return
+        now = time.monotonic()
+        if self._last is None:
+            self._metrics._first.observe(now - self._arrived)
+        else:
+            self._metrics._between.observe(now - self._last)
+        self._last = now
+
+    def end(self) -> None:
+        """The last answer came to its end."""
+        self._metrics._whole.observe(time.monotonic() - self._arrived)

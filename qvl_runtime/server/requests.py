@@ -1,0 +1,202 @@
+"""Requests for answers: OpenAI's fields, checked, as options of `Model.stream`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
+from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.server.errors import ApiError, refused
+from qvl_runtime.server.fields import Fields, array, describe, text
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.messages import Messages, read_messages
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for a completion."""
+
+SEEDS = 1 << 63
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request for answers.
+
+    Attributes
+    ----------
+    prompt : Messages, str, or list of int
+    options : dict
+        Of `Model.stream`, without the seed.
+    seed : int or None
+        Of the first answer; the next one's is higher by one.
+    n : int
+        How many answers.
+    stream, usage : bool
+        Whether the answer streams, and whether its usage comes at the end.
+    logprobs : int or None
+        Alternatives of each token, where log probabilities are asked for.
+    """
+
+    prompt: Messages | str | list[int]
+    options: dict[str, Any]
+    seed: int | None
+    n: int
+    stream: bool
+    usage: bool
+    logprobs: int | None
+
+
+def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, allow_urls: bool) -> Asked:
+    """Check a request for ``/v1/chat/completions``; `own` has the model's defaults.
+
+    Raises
+    ------
+    ApiError
+        Which names the field.
+    """
+    fields = Fields(data)
+    if fields.get("tools") or fields.get("functions"):
+        raise refused("this server knows no tools", "tools")
+    logprobs = None
+    top = fields.integer("top_logprobs", 0, limits.top_logprobs)
+    if fields.flag("logprobs"):
+        logprobs = top or 0
+    elif top:
+        raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
+    most = fields.integer("max_completion_tokens", 1, 1 << 31) or fields.integer("max_tokens", 1, 1 << 31)
+    options = _sampling(fields, limits, own) | {"max_new_tokens": most or own.max_new_tokens}
+    options |= {"constraint": _constraint(fields, limits)}
+    return _asked(fields, limits, read_messages(fields.get("messages"), limits, allow_urls), options, logprobs)
+
+
+def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConfig) -> Asked:
+    """Check a request for ``/v1/completions``: a raw text, or token ids, without pictures.
+
+    Raises
+    ------
+    ApiError
+        Which names the field.
+    """
+    fields = Fields(data)
+    for name in ("echo", "suffix"):
+        if fields.get(name):
+            raise refused(f"this server knows no {name}", name)
+    best = fields.integer("best_of", 1, limits.n)
+    if best is not None and best != (fields.integer("n", 1, limits.n) or 1):
+        raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
+    most = fields.integer("max_tokens", 1, 1 << 31)
+    options = _sampling(fields, limits, own) | {"max_new_tokens": most or COMPLETION_TOKENS}
+    options |= {"constraint": _constraint(fields, limits)}
+    logprobs = fields.integer("logprobs", 0, limits.top_logprobs)
+    return _asked(fields, limits, read_prompt(fields.get("prompt"), limits), options, logprobs)
+
+
+def read_prompt(value: Any, limits: Limits) -> str | list[int]:
+    """The prompt of a completion: a text or token ids, alone or in an array of one."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, list):
+        if not value or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in value):
+            raise refused("prompt must be a string or an array of token ids", "prompt")
+        return value
+    prompt = text(value, "prompt")
+    if len(prompt) > limits.text:
+        raise refused(f"prompt has more than {limits.text} characters", "prompt")
+    return prompt
+
+
+def _asked(
+    fields: Fields, limits: Limits, prompt: Messages | str | list[int], options: dict[str, Any], logprobs: int | None
+) -> Asked:
+    if fields.get("logit_bias"):
+        raise refused("this server knows no logit_bias", "logit_bias")
+    seed = fields.integer("seed", -SEEDS, SEEDS - 1)
+    return Asked(
+        prompt=prompt,
+        options=options | {"logprobs": logprobs},
+        seed=None if seed is None else seed % (2 * SEEDS),
+        n=fields.integer("n", 1, limits.n) or 1,
+        stream=fields.flag("stream"),
+        usage=fields.object("stream_options").flag("include_usage"),
+        logprobs=logprobs,
+    )
+
+
+def _sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:
+    """The sampler's options; the model's own where the request has none."""
+    given = {
+        "temperature": fields.number("temperature", 0, 100),
+        "top_k": _top_k(fields),
+        "top_p": fields.number("top_p", 0, 1),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+    }
+    defaults = {
+        "temperature": own.temperature if own.do_sample else 0.0,
+        "top_k": own.top_k,
+        "top_p": own.top_p,
+        "repetition_penalty": own.repetition_penalty,
+    }
+    sent = {name: value for name, value in given.items() if value is not None}
+    return defaults | sent | {"stop": _stops(fields, limits)}
+
+
+def _top_k(fields: Fields) -> int | None:
+    """0 and -1 are off."""
+    top_k = fields.integer("top_k", -1, 1 << 31)
+    return None if top_k is None else max(0, top_k)
+
+
+def _stops(fields: Fields, limits: Limits) -> list[str]:
+    value = fields.get("stop")
+    stops = [] if value is None else [value] if isinstance(value, str) else array(value, "stop")
+    if len(stops) > limits.stops:
+        raise refused(f"stop has more than {limits.stops} strings", "stop")
+    checked = [text(stop, "stop") for stop in stops]
+    if any(len(stop) > limits.stop_text for stop in checked):
+        raise refused(f"a stop string has more than {limits.stop_text} characters", "stop")
+    return [stop for stop in checked if stop]
+
+
+def _constraint(fields: Fields, limits: Limits) -> Form | None:
+    """What the answer must look like: `response_format`, or `grounding`."""
+    grounding, form = fields.flag("grounding"), fields.object("response_format")
+    kind = form.string("type")
+    if kind in (None, "text"):
+        return Grounding() if grounding else None
+    if grounding:
+        raise refused("grounding and response_format exclude each other", "grounding")
+    if kind == "json_object":
+        return JsonSchema('{"type":"object"}')
+    if kind != "json_schema":
+        raise refused("response_format.type must be text, json_object or json_schema", "response_format.type")
+    return JsonSchema(_schema(form.object("json_schema").get("schema"), limits))
+
+
+def _schema(schema: Any, limits: Limits) -> str:
+    name = "response_format.json_schema.schema"
+    if not isinstance(schema, dict | bool):
+        raise refused(f"{name} must be a JSON schema, not {describe(schema)}", name)
+    try:
+        written = json.dumps(schema)
+    except RecursionError:
+        raise refused(f"{name} is nested too deeply", name) from None
+    if len(written) > limits.schema_bytes:
+        raise refused(f"{name} has more than {limits.schema_bytes} bytes", name)
+    return written
+
+
+def check_model(data: Mapping[str, Any], served: str) -> None:
+    """Refuse a request for another model; one without a name is for whatever is served."""
+    name = Fields(data).string("model")
+    if name not in (None, "", served):
+        raise ApiError(
+            404,
+            f"there is no model {name[:80]!r} here; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,0 +1,93 @@
+"""Answers in threads: each running request has one, and its pieces come back to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from qvl_runtime.server.admission import STOPPING, Admission
+from qvl_runtime.server.errors import unavailable
+from qvl_runtime.server.limits import Limits
+
+
+class Cancelled(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Switch:
+    """Ends the answers of a request, from another thread."""
+
+    def __init__(self) -> None:
+        self.off = False
+
+    def check(self) -> None:
+        """Raise `Cancelled` when nobody waits any more."""
+        if self.off:
+            raise Cancelled
+
+    def cancel(self) -> None:
+        """End the answer that is computed, and begin no other."""
+        self.off = True
+
+
+Emit = Callable[[Any], None]
+Job = Callable[[Emit, Switch], None]
+"""Computes the answers of a request in a thread, and emits events. What it raises is an event, too."""
+
+
+class Runner:
+    """Runs jobs in threads, as many at once as the limits say.
+
+    Parameters
+    ----------
+    admission : Admission
+    limits : Limits
+    """
+
+    def __init__(self, admission: Admission, limits: Limits):
+        self._admission = admission
+        self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="qvl-answer")
+        self._switches: set[Switch] = set()
+
+    @contextlib.asynccontextmanager
+    async def run(self, job: Job) -> AsyncIterator[asyncio.Queue]:
+        """Wait for the turn, run a job, and give the queue of its events. Leaving ends the job.
+
+        The turn ends with the thread, not with the reader, who may be slow.
+        """
+        loop = asyncio.get_running_loop()
+        began = await self._admission.turn()
+        events: asyncio.Queue = asyncio.Queue()
+        switch = Switch()
+        self._switches.add(switch)
+
+        def tell(call: Callable[..., None], *arguments: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens
+                loop.call_soon_threadsafe(call, *arguments)
+
+        def work() -> None:
+            try:
+                switch.check()
+                job(lambda event: tell(events.put_nowait, event), switch)
+            except Cancelled:
+                tell(events.put_nowait, unavailable(STOPPING))  # if the client has gone, nobody reads it
+            except BaseException as error:
+                tell(events.put_nowait, error)
+            finally:
+                tell(self._admission.done, began)
+
+        self._threads.submit(work)
+        try:
+            yield events
+        finally:
+            self._switches.discard(switch)
+            switch.cancel()
+
+    def close(self) -> None:
+        """End all jobs and their threads."""
+        for switch in list(self._switches):
+            switch.cancel()
+        self._threads.shutdown(wait=True, cancel_futures=True)

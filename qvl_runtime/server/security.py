@@ -1,0 +1,132 @@
+"""Who may ask: keys, the names under which a browser may reach this server, and pages of other sites."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qvl_runtime.server.errors import ApiError
+
+OPEN = frozenset(("/health", "/", "/style.css", "/app.js"))
+"""Routes without a key: they tell nothing of anybody."""
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""Headers of every response that has none of its own."""
+
+ALLOWED = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
+}
+
+
+class Security:
+    """ASGI middleware that lets nobody in who may not.
+
+    Parameters
+    ----------
+    app : callable
+    keys : sequence of str
+        One of them is asked for, if there are any.
+    hosts : sequence of str
+        Names of this server besides ``localhost``. A name that somebody else made point here (DNS rebinding) is
+        refused; an address cannot be made to.
+    origins : sequence of str
+        Sites whose pages may ask besides the server's own, as a browser names them: ``https://example.org``.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str]):
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._hosts = {host.lower().rstrip(".") for host in hosts} | {"localhost"}
+        self._origins = {origin.lower().rstrip("/") for origin in origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        foreign = origin if origin is not None and self._is_foreign(origin, headers.get("host", "")) else None
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                written = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    written.setdefault(name, value)
+                if foreign is not None and self._is_named(foreign):
+                    written["Access-Control-Allow-Origin"] = foreign
+                    written["Cross-Origin-Resource-Policy"] = "cross-origin"
+                    written.add_vary_header("Origin")
+            await send(message)
+
+        try:
+            salt = self._check(scope, headers, foreign)
+        except ApiError as error:
+            await error.response()(scope, receive, sending)
+            return
+        if scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers=ALLOWED if foreign else None)(scope, receive, sending)
+            return
+        scope["qvl.salt"] = salt
+        await self._app(scope, receive, sending)
+
+    def _check(self, scope: Scope, headers: Headers, foreign: str | None) -> str:
+        """Raise, or give the salt of the client's caches."""
+        if not self._is_own_host(headers.get("host", "")):
+            raise ApiError(403, "this server does not go by that name; allow it with --allow-host", code="wrong_host")
+        if foreign is not None and not self._is_named(foreign):
+            raise ApiError(403, "pages of other sites may not ask; allow one with --allow-origin", code="wrong_origin")
+        if scope["method"] == "OPTIONS" or not self._digests:
+            return ""
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip().encode("latin-1"))
+        # Every key is compared, in constant time.
+        known = [hmac.compare_digest(digest, own) for own in self._digests]
+        if kind.lower() == "bearer" and any(known):
+            return digest.hex()
+        if scope["path"] in OPEN:
+            return ""
+        raise ApiError(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def _is_own_host(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            return False
+        return name is not None and (name.rstrip(".") in self._hosts or _is_address(name))
+
+    def _is_foreign(self, origin: str, host: str) -> bool:
+        return origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}")
+
+    def _is_named(self, origin: str) -> bool:
+        return origin.lower() in self._origins
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(b"qvl key " + key).digest()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

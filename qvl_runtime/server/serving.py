@@ -1,0 +1,235 @@
+"""The routes that give answers: from a request's body to a response, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from qvl_runtime.server.answers import Begun, End, Part, Preparing, Whole
+from qvl_runtime.server.body import ClientGone, parsed, read_body
+from qvl_runtime.server.errors import ApiError, json_response, of_exception, refused
+from qvl_runtime.server.forms import Envelope, Form, usage
+from qvl_runtime.server.json_text import to_json
+from qvl_runtime.server.requests import Asked, check_model
+from qvl_runtime.server.service import Service
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+
+class AnswerRoute:
+    """A route that gives answers, as an ASGI application.
+
+    Parameters
+    ----------
+    service : Service
+    read : callable
+        Checks the JSON of a request.
+    form : callable
+        Makes the form of the answers.
+    kind, prefix : str
+        OpenAI's name of the object, and the beginning of its id. Chunks of chats have a name of their own.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        read: Callable[[Mapping[str, Any]], Asked],
+        form: Callable[[Asked], Form],
+        *,
+        kind: str,
+        chunk: str,
+        prefix: str,
+    ):
+        self._service, self._read, self._form = service, read, form
+        self._kind, self._chunk, self._prefix = kind, chunk, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        admission, arrived = self._service.admission, time.monotonic()
+        with admission.place(), admission.holding() as held, contextlib.suppress(ClientGone):
+            body = await read_body(scope, receive, held, self._service.limits)
+            asked = await self._asked(body)
+            del body
+            await until_gone(receive, self._respond(asked, arrived, scope, receive, send))
+
+    async def _asked(self, body: bytearray) -> Asked:
+        def read() -> Asked:
+            data = parsed(body, self._service.limits)
+            check_model(data, self._service.name)
+            return self._read(data)
+
+        async with self._service.parsing:
+            return await asyncio.to_thread(read)
+
+    async def _respond(self, asked: Asked, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        stream = EventStream(send)
+        try:
+            async with asyncio.timeout(service.limits.seconds):
+                job = functools.partial(service.answerer.answer, asked, arrived)
+                async with service.runner.run(job) as events:
+                    await _begun(events, service.limits.prepare_seconds)
+                    if asked.stream:
+                        await self._stream(asked, events, stream)
+                    else:
+                        await self._whole(asked, events, scope, receive, send)
+        except Exception as error:
+            problem = _problem(error, service)
+            if not stream.started:
+                raise problem from None
+            await stream.send(to_json_event(problem.body()) + DONE)
+            await stream.end()
+
+    async def _whole(self, asked: Asked, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
+        answers = [event async for event in _until_end(events) if isinstance(event, Whole)]
+        form, envelope = self._form(asked), Envelope(self._kind, self._prefix, self._service.name)
+        self._log(answers)
+        response = json_response(envelope.around([form.whole(answer) for answer in answers], usage=usage(answers)))
+        await response(scope, receive, send)
+
+    async def _stream(self, asked: Asked, events: asyncio.Queue, stream: EventStream) -> None:
+        form, envelope = self._form(asked), Envelope(self._chunk, self._prefix, self._service.name)
+        more = {"usage": None} if asked.usage else {}
+        answers: list[Whole] = []
+        await stream.start()
+        heads = [head for index in range(asked.n) if (head := form.head(index))]
+        await stream.send(b"".join(to_json_event(envelope.around([head], **more)) for head in heads))
+        async for event in _until_end(events, stream, self._service.limits.ping_seconds):
+            if isinstance(event, Whole):
+                answers.append(event)
+            choices = form.ends(event) if isinstance(event, Whole) else [form.part(event)]
+            await stream.send(b"".join(to_json_event(envelope.around([c], **more)) for c in choices if c))
+        self._log(answers)
+        last = to_json_event(envelope.around([], usage=usage(answers))) if asked.usage else b""
+        await stream.send(last + DONE)
+        await stream.end()
+
+    def _log(self, answers: list[Whole]) -> None:
+        if self._service.log_content:
+            for answer in answers:
+                log.info("answer: %r", answer.result.text)
+
+
+class EventStream:
+    """A response of server-sent events.
+
+    Parameters
+    ----------
+    send : callable
+        ASGI's.
+    """
+
+    def __init__(self, send: Send):
+        self._send, self.started = send, False
+
+    async def start(self) -> None:
+        """Send the head."""
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def send(self, events: bytes) -> None:
+        """Send whole events."""
+        if events:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end(self) -> None:
+        """Send the end."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def to_json_event(value: Any) -> bytes:
+    """A value as one server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, unless the client goes: then it is cancelled.
+
+    Parameters
+    ----------
+    receive : callable
+        ASGI's, after the whole body was received.
+    work : coroutine
+    """
+
+    async def gone() -> None:
+        message: Message = {"type": ""}
+        while message["type"] != "http.disconnect":
+            message = await receive()
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watching.cancel()
+        finished = working.done()
+        working.cancel()
+        await asyncio.wait((working, watching))
+    if finished:
+        await working
+
+
+async def _begun(events: asyncio.Queue, seconds: float) -> None:
+    """Wait until a job has accepted its prompt."""
+    event = await _next(events)
+    try:
+        async with asyncio.timeout(seconds):
+            while not isinstance(event, Begun):
+                event = await _next(events)
+    except TimeoutError:
+        raise refused(f"reading the pictures and preparing the prompt took more than {seconds:g} seconds") from None
+
+
+async def _next(events: asyncio.Queue) -> Any:
+    event = await events.get()
+    if isinstance(event, BaseException):
+        raise event
+    return event
+
+
+async def _until_end(
+    events: asyncio.Queue, stream: EventStream | None = None, ping: float | None = None
+) -> AsyncIterator[Part | Whole]:
+    """The parts and answers of a job; a stream is sent a ping whenever there was nothing for `ping` seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(ping):
+                event = await _next(events)
+        except TimeoutError:
+            if stream is not None:
+                await stream.send(PING)
+            continue
+        if isinstance(event, End):
+            return
+        if not isinstance(event, Preparing | Begun):
+            yield event
+
+
+def _problem(error: Exception, service: Service) -> ApiError:
+    if isinstance(error, TimeoutError):
+        return ApiError(504, f"the request took more than {service.limits.seconds:g} seconds")
+    problem = of_exception(error)
+    if problem.status == 500:
+        log_error(error, service.log_content)
+    return problem
+
+
+def log_error(error: BaseException, content: bool) -> None:
+    """Log where an exception came from; what it says may hold a prompt, so that only with `content`."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    said = f": {error}" if content else ""
+    log.error("%s%s at %s", type(error).__name__, said, " < ".join(reversed(places)))

@@ -1,0 +1,89 @@
+"""Answers over HTTP: OpenAI's client, and the answers that the Python API gives."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from serving import QUESTION, events, image_part, picture, png
+
+import qvl_runtime as qvl
+
+
+def content(seed: int = 3, text: str = QUESTION) -> list[dict]:
+    return [image_part(png(picture(seed))), {"type": "text", "text": text}]
+
+
+def direct(model: qvl.Model, scene: int = 3, text: str = QUESTION, **options) -> qvl.Result:
+    """What the Python API answers to the same."""
+    message = {"role": "user", "content": [{"image": png(picture(scene))}, {"text": text}]}
+    return model.generate([message], **options)
+
+
+def test_an_answer_has_its_text_boxes_and_usage(served, demo_model):
+    expected = direct(demo_model, max_new_tokens=200)
+    answer = served.openai().chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": content()}], max_completion_tokens=200
+    )
+    choice = answer.choices[0]
+    assert choice.message.content == expected.text and choice.finish_reason == "stop"
+    assert len(choice.message.boxes) == len(expected.boxes) == 3
+    for box, own in zip(choice.message.boxes, expected.boxes):
+        assert box == {
+            "ref": own.ref,
+            "numbers": [own.x1, own.y1, own.x2, own.y2],
+            "pixels": list(own.to_pixels(448, 448)),
+            "image": 0,
+        }
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    assert answer.usage.total_tokens == expected.prompt_tokens + len(expected.token_ids)
+    assert answer.object == "chat.completion" and answer.model == "demo" and answer.id.startswith("chatcmpl-")
+
+
+def test_a_stream_has_openais_chunks(served, demo_model):
+    expected = direct(demo_model, max_new_tokens=200)
+    response = served.chat(content(), max_tokens=200, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first, *middle, boxes, last, usage = events(response)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == expected.text
+    assert [box["ref"] for box in boxes["choices"][0]["delta"]["boxes"]] == [box.ref for box in expected.boxes]
+    assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == len(expected.token_ids)
+    chunks = [first, *middle, boxes, last]
+    assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks[:-1])
+
+
+def test_answers_beside_others_are_those_alone(served, demo_model):
+    asked = [(i % 4, f"{QUESTION}{' ' * (i // 4)}", None if i % 2 else i) for i in range(16)]
+
+    def over_http(case: tuple) -> str:
+        seed, text, sampled = case
+        options = {} if sampled is None else {"temperature": 0.8, "seed": sampled, "top_p": 0.95}
+        return served.chat(content(seed, text), max_tokens=8, **options).json()["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(over_http, asked))
+    for (seed, text, sampled), answer in zip(asked, together):
+        options = {} if sampled is None else {"temperature": 0.8, "seed": sampled, "top_p": 0.95}
+        assert answer == direct(demo_model, seed, text, max_new_tokens=8, **options).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_have_consecutive_seeds(served, demo_model, stream):
+    response = served.chat("Say something", n=3, seed=5, temperature=1.5, top_p=1, max_tokens=8, stream=stream)
+    expected = demo_model.generate(
+        [{"role": "user", "content": "Say something"}], n=3, seed=5, temperature=1.5, max_new_tokens=8
+    )
+    if stream:
+        texts = ["", "", ""]
+        for chunk in events(response):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content") or ""
+    else:
+        assert [choice["index"] for choice in response.json()["choices"]] == [0, 1, 2]
+        texts = [choice["message"]["content"] for choice in response.json()["choices"]]
+        assert response.json()["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in expected)
+    assert texts == [one.text for one in expected] and len(set(texts)) == 3
