@@ -19,6 +19,7 @@ from qvl_runtime.model import Model
 from qvl_runtime.server.errors import ApiError, of_exception
 from qvl_runtime.server.forms import ChatForm, TextForm
 from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.page_files import page_routes
 from qvl_runtime.server.requests import read_chat, read_completion
 from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
 from qvl_runtime.server.security import Security
@@ -76,12 +77,15 @@ def create_app(
         yield
         await service.stop()
 
-    routes = _routes(service)
+    page, health = page_routes(), Route("/health", HealthRoute(service).show, methods=["GET"])
+    routes = [*_routes(service), health, *page]
+    # What needs no key: it tells nothing of anybody.
+    open_paths = frozenset(route.path for route in (health, *page))
     app = Starlette(
         routes=routes,
         middleware=[
             Middleware(_Record, service=service, paths={route.path for route in routes}),
-            Middleware(Security, keys=api_keys, hosts=allow_hosts, origins=allow_origins),
+            Middleware(Security, open_paths=open_paths, keys=api_keys, hosts=allow_hosts, origins=allow_origins),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
         lifespan=lifespan,
@@ -116,7 +120,6 @@ def _routes(service: Service) -> list[Route]:
         Route("/v1/tokenize", TokenizeRoute(service), methods=["POST"]),
         Route("/v1/models", models.all, methods=["GET"]),
         Route("/v1/models/{name}", models.one, methods=["GET"]),
-        Route("/health", HealthRoute(service).show, methods=["GET"]),
         Route("/metrics", MetricsRoute(service).show, methods=["GET"]),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,9 +13,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_runtime.server.errors import ApiError
-
-OPEN = frozenset(("/health", "/", "/style.css", "/app.js"))
-"""Routes without a key: they tell nothing of anybody."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -40,6 +37,8 @@ class Security:
     Parameters
     ----------
     app : callable
+    open_paths : set of str
+        Routes that need no key.
     keys : sequence of str
         One of them is asked for, if there are any.
     hosts : sequence of str
@@ -49,8 +48,15 @@ class Security:
         Sites whose pages may ask besides the server's own, as a browser names them: ``https://example.org``.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str]):
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        open_paths: Set[str],
+        keys: Sequence[str],
+        hosts: Sequence[str],
+        origins: Sequence[str],
+    ):
+        self._app, self._open = app, open_paths
         self._digests = [_digest(key.encode()) for key in keys]
         self._hosts = {host.lower().rstrip(".") for host in hosts} | {"localhost"}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
@@ -102,7 +108,7 @@ class Security:
         known = [hmac.compare_digest(digest, own) for own in self._digests]
         if kind.lower() == "bearer" and any(known):
             return digest.hex()
-        if scope["path"] in OPEN:
+        if scope["path"] in self._open:
             return ""
         raise ApiError(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key")
 
