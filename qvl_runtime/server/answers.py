@@ -70,12 +70,14 @@ class Answerer:
     metrics: Metrics
     preparing: threading.Semaphore
 
-    def answer(self, asked: Asked, arrived: float, emit: Emit, switch: Switch) -> None:
+    def answer(self, asked: Asked, salt: str | None, arrived: float, emit: Emit, switch: Switch) -> None:
         """Answer a request; see the events.
 
         Parameters
         ----------
         asked : Asked
+        salt : str or None
+            Whose request it is; see `Model.stream`.
         arrived : float
             When the request came.
         """
@@ -90,13 +92,14 @@ class Answerer:
                 if prompt is None:
                     prompt, pictures = self._made(asked.prompt, contents)
                 seed = None if asked.seed is None else asked.seed + index
-                stream = self.model.stream(prompt, seed=seed, allow_paths=False, **asked.options)
+                stream = self.model.stream(prompt, seed=seed, allow_paths=False, cache_salt=salt, **asked.options)
+            switch.watch(stream)
             emit(Begun())
             try:
                 for piece in stream:
-                    switch.check()
                     watch.piece(piece)
                     emit(Part(index, piece))
+                switch.check()
                 result = stream.result()
             except QvlError as error:
                 # The prompt was accepted, so that only a grammar of the request can still be at fault.

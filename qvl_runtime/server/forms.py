@@ -79,14 +79,22 @@ class ChatForm:
     def part(self, part: Part) -> dict[str, Any] | None:
         if not part.piece.text and not part.piece.logprobs:
             return None
-        return _chat_chunk(part.index, {"content": part.piece.text}, self._tokens(part.piece.logprobs))
+        name = "reasoning_content" if part.piece.reasoning else "content"
+        return _chat_chunk(part.index, {name: part.piece.text}, self._tokens(part.piece.logprobs))
 
     def ends(self, whole: Whole) -> list[dict[str, Any]]:
         boxes = [_chat_chunk(whole.index, {"boxes": whole.boxes})] if whole.boxes else []
         return [*boxes, _chat_chunk(whole.index, {}) | {"finish_reason": whole.result.finish_reason}]
 
     def whole(self, whole: Whole) -> dict[str, Any]:
-        message = {"role": "assistant", "content": whole.result.text, "refusal": None, "boxes": whole.boxes}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": whole.result.text,
+            "refusal": None,
+            "boxes": whole.boxes,
+        }
+        if whole.result.reasoning:
+            message["reasoning_content"] = whole.result.reasoning
         return {
             "index": whole.index,
             "message": message,

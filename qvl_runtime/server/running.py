@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from qvl_runtime.results import Stream
 from qvl_runtime.server.admission import STOPPING, Admission
 from qvl_runtime.server.errors import unavailable
 from qvl_runtime.server.limits import Limits
@@ -21,16 +23,28 @@ class Switch:
     """Ends the answers of a request, from another thread."""
 
     def __init__(self) -> None:
-        self.off = False
+        self._lock = threading.Lock()
+        self._stream: Stream | None = None
+        self._off = False
+
+    def watch(self, stream: Stream) -> None:
+        """From now on this answer is the one to end."""
+        with self._lock:
+            self._stream = stream
+        self.check()
 
     def check(self) -> None:
         """Raise `Cancelled` when nobody waits any more."""
-        if self.off:
+        if self._off:
             raise Cancelled
 
     def cancel(self) -> None:
         """End the answer that is computed, and begin no other."""
-        self.off = True
+        with self._lock:
+            self._off = True
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
 
 
 Emit = Callable[[Any], None]

@@ -14,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_runtime.server.errors import ApiError
 
+SALT = "qvl.salt"
+"""Where an ASGI scope has the salt of the client's caches: a hash of its key, so that no other key's are hit."""
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -91,17 +94,17 @@ class Security:
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=ALLOWED if foreign else None)(scope, receive, sending)
             return
-        scope["qvl.salt"] = salt
+        scope[SALT] = salt
         await self._app(scope, receive, sending)
 
-    def _check(self, scope: Scope, headers: Headers, foreign: str | None) -> str:
+    def _check(self, scope: Scope, headers: Headers, foreign: str | None) -> str | None:
         """Raise, or give the salt of the client's caches."""
         if not self._is_own_host(headers.get("host", "")):
             raise ApiError(403, "this server does not go by that name; allow it with --allow-host", code="wrong_host")
         if foreign is not None and not self._is_named(foreign):
             raise ApiError(403, "pages of other sites may not ask; allow one with --allow-origin", code="wrong_origin")
         if scope["method"] == "OPTIONS" or not self._digests:
-            return ""
+            return None
         kind, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip().encode("latin-1"))
         # Every key is compared, in constant time.
@@ -109,7 +112,7 @@ class Security:
         if kind.lower() == "bearer" and any(known):
             return digest.hex()
         if scope["path"] in self._open:
-            return ""
+            return None
         raise ApiError(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _is_own_host(self, host: str) -> bool:

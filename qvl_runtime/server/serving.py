@@ -18,6 +18,7 @@ from qvl_runtime.server.errors import ApiError, json_response, of_exception, ref
 from qvl_runtime.server.forms import Envelope, Form, usage
 from qvl_runtime.server.json_text import to_json
 from qvl_runtime.server.requests import Asked, check_model
+from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class AnswerRoute:
         stream = EventStream(send)
         try:
             async with asyncio.timeout(service.limits.seconds):
-                job = functools.partial(service.answerer.answer, asked, arrived)
+                job = functools.partial(service.answerer.answer, asked, scope[SALT], arrived)
                 async with service.runner.run(job) as events:
                     await _begun(events, service.limits.prepare_seconds)
                     if asked.stream:
