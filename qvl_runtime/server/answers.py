@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Piece
@@ -25,22 +25,26 @@ NOTHING = Access(paths=False)
 """What a request may open."""
 
 
-class Preparing(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Preparing:
     """Event: a prompt is made from now on."""
 
 
-class Begun(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Begun:
     """Event: the prompt was accepted, and an answer is computed from now on."""
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Event: a piece of the answer of this number."""
 
     index: int
     piece: Piece
 
 
-class Whole(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Whole:
     """Event: the answer of this number is complete; its boxes as the client reads them."""
 
     index: int
@@ -48,7 +52,8 @@ class Whole(NamedTuple):
     boxes: list[dict[str, Any]]
 
 
-class End(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class End:
     """Event: all answers are complete."""
 
 

@@ -90,7 +90,7 @@ class Listener(uvicorn.Server):
         if counter % 10 == 0:
             now = time.monotonic()
             for connection in list(self.server_state.connections):
-                if connection.is_stuck(now):
+                if isinstance(connection, Connection) and connection.is_stuck(now):
                     connection.transport.abort()
         return await super().on_tick(counter)
 
