@@ -167,7 +167,7 @@ def test_messages_of_parts_as_others_write_them(folder, chat, part):
         (folder / "data.json").write_text(json.dumps([turns, conversation()]))
         one, other = calibration.load(folder / "data.json", chat)
         assert one.ids == other.ids and one.asked == other.asked
-        assert [picture.key for _, picture in one.slots] == [picture.key for _, picture in other.slots]
+        assert [slot.picture.key for slot in one.slots] == [slot.picture.key for slot in other.slots]
 
 
 def test_parts_nobody_knows_are_bad_samples(folder, chat, caplog):

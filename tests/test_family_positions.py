@@ -22,7 +22,7 @@ def test_positions_of_pictures(case):
             length += part
         else:
             _, rows, columns = part
-            slots.append((length, rows // 2, columns // 2))
+            slots.append((length, rows // 2, columns // 2, None))
             length += rows * columns // 4
     positions, delta = position_ids(length, slots)
     assert positions.tolist() == case["position_ids"]

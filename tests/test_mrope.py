@@ -18,7 +18,7 @@ def slot(start: int, rows: int, columns: int) -> Slot:
 
 
 def expected(name: str, length: int, slots: list[Slot], capacity: int) -> np.ndarray:
-    positions, delta = position_ids(length, [(s.start, *s.picture.grid) for s in slots])
+    positions, delta = position_ids(length, [(s.start, *s.picture.grid, s.time) for s in slots])
     following = np.arange(length, capacity) + delta
     return rotary_rows(np.concatenate([positions, np.stack([following] * 3)], axis=1), config(name))
 

@@ -292,7 +292,7 @@ def _from(root: Path, source: ImageSource) -> ImageSource:
 
 def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = False) -> Sample:
     """Pictures were read, so that nothing fails hours later; their pixels are computed again when needed."""
-    slots = [Slot(start, dataclasses.replace(picture, pixels=None)) for start, picture in prompt.slots]
+    slots = [slot._replace(picture=dataclasses.replace(slot.picture, pixels=None)) for slot in prompt.slots]
     return Sample([*prompt.ids, *answer], slots, len(prompt.ids) if asks else 0)
 
 

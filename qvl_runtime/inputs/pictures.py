@@ -14,8 +14,9 @@ from PIL import Image
 
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array, Ops
-from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
+from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, read_image
 from qvl_runtime.inputs.picture_cache import PictureCache
+from qvl_runtime.inputs.video import FramePair
 from qvl_runtime.trace import Trace, no_trace
 
 KNOWN_FILES = 4096
@@ -76,7 +77,7 @@ class Picture:
     key : bytes
         A hash of its pixels, the salt, and everything else that its features depend on. The same picture under two
         names has one key, and a changed file another.
-    content : image source
+    content : image source or FramePair
         What it can be decoded from again.
     tokens, grid, size, resized
         As in `Pixels`.
@@ -85,7 +86,7 @@ class Picture:
     """
 
     key: bytes
-    content: ImageSource
+    content: ImageSource | FramePair
     tokens: int
     grid: tuple[int, int]
     size: tuple[int, int]
@@ -93,8 +94,9 @@ class Picture:
     pixels: np.ndarray | None = None
 
 
-Preprocess = Callable[[Image.Image], Pixels]
-"""How a family prepares an RGB picture."""
+Preprocess = Callable[..., Pixels]
+"""How a family prepares an RGB picture, ``preprocess(image)``, or two frames of a video of `count` frames, resized to
+`size` if that is not None: ``preprocess(first, second, count, size)``."""
 
 
 class Vision(Protocol):
@@ -127,22 +129,22 @@ class PictureReader:
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = make_lock()
 
-    def read(self, source: ImageSource, access: Access = LOCAL) -> Picture:
-        """Decode a picture, unless the same bytes were decoded before.
+    def read(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Picture:
+        """Decode a picture or two frames, unless the same bytes were decoded before.
 
         Raises
         ------
         QvlError
             When it cannot be read, or `access` does not allow it.
         """
-        content = read_image(source, allow_urls=access.urls, allow_paths=access.paths)
+        content = _content(source, access)
         salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
-        digest = hashlib.sha256(salted + content).digest() if isinstance(content, bytes) else None
+        digest = _digest(content, salted)
         with self._lock:
             if digest in self._known:
                 self._known.move_to_end(digest)
                 return dataclasses.replace(self._known[digest], content=content)
-        pixels = self._preprocess(decode_image(content, image_label(source), exif=self._upright))
+        pixels = self._prepare(content, source)
         facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
         del facts["values"]
         told = salted + self._identity.encode() + str(pixels.grid).encode()
@@ -154,10 +156,37 @@ class PictureReader:
                     self._known.popitem(last=False)
         return Picture(key, content, **facts, pixels=pixels.values)
 
-    def decode(self, source: ImageSource, access: Access = LOCAL) -> Pixels:
-        """Decode a picture and prepare it for the vision tower."""
-        image = load_image(source, allow_urls=access.urls, allow_paths=access.paths, exif=self._upright)
-        return self._preprocess(image)
+    def decode(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Pixels:
+        """Decode a picture or two frames and prepare them for the vision tower."""
+        return self._prepare(_content(source, access), source)
+
+    def _prepare(self, content: Content, source: ImageSource | FramePair) -> Pixels:
+        """Prepare what was read from `source`, which errors name."""
+        if isinstance(content, FramePair) and isinstance(source, FramePair):
+            named = ((content.first, source.first), (content.second, source.second))
+            first, second = (decode_image(frame, image_label(name), exif=self._upright) for frame, name in named)
+            return self._preprocess(first, second, content.count, content.size)
+        return self._preprocess(decode_image(content, image_label(source), exif=self._upright))
+
+
+Content = bytes | Image.Image | np.ndarray | FramePair
+"""What was read and can be decoded."""
+
+
+def _content(source: ImageSource | FramePair, access: Access) -> Content:
+    if isinstance(source, FramePair):
+        first, second = (_content(frame, access) for frame in (source.first, source.second))
+        return dataclasses.replace(source, first=first, second=second)
+    return read_image(source, allow_urls=access.urls, allow_paths=access.paths)
+
+
+def _digest(content: Content, salted: bytes) -> bytes | None:
+    """Tells files apart; None for what is decoded already."""
+    if isinstance(content, FramePair):
+        frames = [_digest(frame, salted) for frame in (content.first, content.second)]
+        told = f"{content.count} {content.size}".encode()
+        return None if None in frames else hashlib.sha256(b"".join([*frames, told])).digest()
+    return hashlib.sha256(salted + content).digest() if isinstance(content, bytes) else None
 
 
 class PictureEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +15,31 @@ from PIL import Image
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Picture
+from qvl_runtime.inputs.video import Video
 
 Key = int | bytes
 """What a position is computed from: a token id, or the key of the picture whose features stand there."""
 
 
 class Slot(NamedTuple):
-    """The positions of a picture in a prompt, from `start` on."""
+    """The positions of a picture in a prompt, from `start` on.
+
+    `time` is for the frames of a video whose slots follow each other directly: how far behind the video's beginning
+    they are, in positions.
+    """
 
     start: int
     picture: Picture
+    time: int | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.picture.tokens
+
+    @property
+    def key(self) -> bytes:
+        """What the slot's positions are computed from: the picture, and its time."""
+        return hashlib.sha256(self.picture.key + b"%d" % self.time).digest() if self.time else self.picture.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Prompt:
         """What each position is computed from."""
         keys: list[Key] = list(self.ids)
         for slot in self.slots:
-            keys[slot.start : slot.end] = [slot.picture.key] * slot.picture.tokens
+            keys[slot.start : slot.end] = [slot.key] * slot.picture.tokens
         return keys
 
     @property
@@ -120,7 +132,7 @@ class Window(NamedTuple):
 class Place:
     """A place for a picture in a text; `fill` finds a source for those that have none."""
 
-    source: ImageSource | None
+    source: ImageSource | Video | None
 
 
 Parts = list[str | Place]
@@ -131,8 +143,8 @@ def count_places(spoken: Sequence[Parts]) -> int:
     return sum(isinstance(part, Place) for parts in spoken for part in parts)
 
 
-def sources(parts: Parts) -> list[ImageSource]:
-    """The pictures of a text, whose places are filled."""
+def sources(parts: Parts) -> list[ImageSource | Video]:
+    """The pictures and videos of a text, whose places are filled."""
     return [part.source for part in parts if isinstance(part, Place) and part.source is not None]
 
 

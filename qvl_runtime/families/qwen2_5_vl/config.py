@@ -67,3 +67,6 @@ class Qwen25Config(ModelConfig):
 
     MODEL_TYPE = "qwen2_5_vl"
     VISION = Qwen25VisionConfig
+
+    def frame_position(self, pair: int, seconds: float) -> int:
+        return int(pair * seconds * self.visual.tokens_per_second)

@@ -331,6 +331,10 @@ class ModelConfig:
             f"the ViT's output is {width} wide, but 'hidden_size' is {self.hidden_size}",
         )
 
+    def frame_position(self, pair: int, seconds: float) -> int:
+        """How far the frames of a video's `pair`-th pair are behind its beginning, `seconds` from pair to pair."""
+        return pair
+
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
         text = dataclasses.asdict(self)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image
-
 from qvl_kernels.ops import Ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Grounding, VisionStage
@@ -17,7 +15,14 @@ from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
-from qvl_runtime.families.qwen2_vl.preprocessing import MAX_TOKENS, Preprocessing, find_settings
+from qvl_runtime.families.qwen2_vl.preprocessing import (
+    MAX_TOKENS,
+    Preparation,
+    Preprocessing,
+    VideoLimits,
+    find_settings,
+    find_video_settings,
+)
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
 from qvl_runtime.families.qwen2_vl.rotary import Mrope
 from qvl_runtime.families.qwen2_vl.template import Template
@@ -43,6 +48,7 @@ class Qwen2VL:
     TITLE: ClassVar[str] = "Qwen2-VL"
     CONFIG: ClassVar[type[ModelConfig]] = ModelConfig
     VISION: ClassVar[type[VisionTower]] = Qwen2Vision
+    VIDEO: ClassVar[VideoLimits] = VideoLimits(128 * 28 * 28, 768 * 28 * 28)
     grounding: Grounding = GROUNDING
     upright = True
 
@@ -76,17 +82,14 @@ class Qwen2VL:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> Callable[[Image.Image], Pixels]:
+    ) -> Preparation:
         visual = config.visual
         settings = Preprocessing.from_dict(preprocessing, visual, "preprocessing")
         settings = settings.limited(min_pixels, max_pixels, visual.factor)
-
-        def pixels(image: Image.Image) -> Pixels:
-            values, (width, height) = settings.patches(image, visual.patch_size)
-            rows, columns = height // visual.factor, width // visual.factor
-            return Pixels(values, len(values) // MERGE**2, (rows, columns), image.size, (width, height))
-
-        return pixels
+        video = VideoLimits.from_dict(preprocessing.get("video", {}), self.VIDEO, "preprocessing: video")
+        if not video.whole and (min_pixels or max_pixels):
+            video = VideoLimits(settings.min_pixels, settings.max_pixels)
+        return Preparation(settings, video, visual)
 
     def vision(self, weights: Weights) -> VisionTower:
         return self.VISION(weights).load()
@@ -157,7 +160,11 @@ class Qwen2VL:
     def read_preprocessing(self, folder: Path, config: ModelConfig) -> dict[str, Any]:
         path = find_settings(folder)
         data = read_json(path)
-        return Preprocessing.from_dict(data.get("image_processor", data), config.visual, str(path)).to_dict()
+        settings = Preprocessing.from_dict(data.get("image_processor", data), config.visual, str(path)).to_dict()
+        path = find_video_settings(folder)
+        if path is None or not self.VIDEO.whole:
+            return settings
+        return settings | {"video": VideoLimits.from_dict(read_json(path), self.VIDEO, str(path)).to_dict()}
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         """What a published checkpoint says about prompts and sampling."""

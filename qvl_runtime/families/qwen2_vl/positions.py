@@ -30,18 +30,19 @@ def patch_rotary(rows: int, columns: int, config: VisionConfig) -> np.ndarray:
     return cos_sin(np.concatenate(angles, axis=1))
 
 
-def position_ids(length: int, slots: Iterable[tuple[int, int, int]]) -> tuple[np.ndarray, int]:
+def position_ids(length: int, slots: Iterable[tuple[int, int, int, int | None]]) -> tuple[np.ndarray, int]:
     """Positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
 
     A token of text follows at the next position. The tokens of a picture spread over height and width from there, and
-    the text goes on behind the longer side.
+    the text goes on behind the longer side. The frames of a video all spread from the video's first position, each at
+    its own time, and the text goes on behind the highest position among them.
 
     Parameters
     ----------
     length : int
         Tokens of the prompt.
-    slots : iterable of (int, int, int)
-        First token, rows and columns of each picture, in order.
+    slots : iterable of (int, int, int, int or None)
+        First token, rows and columns of each picture, in order, and the time of a video's frames; see `Slot`.
 
     Returns
     -------
@@ -51,14 +52,17 @@ def position_ids(length: int, slots: Iterable[tuple[int, int, int]]) -> tuple[np
         What is added to the index of a token behind the prompt to have its position.
     """
     positions = np.empty((3, length), np.int64)
-    index = position = 0
-    for start, rows, columns in slots:
+    index = position = first = 0
+    for start, rows, columns, time in slots:
         positions[:, index:start] = np.arange(position, position + start - index)
         position += start - index
-        grid = np.mgrid[0:1, 0:rows, 0:columns].reshape(3, -1)
+        if time is None or start > index:
+            first = position
+        moment = time or 0
+        grid = np.mgrid[moment : moment + 1, 0:rows, 0:columns].reshape(3, -1)
         index = start + rows * columns
-        positions[:, start:index] = position + grid
-        position += max(rows, columns)
+        positions[:, start:index] = first + grid
+        position = max(position, first + max(rows, columns, moment + 1))
     positions[:, index:] = np.arange(position, position + length - index)
     return positions, position - index
 

@@ -17,13 +17,14 @@ from PIL import Image
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse
 from qvl_runtime.families.reading import check, take
+from qvl_runtime.inputs.pictures import Pixels
 
 MAX_ASPECT_RATIO = 200
 MAX_TOKENS = 1280
 """Tokens of a picture at most, unless `max_pixels` asks for more. The published limits go up to 16384."""
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """The size to which a picture is resized: multiples of `factor`, close to its own size and shape.
 
     Parameters
@@ -32,7 +33,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         Of the picture, in pixels.
     factor : int
         Side in pixels of what becomes one token.
-    min_pixels, max_pixels : int
+    min_pixels, max_pixels : float
         Limits of the result. It can be slightly larger where one side would become 0.
 
     Returns
@@ -137,13 +138,7 @@ class Preprocessing:
         refuse(data, where, known)
         factor = data.get("rescale_factor")
         check(factor is None or abs(factor * 255 - 1) < 1e-6, where, f"'rescale_factor' is {factor!r}, expected 1/255")
-        size = data.get("size")
-        size = size if isinstance(size, Mapping) else {}
-        limits = [
-            take({key: data.get(key) or size.get(edge)}, key, int, where)
-            for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-        ]
-        check(0 < limits[0] <= limits[1], where, f"'min_pixels' {limits[0]} and 'max_pixels' {limits[1]} contradict")
+        limits = _limits(data, where)
         means = [_three(data, key, where) for key in ("image_mean", "image_std")]
         check(min(means[1]) > 0, where, f"'image_std' is {means[1]}, expected numbers above 0")
         return cls(*limits, *means)
@@ -197,8 +192,14 @@ class Preprocessing:
         """
         factor = patch_size * MERGE
         height, width = smart_resize(image.height, image.width, factor, self.min_pixels, self.max_pixels)
-        resized = resize(image, width, height)
-        return patch_rows([self.normalized(resized)] * FRAMES, patch_size), (width, height)
+        return self.frame_patches([image] * FRAMES, patch_size, (width, height)), (width, height)
+
+    def frame_patches(self, frames: Sequence[Image.Image], patch_size: int, size: tuple[int, int]) -> np.ndarray:
+        """Resize the frames of a patch to a width and height, and cut them into patches; see `patch_rows`."""
+        first, last = frames[0], frames[-1]
+        values = self.normalized(resize(first, *size))
+        again = values if last is first else self.normalized(resize(last, *size))
+        return patch_rows([values, again], patch_size)
 
 
 def _three(data: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
@@ -207,8 +208,87 @@ def _three(data: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
     return tuple(take({key: value}, key, float, where) for value in values)
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoLimits:
+    """Limits of a video's frames after they are resized.
+
+    Attributes
+    ----------
+    min_pixels, max_pixels : int
+        Of one frame, or of all together.
+    whole : bool
+        They are of all frames together (Qwen3-VL).
+    """
+
+    min_pixels: int
+    max_pixels: int
+    whole: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], default: Self, where: str) -> Self:
+        """Read a published `video_preprocessor_config.json`, or what `to_dict` gave; `default` if it has no limits."""
+        given = data.get("size") or data.get("min_pixels") or data.get("max_pixels")
+        low, high = _limits(data, where) if given else (default.min_pixels, default.max_pixels)
+        return cls(low, high, default.whole)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+
+    def size(self, image: Image.Image, count: int, factor: int, highest: int) -> tuple[int, int]:
+        """Width and height of each of `count` frames like `image`; no frame has more than `highest` pixels."""
+        frames = max(FRAMES, count) if self.whole else 1
+        most = min(self.max_pixels / frames, highest)
+        least = min(self.min_pixels / frames, most)
+        height, width = smart_resize(image.height, image.width, factor, least, most)
+        return width, height
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How pictures and frames are prepared: `qvl_runtime.inputs.pictures.Preprocess`."""
+
+    settings: Preprocessing
+    video: VideoLimits
+    vision: VisionConfig
+
+    def __call__(
+        self,
+        image: Image.Image,
+        second: Image.Image | None = None,
+        count: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> Pixels:
+        """Prepare a picture, or two frames of a video of `count` frames."""
+        factor = self.vision.factor
+        if second is None:
+            values, size = self.settings.patches(image, self.vision.patch_size)
+        else:
+            size = size or self.video.size(image, count, factor, self.settings.max_pixels)
+            values = self.settings.frame_patches([image, second], self.vision.patch_size, size)
+        return Pixels(values, len(values) // MERGE**2, (size[1] // factor, size[0] // factor), image.size, size)
+
+
+def _limits(data: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """`min_pixels` and `max_pixels`, or what `size` says in their place, although it calls them edges."""
+    size = data.get("size")
+    size = size if isinstance(size, Mapping) else {}
+    low, high = (
+        take({key: data.get(key) or size.get(edge)}, key, int, where)
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
+    check(0 < low <= high, where, f"'min_pixels' {low} and 'max_pixels' {high} contradict")
+    return low, high
+
+
 FILES = ("preprocessor_config.json", "processor_config.json")
 """Where a published checkpoint describes the preparation of pictures; the second has it in a section."""
+
+
+def find_video_settings(folder: Path) -> Path | None:
+    """The file that describes the preparation of videos, if there is one."""
+    path = folder / "video_preprocessor_config.json"
+    return path if path.is_file() else None
 
 
 def find_settings(folder: Path) -> Path:

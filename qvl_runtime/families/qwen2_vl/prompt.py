@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ from qvl_runtime.inputs.prompt import (
     sources,
 )
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.video import FramePair, Video, is_video_part, read_video
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pads:
+    """A picture that was read, and the token that stands for each of its own; `time` as in `Slot`."""
+
+    picture: Picture
+    token: int
+    time: int | None = None
+
 
 _TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
@@ -59,7 +70,7 @@ class Prompts:
     tokenizer: Tokenizer
     config: ModelConfig
     template: Template
-    read: Callable[[ImageSource, Access], Picture]
+    read: Callable[[ImageSource | FramePair, Access], Picture]
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
         """Make a prompt of any form ready for the model.
@@ -71,7 +82,8 @@ class Prompts:
               ``<|vision_start|><|image_pad|><|vision_end|>``, which take the next of `images`;
             - chat messages: ``{"role", "content": text or parts}``. A part is ``{"type": "text", "text": …}``,
               ``{"type": "image", "image" or "url": source}`` or OpenAI's ``{"type": "image_url", …}``; a picture part
-              without a source takes the next of `images`. A list of parts alone is the user's message;
+              without a source takes the next of `images`. A video is ``{"type": "video", "video": frames}`` with
+              "fps" (2.0 if not given) or "times" in seconds. A list of parts alone is the user's message;
             - token ids, with as many ``<|image_pad|>`` between vision tags as a picture has tokens.
         images : sequence of image sources, optional
             For the empty places in order. Without any place in a text, they go before it.
@@ -187,10 +199,12 @@ class Prompts:
         for part in checked_parts(content):
             if is_image_part(part):
                 read.append(Place(part_source(part)))
+            elif is_video_part(part):
+                read.append(Place(read_video(part)))
             elif "text" in part:
                 read += self._places(part_text(part), access)
             else:
-                raise QvlError(f"a part of a message needs 'text', 'image' or 'image_url'; found {part!r:.80}")
+                raise QvlError(f"a part of a message needs 'text', 'image', 'image_url' or 'video'; found {part!r:.80}")
         return read
 
     def _answer(self, text: str) -> list[Piece]:
@@ -234,21 +248,43 @@ class Prompts:
         ids: list[int] = []
         slots: list[Slot] = []
         text = ""
-        for piece in [*pieces, Form()]:
+        seen = (part for piece in [*pieces, Form()] for part in self._seen(piece, access))
+        for piece in seen:
             if isinstance(piece, str) and not isinstance(piece, Form):
                 text += piece
                 continue
             ids += self.tokenizer.encode_ordinary(text)
             text = ""
-            if isinstance(piece, Place):
-                picture = self.read(piece.source, access)
-                slots.append(Slot(len(ids) + 1, picture))
-                pads = [self.config.image_token_id] * picture.tokens
-                ids += [self.config.vision_start_token_id, *pads, self.config.vision_end_token_id]
+            if isinstance(piece, _Pads):
+                slots.append(Slot(len(ids), piece.picture, piece.time))
+                ids += [piece.token] * piece.picture.tokens
             elif piece:
                 ids.append(self.tokenizer.special[piece])
         self._check_slots(ids, slots)
         return Prompt(ids, slots, opened, self._reasoning_end(ids))
+
+    def _seen(self, piece: Piece, access: Access) -> Iterator[str | _Pads]:
+        """A piece with its pictures read, each between vision tags."""
+        if not isinstance(piece, Place):
+            yield piece
+            return
+        config = self.config
+        tags = (config.vision_start_token_id, config.vision_end_token_id)
+        start, end = (Form(self.tokenizer.token_bytes(tag).decode()) for tag in tags)
+        if not isinstance(piece.source, Video):
+            yield from (start, _Pads(self.read(piece.source, access), config.image_token_id), end)
+            return
+        video, size, pads = piece.source, None, []
+        for number, pair in enumerate(video.pairs):
+            picture = self.read(dataclasses.replace(pair, size=size), access)
+            size = picture.resized
+            time = None if self.template.TIMESTAMPS else config.frame_position(number, video.pair_seconds)
+            pads.append(_Pads(picture, config.video_token_id, time))
+        if not self.template.TIMESTAMPS:
+            yield from (start, *pads, end)
+            return
+        for seconds, pair in zip(video.pair_times, pads):
+            yield from (f"<{seconds:.1f} seconds>", start, pair, end)
 
     def _reasoning_end(self, ids: Sequence[int]) -> int | None:
         """The token that ends the reasoning which a prompt opens: its last special form is <think>."""
@@ -292,7 +328,7 @@ class Prompts:
 
 
 def _only_text(part: Mapping[str, Any], role: str) -> str:
-    if is_image_part(part) or "text" not in part:
+    if is_image_part(part) or is_video_part(part) or "text" not in part:
         raise QvlError(f"the {role}'s message takes text parts only; found {part!r:.80}")
     return part_text(part)
 
@@ -317,8 +353,10 @@ def _for_history(query: Any, parts: Parts) -> Any:
     tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
     if not found or (tagged and all(isinstance(source, str | Path) for source in found)):
         return "".join(f"<img>{part.source}</img>" if isinstance(part, Place) else part for part in parts)
-    return [
-        {"type": "image", "image": part.source} if isinstance(part, Place) else {"type": "text", "text": part}
-        for part in parts
-        if part != ""
-    ]
+    return [_part(part) for part in parts if part != ""]
+
+
+def _part(part: str | Place) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return part.source.to_part() if isinstance(part.source, Video) else {"type": "image", "image": part.source}

@@ -40,7 +40,7 @@ class Mrope:
 
     def place(self, length: int, slots: Sequence[Slot]) -> None:
         """Set the rows of a prompt of `length` tokens, and of the tokens that follow it."""
-        positions, self._delta = position_ids(length, [(slot.start, *slot.picture.grid) for slot in slots])
+        positions, self._delta = position_ids(length, [(slot.start, *slot.picture.grid, slot.time) for slot in slots])
         self._set(self._continued(positions, self.rope.shape[0]))
 
     def reserve(self, capacity: int) -> None:

@@ -16,7 +16,7 @@ class Form(str):
 
 
 Piece = str | Form | Place
-"""A piece of a rendered prompt: text, a special form, or a picture with its vision tags."""
+"""A piece of a rendered prompt: text, a special form, or a picture or video with its vision tags."""
 
 START, END = Form("<|im_start|>"), Form("<|im_end|>")
 
@@ -44,6 +44,8 @@ class Template:
 
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant")
     DEFAULT_SYSTEM: ClassVar[str | None] = "You are a helpful assistant."
+    TIMESTAMPS: ClassVar[bool] = False
+    """Whether each two frames of a video stand behind their time in words, between vision tags of their own."""
 
     def system(self, content: Parts | None) -> list[Piece]:
         """The system's turn; `DEFAULT_SYSTEM` if there is no message, and nothing if there is none of both."""

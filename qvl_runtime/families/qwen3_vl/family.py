@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.qwen2_vl.family import Qwen2VL
+from qvl_runtime.families.qwen2_vl.preprocessing import VideoLimits
 from qvl_runtime.families.qwen3_vl.config import Qwen3Config
 from qvl_runtime.families.qwen3_vl.grounding import RelativeGrounding
 from qvl_runtime.families.qwen3_vl.template import Qwen3Template
@@ -20,6 +21,7 @@ class Qwen3VL(Qwen2VL):
     TITLE = "Qwen3-VL"
     CONFIG = Qwen3Config
     VISION = Qwen3Vision
+    VIDEO = VideoLimits(4096, 25165824, whole=True)
     grounding = RelativeGrounding()
 
     def title(self, config: Qwen3Config, generation: GenerationConfig) -> str:

@@ -46,6 +46,7 @@ class Qwen3Template(Template):
 
     ROLES = ("system", "user", "assistant", "tool")
     DEFAULT_SYSTEM = None
+    TIMESTAMPS = True
 
     def system(self, content: Parts | None) -> list[Piece]:
         if not self.tools:
