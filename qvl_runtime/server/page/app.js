@@ -361,8 +361,8 @@ async function start() {
   }
   document.title = `${model.title} · qvl`;
   $("model").textContent = model.title;
-  $("device").textContent = model.device;
-  const toy = /\b(toy|demo)\b/i.test(`${model.id} ${model.title}`);
+  $("device").textContent = [model.device, model.window && t("room", model.window.toLocaleString())].filter(Boolean).join(" · ");
+  const toy = model.id === "demo";
   $("draw").hidden = !toy;
   const note = toy ? "toy" : !model.pictures ? "blind" : !model.chat ? "base" : null;
   if (note) $("note").textContent = t(note);

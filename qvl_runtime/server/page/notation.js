@@ -1,15 +1,17 @@
 // An answer's text as words and phrases: what the families write around a phrase and its box is not shown.
 
 const REF = ["<ref>", "</ref>", "<|object_ref_start|>", "<|object_ref_end|>"];
+const OBJECT = /\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}/g;
 const SPAN = new RegExp(
   "(<ref>|<\\|object_ref_start\\|>)((?:(?!<ref>|<\\|object_ref_start\\|>)[^])*?)(</ref>|<\\|object_ref_end\\|>)" +
     "|(<box>|<\\|box_start\\|>)([^<]*)(</box>|<\\|box_end\\|>)" +
-    '|(\\{(?:[^{}"]|"(?:[^"\\\\]|\\\\.)*")*\\})',
+    `|(${OBJECT.source})`,
   "g",
 );
 // What a stream may end with in the middle of a notation.
 const UNFINISHED = /(?:<(?:ref|\|object_ref_start\|)>?[^<]*|<(?:box|\|box_start\|)>?[^<]*)?(?:<[/|]?[a-z_]*\|?)?$/;
-const UNFINISHED_JSON = /(?:```(?:json)?\s*\[?\s*|\[\s*)?(?:,\s*)?(?:\{[^{}]*)?$/;
+const UNFINISHED_LIST = /(?:(?:^|\n)`{1,3}[a-z]{0,4}\s*)?\[?\s*$/;
+const OBJECT_STARTS = ['{"bbox_2d"', '{"label"'];
 
 /**
  * Pieces of an answer: `{text}`, or `{phrase, numbers}` with the numbers of each box as the model wrote them.
@@ -19,7 +21,7 @@ const UNFINISHED_JSON = /(?:```(?:json)?\s*\[?\s*|\[\s*)?(?:,\s*)?(?:\{[^{}]*)?$
 export function pieces(text, open = false) {
   let tail = null;
   if (open) {
-    if (/\{[^{}]*$|```(?:json)?\s*\[?\s*$/.test(text)) text = text.replace(UNFINISHED_JSON, "");
+    text = withoutObject(text).replace(UNFINISHED_LIST, "");
     const cut = text.search(UNFINISHED);
     const rest = text.slice(cut);
     const begin = REF.find((tag) => !tag.includes("/") && rest.startsWith(tag));
@@ -43,6 +45,17 @@ export function pieces(text, open = false) {
   if (end < text.length) found.push({ text: text.slice(end) });
   if (tail) found.push({ phrase: tail, numbers: [] });
   return withoutList(found);
+}
+
+/** Without an object of a box that has begun and has no end. */
+function withoutObject(text) {
+  const whole = [...text.matchAll(OBJECT)].filter(([json]) => boxObject(json));
+  const end = whole.length ? whole.at(-1).index + whole.at(-1)[0].length : 0;
+  for (let begin = text.indexOf("{", end); begin >= 0; begin = text.indexOf("{", begin + 1)) {
+    const head = text.slice(begin, begin + 40).replace(/\s/g, "");
+    if (OBJECT_STARTS.some((start) => head.startsWith(start) || start.startsWith(head))) return text.slice(0, begin);
+  }
+  return text;
 }
 
 function boxNumbers(corners) {
@@ -71,7 +84,7 @@ function withoutList(found) {
       const after = found[index + 1]?.json;
       if (before && after && /^\s*,\s*$/.test(text)) return { text: " " };
       if (after) text = text.replace(/(?:```(?:json)?\s*)?\[?\s*$/, "");
-      if (before) text = text.replace(/^\s*,?\s*\]?(?:\s*```)?/, "");
+      if (before) text = text.replace(/^\s*,?\s*\]?(?:\s*`{1,3})?/, "");
       return { text };
     })
     .filter((piece) => piece.text !== "");

@@ -35,21 +35,27 @@ export function canvasBlob(canvas, type, quality) {
   });
 }
 
-/** Whether the browser shows the file otherwise than its pixels are stored. */
+// Where the EXIF data of a JPEG, PNG or WebP file begin: a TIFF header in either byte order.
+const EXIF = /(?:Exif\0\0|eXIf|EXIF[^]{4})(?=II\*\0|MM\0\*)/;
+const ORIENTATION = 0x0112;
+
+/** Whether the EXIF data say that the picture is to be shown otherwise than it is stored. */
 async function isTurned(file) {
-  const side = 16;
-  const thumbnails = await Promise.all(
-    ["none", "from-image"].map(async (imageOrientation) => {
-      const bitmap = await createImageBitmap(file, { imageOrientation });
-      const pen = new OffscreenCanvas(side, side).getContext("2d");
-      pen.drawImage(bitmap, 0, 0, side, side);
-      const { width, height } = bitmap;
-      bitmap.close();
-      return { width, height, pixels: pen.getImageData(0, 0, side, side).data };
-    }),
-  );
-  const [stored, shown] = thumbnails;
-  return stored.width !== shown.width || stored.pixels.some((value, index) => value !== shown.pixels[index]);
+  const bytes = await file.arrayBuffer();
+  const header = new TextDecoder("latin1").decode(bytes).match(EXIF);
+  if (!header) return false;
+  try {
+    const data = new DataView(bytes, header.index + header[0].length);
+    const little = data.getUint8(0) === 0x49;
+    const entries = data.getUint32(4, little);
+    for (let entry = 0; entry < data.getUint16(entries, little); entry++) {
+      const at = entries + 2 + 12 * entry;
+      if (data.getUint16(at, little) === ORIENTATION) return data.getUint16(at + 8, little) > 1;
+    }
+  } catch {
+    // broken data turn nothing
+  }
+  return false;
 }
 
 async function upright(file) {

@@ -39,15 +39,17 @@ export async function drawScene() {
 /** Three or four shapes that do not touch, of few kinds so that some resemble each other. */
 function place() {
   const shapes = [pick(SHAPES), pick(SHAPES), pick(SHAPES)];
-  const colours = [pick(Object.keys(COLOURS)), pick(Object.keys(COLOURS))];
+  const colours = [pick(Object.keys(COLOURS)), pick(Object.keys(COLOURS)), pick(Object.keys(COLOURS))];
   const wanted = pick([3, 3, 4]);
   const things = [];
   for (let tries = 0; things.length < wanted && tries < 300; tries++) {
     const w = Math.random() < 0.4 ? random(0.16, 0.21) : random(0.3, 0.37);
     const h = w * random(0.92, 1.08);
     const [x, y] = [random(0.03, 0.97 - w), random(0.03, 0.97 - h)];
-    const free = things.every((o) => x > o.x + o.w + 0.02 || o.x > x + w + 0.02 || y > o.y + o.h + 0.02 || o.y > y + h + 0.02);
-    if (free) things.push({ shape: pick(shapes), colour: pick(colours), x, y, w, h, turn: random(-0.17, 0.17) });
+    const apart = (o) => x > o.x + o.w + 0.02 || o.x > x + w + 0.02 || y > o.y + o.h + 0.02 || o.y > y + h + 0.02;
+    // The model names things from left to right, so that none stands right above another.
+    const beside = (o) => Math.abs(x + w / 2 - o.x - o.w / 2) > 0.12;
+    if (things.every((other) => apart(other) && beside(other))) things.push({ shape: pick(shapes), colour: pick(colours), x, y, w, h, turn: random(-0.17, 0.17) });
   }
   return things;
 }
@@ -112,6 +114,7 @@ function paint(pen, thing, hole) {
     pen.fillStyle = style;
     pen.strokeStyle = rgb(colour, 0.6);
     pen.lineWidth = SIDE / 112;
+    pen.lineJoin = "round";
     pen.fill();
     pen.stroke();
   };
