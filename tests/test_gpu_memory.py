@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
@@ -156,16 +157,37 @@ def test_every_remedy_holds():
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, 64), (16, 128)])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 588), (256, 256)])
 def test_sizes_are_known_beforehand(ops, bits, group_size, n, k):
-    before = ops.memory.in_use
     weight = ops.weight(matrix(n, k, bits, group_size))
     assert weight.codes.nbytes + (weight.scales.nbytes if weight.scales else 0) == device_bytes(n, k, bits, group_size)
+    (arena,) = ops.memory._arenas
     gc.collect()
-    taken = ops.memory.in_use - before
-    assert 0 <= taken - device_bytes(n, k, bits, group_size) < 2 * 256
+    assert 0 <= arena.nbytes - arena.room - device_bytes(n, k, bits, group_size) < 2 * 256
+
+
+def test_weights_share_allocations(driver):
+    memory = Memory(driver)
+    sizes = [100_000, 3 << 20, 17 << 20, 5_000_000, 40] * 4
+    arrays = [memory.weight((size,), np.uint8) for size in sizes]
+    places = sorted((array.address, array.nbytes) for array in arrays)
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places)), "they do not overlap"
+    assert not any(address % gpu_memory.ALIGNMENT for address, _ in places)
+    for array in arrays:
+        driver.check(array.address, array.nbytes)
+    assert driver.allocations < 12 and all(len(raw) % (2 << 20) == 0 for raw in driver.buffers.values())
+    assert memory.in_use < sum(sizes) + gpu_memory.ARENA + (4 << 20)
+    free = driver.memory()[0]
+    del arrays[2:], array
+    assert free < driver.memory()[0] and memory.in_use >= 2 << 20
+    del arrays
+    memory.trim()
+    assert memory.in_use == 0 and driver.memory()[0] == driver.total
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_cache_sizes_are_known_beforehand(ops, dtype):
-    cache = ops.kv_cache(3, 2, 128, 100, dtype)
-    assert cache.nbytes == cache_bytes(3, 2, 128, 100, dtype)
-    assert cache.capacity == 100
+@pytest.mark.parametrize("capacity", [100, 5000])
+def test_cache_sizes_are_known_beforehand(driver, ops, dtype, capacity):
+    before = driver.memory()[0]
+    cache = ops.kv_cache(3, 2, 128, capacity, dtype)
+    taken = sum(gpu_memory.rounded(array.nbytes) for layer in cache.arrays for array in layer)
+    assert taken == cache.nbytes == cache_bytes(3, 2, 128, capacity, dtype) >= before - driver.memory()[0] > 0
+    assert cache.capacity == capacity

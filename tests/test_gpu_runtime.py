@@ -1,28 +1,23 @@
 """The GPU runtime without a GPU: launches, graphs and whole steps on a fake driver.
 
-Kernels are only recorded here; tests/test_gpu_model.py runs them, in Triton's interpreter.
+Kernels are only recorded here; tests/test_gpu_model.py runs them, in the PTX interpreter.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.metadata
-import json
+import itertools
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes.gpu import FakeDriver, Images, matrix
 
-from qvl_kernels import gpu
-from qvl_kernels.gpu import build, loader, signatures
-from qvl_kernels.gpu import driver as gpu_driver
+from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
-from qvl_kernels.gpu.launcher import Image
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.ops import DeviceError, Norm
 
@@ -129,13 +124,13 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
     few = rows <= signatures.DECODE_ROWS
     assert attend.name == f"{'decode' if few else 'cached'}_attention.{dtype}.any"
     assert attend.grid == ((kv_heads * -(-rows * heads // kv_heads // 16), 16, 1) if few else (1, heads, 1))
-    half = cache.values.nbytes // 4
+    both, *both_scales = cache.arrays[layer]
     for launch in (append, attend):
-        keys, values = launch.args["k"], launch.args["v"]
-        assert (keys - cache.values.address, values - keys) == (2 * half, half)
-        if dtype == "int8":
-            scales = [launch.args[name] - cache.scales.address for name in ("k_scale", "v_scale")]
-            assert scales == [2 * kv_heads * 128 * 2, 3 * kv_heads * 128 * 2]
+        assert [launch.args[name] - both.address for name in ("k", "v")] == [0, both.nbytes // 2]
+        for scales in both_scales:
+            found = [launch.args[name] - scales.address for name in ("k_scale", "v_scale")]
+            assert found == [0, kv_heads * 128 * 2]
+        assert len(both_scales) == (dtype == "int8")
         expected = {"heads": heads, "kv_heads": kv_heads, "capacity": 128, "d": d, "start": start.address}
         assert expected.items() <= launch.args.items()
     assert attend.args["scale"] == 0.25
@@ -218,18 +213,43 @@ def test_a_resized_cache_moves_what_is_filled(ops, driver):
     cache = ops.kv_cache(2, 3, 16, 64, "int8")
     driver.launches.clear()
     other = cache.resized(200, 10)
-    values, scales = driver.launches
-    assert other.capacity == 200
-    expected = {"size": 10 * 16 // 2, "source_stride": 64 * 8, "target_stride": 256 * 8}
-    assert expected.items() <= values.args.items() and values.grid == (1, 2 * 2 * 3, 1)
-    assert {"size": 10, "source_stride": 64, "target_stride": 256}.items() <= scales.args.items()
+    assert other.capacity == 200 and other.layers == len(other.arrays) == 2
+    for layer, (values, scales) in enumerate(zip(driver.launches[::2], driver.launches[1::2], strict=True)):
+        expected = {"size": 10 * 16 // 2, "source_stride": 64 * 8, "target_stride": 256 * 8}
+        assert expected.items() <= values.args.items() and values.grid == (1, 2 * 3, 1)
+        assert values.args["target"] == other.arrays[layer][0].address
+        assert {"size": 10, "source_stride": 64, "target_stride": 256}.items() <= scales.args.items()
+
+
+def _captured_attention(ops, cache) -> Replay:
+    qkv, out, start = ops.empty((1, 6 * 128), np.float16), ops.empty((1, 256), np.float16), ops.empty((1,), np.int32)
+    return ops.capture(
+        lambda: [ops.cached_attention(qkv, cache, layer, start, out=out) for layer in range(cache.layers)]
+    )
+
+
+def test_there_are_never_two_caches(ops, driver):
+    """Even while a captured step refers to the old one."""
+    cache = ops.kv_cache(8, 2, 128, 4096, "fp16")  # 4 MiB a layer
+    replay = _captured_attention(ops, cache)
+    before = ops.memory.in_use
+    ops.memory.peak = 0
+    other = cache.resized(6144, 100)
+    grown = other.nbytes - cache.nbytes
+    assert ops.memory.in_use == before + grown == before + (16 << 20)
+    assert ops.memory.peak == before + grown + (4 << 20)
+    kept = other.resized(6144, 100, keep=True)
+    assert ops.memory.in_use == before + grown + kept.nbytes
+    del cache, replay, kept
+    gc.collect()
+    assert before <= ops.memory.in_use + (4 << 20) and other.saved(7, 100)[0].shape == (2, 2, 100, 128)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_a_saved_cache_comes_back(ops, dtype):
     rng = np.random.default_rng(0)
     cache, other = ops.kv_cache(2, 3, 16, 64, dtype), ops.kv_cache(2, 3, 16, 200, dtype)
-    for array in filter(None, (cache.values, cache.scales)):
+    for array in itertools.chain(*cache.arrays):
         ops.write(array, rng.integers(-99, 99, array.shape).astype(array.dtype))
     for layer in range(2):
         saved = cache.saved(layer, 37)
@@ -341,94 +361,3 @@ def test_a_decode_step_needs_neither_torch_nor_triton(blob):
     command = [sys.executable, str(TESTS / "fakes" / "decode_run.py"), str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.stdout == "decoded\n", result.stderr
-
-
-# choosing the kernels
-
-
-@pytest.mark.parametrize(
-    ("capability", "chosen"),
-    [
-        ((7, 5), (75, "cubin")),
-        ((8, 0), (80, "cubin")),
-        ((8, 6), (80, "cubin")),
-        ((8, 9), (80, "cubin")),
-        ((9, 0), (90, "cubin")),
-        ((10, 0), (80, "ptx")),
-        ((12, 0), (120, "cubin")),
-        ((12, 1), (80, "ptx")),
-    ],
-)
-def test_code_is_chosen_by_compute_capability(capability, chosen):
-    assert loader.choose(capability) == chosen
-
-
-def _bundle(path: Path, sources: str, names=("add.any",)) -> None:
-    entry = {"symbol": "add", "warps": 4, "shared": 8, "constants": {"A": 1}, "cubin": "a.cubin", "ptx": "a.ptx"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as bundle:
-        bundle.writestr("a.cubin", b"code")
-        bundle.writestr("a.ptx", b"text")
-        kernels = {name: {"80": entry} for name in names}
-        bundle.writestr("manifest.json", json.dumps({"triton": "3.6.0", "sources": sources, "kernels": kernels}))
-
-
-def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, monkeypatch, capsys):
-    built = []
-
-    def compile_all(path, architectures, progress):
-        built.append(architectures)
-        _bundle(path, build.source_hash())
-        return path
-
-    monkeypatch.setattr(build, "build", compile_all)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: build.TRITON_VERSION)
-    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
-    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
-    for _ in range(2):
-        bundle = loader.find((8, 6))
-        assert bundle["add.any"] == Image(b"code", "cubin", "add", 4, 8, {"A": 1})
-    assert built == [[80]], "compiled once"
-    assert capsys.readouterr().err.count("\n") == 1
-    assert loader.find((10, 0))["add.any"].code == b"text" and loader.find((10, 0)).architecture == 80
-
-    _bundle(loader.BUNDLE, build.source_hash())
-    assert loader.find((8, 6)).path == loader.BUNDLE
-    _bundle(loader.BUNDLE, "of other sources")
-    assert loader.find((8, 6)).path != loader.BUNDLE
-    loader.BUNDLE.write_bytes(b"nonsense")
-    with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
-        loader.find((8, 6))
-
-
-def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
-    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
-    for version, message in ((absent, "no Triton is installed"), (lambda name: "3.9", "Triton 3.9 is installed")):
-        monkeypatch.setattr(importlib.metadata, "version", version)
-        with pytest.raises(DeviceError, match=f"without compiled GPU kernels, and {message}.*pip install triton=="):
-            loader.find((9, 0))
-        monkeypatch.setattr(gpu_driver, "Driver", FakeDriver)
-        usable, reason = gpu.available()
-        assert not usable and message in reason
-    _bundle(loader.BUNDLE, build.source_hash())
-    assert gpu.available() == (True, "Fake GPU")
-
-
-# choosing the device
-
-
-def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    usable, reason = gpu.available()
-    assert not usable and reason.startswith("the GPU packages are not installed (")
-    assert reason.endswith("pip install 'qvl-runtime[gpu]'")
-
-
-def test_names_of_the_package():
-    assert gpu.CudaOps is CudaOps
-    with pytest.raises(AttributeError):
-        _ = gpu.nothing

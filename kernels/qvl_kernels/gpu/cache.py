@@ -9,7 +9,7 @@ import numpy as np
 
 from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.launcher import Launcher
-from qvl_kernels.gpu.memory import Memory
+from qvl_kernels.gpu.memory import Memory, rounded
 from qvl_kernels.gpu.signatures import ELEMENTS
 from qvl_kernels.ops import restored
 from qvl_kernels.packing import round_up
@@ -21,15 +21,16 @@ _STRIDE = 64
 
 
 def cache_bytes(layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
-    """Bytes of a cache."""
-    positions = layers * 2 * kv_heads * round_up(capacity, _STRIDE)
-    return positions * (head_dim * CACHE_DTYPES[dtype].itemsize + (2 if dtype == "int8" else 0))
+    """Bytes of a cache, as the driver allocates them."""
+    positions = 2 * kv_heads * round_up(capacity, _STRIDE)
+    scales = rounded(positions * 2) if dtype == "int8" else 0
+    return layers * (rounded(positions * head_dim * CACHE_DTYPES[dtype].itemsize) + scales)
 
 
 class CudaCache:
-    """Keys and values, ``[layers, 2, kv_heads, capacity, head_dim]`` in fp16 or int8.
+    """Keys and values: of each layer ``[2, kv_heads, capacity, head_dim]`` in fp16 or int8.
 
-    int8 has one fp16 scale a position and head, ``[layers, 2, kv_heads, capacity]``.
+    int8 has one fp16 scale a position and head, ``[2, kv_heads, capacity]``.
     """
 
     def __init__(
@@ -50,56 +51,61 @@ class CudaCache:
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.capacity, self.dtype = capacity, dtype
         self.stride = round_up(capacity, _STRIDE)
-        self.values = memory.array((layers, 2, kv_heads, self.stride, head_dim), CACHE_DTYPES[dtype])
-        self.scales = memory.array((layers, 2, kv_heads, self.stride), np.float16) if dtype == "int8" else None
+        self.arrays = [self._layer() for _ in range(layers)]
+
+    def _layer(self) -> list[DeviceArray]:
+        """Arrays of a layer: values, and scales if there are."""
+        shape = (2, self.kv_heads, self.stride)
+        found = [self.memory.array((*shape, self.head_dim), CACHE_DTYPES[self.dtype])]
+        if self.dtype == "int8":
+            found.append(self.memory.array(shape, np.float16))
+        return found
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+        return cache_bytes(self.layers, self.kv_heads, self.head_dim, self.capacity, self.dtype)
 
     def layer(self, index: int) -> tuple:
         """Launch arguments of one layer: keys, values, and their scales."""
-        return (*_halves(self.values, index), *_halves(self.scales, index))
+        halves = [half for array in self.arrays[index] for half in (array[:1], array[1:])]
+        return tuple(halves + [None] * (4 - len(halves)))
 
-    def resized(self, capacity: int, length: int) -> CudaCache:
-        """A cache of another capacity that holds the first `length` positions of this one."""
-        other = CudaCache(self.memory, self.launch, self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
-        self._move(self.values, other.values, length * self.head_dim * self.values.dtype.itemsize // 2)
-        if self.scales is not None:
-            self._move(self.scales, other.scales, length)
+    def resized(self, capacity: int, length: int, *, keep: bool = False) -> CudaCache:
+        """See `KVCache`. Layer by layer, so that there are never two caches unless both are to be kept.
+
+        A step that was captured on a void cache must not be repeated: its memory is given back.
+        """
+        other = CudaCache(self.memory, self.launch, 0, self.kv_heads, self.head_dim, capacity, self.dtype)
+        other.layers = self.layers
+        for arrays in self.arrays:
+            other.arrays.append(other._layer())
+            for source, target in zip(arrays, other.arrays[-1]):
+                self._move(source, target, length * math.prod(source.shape[3:]) * source.dtype.itemsize // 2)
+                if not keep:
+                    source.owner.release()
         return other
 
     def saved(self, layer: int, length: int) -> list[np.ndarray]:
         """See `KVCache`."""
         found = []
-        for array in self._arrays():
-            host = np.empty(array.shape[1:], array.dtype)
-            self.memory.driver.to_host(host, array[layer : layer + 1].address)
+        for array in self.arrays[layer]:
+            host = np.empty(array.shape, array.dtype)
+            self.memory.driver.to_host(host, array.address)
             found.append(np.ascontiguousarray(host[:, :, :length]))
         return found
 
     def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
         """See `KVCache`."""
-        expected = [((*a.shape[1:3], length, *a.shape[4:]), a.dtype) for a in self._arrays()]
-        for array, values in zip(self._arrays(), restored(expected, arrays)):
-            host = np.zeros(array.shape[1:], array.dtype)
+        expected = [((*a.shape[:2], length, *a.shape[3:]), a.dtype) for a in self.arrays[layer]]
+        for array, values in zip(self.arrays[layer], restored(expected, arrays)):
+            host = np.zeros(array.shape, array.dtype)
             host[:, :, :length] = values
-            self.memory.driver.to_device(array[layer : layer + 1].address, host)
+            self.memory.driver.to_device(array.address, host)
         self.memory.driver.synchronize()
-
-    def _arrays(self) -> list[DeviceArray]:
-        return [self.values] if self.scales is None else [self.values, self.scales]
 
     def _move(self, source: DeviceArray, target: DeviceArray, size: int) -> None:
         """Copy the first `size` 16-bit units of every head."""
         if size:
-            strides = [math.prod(a.shape[3:]) * a.dtype.itemsize // 2 for a in (source, target)]
-            grid = (-(-size // ELEMENTS), math.prod(source.shape[:3]))
+            strides = [math.prod(a.shape[2:]) * a.dtype.itemsize // 2 for a in (source, target)]
+            grid = (-(-size // ELEMENTS), math.prod(source.shape[:2]))
             self.launch("move_rows.any", grid, source, target, size, *strides)
-
-
-def _halves(array: DeviceArray | None, layer: int) -> tuple:
-    if array is None:
-        return None, None
-    half = array[layer : layer + 1]
-    return half, (half, half.nbytes // 2)

@@ -23,6 +23,12 @@ ALIGNMENT = 256
 POOL_LIMIT = 128 << 20
 """Most bytes of freed blocks kept for the next request of their size."""
 
+PAGE = 2 << 20
+"""`cuMemAlloc` takes blocks of more than half of this in multiples of it."""
+
+ARENA = 64 << 20
+"""Most bytes of an arena. An array of a quarter of it or more has one of its own, whose end others may use."""
+
 _USEFUL_CONTEXT, _CONTEXT_STEP = 1024, 256
 """Tokens: an image and a few turns; and the steps in which a context is offered."""
 
@@ -132,6 +138,12 @@ def _tokens(option: Plan, context: int) -> int:
     return context * room // option.cache // _CONTEXT_STEP * _CONTEXT_STEP
 
 
+def rounded(nbytes: int) -> int:
+    """Bytes the driver takes for an allocation."""
+    unit = ALIGNMENT if nbytes <= PAGE // 2 else PAGE
+    return max(-(-nbytes // unit), 1) * unit
+
+
 class Memory:
     """Blocks of device memory, given back when the last array in them is gone.
 
@@ -149,6 +161,7 @@ class Memory:
         self.scratch = Scratch(self)
         self._pool: dict[int, list[int]] = collections.defaultdict(list)
         self._pooled = 0
+        self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
     def array(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
         """An uninitialised array."""
@@ -164,6 +177,23 @@ class Memory:
             return self.array(shape, dtype)
         finally:
             self.scratch.recording = recording
+
+    def weight(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
+        """An uninitialised array that stays as long as the model: hundreds of them share a few allocations.
+
+        An arena is as large as all before it together, so that a small model takes little.
+        """
+        array = DeviceArray(0, shape, dtype, None)
+        fitting = [arena for arena in self._arenas if arena.room >= array.nbytes]
+        if fitting:
+            arena = min(fitting, key=lambda arena: arena.room)
+        else:
+            held = sum(arena.nbytes for arena in self._arenas)
+            shared = min(held, ARENA) if array.nbytes < ARENA // 4 else 0
+            arena = Arena(self, rounded(max(array.nbytes, PAGE, shared)))
+            self._arenas.add(arena)
+        array.address, array.owner = arena.part(array.nbytes), arena
+        return array
 
     def take(self, nbytes: int) -> int:
         """The address of a block."""
@@ -257,14 +287,38 @@ class Block:
         Whether it was made within a captured step.
     """
 
-    __slots__ = ("__weakref__", "address", "scratch")
+    __slots__ = ("__weakref__", "address", "release", "scratch")
 
     def __init__(self, memory: Memory, nbytes: int):
         nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
         self.scratch = memory.scratch.recording
         home = memory.scratch if self.scratch else memory
         self.address = home.take(nbytes)
-        weakref.finalize(self, home.give, self.address, nbytes).atexit = False
+        self.release = weakref.finalize(self, home.give, self.address, nbytes)
+        """Gives the memory back at once, whoever still refers to it."""
+        self.release.atexit = False
+
+
+class Arena(Block):
+    """One allocation that several arrays share; it lives as long as one of them.
+
+    Attributes
+    ----------
+    nbytes, room : int
+        Its size, and what no array has yet.
+    """
+
+    __slots__ = ("nbytes", "room")
+
+    def __init__(self, memory: Memory, nbytes: int):
+        super().__init__(memory, nbytes)
+        self.nbytes = self.room = nbytes
+
+    def part(self, nbytes: int) -> int:
+        """The address of the next `nbytes` bytes."""
+        address = self.address + self.nbytes - self.room
+        self.room = max(self.room - max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT, 0)
+        return address
 
 
 class Uploader:

@@ -96,10 +96,16 @@ def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
         group_shift=(m.group_size // 32).bit_length() - 1,
         codes=codes,
         scales=scales,
-        perm=None if m.perm is None else _copy(device, np.asarray(m.perm, np.int32)),
-        bias=None if m.bias is None else _copy(device, np.asarray(m.bias, np.float32)),
+        perm=None if m.perm is None else _keep(device, np.asarray(m.perm, np.int32)),
+        bias=None if m.bias is None else _keep(device, np.asarray(m.bias, np.float32)),
         order=b"" if m.perm is None else np.ascontiguousarray(m.perm, np.int32).tobytes(),
     )
+
+
+def _keep(device: Device, values: np.ndarray) -> DeviceArray:
+    array = device.memory.weight(values.shape, values.dtype)
+    device.uploader(values, array)
+    return array
 
 
 def _copy(device: Device, values: np.ndarray) -> DeviceArray:
@@ -116,7 +122,7 @@ def _pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _reorder(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
-    codes = device.memory.array((blocks, rows, 4 * m.bits), np.int32)
+    codes = device.memory.weight((blocks, rows, 4 * m.bits), np.int32)
     _clear(device, codes, round_up(m.n, ROWS) < rows)
     for first, piece in _pieces(m.weight):
         source = _copy(device, piece)
@@ -126,7 +132,7 @@ def _reorder(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
 
 def _pack_scales(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
     groups = blocks * (BLOCK // m.group_size)
-    scales = device.memory.array((groups, rows), np.int32)
+    scales = device.memory.weight((groups, rows), np.int32)
     _clear(device, scales, round_up(m.n, ROWS) < rows)
     source, zeros = _copy(device, m.scales), None if m.zeros is None else _copy(device, m.zeros)
     flags = 0 if zeros is None else HAS_ZEROS
@@ -138,7 +144,7 @@ def _pack_scales(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArr
 
 def _pad_rows(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
     padded = blocks * BLOCK
-    codes = device.memory.array((rows, padded), np.float16)
+    codes = device.memory.weight((rows, padded), np.float16)
     _clear(device, codes, m.n < rows)
     for first, piece in _pieces(m.weight):
         grid = (-(-padded // ELEMENTS), len(piece))

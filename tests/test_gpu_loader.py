@@ -1,0 +1,109 @@
+"""Which compiled kernels and which GPU are used, and what is said where there are none."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from fakes.gpu import FakeDriver
+
+from qvl_kernels import gpu
+from qvl_kernels.gpu import build, loader
+from qvl_kernels.gpu import driver as gpu_driver
+from qvl_kernels.gpu.launcher import Image
+from qvl_kernels.gpu.ops import CudaOps
+from qvl_kernels.ops import DeviceError
+
+# choosing the kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [
+        ((7, 5), (75, "cubin")),
+        ((8, 0), (80, "cubin")),
+        ((8, 6), (80, "cubin")),
+        ((8, 9), (80, "cubin")),
+        ((9, 0), (90, "cubin")),
+        ((10, 0), (80, "ptx")),
+        ((12, 0), (120, "cubin")),
+        ((12, 1), (80, "ptx")),
+    ],
+)
+def test_code_is_chosen_by_compute_capability(capability, chosen):
+    assert loader.choose(capability) == chosen
+
+
+def _bundle(path: Path, sources: str, names=("add.any",)) -> None:
+    entry = {"symbol": "add", "warps": 4, "shared": 8, "constants": {"A": 1}, "cubin": "a.cubin", "ptx": "a.ptx"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as bundle:
+        bundle.writestr("a.cubin", b"code")
+        bundle.writestr("a.ptx", b"text")
+        kernels = {name: {"80": entry} for name in names}
+        bundle.writestr("manifest.json", json.dumps({"triton": "3.6.0", "sources": sources, "kernels": kernels}))
+
+
+def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, monkeypatch, capsys):
+    built = []
+
+    def compile_all(path, architectures, progress):
+        built.append(architectures)
+        _bundle(path, build.source_hash())
+        return path
+
+    monkeypatch.setattr(build, "build", compile_all)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: build.TRITON_VERSION)
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
+    for _ in range(2):
+        bundle = loader.find((8, 6))
+        assert bundle["add.any"] == Image(b"code", "cubin", "add", 4, 8, {"A": 1})
+    assert built == [[80]], "compiled once"
+    assert capsys.readouterr().err.count("\n") == 1
+    assert loader.find((10, 0))["add.any"].code == b"text" and loader.find((10, 0)).architecture == 80
+
+    _bundle(loader.BUNDLE, build.source_hash())
+    assert loader.find((8, 6)).path == loader.BUNDLE
+    _bundle(loader.BUNDLE, "of other sources")
+    assert loader.find((8, 6)).path != loader.BUNDLE
+    loader.BUNDLE.write_bytes(b"nonsense")
+    with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
+        loader.find((8, 6))
+
+
+def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
+    for version, message in ((absent, "no Triton is installed"), (lambda name: "3.9", "Triton 3.9 is installed")):
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        with pytest.raises(DeviceError, match=f"without compiled GPU kernels, and {message}.*pip install triton=="):
+            loader.find((9, 0))
+        monkeypatch.setattr(gpu_driver, "Driver", FakeDriver)
+        usable, reason = gpu.available()
+        assert not usable and message in reason
+    _bundle(loader.BUNDLE, build.source_hash())
+    assert gpu.available() == (True, "Fake GPU")
+
+
+# choosing the device
+
+
+def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    usable, reason = gpu.available()
+    assert not usable and reason.startswith("the GPU packages are not installed (")
+    assert reason.endswith("pip install 'qvl-runtime[gpu]'")
+
+
+def test_names_of_the_package():
+    assert gpu.CudaOps is CudaOps
+    with pytest.raises(AttributeError):
+        _ = gpu.nothing
