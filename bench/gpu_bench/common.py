@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qvl_kernels.gpu import CudaOps
+from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.packing import Matrix, packed_shapes
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.qwen_vl import FAMILY
@@ -197,6 +199,12 @@ def synthetic(ops, config: ModelConfig, bits: dict[str, int]) -> Weights:
 def decoder(weights: Weights) -> Decoder:
     """The decoder of these weights."""
     return Decoder(weights, FAMILY.decoder_names(weights.config), FAMILY.rotary)
+
+
+def clear(ops: CudaOps, cache: CudaCache) -> None:
+    """Fill a cache with zeros."""
+    for array in itertools.chain(*cache.arrays):
+        ops.driver.fill(array.address, 0, array.nbytes)
 
 
 def pixels(config: ModelConfig) -> np.ndarray:

@@ -34,7 +34,7 @@ def decode() -> dict:
     for kind in ("fp16", "int8"):
         for length in (512, 8000):
             context = decoder.sequence(kind, min(length + 2 * STEPS, config.max_position_embeddings))
-            ops.driver.fill(context.store.values.address, 0, context.store.values.nbytes)
+            common.clear(ops, context.store)
             context.truncate(length)
             step = DecodeStep(decoder, context)
             graph, loop = _decode(ops, step, context, length)

@@ -150,7 +150,7 @@ def attention() -> dict:
 def _prefill(ops):
     heads, d, t = 32, 128, 2048
     cache = ops.kv_cache(1, heads, d, t, "fp16")
-    ops.driver.fill(cache.values.address, 0, cache.values.nbytes)
+    common.clear(ops, cache)
     qkv = ops.upload(np.random.default_rng(0).standard_normal((t, 3 * heads * d)).astype(np.float16))
     start, out = ops.upload(np.zeros(1, np.int32)), ops.empty((t, heads * d), np.float16)
     return lambda: ops.cached_attention(qkv, cache, 0, start, out=out)
@@ -172,15 +172,13 @@ def _decode(ops, rate: float) -> dict:
     rows, found, heads, d = [], {}, 32, 128
     for kind in ("fp16", "int8"):
         cache = ops.kv_cache(LAYERS, heads, d, 8192, kind)
-        for array in (cache.values, cache.scales):
-            if array is not None:
-                ops.driver.fill(array.address, 0, array.nbytes)
+        common.clear(ops, cache)
         qkv, out = ops.upload(np.ones((1, 3 * heads * d), np.float16)), ops.empty((1, heads * d), np.float16)
         for length in (512, 8000):
             start = ops.upload(np.array([length - 1], np.int32))
             calls = [partial(ops.cached_attention, qkv, cache, layer, start, out=out) for layer in range(LAYERS)]
             seconds = side_by_side({"ours": OurTimer(ops).prepare(calls)})["ours"]
-            nbytes = 2 * heads * length * (d * cache.values.dtype.itemsize + (2 if kind == "int8" else 0))
+            nbytes = 2 * heads * length * (d + 2 if kind == "int8" else 2 * d)
             found[f"{kind} {length}"] = {"seconds": seconds, "of_copy": nbytes / seconds / rate}
             rows.append([f"{kind}, {length} positions", seconds * 1e6, nbytes / seconds / 1e9, nbytes / seconds / rate])
     table("Decode attention, one layer", ("cache", "us", "GB/s", "of copy"), rows)
