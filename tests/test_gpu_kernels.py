@@ -81,7 +81,12 @@ def test_argmax(size, rng):
     out, counters = poisoned(4, np.int32), np.zeros(4, np.int32)
     values, indices = poisoned((4, s.ARGMAX_PARTS)), poisoned((4, s.ARGMAX_PARTS), np.int32)
     launch("argmax.any", (s.ARGMAX_PARTS, 4), logits, out, values, indices, counters, size)
-    np.testing.assert_array_equal(out, logits.argmax(-1))
+    np.testing.assert_array_equal(out, [*logits[:3].argmax(-1), -1])
+    for value in (np.nan, np.inf, -np.inf):
+        logits[:3] = 0
+        logits[1, size // 3] = value
+        launch("argmax.any", (s.ARGMAX_PARTS, 4), logits, out, values, indices, counters, size)
+        np.testing.assert_array_equal(out, [0, -1, 0, -1])
     assert not counters.any()
 
 

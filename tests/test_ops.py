@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -236,6 +237,10 @@ def choosing() -> Iterator[Case]:
         x = values(random(f"argmax-{n}"), m, n)
         x[:, n // 3] = x[:, n - 1] = 9  # tied: the first counts
         yield Case(f"argmax-{m}x{n}", EXACT, {"x": x}, (m,), argmax, "int32")
+    for value, n in itertools.product((np.nan, np.inf, -np.inf), (1, 40, 47)):
+        x = values(random(f"argmax-{n}"), 3, n)
+        x[1, n // 3] = x[2, n - 1] = value
+        yield Case(f"argmax-{value}-{n}", EXACT, {"x": x}, (3,), argmax, "int32")
 
 
 def full_attention() -> Iterator[Case]:

@@ -260,7 +260,10 @@ class Ops(Protocol):
 
     # choosing
     def argmax(self, logits: Array, *, out: Array) -> None:
-        """``out [T] int32``: index of the largest of each row of logits [T, V], the first if tied."""
+        """``out [T] int32``: index of the largest of each row of logits [T, V], the first if tied.
+
+        -1 for a row that holds a value that is not finite.
+        """
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Record the operations `step` calls and return a function that repeats them on the same arrays.

@@ -97,11 +97,6 @@ class Piece:
     reasoning: bool = False
 
 
-CHECK_EVERY = 16
-"""A greedy choice needs no logits on the host. Of the first token, and then of one in so many, they are fetched all the
-same, and the sampler refuses what is not finite: that stays in the keys and values of all that follow."""
-
-
 @dataclasses.dataclass
 class TokenSelector:
     """Makes the choices of one answer: constraint, then sampler, then the record of how likely it was.
@@ -120,7 +115,6 @@ class TokenSelector:
     tokens: list[int]
     constraint: Constraint | None = None
     logprobs: int | None = None
-    _made: int = 0
 
     def __call__(self, session: Session, row: int) -> Choice:
         """Choose from a row of a session's logits.
@@ -128,12 +122,12 @@ class TokenSelector:
         Raises
         ------
         QvlError
-            When they are not finite, which a greedy choice notices within `CHECK_EVERY` tokens.
+            When they are not finite.
         """
-        unread = self._made % CHECK_EVERY != 0
-        self._made += 1
-        if unread and self.sampler.is_argmax and self.constraint is None and self.logprobs is None:
-            choice = Choice(session.best(row))
+        # A greedy choice needs no logits on the host, unless there is none: the sampler says why.
+        greedy = self.sampler.is_argmax and self.constraint is None and self.logprobs is None
+        if greedy and (best := session.best(row)) >= 0:
+            choice = Choice(best)
         else:
             logits = session.logits(row)
             possible = logits if self.constraint is None else mask(logits, self.constraint)

@@ -128,7 +128,7 @@ class Session:
             return self.decoder.ops.download(self._step.logits[row : row + 1])[0]
 
     def best(self, row: int) -> int:
-        """The token with the highest logit."""
+        """The token with the highest logit; -1 where one is not finite."""
         with self._device:
             return int(self.decoder.ops.download(self._step.best[row : row + 1])[0])
 

@@ -7,6 +7,7 @@ from numba import float32
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import (
+    fma,
     get_f16,
     get_f32,
     get_i32,
@@ -22,6 +23,7 @@ from qvl_kernels.cpu.simd import (
     store,
     store_half,
     store_part,
+    sum_all,
 )
 
 load, half, lowest = loads("f32", 16), halves(16), splats("f32", 16)
@@ -111,15 +113,20 @@ def embed(args, thread, threads):
 
 @routine
 def first_largest(x, n):
-    """Index of the largest of n float32, the first if tied."""
+    """Index of the largest of n float32, the first if tied; -1 if one is not finite."""
     whole = n // 16 * 16
     top = get_f32(x)
-    best = lowest(top)
+    # Zero times what is not finite is no number, and stays none in a sum.
+    best, zero, broken = lowest(top), lowest(float32(0)), lowest(float32(0))
     for i in range(0, whole, 16):
-        best = maximum(best, load(x + 4 * i))
-    top = max_all(best)
+        v = load(x + 4 * i)
+        best, broken = maximum(best, v), fma(v, zero, broken)
+    top, nothing = max_all(best), sum_all(broken)
     for i in range(whole, n):
-        top = max(top, get_f32(x + 4 * i))
+        v = get_f32(x + 4 * i)
+        top, nothing = max(top, v), nothing + v * float32(0)
+    if nothing != float32(0):
+        return -1
     for i in range(0, whole, 16):
         if max_all(load(x + 4 * i)) >= top:
             for j in range(i, i + 16):
@@ -133,7 +140,7 @@ def first_largest(x, n):
 
 @kernel
 def argmax(args, thread, threads):
-    """``out [rows] int32`` of float32 ``[rows, n]``."""
+    """``out [rows] int32`` of float32 ``[rows, n]``; see `first_largest`."""
     x, rows, n, out = unpack(args, 4)
     first, last = share(rows, thread, threads)
     for row in range(first, last):

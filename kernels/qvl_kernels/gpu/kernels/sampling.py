@@ -12,7 +12,10 @@ NOWHERE = tl.constexpr(2147483647)
 
 @triton.jit
 def argmax(logits, out, values, indices, counters, size):
-    """Each program finds the first of the largest in its share of a row; the last to arrive compares the shares."""
+    """Each program finds the first of the largest in its share of a row; the last to arrive compares the shares.
+
+    What is not finite counts as infinity, and a row with infinity has no largest: -1.
+    """
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     share = tl.cdiv(size, PARTS)
@@ -23,6 +26,7 @@ def argmax(logits, out, values, indices, counters, size):
     for first in range(low, high, CHUNK):
         i = first + tl.arange(0, CHUNK)
         value = tl.load(logits + row * size + i, mask=i < high, other=float("-inf"))
+        value = tl.where((i >= high) | (tl.abs(value) < float("inf")), value, float("inf"))
         better = value > best
         best = tl.where(better, value, best)
         where = tl.where(better, i, where)
@@ -30,9 +34,9 @@ def argmax(logits, out, values, indices, counters, size):
     if last_to_arrive(counters + row, PARTS):
         parts = row * PARTS + tl.arange(0, PARTS)
         bests = tl.load(values + parts, cache_modifier=".cg")
-        first = tl.min(tl.where(bests == tl.max(bests, 0), tl.load(indices + parts, cache_modifier=".cg"), NOWHERE), 0)
-        # a row of minus infinities only: its first
-        tl.store(out + row, tl.where(first < size, first, 0))
+        largest = tl.max(bests, 0)
+        first = tl.min(tl.where(bests == largest, tl.load(indices + parts, cache_modifier=".cg"), NOWHERE), 0)
+        tl.store(out + row, tl.where(largest < float("inf"), first, -1))
 
 
 @triton.jit
