@@ -38,6 +38,7 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    exif: bool | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Model:
     """Open a `.qvl` file.
@@ -73,6 +74,9 @@ def load(
     min_pixels, max_pixels : int, optional
         Limits of a picture's size in pixels, for models that take any: by default those of the file, with at most 1280
         tokens a picture.
+    exif : bool, optional
+        Whether a picture is turned as its EXIF orientation says; by default as the model's own processing does: not
+        for the models of 2023, and always for the later ones.
     progress : callable
         Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
 
@@ -107,7 +111,7 @@ def load(
             PictureReader(
                 family.preprocess(config, blob.metadata["preprocessing"], min_pixels=min_pixels, max_pixels=max_pixels),
                 json.dumps([*facts, vision_ops.name, activations], sort_keys=True),
-                upright=family.upright,
+                upright=family.upright if exif is None else exif,
             ),
             family.vision(Weights(blob, vision_ops)),
             ops,

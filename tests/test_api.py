@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import qvl_runtime as qvl
 from qvl_runtime.backends import backend
@@ -205,3 +205,14 @@ def test_another_gpu_is_chosen_by_the_environment():
         backend("cuda:1")
     with pytest.raises(qvl.QvlError, match=r"choose one of auto, cpu, cuda, reference$"):
         backend("gpu")
+
+
+@pytest.mark.parametrize("exif", [None, False, True])
+def test_a_picture_is_turned_where_that_is_asked_for(blob, golden, exif):
+    """The models of 2023 do not look at the orientation by themselves."""
+    model = qvl.load(blob("tiny-vl", bits=16), device="reference", exif=exif)
+    path = golden / "images/exif6.jpg"
+    picture = Image.open(path)
+    turned = ImageOps.exif_transpose(picture) if exif else picture
+    wanted = model.encode_image(np.asarray(turned.convert("RGB")))
+    assert np.array_equal(model.encode_image(path), wanted)

@@ -209,7 +209,7 @@ def test_urls_are_fetched_only_where_allowed(talk, monkeypatch):
     picture = Image.new("RGB", (20, 10))
     talk.take("/image http://example.com/a.png")
     assert talk.screen.complaints and "--allow-urls" in talk.screen.complaints[0]
-    monkeypatch.setattr("qvl_runtime.cli.conversation.load_image", lambda source, *, allow_urls: picture)
+    monkeypatch.setattr("qvl_runtime.cli.conversation.load_image", lambda source, **options: picture)
     allowed = Conversation(talk.model, Spoken(), allow_urls=True)
     allowed.take("/image http://example.com/a.png")
     assert allowed.screen.said == ["http://example.com/a.png: 20 x 10, goes with your next question"]

@@ -87,16 +87,25 @@ def test_missing_generation_config_gives_defaults(copy):
 def test_ranks_with_crlf(copy):
     path = copy / "qwen.tiktoken"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    Checkpoint(copy)
+    changed, original = Checkpoint(copy), Checkpoint(VL)
+    assert changed.ranks != original.ranks
+    text = "Picture 1: <img></img>\nWhat is this? 这是什么?"
+    assert changed.tokenizer.encode(text) == original.tokenizer.encode(text)
 
 
 def test_known_buffers_are_tolerated(tmp_path):
-    def add(tensors):
-        tensors["transformer.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-        tensors["transformer.h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
-        tensors["transformer.h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.bool_)
+    added = {
+        "transformer.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32),
+        "transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_),
+    }
 
-    Source(Checkpoint(changed_copy(VL, tmp_path / "x", add)))
+    def add(tensors):
+        tensors |= added
+
+    changed, original = Checkpoint(changed_copy(VL, tmp_path / "x", add)), Checkpoint(VL)
+    assert set(changed.names) == set(original.names) | set(added)
+    assert Source(changed).plan(Recipe()) == Source(original).plan(Recipe())
 
 
 def test_missing_files(copy, tmp_path):

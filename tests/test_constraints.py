@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex, mask
 from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.engine.schemas import has_end
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import GROUNDING, parse_boxes
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
@@ -140,6 +141,38 @@ def test_a_form_that_nothing_matches_is_refused_before_an_answer(form):
     with pytest.raises(QvlError, match=r"no text matches it|Unsatisfiable") as error:
         form.start(_asked(50, ""))
     assert "\n" not in str(error.value)
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+TREE = {"$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, "$ref": "#/$defs/tree"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends"),
+    [
+        (NODE, True),
+        (NODE | {"required": ["next"]}, False),
+        ({"anyOf": [NODE | {"required": ["next"]}, {"type": "null"}]}, True),
+        ({"anyOf": [{"$ref": "#/$defs/n"}, NODE | {"required": ["next"]}], "$defs": {"n": {"$ref": "#"}}}, False),
+        ({"allOf": [NODE, NODE | {"required": ["next"]}]}, False),
+        (TREE, True),
+        ({"$defs": {"tree": TREE["$defs"]["tree"] | {"minItems": 1}}, "$ref": "#/$defs/tree"}, False),
+        ({"type": "object", "additionalProperties": {"$ref": "#"}, "required": ["a"]}, False),
+        ({"type": "object", "properties": {"a/b": True, "c": {"$ref": "#/properties/a~1b"}}, "required": ["c"]}, True),
+        ({"type": "array", "prefixItems": [{"type": "null"}, {"$ref": "#"}], "minItems": 1}, True),
+        ({"type": "array", "prefixItems": [{"type": "null"}, {"$ref": "#"}], "minItems": 2}, False),
+        ({"$ref": "elsewhere.json"}, True),
+        (False, False),
+    ],
+)
+def test_a_document_without_end_fits_nothing(schema, ends):
+    assert has_end(schema) == ends
+
+
+def test_a_schema_without_end_is_refused_before_an_answer():
+    with pytest.raises(QvlError, match="no text matches it, its required parts have no end"):
+        JsonSchema(NODE | {"required": ["next"]}).start(_asked(50, ""))
+    assert JsonSchema(NODE).start(_asked(50, "")).allowed().any()
 
 
 def test_a_form_that_only_the_empty_text_matches_is_a_form():

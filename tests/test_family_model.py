@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections import defaultdict
 
 import numpy as np
 import pytest
 from conftest import BACKENDS
 from families import CHECKPOINTS, GOLDEN, read
+from PIL import Image, ImageOps
+from rich.console import Console
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_runtime.boxes import Box
+from qvl_runtime.cli.conversation import Conversation
+from qvl_runtime.cli.screen import Screen
+from qvl_runtime.cli.turns import words
 
 LOGITS, HIDDEN, STAGE, FINAL = 2e-4, 1e-4, 1e-4, 3e-5
 LEVELS = ("final", "deepstack0", "deepstack1")
@@ -36,6 +43,22 @@ def model(tmp_path_factory):
 def in_golden(monkeypatch):
     """Run with the golden folder as the current directory, as the image paths of its prompts expect."""
     monkeypatch.chdir(GOLDEN)
+
+
+def test_a_turned_picture_is_asked_about_as_it_is_shown(model, tmp_path):
+    """`/box` takes pixels of the upright picture, and the family's own notation."""
+    talk = Conversation(model("q25-tied", "cpu", bits=16), Screen(Console(file=io.StringIO())))
+    picture = GOLDEN / "images/exif6.jpg"
+    upright = ImageOps.exif_transpose(Image.open(picture))
+    assert upright.size != Image.open(picture).size
+    for line in ("/set max_new_tokens 2", f"/image {picture}", f"/box 1 2 {upright.width - 1} {upright.height - 1}"):
+        talk.take(line)
+    (query, _), *_ = talk.history
+    assert not talk.failed
+    assert words(query) == f'{{"bbox_2d": [1, 2, {upright.width - 1}, {upright.height - 1}]}}What is this?'
+    talk._boxes = [Box(None, 1, 2, 3, 4)]
+    talk.take(f"/show {tmp_path}/boxes.png")
+    assert Image.open(tmp_path / "boxes.png").size == upright.size
 
 
 def case_id(case: dict) -> str:

@@ -101,7 +101,12 @@ def test_attacks(path, content, message):
 
 def test_the_largest_header(path):
     """One more byte is refused before it is read; the file is large enough for both, and mostly holes."""
-    for length, message in ((MAX_HEADER, "header is not readable as JSON"), (MAX_HEADER + 1, "more than 16777216")):
+    refused = "more than 16777216"
+    for length, message in (
+        (MAX_HEADER, "header is not readable as JSON"),
+        (MAX_HEADER + 1, refused),
+        (10**8, refused),
+    ):
         with path.open("wb") as file:
             file.write(struct.pack("<Q", length))
             file.truncate(8 + length)

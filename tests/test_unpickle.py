@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -182,6 +183,34 @@ def test_other_files_are_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/other", b"")
     with pytest.raises(QvlError, match=r"no data\.pkl"):
+        PickleFile(path)
+
+
+@contextlib.contextmanager
+def more_memory(nbytes: int):
+    """Let this process take so much more memory and no further byte."""
+    resource = pytest.importorskip("resource")
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (lambda: b"\x80\x02" + b"N" * (64 << 20) + b".", "its data.pkl has 67108867 bytes"),
+        (lambda: b"\x80\x02" + b"N" * (2 << 20) + b".", "more than 1048576 instructions"),
+    ],
+)
+def test_a_pickle_of_many_instructions_is_refused_early(tmp_path, program, message):
+    """Or it would take a hundred times its size in memory."""
+    path = write_pickle_shard(tmp_path / "x.bin", program())
+    with more_memory(1 << 29), pytest.raises(QvlError, match=message):
         PickleFile(path)
 
 

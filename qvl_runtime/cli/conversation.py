@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from PIL import Image
+
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.cli.screen import Screen
@@ -21,7 +23,6 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import format_box
 from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.model import Model
@@ -103,7 +104,7 @@ class Conversation:
             width, height = picture.size
         else:
             picture = str(user_path(source).absolute())
-            width, height = load_image(picture).size
+            width, height = self._opened(picture).size
         self._waiting.append(picture)
         self.screen.say(f"{source}: {width} x {height}, goes with your next question")
 
@@ -138,18 +139,16 @@ class Conversation:
                 raise ValueError
         except ValueError:
             raise QvlError("/box needs four numbers, x1 y1 x2 y2 (left, top, right, bottom), in pixels") from None
-        width, height = load_image(self._last_picture(), allow_urls=self.allow_urls).size
-        corners = zip((x1, y1, x2, y2), (width, height) * 2)
-        scaled = [math.floor(min(999, max(0, corner / side * 1000))) for corner, side in corners]
+        box = self.model.blob.family.grounding.mark((x1, y1, x2, y2), self._opened(self._last_picture()).size)
         question = parts[4] if len(parts) > 4 else "What is this?"
-        self._ask(f"{format_box(Box(None, *scaled))}{question}")
+        self._ask(f"{box}{question}")
 
     def _do_show(self, rest: str) -> None:
         """/show [FILE.png]          draw the last answer's boxes on its picture"""
         if not self._boxes:
             raise QvlError("the last answer has no boxes to show")
         out = user_path(_unquoted(rest) or "boxes.png")
-        picture = load_image(self._spoken_of(), allow_urls=self.allow_urls)
+        picture = self._opened(self._spoken_of())
         for number, label in draw_boxes(picture, self._boxes, out).legend.items():
             self.screen.say(f"{number}: {label}")
         self.screen.say(f"saved {out}")
@@ -287,6 +286,12 @@ class Conversation:
             remedy = "start with a larger --context" if full else "/set max_new_tokens allows more"
             self.screen.say(f"(the answer was cut after {len(result.token_ids)} tokens; {remedy})")
         self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
+
+    def _opened(self, source: ImageSource) -> Image.Image:
+        """A picture as the model sees it, turned or not."""
+        encoder = self.model.pictures
+        upright = encoder is not None and encoder.reader.upright
+        return load_image(source, allow_urls=self.allow_urls, exif=upright)
 
     def _last_picture(self) -> ImageSource:
         """The picture that waits for the next question, or else the one last spoken of."""

@@ -26,7 +26,7 @@ from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.image_tags import split_images
-from qvl_runtime.inputs.images import ImageSource, load_image
+from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 
@@ -70,10 +70,12 @@ def generate(
       qvl generate qwen-vl.qvl - --json < prompt.txt
     """
     text = "".join(standard_input()).removesuffix("\n") if prompt == "-" else prompt
-    picture = None
+    picture: ImageSource | None = None
     if draw is not None:
         check_extension(draw)
-        picture = load_image(_last_picture(text, image), allow_urls=allow_urls)
+        source = _last_picture(text, image)
+        picture = read_image(source, allow_urls=allow_urls)
+        decode_image(picture, image_label(source))
     loaded = load_shown(
         model,
         device,
@@ -103,7 +105,9 @@ def generate(
     result = pieces.result()
     print(json.dumps(to_json(result), ensure_ascii=False) if as_json else "")
     if picture is not None:
-        for number, label in draw_boxes(picture, result.boxes, draw).legend.items():
+        upright = loaded.pictures is not None and loaded.pictures.reader.upright
+        seen = load_image(picture, exif=upright)
+        for number, label in draw_boxes(seen, result.boxes, draw).legend.items():
             print(f"{number}: {label}", file=sys.stderr)
     if note := _note(loaded, result, max_new_tokens):
         print(f"qvl: {note}", file=sys.stderr)

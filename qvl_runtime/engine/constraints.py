@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from qvl_runtime.engine.schemas import has_end
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
@@ -91,7 +92,10 @@ class JsonSchema:
 
     def start(self, answer: Answer) -> Constraint:
         schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
-        return _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
+        constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
+        if not has_end(json.loads(schema)):
+            raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
+        return constraint
 
 
 @dataclasses.dataclass(frozen=True)

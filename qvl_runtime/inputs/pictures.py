@@ -125,7 +125,7 @@ class PictureReader:
     """
 
     def __init__(self, preprocess: Preprocess, identity: str = "", *, upright: bool = False):
-        self._preprocess, self._identity, self._upright = preprocess, identity, upright
+        self._preprocess, self._identity, self.upright = preprocess, identity, upright
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = make_lock()
 
@@ -164,9 +164,9 @@ class PictureReader:
         """Prepare what was read from `source`, which errors name."""
         if isinstance(content, FramePair) and isinstance(source, FramePair):
             named = ((content.first, source.first), (content.second, source.second))
-            first, second = (decode_image(frame, image_label(name), exif=self._upright) for frame, name in named)
+            first, second = (decode_image(frame, image_label(name), exif=self.upright) for frame, name in named)
             return self._preprocess(first, second, content.count, content.size)
-        return self._preprocess(decode_image(content, image_label(source), exif=self._upright))
+        return self._preprocess(decode_image(content, image_label(source), exif=self.upright))
 
 
 Content = bytes | Image.Image | np.ndarray | FramePair
