@@ -26,6 +26,7 @@ VERBS = {
     "bench": "Measure how fast a .qvl file runs here.",
     "serve": "Serve a .qvl file over HTTP, with OpenAI's API.",
     "demo": "Try the small model that comes with the package.",
+    "eval": "Score .qvl files on a published task.",
     "export": "Write a .qvl file's weights as a Hugging Face model.",
 }
 INTERRUPTED = 130

@@ -1,0 +1,110 @@
+"""`qvl eval`: published tasks, with several models side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qvl_runtime.cli.loading import Activations, Device, KVCache
+from qvl_runtime.cli.text import duration, size
+from qvl_runtime.evaluation import plot as plotting
+from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
+from qvl_runtime.evaluation.tasks import TASKS
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import read_regular
+
+WIDTH = 120
+"""Columns of a table that no terminal shows."""
+
+
+def eval(
+    models_and_task: Annotated[
+        list[str], typer.Argument(metavar="MODEL... TASK", help=f".qvl files, then one of {', '.join(TASKS)}.")
+    ],
+    data: Annotated[Path, typer.Option(help="The folder of the tasks' files; nothing is fetched.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw so many questions; all if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the answers; qvl-eval/TASK if not given.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON file of a model's own prompts.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Questions answered at the same time.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scores into this file.")] = None,
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
+) -> None:
+    """Score models on a published task, as the originals were scored.
+
+    Prompts, lengths and metrics are those of the published evaluation; docs/evaluation.md says which files a task
+    takes. Every answer is kept in --out: the same command goes on after a kill. A table, then one JSON document as
+    the last line.
+
+    \b
+    Examples:
+      qvl eval int4.qvl textvqa --data data --limit 500
+      qvl eval fp16.qvl int4.qvl refcoco_val --data data --plot refcoco.png
+    """
+    *models, name = models_and_task
+    if name.endswith(".qvl") or not models:
+        raise typer.BadParameter("name at least one .qvl file, and a task as the last word")
+    if plot is not None:
+        plotting.check_path(plot)
+    own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "mend it")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("reading", total=None)
+        found = evaluate(
+            [Path(model) for model in models],
+            name,
+            data,
+            limit=limit,
+            seed=seed,
+            out=out,
+            prompts=own,
+            max_batch=max_batch,
+            device=device,
+            kv_cache=kv_cache,
+            activations=activations,
+            progress=lambda name, done, total: bar.update(shown, description=name, completed=done, total=total),
+        )
+    for path in found.exported:
+        print(f"{path}: {found.questions} answers for the task's own judge")
+    if found.rows:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
+    if plot is not None and found.rows:
+        title = f"{found.task.title}: {found.task.metric}"
+        plotting.draw(found.rows, plot, title=title, published=found.task.published)
+    print(json.dumps(found.document))
+
+
+def table(found: Evaluation) -> Table:
+    """A comparison for people."""
+    task = found.task
+    made = Table(title=f"{task.title}: {task.metric}, {found.questions} questions", title_justify="left")
+    for heading in ("model", "score", "95%", "difference", "95%", "time", "memory", "file"):
+        made.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for row in found.rows:
+        made.add_row(
+            row.name,
+            f"{row.score:.2f}",
+            "{:.2f} to {:.2f}".format(*row.interval),
+            "" if row.difference is None else f"{row.difference:+.2f}",
+            "" if row.difference_interval is None else "{:+.2f} to {:+.2f}".format(*row.difference_interval),
+            duration(row.seconds),
+            "" if row.peak_memory is None else size(row.peak_memory),
+            size(row.size),
+        )
+        for part, value in row.parts.items():
+            made.add_row(f"  {part}", f"{value:.2f}")
+    for name, score in task.published.items():
+        made.add_row(f"{name}, published" + (f" ({task.split})" if task.split else ""), f"{score:.2f}")
+    if found.note:
+        made.caption = found.note
+    return made

@@ -1,0 +1,104 @@
+"""The file of a model's answers: one line each, kept through a kill, and guarded by what they were made with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.file.opening import read_regular
+
+MAX_FILE = 4 << 30
+SYNC_EVERY = 2.0
+"""Seconds of answers that a power cut may cost. A kill costs none."""
+
+
+class AnswerFile:
+    """The answers of one model to one task: a head that says what they were made with, then a line each.
+
+    What was written before is found again; a last line that a kill or a full disk cut off is removed.
+
+    Parameters
+    ----------
+    path : Path
+    made_with : mapping
+        Model, task, options and data; JSON types.
+
+    Raises
+    ------
+    QvlError
+        When the file holds answers that were made with something else, or a line that is broken.
+
+    Attributes
+    ----------
+    answers : dict
+        By the sample's id.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]):
+        self.path = path
+        self.answers: dict[str, dict[str, Any]] = {}
+        self._synced = self._last = time.monotonic()
+        with contextlib.suppress(FileExistsError):
+            path.open("xb").close()
+        self._repair()
+        self._take_up(dict(made_with))
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        if not path.stat().st_size:
+            self._write(dict(made_with))
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def begin(self) -> None:
+        """Start the clock: the next answer's time counts from here."""
+        self._last = time.monotonic()
+
+    def add(self, key: str, answer: Mapping[str, Any]) -> None:
+        """Keep an answer, with the seconds since the one before."""
+        now = time.monotonic()
+        record = {"id": key, **answer, "seconds": round(now - self._last, 6)}
+        self._last = now
+        self._write(record)
+        self.answers[key] = record
+        if now - self._synced > SYNC_EVERY:
+            os.fsync(self._file.fileno())
+            self._synced = now
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
+
+    def _repair(self) -> None:
+        content = self._content()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+
+    def _take_up(self, made_with: dict[str, Any]) -> None:
+        lines = self._content().splitlines()
+        remedy = "remove the file, or name another folder with --out"
+        for number, line in enumerate(lines, 1):
+            record = parse_object(line, f"{self.path} line {number}", remedy)
+            if number == 1:
+                differing = [key for key in {**record, **made_with} if record.get(key) != made_with.get(key)]
+                if differing:
+                    raise QvlError(f"{self.path}: its answers were made with another {differing[0]}; {remedy}")
+            elif not isinstance(record.get("id"), str) or not isinstance(record.get("seconds"), int | float):
+                raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
+            else:
+                self.answers[record["id"]] = record
+
+    def _content(self) -> bytes:
+        return read_regular(self.path, limit=MAX_FILE)

@@ -1,0 +1,144 @@
+"""Several models on one task: asked one after the other, then compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.answers import AnswerFile
+from qvl_runtime.evaluation.comparison import Row, compare
+from qvl_runtime.evaluation.export import touchstone
+from qvl_runtime.evaluation.prompts import wording
+from qvl_runtime.evaluation.runner import Asked, Questions, ask, made_with, questions
+from qvl_runtime.evaluation.tasks import Task, find
+from qvl_runtime.loading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came of it.
+
+    Attributes
+    ----------
+    task : Task
+    rows : list of Row
+        One a model; none for a task without a metric.
+    exported : list of Path
+        Files for the judge of such a task.
+    questions : int
+    note : str
+        How the metric was computed, where that may differ from machine to machine.
+    document : dict
+        All of it, and the conditions, as JSON types.
+    """
+
+    task: Task
+    rows: list[Row]
+    exported: list[Path]
+    questions: int
+    note: str
+    document: dict[str, Any]
+
+
+def evaluate(
+    models: Sequence[Path],
+    name: str,
+    data: Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    prompts: Mapping[str, Any] | None = None,
+    max_batch: int = 16,
+    device: str = "auto",
+    kv_cache: str = "fp16",
+    activations: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Evaluation:
+    """Score models on a published task.
+
+    Parameters
+    ----------
+    models : sequence of Path
+        `.qvl` files; the others are compared with the first.
+    name : str
+        Of the task.
+    data : Path
+        The folder of the tasks' files. Nothing is fetched, and no picture outside of it is opened.
+    limit, seed : int
+        Draw so many units of the task, the same for the same seed.
+    out : Path, optional
+        The folder of the answers, ``qvl-eval/NAME`` if not given. Answers that are there already are not asked again.
+    prompts : mapping, optional
+        Your own in the place of the published ones; see `qvl_runtime.evaluation.prompts.wording`.
+    max_batch : int
+        Questions that are answered at the same time, at most. The answers do not depend on it.
+    device, kv_cache, activations
+        As in `qvl_runtime.load`.
+    progress : callable
+        Told a model's name, and how many questions of how many are answered.
+
+    Raises
+    ------
+    QvlError
+        An unknown task, a broken line of its files, missing pictures, answers in `out` that were made otherwise, or a
+        model that cannot be asked.
+    """
+    task, labels = find(name), _labels(models)
+    asked = questions(task, data, limit=limit, seed=seed)
+    folder = Path("qvl-eval") / name if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"kv_cache": kv_cache, "activations": activations}
+
+    def answers(path: Path, label: str) -> tuple[Asked, str]:
+        model = load(path, device, **options)
+        words = wording(model, task.prompt, prompts)
+        head = made_with(model, name, task, asked, words, options)
+        with AnswerFile(folder / f"{label}.jsonl", head) as file:
+            told = lambda done, total: progress(label, done, total)  # noqa: E731
+            return ask(model, task, asked, words, file, max_batch=max_batch, progress=told), model.ops.name
+
+    found = [answers(path, label) for path, label in zip(models, labels)]
+    rows, exported, note = _result(task, asked, labels, [one for one, _ in found], models, folder)
+    document = {
+        "task": name,
+        "metric": task.metric,
+        "questions": len(asked.samples),
+        "limit": limit,
+        "seed": seed,
+        "device": found[0][1],
+        **options,
+        "prompts": None if prompts is None else dict(prompts),
+        "published": task.published,
+        "published_split": task.split,
+        "note": note,
+        "models": [row.to_dict() for row in rows],
+        "exported": [str(path) for path in exported],
+    }
+    return Evaluation(task, rows, exported, len(asked.samples), note, document)
+
+
+def _result(
+    task: Task, asked: Questions, labels: list[str], found: list[Asked], models: Sequence[Path], folder: Path
+) -> tuple[list[Row], list[Path], str]:
+    if task.score is None:
+        exported = [folder / f"{label}.tsv" for label in labels]
+        for path, one in zip(exported, found):
+            touchstone(asked.samples, one.answers, path)
+        return [], exported, ""
+    scores = [task.score(asked.samples, one.answers) for one in found]
+    sizes = [path.stat().st_size for path in models]
+    rows = compare(labels, scores, [one.seconds for one in found], [one.peak_memory for one in found], sizes)
+    return rows, [], scores[0].note
+
+
+def _labels(models: Sequence[Path]) -> list[str]:
+    """What the models are called: their files' names, each once."""
+    labels = [path.stem for path in models]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise QvlError(f"two models are called {twice[0]}; rename one of the files")
+    return labels

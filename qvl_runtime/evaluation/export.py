@@ -1,0 +1,23 @@
+"""Answers in the form that a task's own judge takes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from qvl_runtime.evaluation.data import Sample
+from qvl_runtime.evaluation.scores import Answer
+from qvl_runtime.file.atomic import replacing
+
+
+def touchstone(samples: Sequence[Sample], answers: Sequence[Answer], path: Path) -> None:
+    """TouchStone's submission: its table without the pictures, with a column ``response``."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*samples[0].truth, "response"], delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    for sample, answer in zip(samples, answers, strict=True):
+        writer.writerow({**sample.truth, "response": answer["text"]})
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())

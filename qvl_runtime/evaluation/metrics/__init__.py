@@ -1,0 +1,1 @@
+"""The published metrics, with the quirks that their digits depend on."""

@@ -1,0 +1,50 @@
+"""CIDEr-D (Vedantam et al. 2015), computed by pycocoevalcap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.metrics.tokens import java_tokens, own_tokens
+
+
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, str]:
+    """CIDEr of every picture's caption; the score of a task is their mean.
+
+    How much a word counts follows from all references given, so a caption's score depends on the other pictures.
+
+    Parameters
+    ----------
+    answers : sequence of str
+        One a picture.
+    references : sequence of sequence of str
+        People's captions of every picture.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``[pictures]``.
+    str
+        "Stanford PTB" or "qvl": who cut the captions into words.
+
+    Raises
+    ------
+    QvlError
+        When pycocoevalcap is not installed.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise QvlError(f"CIDEr needs pycocoevalcap ({error}): pip install 'qvl-runtime[eval]'") from None
+    texts = [text for caption, people in zip(answers, references, strict=True) for text in (caption, *people)]
+    words = java_tokens(texts)
+    tokenizer = "qvl" if words is None else "Stanford PTB"
+    left = iter(own_tokens(texts) if words is None else words)
+    given, true = {}, {}
+    for number, people in enumerate(references):
+        given[number] = [next(left)]
+        true[number] = [next(left) for _ in people]
+    _, scores = Cider().compute_score(true, given)
+    return np.asarray(scores, np.float64), tokenizer

@@ -1,0 +1,64 @@
+"""The picture of a comparison: every model's score with its interval, and the published ones as lines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.comparison import Row
+from qvl_runtime.file.opening import shown
+
+WIDTH, ROW, TOP, LEFT, RIGHT, BOTTOM = 1000, 56, 90, 260, 60, 60
+INK, GRID, BAR, SPREAD, PUBLISHED = (30, 30, 34), (224, 224, 228), (120, 150, 226), (20, 40, 110), (190, 60, 30)
+TICKS = 5
+
+
+def check_path(path: Path) -> None:
+    """Refuse a name under which no picture can be written, before hours of work."""
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
+        raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
+
+
+def draw(rows: Sequence[Row], path: Path, *, title: str, published: Mapping[str, float]) -> None:
+    """Draw a comparison into an image file, its format by its ending.
+
+    Raises
+    ------
+    QvlError
+        When the file cannot be written.
+    """
+    check_path(path)
+    height = TOP + ROW * len(rows) + BOTTOM
+    image = Image.new("RGB", (WIDTH, height), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    highest = 1.05 * max([row.interval[1] for row in rows] + [row.score for row in rows] + list(published.values()))
+    scale = (WIDTH - LEFT - RIGHT) / (highest if highest > 0 else 1.0)
+    pen.text((20, 40), title, fill=INK, font=ImageFont.load_default(22), anchor="ls")
+    base = TOP + ROW * len(rows)
+    for tick in (highest * i / TICKS for i in range(TICKS + 1)):
+        x = LEFT + tick * scale
+        pen.line((x, TOP, x, base), fill=GRID)
+        pen.text((x, base + 10), f"{tick:.4g}", fill=INK, font=font, anchor="ma")
+    for number, row in enumerate(rows):
+        y = TOP + ROW * number + ROW // 2
+        pen.rectangle((LEFT, y - 14, LEFT + max(0.0, row.score) * scale, y + 14), fill=BAR)
+        low, high = (LEFT + value * scale for value in row.interval)
+        pen.line((low, y, high, y), fill=SPREAD, width=3)
+        for x in (low, high):
+            pen.line((x, y - 8, x, y + 8), fill=SPREAD, width=3)
+        pen.text((LEFT - 10, y), f"{row.name}  {row.score:.2f}", fill=INK, font=font, anchor="rm")
+    for name, score in published.items():
+        x = LEFT + score * scale
+        pen.line((x, TOP - 6, x, base), fill=PUBLISHED, width=2)
+        pen.text((x, TOP - 10), f"{name}, published", fill=PUBLISHED, font=font, anchor="ms")
+    try:
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise QvlError(f"{shown(path)}: cannot be written ({error}); name a .png file elsewhere") from None

@@ -1,0 +1,141 @@
+"""How each family is asked: prompts as published with its evaluation, and the length of an answer.
+
+Qwen-VL's scripts give raw text also to Qwen-VL-Chat; MME and TouchStone are asked in chat turns. For the newer families
+no such scripts were published: `CHAT` has the wording of VLMEvalKit's adapter for them, and Qwen2.5-VL's own for boxes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.data import Sample
+from qvl_runtime.model import Model
+
+RAW_FAMILIES = ("qwen",)
+"""Families asked with `RAW` and `TALK`; the others with `CHAT`."""
+
+RAW = {
+    "caption": "<img></img>Describe the image in English:",
+    "question": "<img></img>{question} Answer:",
+    "phrase": "<img></img><ref>{phrase}</ref><box>",
+    "choice": "<img></img>Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:",
+    "ready": "{prompt}",
+}
+TALK = {"yes or no": "<img></img>\n{question}", "talk": "Picture 1: <img></img>\n{question}"}
+"""Qwen-VL's chat turns."""
+
+CHAT = {
+    "caption": "Please describe this image in general. Directly provide the description, do not include prefix like "
+    '"This image depicts". ',
+    "question": "{question}\nPlease try to answer the question with short words or phrases if possible.",
+    "phrase": "Locate {phrase}, output its bbox coordinates using JSON format.",
+    "choice": "Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\n"
+    "Please select the correct answer from the options above.",
+    "ready": "{prompt}",
+    "yes or no": "{question}",
+    "talk": "{question}",
+}
+NO_HINT = "N/A"
+JSON_BOX_TOKENS = 128
+"""A box takes Qwen-VL 28 tokens at most, and the newer families their JSON around it."""
+
+FIELDS = {
+    "caption": (),
+    "question": ("question",),
+    "phrase": ("phrase",),
+    "choice": ("hint", "question", "options"),
+    "ready": ("prompt",),
+    "yes or no": ("question",),
+    "talk": ("question",),
+}
+"""What a sample has for a prompt of every kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """The prompts of a model.
+
+    Attributes
+    ----------
+    templates : mapping of str
+        By kind.
+    turns : frozenset of str
+        Kinds that are asked in a chat turn; the others are raw text.
+    tagged : bool
+        Pictures stand in the text as ``<img></img>``; else they go before it.
+    """
+
+    templates: Mapping[str, str]
+    turns: frozenset[str]
+    tagged: bool
+
+    def prompt(self, kind: str, sample: Sample) -> Any:
+        """What `Model.generate` and `Model.score` take; the pictures are those of the sample."""
+        template = self.templates[kind]
+        if not self.tagged and sample.texts.get("hint") == NO_HINT:
+            template = template.replace("Hint: {hint}\n", "")
+        text = template.format_map(sample.texts)
+        if kind not in self.turns:
+            return text
+        content: Any = text
+        if not self.tagged:
+            text = text.replace("<img></img>\n", "").replace("<img></img>", "")
+            content = [{"type": "image"} for _ in sample.pictures] + [{"type": "text", "text": text}]
+        return [{"role": "user", "content": content}]
+
+    def lengths(self, kind: str, longest: int, shortest: int) -> dict[str, int]:
+        """The options of `Model.generate`. A least length belongs to raw text alone: a turn may end at once."""
+        if not self.tagged and kind == "phrase":
+            longest = max(longest, JSON_BOX_TOKENS)
+        return {"max_new_tokens": longest, "min_new_tokens": 0 if kind in self.turns else shortest}
+
+    def letters(self, kind: str, sample: Sample) -> list[str]:
+        """The continuations that stand for a sample's options."""
+        return [letter if kind in self.turns else f" {letter}" for letter in sample.letters]
+
+
+def wording(model: Model, kind: str, own: Mapping[str, Any] | None = None) -> Wording:
+    """The published prompts of a model's family, or some of your own.
+
+    Parameters
+    ----------
+    kind : str
+        What will be asked.
+    own : mapping, optional
+        Templates by kind, and "turns": whether they are chat turns (else raw text).
+
+    Raises
+    ------
+    QvlError
+        A template with a field that its kind has not, or chat turns for a base model.
+    """
+    tagged = model.blob.family.model_type in RAW_FAMILIES
+    found = Wording({**RAW, **TALK}, frozenset(TALK), True) if tagged else Wording(CHAT, frozenset(CHAT), False)
+    if own is not None:
+        templates = {key: text for key, text in own.items() if key != "turns"}
+        _check(templates, own.get("turns", False))
+        turns = found.turns | set(templates) if own.get("turns", False) else found.turns - set(templates)
+        found = dataclasses.replace(found, templates={**found.templates, **templates}, turns=turns)
+    if kind in found.turns and not model.is_chat:
+        raise QvlError(f"{model.blob.path}: is a base model, and this task is asked in chat turns; take the chat model")
+    return found
+
+
+def _check(templates: Mapping[str, Any], turns: Any) -> None:
+    if not isinstance(turns, bool):
+        raise QvlError(f"prompts: 'turns' is {turns!r:.40}, expected true or false")
+    for kind, template in templates.items():
+        if kind not in FIELDS or not isinstance(template, str):
+            raise QvlError(f"prompts: {kind!r:.40} is no prompt; there are {', '.join(FIELDS)}")
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        except ValueError as error:
+            raise QvlError(f"prompts: {kind!r} is no template ({error}); write braces twice") from None
+        unknown = [field for field in fields if field not in FIELDS[kind]]
+        if unknown:
+            has = ", ".join(f"{{{field}}}" for field in FIELDS[kind]) or "none"
+            raise QvlError(f"prompts: {kind!r} has no field {{{unknown[0]}}}; it has {has}")

@@ -1,0 +1,286 @@
+"""`qvl eval` from files to table, on the demo model's world and on a golden model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_files import choice, make, mme, put, qa
+from PIL import Image
+from typer.testing import CliRunner
+
+import qvl_runtime as qvl
+from qvl_convert.convert import convert
+from qvl_runtime.cli import main
+from qvl_runtime.demo import checkpoint_folder
+from qvl_runtime.evaluation import runner
+from qvl_runtime.evaluation.answers import AnswerFile
+from qvl_runtime.evaluation.evaluate import evaluate
+from qvl_runtime.evaluation.prompts import wording
+from qvl_runtime.evaluation.tasks import TASKS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import demo_eval
+import demo_tasks
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The demo model's world as published tasks, without the prints that need further fonts."""
+    path = tmp_path_factory.mktemp("world") / "data"
+    demo_tasks.write(path, COUNT, 5, "calm digits")
+    return path
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "demo.qvl"
+    convert(checkpoint_folder(), path, bits=8)
+    return path
+
+
+@pytest.fixture
+def base(blob) -> Path:
+    return blob("tiny-vl", "base", bits=16)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make(tmp_path / "data")
+
+
+def qvl_eval(*arguments: object):
+    return CliRunner().invoke(main._app("eval"), ["eval", *map(str, arguments)])
+
+
+def test_the_demo_model_on_all_four_families(world, demo, base, tmp_path):
+    """Most answers of the demo model score, and none of a model without knowledge."""
+    prompts, highest = world / "prompts.json", {"nocaps": 1000, "vqav2": 100, "docvqa": 100, "refcoco_val": 100}
+    for task in demo_tasks.TASKS:
+        plot, models = tmp_path / f"{task}.png", [demo, base] if task == "vqav2" else [demo]
+        arguments = ("--data", world, "--prompts", prompts, "--out", tmp_path / task, "--plot", plot, "--device", "cpu")
+        ran = qvl_eval(*models, task, *arguments)
+        assert ran.exit_code == 0, ran.output
+        document = json.loads(ran.output.splitlines()[-1])
+        first, *others = document["models"]
+        assert document["questions"] == COUNT and document["task"] == task
+        assert first["score"] >= 0.6 * highest[task], (task, document)
+        for second in others:
+            assert second["score"] < 20
+            assert second["difference"] == pytest.approx(second["score"] - first["score"])
+        assert first["seconds"] > 0 and first["size"] == demo.stat().st_size
+        assert f"{first['score']:.2f}" in ran.output and "demo" in ran.output
+        assert len((tmp_path / task / "demo.jsonl").read_text().splitlines()) == 1 + COUNT
+        assert np.asarray(Image.open(plot)).std() > 1
+
+
+def test_the_bench_makes_one_table(monkeypatch, world, demo, tmp_path):
+    monkeypatch.setattr(demo_eval, "columns", lambda *arguments: [("demo", demo)])
+    monkeypatch.setattr(demo_tasks, "TASKS", ("nocaps", "vqav2", "docvqa", "refcoco_val"))
+    documents = demo_eval.run(tmp_path, 1, 5, "calm digits", ["int8"], "cpu")
+    lines = demo_eval.table(documents).splitlines()
+    assert len(lines) == 7 and lines[0].endswith("| demo |") and "| vqav2 | VQA accuracy | 100.0 |" in lines
+
+
+class Stopped(Exception):
+    pass
+
+
+def answers(path: Path) -> list[dict]:
+    """The answers of a file without the time they took."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return sorted(({**line, "seconds": None} for line in lines), key=lambda line: line["id"])
+
+
+def write_gqa(folder: Path) -> Path:
+    lines = [qa("ab"[i % 2] + ".png", answer="x", question=f"Q{i}?") for i in range(6)]
+    put(folder, "gqa/testdev_balanced.jsonl", *lines)
+    return folder
+
+
+@pytest.fixture
+def gqa(folder) -> Path:
+    return write_gqa(folder)
+
+
+def test_a_run_that_was_stopped_goes_on(gqa, base, tmp_path, monkeypatch):
+    evaluate([base], "gqa", gqa, out=tmp_path / "whole", device="cpu")
+    asked = []
+
+    def stop(name: str, done: int, total: int) -> None:
+        asked.append(done)
+        if done == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu", progress=stop)
+    kept = tmp_path / "parts" / f"{base.stem}.jsonl"
+    assert len(answers(kept)) == 3
+    with kept.open("ab") as file:
+        file.write('{"id": "3", "text": "é'.encode()[:-1])  # as a kill in the middle of a write leaves it
+    found = evaluate(
+        [base], "gqa", gqa, out=tmp_path / "parts", device="cpu", progress=lambda name, done, total: asked.append(done)
+    )
+    assert asked == [0, 1, 2, 3, 3, 4, 5, 6], "nothing is asked twice"
+    assert answers(kept) == answers(tmp_path / "whole" / f"{base.stem}.jsonl") and len(answers(kept)) == 6
+    monkeypatch.setattr(qvl.Model, "generate", None)
+    again = evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu")
+    assert again.rows[0].score == found.rows[0].score and again.rows[0].seconds == pytest.approx(found.rows[0].seconds)
+
+
+@pytest.fixture(scope="module")
+def one_answer(blob, tmp_path_factory) -> Path:
+    """The folder of a run that asked one question of `gqa`."""
+    path = tmp_path_factory.mktemp("one")
+    evaluate([blob("tiny-vl", "base", bits=16)], "gqa", write_gqa(make(path / "data")), out=path, device="cpu", limit=1)
+    return path
+
+
+@pytest.mark.parametrize("changed", ["data", "limit", "prompts", "kv_cache", "model", "pictures"])
+def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob, tmp_path):
+    shutil.copytree(one_answer, tmp_path, dirs_exist_ok=True)
+    gqa, model, options = tmp_path / "data", base, {"limit": 1}
+    if changed == "data":
+        put(gqa, "gqa/testdev_balanced.jsonl", *(qa(answer="y", question=f"Q{i}?") for i in range(6)))
+    elif changed == "pictures":
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (30, 31)).save(gqa / "pictures" / name)
+    elif changed == "limit":
+        options["limit"] = 2
+    elif changed == "prompts":
+        options["prompts"] = {"question": "<img></img>{question}"}
+    elif changed == "kv_cache":
+        options["kv_cache"] = "int8"
+    else:
+        model = tmp_path / base.name
+        model.write_bytes(blob("tiny-vl", "base", bits=8).read_bytes())
+    with pytest.raises(qvl.QvlError, match=r"its answers were made with another \w+; remove the file, or name another"):
+        evaluate([model], "gqa", gqa, out=tmp_path, device="cpu", **options)
+
+
+def test_a_broken_line_of_answers_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {"task": "t"}) as file:
+        file.add("1", {"text": "é"})
+    with AnswerFile(path, {"task": "t"}) as file:
+        assert file.answers["1"]["text"] == "é"
+    path.write_bytes(path.read_bytes() + b'{"id": "2"}\n{"id"\n')
+    with pytest.raises(qvl.QvlError, match=r"a.jsonl line 3: is no answer"):
+        AnswerFile(path, {"task": "t"})
+
+
+def test_options_are_chosen_by_their_likelihood(folder, base, tmp_path):
+    put(folder, "scienceqa/scienceqa_test_img.jsonl", choice(), choice(choices=["u", "v", "w"]))
+    found = evaluate([base], "scienceqa", folder, out=tmp_path, device="cpu")
+    model = qvl.load(base, "cpu")
+    picture = folder / "pictures/a.png"
+    prompt = "<img></img>Context: N/A\nQuestion: Which?\nOptions: A. x\nB. y\nAnswer:"
+    wanted = [sum(s) / len(s) for s in model.score(prompt, [" A", " B"], [picture])]
+    first, second = answers(tmp_path / f"{base.stem}.jsonl")
+    assert first["likelihoods"] == wanted and len(second["likelihoods"]) == 3
+    right = [int(np.argmax(line["likelihoods"])) == 1 for line in (first, second)]
+    assert found.rows[0].score == 50 * sum(right)
+
+
+def test_prompts_and_lengths_are_those_published(gqa, base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "_record", lambda model, result, boxes: seen.append(result) or {"text": ""})
+    evaluate([base], "gqa", gqa, out=tmp_path, device="cpu", limit=1)
+    model = qvl.load(base, "cpu")
+    question = json.loads((gqa / "gqa/testdev_balanced.jsonl").read_text().splitlines()[5])
+    drawn = [f"<img></img>Q{i}? Answer:" for i in range(6)]
+    pictures = [gqa / "pictures" / ("ab"[i % 2] + ".png") for i in range(6)]
+    wanted = [model.generate(p, [i], max_new_tokens=10, min_new_tokens=1).token_ids for p, i in zip(drawn, pictures)]
+    assert question["question"] == "Q5?" and seen[0].token_ids in wanted and 1 <= len(seen[0].token_ids) <= 10
+    for kind, longest, shortest in (("nocaps", 30, 8), ("docvqa", 100, 1), ("refcoco_val", 28, 10), ("vqav2", 10, 1)):
+        task = TASKS[kind]
+        assert wording(model, task.prompt).lengths(task.prompt, task.longest, task.shortest) == {
+            "max_new_tokens": longest,
+            "min_new_tokens": shortest,
+        }
+
+
+def test_mme_and_touchstone_are_asked_in_turns(folder, demo, base, model, tmp_path):
+    mme(folder)
+    found = evaluate([demo], "mme_cognition", folder, out=tmp_path, device="cpu", limit=1)
+    assert set(found.document["models"][0]) >= {"score", "parts"} and found.questions == 2
+    text = answers(tmp_path / "demo.jsonl")[0]["text"]
+    subtask = answers(tmp_path / "demo.jsonl")[0]["id"].partition("/")[0]
+    message = [{"role": "user", "content": "<img></img>\nIs it Yes? Please answer yes or no."}]
+    picture = folder / "mme/images" / subtask / "a.png"
+    assert qvl.load(demo, "cpu").generate(message, [picture]).text.strip() == text
+    put(
+        folder,
+        "touchstone/touchstone_20230831.tsv",
+        "index\tquestion\thuman_annotation\tgpt4_ha_answer\tcategory\ttask_name\timage",
+    )
+    with pytest.raises(qvl.QvlError, match="hold no question"):
+        evaluate([demo], "touchstone", folder, out=tmp_path / "t", device="cpu")
+
+
+def test_touchstone_exports_what_its_judge_takes(folder, demo, tmp_path):
+    import base64
+
+    picture = base64.b64encode((folder / "pictures/a.png").read_bytes()).decode()
+    head = "index\tquestion\thuman_annotation\tgpt4_ha_answer\tcategory\ttask_name\timage"
+    put(folder, "touchstone/touchstone_20230831.tsv", head, f'0\tWhat is in the picture?\t"a\tb"\tcat\tc\tt\t{picture}')
+    ran = qvl_eval(demo, "touchstone", "--data", folder, "--out", tmp_path, "--device", "cpu")
+    assert ran.exit_code == 0, ran.output
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "demo.tsv").read_text()), delimiter="\t"))
+    assert list(rows[0]) == [*head.split("\t")[:-1], "response"] and rows[0]["human_annotation"] == "a\tb"
+    assert rows[0]["response"] == answers(tmp_path / "demo.jsonl")[0]["text"] != ""
+    assert json.loads(ran.output.splitlines()[-1])["exported"] == [str(tmp_path / "demo.tsv")]
+
+
+def test_wrong_usage(gqa, base, tmp_path, monkeypatch):
+    assert qvl_eval(base, "--data", gqa).exit_code == 2
+    assert qvl_eval("gqa", "--data", gqa).exit_code == 2
+    other = tmp_path / "x"
+    other.mkdir()
+    for arguments, said in (
+        ((base, other / base.name, "gqa"), f"two models are called {base.stem}"),
+        ((base, "gqa", "--plot", tmp_path / "x.txt"), "no image format has this ending"),
+        ((base, "mme_cognition"), "has no *.txt file"),
+    ):
+        ran = qvl_eval(*arguments, "--data", gqa)
+        assert ran.exit_code == 1 and said in ran.output, ran.output
+    assert not (Path.cwd() / "qvl-eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"question": "{answer}"}, r"'question' has no field \{answer\}; it has \{question\}"),
+        ({"query": "x"}, "'query' is no prompt"),
+        ({"question": 3}, "'question' is no prompt"),
+        ({"question": "{"}, "is no template"),
+        ({"turns": "yes"}, "'turns' is 'yes'"),
+        ({"question": "{question.__class__}"}, "has no field"),
+    ],
+)
+def test_prompts_of_your_own_are_checked(own, said, model):
+    with pytest.raises(qvl.QvlError, match=said):
+        wording(model("tiny-vl"), "question", own)
+
+
+def test_memory_is_that_of_the_run():
+    if not os.access(runner.CLEAR, os.W_OK):
+        pytest.skip("this system does not let the peak be reset")
+    block = np.ones(30_000_000)
+    del block
+    runner.reset_peak()
+    before = runner.peak_memory()
+    block = np.ones(30_000_000)
+    assert runner.peak_memory() - before > 200e6
+    del block
+    runner.reset_peak()
+    assert runner.peak_memory() - before < 100e6
