@@ -17,6 +17,7 @@ from qvl_runtime.server.body import ClientGone, parsed, read_body
 from qvl_runtime.server.errors import ApiError, json_response, of_exception, refused
 from qvl_runtime.server.forms import Envelope, Form, usage
 from qvl_runtime.server.json_text import to_json
+from qvl_runtime.server.messages import Messages
 from qvl_runtime.server.requests import Asked, check_model
 from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
@@ -60,6 +61,8 @@ class AnswerRoute:
             body = await read_body(scope, receive, held, self._service.limits)
             asked = await self._asked(body)
             del body
+            if self._service.log_content:
+                log.info("request: %r", asked.prompt.turns if isinstance(asked.prompt, Messages) else asked.prompt)
             await until_gone(receive, self._respond(asked, arrived, scope, receive, send))
 
     async def _asked(self, body: bytearray) -> Asked:

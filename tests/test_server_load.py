@@ -1,0 +1,267 @@
+"""Many clients: their order, those who are slow or go away, and the end of the server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from serving import Served, image_part, picture, png, serving
+
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.errors import QvlError
+from qvl_runtime.server import Limits, listening
+
+LONG = {
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "array", "minItems": 10**6, "items": {"type": "integer"}}},
+    },
+    "max_tokens": 4000,
+}
+"""Fields of a request whose answer does not end by itself."""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def request(content: str = "hi", **fields) -> bytes:
+    body = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 4, **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Connection: close\r\n\r\n" + body
+
+
+@pytest.fixture
+def small(demo_model):
+    """A server that computes one answer at a time, and lets four wait."""
+    with serving(demo_model, limits=Limits(running=1, waiting=4, ping_seconds=0.02)) as server:
+        yield server
+
+
+class Blocked:
+    """Keeps the only place of a small server until it is released."""
+
+    def __init__(self, server: Served):
+        self._channel = server.connect()
+        self._channel.sendall(request(stream=True, **LONG))
+        wait_for(lambda: server.service.admission.running == 1)
+
+    def release(self) -> None:
+        self._channel.close()
+
+
+def test_who_waits_is_served_in_order_and_others_are_refused(small):
+    blocked, order, threads = Blocked(small), [], []
+    for number in range(4):
+
+        def ask(number: int = number) -> None:
+            assert small.chat(f"number {number}").status_code == 200
+            order.append(number)
+
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+        wait_for(lambda number=number: small.service.admission.waiting == number + 1)
+    refused = small.chat("one too many")
+    assert refused.status_code == 429 and refused.json()["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert small.http.get("/health").status_code == 200
+    shown = small.http.get("/metrics").text
+    assert "qvl:num_requests_running 1.0" in shown and "qvl:num_requests_waiting 4.0" in shown
+    blocked.release()
+    for thread in threads:
+        thread.join(60)
+    assert order == [0, 1, 2, 3]
+    wait_for(lambda: small.service.admission.inside == 0)
+    assert small.service.admission.running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_computed_for_a_client_that_has_gone(small, monkeypatch, stream):
+    steps = []
+    choose = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, *given: steps.append(1) or choose(self, *given))
+    channel = small.connect()
+    channel.sendall(request(stream=stream, temperature=1.0, **LONG))
+    wait_for(lambda: len(steps) > 3)
+    channel.close()
+    wait_for(lambda: small.service.admission.running == 0, 10)
+    after = len(steps)
+    time.sleep(0.3)
+    assert len(steps) == after < 1000
+    assert small.service.admission.inside == 0
+
+
+def test_who_goes_while_waiting_leaves_the_line(small):
+    blocked = Blocked(small)
+    waiting = [small.connect() for _ in range(3)]
+    for channel in waiting:
+        channel.sendall(request())
+    wait_for(lambda: small.service.admission.waiting == 3)
+    for channel in waiting:
+        channel.close()
+    wait_for(lambda: small.service.admission.waiting == 0)
+    assert small.service.admission.inside == 1
+    blocked.release()
+    wait_for(lambda: small.service.admission.running == 0)
+    assert small.chat().status_code == 200
+
+
+def test_a_slow_reader_holds_nobody_up(small):
+    slow = small.connect()
+    slow.sendall(request("Describe yourself", stream=True, max_tokens=30))
+    for number in range(3):
+        assert small.chat(f"beside {number}").status_code == 200
+    received = b""
+    while chunk := slow.recv(100):
+        received += chunk
+    slow.close()
+    assert received.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in received
+
+
+def test_a_stream_says_that_it_is_alive(small):
+    content = [image_part(png(picture(11))), {"type": "text", "text": "?"}]
+    text = small.chat(content, stream=True).text
+    assert text.startswith("data: ") and ": ping\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_ended(demo_model, stream):
+    with serving(demo_model, limits=Limits(seconds=1.0)) as server:
+        response = server.chat(stream=stream, **LONG)
+        if stream:
+            last, done = [line for line in response.text.split("\n\n") if line][-2:]
+            assert response.status_code == 200 and done == "data: [DONE]"
+            error = json.loads(last.removeprefix("data: "))["error"]
+        else:
+            assert response.status_code == 504
+            error = response.json()["error"]
+        assert error["type"] == "timeout_error" and "1 seconds" in error["message"]
+        wait_for(lambda: server.service.admission.running == 0)
+
+
+@pytest.mark.parametrize("failure", [QvlError("the model's logits hold nan"), RuntimeError("broken"), MemoryError()])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_an_answer_is_told_in_openais_form(served, monkeypatch, caplog, stream, failure):
+    def fail(self, *given):
+        raise failure
+
+    monkeypatch.setattr(Sampler, "__call__", fail)
+    response = served.chat("my secret", stream=stream, temperature=1.0)
+    status = 503 if isinstance(failure, MemoryError) else 500
+    if stream:
+        *_, last, done = [line for line in response.text.split("\n\n") if line]
+        assert done == "data: [DONE]"
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert response.status_code == status
+        error = response.json()["error"]
+    assert error["type"] == ("unavailable_error" if status == 503 else "server_error")
+    assert ("broken" in error["message"]) is False and "Traceback" not in response.text
+    assert "my secret" not in caplog.text
+    monkeypatch.undo()
+    assert served.chat().status_code == 200
+
+
+def test_two_requests_in_one_connection_are_answered_in_order(served):
+    first, second = request("one").replace(b"close", b"keep-alive", 1), request("two")
+    with served.connect() as channel:
+        channel.sendall(first + second)
+        received = b""
+        while chunk := channel.recv(65536):
+            received += chunk
+    assert received.count(b"HTTP/1.1 200") == 2
+
+
+class _Transport:
+    def __init__(self) -> None:
+        self.unread = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+
+def test_a_connection_is_stuck_when_nothing_is_sent_or_read():
+    connection = object.__new__(listening.Connection)
+    connection.transport, connection.cycle = _Transport(), None
+    assert not connection.is_stuck(0) and not connection.is_stuck(listening.HEAD_SECONDS)
+    assert connection.is_stuck(listening.HEAD_SECONDS + 1)  # no request came
+    connection.cycle = type("Cycle", (), {"response_complete": False})()
+    assert not connection.is_stuck(1000) and not connection.is_stuck(2000)  # it is being answered
+    connection.transport.unread = 500
+    assert not connection.is_stuck(2001)
+    connection.transport.unread = 400  # some of it was read
+    assert not connection.is_stuck(2001 + listening.WRITE_SECONDS)
+    assert connection.is_stuck(2002 + 2 * listening.WRITE_SECONDS)  # nothing was
+
+
+def test_a_silent_connection_is_closed(demo_model, monkeypatch):
+    monkeypatch.setattr(listening, "HEAD_SECONDS", 0.2)
+    with serving(demo_model) as server:
+        for sent in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: local"):
+            with server.connect() as channel:
+                channel.sendall(sent)
+                with contextlib.suppress(ConnectionResetError):
+                    assert channel.recv(1000) == b""
+
+
+def test_no_thread_and_no_task_is_left(demo_model):
+    before = threading.active_count()
+    with serving(demo_model, limits=Limits(running=4, waiting=4, stop_seconds=0.3)) as server:
+        channels = [server.connect() for _ in range(3)]
+        for channel in channels:
+            channel.sendall(request(stream=True, **LONG))
+        wait_for(lambda: server.service.admission.running == 3)
+        assert server.chat().status_code == 200
+    # The server was stopped while three answers were computed: each was told so, and ended.
+    for channel in channels:
+        received = b""
+        while chunk := channel.recv(65536):
+            received += chunk
+        channel.close()
+        assert b"the server is stopping" in received and received.rstrip().endswith(b"0")
+    wait_for(lambda: threading.active_count() <= before)
+
+
+def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
+    command = [sys.executable, "-m", "qvl_runtime", "serve", str(demo_model.blob.path), "--port", "0", "--running", "1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        url = re.search(r"http://\S+", server.stdout.readline())[0]
+        body = {"messages": [{"role": "user", "content": "hi"}], **LONG, "max_tokens": 60}
+        told: list = []
+
+        def wait_in_line() -> None:
+            told.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code)
+
+        waiting = threading.Thread(target=wait_in_line)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            waiting.start()
+            time.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            refused = httpx.get(f"{url}/v1/models", timeout=60)
+            late = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            rest = [line for line in lines if line.startswith("data: ")]
+        waiting.join(60)
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        assert refused.status_code == 200 and late.status_code == 503 and told == [503]
+        assert late.json()["error"]["type"] == "unavailable_error"
+        assert server.wait(30) == 0
+        assert "Traceback" not in server.stderr.read()
