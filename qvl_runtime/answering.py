@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
@@ -77,7 +77,7 @@ class Answering:
         logprobs: int | None,
         speculate: bool,
         salt: str | None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Check everything, and return the generator of an answer."""
         self.check_length(prompt)
         limit = min(whole_number("max_new_tokens", max_new_tokens), self.window - len(prompt.ids))
@@ -106,7 +106,7 @@ class Answering:
         limit: int,
         speculate: bool,
         salt: str | None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         length = len(prompt.ids)
         session = self._sessions.take(prompt.keys, length + limit, salt)
         try:

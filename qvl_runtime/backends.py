@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from qvl_kernels.ops import DeviceError, Ops
 from qvl_runtime.blob import Blob
@@ -107,7 +108,7 @@ def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, visio
         needed.weights - (0 if vision else seeing),
         needed.cache,
         needed.workspace,
-        ops.driver.memory()[0],
+        cast("gpu.CudaOps", ops).driver.memory()[0],
         int8_cache_bytes=None if kv_cache == "int8" else int8.cache,
         context=tokens,
         vision_bytes=seeing if vision else 0,

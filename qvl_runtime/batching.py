@@ -23,7 +23,7 @@ def answer_all(
         try:
             if not isinstance(request, Mapping):
                 raise QvlError(f"request {index} is {request!r:.60}; expected a dict of options")
-            result = model.chat(**request) if "query" in request else model.generate(**request)
+            result: Any = model.chat(**request) if "query" in request else model.generate(**request)
         except QvlError as error:
             result = error
         results.append(result)

@@ -104,9 +104,10 @@ class _Limits:
     """The machine's limits, with the backend's own threads."""
 
     def __init__(self, ops: Ops, nbytes: int):
-        from qvl_kernels.cpu import measure
+        from qvl_kernels.cpu import CpuOps, measure
         from qvl_kernels.cpu.runner import aligned
 
+        assert isinstance(ops, CpuOps)
         self._ops, self._measure, self._memory = ops, measure, aligned(min(nbytes, 1 << 30))
         self._memory[:] = 1
 

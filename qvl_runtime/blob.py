@@ -20,9 +20,10 @@ import numpy as np
 from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families import family_of
-from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.base import Family
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.generation_config import GenerationConfig
-from qvl_runtime.families.specs import PARTS, MatrixSpec, VectorSpec
+from qvl_runtime.families.specs import PARTS, MatrixSpec, TensorSpec, VectorSpec
 from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.tokenizer import MAX_RANKS
@@ -147,10 +148,10 @@ class Blob:
     def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array: a value that is not finite would be computed with in silence, and kernels make numbers of it."""
         if array.dtype == np.float16:
-            broken = np.any((array.view(np.uint16) & 0x7C00) == 0x7C00)
+            finite = np.all((array.view(np.uint16) & 0x7C00) != 0x7C00)
         else:
-            broken = not np.isfinite(array).all()
-        if broken:
+            finite = np.isfinite(array).all()
+        if not finite:
             raise QvlError(f"{self.path}: '{name}' holds a value that is not finite; {REMEDY}")
         return array
 
@@ -159,7 +160,7 @@ class Blob:
 
     def part_of(self, name: str) -> str | None:
         """The part (a key of `PARTS`) that a tensor of the file belongs to; None for the tokenizer."""
-        owners = {**self._matrices, **self._vectors}
+        owners: dict[str, TensorSpec] = {**self._matrices, **self._vectors}
         spec = owners.get(name) or owners.get(name.rpartition(".")[0])
         return None if spec is None else spec.part
 

@@ -7,7 +7,8 @@ import math
 
 from qvl_runtime.blob import Blob
 from qvl_runtime.engine.session import PREFILL_ROWS
-from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.base import Family
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.specs import MatrixSpec
 
 VISION_PARTS = ("vision", "adapter")

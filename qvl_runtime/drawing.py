@@ -129,7 +129,15 @@ def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, character: str) -
     return canvas.tobytes()
 
 
-def _write_label(pen, size, left, top, label, font, colour) -> None:
+def _write_label(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    left: int,
+    top: int,
+    label: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    colour: str,
+) -> None:
     """Write a label on a filled strip above its box, or inside where there is no room above."""
     x1, y1, x2, y2 = pen.textbbox((0, 0), label, font=font)
     width, height = x2 - x1 + 4, y2 - y1 + 4

@@ -99,9 +99,10 @@ def load(
     if check:
         blob.check()
     ops = make_ops(device, activations, progress)
-    same = vision_device is None or backend(vision_device)[0] == ops.name
-    vision_ops = ops if same else make_ops(vision_device, activations)
-    check_fit(ops, blob, context, kv_cache, vision=same)
+    vision_ops = ops
+    if vision_device is not None and backend(vision_device)[0] != ops.name:
+        vision_ops = make_ops(vision_device, activations)
+    check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
     lock, family, config = make_lock(), blob.family, blob.config
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary)
     pictures = None

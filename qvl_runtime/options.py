@@ -20,7 +20,8 @@ ANSWER_SHARE = 8
 BLOCK_SHARE = 4
 """On overflow at least window / 4 tokens of history are left out, so that later prompts still share a prefix."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OTHER_NAMES = {
     "max_tokens": "max_new_tokens",

@@ -68,7 +68,7 @@ class Stream(Iterator[Piece]):
     Several threads may use one, and `cancel` it. Closing it, or letting go of it, ends the answer.
     """
 
-    def __init__(self, pieces: Generator[Piece], finish: Callable[[list[Piece]], Result]):
+    def __init__(self, pieces: Generator[Piece, None, None], finish: Callable[[list[Piece]], Result]):
         self._pieces, self._finish, self._seen = pieces, finish, list[Piece]()
         self._lock, self._cancelled = threading.Lock(), False
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,10 @@ def _key(number: int) -> bytes:
     return bytes([number]) * 32
 
 
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{_key(number).hex()}.safetensors"
+
+
 def test_those_used_longest_ago_leave():
     cache = PictureCache(SHAPE[1], 3 * SIZE)
     for number in range(3):
@@ -53,7 +58,7 @@ def test_a_folder_outlives_the_memory(tmp_path):
     PictureCache(SHAPE[1], 0, folder).put(_key(1), _features(1))
     assert np.array_equal(PictureCache(SHAPE[1], 0, folder).get(_key(1)), _features(1))
     (file,) = folder.iterdir()
-    assert file.name == f"{_key(1).hex()}.safetensors"
+    assert file == _file(folder, 1)
     assert np.array_equal(load_file(file)["features"], _features(1)), "any safetensors tool opens it"
     assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0 and stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
 
@@ -63,8 +68,8 @@ def test_the_folder_has_a_limit(tmp_path, monkeypatch):
     cache = PictureCache(SHAPE[1], 0, tmp_path)
     for number in range(3):
         cache.put(_key(number), _features(number))
-        os.utime(cache._path(_key(number)), (number, number))
-    size = cache._path(_key(0)).stat().st_size
+        os.utime(_file(tmp_path, number), (number, number))
+    size = _file(tmp_path, 0).stat().st_size
     (tmp_path / "notes.txt").write_text("not ours")
     assert PictureCache(SHAPE[1], 0, tmp_path).get(_key(0)) is not None
     monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 3 * size)
@@ -72,7 +77,7 @@ def test_the_folder_has_a_limit(tmp_path, monkeypatch):
     assert [cache.get(_key(number)) is not None for number in range(4)] == [True, False, True, True]
     monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 1)
     cache.put(_key(4), _features(4))
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", cache._path(_key(4)).name}, "the last one stays"
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", _file(tmp_path, 4).name}, "the last one stays"
 
 
 def test_a_damaged_file_counts_as_absent(tmp_path):

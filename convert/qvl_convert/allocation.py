@@ -18,6 +18,7 @@ from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
 from qvl_kernels.packing import Matrix
 from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.weights import Weights
 
 BITS = (4, 8, 16)
@@ -139,7 +140,7 @@ def measure(
             for target, values in zip(walk.outputs(unit), before):
                 target[...] = values
             model = published if bits == 16 else _Rounded(source, published, plans[bits])
-            weights = Weights(model, ops)
+            weights: Weights[Config] = Weights(model, ops)
             walk.run(unit, weights)
             results[bits] = _seen(walk, unit, weights)
         losses.append({bits: relative_error(results[bits], results[16]) ** 2 for bits in BITS})

@@ -18,6 +18,7 @@ from qvl_runtime.boxes import Box
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.prompt import Slot
 from qvl_runtime.model import Model
+from qvl_runtime.results import Result
 
 MAX_ROUNDS = 12
 
@@ -133,6 +134,7 @@ def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> lis
     """How the quantised model goes on, with the token that ends it where it ends by itself."""
     room = limit - len(agreed)
     result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
+    assert isinstance(result, Result)
     return result.token_ids + ([model.tokenizer.im_end_id] if result.finish_reason == "stop" else [])
 
 

@@ -16,14 +16,15 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Config, Prompts
+from qvl_runtime.families.base import Prompts
+from qvl_runtime.families.config import Config
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, read_regular
 from qvl_runtime.inputs.image_tags import split_images
@@ -52,9 +53,14 @@ Turn = tuple[str, Content]
 class Speaker(Protocol):
     """A model or checkpoint whose prompts the samples become."""
 
-    config: Config
-    tokenizer: Tokenizer
-    prompts: Prompts
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def prompts(self) -> Prompts: ...
 
     @property
     def is_chat(self) -> bool: ...
@@ -80,11 +86,11 @@ class Sample:
     @property
     def images(self) -> list[ImageSource]:
         """What the pictures can be read from."""
-        return [slot.picture.content for slot in self.slots]
+        return [cast(ImageSource, slot.picture.content) for slot in self.slots]  # samples have no videos
 
 
 def load(
-    source: str | Path, speaker: Speaker, *, count: int = 32, max_tokens: int = 1024, seed: int = 0
+    source: str | os.PathLike, speaker: Speaker, *, count: int = 32, max_tokens: int = 1024, seed: int = 0
 ) -> list[Sample]:
     """Read calibration data.
 
@@ -115,7 +121,8 @@ def load(
     else:
         found = list(_read(source))
         found = [found[i] for i in rng.permutation(len(found))]
-    samples, bad = [], 0
+    samples: list[Sample] = []
+    bad = 0
     for name, turns in found:
         if len(samples) == count:
             break
@@ -238,9 +245,9 @@ def _drawn(rng: np.random.Generator, pictures: int) -> list[Turn]:
     if pictures == 1 and (last := ask(rng, scenes, ("find", "ground")[int(rng.integers(2))])) is not None:
         exchanges[-1] = last
     spoken = [turn for exchange in exchanges for turn in exchange.turns]
-    turns = [turn for question, answer in spoken for turn in (("user", question), ("assistant", answer))]
-    parts = [*({"image": draw(scene, 448)} for scene in scenes), {"text": turns[0][1]}]
-    return [("user", parts), *turns[1:]]
+    turns: list[Turn] = [turn for q, answer in spoken for turn in (("user", q), ("assistant", answer))]
+    turns[0] = "user", [*({"image": draw(scene, 448)} for scene in scenes), {"text": turns[0][1]}]
+    return turns
 
 
 def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:
@@ -277,8 +284,8 @@ def _resolve(content: Content, root: Path, speaker: Speaker) -> Content:
         return [part | {"image": _from(root, part["image"])} if "image" in part else part for part in content]
     if not speaker.config.sees:
         return content
-    pieces = [_from(root, piece) if i % 2 else piece for i, piece in enumerate(split_images(content))]
-    if speaker.tokenizer.has_image_tags or len(pieces) == 1:
+    pieces = [str(_from(root, piece)) if i % 2 else piece for i, piece in enumerate(split_images(content))]
+    if "<img>" in speaker.tokenizer.special or len(pieces) == 1:
         return "".join(f"<img>{piece}</img>" if i % 2 else piece for i, piece in enumerate(pieces))
     return [{"image": piece} if i % 2 else {"text": piece} for i, piece in enumerate(pieces) if piece]
 

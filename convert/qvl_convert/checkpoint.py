@@ -15,7 +15,8 @@ from qvl_convert import fp8
 from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families import family_of
-from qvl_runtime.families.base import Config, Prompts
+from qvl_runtime.families.base import Prompts
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.reading import read_json
 from qvl_runtime.file.opening import as_path, open_regular, shown
 from qvl_runtime.file.tensorfile import Entry, TensorFile
@@ -101,9 +102,9 @@ class Checkpoint:
     def _open_shards(self) -> list[TensorFile | PickleFile]:
         self._index: dict[str, str] = {}
         found = [self.folder / name for name in INDEXES if os.path.lexists(self.folder / name)]
-        self._index_path = found[0] if found else None
-        if self._index_path is not None:
-            self._index = self._read_index(self._index_path, INDEXES[self._index_path.name])
+        self._index_name = found[0].name if found else ""
+        if found:
+            self._index = self._read_index(found[0], INDEXES[found[0].name])
             names = sorted(set(self._index.values()))
         else:
             names = sorted(p.name for p in self.folder.glob("*.safetensors")) or sorted(
@@ -126,13 +127,12 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         for name, shard in self._index.items():
-            if self._name(name) is None:
+            own = self._name(name)
+            if own is None:
                 continue
-            owner = self._owners.get(self._name(name))
+            owner = self._owners.get(own)
             if owner is None or owner[0].path.name != shard:
-                raise QvlError(
-                    f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_path.name} says so"
-                )
+                raise QvlError(f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_name} says so")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -176,7 +176,7 @@ def _upper_size(layout: Layout) -> int:
 
 def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
     checkpoint = source.checkpoint
-    parts = {}
+    parts: dict[str, list[MatrixPlan]] = {}
     for plan in plans:
         parts.setdefault(plan.spec.part, []).append(plan)
     values = {

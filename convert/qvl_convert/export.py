@@ -98,6 +98,7 @@ def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
     if matrix.perm is not None:
         inverse = np.argsort(matrix.perm)
         codes, g_idx = codes[:, inverse], g_idx[inverse]
+    assert matrix.scales is not None, "a quantized matrix has scales"
     scales = unpack_groups(matrix.scales, matrix.n, matrix.k, group_size)
     zeros = np.full(scales.shape, SYMMETRIC_ZERO[bits], np.uint8)
     if matrix.zeros is not None:

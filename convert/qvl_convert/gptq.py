@@ -245,8 +245,8 @@ def refine(
 def dequantize(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group_size: int) -> np.ndarray:
     """``scale * (code - zero)``: float32 ``[N, K]``."""
     group = np.arange(codes.shape[1]) // group_size
-    zeros = zeros if np.ndim(zeros) == 0 else zeros.astype(np.float32)[:, group]
-    return (codes.astype(np.float32) - zeros) * scales.astype(np.float32)[:, group]
+    offset = zeros.astype(np.float32)[:, group] if isinstance(zeros, np.ndarray) and zeros.ndim else zeros
+    return (codes.astype(np.float32) - offset) * scales.astype(np.float32)[:, group]
 
 
 def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:

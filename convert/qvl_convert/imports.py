@@ -136,12 +136,13 @@ class Imported:
         QvlError
             When the parts of a stacked matrix have different ones.
         """
-        orders = [self.layout.perm(self.checkpoint, _base(source)) for source in spec.sources]
-        for order in orders[1:]:
-            if (order is None) != (orders[0] is None) or (order is not None and not np.array_equal(order, orders[0])):
+        first, *orders = (self.layout.perm(self.checkpoint, _base(source)) for source in spec.sources)
+        for order in orders:
+            alike = np.array_equal(order, first) if order is not None and first is not None else order is first
+            if not alike:
                 names = ", ".join(map(_base, spec.sources))
                 raise QvlError(f"{self.layout.path}: {names} group their columns in different orders; {REMEDY}")
-        return orders[0]
+        return first
 
     def matrix(self, spec: MatrixSpec) -> Matrix:
         """Import one matrix.

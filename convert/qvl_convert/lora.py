@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,10 @@ class Merged(Checkpoint):
         self._adapter = as_path(adapter)
         self._where = self._adapter / "adapter_config.json"
         self._factor = _factor(read_json(self._where), str(self._where))
-        self._path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
-        if self._path is None:
+        path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
+        if path is None:
             raise QvlError(f"{self._adapter}: holds no {FILES[0]}; finish the download")
+        self._path = path
         shard = open_weights(self._path)
         self._low_rank: dict[str, dict[str, np.ndarray]] = {}
         self._saved: dict[str, np.ndarray] = {}
@@ -71,8 +73,10 @@ class Merged(Checkpoint):
 
     def fingerprint(self) -> dict[str, str]:
         """As `Checkpoint.fingerprint`, with the adapter's file and strength."""
+        digest = hashlib.sha256()
         with open_regular(self._path) as file:
-            digest = hashlib.file_digest(file, "sha256")
+            while piece := file.read(1 << 20):
+                digest.update(piece)
         # The strength at two ranks tells alpha and `use_rslora`.
         digest.update(f"{self._factor(1)} {self._factor(4)}".encode())
         return super().fingerprint() | {f"{self._adapter.name}/{self._path.name}": digest.hexdigest()[:32]}
@@ -109,7 +113,7 @@ class Merged(Checkpoint):
             )
 
 
-def _factor(config: dict[str, Any], where: str):
+def _factor(config: dict[str, Any], where: str) -> Callable[[int], float]:
     """The strength of an adapter, as a function of its rank."""
     if config.get("peft_type", "LORA") != "LORA":
         raise QvlError(f"{where}: 'peft_type' is {str(config['peft_type'])[:40]!r}; only 'LORA' is merged")

@@ -145,8 +145,8 @@ class Source:
         return [self._plan(spec, recipe, (bits or {}).get(spec.name, recipe.bits_of(spec.part))) for spec in specs]
 
     def _plan(self, spec: MatrixSpec, recipe: Recipe, bits: int) -> MatrixPlan:
-        if spec.name in self.imported:
-            return self._plan_import(spec, bits)
+        if self._imported is not None and spec.name in self.imported:
+            return self._plan_import(self._imported, spec, bits)
         if bits == 16:
             method = "fp16"
         else:
@@ -155,8 +155,7 @@ class Source:
             method = recipe.method if calibrated else "rtn"
         return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias)
 
-    def _plan_import(self, spec: MatrixSpec, bits: int) -> MatrixPlan:
-        imported = self._imported
+    def _plan_import(self, imported: Imported, spec: MatrixSpec, bits: int) -> MatrixPlan:
         layout, bias = imported.layout, imported.has_bias(spec)
         if bits == 16:
             return MatrixPlan(spec, 16, BLOCK, layout.METHOD, bias)
@@ -194,7 +193,7 @@ class Source:
         spec = plan.spec
         if plan.method == "gptq":
             raise RuntimeError(f"{spec.name}: gptq looks at whole layers, not at one matrix")
-        if spec.name in self.imported:
+        if self._imported is not None and spec.name in self.imported:
             matrix = self._imported.matrix(spec)
             return matrix if plan.bits != 16 else _at_16_bits(matrix)
         name = f"{self.checkpoint.path(spec.source)}: {spec.source!r}"

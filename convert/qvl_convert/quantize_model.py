@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from qvl_convert.walk import Published, Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_kernels.packing import Matrix, pack
 from qvl_runtime.backends import make_ops
-from qvl_runtime.families.weights import Weights
+from qvl_runtime.families.weights import Tensors, Weights
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,12 @@ class Watch:
         self._names: dict[int, str] = {}
         self.hessians: dict[str, Hessian] = {}
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
+
+    def as_ops(self) -> Ops:
+        """Itself: it has every operation of its backend."""
+        return cast(Ops, self)
 
     def name(self, weight: Weight, name: str) -> None:
         """Say which matrix a weight is."""
@@ -83,11 +87,13 @@ class Watch:
 class WatchedWeights(Weights):
     """Weights that tell a `Watch` their names."""
 
-    ops: Watch
+    def __init__(self, tensors: Tensors, watch: Watch):
+        super().__init__(tensors, watch.as_ops())
+        self._watch = watch
 
     def matrix(self, name: str) -> Weight:
         weight = super().matrix(name)
-        self.ops.name(weight, name)
+        self._watch.name(weight, name)
         return weight
 
 

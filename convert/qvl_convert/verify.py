@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,7 @@ from qvl_convert.walk import Published, Walk, relative_error, stages
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.weights import Tensors, Weights
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.model import Model as Runtime
@@ -114,7 +115,7 @@ class Bf16Ops:
     def __init__(self, ops: Ops):
         self._ops = ops
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self._ops, name)
         return self._rounded(function) if callable(function) else function
 
@@ -130,14 +131,14 @@ class Bf16Ops:
         return call
 
 
-def open_reference(path: str | Path, lora: str | Path | None = None) -> Tensors:
+def open_reference(path: str | Path, lora: str | Path | None = None) -> Blob | Published:
     """The original: a Hugging Face folder (with the adapter that was merged), or a `.qvl` file of higher precision."""
     if Path(path).is_file():
         return Blob(path)
     return Published(Source(Checkpoint(path) if lora is None else Merged(path, lora)))
 
 
-def mismatch(blob: Blob, reference: Tensors) -> str | None:
+def mismatch(blob: Blob, reference: Blob | Published) -> str | None:
     """Why a file was not made from this reference, as far as the files' fingerprints tell; None where it was."""
     told = blob.metadata["source"].get("files")
     if isinstance(reference, Blob):
@@ -188,10 +189,14 @@ def verify(
     if reference.config != config:
         different = [k for k, v in config.to_dict().items() if reference.config.to_dict().get(k) != v]
         raise QvlError(f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ")
-    bf16 = Bf16Ops(model.ops)
+    bf16 = cast(Ops, Bf16Ops(model.ops))  # it has every operation of its backend
     reader = None if model.pictures is None else model.pictures.reader
     walks = [Walk(ops, family, config, samples, reader) for ops in (model.ops, model.ops, bf16)]
-    weights = [Weights(reference, model.ops), Weights(model.blob, model.ops), Weights(reference, bf16)]
+    weights: list[Weights[Config]] = [
+        Weights(reference, model.ops),
+        Weights(model.blob, model.ops),
+        Weights(reference, bf16),
+    ]
     layers, floor_layers, plan = [], [], stages(family, config)
     for done, stage in enumerate(plan):
         name = stage.kind if stage.kind not in ("vision", "decoder") else f"{stage.kind} {stage.index}"
@@ -263,7 +268,8 @@ def _scores(
         Of each other walk ``[4, positions]``: position, KL divergence, whether the top is the same, negative log
         likelihood.
     """
-    nll, scores = [], [[] for _ in walks[1:]]
+    nll: list[np.ndarray] = []
+    scores: list[list[np.ndarray]] = [[] for _ in walks[1:]]
     for i, sample in enumerate(samples):
         ids, start = np.array(sample.ids), 0
         for chunks in zip(*(walk.logits(head, i) for walk, head in zip(walks, heads))):

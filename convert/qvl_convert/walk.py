@@ -18,7 +18,8 @@ from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
 from qvl_runtime.engine.decoder import Features
 from qvl_runtime.engine.sequence import Rotary, SequenceState
-from qvl_runtime.families.base import Config, Family
+from qvl_runtime.families.base import Family
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.layers import Block, Workspace, place_features
 from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.families.weights import Weights
@@ -182,6 +183,7 @@ class Walk:
         return lambda i: compute(self.patches[i], self._pixels(i)), self.outputs(stage)
 
     def _pixels(self, index: int) -> Pixels:
+        assert self._reader is not None, "pictures take a reader"
         return self._reader.decode(self._pictures[index].content)
 
     def _placed(self, prompt: int) -> list[Features]:

@@ -161,14 +161,14 @@ class BlobWriter:
     @property
     def written(self) -> int:
         """Bytes of the file that are done."""
-        return len(self._header) + sum(stop - start for start, stop in map(self._spans.get, self._done))
+        return len(self._header) + sum(stop - start for start, stop in (self._spans[name] for name in self._done))
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write a tensor to its place."""
         shape, dtype = self._layout[name]
         if array.shape != shape or array.dtype != dtype:
             raise RuntimeError(f"{name}: planned {dtype} {shape}, made {array.dtype} {array.shape}")
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._file.seek(self._spans[name][0])
         self._file.write(data)
         # The tensor must be in the file before its hash says so.
@@ -187,7 +187,7 @@ class BlobWriter:
         """A tensor that was written."""
         array = np.empty(*self._layout[name])
         self._file.seek(self._spans[name][0])
-        self._file.readinto(memoryview(array.reshape(-1).view(np.uint8)))
+        self._file.readinto(array.reshape(-1).view(np.uint8).data)
         return array
 
     def finish(self) -> None:

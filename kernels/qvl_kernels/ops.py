@@ -4,25 +4,48 @@ Every operation writes into arrays its caller owns, so that a sequence of them h
 captured once and replayed (`Ops.capture`): a CUDA graph on a GPU, one parallel region on a CPU. What changes from
 token to token (ids, the position) therefore lives in arrays, too.
 
-An `Array` is whatever the backend computes on. The model asks of it only `shape`, `dtype`, and slices of the
-leading dimension, ``a[i:j]``, which share memory.
+A backend computes on arrays and weights that its own `empty`, `upload` and `weight` made, and on no others. The model
+asks of them only what `Array` and `Weight` state.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from qvl_kernels.packing import Matrix
 
-Array = Any
-"""A backend's array."""
 
-Weight = Any
-"""A backend's form of a `Matrix`, made by `Ops.weight`."""
+class Array(Protocol):
+    """A backend's array, on its device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Array:
+        """Rows ``i:j`` of the leading dimension, in the same memory."""
+
+    def reshape(self, shape: tuple[int, ...], /) -> Array:
+        """The same values in another shape, in the same memory."""
+
+
+class Weight(Protocol):
+    """A backend's form of a `Matrix` ``[n, k]``, made by `Ops.weight`."""
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def k(self) -> int: ...
+
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """The exact (erf) GELU, its tanh approximation, and ``x * sigmoid(1.702 x)``."""
@@ -51,7 +74,9 @@ class KVCache(Protocol):
     kv_heads: int
     head_dim: int
     capacity: int
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int: ...
 
     def resized(self, capacity: int, length: int) -> KVCache:
         """A cache of another capacity that holds the first `length` positions of this one, which may be void then."""

@@ -101,6 +101,7 @@ class Matrix:
         codes = np.take_along_axis(self.weight[block], lanes[:, :, None, None, None], axis=3)
         codes = _unfold(codes, self.bits)[:, 0]
         zeros = SYMMETRIC_ZERO[self.bits] if self.zeros is None else self._spread(self.zeros, block, lane)
+        assert self.scales is not None, "a quantized matrix has scales"
         values = (codes.astype(np.float32) - zeros) * self._spread(self.scales, block, lane)
         return self._unpermute(values[:, : self.k])
 
@@ -141,9 +142,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     padded = np.full((rows, cols), SYMMETRIC_ZERO[bits], np.uint8)
     padded[:n, :k] = codes
     blocks = padded.reshape(rows // ROWS, ROWS, cols // BLOCK, 32, 4).transpose(0, 2, 3, 1, 4)
-    if bits == 4:
-        blocks = blocks[:, :, :16] | (blocks[:, :, 16:] << 4)
-    return np.ascontiguousarray(blocks)
+    return np.ascontiguousarray(blocks if bits != 4 else blocks[:, :, :16] | (blocks[:, :, 16:] << 4))
 
 
 def pack_groups(values: np.ndarray, k: int, group_size: int, dtype: np.typing.DTypeLike) -> np.ndarray:

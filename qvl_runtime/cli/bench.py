@@ -66,8 +66,8 @@ def _table(speeds: Speeds, conditions: dict) -> Table:
     table.add_row(f"prompt of {prompt}", f"{speeds.prefill:.1f} tokens/s", _share(speeds.prefill_share, "int8 peak"))
     table.add_row(f"answer of {answer}", f"{speeds.decode:.2f} tokens/s", _share(speeds.decode_share, "bandwidth"))
     table.add_row("bytes an answer's token reads", size(speeds.bytes_per_token), "")
-    if speeds.bandwidth is not None:
-        table.add_row("the machine reads", f"{size(speeds.bandwidth)}/s", "")
+    if speeds.bandwidth is not None and speeds.int8_peak is not None:
+        table.add_row("the machine reads", f"{size(int(speeds.bandwidth))}/s", "")
         table.add_row("the machine multiplies int8", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
     if speeds.peak_memory is not None:
         table.add_row("peak memory, file included", size(speeds.peak_memory), "")

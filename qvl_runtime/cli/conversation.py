@@ -37,7 +37,7 @@ SAMPLING: dict[str, Callable[[str], Any]] = {
     "frequency_penalty": float,
     "seed": int,
 }
-SETTINGS = {**SAMPLING, "max_new_tokens": int}
+SETTINGS: dict[str, Callable[[str], Any]] = {**SAMPLING, "max_new_tokens": int}
 
 
 class Conversation:
@@ -100,12 +100,13 @@ class Conversation:
         if is_url(source):
             if not self.allow_urls:
                 raise QvlError(f"{source}: is a URL; start qvl chat with --allow-urls, or download the picture first")
-            picture: ImageSource = load_image(source, allow_urls=True)
-            width, height = picture.size
+            image = load_image(source, allow_urls=True)
+            self._waiting.append(image)
         else:
-            picture = str(user_path(source).absolute())
-            width, height = self._opened(picture).size
-        self._waiting.append(picture)
+            path = str(user_path(source).absolute())
+            image = self._opened(path)
+            self._waiting.append(path)
+        width, height = image.size
         self.screen.say(f"{source}: {width} x {height}, goes with your next question")
 
     # what a line can ask for

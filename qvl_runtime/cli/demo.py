@@ -141,7 +141,7 @@ def questions(rng: np.random.Generator, scene: Scene, languages: Sequence[str] =
 
 def _ask(model: Model, exchange: Exchange, picture: Image.Image) -> Result:
     """Put the turns of a conversation one after the other and show the answers as they come; the last result."""
-    messages = []
+    messages: list[dict[str, str]] = []
     for question, truth in exchange.turns:
         slot = "" if messages else "Picture 1: <img></img>\n"
         messages.append({"role": "user", "content": slot + question})

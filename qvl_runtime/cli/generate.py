@@ -115,9 +115,11 @@ def generate(
 
 def _last_picture(prompt: str, images: list[str] | None) -> ImageSource:
     named = split_images(prompt)[1::2]
-    if not (images or named):
-        raise QvlError("--draw needs a picture to draw on; name one with --image")
-    return named[-1] if named and named[-1] else images[-1]
+    if named and named[-1]:
+        return named[-1]
+    if images:
+        return images[-1]
+    raise QvlError("--draw needs a picture to draw on; name one with --image")
 
 
 def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:

@@ -121,7 +121,7 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
         "total": needed.total,
         "free": free,
         "fits": fits,
-        "remedies": [] if fits else remedies(blob, context, kv_cache, free, backend),
+        "remedies": [] if free is None or fits else remedies(blob, context, kv_cache, free, backend),
     }
 
 

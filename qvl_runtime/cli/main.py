@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,7 +86,7 @@ def _listed() -> None:
 
 def _guarded(verb: Callable) -> Callable:
     @functools.wraps(verb)
-    def guarded(*args, **kwargs) -> None:
+    def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except KeyboardInterrupt:

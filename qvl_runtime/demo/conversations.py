@@ -6,8 +6,9 @@ when the scene does not allow the question.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ ZH = {
     "left": "左边", "right": "右边", "above": "上面", "below": "下面",
 }  # fmt: skip
 Rng = np.random.Generator
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def one(skill: str, language: str, question: str, answer: str) -> Exchange:
     return Exchange(skill, language, ((question, answer),))
 
 
-def pick(rng: Rng, items):
+def pick(rng: Rng, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
@@ -44,7 +46,7 @@ def word(name: str, language: str) -> str:
     return ZH[name] if language == "zh" else name
 
 
-def box_text(box) -> str:
+def box_text(box: Sequence[float]) -> str:
     """`<box>(x1,y1),(x2,y2)</box>` in steps of 10 thousandths."""
     x1, y1, x2, y2 = (min(990, max(0, round(v * 100) * 10)) for v in box)
     return f"<box>({x1},{y1}),({x2},{y2})</box>"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -80,7 +81,9 @@ class Scene:
 @lru_cache(maxsize=256)
 def load_font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
     """A font by path, or Pillow's own for ""; `pixels` is the em size."""
-    return ImageFont.truetype(name, pixels) if name else ImageFont.load_default(pixels)
+    font = ImageFont.truetype(name, pixels) if name else ImageFont.load_default(pixels)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
 
 
 def place_text(text: Text) -> Text:
@@ -178,7 +181,7 @@ def random_scene(
     text_share: float = 0.4,
     palette: Sequence[tuple[str, str]] = (),
     calm: bool = False,
-    **text_options,
+    **text_options: Any,
 ) -> Scene:
     """A scene of 1 to `max_things` shapes (fewer beside text), some of them partly covered.
 
@@ -214,7 +217,7 @@ def random_scene(
     scene = Scene(
         tuple(things),
         text,
-        tuple(int(c) for c in ground),
+        (int(ground[0]), int(ground[1]), int(ground[2])),
         str(rng.choice(["plain", "gradient", "stripes", "checks"])),
         int(rng.integers(1, 7)) if rng.random() < 0.4 else 0,
         float(rng.uniform(2, 10)) if rng.random() < 0.5 else 0.0,

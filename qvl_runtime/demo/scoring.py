@@ -19,8 +19,8 @@ def iou(a: Box, b: Box) -> float:
 def overlaps(answer: str, truth: str) -> list[float]:
     """For every box of the truth the IoU of the answer's box in the same place of the text, 0 if the names differ."""
     wanted, found = parse_boxes(truth), parse_boxes(answer)
-    found += [None] * (len(wanted) - len(found))
-    return [iou(box, true) if box and box.ref == true.ref else 0.0 for true, box in zip(wanted, found)]
+    scores = [iou(box, true) if box.ref == true.ref else 0.0 for true, box in zip(wanted, found)]
+    return [*scores, *[0.0] * (len(wanted) - len(scores))]
 
 
 def is_right(answer: str, truth: str) -> bool:

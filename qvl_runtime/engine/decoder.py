@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.trace import Trace, no_trace
 
 
-class Features(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
     """Features of a picture in a chunk of a prompt.
 
     Attributes

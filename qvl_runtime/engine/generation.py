@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -172,7 +172,7 @@ def generate_step(
             row += 1
             timings.accepted_drafts += 1
             continue
-        if draft:
+        if drafts is not None and draft:
             session.truncate(session.length - len(draft) + row)
             drafts.learn(len(draft), row)
         draft = drafts.draft(min(session.room - 1, limit - made - 1)) if drafts is not None else []
@@ -189,7 +189,7 @@ def stream_generate(
     stop: Sequence[str],
     timings: Timings,
     reasoning_end: int | None = None,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`.
 
     With `reasoning_end` the answer begins with reasoning, up to that token. Stop strings are looked for behind it, and

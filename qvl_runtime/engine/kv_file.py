@@ -56,7 +56,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
     try:
         with replacing(path) as file:
 
-            def put(data: bytes | np.ndarray) -> None:
+            def put(data: bytes | memoryview) -> None:
                 file.write(data)
                 digest.update(data)
 
@@ -64,7 +64,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
             put(header)
             for layer in range(store.layers):
                 for array in store.saved(layer, length):
-                    put(array)
+                    put(array.data)
             file.write(digest.digest())
     except OSError as error:
         raise QvlError(f"{path}: cannot be written ({error.strerror})") from None

@@ -48,8 +48,11 @@ class Rotary(Protocol):
 class Shape(Protocol):
     """What a cache's size depends on; every family's config has it."""
 
-    num_hidden_layers: int
-    max_position_embeddings: int
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
 
     @property
     def num_key_value_heads(self) -> int: ...

@@ -199,7 +199,7 @@ class Sessions:
             own = [session for session in self._idle if session.salt is None]
             session = max(own, key=lambda session: session.shared(keys), default=None)
             length = 0 if session is None else session.shared(keys)
-            if not length:
+            if session is None or not length:
                 return 0
             self._idle.remove(session)
         try:

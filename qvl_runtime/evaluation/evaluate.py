@@ -94,7 +94,7 @@ def evaluate(
     options = {"kv_cache": kv_cache, "activations": activations}
 
     def answers(path: Path, label: str) -> tuple[Asked, str]:
-        model = load(path, device, **options)
+        model = load(path, device, kv_cache, activations=activations)
         words = wording(model, task.prompt, prompts)
         head = made_with(model, name, task, asked, words, options)
         with AnswerFile(folder / f"{label}.jsonl", head) as file:

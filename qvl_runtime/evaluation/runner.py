@@ -139,7 +139,7 @@ def ask(
     else:
         for sample in left:
             keep(sample, {"likelihoods": _likelihoods(model, task, words, sample)})
-    answers = [file.answers[sample.id] for sample in samples]
+    answers: list[Answer] = [file.answers[sample.id] for sample in samples]
     return Asked(answers, sum(answer["seconds"] for answer in answers), peak_memory())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from qvl_kernels.ops import Array, Ops
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Constraint
 from qvl_runtime.engine.sequence import Rotary
+from qvl_runtime.families.config import Config
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
@@ -24,37 +25,6 @@ from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, Picture, Pixels, Preprocess, Vision
 from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
-
-
-class Config(Protocol):
-    """What every family's config says of its decoder."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-
-    @property
-    def num_key_value_heads(self) -> int: ...
-
-    @property
-    def head_dim(self) -> int: ...
-
-    @property
-    def ffn_width(self) -> int: ...
-
-    @property
-    def norm_eps(self) -> float:
-        """Epsilon of the decoder's norms."""
-
-    @property
-    def sees(self) -> bool:
-        """Whether the model takes pictures."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as JSON types, with `model_type`; `Family.read_config` reads them back."""
-
 
 VisionStage = Callable[[np.ndarray, Pixels], Array]
 """Computes a stage for one picture, from the state before it, float32 ``[rows, width]`` on the host (unused by
@@ -96,8 +66,12 @@ class Grounding(Protocol):
         """Hold an answer of at most `limit` tokens to this notation."""
 
 
-class Family(Protocol):
-    """A model family.
+C = TypeVar("C", bound=Config)
+T = TypeVar("T", bound=Tokenizer)
+
+
+class Family(Protocol[C, T]):
+    """A model family, with its own config and tokenizer.
 
     Attributes
     ----------
@@ -108,12 +82,17 @@ class Family(Protocol):
         Pictures are turned as their EXIF orientation says.
     """
 
-    model_type: str
-    grounding: Grounding
-    upright: bool
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def grounding(self) -> Grounding: ...
+
+    @property
+    def upright(self) -> bool: ...
 
     # what the files say
-    def read_config(self, data: Mapping[str, Any], where: str) -> Config:
+    def read_config(self, data: Mapping[str, Any], where: str) -> C:
         """Read `config.json`, or what `Config.to_dict` gave.
 
         Raises
@@ -122,25 +101,25 @@ class Family(Protocol):
             For a missing key, or a value that this runtime does not compute.
         """
 
-    def title(self, config: Config, generation: GenerationConfig) -> str:
+    def title(self, config: C, generation: GenerationConfig) -> str:
         """The model's name for people."""
 
-    def tensors(self, config: Config) -> Iterator[TensorSpec]:
+    def tensors(self, config: C) -> Iterator[TensorSpec]:
         """All tensors of a model, in the order in which it uses them."""
 
-    def decoder_names(self, config: Config) -> DecoderNames:
+    def decoder_names(self, config: C) -> DecoderNames:
         """Names of the decoder's tensors in the blob."""
 
-    def tokenizer(self, ranks: bytes, config: Config) -> Tokenizer:
+    def tokenizer(self, ranks: bytes, config: C) -> T:
         """The tokenizer that belongs to a config; `ranks` is what `read_ranks` gave."""
 
     # what it computes
-    def rotary(self, ops: Ops, config: Config, capacity: int) -> Rotary:
+    def rotary(self, ops: Ops, config: C, capacity: int) -> Rotary:
         """Rotary positions of one sequence, with room for `capacity` tokens."""
 
     def preprocess(
         self,
-        config: Config,
+        config: C,
         preprocessing: Mapping[str, Any],
         *,
         min_pixels: int | None = None,
@@ -154,17 +133,17 @@ class Family(Protocol):
             For limits that the family does not take, or that contradict each other.
         """
 
-    def vision(self, weights: Weights) -> Vision:
+    def vision(self, weights: Weights[C]) -> Vision:
         """The vision part of a model whose config `sees`."""
 
-    def vision_values(self, config: Config) -> tuple[int, int]:
+    def vision_values(self, config: C) -> tuple[int, int]:
         """float32 values that encoding the largest picture takes: those that stay, and those of one step."""
 
-    def describe_vision(self, config: Config) -> str:
+    def describe_vision(self, config: C) -> str:
         """The vision part in one line, for people."""
 
     def prompts(
-        self, tokenizer: Tokenizer, config: Config, generation: GenerationConfig, read: Callable[..., Picture] | None
+        self, tokenizer: T, config: C, generation: GenerationConfig, read: Callable[..., Picture] | None
     ) -> Prompts:
         """The prompt template. `read` is `PictureEncoder.read`, or None for a model that takes no pictures."""
 
@@ -176,23 +155,23 @@ class Family(Protocol):
         "norm", with the head. The stages are run in the order of `tensors`.
         """
 
-    def vision_shape(self, config: Config, pixels: Pixels) -> tuple[int, int]:
+    def vision_shape(self, config: C, pixels: Pixels) -> tuple[int, int]:
         """Shape of a picture's hidden state inside the ViT."""
 
-    def levels(self, config: Config) -> int:
+    def levels(self, config: C) -> int:
         """Levels of features; see `Vision.encode`."""
 
-    def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
+    def vision_stage(self, kind: str, index: int, weights: Weights[C]) -> VisionStage:
         """A stage of the vision part: "patches" from pixels, "vision" from the state, "adapter" to features."""
 
-    def published_name(self, name: str, config: Config) -> str | None:
+    def published_name(self, name: str, config: C) -> str | None:
         """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         """What a published checkpoint says about prompts and sampling."""
 
-    def read_ranks(self, folder: Path, config: Config) -> bytes:
+    def read_ranks(self, folder: Path, config: C) -> bytes:
         """The tokenizer's vocabulary from a published checkpoint, as the blob stores it."""
 
-    def read_preprocessing(self, folder: Path, config: Config) -> dict[str, Any]:
+    def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
         """What a published checkpoint says about the preparation of pictures: the blob's `preprocessing`."""

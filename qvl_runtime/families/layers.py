@@ -13,7 +13,7 @@ from qvl_runtime.families.weights import Weights
 from qvl_runtime.trace import Trace, no_trace
 
 if TYPE_CHECKING:
-    from qvl_runtime.families.base import Config
+    from qvl_runtime.families.config import Config
 
 
 @dataclasses.dataclass(frozen=True)

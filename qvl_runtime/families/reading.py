@@ -33,7 +33,7 @@ def take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any
         value = float(value) if abs(value) < 1 << 1023 else math.inf
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise QvlError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise QvlError(f"{where}: '{key}' is {value!r}, expected a finite number")
     return value
 

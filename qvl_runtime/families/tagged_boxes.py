@@ -87,8 +87,10 @@ class TaggedGrounding:
                 ref, ref_end = span[2].strip(), span.end()
             elif span[0].startswith(self.box_start):
                 corners = _CORNERS.fullmatch(span[2].replace("(", "").replace(")", "").strip())
-                if corners and max(values := [int(v) for v in corners.groups()]) <= 1000:
-                    boxes.append(Box(ref if span.start() == ref_end else None, *values))
+                values = [int(v) for v in corners.groups()] if corners else []
+                if values and max(values) <= 1000:
+                    x1, y1, x2, y2 = values
+                    boxes.append(Box(ref if span.start() == ref_end else None, x1, y1, x2, y2))
         return boxes
 
     def opened(self, prompt: str) -> str:

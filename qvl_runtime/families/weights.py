@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
 from qvl_kernels.ops import Norm, Ops, Weight
 from qvl_kernels.packing import Matrix
-
-if TYPE_CHECKING:
-    from qvl_runtime.families.base import Config
+from qvl_runtime.families.config import Config
 
 
 class Tensors(Protocol):
     """Where tensors come from: a `Blob`, or a checkpoint that is being converted."""
 
-    config: Config
+    @property
+    def config(self) -> Config: ...
 
     def matrix(self, name: str) -> Matrix:
         """A weight, by its base name."""
@@ -25,8 +24,11 @@ class Tensors(Protocol):
         """A float32 tensor."""
 
 
-class Weights:
-    """The tensors of one model, prepared for one backend.
+C = TypeVar("C", bound=Config, covariant=True)
+
+
+class Weights(Generic[C]):
+    """The tensors of one model, prepared for one backend, with the model's config (`C`, that of its family).
 
     Parameters
     ----------
@@ -35,7 +37,11 @@ class Weights:
     """
 
     def __init__(self, tensors: Tensors, ops: Ops):
-        self.tensors, self.ops, self.config = tensors, ops, tensors.config
+        self.tensors, self.ops = tensors, ops
+
+    @property
+    def config(self) -> C:
+        return cast(C, self.tensors.config)
 
     def matrix(self, name: str) -> Weight:
         """A product's weight."""

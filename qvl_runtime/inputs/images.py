@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TypeGuard
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -32,7 +32,7 @@ MAX_FILE_BYTES = 257 << 20
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is turned."""
-UPRIGHT = {
+UPRIGHT: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -130,7 +130,7 @@ def image_label(source: ImageSource) -> str:
     return f"image {shown(source)!r}" if isinstance(source, str | os.PathLike) else "the image bytes"
 
 
-def is_url(source: ImageSource) -> bool:
+def is_url(source: object) -> TypeGuard[str]:
     """Whether a picture would have to be fetched from a network."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 

@@ -65,7 +65,7 @@ class PictureCache:
             if key in self._features:
                 self._features.move_to_end(key)
                 return self._features[key]
-        features = None if self.folder is None else self._read(key)
+        features = None if self.folder is None else self._read(_path(self.folder, key), key)
         if features is not None:
             self._remember(key, features)
         return features
@@ -74,7 +74,7 @@ class PictureCache:
         """Keep the features of a picture."""
         self._remember(key, features)
         if self.folder is not None:
-            self._write(key, features)
+            self._write(_path(self.folder, key), key, features)
 
     def _remember(self, key: bytes, features: np.ndarray) -> None:
         with self._lock:
@@ -83,43 +83,45 @@ class PictureCache:
             while self.nbytes > self.limit:
                 self._features.popitem(last=False)
 
-    def _path(self, key: bytes) -> Path:
-        return self.folder / f"{key.hex()}.safetensors"
-
-    def _read(self, key: bytes) -> np.ndarray | None:
+    def _read(self, path: Path, key: bytes) -> np.ndarray | None:
         try:
-            file = TensorFile(self._path(key))
+            file = TensorFile(path)
             features = np.array(file.array("features"))
         except QvlError:
             return None
         with contextlib.suppress(OSError):
-            os.utime(self._path(key))  # the time of its last use
+            os.utime(path)  # the time of its last use
         wanted = features.ndim == 2 and features.shape[1] == self.hidden and features.dtype == np.float32
         if not wanted or _seal(key, features) != file.metadata:
             return None
         return features
 
-    def _write(self, key: bytes, features: np.ndarray) -> None:
+    def _write(self, path: Path, key: bytes, features: np.ndarray) -> None:
         data = save({"features": np.ascontiguousarray(features)}, _seal(key, features))
         try:
-            with replacing(self._path(key)) as file:
+            with replacing(path) as file:
                 file.write(data)
-            self._tidy()
+            _tidy(path.parent)
         except OSError as error:
-            warnings.warn(f"cache_dir {str(self.folder)!r} cannot be written ({error.strerror})", stacklevel=2)
+            warnings.warn(f"cache_dir {str(path.parent)!r} cannot be written ({error.strerror})", stacklevel=2)
 
-    def _tidy(self) -> None:
-        """Remove the files used longest ago until the folder is below its limit; another process may do the same."""
-        found = []
-        for path in self.folder.glob("*.safetensors"):
-            with contextlib.suppress(OSError):
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found)[:-1]:
-            if total <= FOLDER_BYTES:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+
+def _path(folder: Path, key: bytes) -> Path:
+    return folder / f"{key.hex()}.safetensors"
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the files used longest ago until the folder is below its limit; another process may do the same."""
+    found = []
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found)[:-1]:
+        if total <= FOLDER_BYTES:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 def _seal(key: bytes, features: np.ndarray) -> dict[str, str]:

@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -141,12 +141,11 @@ class PictureReader:
         salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
         digest = _digest(content, salted)
         with self._lock:
-            if digest in self._known:
+            if digest is not None and digest in self._known:
                 self._known.move_to_end(digest)
                 return dataclasses.replace(self._known[digest], content=content)
         pixels = self._prepare(content, source)
-        facts = dataclasses.asdict(dataclasses.replace(pixels, values=None))
-        del facts["values"]
+        facts = {f.name: getattr(pixels, f.name) for f in dataclasses.fields(pixels) if f.name != "values"}
         told = salted + self._identity.encode() + str(pixels.grid).encode()
         key = hashlib.sha256(told + pixels.values.tobytes()).digest()
         if digest is not None:
@@ -163,29 +162,37 @@ class PictureReader:
     def _prepare(self, content: Content, source: ImageSource | FramePair) -> Pixels:
         """Prepare what was read from `source`, which errors name."""
         if isinstance(content, FramePair) and isinstance(source, FramePair):
-            named = ((content.first, source.first), (content.second, source.second))
-            first, second = (decode_image(frame, image_label(name), exif=self.upright) for frame, name in named)
+            names = map(image_label, (source.first, source.second))
+            first, second = (decode_image(f, name, exif=self.upright) for f, name in zip(_frames(content), names))
             return self._preprocess(first, second, content.count, content.size)
+        assert not isinstance(content, FramePair) and not isinstance(source, FramePair)
         return self._preprocess(decode_image(content, image_label(source), exif=self.upright))
 
 
-Content = bytes | Image.Image | np.ndarray | FramePair
-"""What was read and can be decoded."""
+Loaded = bytes | Image.Image | np.ndarray
+Content = Loaded | FramePair
+"""What was read and can be decoded; of two frames, each was."""
 
 
 def _content(source: ImageSource | FramePair, access: Access) -> Content:
+    def read(image: ImageSource) -> Loaded:
+        return read_image(image, allow_urls=access.urls, allow_paths=access.paths)
+
     if isinstance(source, FramePair):
-        first, second = (_content(frame, access) for frame in (source.first, source.second))
-        return dataclasses.replace(source, first=first, second=second)
-    return read_image(source, allow_urls=access.urls, allow_paths=access.paths)
+        return dataclasses.replace(source, first=read(source.first), second=read(source.second))
+    return read(source)
+
+
+def _frames(content: FramePair) -> tuple[Loaded, Loaded]:
+    return cast(Loaded, content.first), cast(Loaded, content.second)
 
 
 def _digest(content: Content, salted: bytes) -> bytes | None:
     """Tells files apart; None for what is decoded already."""
     if isinstance(content, FramePair):
-        frames = [_digest(frame, salted) for frame in (content.first, content.second)]
+        first, second = (_digest(frame, salted) for frame in _frames(content))
         told = f"{content.count} {content.size}".encode()
-        return None if None in frames else hashlib.sha256(b"".join([*frames, told])).digest()
+        return None if first is None or second is None else hashlib.sha256(first + second + told).digest()
     return hashlib.sha256(salted + content).digest() if isinstance(content, bytes) else None
 
 

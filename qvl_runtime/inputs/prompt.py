@@ -134,6 +134,12 @@ class Place:
 
     source: ImageSource | Video | None
 
+    @property
+    def filled(self) -> ImageSource | Video:
+        """The source of a place that has one."""
+        assert self.source is not None, "places are filled before they are encoded"
+        return self.source
+
 
 Parts = list[str | Place]
 """A text with places for pictures."""

@@ -47,8 +47,8 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
         ranks[token] = value
     if not ranks:
         raise QvlError("tokenizer ranks: the file is empty; take qwen.tiktoken from the model's own repository")
-    for expected, rank in enumerate(sorted(ranks.values())):
-        if rank != expected:
+    for expected, found in enumerate(sorted(ranks.values())):
+        if found != expected:
             raise QvlError(
                 f"tokenizer ranks: expected every rank from 0 to {len(ranks) - 1} once, "
                 f"but {expected} is missing or doubled"

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvl_kernels.cpu.runner import aligned
-from qvl_kernels.ops import restored
+from qvl_kernels.ops import Array, restored
 from qvl_kernels.packing import Matrix, packed_shapes, round_up
 
-CACHE_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+CACHE_DTYPES: dict[str, np.dtype] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
 
 
 def address(array: np.ndarray | None) -> int:
@@ -18,7 +22,7 @@ def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def check(name: str, array: np.ndarray, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
+def check(name: str, array: Array, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
     """Refuse anything but a C-contiguous numpy array of this type and shape (None: any length)."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name}: expected a numpy array, got {type(array).__name__}")
@@ -85,7 +89,8 @@ class CpuCache:
         """Keys, values, key scales and value scales of a layer."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer {layer} of a cache of {self.layers}")
-        return tuple(address(a) for a in (self.keys[layer], self.values[layer], *self.scales[layer]))
+        keys, values = self.keys[layer], self.values[layer]
+        return address(keys), address(values), address(self.scales[layer, 0]), address(self.scales[layer, 1])
 
     def resized(self, capacity: int, length: int) -> CpuCache:
         """A cache of another capacity that holds the first `length` positions of this one."""
@@ -94,9 +99,12 @@ class CpuCache:
         other = CpuCache(self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         blocks = round_up(length, 16) // 16
         # One array after the other, so that keys and values do not both lie in memory twice.
-        other.keys[:, :, :blocks], self.keys = self.keys[:, :, :blocks], None
-        other.values[:, :, :length], self.values = self.values[:, :, :length], None
-        other.scales[..., :length], self.scales = self.scales[..., :length], None
+        other.keys[:, :, :blocks] = self.keys[:, :, :blocks]
+        del self.keys
+        other.values[:, :, :length] = self.values[:, :, :length]
+        del self.values
+        other.scales[..., :length] = self.scales[..., :length]
+        del self.scales
         return other
 
     def _filled(self, layer: int, length: int) -> list[np.ndarray]:

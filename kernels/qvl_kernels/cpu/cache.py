@@ -60,7 +60,7 @@ def _compile() -> bytes:
     libraries from are passed on.
     """
     root = str(Path(__file__).parents[2])
-    folders = dict.fromkeys([root, *(str(Path(module.__file__).parents[1]) for module in (llvmlite, np))])
+    folders = dict.fromkeys([root, *(str(Path(str(module.__file__)).parents[1]) for module in (llvmlite, np))])
     done = subprocess.run([sys.executable, "-I", "-c", BUILD, root, *folders], cwd=root, capture_output=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]

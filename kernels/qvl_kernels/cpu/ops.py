@@ -200,11 +200,10 @@ class CpuOps:
         return high, low, scales, sums
 
     def _norm(self, program: Program, norm: Norm, k: int) -> tuple[int, int, int]:
-        check("norm.weight", norm.weight, F32, (k,))
-        if norm.bias is not None:
-            check("norm.bias", norm.bias, F32, (k,))
+        weight = check("norm.weight", norm.weight, F32, (k,))
+        bias = None if norm.bias is None else check("norm.bias", norm.bias, F32, (k,))
         program.keep(norm)
-        return address(norm.weight), address(norm.bias), float_word(norm.eps)
+        return address(weight), address(bias), float_word(norm.eps)
 
     def _product(self, program, activations, w, out, *, activation=None, residual=None, gated=False) -> None:
         rows, scratch = len(out), self._memory(program, "tile", 1024 * self.threads)

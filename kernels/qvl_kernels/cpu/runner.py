@@ -56,7 +56,7 @@ def default_threads() -> int:
 class Program:
     """Instructions, and the arrays whose addresses they hold."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._rows: list[tuple[int, ...]] = []
         self._keep: list[Any] = []
         self._words: np.ndarray | None = None
@@ -110,7 +110,7 @@ class _Lock:
         if held:
             ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(self.address), 1)
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._free(self.address)
 
 

@@ -23,6 +23,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
@@ -124,12 +125,12 @@ def build(
                 progress(done, len(work), f"{name} sm_{architecture}")
                 code = compile_kernel(name, architecture)
                 entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
-                entry["cubin"] = f"sm_{architecture}/{name}.cubin"
-                _add(bundle, entry["cubin"], code.cubin)
+                files = {"cubin": f"sm_{architecture}/{name}.cubin"}
+                _add(bundle, files["cubin"], code.cubin)
                 if architecture in _WITH_PTX:
-                    entry["ptx"] = f"sm_{architecture}/{name}.ptx"
-                    _add(bundle, entry["ptx"], code.ptx)
-                entries[name][str(architecture)] = entry
+                    files["ptx"] = f"sm_{architecture}/{name}.ptx"
+                    _add(bundle, files["ptx"], code.ptx)
+                entries[name][str(architecture)] = entry | files
             progress(len(work), len(work), "")
             manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
             _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -139,7 +140,7 @@ def build(
     return path
 
 
-def _triton():
+def _triton() -> ModuleType:
     try:
         import triton
         from triton import knobs

@@ -14,7 +14,7 @@ from qvl_kernels.gpu.signatures import ELEMENTS
 from qvl_kernels.ops import restored
 from qvl_kernels.packing import round_up
 
-CACHE_DTYPES = {"fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+CACHE_DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 
 _STRIDE = 64
 """Rows of the arrays are padded to this many positions, which aligns every head of every layer."""

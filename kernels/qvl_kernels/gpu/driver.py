@@ -99,7 +99,8 @@ class Driver:
             raise DeviceError("no NVIDIA GPU found: use the CPU")
         self._device = core.Device(index)
         self.name = str(self._device.name)
-        self.capability = tuple(int(x) for x in self._device.compute_capability)
+        major, minor = self._device.compute_capability
+        self.capability = int(major), int(minor)
         if self.capability < MINIMUM_CAPABILITY:
             raise DeviceError(
                 f"{self.name} has compute capability {_dots(self.capability)} and {_dots(MINIMUM_CAPABILITY)} "
@@ -146,7 +147,7 @@ class Driver:
         """Page-locked host memory, uint8 [nbytes], which the device reads while the host goes on. Never freed."""
         self._enter()
         address = int(self._ok(self._api.cuMemHostAlloc(nbytes, 0)))
-        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def to_device(self, address: int, values: np.ndarray) -> None:
         """Copy contiguous `values` to the device, in order with everything else.

@@ -45,7 +45,9 @@ class Queue:
         if self._tape is not None:
             raise RuntimeError("a captured step cannot capture another")
         with self.memory.scratch.record():
-            self._tape, self._keep = tape, keep = [], []
+            tape: list[tuple[Callable, tuple]] = []
+            keep: list[Any] = []
+            self._tape, self._keep = tape, keep
             try:
                 step()
             finally:

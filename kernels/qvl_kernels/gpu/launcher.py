@@ -8,14 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.driver import Driver, Kernel
 from qvl_kernels.gpu.graph import Queue
 from qvl_kernels.gpu.signatures import KERNELS, tile
-from qvl_kernels.ops import DeviceError
+from qvl_kernels.ops import Array, DeviceError
 
 ALIGNMENT = 16
 """Of every pointer: kernels are compiled for it."""
+
+Argument = Array | tuple[Array, int] | int | float | None
+"""Of a kernel: a pointer (an array, an array and an offset in bytes, or None for one that is not read) or a number."""
 
 _SCALARS = {"i32": np.int32, "fp32": np.float32}
 _NULL = np.uint64(0)
@@ -83,11 +85,8 @@ class Launcher:
             found = self._tiles[name] = tile(name, self.images.architecture)
         return found
 
-    def __call__(self, name: str, grid: tuple[int, ...], *args: DeviceArray | int | float | None) -> None:
-        """Launch kernel ``family.variant`` with the arguments its signature lists.
-
-        A pointer is an array, a (array, offset in bytes) pair, or None for one that is not read.
-        """
+    def __call__(self, name: str, grid: tuple[int, ...], *args: Argument) -> None:
+        """Launch kernel ``family.variant`` with the arguments its signature lists."""
         kernel = self._kernels.get(name)
         if kernel is None:
             image = self._image(name)

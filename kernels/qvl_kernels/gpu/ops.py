@@ -16,7 +16,7 @@ from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
-from qvl_kernels.ops import Norm, check_segments, query_heads
+from qvl_kernels.ops import Array, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -303,7 +303,7 @@ def _alike(a: DeviceMatrix, b: DeviceMatrix) -> bool:
     return (a.n, a.k, a.kind, a.group_shift, a.order) == (b.n, b.k, b.kind, b.group_shift, b.order)
 
 
-def _head_norm(norm: Norm | None, d: int) -> tuple[DeviceArray | None, float]:
+def _head_norm(norm: Norm | None, d: int) -> tuple[Array | None, float]:
     """Weight and eps of the RMSNorm of each head."""
     if norm is None:
         return None, 0.0
@@ -322,7 +322,7 @@ def _same_shape(a, b) -> None:
         raise ValueError(f"arrays of shapes {list(a.shape)} and {list(b.shape)}, expected equal ones")
 
 
-def _expect(array: DeviceArray, shape: tuple[int, ...], dtype: np.dtype | None = None) -> None:
+def _expect(array: Array, shape: tuple[int, ...], dtype: np.dtype | None = None) -> None:
     if tuple(array.shape) != tuple(shape) or (dtype is not None and array.dtype != dtype):
         wanted = f"{dtype or ''} {list(shape)}".strip()
         raise ValueError(f"{array} where {wanted} is expected")

@@ -134,6 +134,7 @@ def _pack_scales(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArr
     groups = blocks * (BLOCK // m.group_size)
     scales = device.memory.weight((groups, rows), np.int32)
     _clear(device, scales, round_up(m.n, ROWS) < rows)
+    assert m.scales is not None, "a quantized matrix has scales"
     source, zeros = _copy(device, m.scales), None if m.zeros is None else _copy(device, m.zeros)
     flags = 0 if zeros is None else HAS_ZEROS
     zero = SYMMETRIC_ZERO[m.bits]

@@ -32,10 +32,10 @@ def first_box(text: str, width: float, height: float) -> list[float]:
 
 def iou(a: Corners, b: Corners) -> float:
     """Intersection over union, in float32 as the published evaluation computes it."""
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
+    first, second = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    sides = np.clip(np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2]), 0, None)
     shared = sides[0] * sides[1]
-    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
     return float(shared / (areas - shared))
 
 

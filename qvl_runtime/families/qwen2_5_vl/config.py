@@ -65,6 +65,8 @@ class Qwen25VisionConfig(VisionConfig):
 class Qwen25Config(ModelConfig):
     """A Qwen2.5-VL: the decoder is Qwen2-VL's."""
 
+    visual: Qwen25VisionConfig
+
     MODEL_TYPE = "qwen2_5_vl"
     VISION = Qwen25VisionConfig
 

@@ -45,7 +45,8 @@ class JsonGrounding:
         corners, label = data.get("bbox_2d"), data.get("label")
         if not isinstance(corners, list) or len(corners) != 4 or not all(map(self._known, corners)):
             return None
-        return Box(label if isinstance(label, str) else None, *corners, scale=scale)
+        x1, y1, x2, y2 = corners
+        return Box(label if isinstance(label, str) else None, x1, y1, x2, y2, scale)
 
     def _known(self, number: Any) -> bool:
         if isinstance(number, bool) or not isinstance(number, int | float):

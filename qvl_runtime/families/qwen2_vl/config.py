@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from qvl_runtime.errors import QvlError
 from qvl_runtime.families.reading import check, take
 
 # Far beyond any model of the families: what sizes memory before a file's tensors can contradict it.
@@ -28,7 +29,8 @@ VISION_EPS = 1e-6
 def section(data: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     """A nested section of a config."""
     value = data.get(key)
-    check(isinstance(value, Mapping), where, f"'{key}' is {value!r:.80}, expected a section")
+    if not isinstance(value, Mapping):
+        raise QvlError(f"{where}: '{key}' is {value!r:.80}, expected a section")
     return value
 
 
@@ -98,7 +100,7 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> Self:
         """Read a `vision_config`."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             key, default = cls.KEYS.get(field.name, field.name), cls.DEFAULTS[field.name]
             if isinstance(default, tuple):
@@ -244,7 +246,12 @@ class ModelConfig:
             check(kind in known, inner, f"'model_type' is {kind!r:.80}; only {known[1]!r} belongs to {known[0]!r}")
         cls._refuse_text(text, inner)
         rope, rope_where = _rope(data, text, inner)
-        kinds = {"hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "num_attention_heads": int}
+        kinds: dict[str, type] = {
+            "hidden_size": int,
+            "intermediate_size": int,
+            "num_hidden_layers": int,
+            "num_attention_heads": int,
+        }
         kinds |= {"num_key_value_heads": int, "rms_norm_eps": float, "vocab_size": int, "max_position_embeddings": int}
         values = {key: take(text, key, kind, inner) for key, kind in kinds.items()}
         ids = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}

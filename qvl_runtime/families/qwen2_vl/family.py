@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from qvl_kernels.ops import Ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Grounding, VisionStage
+from qvl_runtime.families.base import Family, Grounding, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
@@ -42,42 +42,45 @@ REASONING_TOKENS = 8192
 """Tokens of an answer with its reasoning at most, unless more are asked for or the file says so."""
 
 
-class Qwen2VL:
-    """`qvl_runtime.families.base.Family`."""
+C = TypeVar("C", bound=ModelConfig)
 
-    TITLE: ClassVar[str] = "Qwen2-VL"
-    CONFIG: ClassVar[type[ModelConfig]] = ModelConfig
-    VISION: ClassVar[type[VisionTower]] = Qwen2Vision
+
+class QwenFamily(Generic[C]):
+    """`qvl_runtime.families.base.Family` for models with pictures of any size; `C` is the config."""
+
+    TITLE: ClassVar[str]
+    CONFIG: type[C]
+    VISION: ClassVar[type[VisionTower]]
     VIDEO: ClassVar[VideoLimits] = VideoLimits(128 * 28 * 28, 768 * 28 * 28)
-    grounding: Grounding = GROUNDING
+    grounding: Grounding
     upright = True
 
     @property
     def model_type(self) -> str:
         return self.CONFIG.MODEL_TYPE
 
-    def read_config(self, data: Mapping[str, Any], where: str) -> ModelConfig:
+    def read_config(self, data: Mapping[str, Any], where: str) -> C:
         return self.CONFIG.from_dict(data, where)
 
-    def title(self, config: ModelConfig, generation: GenerationConfig) -> str:
+    def title(self, config: C, generation: GenerationConfig) -> str:
         return self.TITLE
 
-    def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
+    def tensors(self, config: C) -> Iterator[TensorSpec]:
         return tensors(config)
 
-    def decoder_names(self, config: ModelConfig) -> DecoderNames:
+    def decoder_names(self, config: C) -> DecoderNames:
         return decoder_names(tied=config.tie_word_embeddings, qk_norm=config.QK_NORM)
 
-    def tokenizer(self, data: bytes, config: ModelConfig) -> Tokenizer:
+    def tokenizer(self, data: bytes, config: C) -> Tokenizer:
         ranks, special = Vocabulary.from_bytes(data)
         return Tokenizer(ranks, special, config.vocab_size)
 
-    def rotary(self, ops: Ops, config: ModelConfig, capacity: int) -> Mrope:
+    def rotary(self, ops: Ops, config: C, capacity: int) -> Mrope:
         return Mrope(ops, config, capacity)
 
     def preprocess(
         self,
-        config: ModelConfig,
+        config: C,
         preprocessing: Mapping[str, Any],
         *,
         min_pixels: int | None = None,
@@ -94,16 +97,16 @@ class Qwen2VL:
     def vision(self, weights: Weights) -> VisionTower:
         return self.VISION(weights).load()
 
-    def vision_values(self, config: ModelConfig) -> tuple[int, int]:
+    def vision_values(self, config: C) -> tuple[int, int]:
         v, patches = config.visual, MAX_TOKENS * MERGE**2
         kept = patches * (6 * v.width + v.mlp_width + v.head_dim) + self.levels(config) * MAX_TOKENS * v.output_width
         return kept, patches * 2 * v.patch_dim + self.levels(config) * MAX_TOKENS * v.output_width
 
-    def levels(self, config: ModelConfig) -> int:
+    def levels(self, config: C) -> int:
         """Rows of features for each token of a picture."""
         return 1
 
-    def describe_vision(self, config: ModelConfig) -> str:
+    def describe_vision(self, config: C) -> str:
         v = config.visual
         return (
             f"{v.depth} layers, width {v.width}, {v.num_heads} heads, pictures of any size, a token for "
@@ -117,27 +120,28 @@ class Qwen2VL:
     def prompts(
         self,
         tokenizer: Tokenizer,
-        config: ModelConfig,
+        config: C,
         generation: GenerationConfig,
-        read: Callable[..., Picture],
+        read: Callable[..., Picture] | None,
     ) -> Prompts:
+        assert read is not None, "all models of these families take pictures"
         return Prompts(tokenizer, config, self.template(generation), read)
 
     # what the converter needs besides
     def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
         return stage_of(spec)
 
-    def vision_shape(self, config: ModelConfig, pixels: Pixels) -> tuple[int, int]:
+    def vision_shape(self, config: C, pixels: Pixels) -> tuple[int, int]:
         return pixels.tokens * MERGE**2, config.visual.width
 
     def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
         return self.VISION(weights).stage(kind, index)
 
-    def published_name(self, name: str, config: ModelConfig) -> str | None:
+    def published_name(self, name: str, config: C) -> str | None:
         """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
         return None if config.tie_word_embeddings and name == f"{HEAD}.weight" else canonical(name)
 
-    def read_ranks(self, folder: Path, config: ModelConfig) -> bytes:
+    def read_ranks(self, folder: Path, config: C) -> bytes:
         vocabulary = read_vocabulary(folder)
         try:
             Tokenizer(*vocabulary, config.vocab_size)
@@ -157,14 +161,14 @@ class Qwen2VL:
                 )
         return vocabulary.to_bytes()
 
-    def read_preprocessing(self, folder: Path, config: ModelConfig) -> dict[str, Any]:
+    def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
         path = find_settings(folder)
         data = read_json(path)
         settings = Preprocessing.from_dict(data.get("image_processor", data), config.visual, str(path)).to_dict()
-        path = find_video_settings(folder)
-        if path is None or not self.VIDEO.whole:
+        video = find_video_settings(folder)
+        if video is None or not self.VIDEO.whole:
             return settings
-        return settings | {"video": VideoLimits.from_dict(read_json(path), self.VIDEO, str(path)).to_dict()}
+        return settings | {"video": VideoLimits.from_dict(read_json(video), self.VIDEO, str(video)).to_dict()}
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         """What a published checkpoint says about prompts and sampling."""
@@ -188,4 +192,13 @@ def _thinks(folder: Path) -> bool:
     return any(re.search(r"<\|im_start\|>assistant(\\n|\n)<think>", text) for text in texts)
 
 
-FAMILY = Qwen2VL()
+class Qwen2VL(QwenFamily[ModelConfig]):
+    """Qwen2-VL."""
+
+    TITLE = "Qwen2-VL"
+    CONFIG = ModelConfig
+    VISION = Qwen2Vision
+    grounding = GROUNDING
+
+
+FAMILY: Family[ModelConfig, Tokenizer] = Qwen2VL()

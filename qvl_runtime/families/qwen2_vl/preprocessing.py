@@ -173,7 +173,7 @@ class Preprocessing:
     def normalized(self, image: Image.Image) -> np.ndarray:
         """Pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
         scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-        return (scaled - np.float32(self.mean)) / np.float32(self.std)
+        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def patches(self, image: Image.Image, patch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Resize a picture and cut it into patches.

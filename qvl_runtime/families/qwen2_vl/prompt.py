@@ -271,20 +271,29 @@ class Prompts:
         config = self.config
         tags = (config.vision_start_token_id, config.vision_end_token_id)
         start, end = (Form(self.tokenizer.token_bytes(tag).decode()) for tag in tags)
-        if not isinstance(piece.source, Video):
-            yield from (start, _Pads(self.read(piece.source, access), config.image_token_id), end)
+        source = piece.filled
+        if not isinstance(source, Video):
+            yield start
+            yield _Pads(self.read(source, access), config.image_token_id)
+            yield end
             return
-        video, size, pads = piece.source, None, []
-        for number, pair in enumerate(video.pairs):
+        size: tuple[int, int] | None = None
+        pads: list[_Pads] = []
+        for number, pair in enumerate(source.pairs):
             picture = self.read(dataclasses.replace(pair, size=size), access)
             size = picture.resized
-            time = None if self.template.TIMESTAMPS else config.frame_position(number, video.pair_seconds)
+            time = None if self.template.TIMESTAMPS else config.frame_position(number, source.pair_seconds)
             pads.append(_Pads(picture, config.video_token_id, time))
         if not self.template.TIMESTAMPS:
-            yield from (start, *pads, end)
+            yield start
+            yield from pads
+            yield end
             return
-        for seconds, pair in zip(video.pair_times, pads):
-            yield from (f"<{seconds:.1f} seconds>", start, pair, end)
+        for seconds, pads_of_pair in zip(source.pair_times, pads):
+            yield f"<{seconds:.1f} seconds>"
+            yield start
+            yield pads_of_pair
+            yield end
 
     def _reasoning_end(self, ids: Sequence[int]) -> int | None:
         """The token that ends the reasoning which a prompt opens: its last special form is <think>."""
@@ -341,7 +350,7 @@ def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
     for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        if not named or not isinstance(function.get("arguments"), str | Mapping):
+        if not isinstance(function, Mapping) or not named or not isinstance(function.get("arguments"), str | Mapping):
             raise QvlError(f"message {number}: a tool call needs 'name' and 'arguments'; found {call!r:.80}")
         functions.append(function)
     return functions
@@ -352,7 +361,7 @@ def _for_history(query: Any, parts: Parts) -> Any:
     found = sources(parts)
     tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
     if not found or (tagged and all(isinstance(source, str | Path) for source in found)):
-        return "".join(f"<img>{part.source}</img>" if isinstance(part, Place) else part for part in parts)
+        return "".join(f"<img>{part.source!s}</img>" if isinstance(part, Place) else part for part in parts)
     return [_part(part) for part in parts if part != ""]
 
 

@@ -25,7 +25,8 @@ class Mrope:
 
     def __init__(self, ops: Ops, config: ModelConfig, capacity: int):
         self._ops, self._config = ops, config
-        self.alpha, self.logn = 1, None
+        self.alpha = 1
+        self.logn: Array | None = None
         self._positions = np.zeros((3, 0), np.int64)
         self._delta = 0
         self.rope: Array = ops.empty((0, config.head_dim))

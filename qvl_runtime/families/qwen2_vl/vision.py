@@ -9,8 +9,8 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_EPS, VisionConfig
+from qvl_kernels.ops import Activation, Array, Norm, Ops, Weight
+from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_EPS, ModelConfig, VisionConfig
 from qvl_runtime.families.qwen2_vl.positions import patch_rotary
 from qvl_runtime.families.qwen2_vl.tensors import PATCH_EMBEDDING, VISUAL
 from qvl_runtime.families.weights import Weights
@@ -59,7 +59,7 @@ class Attention:
     proj: Weight
 
     @classmethod
-    def load(cls, weights: Weights, block: str, norm: Norm) -> Attention:
+    def load(cls, weights: Weights[ModelConfig], block: str, norm: Norm) -> Attention:
         return cls(norm, weights.matrix(f"{block}.attn.qkv"), weights.matrix(f"{block}.attn.proj"))
 
     def __call__(self, ops: Ops, work: Workspace, heads: int, segments: Sequence[int] | None) -> None:
@@ -80,7 +80,7 @@ class ActivatedMlp:
     norm: Norm
     up: Weight
     down: Weight
-    activation: str
+    activation: Activation
 
     def __call__(self, ops: Ops, work: Workspace) -> None:
         ops.linear(work.x, self.up, out=work.hidden, norm=self.norm, activation=self.activation)
@@ -103,7 +103,9 @@ class Merger:
     whole_cell: bool = False
 
     @classmethod
-    def load(cls, weights: Weights, name: str, norm: Norm, layers: tuple[str, str], whole_cell: bool = False) -> Merger:
+    def load(
+        cls, weights: Weights[ModelConfig], name: str, norm: Norm, layers: tuple[str, str], whole_cell: bool = False
+    ) -> Merger:
         first, second = (weights.matrix(f"{name}.{layer}") for layer in layers)
         return cls(norm, first, second, whole_cell)
 
@@ -140,7 +142,7 @@ class VisionTower(abc.ABC):
     weights : Weights
     """
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights[ModelConfig]):
         self.weights, self.ops = weights, weights.ops
         self.config: VisionConfig = weights.config.visual
         self.patch_embedding = Lazy(lambda _: self.weights.matrix(PATCH_EMBEDDING))
@@ -256,6 +258,11 @@ class VisionTower(abc.ABC):
             self._grid = grid
         return self._work
 
+    @property
+    def _begun(self) -> Workspace:
+        assert self._work is not None, "a picture's arrays are made by _begin"
+        return self._work
+
     def _embed(self, pixels: np.ndarray, grid: tuple[int, int], work: Workspace) -> None:
         rows, columns = grid
         order, _ = self._order(rows, columns)
@@ -286,12 +293,12 @@ class VisionTower(abc.ABC):
             self._run_block(i, trace)
             level = self._level_behind(i)
             if level is not None:
-                self._merge(level, self._work)
-                trace(f"deepstack{level - 1}", self._level(level, self._work))
-        self._merge(0, self._work)
+                self._merge(level, self._begun)
+                trace(f"deepstack{level - 1}", self._level(level, self._begun))
+        self._merge(0, self._begun)
 
     def _run_block(self, index: int, trace: Trace) -> None:
-        work, (attention, mlp) = self._work, self.blocks[index]
+        work, (attention, mlp) = self._begun, self.blocks[index]
         attention(self.ops, work, self.config.num_heads, work.segments if self._windowed(index) else None)
         mlp(self.ops, work)
         trace(f"block{index}", work.x)

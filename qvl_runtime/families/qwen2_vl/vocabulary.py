@@ -85,7 +85,7 @@ def _from_tokenizer_json(data: Mapping[str, Any], where: str) -> Vocabulary:
     steps = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
     patterns = [step.get("pattern") for step in steps or () if isinstance(step, dict) and step.get("type") == "Split"]
     check(patterns == [{"Regex": SPLIT_PATTERN}], where, "'pre_tokenizer' splits text by another pattern than Qwen's")
-    added = {}
+    added: dict[str, int] = {}
     for token in take(data, "added_tokens", list, where):
         _add(added, token, token.get("id") if isinstance(token, dict) else None, where)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in take(model, "merges", list, where)]
@@ -115,11 +115,8 @@ def _read_added(folder: Path) -> dict[str, int]:
 def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
     """Take over one added token."""
     form = token.get("content") if isinstance(token, dict) else None
-    check(
-        isinstance(form, str) and form != "" and type(token_id) is int and form not in added,
-        where,
-        f"an added token is {token!r:.80}, expected 'content' and an id, each once",
-    )
+    if not isinstance(form, str) or form == "" or type(token_id) is not int or form in added:
+        raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once")
     refuse(token, where, dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
     added[form] = token_id
 

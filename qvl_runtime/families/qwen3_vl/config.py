@@ -61,6 +61,8 @@ class Qwen3VisionConfig(VisionConfig):
 class Qwen3Config(ModelConfig):
     """A Qwen3-VL: a decoder that normalizes queries and keys, without biases."""
 
+    visual: Qwen3VisionConfig
+
     MODEL_TYPE = "qwen3_vl"
     VISION = Qwen3VisionConfig
     ATTENTION_BIAS = False

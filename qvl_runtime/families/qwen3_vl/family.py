@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qvl_runtime.families.base import Family
 from qvl_runtime.families.generation_config import GenerationConfig
-from qvl_runtime.families.qwen2_vl.family import Qwen2VL
+from qvl_runtime.families.qwen2_vl.family import QwenFamily
 from qvl_runtime.families.qwen2_vl.preprocessing import VideoLimits
 from qvl_runtime.families.qwen3_vl.config import Qwen3Config
 from qvl_runtime.families.qwen3_vl.grounding import RelativeGrounding
@@ -13,9 +14,10 @@ from qvl_runtime.families.qwen3_vl.template import Qwen3Template
 from qvl_runtime.families.qwen3_vl.tensors import deepstack_level, tensors
 from qvl_runtime.families.qwen3_vl.vision import Qwen3Vision
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
+from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
-class Qwen3VL(Qwen2VL):
+class Qwen3VL(QwenFamily[Qwen3Config]):
     """`qvl_runtime.families.base.Family`."""
 
     TITLE = "Qwen3-VL"
@@ -41,4 +43,4 @@ class Qwen3VL(Qwen2VL):
         return Qwen3Template(generation.thinking)
 
 
-FAMILY = Qwen3VL()
+FAMILY: Family[Qwen3Config, Tokenizer] = Qwen3VL()

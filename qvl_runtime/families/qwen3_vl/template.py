@@ -74,7 +74,8 @@ class Qwen3Template(Template):
         if self.thinking and THOUGHT in pieces:
             last = len(pieces) - pieces[::-1].index(THOUGHT)
             pieces = pieces[last:]
-            pieces[:1] = [text.lstrip("\n") for text in pieces[:1]]
+            if pieces and isinstance(pieces[0], str):
+                pieces[0] = pieces[0].lstrip("\n")
         for call in message.calls:
             arguments = call["arguments"]
             text = arguments if isinstance(arguments, str) else _json(arguments)

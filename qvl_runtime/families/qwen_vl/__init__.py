@@ -13,7 +13,7 @@ from PIL import Image
 
 from qvl_kernels.ops import Ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import VisionStage
+from qvl_runtime.families.base import Family, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen_vl import positions
@@ -88,16 +88,16 @@ class QwenVL:
         )
         return functools.partial(_pixels, config, mean, std)
 
-    def vision(self, weights: Weights) -> Vision:
+    def vision(self, weights: Weights[ModelConfig]) -> Vision:
         return Vision(weights)
 
     def vision_values(self, config: ModelConfig) -> tuple[int, int]:
-        v = config.visual
+        v = config.vision
         tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
         return tower, 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
 
     def describe_vision(self, config: ModelConfig) -> str:
-        v = config.visual
+        v = config.vision
         return (
             f"{v.layers} layers, width {v.width}, {v.heads} heads, pictures {v.image_size} x {v.image_size}, "
             f"{v.n_queries} tokens each"
@@ -116,12 +116,12 @@ class QwenVL:
         return stage_of(spec)
 
     def vision_shape(self, config: ModelConfig, pixels: Pixels) -> tuple[int, int]:
-        return config.visual.patches, config.visual.width
+        return config.vision.patches, config.vision.width
 
     def levels(self, config: ModelConfig) -> int:
         return 1
 
-    def vision_stage(self, kind: str, index: int, weights: Weights) -> VisionStage:
+    def vision_stage(self, kind: str, index: int, weights: Weights[ModelConfig]) -> VisionStage:
         return vision_stage(kind, index, weights)
 
     def published_name(self, name: str, config: ModelConfig) -> str:
@@ -151,7 +151,7 @@ class QwenVL:
 
 
 def _pixels(config: ModelConfig, mean: np.ndarray, std: np.ndarray, image: Image.Image) -> Pixels:
-    visual = config.visual
+    visual = config.vision
     side = visual.image_size
     return Pixels(
         values=preprocess(image, side, mean, std),
@@ -162,4 +162,4 @@ def _pixels(config: ModelConfig, mean: np.ndarray, std: np.ndarray, image: Image
     )
 
 
-FAMILY = QwenVL()
+FAMILY: Family[ModelConfig, QwenTokenizer] = QwenVL()

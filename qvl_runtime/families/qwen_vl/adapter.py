@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qvl_kernels.ops import Array
+from qvl_runtime.families.qwen_vl.config import ModelConfig
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.trace import Trace, no_trace
@@ -13,8 +16,8 @@ NAME = "transformer.visual.attn_pool"
 class Adapter:
     """One layer of cross-attention, a norm, and a projection."""
 
-    def __init__(self, weights: Weights):
-        ops, config = weights.ops, weights.config.visual
+    def __init__(self, weights: Weights[ModelConfig]):
+        ops, config = weights.ops, weights.config.vision
         self.ops, self.config = ops, config
         self.kv_proj = weights.matrix(f"{NAME}.kv_proj") if config.width != config.output_dim else None
         self.ln_kv = weights.layer_norm(f"{NAME}.ln_kv")
@@ -27,12 +30,12 @@ class Adapter:
         self.positions = self._activations(interpolate_grid(positions, config.grid))
         self.queries = self._queries(weights, self._activations(positions))
 
-    def _activations(self, values) -> Array:
+    def _activations(self, values: np.ndarray) -> Array:
         array = self.ops.empty(values.shape, self.ops.activation_dtype)
         self.ops.write(array, values.astype(self.ops.activation_dtype))
         return array
 
-    def _queries(self, weights: Weights, positions: Array) -> Array:
+    def _queries(self, weights: Weights[ModelConfig], positions: Array) -> Array:
         """``ln_q(query) + pos_embed``, projected: the same for every picture."""
         ops, shape = self.ops, (self.config.n_queries, self.config.output_dim)
         query, projected = (ops.empty(shape, ops.activation_dtype) for _ in range(2))

@@ -57,7 +57,7 @@ class VisionConfig:
     def from_dict(cls, data: Mapping[str, Any], where: str) -> VisionConfig:
         where = f"{where}: visual"
         check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
-        kinds = {f.name: {"int": int, "float": float}[f.type] for f in dataclasses.fields(cls)}
+        kinds = {f.name: {"int": int, "float": float}[str(f.type)] for f in dataclasses.fields(cls)}
         config = cls(**{k: take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
         for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "n_queries"):
             check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
@@ -128,6 +128,12 @@ class ModelConfig:
         return self.visual is not None
 
     @property
+    def vision(self) -> VisionConfig:
+        """`visual`, of a model that sees."""
+        assert self.visual is not None, "this model has no vision part"
+        return self.visual
+
+    @property
     def attention_width(self) -> int:
         """Width of q, of k and of v."""
         return self.num_attention_heads * self.kv_channels
@@ -147,7 +153,7 @@ class ModelConfig:
             where,
             f"model_type is {model_type!r}; this runtime runs 'qwen' (Qwen-VL, Qwen-VL-Chat, Qwen-7B)",
         )
-        kinds = {f.name: {"int": int, "float": float, "bool": bool}.get(f.type) for f in dataclasses.fields(cls)}
+        kinds = {f.name: {"int": int, "float": float, "bool": bool}.get(str(f.type)) for f in dataclasses.fields(cls)}
         values = {k: take(data, k, t, where) for k, t in kinds.items() if t is not None}
         visual = data.get("visual")
         config = cls(**values, visual=None if visual is None else VisionConfig.from_dict(visual, where))

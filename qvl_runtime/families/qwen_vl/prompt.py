@@ -39,6 +39,7 @@ from qvl_runtime.inputs.prompt import (
     part_text,
     sources,
 )
+from qvl_runtime.inputs.video import Video
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
@@ -201,14 +202,18 @@ class QwenPrompts:
         ids: list[int] = []
         pictures: list[tuple[int, ImageSource]] = []
         tokenizer = self.tokenizer
-        for is_text, group in itertools.groupby(parts, lambda part: isinstance(part, str)):
-            if is_text:
-                text = unicodedata.normalize("NFC", "".join(group))
-                ids += tokenizer.encoding.encode(text, allowed_special=special, disallowed_special=())
+        text = ""
+        for part in [*parts, None]:
+            if isinstance(part, str):
+                text += part  # neighbors are encoded together: a token may cross from one to the next
                 continue
-            for place in group:
-                pictures.append((len(ids) + 1, place.source))
-                ids += [tokenizer.img_start_id, *[tokenizer.img_pad_id] * tokenizer.n_queries, tokenizer.img_end_id]
+            normal = unicodedata.normalize("NFC", text)
+            ids += tokenizer.encoding.encode(normal, allowed_special=special, disallowed_special=())
+            text = ""
+            if part is not None:
+                assert not isinstance(part.filled, Video), "this family takes no videos"
+                pictures.append((len(ids) + 1, part.filled))
+                ids += tokenizer.image_slot()
         return _Encoded(ids, pictures)
 
     def _say(self, role: str, parts: Parts, special: frozenset[str]) -> _Encoded:
@@ -225,7 +230,7 @@ class QwenPrompts:
     def _from_messages(
         self, messages: Sequence[Mapping[str, Any]], images: list[ImageSource], access: Access
     ) -> _Encoded:
-        roles = [message.get("role") for message in messages]
+        roles = [str(message.get("role")) for message in messages]
         for number, role in enumerate(roles, 1):
             if role not in ROLES:
                 raise QvlError(f"message {number} has the role {role!r}: it must be one of {', '.join(ROLES)}")
@@ -280,7 +285,10 @@ class QwenPrompts:
 
     def _prompt(self, encoded: _Encoded, access: Access, opened: str = "") -> Prompt:
         """Read the pictures, so that nothing but arithmetic is left to fail."""
-        return Prompt(encoded.ids, [Slot(start, self.read(s, access)) for start, s in encoded.pictures], opened)
+        read = self.read
+        if read is None:
+            return Prompt(encoded.ids, [], opened)
+        return Prompt(encoded.ids, [Slot(start, read(source, access)) for start, source in encoded.pictures], opened)
 
 
 def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -292,7 +300,7 @@ def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
     'Picture 1: <img>a.png</img>\\n<ref>dog</ref><box>(1,2),(3,4)</box>?'
     """
     read = _from_parts(parts, 0, lambda text: [text])
-    return "".join(part if isinstance(part, str) else f"<img>{part.source or ''}</img>" for part in read)
+    return "".join(part if isinstance(part, str) else f"<img>{_path(part)}</img>" for part in read)
 
 
 def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts]) -> Parts:
@@ -333,13 +341,17 @@ def _boxes(part: Mapping[str, Any]) -> list[Box]:
     return [Box(ref, *map(math.trunc, corner)) for ref, corner in zip(refs, corners)]
 
 
+def _path(place: Place) -> str:
+    return str(place.source) if isinstance(place.source, str | Path) else ""
+
+
 def _for_history(query: Any, parts: Parts, access: Access) -> Any:
     """The query with its pictures: a text if every picture in it has a path, else parts."""
     pictures = sources(parts)
     if not pictures and isinstance(query, str):
         return query
     if access.paths and all(isinstance(source, str | Path) for source in pictures):
-        shown = (part if isinstance(part, str) else f"<img>{part.source}</img>" for part in parts)
+        shown = (part if isinstance(part, str) else f"<img>{_path(part)}</img>" for part in parts)
         return "".join(shown)
     if isinstance(query, str) and (not access.paths or "<img>" not in query):
         return [*({"image": source} for source in pictures), {"text": query}]

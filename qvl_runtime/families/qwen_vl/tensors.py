@@ -51,7 +51,7 @@ def _layer_norm(name: str, part: str, width: int) -> Iterator[VectorSpec]:
 
 
 def _vision(config: ModelConfig) -> Iterator[TensorSpec]:
-    v, name = config.visual, "transformer.visual"
+    v, name = config.vision, "transformer.visual"
     convolution = (3, v.patch_size, v.patch_size)
     source = {f"{name}.conv1.weight": v.width}
     yield MatrixSpec(f"{name}.conv1", "vision", v.width, v.patch_dim, source, columns=convolution)
@@ -68,7 +68,7 @@ def _vision(config: ModelConfig) -> Iterator[TensorSpec]:
 
 
 def _adapter(config: ModelConfig) -> Iterator[TensorSpec]:
-    v, name = config.visual, "transformer.visual.attn_pool"
+    v, name = config.vision, "transformer.visual.attn_pool"
     d = v.output_dim
     if v.width != d:
         yield linear(f"{name}.kv_proj", "adapter", d, v.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Set
 
@@ -99,10 +100,15 @@ class QwenTokenizer(Tokenizer):
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             if i % 2:
-                ids += [self.img_start_id, *[self.img_pad_id] * self.n_queries, self.img_end_id]
+                ids += self.image_slot()
             else:
                 ids += self.encode_special(unicodedata.normalize("NFC", piece), special)
         return ids
+
+    def image_slot(self) -> list[int]:
+        """The ids of one image, without its path."""
+        start, pad, end = (self.special[form] for form in ("<img>", "<imgpad>", "</img>"))
+        return [start, *[pad] * self.n_queries, end]
 
     def byte_stream(self) -> ByteStream:
         """A decoder of ids to bytes.
@@ -122,24 +128,25 @@ class _SlotStream(ByteStream):
 
     def __init__(self, tokenizer: QwenTokenizer):
         super().__init__(tokenizer)
+        self._pad, self._start, self._end = tokenizer.img_pad_id, tokenizer.img_start_id, tokenizer.img_end_id
         self._held: list[int] = []
 
     def push(self, token_id: int) -> bytes:
-        tokenizer, held = self._tokenizer, self._held
+        held = self._held
         if held:
-            padded = held[-1] == tokenizer.img_pad_id
-            if token_id == tokenizer.img_pad_id or (0 <= token_id < 256 and not padded):
+            padded = held[-1] == self._pad
+            if token_id == self._pad or (0 <= token_id < 256 and not padded):
                 held.append(token_id)
                 return b""
-            if token_id == tokenizer.img_end_id and padded:
-                path = bytes(held[1 : held.index(tokenizer.img_pad_id)])
+            if token_id == self._end and padded:
+                path = bytes(itertools.takewhile(lambda i: i != self._pad, held[1:]))
                 held.clear()
                 return b"<img>" + path + b"</img>"
         before = self.finish()
-        if token_id == tokenizer.img_start_id:
+        if token_id == self._start:
             held.append(token_id)
             return before
-        return before + tokenizer.token_bytes(token_id)
+        return before + self._tokenizer.token_bytes(token_id)
 
     def finish(self) -> bytes:
         held = b"".join(map(self._tokenizer.token_bytes, self._held))

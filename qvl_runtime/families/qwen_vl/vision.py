@@ -10,7 +10,7 @@ import numpy as np
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_runtime.families.qwen_vl.adapter import Adapter
-from qvl_runtime.families.qwen_vl.config import VisionConfig
+from qvl_runtime.families.qwen_vl.config import ModelConfig, VisionConfig
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
 from qvl_runtime.families.qwen_vl.preprocessing import patches
 from qvl_runtime.families.weights import Weights
@@ -32,7 +32,7 @@ class Block:
     c_proj: Weight
 
     @classmethod
-    def load(cls, weights: Weights, index: int) -> Block:
+    def load(cls, weights: Weights[ModelConfig], index: int) -> Block:
         """The `index`-th block of a model."""
         name = f"{NAME}.transformer.resblocks.{index}"
         return cls(
@@ -77,8 +77,8 @@ class Workspace:
 class PatchEmbedding:
     """What comes before the blocks: patches, their positions, and a norm."""
 
-    def __init__(self, weights: Weights):
-        self.ops, self.config = weights.ops, weights.config.visual
+    def __init__(self, weights: Weights[ModelConfig]):
+        self.ops, self.config = weights.ops, weights.config.vision
         self.conv1 = weights.matrix(f"{NAME}.conv1")
         positions = weights.vector(f"{NAME}.positional_embedding")
         self.positions = self.ops.upload(interpolate_grid(positions, self.config.grid))
@@ -100,8 +100,8 @@ class VisionTower:
     The blocks are captured with the first picture and replayed for all that follow, in arrays that stay.
     """
 
-    def __init__(self, weights: Weights):
-        self.ops, self.config = weights.ops, weights.config.visual
+    def __init__(self, weights: Weights[ModelConfig]):
+        self.ops, self.config = weights.ops, weights.config.vision
         self.embed = PatchEmbedding(weights)
         self.blocks = [Block.load(weights, i) for i in range(self.config.layers)]
 
@@ -142,7 +142,7 @@ class VisionTower:
 class Vision:
     """ViT and adapter: `qvl_runtime.inputs.pictures.Vision`."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights[ModelConfig]):
         self.ops = weights.ops
         self.tower, self.adapter = VisionTower(weights), Adapter(weights)
 
@@ -151,9 +151,9 @@ class Vision:
         return self.adapter(self.tower(pixels, trace), trace)
 
 
-def vision_stage(kind: str, index: int, weights: Weights) -> Callable[[np.ndarray, Pixels], Array]:
+def vision_stage(kind: str, index: int, weights: Weights[ModelConfig]) -> Callable[[np.ndarray, Pixels], Array]:
     """See `qvl_runtime.families.base.Family.vision_stage`."""
-    ops, config = weights.ops, weights.config.visual
+    ops, config = weights.ops, weights.config.vision
     if kind == "patches":
         embed = PatchEmbedding(weights)
 
