@@ -190,9 +190,11 @@ def test_an_answer_streams_and_can_be_stopped(open_page):
     assert page.locator(".answer .error b").inner_text() == "out of luck"
     page.click(".actions >> text=Retry")
     assert page.evaluate("window.sent.messages") == sent
+    page.evaluate("text => feed(text)", chunk(reasoning_content="<i>hm"))
+    assert page.locator(".reasoning p").inner_text() == "<i>hm"
     page.evaluate("text => feed(text)", chunk("whole") + "data: [DONE]\n\n")
     page.wait_for_selector(".turn:nth-child(2) .answer.done")
-    assert answers(page) == ["first 一 sec", "whole"]
+    assert answers(page) == ["first 一 sec", "whole"] and not page.is_visible(".reasoning p")
 
 
 def test_undo_takes_a_question_back_and_new_forgets_all(open_page):
@@ -301,9 +303,12 @@ def test_problems_say_what_to_do(open_page):
 def test_a_key_is_asked_for_and_stays_out_of_addresses(open_page, demo_model):
     with serving(demo_model, api_keys=[KEY]) as guarded:
         page = open_page(guarded.url)
-        for key in ("wrong", KEY):
-            page.wait_for_selector("#ask-key[open]")
-            page.fill("#key", key)
+        page.click("#key-cancel")
+        assert "needs a key" in page.locator("#log .error").inner_text()
+        page.click("#log >> text=Retry")
+        for key, state in (("wrong", "hidden"), (KEY, "visible")):
+            page.wait_for_selector("#key-wrong", state=state)
+            page.fill("#ask-key[open] #key", key)
             page.press("#key", "Enter")
         page.wait_for_selector("#model:not(:empty)")
         assert not page.is_visible("#ask-key")

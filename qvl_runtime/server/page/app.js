@@ -3,6 +3,7 @@
 import { answer, ApiError, servedModel } from "/api.js";
 import { answered, conversationPictures, icon, Log, mentioned, messages, TONES } from "/conversation.js";
 import { apiKey, toast, wireKeyDialog, withKey } from "/dialogs.js";
+import { onFiles } from "/incoming.js";
 import { readPicture } from "/picture.js";
 import { drawScene } from "/scene.js";
 import { Stage } from "/stage.js";
@@ -20,7 +21,7 @@ let active = null; // the turn whose boxes are on it
 let running = null; // the AbortController of the answer that streams
 
 const stage = new Stage({ onBox: addBox, onLight: light, say });
-const log = new Log($("log"), { light, show, retry, undo, copy: (text) => navigator.clipboard.writeText(text) });
+const log = new Log($("log"), { light, show, retry, undo, copy });
 
 // --- what is shown
 
@@ -53,6 +54,7 @@ function render() {
   if (!turns.includes(active)) active = turns.at(-1) ?? null;
   document.body.classList.toggle("blind", model?.pictures === false);
   document.body.classList.toggle("fresh", !turns.length);
+  document.body.classList.toggle("looking", Boolean(running) && turns.at(-1)?.answer?.state === "waiting");
   $("empty").hidden = Boolean(shown);
   $("view").hidden = !shown;
   if (shown) {
@@ -186,11 +188,16 @@ async function run() {
   const turn = turns.at(-1);
   const started = performance.now();
   const control = (running = new AbortController());
-  turn.answer = { text: "", boxes: [], state: "waiting", note: t(turn.pictures.length ? "looking" : "thinking") };
+  turn.answer = { text: "", reasoning: "", boxes: [], state: "waiting", note: t(turn.pictures.length ? "looking" : "thinking") };
   active = turn;
   render();
   log.render(turns);
   say(turn.answer.note);
+  const clock = setInterval(() => {
+    if (turn.answer.state !== "waiting") return;
+    turn.answer.seconds = Math.round((performance.now() - started) / 1000);
+    draw(turn);
+  }, 1000);
   let usage = null;
   try {
     const request = { model: model.id, messages: messages(turns) };
@@ -215,15 +222,18 @@ async function run() {
     else turn.answer.error = { message: problem.message, advice: problem.advice };
     if (!(problem instanceof ApiError) && !control.signal.aborted) console.error(problem);
   }
-  running = null;
+  clearInterval(clock);
+  if (running === control) running = null;
   draw(turn);
+  // The button that had the focus is gone.
+  if (!touch && document.activeElement === document.body) $("question").focus();
   say(turn.answer.error?.message ?? `${turn.answer.text} ${turn.answer.text ? "" : turn.answer.note}`);
 }
 
 /** What a chunk adds to an answer. */
 function take(turn, choice) {
   if (!choice) return;
-  const { content, boxes } = choice.delta ?? {};
+  const { content, boxes, reasoning_content: reasoning } = choice.delta ?? {};
   const all = pictures();
   for (const box of boxes ?? []) {
     const picture = all[box.image];
@@ -231,9 +241,10 @@ function take(turn, choice) {
   }
   if (boxes?.length) shown = turn.answer.boxes.at(-1)?.picture ?? shown;
   if (choice.finish_reason === "length") turn.answer.note = t("cut");
-  if (!content && !boxes?.length) return;
+  if (!content && !reasoning && !boxes?.length) return;
   turn.answer.text += content ?? "";
-  if (turn.answer.state === "waiting" && turn.answer.text) Object.assign(turn.answer, { state: "streaming", note: "" });
+  turn.answer.reasoning += reasoning ?? "";
+  if (turn.answer.state === "waiting" && (content || reasoning)) Object.assign(turn.answer, { state: "streaming", note: "" });
   take.frame ??= requestAnimationFrame(() => draw(turn));
 }
 
@@ -272,6 +283,7 @@ function undo() {
 
 function newConversation() {
   stop();
+  running = null;
   const old = { turns, draft, examples, text: $("question").value };
   turns = [];
   draft = { pictures: [], boxes: [] };
@@ -282,11 +294,22 @@ function newConversation() {
   $("question").focus();
   toast(t("cleared"), t("back"), () => {
     stop();
+    running = null;
     ({ turns, draft, examples } = old);
     write(old.text);
     log.render(turns);
     render();
   });
+}
+
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  // There is no clipboard for pages that come without TLS from another machine.
+  const field = Object.assign(document.createElement("textarea"), { value: text, className: "sr" });
+  document.body.append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
 }
 
 async function download() {
@@ -317,51 +340,30 @@ function wire() {
     draft.boxes = mentioned(field.value, draft.boxes);
     render();
   });
-  for (const id of ["choose", "attach"]) $(id).addEventListener("click", () => $("file").click());
-  $("file").addEventListener("change", async () => {
-    await addPictures([...$("file").files]);
-    $("file").value = "";
-  });
+  onFiles(addPictures, () => model?.pictures !== false);
   for (const id of ["draw", "redraw"]) $(id).addEventListener("click", drawExample);
   $("stop").addEventListener("click", stop);
   $("new").addEventListener("click", newConversation);
   $("download").addEventListener("click", download);
-  addEventListener("paste", (event) => {
-    const files = [...event.clipboardData.files];
-    if (!files.length || model?.pictures === false) return;
-    event.preventDefault();
-    addPictures(files);
-  });
-  const dragging = (on) => document.body.classList.toggle("dragging", on);
-  addEventListener("dragover", (event) => {
-    event.preventDefault();
-    dragging([...event.dataTransfer.types].includes("Files"));
-  });
-  addEventListener("dragleave", (event) => event.relatedTarget || dragging(false));
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    dragging(false);
-    if (model?.pictures !== false) addPictures([...event.dataTransfer.files]);
-  });
   addEventListener("keydown", (event) => {
     if (event.key === "Escape" && running && !$("ask-key").open) stop();
   });
   wireKeyDialog();
 }
 
-async function start() {
-  translate(document);
-  wire();
-  render();
+/** Learns what is served; where that fails, it can be tried again. */
+async function connect() {
   try {
     model = await withKey(() => servedModel(apiKey()));
   } catch (problem) {
-    $("log").append(Object.assign(document.createElement("p"), { className: "error", textContent: problem.message }));
+    log.fail(problem, connect);
     return;
   }
+  log.render(turns);
   document.title = `${model.title} · qvl`;
   $("model").textContent = model.title;
-  $("device").textContent = [model.device, model.window && t("room", model.window.toLocaleString())].filter(Boolean).join(" · ");
+  const room = model.window && t("room", model.window.toLocaleString());
+  $("device").textContent = [model.device, room].filter(Boolean).join(" · ");
   const toy = model.id === "demo";
   $("draw").hidden = !toy;
   const note = toy ? "toy" : !model.pictures ? "blind" : !model.chat ? "base" : null;
@@ -369,4 +371,7 @@ async function start() {
   render();
 }
 
-start();
+translate(document);
+wire();
+render();
+connect();

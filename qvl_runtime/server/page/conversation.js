@@ -8,7 +8,7 @@ export const TONES = 6;
 
 /**
  * A turn is `{text, pictures, boxes, answer}`. `text` has marks like "[box 1]" for its `boxes`: `{n, picture, pixels}`.
- * An answer is `{text, boxes, state, note, error}`; its state is "waiting", "streaming", "done" or "failed".
+ * An answer is `{text, reasoning, boxes, state, note, error}`; its state is "waiting", "streaming", "done" or "failed".
  */
 export function answered(turn) {
   return turn.answer?.text !== "" && turn.answer?.text !== undefined;
@@ -73,6 +73,10 @@ export function button(iconName, text, label, onClick) {
   return element;
 }
 
+function error({ message, advice }) {
+  return make("p", "error", make("b", "", message), advice ? make("span", "", advice) : "");
+}
+
 /** The turns in the element `root`. `act` has light, show, retry, undo and copy. */
 export class Log {
   #articles = new Map();
@@ -89,6 +93,12 @@ export class Log {
     for (const turn of turns) this.#fill(turn, turns);
     this.root.replaceChildren(...this.#articles.values());
     this.#scroll(true);
+  }
+
+  /** Shows that there is no model to talk to. */
+  fail(problem, retry) {
+    const row = make("p", "actions", button("retry", t("retry"), t("retry"), retry));
+    this.root.replaceChildren(error(problem), row);
   }
 
   /** Shows what changed in the answer of the last turn. */
@@ -119,6 +129,7 @@ export class Log {
 
   #question(turn, turns) {
     const said = make("div", "question");
+    said.setAttribute("role", "group");
     said.setAttribute("aria-label", t("you"));
     const pictures = conversationPictures(turns);
     if (turn.pictures.length) {
@@ -154,14 +165,21 @@ export class Log {
         text.append(this.#phrase(shown, piece.boxes, piece.boxes[0]?.tone));
       }
     }
+    if (answer.reasoning) said.append(this.#reasoning(answer));
     if (answer.text) said.append(text);
-    if (answer.state === "waiting") said.append(make("p", "waiting", make("i"), make("span", "", answer.note)));
-    if (answer.error) {
-      const { message, advice } = answer.error;
-      said.append(make("p", "error", make("b", "", message), advice ? make("span", "", advice) : ""));
-    }
+    const since = answer.seconds > 2 ? t("seconds", answer.seconds) : "";
+    if (answer.state === "waiting") said.append(make("p", "waiting", make("i"), make("span", "", answer.note), make("small", "", since)));
+    if (answer.error) said.append(error(answer.error));
     if (answer.state !== "waiting" && answer.state !== "streaming") said.append(this.#actions(turn, last));
     return said;
+  }
+
+  /** What the model thought: open until the answer itself begins, or as the user wants it. */
+  #reasoning(answer) {
+    const thoughts = make("details", "reasoning", make("summary", "", t("reasoning")), make("p", "", answer.reasoning));
+    thoughts.open = answer.unfolded ?? !answer.text;
+    thoughts.firstChild.addEventListener("click", () => (answer.unfolded = !thoughts.open));
+    return thoughts;
   }
 
   #actions(turn, last) {
