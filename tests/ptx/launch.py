@@ -44,6 +44,11 @@ class Kernel:
         self._async = any(opcode.startswith("wgmma.") for opcode in opcodes)
         self._granule = min((_shared_bytes(i) for i in program.instructions), default=16)
         self._labels = set(program.labels.values())
+        self._targets = {
+            at: program.labels[instruction.operands[0]]
+            for at, instruction in enumerate(program.instructions)
+            if instruction.opcode.startswith("bra")
+        }
         self._offsets, at = {}, 0
         for name, width in program.parameters.items():
             at = -(-at // (width // 8)) * (width // 8)
@@ -99,7 +104,7 @@ class Kernel:
                     group.shared = SharedMemory(len(group.grid_block), shared, self._granule, group.block, group.thread)
                     group.observer = observer
                     group.products = Products(group) if self._async else None
-                    running.append(_Run(group, self._code, self._labels))
+                    running.append(_Run(group, self._code, self._labels, self._targets))
                 turn = running[int(rng.integers(len(running)))]
                 turn.advance(int(rng.integers(1, 400)) if self._meets else MOST_STEPS)
                 running = [run for run in running if not run.ended.all()]
@@ -133,14 +138,12 @@ def _decode(instruction: Instruction) -> Step:
 class _Run:
     """A group on its way through a kernel."""
 
-    def __init__(self, group: Group, code: Sequence[Step], labels: set[int]):
-        self.group, self._code, self._labels = group, code, labels
+    def __init__(self, group: Group, code: Sequence[Step], labels: set[int], targets: dict[int, int]):
+        self.group, self._code, self._labels, self._targets = group, code, labels, targets
         self._at = np.zeros(group.lanes, np.int32)
         self._waits = np.zeros(group.lanes, bool)
         self.ended = np.zeros(group.lanes, bool)
         self._steps = 0
-        targets = group.program.labels
-        self._targets = {i: targets[s[0].operands[0]] for i, s in enumerate(code) if s[0].opcode.startswith("bra")}
 
     def advance(self, budget: int) -> None:
         """Let threads go on for some instructions; those that are behind go first."""

@@ -2,10 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton import knobs
-
-INLINE_ASM = tl.constexpr(not knobs.runtime.interpret)
-"""Triton's interpreter has no inline assembly: there, the plain form of the same arithmetic runs."""
 
 # flags, as in signatures.py
 BIAS = tl.constexpr(1)

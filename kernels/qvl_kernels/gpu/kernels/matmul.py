@@ -17,7 +17,6 @@ from qvl_kernels.gpu.kernels.common import (
     BIAS_UP,
     GELU,
     GELU_TANH,
-    INLINE_ASM,
     OUT_HALF,
     QUICK_GELU,
     RESIDUAL,
@@ -36,83 +35,58 @@ TILES_ALONG_M = tl.constexpr(8)
 @triton.jit
 def unpack_nibbles(words):
     """int32 [BN, 16] -> eight fp16 tiles: 1024 + q for even nibbles, 1024 + 16 q for odd ones."""
-    if INLINE_ASM:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t0, t1, t2, t3;
-            prmt.b32 t0, $8, $9, 0x5410;
-            prmt.b32 t1, $8, $9, 0x7632;
-            shr.u32 t2, t0, 8;
-            shr.u32 t3, t1, 8;
-            lop3.b32 $0, t0, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $1, t0, 0x00f000f0, 0x64006400, 0xEA;
-            lop3.b32 $2, t2, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $3, t2, 0x00f000f0, 0x64006400, 0xEA;
-            lop3.b32 $4, t1, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $5, t1, 0x00f000f0, 0x64006400, 0xEA;
-            lop3.b32 $6, t3, 0x000f000f, 0x64006400, 0xEA;
-            lop3.b32 $7, t3, 0x00f000f0, 0x64006400, 0xEA;
-            }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
-            [words],
-            dtype=(
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-            ),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return (
-            _mantissa(words & 0xF),
-            _mantissa(words & 0xF0),
-            _mantissa((words >> 8) & 0xF),
-            _mantissa((words >> 8) & 0xF0),
-            _mantissa((words >> 16) & 0xF),
-            _mantissa((words >> 16) & 0xF0),
-            _mantissa((words >> 24) & 0xF),
-            _mantissa((words >> 24) & 0xF0),
-        )
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t0, t1, t2, t3;
+        prmt.b32 t0, $8, $9, 0x5410;
+        prmt.b32 t1, $8, $9, 0x7632;
+        shr.u32 t2, t0, 8;
+        shr.u32 t3, t1, 8;
+        lop3.b32 $0, t0, 0x000f000f, 0x64006400, 0xEA;
+        lop3.b32 $1, t0, 0x00f000f0, 0x64006400, 0xEA;
+        lop3.b32 $2, t2, 0x000f000f, 0x64006400, 0xEA;
+        lop3.b32 $3, t2, 0x00f000f0, 0x64006400, 0xEA;
+        lop3.b32 $4, t1, 0x000f000f, 0x64006400, 0xEA;
+        lop3.b32 $5, t1, 0x00f000f0, 0x64006400, 0xEA;
+        lop3.b32 $6, t3, 0x000f000f, 0x64006400, 0xEA;
+        lop3.b32 $7, t3, 0x00f000f0, 0x64006400, 0xEA;
+        }""",
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+        ),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
 def unpack_bytes(words):
     """int32 [BN, 32] -> four fp16 tiles of 1024 + q."""
-    if INLINE_ASM:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t0, t1;
-            prmt.b32 t0, $4, $5, 0x5140;
-            prmt.b32 t1, $4, $5, 0x7362;
-            prmt.b32 $0, t0, 0x64646464, 0x4140;
-            prmt.b32 $1, t0, 0x64646464, 0x4342;
-            prmt.b32 $2, t1, 0x64646464, 0x4140;
-            prmt.b32 $3, t1, 0x64646464, 0x4342;
-            }""",
-            "=r,=r,=r,=r,r,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return (
-            _mantissa(words & 0xFF),
-            _mantissa((words >> 8) & 0xFF),
-            _mantissa((words >> 16) & 0xFF),
-            _mantissa((words >> 24) & 0xFF),
-        )
-
-
-@triton.jit
-def _mantissa(code):
-    return (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t0, t1;
+        prmt.b32 t0, $4, $5, 0x5140;
+        prmt.b32 t1, $4, $5, 0x7362;
+        prmt.b32 $0, t0, 0x64646464, 0x4140;
+        prmt.b32 $1, t0, 0x64646464, 0x4342;
+        prmt.b32 $2, t1, 0x64646464, 0x4140;
+        prmt.b32 $3, t1, 0x64646464, 0x4342;
+        }""",
+        "=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
