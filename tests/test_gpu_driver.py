@@ -107,6 +107,18 @@ def test_a_forked_child_is_told_to_load_the_model(library):
     _run(library, "forked")
 
 
+def test_a_missing_entry_point_is_said_in_one_line(library):
+    _run(library, "lacking", without="cuMemHostAlloc")
+
+
+def test_a_fault_is_told_once_and_not_by_the_collector(library):
+    assert _run(library, "faulty", fault=700) == "done\n"
+
+
+def test_memory_is_not_freed_during_a_capture(library):
+    _run(library, "collected")
+
+
 def test_no_driver_at_all_is_said_in_one_line():
     if not gpu.absent():
         pytest.skip("this machine has a driver")

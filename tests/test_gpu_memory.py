@@ -96,18 +96,25 @@ def test_kept_blocks_make_room_before_memory_runs_out():
 @pytest.mark.parametrize("nbytes", [1, 1 << 16, (1 << 16) + 1, 3 * (1 << 17), (1 << 18) + 5])
 def test_uploads_of_every_size_arrive_and_are_counted(driver, nbytes, monkeypatch):
     monkeypatch.setattr(gpu_memory, "STAGE", 1 << 17)
-    counted, waited = [], []
+    counted, waited, sent, values = (
+        [],
+        [],
+        [],
+        np.random.default_rng(0).integers(0, 256, (2, nbytes), np.uint8)[:, ::-1],
+    )
     monkeypatch.setattr(driver, "wait", waited.append)
+    to_device = driver.to_device
+    monkeypatch.setattr(driver, "to_device", lambda at, part: (sent.append(part), to_device(at, part)))
     upload, memory = Uploader(driver, counted.append), Memory(driver)
-    values = np.random.default_rng(0).integers(0, 256, (2, nbytes), np.uint8)[:, ::-1]
     array = memory.array(values.shape, values.dtype)
     upload(values, array)
     result = np.empty(values.shape, np.uint8)
     driver.to_host(result, array.address)
     np.testing.assert_array_equal(result, values)
     assert sum(counted) == values.nbytes
-    stages = -(-values.nbytes // (1 << 17)) if values.nbytes > 1 << 16 else 0
-    assert len(waited) == max(stages - 2, 0), "a buffer is filled again only after it was sent"
+    stages = -(-values.nbytes // (1 << 17)) if values.nbytes > 1 << 16 else 1
+    assert len(sent) == stages and len(waited) == max(stages - 2, 0), "a buffer is filled again only after it was sent"
+    assert all(part.base is not None and not np.shares_memory(part, values) for part in sent), "from pinned memory"
 
 
 # the plan

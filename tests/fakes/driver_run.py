@@ -4,6 +4,7 @@ driver_run.py LIBRARY seam | model BLOB | refused | full | foreign | forked
 """
 
 import ctypes
+import gc
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from fakes.gpu import choose
 
 from qvl_kernels import gpu
 from qvl_kernels.gpu.driver import Driver
+from qvl_kernels.gpu.memory import POOL_LIMIT, Memory
 from qvl_kernels.ops import DeviceError
 from qvl_runtime.backends import make_ops
 
@@ -184,11 +186,36 @@ def forked(library: ctypes.CDLL) -> None:
     driver.free(address)
 
 
+def lacking(library: ctypes.CDLL) -> None:
+    """A driver without an entry point that is needed in the middle of the work."""
+    driver = Driver()
+    raises("the NVIDIA driver has no cuMemHostAlloc", lambda: driver.pinned(100))
+
+
+def faulty(library: ctypes.CDLL) -> None:
+    """After a kernel's fault every call fails: that is said where it is met, and nowhere else."""
+    driver = Driver()
+    memory = Memory(driver)
+    kept = [memory.array((POOL_LIMIT + 1,), np.uint8)]
+    raises("start the program again", driver.synchronize)
+    raises("start the program again", lambda: driver.free(kept[0].address))
+    kept.clear()
+    gc.collect()
+
+
+def collected(library: ctypes.CDLL) -> None:
+    """What the collector frees during a capture is freed after it."""
+    driver = Driver()
+    address = driver.allocate(1000)
+    graph = driver.capture(lambda: driver.free(address))
+    assert driver.memory()[0] == driver.memory()[1]
+    driver.replay(graph)
+
+
 if __name__ == "__main__":
     path, part, *rest = sys.argv[1:]
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
-    {"seam": seam, "model": model, "refused": refused, "full": full, "foreign": foreign, "forked": forked}[part](
-        library, *rest
-    )
+    parts = [seam, model, refused, full, foreign, forked, lacking, faulty, collected]
+    {function.__name__: function for function in parts}[part](library, *rest)
     assert not {"torch", "triton"} & sys.modules.keys()
     print("done")

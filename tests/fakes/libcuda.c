@@ -3,7 +3,9 @@
  * Launches go to a function the test registers (fake_on_launch), which gets the kernel's name, the grid, and the
  * addresses of the arguments, as the driver would. What the GPU is comes from the environment, read at each call:
  * FAKE_CUDA_DRIVER (12080: entry points of later versions are not found), FAKE_CUDA_CAPABILITY (90), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_DEVICES (1),
- * FAKE_CUDA_INIT, FAKE_CUDA_CONTEXT, FAKE_CUDA_STREAM (the status of cuInit, of making a context, and a stream). Calls not listed here succeed and do nothing.
+ * FAKE_CUDA_INIT, FAKE_CUDA_CONTEXT, FAKE_CUDA_STREAM (the status of cuInit, of making a context, and a stream),
+ * FAKE_CUDA_WITHOUT (an entry point that this driver lacks), FAKE_CUDA_FAULT (what all work reports after a kernel
+ * failed). Calls not listed here succeed and do nothing.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -88,7 +90,10 @@ API cuMemAlloc_v2(ptr_t *p, size_t n) {
     }
   return OUT_OF_MEMORY;
 }
+API cuStreamSynchronize(void *s) { return setting("FAKE_CUDA_FAULT", 0); }
 API cuMemFree_v2(ptr_t p) {
+  if (capturing) return 900; /* a capture is void then */
+  if (setting("FAKE_CUDA_FAULT", 0)) return setting("FAKE_CUDA_FAULT", 0);
   for (int i = 0; i < 1 << 16; i++)
     if (allocations[i][0] == (int64_t)p) {
       in_use -= allocations[i][1];
@@ -192,7 +197,8 @@ API cuGetProcAddress_v2(const char *symbol, void **f, int version, uint64_t flag
   Dl_info info;
   if (!self && dladdr((void *)nothing, &info)) self = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
   *f = 0;
-  if (version > setting("FAKE_CUDA_DRIVER", 12080)) {
+  const char *without = getenv("FAKE_CUDA_WITHOUT");
+  if (version > setting("FAKE_CUDA_DRIVER", 12080) || (without && !strcmp(symbol, without))) {
     if (status) *status = 1; /* symbol not found: it came with a later driver */
     return NOT_FOUND;
   }

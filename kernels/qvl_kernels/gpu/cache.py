@@ -101,7 +101,7 @@ class CudaCache:
             host = np.zeros(array.shape, array.dtype)
             host[:, :, :length] = values
             self.memory.driver.to_device(array.address, host)
-        self.memory.driver.synchronize()
+            self.memory.driver.synchronize()
 
     def _move(self, source: DeviceArray, target: DeviceArray, size: int) -> None:
         """Copy the first `size` 16-bit units of every head."""

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ MINIMUM_DRIVER = (12, 0)
 
 MINIMUM_CAPABILITY = (7, 5)
 """Turing: the oldest GPUs with the matrix instructions the kernels use."""
+
+STICKY = (700, 702, 709, 714, 715, 716, 717, 718, 719)
+"""Errors after which the driver refuses everything in this process: faults of kernels (CUDA driver API, CUresult)."""
 
 STATIC_SHARED_LIMIT = 48 * 1024
 """Shared memory a kernel may use without asking (CUDA C programming guide, dynamic shared memory)."""
@@ -59,6 +63,28 @@ class Graph:
         weakref.finalize(self, destroy, handle).atexit = False
 
 
+class _EntryPoints:
+    """cuda-bindings' functions, where one that the installed driver lacks is an error like the others."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if inspect.isclass(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*arguments: Any) -> Any:
+            try:
+                return found(*arguments)
+            except RuntimeError as e:  # cuda-bindings' own class for it is private
+                raise DeviceError(f"the NVIDIA driver has no {name} ({e}): update it, or use the CPU") from e
+
+        setattr(self, name, call)
+        return call
+
+
 class Driver:
     """One GPU, one stream.
 
@@ -81,8 +107,8 @@ class Driver:
     name = "NVIDIA driver"
 
     def __init__(self, index: int = 0):
-        self._api, core = _import()
-        api = self._api
+        module, core = _import()
+        self._api = api = _EntryPoints(module)
         try:
             status = api.cuInit(0)[0]
         except RuntimeError as e:  # cuda-pathfinder's DynamicLibNotFoundError
@@ -116,6 +142,8 @@ class Driver:
         self.shared_limit = properties.max_shared_memory_per_block_optin
         self.multiprocessors = properties.multiprocessor_count
         self._configs: dict[tuple, Any] = {}
+        self._capturing = False
+        self._freed: list[int] = []
 
     # memory
 
@@ -141,7 +169,10 @@ class Driver:
         if self._pid != os.getpid():
             return
         self._enter()
-        self._ok(self._api.cuMemFree(address))
+        if self._capturing:  # the collector does not wait, and a capture does not survive it
+            self._freed.append(address)
+        else:
+            self._ok(self._api.cuMemFree(address))
 
     def pinned(self, nbytes: int) -> np.ndarray:
         """Page-locked host memory, uint8 [nbytes], which the device reads while the host goes on. Never freed."""
@@ -152,7 +183,8 @@ class Driver:
     def to_device(self, address: int, values: np.ndarray) -> None:
         """Copy contiguous `values` to the device, in order with everything else.
 
-        Pageable memory may be changed at once; pinned memory only after `wait` on a later `mark`.
+        They may be changed or go away only after `wait` on a later `mark`, or `synchronize`: some systems let the GPU
+        read pageable memory, too, in its own time.
         """
         self._enter()
         self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._raw_stream))
@@ -253,10 +285,14 @@ class Driver:
         self._enter()
         api = self._api
         self._ok(api.cuStreamBeginCapture(self._raw_stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        self._capturing = True
         try:
             work()
         finally:
             recorded = api.cuStreamEndCapture(self._raw_stream)
+            self._capturing = False
+            while self._freed:
+                self.free(self._freed.pop())
         graph = self._ok(recorded)
         try:
             return Graph(self._ok(api.cuGraphInstantiate(graph, 0)), api.cuGraphExecDestroy)
@@ -291,7 +327,8 @@ class Driver:
     def _ok(self, result: tuple) -> Any:
         status, *values = result
         if status != 0:
-            raise DeviceError(f"{self.name}: the driver reports {self._error(status)}")
+            remedy = "; start the program again" if int(status) in STICKY else ""
+            raise DeviceError(f"{self.name}: the driver reports {self._error(status)}{remedy}")
         return values[0] if len(values) == 1 else tuple(values)
 
     def _error(self, status: Any) -> str:

@@ -70,10 +70,13 @@ def check_compiler() -> None:
     except importlib.metadata.PackageNotFoundError:
         version = None
     if version != TRITON_VERSION:
+        found = f"Triton {version}" if version else "no Triton"
+        remedy = f"pip install triton=={TRITON_VERSION}, or use the CPU"
+        if sys.platform == "win32":  # where there is no Triton
+            remedy = "install qvl-runtime from a wheel, which has them, or use the CPU"
         raise DeviceError(
-            "this installation came without compiled GPU kernels, and "
-            f"{f'Triton {version}' if version else 'no Triton'} is installed to compile them with: "
-            f"pip install triton=={TRITON_VERSION}, or use the CPU"
+            f"this installation came without compiled GPU kernels, and {found} is installed to compile them with: "
+            f"{remedy}"
         )
 
 

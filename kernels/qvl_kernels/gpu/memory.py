@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +33,8 @@ ARENA = 64 << 20
 _USEFUL_CONTEXT, _CONTEXT_STEP = 1024, 256
 """Tokens: an image and a few turns; and the steps in which a context is offered."""
 
-STAGE = 32 << 20
-"""Bytes of one of the two page-locked buffers uploads go through."""
+STAGE, SMALL_STAGE = 32 << 20, 64 << 10
+"""Bytes of the page-locked buffers that uploads go through."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,9 @@ class Memory:
             self._pool[nbytes].append(address)
             self._pooled += nbytes
         else:
-            self.driver.free(address)
+            # After a fault the driver refuses this, too; whoever runs into the fault is told, not the collector.
+            with contextlib.suppress(DeviceError):
+                self.driver.free(address)
 
     def trim(self) -> None:
         """Give the blocks kept for later back to the driver."""
@@ -322,31 +325,43 @@ class Arena(Block):
 
 
 class Uploader:
-    """Copies host arrays to the device through two page-locked buffers: one fills while the other travels."""
+    """Copies host arrays to the device through page-locked buffers: some fill while others travel.
+
+    What is small goes through small buffers, so that it does not wait for what is large.
+    """
 
     def __init__(self, driver: Driver, progress: Callable[[int], None]):
-        self.driver, self.progress = driver, progress
-        self._stages: list[np.ndarray] = []
-        self._sent: list = [None, None]
-        self._next = 0
+        self.progress = progress
+        self._small, self._large = _Stages(driver, 8, SMALL_STAGE), _Stages(driver, 2, STAGE)
 
     def __call__(self, values: np.ndarray, target: DeviceArray) -> None:
         """Copy `values`, of any layout, into `target`; `progress` is told of the bytes as they leave."""
-        values = np.ascontiguousarray(values)
-        if values.nbytes <= 1 << 16:
-            self.driver.to_device(target.address, values)
-            self.progress(values.nbytes)
-            return
-        if not self._stages:
-            self._stages = [self.driver.pinned(STAGE) for _ in range(2)]
-        data = values.reshape(-1).view(np.uint8)
-        for first in range(0, len(data), STAGE):
-            part = data[first : first + STAGE]
-            slot, self._next = self._next, 1 - self._next
-            if self._sent[slot] is not None:
-                self.driver.wait(self._sent[slot])
-            stage = self._stages[slot][: len(part)]
-            stage[:] = part
-            self.driver.to_device(target.address + first, stage)
-            self._sent[slot] = self.driver.mark()
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        stages = self._small if len(data) <= SMALL_STAGE else self._large
+        for first in range(0, len(data), stages.nbytes):
+            part = data[first : first + stages.nbytes]
+            stages.send(part, target.address + first)
             self.progress(len(part))
+
+
+class _Stages:
+    """Page-locked buffers that are filled in turn, each when the device has read it."""
+
+    def __init__(self, driver: Driver, count: int, nbytes: int):
+        self.driver, self.count, self.nbytes = driver, count, nbytes
+        self._buffers: list[np.ndarray] = []
+        self._sent: list[Any] = [None] * count
+        self._next = 0
+
+    def send(self, data: np.ndarray, address: int) -> None:
+        """Copy bytes to the device; `data` may be changed at once."""
+        if not self._buffers:
+            memory = self.driver.pinned(self.count * self.nbytes)
+            self._buffers = [memory[i * self.nbytes : (i + 1) * self.nbytes] for i in range(self.count)]
+        turn, self._next = self._next, (self._next + 1) % self.count
+        if self._sent[turn] is not None:
+            self.driver.wait(self._sent[turn])
+        buffer = self._buffers[turn][: len(data)]
+        buffer[:] = data
+        self.driver.to_device(address, buffer)
+        self._sent[turn] = self.driver.mark()
