@@ -63,13 +63,16 @@ class Blocked:
         self._channel.close()
 
 
-def test_who_waits_is_served_in_order_and_others_are_refused(small):
+def test_who_waits_is_served_in_order_and_others_are_refused(small, demo_model, monkeypatch):
     blocked, order, threads = Blocked(small), [], []
+    stream = demo_model.stream
+    monkeypatch.setattr(
+        demo_model, "stream", lambda prompt, **options: order.append(prompt) or stream(prompt, **options)
+    )
     for number in range(4):
 
         def ask(number: int = number) -> None:
             assert small.chat(f"number {number}").status_code == 200
-            order.append(number)
 
         threads.append(threading.Thread(target=ask))
         threads[-1].start()
@@ -83,9 +86,8 @@ def test_who_waits_is_served_in_order_and_others_are_refused(small):
     blocked.release()
     for thread in threads:
         thread.join(60)
-    assert order == [0, 1, 2, 3]
-    wait_for(lambda: small.service.admission.inside == 0)
-    assert small.service.admission.running == 0
+    assert [prompt[0]["content"][0]["text"] for prompt in order] == [f"number {i}" for i in range(4)]
+    wait_for(lambda: small.service.admission.inside == small.service.admission.running == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -173,6 +175,21 @@ def test_an_error_in_an_answer_is_told_in_openais_form(served, monkeypatch, capl
     assert "my secret" not in caplog.text
     monkeypatch.undo()
     assert served.chat().status_code == 200
+
+
+def test_a_refused_client_reads_why_though_its_body_was_not(demo_model):
+    """Closing with unread bytes resets a connection, and the client never sees the status."""
+    with serving(demo_model, limits=Limits(running=1, waiting=0)) as server:
+        blocked = Blocked(server)
+        large = request("x" * 5_000_000)
+        for _ in range(3):
+            with server.connect() as channel:
+                channel.sendall(large)
+                received = b""
+                while chunk := channel.recv(65536):
+                    received += chunk
+            assert received.startswith(b"HTTP/1.1 429") and received.endswith(b"}")
+        blocked.release()
 
 
 def test_two_requests_in_one_connection_are_answered_in_order(served):

@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.types import Receive, Scope
+from starlette.types import Receive, Scope, Send
 
-from qvl_runtime.server.admission import Held
+from qvl_runtime.server.admission import Admission, Held
 from qvl_runtime.server.errors import ApiError, refused
 from qvl_runtime.server.json_text import from_json
 from qvl_runtime.server.limits import Limits
 
+DROP_SECONDS = 2.0
+"""For so long what is left of a refused request is read."""
+
 
 class ClientGone(Exception):
     """The client closed its connection."""
+
+
+async def with_body(
+    admission: Admission,
+    limits: Limits,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    handle: Callable[[bytearray], Awaitable[None]],
+) -> None:
+    """Give a request its place, read its body, and handle it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(admission.place())
+            held = stack.enter_context(admission.holding())
+            body = await read_body(scope, receive, held, limits)
+        except ClientGone:
+            return
+        except ApiError as error:
+            await refuse_unread(error, scope, receive, send)
+            return
+        await handle(body)
+
+
+async def refuse_unread(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a request whose body was not read, and drop what comes of it.
+
+    Were the connection closed with bytes unread, the client's system would drop the response.
+    """
+
+    async def sending(message: Any) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    await error.response()(scope, receive, sending)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DROP_SECONDS):
+            more = True
+            while more:
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def read_body(scope: Scope, receive: Receive, held: Held, limits: Limits) -> bytearray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qvl_runtime.server.admission import STOPPING
-from qvl_runtime.server.body import ClientGone, parsed, read_body
+from qvl_runtime.server.body import parsed, with_body
 from qvl_runtime.server.errors import json_response, of_exception, refused, unavailable
 from qvl_runtime.server.messages import read_messages
 from qvl_runtime.server.requests import check_model, read_prompt
@@ -59,14 +58,16 @@ class TokenizeRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        with service.admission.place(), service.admission.holding() as held, contextlib.suppress(ClientGone):
-            body = await read_body(scope, receive, held, service.limits)
+
+        async def handle(body: bytearray) -> None:
             async with service.parsing:
                 try:
                     response = json_response(await asyncio.to_thread(self._tokenized, body))
                 except Exception as error:
                     raise of_exception(error) from error
             await response(scope, receive, send)
+
+        await with_body(service.admission, service.limits, scope, receive, send, handle)
 
     def _tokenized(self, body: bytearray) -> dict[str, Any]:
         service, data = self._service, parsed(body, self._service.limits)

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qvl_runtime.server.body import refuse_unread
 from qvl_runtime.server.errors import ApiError
 
 SALT = "qvl.salt"
@@ -89,7 +90,7 @@ class Security:
         try:
             salt = self._check(scope, headers, foreign)
         except ApiError as error:
-            await error.response()(scope, receive, sending)
+            await refuse_unread(error, scope, receive, sending)
             return
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=ALLOWED if foreign else None)(scope, receive, sending)

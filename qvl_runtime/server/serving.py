@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from qvl_runtime.server.answers import Begun, End, Part, Preparing, Whole
-from qvl_runtime.server.body import ClientGone, parsed, read_body
+from qvl_runtime.server.body import parsed, with_body
 from qvl_runtime.server.errors import ApiError, json_response, of_exception, refused
 from qvl_runtime.server.forms import Envelope, Form, usage
 from qvl_runtime.server.json_text import to_json
@@ -56,14 +55,15 @@ class AnswerRoute:
         self._kind, self._chunk, self._prefix = kind, chunk, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        admission, arrived = self._service.admission, time.monotonic()
-        with admission.place(), admission.holding() as held, contextlib.suppress(ClientGone):
-            body = await read_body(scope, receive, held, self._service.limits)
+        service, arrived = self._service, time.monotonic()
+
+        async def handle(body: bytearray) -> None:
             asked = await self._asked(body)
-            del body
-            if self._service.log_content:
+            if service.log_content:
                 log.info("request: %r", asked.prompt.turns if isinstance(asked.prompt, Messages) else asked.prompt)
             await until_gone(receive, self._respond(asked, arrived, scope, receive, send))
+
+        await with_body(service.admission, service.limits, scope, receive, send, handle)
 
     async def _asked(self, body: bytearray) -> Asked:
         def read() -> Asked:
