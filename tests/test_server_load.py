@@ -86,7 +86,7 @@ def test_who_waits_is_served_in_order_and_others_are_refused(small, demo_model, 
     blocked.release()
     for thread in threads:
         thread.join(60)
-    assert [prompt[0]["content"][0]["text"] for prompt in order] == [f"number {i}" for i in range(4)]
+    assert [prompt[0]["content"][0]["text"] for prompt in order][-4:] == [f"number {i}" for i in range(4)]
     wait_for(lambda: small.service.admission.inside == small.service.admission.running == 0)
 
 
