@@ -115,6 +115,13 @@ def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, visio
     )
 
 
+def gpu_facts() -> dict[str, str]:
+    """What "cuda" stands for here; see `qvl_kernels.gpu.facts`."""
+    from qvl_kernels import gpu
+
+    return gpu.facts()
+
+
 def device_memory(device: str) -> tuple[str, str, int | None]:
     """The backend a name stands for, what to call it ("cpu", or the GPU's name), and its free bytes if known.
 

@@ -93,6 +93,27 @@ def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):
     assert gpu.available() == (True, "Fake GPU")
 
 
+def test_info_says_what_would_be_used(blob, tmp_path, monkeypatch, capsys):
+    from qvl_runtime.cli.info import info
+
+    monkeypatch.setattr(gpu_driver, "Driver", FakeDriver)
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "kernels.zip")
+    monkeypatch.setenv("QVL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: build.TRITON_VERSION)
+    path = blob("tiny-vl", bits=4)
+    info(path, device="cuda")
+    said = capsys.readouterr().out
+    assert "Fake GPU, compute capability 8.0, driver for CUDA 12.8" in said
+    assert "GPU kernels  sm_80, to be compiled when first used" in said
+    _bundle(loader.BUNDLE, build.source_hash())
+    info(path, device="cuda", as_json=True)
+    assert json.loads(capsys.readouterr().out)["device"]["kernels"] == f"sm_80, from {loader.BUNDLE}"
+    monkeypatch.setattr(loader, "BUNDLE", tmp_path / "none.zip")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9")
+    with pytest.raises(DeviceError, match="pip install triton=="):
+        info(path, device="cuda")
+
+
 # choosing the device
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress
 
-from qvl_runtime.backends import device_memory
+from qvl_runtime.backends import device_memory, gpu_facts
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS, budget, remedies
 from qvl_runtime.cli.text import printable, size
@@ -22,7 +22,7 @@ def info(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     check: Annotated[bool, typer.Option("--check", help="Verify the hash of every tensor.")] = False,
     context: Annotated[int | None, typer.Option(help="Will it fit, with so many tokens of prompt and answer?")] = None,
-    device: Annotated[str, typer.Option(help="With --context: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="With --context: auto or cpu. cuda: tell what is used, too.")] = "auto",
     kv_cache: Annotated[str, typer.Option(help="With --context: fp16 or int8.")] = "fp16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
@@ -40,6 +40,8 @@ def info(
     facts = describe(blob) | ({"check": "passed"} if check else {})
     if context is not None:
         facts["memory"] = fit(blob, context, device, kv_cache)
+    if device == "cuda":
+        facts["device"] = gpu_facts()
     print(json.dumps(facts, ensure_ascii=False) if as_json else _text(facts))
 
 
@@ -162,6 +164,11 @@ def _text(facts: dict[str, Any]) -> str:
         bits, group_size, method = part["bits"], part["group_size"], part["method"]
         kind = "fp16" if bits == 16 else f"int{bits}, groups of {group_size}, {method}"
         lines.append(f"  {part['label']:<12} {size(part['bytes']):>10}  {kind}")
+    if "device" in facts:
+        found = facts["device"]
+        version = f"compute capability {found['capability']}, driver for CUDA {found['driver']}"
+        lines.append(f"  GPU          {found['gpu']}, {version}")
+        lines.append(f"  GPU kernels  {found['kernels']}")
     if "memory" in facts:
         lines += _fit_text(facts["memory"])
     if "check" in facts:

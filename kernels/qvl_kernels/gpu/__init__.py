@@ -34,6 +34,28 @@ def available() -> tuple[bool, str]:
     return True, driver.name
 
 
+def facts() -> dict[str, str]:
+    """What would be used: `gpu`, its `capability`, the CUDA version of its `driver`, and the `kernels`, in words.
+
+    Raises
+    ------
+    DeviceError
+        There is no usable GPU, or no kernels for it.
+    """
+    from qvl_kernels.gpu import loader
+    from qvl_kernels.gpu.driver import Driver
+
+    driver = Driver()
+    architecture, kind = loader.choose(driver.capability)
+    bundle = loader.locate(driver.capability)
+    if bundle is None:
+        loader.check_compiler()
+    made = "to be compiled when first used" if bundle is None else f"from {bundle.path}"
+    code = f"sm_{architecture}" if kind == "cubin" else f"PTX of sm_{architecture}, which the driver compiles"
+    capability, version = (".".join(map(str, numbers)) for numbers in (driver.capability, driver.driver_version))
+    return {"gpu": driver.name, "capability": capability, "driver": version, "kernels": f"{code}, {made}"}
+
+
 def absent() -> bool:
     """Whether this computer has no NVIDIA driver at all, so that nobody expects a GPU to be used."""
     import ctypes
@@ -54,4 +76,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["RESERVE", "CudaOps", "absent", "available", "cache_bytes", "device_bytes", "plan"]
+__all__ = ["RESERVE", "CudaOps", "absent", "available", "cache_bytes", "device_bytes", "facts", "plan"]

@@ -2,9 +2,9 @@
 
 The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for GPUs that none was made for, which
 their driver compiles, and manifest.json (see bundle.py). The PTX for sm_75 is there so that what turing.py writes can
-be checked on a newer GPU (bench/gpu.py does). It is a product of the sources, so it is not kept beside them:
-run this before a wheel is made, and the wheel takes kernels.zip along. An installation without it compiles what its own
-GPU needs, once, into the user's cache.
+be checked on a newer GPU (bench/gpu.py does). It is a product of the sources, so it is not kept beside them: the build
+of a wheel runs this, where Triton is installed, and the wheel takes kernels.zip along. An installation without it
+compiles what its own GPU needs, once, into the user's cache.
 
 Triton is a build-time dependency. Version 3.6.0 is asked for: its cubins have an ABI that drivers from CUDA 12 on read,
 and a launch of its kernels takes the arguments that launcher.py gives.
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, source_hash
+from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
 from qvl_kernels.ops import DeviceError
 
@@ -179,12 +179,24 @@ def _add(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
     bundle.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
+def _current(path: Path) -> bool:
+    """Whether a bundle of these sources is there."""
+    try:
+        return Bundle(path, PTX_ARCHITECTURE, "cubin").sources == source_hash()
+    except DeviceError:
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qvl_kernels.gpu.build", description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, default=BUNDLE, help="the bundle to write (%(default)s)")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only these; may be repeated")
+    parser.add_argument("--missing", action="store_true", help="only if the bundle is not of these sources")
     options = parser.parse_args(arguments)
+    if options.missing and _current(options.out):
+        print(f"{options.out}: is there")
+        return 0
 
     def show(done: int, total: int, name: str) -> None:
         if sys.stderr.isatty():
