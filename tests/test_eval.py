@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import dataclasses
 import io
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from qvl_runtime.cli import main
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.evaluation import runner
 from qvl_runtime.evaluation.answers import AnswerFile
+from qvl_runtime.evaluation.data import Sample
 from qvl_runtime.evaluation.evaluate import evaluate
 from qvl_runtime.evaluation.prompts import wording
 from qvl_runtime.evaluation.tasks import TASKS
@@ -228,8 +232,6 @@ def test_mme_and_touchstone_are_asked_in_turns(folder, demo, base, model, tmp_pa
 
 
 def test_touchstone_exports_what_its_judge_takes(folder, demo, tmp_path):
-    import base64
-
     picture = base64.b64encode((folder / "pictures/a.png").read_bytes()).decode()
     head = "index\tquestion\thuman_annotation\tgpt4_ha_answer\tcategory\ttask_name\timage"
     put(folder, "touchstone/touchstone_20230831.tsv", head, f'0\tWhat is in the picture?\t"a\tb"\tcat\tc\tt\t{picture}')
@@ -284,3 +286,32 @@ def test_memory_is_that_of_the_run():
     del block
     runner.reset_peak()
     assert runner.peak_memory() - before < 100e6
+
+
+def test_newer_families_are_asked_in_turns_with_their_pictures_before():
+    family = SimpleNamespace(model_type="qwen2_vl")
+    model = SimpleNamespace(blob=SimpleNamespace(family=family, path="m.qvl"), is_chat=True)
+    texts = {
+        "hint": "N/A",
+        "question": "Which?",
+        "options": "A. x\nB. y",
+        "phrase": "the cat",
+        "prompt": "<img></img>\nQ",
+    }
+    asked = Sample("1", "line 1", (Path("a.png"), Path("b.png")), texts, "A", ("A", "B"))
+    found = wording(model, "choice")
+    wanted = {
+        "choice": "Question: Which?\nOptions:\nA. x\nB. y\nPlease select the correct answer from the options above.",
+        "question": "Which?\nPlease try to answer the question with short words or phrases if possible.",
+        "ready": "Q",
+    }
+    for kind, text in wanted.items():
+        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
+        assert found.prompt(kind, asked) == [{"role": "user", "content": content}]
+    hinted = dataclasses.replace(asked, texts=texts | {"hint": "Look."})
+    assert found.prompt("choice", hinted)[0]["content"][-1]["text"].startswith("Hint: Look.\nQuestion: Which?")
+    assert found.letters("choice", asked) == ["A", "B"]
+    assert found.lengths("phrase", 28, 10) == {"max_new_tokens": 128, "min_new_tokens": 0}
+    base = SimpleNamespace(blob=model.blob, is_chat=False)
+    with pytest.raises(qvl.QvlError, match="is a base model, and this task is asked in chat turns"):
+        wording(base, "question")
