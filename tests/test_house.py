@@ -24,6 +24,7 @@ LAYERS = (
     ("qvl_runtime.answering", "qvl_runtime.batching", "qvl_runtime.asking", "qvl_runtime.model", "qvl_runtime.loading"),
     ("qvl_runtime.benchmark", "qvl_runtime.demo"),
     ("qvl_runtime.server",),
+    ("qvl_runtime.batch",),
     ("qvl_runtime.evaluation",),
     ("qvl_convert",),
     ("qvl_runtime.cli",),

@@ -25,6 +25,7 @@ VERBS = {
     "verify": "Measure how far a .qvl file is from the model it was made from.",
     "bench": "Measure how fast a .qvl file runs here.",
     "serve": "Serve a .qvl file over HTTP, with OpenAI's API.",
+    "batch": "Answer many rows: a table, a folder of pictures.",
     "demo": "Try the small model that comes with the package.",
     "eval": "Score .qvl files on a published task.",
     "export": "Write a .qvl file's weights as a Hugging Face model.",

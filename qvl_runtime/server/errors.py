@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from starlette.responses import Response
+from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.server.json_text import to_json
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
 
 TYPES = {
     401: "authentication_error",
@@ -93,4 +94,6 @@ def of_exception(error: BaseException) -> ApiError:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A value as a JSON response."""
+    from starlette.responses import Response  # Not above: `qvl batch` reads requests without a server's packages.
+
     return Response(to_json(value), status, headers, media_type="application/json")

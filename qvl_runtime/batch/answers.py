@@ -1,0 +1,254 @@
+"""From rows to records: what is asked of the model, and what the output says of its answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from qvl_runtime.batch.options import Options
+from qvl_runtime.batch.rows import Row
+from qvl_runtime.boxes import Box
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.model import Model
+from qvl_runtime.results import Result
+from qvl_runtime.server.answers import Whole, described
+from qvl_runtime.server.errors import ApiError
+from qvl_runtime.server.forms import ChatForm, Form, TextForm
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.messages import Messages
+from qvl_runtime.server.pictures import Sent, fetched, measured
+from qvl_runtime.server.requests import Asked, read_chat, read_completion
+
+Record = dict[str, Any]
+"""A line of the output, as JSON types."""
+
+LIMITS = Limits()
+"""For the bodies of OpenAI's format."""
+
+
+class Question(NamedTuple):
+    """What a row asks: the arguments of `Model.generate`, and how its record is made of the results."""
+
+    arguments: dict[str, Any]
+    record: Callable[[Sequence[Result]], Record]
+
+
+class _Block(NamedTuple):
+    """A block that is being answered: the records of its rows by their places."""
+
+    rows: Sequence[Row]
+    records: dict[int, Record]
+
+
+class Answerer:
+    """Answers rows with a model.
+
+    Parameters
+    ----------
+    model : Model
+    root : Path
+        Pictures are opened below this folder only.
+    options : Options
+    """
+
+    def __init__(self, model: Model, root: Path, options: Options):
+        self._model, self._root, self._options = model, root, options
+
+    def __call__(
+        self,
+        blocks: Iterable[Sequence[Row]],
+        on_block: Callable[[int, list[Record]], None],
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        """Answer blocks of rows; those of the next block are begun while the last of one are computed.
+
+        Parameters
+        ----------
+        blocks : iterable of sequence of Row
+            Read as they are needed.
+        on_block : callable
+            Called with a block's index and its records in the order of its rows, when it is complete. A row that
+            cannot be answered has a record with an error.
+        on_record : callable, optional
+            Called with each record as soon as it is there.
+        """
+        open_blocks: dict[int, _Block] = {}
+        asked: list[tuple[int, int, Question] | None] = []
+
+        def finished(number: int, place: int, record: Record) -> None:
+            block = open_blocks[number]
+            block.records[place] = record
+            on_record(record)
+            if len(block.records) == len(block.rows):
+                on_block(number, [record for _, record in sorted(open_blocks.pop(number).records.items())])
+
+        def requests() -> Iterator[dict[str, Any]]:
+            for number, rows in enumerate(blocks):
+                open_blocks[number] = _Block(rows, {})
+                # Rows with the same pictures one after the other: then these are encoded once.
+                for place in sorted(range(len(rows)), key=lambda i: (_sorted_by(rows[i]), i)):
+                    try:
+                        question = self._question(rows[place])
+                    except (QvlError, ApiError) as error:
+                        finished(number, place, failed(rows[place], error))
+                        continue
+                    asked.append((number, place, question))
+                    yield question.arguments
+
+        def ended(index: int, result: Any) -> None:
+            answered = asked[index]
+            assert answered is not None
+            number, place, question = answered
+            asked[index] = None  # lets go of its pictures
+            if isinstance(result, QvlError):
+                finished(number, place, failed(open_blocks[number].rows[place], result))
+            else:
+                finished(number, place, question.record(result if isinstance(result, list) else [result]))
+
+        self._model.generate_batch(requests(), max_batch=self._options.max_batch, on_result=ended)
+
+    def _question(self, row: Row) -> Question:
+        if row.error is not None or row.id is None:
+            raise QvlError(row.error or "the row has no id")
+        return self._plain(row, row.id) if row.body is None else self._openai(row, row.id)
+
+    def _plain(self, row: Row, row_id: str) -> Question:
+        prompt = self._options.prompt if row.prompt is None else row.prompt
+        if prompt is None:
+            raise QvlError("the row has no prompt; give it one, or all rows that of --prompt")
+        pictures = [self._picture(source) for source in row.pictures]
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        arguments = {
+            "prompt": [*parts, {"type": "text", "text": prompt}],
+            "seed": self._options.seed_of(row_id),
+            "allow_paths": False,
+            **self._options.generate,
+        }
+        size = pictures[-1].size if pictures else None
+        return Question(arguments, lambda results: record(row, results[0], size))
+
+    def _picture(self, source: str | bytes) -> Image.Image:
+        return load_image(
+            located(source, self._root), allow_urls=self._options.allow_urls, exif=self._model.blob.family.upright
+        )
+
+    def _openai(self, row: Row, row_id: str) -> Question:
+        own, body = self._model.generation_config, row.body or {}
+        form: Form
+        if row.url == "/v1/completions":
+            asked = read_completion(body, LIMITS, own)
+            form = TextForm(self._model.tokenizer, asked.logprobs is not None)
+        else:
+            asked = read_chat(body, LIMITS, own, self._options.allow_urls)
+            form = ChatForm(self._model.tokenizer, asked.logprobs is not None)
+        prompt, pictures = self._prompt(asked)
+        seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed
+        arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
+        return Question(arguments, lambda results: self._answered(row, form, results, pictures))
+
+    def _prompt(self, asked: Asked) -> tuple[Any, list[Sent]]:
+        if not isinstance(asked.prompt, Messages):
+            return asked.prompt, []
+        family = self._model.blob.family
+        contents = [fetched(source, number, LIMITS) for number, source in enumerate(asked.prompt.sources)]
+        pictures = [measured(c, i, LIMITS, upright=family.upright) for i, c in enumerate(contents)]
+        return asked.prompt.for_model(pictures, family.grounding.mark), pictures
+
+    def _answered(self, row: Row, form: Form, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
+        answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
+        prompt, new = results[0].prompt_tokens, sum(result.timings.new_tokens for result in results)
+        body = {
+            "id": f"{_name(row)}-body",
+            "object": "chat.completion" if isinstance(form, ChatForm) else "text_completion",
+            "created": 0,
+            "model": self._model.blob.path.name,
+            "choices": [form.whole(answer) for answer in answers],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+        }
+        return _response(row, 200, body)
+
+
+def located(source: str | bytes, root: Path) -> ImageSource:
+    """A row's picture as `load_image` takes it.
+
+    Raises
+    ------
+    QvlError
+        When it is a path that leads out of `root`.
+    """
+    if not isinstance(source, str) or source[:5].lower() == "data:" or is_url(source):
+        return source
+    path = Path(root, source).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise QvlError(f"picture {source[:200]!r} is not below {root}; --images names the folder that has the pictures")
+    return path
+
+
+def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
+    """What the output says of a row that was answered; `size` is that of its last picture in pixels."""
+    return {
+        "id": row.id,
+        "row": row.number,
+        "text": result.text,
+        "reasoning": result.reasoning or None,
+        "boxes": [_box(box, size) for box in result.boxes],
+        "finish_reason": result.finish_reason,
+        "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.timings.new_tokens},
+        "error": None,
+    }
+
+
+def _box(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
+    pixels = None if size is None else list(box.to_pixels(*size))
+    return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}
+
+
+def failed(row: Row, error: QvlError | ApiError) -> Record:
+    """What the output says of a row that was not answered."""
+    if row.body is not None:
+        api = error if isinstance(error, ApiError) else ApiError(400, str(error))
+        return _response(row, api.status, api.body())
+    empty = dict.fromkeys(("text", "reasoning", "boxes", "finish_reason", "usage"))
+    return {"id": row.id, "row": row.number, **empty, "error": str(error)}
+
+
+def is_failed(record: Record) -> bool:
+    """Whether a record is of a row that was not answered."""
+    if record.get("response") is not None:
+        return bool(record["response"]["status_code"] != 200)
+    return record["error"] is not None
+
+
+def why(record: Record) -> str:
+    """The error of a record that `is_failed`."""
+    if record.get("response") is not None:
+        return str(record["response"]["body"]["error"]["message"])
+    return str(record["error"])
+
+
+def tokens(record: Record) -> int:
+    """Tokens that were generated for a record."""
+    usage = (record["response"]["body"] if record.get("response") is not None else record).get("usage")
+    return usage["completion_tokens"] if usage else 0
+
+
+def _response(row: Row, status: int, body: dict[str, Any]) -> Record:
+    """OpenAI's form. Ids and dates say nothing of when it was made, so that the same job gives the same bytes."""
+    response = {"status_code": status, "request_id": _name(row), "body": body}
+    return {"id": _name(row), "custom_id": row.id, "response": response, "error": None}
+
+
+def _name(row: Row) -> str:
+    digest = hashlib.blake2b((row.id or "").encode("utf-8", "surrogatepass"), digest_size=12)
+    return f"batch_req_{digest.hexdigest()}"
+
+
+def _sorted_by(row: Row) -> str:
+    return "".join(
+        hashlib.blake2b(p if isinstance(p, bytes) else p.encode("utf-8", "replace")).hexdigest() for p in row.pictures
+    )

@@ -1,0 +1,62 @@
+"""Pictures of a job with the boxes of their answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.batch.answers import Record, located
+from qvl_runtime.batch.options import Options
+from qvl_runtime.batch.rows import Row
+from qvl_runtime.boxes import Box
+from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.inputs.images import load_image
+
+LONGEST_NAME = 80
+"""Characters of an id in a file's name."""
+
+
+def draw(
+    rows: Sequence[Row], records: Sequence[Record], root: Path, folder: Path, options: Options, *, exif: bool
+) -> None:
+    """Save the last picture of each row whose answer has boxes, as ``NUMBER-ID.png``."""
+    for row, record in zip(rows, records):
+        if boxes := _boxes(record):
+            source = located(_last_picture(row), root)
+            picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
+            named = [_on_picture(box, picture.size) for box in boxes]
+            draw_boxes(picture, named, folder / f"{row.number:06d}-{_safe(row.id or '')}.png")
+
+
+def _on_picture(box: Mapping[str, Any], size: tuple[int, int]) -> Box:
+    x1, y1, x2, y2 = box["pixels"]
+    return Box(box["ref"], x1, y1, x2, y2, scale=size)
+
+
+def _boxes(record: Record) -> list[Mapping[str, Any]]:
+    if record.get("response") is not None:
+        choices = record["response"]["body"].get("choices") or [{}]
+        boxes = choices[0].get("message", {}).get("boxes")
+    else:
+        boxes = record["boxes"]
+    return [box for box in boxes or () if box["pixels"] is not None]
+
+
+def _last_picture(row: Row) -> str | bytes:
+    if row.body is None:
+        return row.pictures[-1]
+    urls = [
+        part["image_url"]["url"]
+        for message in row.body["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    return urls[-1]
+
+
+def _safe(row_id: str) -> str:
+    """An id as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", row_id)[-LONGEST_NAME:]

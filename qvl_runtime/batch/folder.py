@@ -1,0 +1,44 @@
+"""Rows from a folder of pictures, all with the job's prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.batch.rows import Ids, Row
+from qvl_runtime.errors import QvlError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+
+
+class PictureFolder:
+    """The pictures below a folder in the order of their paths, which are the ids; see `Source`."""
+
+    def __init__(self, path: Path):
+        self.root = path
+        self._names: list[str] = []
+        for folder, folders, files in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            here = Path(folder).relative_to(path)
+            shown = (name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
+            self._names += [(here / name).as_posix() for name in shown]
+        self._names.sort()
+        if not self._names:
+            raise QvlError(f"{path}: has no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet files")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def fingerprint(self) -> dict[str, Any]:
+        ids = Ids()
+        size = 0
+        for name in self._names:
+            ids.add(name, name)
+            size += (self.root / name).stat().st_size
+        return {"pictures": len(self), "bytes": size, "names": ids.hexdigest()}
+
+    def rows(self, start: int, stop: int) -> Sequence[Row]:
+        named = enumerate(self._names[start:stop], start)
+        return [Row(number, name, None, (name,)) for number, name in named]

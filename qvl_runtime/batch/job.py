@@ -1,0 +1,271 @@
+"""A job: which blocks are missing, who computes them, and what is told of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qvl_runtime import __version__
+from qvl_runtime.batch.answers import Answerer, Record, is_failed, tokens, why
+from qvl_runtime.batch.drawn import draw
+from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.parts import Parts, check_manifest
+from qvl_runtime.batch.rows import Row, Source
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+from qvl_runtime.loading import load
+
+ROWS_AT_ONCE = 4096
+"""After so many rows the batch runs empty once: the results of all its rows are in memory."""
+
+
+class Task(NamedTuple):
+    """A block to compute, or a few rows of it: their numbers, rising."""
+
+    block: int
+    rows: tuple[int, ...]
+
+
+class Computed(NamedTuple):
+    """The records of a task, in order, and how many pictures they had."""
+
+    task: Task
+    records: list[Record]
+    pictures: int
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a job is. Rates are of this run.
+
+    Attributes
+    ----------
+    rows, failed : int
+        Done, of `total`, with those of earlier runs; and those of them that were not answered.
+    total : int
+        Rows of the input.
+    new_rows, new_pictures, new_tokens : int
+        Of this run.
+    """
+
+    total: int
+    rows: int = 0
+    failed: int = 0
+    new_rows: int = 0
+    new_pictures: int = 0
+    new_tokens: int = 0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def status(self) -> dict[str, Any]:
+        """It as JSON types, with rates a second and the seconds that are left."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rate = self.new_rows / seconds
+        return {
+            "rows": self.rows,
+            "total": self.total,
+            "failed": self.failed,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(rate, 3),
+            "pictures_per_second": round(self.new_pictures / seconds, 3),
+            "tokens_per_second": round(self.new_tokens / seconds, 3),
+            "seconds_left": round((self.total - self.rows) / rate, 1) if rate else None,
+        }
+
+
+class Worker:
+    """Computes tasks with a model of its own.
+
+    Parameters
+    ----------
+    model : ModelSpec
+    source : Source
+    options : Options
+    """
+
+    def __init__(self, model: ModelSpec, source: Source, options: Options):
+        # Without pasts a row's answer depends on no row before it, at any precision.
+        self._source = source
+        self._answer = Answerer(load(model.path, conversations=0, **model.load), source.root, options)
+
+    def __call__(
+        self,
+        tasks: Sequence[Task],
+        on_computed: Callable[[Computed], None],
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        """Compute tasks; `on_computed` is called with each when it is complete, `on_record` with every record."""
+        for batch in _batches(tasks):
+            self._run(batch, on_computed, on_record)
+
+    def _run(
+        self, tasks: Sequence[Task], on_computed: Callable[[Computed], None], on_record: Callable[[Record], None]
+    ) -> None:
+        pictures: dict[int, int] = {}
+
+        def blocks() -> Iterator[list[Row]]:
+            for index, task in enumerate(tasks):
+                rows = rows_of(self._source, task)
+                pictures[index] = sum(len(row.pictures) for row in rows)
+                yield rows
+
+        def complete(index: int, records: list[Record]) -> None:
+            on_computed(Computed(tasks[index], records, pictures.pop(index)))
+
+        self._answer(blocks(), complete, on_record)
+
+
+def _batches(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+    """Tasks of about `ROWS_AT_ONCE` rows together."""
+    batch: list[Task] = []
+    for task in tasks:
+        batch.append(task)
+        if sum(len(task.rows) for task in batch) >= ROWS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def rows_of(source: Source, task: Task) -> list[Row]:
+    """The rows of a task, which has at least one."""
+    first = task.rows[0]
+    found = source.rows(first, task.rows[-1] + 1)
+    return [found[number - first] for number in task.rows]
+
+
+Runner = Callable[[Sequence[Task], Callable[[Computed], None]], None]
+"""Computes tasks, in any order, and calls back with each."""
+
+
+class Job:
+    """A job over the rows of an input.
+
+    Parameters
+    ----------
+    model : ModelSpec
+    source : Source
+    out : Path
+    options : Options
+    block : int
+        Rows of a block.
+    form : str
+        Of the output: "jsonl" or "parquet".
+    max_failures : float
+        Share of the rows that may fail before the job stops.
+    drawings : Path, optional
+        Where to save the pictures with the boxes of their answers.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        source: Source,
+        out: Path,
+        options: Options,
+        *,
+        block: int,
+        form: str = "jsonl",
+        max_failures: float = 0.1,
+        drawings: Path | None = None,
+    ):
+        self._source, self._block, self._max_failures, self._drawings = source, block, max_failures, drawings
+        self._options = options
+        self._parts = Parts(out, form, -(-len(source) // block))
+        blob = Blob(model.path)
+        self._upright = blob.family.upright
+        hashes = json.dumps(blob.hashes(), sort_keys=True)
+        check_manifest(
+            out,
+            {
+                "qvl": __version__,
+                "model": hashlib.sha256(hashes.encode()).hexdigest(),
+                "load": {name: str(value) for name, value in model.load.items() if value is not None},
+                "input": source.fingerprint(),
+                "rows": len(source),
+                "block": block,
+                "format": form,
+                "options": options.fingerprint(),
+            },
+        )
+        if drawings is not None:
+            drawings.mkdir(parents=True, exist_ok=True)
+
+    def run(
+        self,
+        runner: Runner,
+        *,
+        retry_failed: bool = False,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
+        """Compute what is missing; `on_progress` is called after every block.
+
+        With `retry_failed` rows that earlier runs could not answer are asked again.
+
+        Raises
+        ------
+        QvlError
+            When more rows fail than may, or a part cannot be written.
+        """
+        with self._parts.held():
+            progress, tasks = self._planned(retry_failed)
+            self._check_failures(progress, None)
+            on_progress(progress)
+
+            def computed(done: Computed) -> None:
+                self._write(done)
+                _count(progress, done)
+                on_progress(progress)
+                self._check_failures(progress, next(filter(is_failed, done.records), None))
+
+            if tasks:
+                runner(tasks, computed)
+        return progress
+
+    def _planned(self, retry_failed: bool) -> tuple[Progress, list[Task]]:
+        """How far earlier runs came, and what is left to do."""
+        progress, tasks, missing = Progress(len(self._source)), [], set(self._parts.missing())
+        for first in range(0, len(self._source), self._block):
+            block = first // self._block
+            if block in missing:
+                tasks.append(Task(block, tuple(range(first, min(first + self._block, len(self._source))))))
+                continue
+            records = self._parts.read(block)
+            failures = tuple(first + i for i, record in enumerate(records) if is_failed(record))
+            progress.rows += len(records)
+            progress.failed += len(failures)
+            if retry_failed and failures:
+                progress.rows -= len(failures)
+                progress.failed -= len(failures)
+                tasks.append(Task(block, failures))
+        return progress, tasks
+
+    def _write(self, done: Computed) -> None:
+        first, records = done.task.block * self._block, done.records
+        if len(records) < min(self._block, len(self._source) - first):
+            again = dict(zip(done.task.rows, records))
+            records = [again.get(first + i, old) for i, old in enumerate(self._parts.read(done.task.block))]
+        if self._drawings is not None:
+            rows, root = rows_of(self._source, done.task), self._source.root
+            draw(rows, done.records, root, self._drawings, self._options, exif=self._upright)
+        self._parts.write(done.task.block, records)
+
+    def _check_failures(self, progress: Progress, example: Record | None) -> None:
+        if progress.failed > self._max_failures * progress.total:
+            told = "" if example is None else f" (the last: {why(example)[:300]})"
+            raise QvlError(
+                f"{progress.failed} of {progress.total} rows failed, more than a share of {self._max_failures:g}"
+                f"{told}; correct them and run again with --retry-failed, or raise --max-failures"
+            )
+
+
+def _count(progress: Progress, done: Computed) -> None:
+    progress.rows += len(done.records)
+    progress.new_rows += len(done.records)
+    progress.failed += sum(map(is_failed, done.records))
+    progress.new_pictures += done.pictures
+    progress.new_tokens += sum(map(tokens, done.records))

@@ -1,0 +1,98 @@
+"""Rows from a file with a JSON object a line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qvl_runtime.batch.rows import Ids, Row, row_of_fields
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.file.opening import open_regular
+
+MAX_LINE = 64 << 20
+"""Bytes of a line. A picture in it takes four thirds of its file."""
+
+INDEX_EVERY = 64
+"""The index has the place of one line in so many."""
+
+
+class JsonLines:
+    """Lines of ``{"id", "prompt", "image" or "images"}``, or of OpenAI's batch format; see `Source`."""
+
+    def __init__(self, path: Path, root: Path):
+        self.path, self.root = path, root
+        ids, offsets, count, digest = Ids(), [], 0, hashlib.sha256()
+        with open_regular(path, remedy="name the input") as file:
+            for offset, number, line in _lines(file):
+                if count % INDEX_EVERY == 0:
+                    offsets.append((offset, number))
+                digest.update(line if line is not None else b"-")
+                ids.add(self._row(count, number, line).id, f"{path}: line {number}")
+                count += 1
+        self._count, self._offsets = count, np.array(offsets, np.int64).reshape(-1, 2)
+        self._fingerprint = {"lines": count, "sha256": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def rows(self, start: int, stop: int) -> Sequence[Row]:
+        if start >= stop:
+            return []
+        offset, number = (int(value) for value in self._offsets[start // INDEX_EVERY])
+        first = start - start % INDEX_EVERY
+        found = []
+        with open_regular(self.path, remedy="name the input") as file:
+            file.seek(offset)
+            for count, (_, line_number, line) in enumerate(_lines(file, number), first):
+                if count >= start:
+                    found.append(self._row(count, line_number, line))
+                if count == stop - 1:
+                    break
+        if len(found) != stop - start:
+            raise QvlError(f"{self.path}: has fewer lines than before; leave it as it is while the job runs")
+        return found
+
+    def _row(self, count: int, number: int, line: bytes | None) -> Row:
+        where = f"line {number}"
+        if line is None:
+            return Row(count, None, error=f"{where} has more than {MAX_LINE >> 20} MiB; name the pictures' files in it")
+        try:
+            fields = parse_object(line, where, "correct it")
+        except QvlError as error:
+            return Row(count, None, error=str(error))
+        return _openai(count, fields) if "custom_id" in fields or "body" in fields else row_of_fields(count, fields)
+
+
+def _lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
+    """The lines that are not blank: offset, number, and content, or None for one that is too long."""
+    offset = file.tell()
+    while line := file.readline(MAX_LINE + 1):
+        begin, size, rest = offset, len(line), line
+        while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE)):
+            size += len(rest)
+        offset += size
+        if size > MAX_LINE:
+            yield begin, number, None
+        elif stripped := line.strip():
+            yield begin, number, stripped
+        number += 1
+
+
+def _openai(count: int, fields: Mapping[str, Any]) -> Row:
+    """A line of OpenAI's batch format."""
+    row_id, body, url = fields.get("custom_id"), fields.get("body"), fields.get("url")
+    if not isinstance(row_id, str) or not row_id:
+        return Row(count, None, error="custom_id must be a text")
+    if fields.get("method", "POST") != "POST" or url not in ("/v1/chat/completions", "/v1/completions"):
+        return Row(count, row_id, error="only POST to /v1/chat/completions and /v1/completions is known")
+    if not isinstance(body, Mapping):
+        return Row(count, row_id, error="body must be an object")
+    return Row(count, row_id, url=url, body=body)

@@ -1,0 +1,118 @@
+"""A job on many machines: Ray Data hands the blocks to one worker a machine, and the results come back here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.batch.job import Computed, Task, Worker
+from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.rows import Source
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.atomic import replacing
+
+LOCAL = "local"
+"""The address that starts a cluster of this machine."""
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise QvlError("--ray needs the package ray: pip install 'qvl-runtime[batch]'") from None
+    return ray
+
+
+def on_ray(
+    address: str,
+    ship_model: bool,
+    model: ModelSpec,
+    source: Source,
+    options: Options,
+    tasks: Sequence[Task],
+    on_computed: Callable[[Computed], None],
+) -> None:
+    """Compute tasks on a Ray cluster. A block whose worker is lost is computed again elsewhere.
+
+    Every machine sees the input at the same path, and the model, too, unless it is shipped.
+
+    Parameters
+    ----------
+    address : str
+        Of the cluster's head, "auto", or `LOCAL`.
+    ship_model : bool
+        Send the model's file once to every machine.
+
+    Raises
+    ------
+    QvlError
+        When there is no Ray, no cluster at the address, or no worker can do its work.
+    """
+    ray = _ray()
+    try:
+        ray.init(
+            address=None if address == LOCAL else address,
+            include_dashboard=False if address == LOCAL else None,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise QvlError(f"--ray {address}: no cluster answers ({str(error)[:200]}); name its head, or local") from None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    shipped = ray.put(model.path.read_bytes()) if ship_model else None
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    blocks = ray.data.from_items(
+        [{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+    ).map_batches(
+        _RayWorker,
+        fn_constructor_args=(model, source, options, [shipped]),
+        batch_size=1,
+        num_cpus=min(node["CPU"] for node in nodes),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(nodes))),
+    )
+    try:
+        for row in blocks.iter_rows():
+            on_computed(_read(row["computed"]))
+    except ray.exceptions.RayError as error:
+        raise QvlError(f"--ray {address}: the job ended early ({str(error)[-300:]}); run again to go on") from None
+
+
+class _RayWorker:
+    """A `Worker` in an actor of its own, which has a machine's processors to itself."""
+
+    def __init__(self, model: ModelSpec, source: Source, options: Options, shipped: Sequence[Any]):
+        # Ray limits the threads of libraries by this; ours are limited by the processors of the process.
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if shipped[0] is not None:
+            model = ModelSpec(_unpacked(_ray().get(shipped[0])), model.load)
+        self._worker = Worker(model, source, options)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found: list[str] = []
+        tasks = [Task(block, tuple(rows)) for block, rows in map(json.loads, batch["task"])]
+        self._worker(tasks, lambda computed: found.append(json.dumps(computed)))
+        return {"computed": found}
+
+
+def _read(text: str) -> Computed:
+    (block, rows), records, pictures = json.loads(text)
+    return Computed(Task(block, tuple(rows)), records, pictures)
+
+
+def _unpacked(content: bytes) -> Path:
+    """A model that was sent, as a file of this machine: one for all its workers."""
+    folder = Path(tempfile.gettempdir(), f"qvl-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise QvlError(f"{folder}: belongs to another user; remove it")
+    path = folder / f"{hashlib.sha256(content).hexdigest()}.qvl"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(content)
+    return path

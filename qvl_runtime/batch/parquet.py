@@ -1,0 +1,117 @@
+"""Rows from Parquet files, and results as one."""
+
+from __future__ import annotations
+
+import bisect
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.batch.rows import Ids, Row, row_of_fields
+from qvl_runtime.errors import QvlError
+
+COLUMNS = ("id", "prompt", "image", "images")
+SCAN_ROWS = 4096
+
+
+def pyarrow() -> Any:
+    """The package, which is an extra.
+
+    Raises
+    ------
+    QvlError
+        When it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise QvlError("Parquet files need the package pyarrow: pip install 'qvl-runtime[batch]'") from None
+    return pyarrow
+
+
+class ParquetFiles:
+    """Columns "id", "prompt", and "image" or "images" of some Parquet files; see `Source`."""
+
+    def __init__(self, paths: Sequence[Path], root: Path):
+        self.root, self._paths = root, list(paths)
+        self._groups: list[tuple[int, int]] = []
+        """File and row group."""
+        self._starts = [0]
+        """Number of the first row of each group, and of all rows."""
+        ids = Ids()
+        for index, path in enumerate(paths):
+            with _opened(path) as file:
+                if "id" not in file.schema_arrow.names:
+                    raise QvlError(f"{path}: has no column id; it has {', '.join(file.schema_arrow.names)[:200]}")
+                for group in range(file.num_row_groups):
+                    self._groups.append((index, group))
+                    self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
+                place = 0
+                for batch in file.iter_batches(SCAN_ROWS, columns=["id"]):
+                    for value in batch.column(0).to_pylist():
+                        place += 1
+                        ids.add(row_of_fields(0, {"id": value}).id, f"{path}: row {place}")
+        self._ids = ids.hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def fingerprint(self) -> dict[str, Any]:
+        sizes = [path.stat().st_size for path in self._paths]
+        return {"files": [path.name for path in self._paths], "bytes": sizes, "ids": self._ids}
+
+    def rows(self, start: int, stop: int) -> Sequence[Row]:
+        return list(self._rows(start, stop))
+
+    def _rows(self, start: int, stop: int) -> Iterator[Row]:
+        number = start
+        while number < stop:
+            group = bisect.bisect_right(self._starts, number) - 1
+            first, end = self._starts[group], min(self._starts[group + 1], stop)
+            index, inner = self._groups[group]
+            with _opened(self._paths[index]) as file:
+                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+                table = file.read_row_group(inner, columns=columns).slice(number - first, end - number)
+                for fields in table.to_pylist():
+                    yield row_of_fields(number, fields)
+                    number += 1
+
+
+def _opened(path: Path) -> Any:
+    arrow = pyarrow()
+    if not path.is_file():
+        raise QvlError(f"{path}: no such file, or no regular one; name the input")
+    try:
+        return arrow.parquet.ParquetFile(path)
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise QvlError(f"{path}: cannot be read as Parquet ({error}); check the file") from None
+
+
+def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """Results, as `answers.record` makes them, as a Parquet file."""
+    pa = pyarrow()
+    box = pa.struct([("ref", pa.string()), ("numbers", pa.list_(pa.int64())), ("pixels", pa.list_(pa.int64()))])
+    usage = pa.struct([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64())])
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("row", pa.int64()),
+            ("text", pa.string()),
+            ("reasoning", pa.string()),
+            ("boxes", pa.list_(box)),
+            ("finish_reason", pa.string()),
+            ("usage", usage),
+            ("error", pa.string()),
+        ]
+    )
+    buffer = io.BytesIO()
+    pa.parquet.write_table(pa.Table.from_pylist(list(records), schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_parquet(path: Path) -> list[dict[str, Any]]:
+    """What `to_parquet` wrote."""
+    with _opened(path) as file:
+        return file.read().to_pylist()

@@ -1,0 +1,114 @@
+"""The folder a job writes to: one file a block, and a manifest that says which job it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.batch.answers import Record
+from qvl_runtime.batch.parquet import from_parquet, pyarrow, to_parquet
+from qvl_runtime.errors import QvlError
+from qvl_runtime.file.atomic import SUFFIX, replacing
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import open_regular, read_regular
+
+FORMATS = ("jsonl", "parquet")
+MANIFEST = "job.json"
+LOCK = ".lock"
+
+
+class Parts:
+    """The output of a job.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there.
+    form : str
+        One of `FORMATS`.
+    blocks : int
+        How many there are.
+    """
+
+    def __init__(self, folder: Path, form: str, blocks: int):
+        if form not in FORMATS:
+            raise QvlError(f"--format {form!r} is unknown; choose one of {', '.join(FORMATS)}")
+        if form == "parquet":
+            pyarrow()
+        self.folder, self._form, self._blocks = folder, form, blocks
+
+    def path(self, block: int) -> Path:
+        """Where a block's records are."""
+        return self.folder / f"part-{block:06d}.{self._form}"
+
+    def missing(self) -> list[int]:
+        """Blocks that are not there yet."""
+        there = {name.name for name in os.scandir(self.folder)}
+        return [block for block in range(self._blocks) if self.path(block).name not in there]
+
+    def write(self, block: int, records: Sequence[Record]) -> None:
+        """Write a block, whole or not at all."""
+        content = to_parquet(records) if self._form == "parquet" else _to_lines(records)
+        with replacing(self.path(block), private=False, durable=True) as file:
+            file.write(content)
+
+    def read(self, block: int) -> list[Record]:
+        """The records of a block that is there."""
+        path = self.path(block)
+        if self._form == "parquet":
+            return from_parquet(path)
+        with open_regular(path) as file:
+            return [parse_object(line, f"{path}: line {n}", "delete the file") for n, line in enumerate(file, 1)]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other jobs out of the folder, and remove what a killed one left half written."""
+        with open(self.folder / LOCK, "wb") as lock:
+            _lock(lock.fileno(), self.folder)
+            for entry in os.scandir(self.folder):
+                if entry.name.startswith(".part-") and entry.name.endswith(SUFFIX):
+                    os.unlink(entry.path)
+            yield
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise QvlError(f"{folder}: another job is writing to it; wait until it ends, or take another folder") from None
+
+
+def _to_lines(records: Sequence[Record]) -> bytes:
+    return b"".join(json.dumps(r, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for r in records)
+
+
+def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the facts that a job's output depends on, or compare them with those written.
+
+    Raises
+    ------
+    QvlError
+        When the folder is another job's, or holds something else.
+    """
+    path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
+    if path.exists():
+        written = parse_object(read_regular(path, limit=MAX_JSON), str(path), "take another folder")
+        if differing := sorted(name for name in {*facts, *written} if facts.get(name) != written.get(name)):
+            raise QvlError(
+                f"{folder}: holds the output of another job (it differs in {', '.join(differing)}); take another "
+                "folder, or the arguments that it was begun with"
+            )
+        return
+    if folder.exists() and any(entry.name != LOCK for entry in os.scandir(folder)):
+        raise QvlError(f"{folder}: is not empty and holds no job; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path, private=False, durable=True) as file:
+        file.write(json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")

@@ -1,0 +1,121 @@
+"""Rows of a job's input."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qvl_runtime.errors import QvlError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the input.
+
+    Attributes
+    ----------
+    number : int
+        From 0 on, over the whole input.
+    id : str or None
+        None where the row has none that can be read.
+    prompt : str or None
+        None: that of the job.
+    pictures : tuple of (str or bytes)
+        Paths, URIs, or the bytes of image files.
+    url, body : str, mapping
+        Of a line of OpenAI's batch format; `body` is None for all others.
+    error : str or None
+        Why the row cannot be answered.
+    """
+
+    number: int
+    id: str | None
+    prompt: str | None = None
+    pictures: tuple[str | bytes, ...] = ()
+    url: str = ""
+    body: Mapping[str, Any] | None = None
+    error: str | None = None
+
+
+class Source(Protocol):
+    """The rows of an input. It holds no open file, so that it can be sent to other processes.
+
+    Attributes
+    ----------
+    root : Path
+        Pictures are opened below this folder only.
+    """
+
+    root: Path
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def rows(self, start: int, stop: int) -> Sequence[Row]:
+        """The rows from `start` to before `stop`; those that cannot be read have an `error`."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that differ where the rows do."""
+
+
+class Ids:
+    """The ids of an input, each of which may stand there once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, str] = {}
+        self._digest = hashlib.sha256()
+
+    def add(self, row_id: str | None, where: str) -> None:
+        """Note the next row's id; `where` is its place for people.
+
+        Raises
+        ------
+        QvlError
+            When an earlier row has the same id.
+        """
+        written = b"-" if row_id is None else b"+" + row_id.encode("utf-8", "surrogatepass")
+        self._digest.update(len(written).to_bytes(8, "little") + written)
+        if row_id is None:
+            return
+        key = hashlib.blake2b(written, digest_size=16).digest()
+        if key in self._seen:
+            raise QvlError(f"{where} has the id {row_id[:80]!r} of {self._seen[key]}; give each row an id of its own")
+        self._seen[key] = where
+
+    def hexdigest(self) -> str:
+        """A hash of all ids in order."""
+        return self._digest.hexdigest()
+
+
+def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
+    """A row from ``{"id", "prompt", "image" or "images"}``; what is wrong with it becomes its `error`."""
+    row_id = fields.get("id")
+    if isinstance(row_id, int) and not isinstance(row_id, bool):
+        row_id = str(row_id)
+    if not isinstance(row_id, str) or not row_id:
+        return Row(number, None, error="the row has no id: it must be a text or a whole number")
+    prompt = fields.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        return Row(number, row_id, error=f"prompt is {prompt!r:.60}; it must be a text")
+    if fields.get("image") is not None and fields.get("images") is not None:
+        return Row(number, row_id, error="the row has both image and images; give one of them")
+    given = fields.get("images") if fields.get("image") is None else [fields["image"]]
+    if given is not None and not isinstance(given, list):
+        return Row(number, row_id, error=f"images is {given!r:.60}; it must be a list")
+    pictures = []
+    for value in given or ():
+        picture = _picture(value)
+        if picture is None:
+            return Row(number, row_id, error=f"{value!r:.60} is no picture: give a path, a data: URI or bytes")
+        pictures.append(picture)
+    return Row(number, row_id, prompt, tuple(pictures))
+
+
+def _picture(value: Any) -> str | bytes | None:
+    """A path, URI or content; {"bytes", "path"} is how Hugging Face's tables keep a picture."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, str | bytes) and value else None

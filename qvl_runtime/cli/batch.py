@@ -1,0 +1,148 @@
+"""`qvl batch`: many rows, answered side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from qvl_runtime.backends import backend
+from qvl_runtime.batch.answers import Record
+from qvl_runtime.batch.job import Computed, Job, Progress, Runner, Task, Worker
+from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.processes import in_processes, memory_nodes
+from qvl_runtime.batch.rows import Source
+from qvl_runtime.batch.sources import open_source
+from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels
+from qvl_runtime.errors import QvlError
+
+
+def batch(
+    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    rows: Annotated[Path, typer.Argument(metavar="INPUT", help="A .jsonl, .parquet or .tar file, or a folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the answers, one file a block.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt of rows that have none.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Pictures are below this folder.  [default: INPUT's]")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Save pictures with their answers' boxes in this folder.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Of the answers: jsonl or parquet.")] = "jsonl",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask rows again that failed before.")] = False,
+    max_failures: Annotated[float, typer.Option(help="Stop when more than this share of the rows failed.")] = 0.1,
+    block: Annotated[int, typer.Option(help="Rows of one file.", min=1)] = 64,
+    max_batch: Annotated[int, typer.Option(help="Rows that are computed at once.", min=1)] = 16,
+    status: Annotated[bool, typer.Option("--status", help="Print a line of JSON after every block.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer has at most this many tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="With a row's id it gives the seed of its answer.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends an answer; repeat for several.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Compute on this Ray cluster; local starts one here.")
+    ] = None,
+    ship_model: Annotated[bool, typer.Option("--ship-model", help="Send the model's file to Ray's machines.")] = False,
+    device: Device = "auto",
+    kv_cache: KVCache = "fp16",
+    activations: Activations = "auto",
+    context: ContextTokens = None,
+    max_pixels: MaxPixels = None,
+    allow_urls: AllowUrls = False,
+) -> None:
+    """Answer many rows, and go on where an earlier run was stopped.
+
+    A row has an id, a prompt, and an image or images; or it is a line of OpenAI's batch format. A folder of pictures
+    is a row for each. Every block of rows becomes one file; those that are there are not computed again. The last line
+    of standard output is JSON.
+
+    \b
+    Examples:
+      qvl batch qwen-vl-chat.qvl photos/ captions/ --prompt "Describe the picture."
+      qvl batch qwen-vl-chat.qvl questions.jsonl answers/ --images photos/
+      qvl batch qwen-vl-chat.qvl questions.jsonl answers/ --images photos/ --retry-failed
+    """
+    if not 0 <= max_failures <= 1:
+        raise QvlError(f"--max-failures is {max_failures:g}; it must be a share from 0 to 1")
+    if ship_model and ray is None:
+        raise QvlError("--ship-model needs --ray: nothing is sent anywhere without it")
+    source = open_source(rows, images)
+    generate = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": stop or [],
+    }
+    options = Options(prompt, generate, seed, max_batch, allow_urls)
+    spec = ModelSpec(
+        model,
+        {
+            "device": device,
+            "kv_cache": kv_cache,
+            "activations": activations,
+            "context": context,
+            "max_pixels": max_pixels,
+        },
+    )
+    job = Job(spec, source, out, options, block=block, form=form, max_failures=max_failures, drawings=draw)
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("loading", total=len(source))
+
+        def on_record(record: Record) -> None:
+            bar.advance(shown)
+
+        def on_progress(progress: Progress) -> None:
+            told = progress.status()
+            rates = f"{told['rows_per_second']:.2f} rows/s, {told['tokens_per_second']:.1f} tokens/s"
+            failed = f", {progress.failed} failed" if progress.failed else ""
+            bar.update(shown, completed=progress.rows, description=rates + failed)
+            if status:
+                print(json.dumps(told), flush=True)
+
+        runner = _runner(spec, source, options, on_record, device, ray, ship_model)
+        done = job.run(runner, retry_failed=retry_failed, on_progress=on_progress)
+    if done.failed:
+        print(f"qvl: {done.failed} of {done.total} rows failed; --retry-failed asks them again", file=sys.stderr)
+    print(json.dumps(done.status()))
+
+
+def _runner(
+    spec: ModelSpec,
+    source: Source,
+    options: Options,
+    on_record: Callable[[Record], None],
+    device: str,
+    ray: str | None,
+    ship_model: bool,
+) -> Runner:
+    if ray is not None:
+        from qvl_runtime.batch.on_ray import on_ray
+
+        return partial(on_ray, ray, ship_model, spec, source, options)
+    nodes = memory_nodes()
+    if len(nodes) > 1 and backend(device)[0] == "cpu":
+        return partial(in_processes, nodes, spec, source, options)
+
+    def here(tasks: list[Task], on_computed: Callable[[Computed], None]) -> None:
+        Worker(spec, source, options)(tasks, on_computed, on_record)
+
+    runner: Any = here
+    return runner

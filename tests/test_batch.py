@@ -1,0 +1,252 @@
+"""A batch job: every row once, the same bytes whatever happens in between."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvl_runtime.batch.answers import Answerer, is_failed
+from qvl_runtime.batch.job import Job, Worker
+from qvl_runtime.batch.on_ray import on_ray
+from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.processes import in_processes
+from qvl_runtime.batch.rows import Row
+from qvl_runtime.batch.sources import open_source
+from qvl_runtime.cli.main import main
+from qvl_runtime.demo.scenes import draw, random_scene
+from qvl_runtime.errors import QvlError
+
+ROWS, BLOCK, NEW = 11, 3, 32
+QUESTIONS = ("What color is the circle?", "Describe the picture with boxes.", "How many circles are there?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures, and rows that ask about them; two of the rows are bad."""
+    folder = tmp_path_factory.mktemp("rows")
+    rng = np.random.default_rng(3)
+    for name in "ab":
+        draw(random_scene(rng), 448).save(folder / f"{name}.png")
+    rows = [{"id": f"r{i}", "prompt": QUESTIONS[i % 3], "image": f"{'ab'[i % 2]}.png"} for i in range(ROWS)]
+    rows[4]["image"] = "missing.png"
+    rows[7]["image"] = "../../../../etc/passwd"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spec(demo_model):
+    return ModelSpec(demo_model.blob.path, {"device": "cpu"})
+
+
+def options(**changes) -> Options:
+    usual = {"prompt": None, "generate": {"max_new_tokens": NEW}, "seed": 0, "max_batch": 4, "allow_urls": False}
+    return Options(**usual | changes)
+
+
+@pytest.fixture(scope="module")
+def job(folder, spec):
+    def make(out, source="rows.jsonl", asked=None, **arguments):
+        arguments = {"block": BLOCK, "max_failures": 0.5} | arguments
+        return Job(spec, open_source(folder / source), out, asked or options(), **arguments)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def worker(folder, spec):
+    return Worker(spec, open_source(folder / "rows.jsonl"), options())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, worker, tmp_path_factory):
+    """The bytes of a job that ran through."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    progress = job(out).run(worker)
+    assert (progress.rows, progress.failed, progress.total) == (ROWS, 2, ROWS)
+    return parts(out)
+
+
+def parts(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+
+
+def records(found):
+    return [json.loads(line) for name in sorted(found) if name.startswith("part") for line in found[name].splitlines()]
+
+
+def test_every_row_has_the_answer_it_has_alone(undisturbed, demo_model, folder):
+    found = records(undisturbed)
+    assert [record["id"] for record in found] == [f"r{i}" for i in range(ROWS)]
+    assert [record["row"] for record in found] == list(range(ROWS))
+    assert len(undisturbed) == 1 + -(-ROWS // BLOCK)
+    for i, record in enumerate(found):
+        if is_failed(record):
+            continue
+        picture = Image.open(folder / f"{'ab'[i % 2]}.png")
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTIONS[i % 3]}]
+        alone = demo_model.generate(parts, max_new_tokens=NEW)
+        assert (record["text"], record["finish_reason"]) == (alone.text, alone.finish_reason)
+        assert record["usage"] == {"prompt_tokens": alone.prompt_tokens, "completion_tokens": alone.timings.new_tokens}
+        assert [box["pixels"] for box in record["boxes"]] == [list(box.to_pixels(448, 448)) for box in alone.boxes]
+    assert any(record["boxes"] for record in found)
+
+
+def test_a_bad_row_costs_nothing_else(undisturbed):
+    found = records(undisturbed)
+    assert [i for i, record in enumerate(found) if is_failed(record)] == [4, 7]
+    assert "missing.png" in found[4]["error"] and "is not below" in found[7]["error"]
+    assert found[4]["text"] is None and found[4]["id"] == "r4"
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 3])
+def test_a_stopped_job_goes_on_to_the_same_bytes(job, worker, undisturbed, tmp_path, stopped):
+    def stop(progress):
+        if progress.new_rows >= stopped * BLOCK and progress.rows < ROWS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path / "out").run(worker, on_progress=stop)
+    (tmp_path / "out" / ".part-000002.jsonl.0123.partial").write_bytes(b"half")
+    asked = []
+
+    def counted(tasks, on_computed):
+        asked.extend(task.block for task in tasks)
+        worker(tasks, on_computed)
+
+    assert job(tmp_path / "out").run(counted).rows == ROWS
+    assert len(asked) == -(-ROWS // BLOCK) - stopped
+    assert parts(tmp_path / "out") == undisturbed
+
+
+def test_blocks_may_come_in_any_order(job, worker, undisturbed, tmp_path):
+    job(tmp_path / "out").run(lambda tasks, on_computed: worker(tasks[::-1], on_computed))
+    assert parts(tmp_path / "out") == undisturbed
+
+
+def test_only_failed_rows_are_asked_again(job, worker, undisturbed, tmp_path, folder):
+    out = tmp_path / "out"
+    job(out).run(worker)
+    asked = []
+
+    def counted(tasks, on_computed):
+        asked.extend(tasks)
+        worker(tasks, on_computed)
+
+    (folder / "missing.png").write_bytes((folder / "a.png").read_bytes())
+    try:
+        progress = job(out).run(counted, retry_failed=True)
+    finally:
+        (folder / "missing.png").unlink()
+    assert [task.rows for task in asked] == [(4,), (7,)]
+    assert (progress.rows, progress.failed, progress.new_rows) == (ROWS, 1, 2)
+    before, after = records(undisturbed), records(parts(out))
+    assert [i for i in range(ROWS) if before[i] != after[i]] == [4] and after[4]["text"]
+
+
+def test_too_many_failures_stop_a_job(job, worker, tmp_path):
+    with pytest.raises(QvlError, match=r"2 of 11 rows failed, more than a share of 0.1.*is not below"):
+        job(tmp_path / "out", max_failures=0.1).run(worker)
+    assert len(parts(tmp_path / "out")) > 1  # what was done stays
+
+
+def test_a_folder_belongs_to_one_job(job, worker, tmp_path):
+    out = tmp_path / "out"
+    job(out).run(lambda tasks, on_computed: None)
+    for changes in ({"block": 4}, {"asked": options(seed=1)}, {"source": "."}):
+        with pytest.raises(QvlError, match="output of another job"):
+            job(out, **changes)
+    job(out, asked=options(max_batch=1))  # changes no answer
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("x")
+    with pytest.raises(QvlError, match="not empty"):
+        job(tmp_path / "full")
+
+
+def test_two_jobs_do_not_write_to_one_folder(job, tmp_path):
+    out = tmp_path / "out"
+
+    def another(tasks, on_computed):
+        with pytest.raises(QvlError, match="another job is writing"):
+            job(out).run(lambda tasks, on_computed: None)
+
+    job(out).run(another)
+
+
+def test_processes_give_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
+    source = open_source(folder / "rows.jsonl")
+    job(tmp_path / "out").run(lambda *work: in_processes([[0]], spec, source, options(), *work))
+    assert parts(tmp_path / "out") == undisturbed
+
+
+def test_lines_of_openai(demo_model, folder):
+    content = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": QUESTIONS[1]}]}]
+    chat, path = "/v1/chat/completions", {"type": "image_url", "image_url": {"url": str(folder / "a.png")}}
+    bodies = [
+        {"messages": messages, "max_tokens": NEW, "temperature": 0},
+        {"messages": messages, "max_tokens": 3, "temperature": 1, "n": 2},
+        {"messages": [{"role": "user", "content": [path]}]},
+        {"messages": messages, "temperature": "hot"},
+    ]
+    rows = [Row(i, f"c{i}", url=chat, body=body) for i, body in enumerate(bodies)]
+    found = []
+    for _ in range(2):
+        Answerer(demo_model, folder, options())([rows], lambda _, records: found.append(records))
+    assert found[0] == found[1]
+    good, two, *bad = (record["response"] for record in found[0])
+    parts = [{"type": "image", "image": Image.open(folder / "a.png")}, {"type": "text", "text": QUESTIONS[1]}]
+    alone = demo_model.generate(parts, max_new_tokens=NEW)
+    assert good["status_code"] == 200 and found[0][0]["custom_id"] == "c0"
+    message = good["body"]["choices"][0]["message"]
+    assert message["content"] == alone.text
+    assert [box["pixels"] for box in message["boxes"]] == [list(box.to_pixels(448, 448)) for box in alone.boxes]
+    assert len(two["body"]["choices"]) == 2
+    assert [response["status_code"] for response in bad] == [400, 400]
+    assert str(folder) not in json.dumps(bad) and all(map(is_failed, found[0][2:]))
+
+
+def test_a_seed_belongs_to_a_row():
+    seeds = {options(seed=seed).seed_of(row) for seed in (0, 1) for row in ("a", "b")}
+    assert len(seeds) == 4 and options().seed_of("a") == 8281872861307171038
+
+
+def test_the_command(demo_model, folder, tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "pictures" / name).write_bytes((folder / name).read_bytes())
+    command = ["batch", str(demo_model.blob.path), str(tmp_path / "pictures"), str(tmp_path / "out")]
+    command += ["--prompt", QUESTIONS[1], "--format", "parquet", "--draw", str(tmp_path / "drawn"), "--status"]
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert not left.value.code
+    *statuses, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [status["rows"] for status in statuses] == [0, 2] and (last["rows"], last["failed"]) == (2, 0)
+    found = pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
+    assert [row["id"] for row in found] == ["a.png", "b.png"]
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {f"{row['row']:06d}-{row['id']}.png" for row in found if row["boxes"]} and drawn
+
+
+def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys):
+    command = ["batch", str(demo_model.blob.path), str(folder / "rows.jsonl"), str(tmp_path / "out")]
+    for more, told in ((["--max-failures", "2"], "a share"), (["--format", "csv"], "csv"), (["--ship-model"], "--ray")):
+        with pytest.raises(SystemExit) as left:
+            main(command + more)
+        assert left.value.code == 1 and told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_of_ray_that_dies_costs_nothing(job, undisturbed, tmp_path, spec, folder):
+    ray = pytest.importorskip("ray")
+    source = open_source(folder / "rows.jsonl")
+    try:
+        job(tmp_path / "out").run(lambda *work: on_ray("local", True, spec, source, options(), *work))
+    finally:
+        ray.shutdown()
+    assert parts(tmp_path / "out") == undisturbed

@@ -1,0 +1,189 @@
+"""Inputs of a batch job: what becomes of each row, and what is refused as a whole."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+
+from qvl_runtime.batch import jsonl
+from qvl_runtime.batch.answers import located
+from qvl_runtime.batch.processes import memory_nodes
+from qvl_runtime.batch.sources import open_source
+from qvl_runtime.errors import QvlError
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def only(source):
+    (row,) = source.rows(0, 1)
+    return row
+
+
+def test_rows_of_lines(tmp_path):
+    path = write(
+        tmp_path / "in.jsonl",
+        {"id": "a", "prompt": "What?", "image": "x.png"},
+        "",
+        {"id": 7, "images": ["y.png", "data:,z"]},
+        "{broken",
+        {"prompt": "no id"},
+        {"id": "b", "image": 3},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}},
+        {"custom_id": "d", "method": "GET", "url": "/v1/models", "body": {}},
+    )
+    source = open_source(path)
+    rows = source.rows(0, len(source))
+    assert [row.number for row in rows] == list(range(7))
+    assert (rows[0].id, rows[0].prompt, rows[0].pictures, rows[0].error) == ("a", "What?", ("x.png",), None)
+    assert (rows[1].id, rows[1].prompt, rows[1].pictures) == ("7", None, ("y.png", "data:,z"))
+    assert rows[2].id is None and "line 4" in rows[2].error and "JSON" in rows[2].error
+    assert rows[3].id is None and "no id" in rows[3].error
+    assert rows[4].id == "b" and "no picture" in rows[4].error
+    assert rows[5].url == "/v1/completions" and rows[5].body == {"prompt": "x"} and rows[5].error is None
+    assert rows[6].id == "d" and "only POST" in rows[6].error
+    assert source.root == tmp_path
+
+
+def test_any_cut_of_the_lines_gives_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "INDEX_EVERY", 3)
+    source = open_source(write(tmp_path / "in.jsonl", *({"id": i, "prompt": "p" * i} for i in range(11)), ""))
+    whole = source.rows(0, 11)
+    assert len(source) == 11 and [row.id for row in whole] == [str(i) for i in range(11)]
+    copy = pickle.loads(pickle.dumps(source))
+    for start in range(12):
+        for stop in range(start, 12):
+            assert copy.rows(start, stop) == whole[start:stop]
+
+
+def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 100)
+    source = open_source(write(tmp_path / "in.jsonl", {"id": "a"}, {"id": "b" * 300}, {"id": "c"}))
+    rows = source.rows(0, 3)
+    assert [row.id for row in rows] == ["a", None, "c"] and "line 2" in rows[1].error
+
+
+def test_an_input_that_shrinks_is_noticed(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"id": "a"}, {"id": "b"})
+    source = open_source(path)
+    write(path, {"id": "a"})
+    with pytest.raises(QvlError, match="fewer lines"):
+        source.rows(0, 2)
+
+
+def test_two_rows_with_one_id_are_refused(tmp_path):
+    with pytest.raises(QvlError, match=r"line 3 has the id 'a' of .*line 1"):
+        open_source(write(tmp_path / "in.jsonl", {"id": "a"}, {"id": "b"}, {"id": "a"}))
+
+
+@pytest.mark.parametrize("change", ["other text", "other order", "one more"])
+def test_other_lines_have_another_fingerprint(tmp_path, change):
+    rows = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}]
+    before = open_source(write(tmp_path / "a.jsonl", *rows)).fingerprint()
+    assert open_source(write(tmp_path / "b.jsonl", *rows)).fingerprint() == before
+    other = {"other text": [rows[0], rows[1] | {"prompt": "z"}], "other order": rows[::-1]}
+    after = other.get(change, [*rows, {"id": "c"}])
+    assert open_source(write(tmp_path / "b.jsonl", *after)).fingerprint() != before
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".cache/d.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = open_source(tmp_path)
+    assert [row.id for row in source.rows(0, len(source))] == ["a.JPG", "b.png", "sub/c.webp"]
+    assert source.rows(1, 2)[0].pictures == ("b.png",)
+    before = source.fingerprint()
+    (tmp_path / "b.png").write_bytes(b"xy")
+    assert open_source(tmp_path).fingerprint() != before
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(QvlError, match="has no pictures"):
+        open_source(tmp_path)
+
+
+def test_samples_of_tar_files(tmp_path):
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "x/001.png", b"picture")
+        add(tar, "x/001.txt", "问题".encode())
+        add(tar, "x/002.left.jpg", b"left")
+        add(tar, "x/002.right.jpg", b"right")
+        add(tar, "x/002.json", json.dumps({"id": "two", "prompt": "Which?"}).encode())
+        link = tarfile.TarInfo("x/003.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add(tar, "003.png", b"third")
+        add(tar, "004.json", b"[1]")
+    source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    rows = source.rows(0, len(source))
+    assert [(row.id, row.prompt, row.pictures) for row in rows[:3]] == [
+        ("x/001", "问题", (b"picture",)),
+        ("two", "Which?", (b"left", b"right")),
+        ("003", None, (b"third",)),
+    ]
+    assert rows[3].error and len(rows) == 4
+    (tmp_path / "2.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(QvlError, match="cannot be read as a tar file"):
+        open_source(tmp_path)
+
+
+def test_rows_of_parquet_files(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    tables = [
+        pa.table({"id": ["a", "b", "c"], "prompt": ["1", None, "3"], "image": [b"x", b"y", None]}),
+        pa.table({"id": ["d"], "image": [{"bytes": b"z", "path": "z.png"}], "other": [1]}),
+    ]
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
+    source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    rows = source.rows(0, 4)
+    assert [(row.id, row.prompt, row.pictures) for row in rows] == [
+        ("a", "1", (b"x",)), ("b", None, (b"y",)), ("c", "3", ()), ("d", None, (b"z",)),
+    ]  # fmt: skip
+    assert source.rows(1, 3) == rows[1:3]
+    pyarrow.parquet.write_table(tables[0], tmp_path / "2.parquet")
+    with pytest.raises(QvlError, match=r"2.parquet: row 1 has the id 'a' of"):
+        open_source(tmp_path)
+    pyarrow.parquet.write_table(pa.table({"name": ["a"]}), tmp_path / "2.parquet")
+    with pytest.raises(QvlError, match="has no column id"):
+        open_source(tmp_path)
+
+
+def test_pictures_stay_below_their_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out.png").write_bytes(b"x")
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    assert located("a/b.png", tmp_path / "in") == (tmp_path / "in/a/b.png").resolve()
+    assert located("data:image/png;base64,", tmp_path) == "data:image/png;base64,"
+    for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "/etc/passwd"):
+        with pytest.raises(QvlError, match="is not below"):
+            located(name, tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none", "in.csv"])
+def test_what_is_no_input_is_refused(tmp_path, name):
+    (tmp_path / "in.csv").write_text("id\n")
+    with pytest.raises(QvlError, match=name):
+        open_source(tmp_path / name)
+
+
+def test_memory_nodes(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 9}, raising=False)
+    for name, cpus in {"node10": "8-9\n", "node2": "0-1,4\n", "node3": "\n", "node4": "5-7\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(cpus)
+    assert memory_nodes(tmp_path) == [[0, 1], [9]]
+    assert memory_nodes(tmp_path / "none") == [[0, 1, 2, 9]]
