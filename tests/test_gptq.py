@@ -92,6 +92,18 @@ def test_rows_do_not_depend_on_their_neighbours(monkeypatch):
     assert (whole[0] == parts[0]).mean() > 0.999
 
 
+def test_the_last_column_of_a_group_counts_in_its_scale(rng):
+    """A far larger weight there, whose error costs most: a scale for the others alone would clip it."""
+    w = (rng.standard_normal((4, 64)) * 0.02).astype(np.float32)
+    w[:, [31, 63]] = 1
+    price = np.ones(64, np.float32)
+    price[[31, 63]] = 1e6
+    for sym in (True, False):
+        scales, zeros = gptq.search_scales(w, price, 4, 32, sym)
+        codes = np.clip(np.rint(w[:, [31, 63]] / scales) + zeros, 0, 15)
+        assert np.abs((codes - zeros) * scales - 1).max() < 0.01
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dead_columns_and_zero_rows_stay_finite_and_are_rounded_to_nearest(bits):
     w, h, _ = problem()
