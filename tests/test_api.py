@@ -53,7 +53,7 @@ def test_images_fill_their_slots_in_order(tiny):
 
 def test_stream_equals_generate(tiny):
     pieces = list(tiny.stream(QUESTION, max_new_tokens=12))
-    result = tiny.generate(QUESTION, max_new_tokens=12)
+    result = tiny.generate(QUESTION, max_new_tokens=12, stop=None)
     assert "".join(p.text for p in pieces) == result.text
     assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].finish_reason == result.finish_reason
@@ -131,6 +131,14 @@ def test_a_base_model_does_not_chat(checkpoint, tmp_path):
         model.chat("Hello")
 
 
+class Pydantic:
+    """What pydantic's models have."""
+
+    @classmethod
+    def model_json_schema(cls):
+        return {}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -144,6 +152,16 @@ def test_a_base_model_does_not_chat(checkpoint, tmp_path):
         (lambda m: m.generate("x", ["http://example.com/a.png"]), "URL"),
         (lambda m: m.generate([10**9]), "1000000000"),
         (lambda m: m.generate(3.5), "prompt"),
+        (lambda m: m.generate("x", max_new_tokens=True), "max_new_tokens is True; expected a whole number"),
+        (lambda m: m.generate("x", max_new_tokens=2.0), "max_new_tokens is 2.0; expected a whole number"),
+        (lambda m: m.generate("x", max_tokens=3), "no option 'max_tokens'; use max_new_tokens"),
+        (lambda m: m.generate("x", do_sample=True), "use temperature (0 is greedy)"),
+        (lambda m: m.stream("x", image=IMAGE), "use images, a list"),
+        (lambda m: m.chat("x", n=2), "chat() has no option 'n'"),
+        (lambda m: m.generate("x", form="yes|no"), "expected qvl.Regex(...)"),
+        (lambda m: m.generate("x", form=qvl.Regex), "is the class Regex; pass an object"),
+        (lambda m: m.generate("x", constraint=Pydantic), "pass qvl.JsonSchema(Pydantic.model_json_schema())"),
+        (lambda m: m.generate("x", stop=[1]), "stop is [1]; expected a str or a list of str"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(tiny, call, message):
@@ -160,6 +178,8 @@ def test_bad_load_arguments(blob):
         qvl.load(path, kv_cache="fp8")
     with pytest.raises(qvl.QvlError, match="no such file"):
         qvl.load("missing.qvl")
+    with pytest.raises(qvl.QvlError, match="context is '100'; expected a whole number"):
+        qvl.load(path, context="100")
 
 
 def test_vision_may_run_elsewhere(blob, tiny):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import qvl_runtime as qvl
 from qvl_runtime.cli.conversation import Conversation, dropped_file
+from qvl_runtime.cli.main import main
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.turns import pictures, portable, words
 from qvl_runtime.inputs.images import load_image
@@ -342,6 +343,14 @@ def test_a_pipe_gets_answers_alone(blob, in_golden):
     assert "\x1b" not in done.stdout
     assert done.stdout.endswith("\n")
     assert "help" not in done.stdout
+
+
+@pytest.mark.parametrize(("lines", "status"), [("/set\n/quit\n/nonsense\n", 0), ("/nonsense\n/set\n", 1)])
+def test_the_status_of_a_pipe_tells_of_a_failed_line(blob, monkeypatch, capsys, lines, status):
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", str(blob("tiny-vl", bits=16)), "--device", "reference"])
+    assert (caught.value.code or 0) == status == capsys.readouterr().err.count("\n")
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
