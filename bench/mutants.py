@@ -123,7 +123,7 @@ def run_tests(folder: Path, tests: list[str], cache: Path, output: Path) -> int 
             import pytest
 
             options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-rf"]
-            names = [f"tests/{test}" if test.startswith("test_") else test for test in tests]
+            names = [f"tests/{test}" if test.endswith(".py") else test for test in tests]
             status = int(pytest.main([*options, *names]))
             sys.stdout.flush()
         finally:

@@ -141,6 +141,16 @@ def test_long_samples_are_cut_before_a_picture_not_inside(folder, tokenizer, lim
     assert len(sample.images) == sample.ids.count(tokenizer.img_start_id)
 
 
+def test_a_cut_at_the_edge_of_a_picture(folder, tokenizer, base):
+    (folder / "data.jsonl").write_text(json.dumps({"text": "one " * 15 + "<img>a.png</img> two"}))
+    (whole,) = calibration.load(folder / "data.jsonl", base)
+    (slot,) = whole.slots
+    for limit, kept in ((slot.start - 1, 0), (slot.start, 0), (slot.end, 0), (slot.end + 1, 1)):
+        (sample,) = calibration.load(folder / "data.jsonl", base, max_tokens=limit)
+        assert len(sample.ids) == (limit if kept else slot.start - 1)
+        assert len(sample.slots) == sample.ids.count(tokenizer.img_start_id) == kept
+
+
 def test_nothing_left_after_cutting_is_a_bad_sample(folder, base):
     (folder / "data.jsonl").write_text(json.dumps({"text": "<img>a.png</img>"}))
     with pytest.raises(QvlError, match="no usable sample"):

@@ -106,6 +106,10 @@ def test_what_is_not_public(address):
     assert not is_public(address)
 
 
+def test_a_mapped_group_address_is_not_public():
+    assert not is_public("::ffff:224.0.0.1")
+
+
 @pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8"])
 def test_what_is_public(address):
     assert is_public(address)

@@ -76,6 +76,24 @@ def test_each_step_lowers_the_output_error(n, k, group_size, sym):
     assert errors[2] < errors[1] and errors[3] <= errors[2] * 1.001
 
 
+def test_a_scale_is_fitted_to_its_integers(rng):
+    """Weights that the integers express exactly with another scale: refining finds it."""
+    codes = rng.integers(0, 16, (3, 64)).astype(np.uint8)
+    zeros, right = np.full((3, 2), 8, np.int32), np.full((3, 2), 0.125, np.float32)
+    w = gptq.dequantize(codes, right, zeros, 32)
+    scales = right * np.float32(1.015625)
+    _, hessian, _ = problem(3, 64)
+    gptq.refine(w, codes, scales, zeros, np.asarray(hessian, np.float32), bits=4, group_size=32, sweeps=3)
+    np.testing.assert_allclose(scales, right, rtol=2e-3)
+
+
+def test_columns_are_visited_by_falling_energy():
+    _, hessian, _ = problem(3, 64)
+    energy = np.diagonal(hessian)[gptq.factorize(hessian).order]
+    assert (np.diff(energy) <= 0).all() and energy[0] > energy[-1]
+    assert (gptq.factorize(hessian, act_order=False).order == np.arange(64)).all()
+
+
 def test_output_error_is_measured_on_the_output():
     w, h, x = problem()
     q = w + np.float32(0.01)

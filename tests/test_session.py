@@ -131,6 +131,15 @@ def test_each_session_has_its_own_rotary_table(pair):
     assert collected([*pieces, *stream], lambda text: []).token_ids == wanted.token_ids
 
 
+def test_a_prompt_that_differs_in_its_last_token_alone_is_computed(pair):
+    model, fresh = pair()
+    ids = model.tokenizer.encode("What is this")
+    for last in model.tokenizer.encode("?!"):
+        answer = model.generate([*ids, last], max_new_tokens=4, logprobs=1)
+        _same(answer, fresh.generate([*ids, last], max_new_tokens=4, logprobs=1))
+    assert answer.timings.cached_tokens == len(ids)
+
+
 def test_the_same_prompt_again_is_not_computed(pair):
     model, _ = pair()
     one = model.generate("What is this?", max_new_tokens=8, temperature=1, seed=3)
@@ -281,7 +290,7 @@ def test_memory_is_bounded(pair):
     assert silent.generate("x", max_new_tokens=2).timings.cached_tokens == 0
 
 
-def test_an_idle_session_waits_for_its_conversation():
+def test_an_idle_session_waits_for_its_conversation(monkeypatch):
     class Idle:
         def __init__(self, keys):
             self.keys, self.length, self.salt = keys, len(keys), None
@@ -298,6 +307,10 @@ def test_an_idle_session_waits_for_its_conversation():
     assert sessions.take([1, 2, 3, 4, 5], 8) is old
     sessions.give(old)
     assert sessions.take([6, 6, 6], 8) is new, "nobody's: the one used longest ago goes"
+    sessions.give(new)
+    sessions._limit = 3
+    monkeypatch.setattr("qvl_runtime.engine.session.Session", lambda *arguments: "made")
+    assert sessions.take([1, 6, 6], 8) == "made", "as long as there may be another, both wait"
 
 
 @pytest.fixture

@@ -167,6 +167,13 @@ def test_other_files_are_refused(tmp_path):
         archive.filelist[-1].file_size = archive.filelist[-1].compress_size = 4 << 20
     with pytest.raises(QvlError, match="reaches past the end"):
         PickleFile(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", state_dict({"w": tensor_call("0", 2, (2,), (1,))}))
+        archive.writestr("archive/data/0", bytes(8))
+        # No more than the file has, but more than there is behind its beginning.
+        archive.filelist[-1].file_size = archive.filelist[-1].compress_size = archive.fp.tell()
+    with pytest.raises(QvlError, match="reaches past the end"):
+        PickleFile(path)
     with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         for _ in range(2):
             archive.writestr("archive/data.pkl", state_dict({}))
