@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -29,8 +28,10 @@ from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
-from qvl_runtime.engine.session import Session
+from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.engine.session import Session, step
 from qvl_runtime.inputs.prompt import Prompt
+from qvl_runtime.slices import at_once
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 PROMPT, ANSWER, TURN = 512, 32, 4
@@ -107,13 +108,14 @@ class Ours:
     def __init__(self, path: str, threads: int):
         os.environ["QVL_THREADS"] = str(threads)
         self.model = load(path, device="cpu")
-        self.session = Session(self.model.decoder, "fp16", PROMPT + ANSWER, threading.RLock())
+        self.session = Session(self.model.decoder, "fp16", PROMPT + ANSWER)
+        self.step = DecodeStep(self.model.decoder)
 
     def prompt(self, tokens: list[int]) -> None:
         self.session.truncate(0)
         prompt = Prompt(tokens, [])
         self.session.keep(prompt)
-        self.session.prefill(prompt, [], PROMPT + ANSWER)
+        at_once(self.session.prefill(prompt, [], PROMPT + ANSWER))
         self.session.best(0)
 
     def forget_answer(self) -> None:
@@ -124,6 +126,7 @@ class Ours:
         token = 1
         for _ in range(count):
             self.session.feed(token)
+            step(self.step, [self.session])
             token = self.session.best(0)
 
 

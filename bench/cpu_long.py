@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import threading
 import time
 from datetime import date
 from functools import partial
@@ -25,7 +24,8 @@ from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
 from qvl_runtime.benchmark import bytes_per_token, machine
-from qvl_runtime.engine.session import PREFILL_ROWS, Session
+from qvl_runtime.engine.decoder import DecodeStep, Span
+from qvl_runtime.engine.session import PREFILL_ROWS, Session, step
 
 
 def main() -> None:
@@ -39,7 +39,8 @@ def main() -> None:
     os.environ["QVL_THREADS"] = str(arguments.threads)
     model, rows, room, answer = load(arguments.model, device="cpu"), PREFILL_ROWS, arguments.tokens + 32, 16
     decoder, ops, config = model.decoder, model.ops, model.config
-    session = Session(decoder, arguments.kv_cache, room, threading.RLock())
+    session = Session(decoder, arguments.kv_cache, room)
+    run = DecodeStep(decoder)
     context = session.state
     context.begin(arguments.tokens)
     context.reserve(room)
@@ -52,7 +53,7 @@ def main() -> None:
         context.truncate(0)
         context.advance(start)
         decoder.embed(ids, work.x)
-        decoder.forward(work, context)
+        decoder.forward(work, [Span(context, rows)])
 
     def attention(start: int) -> None:
         where = np.array([start], np.int32)
@@ -85,11 +86,13 @@ def main() -> None:
     memory[:] = 1
     speeds, bandwidths = [], []
     session.feed(1)
+    step(run, [session])
     for _ in range(3):
         bandwidths.append(bandwidth(ops, memory))
         begin = time.perf_counter()
         for _ in range(answer // 3):
             session.feed(session.best(0))
+            step(run, [session])
         speeds.append(answer // 3 / (time.perf_counter() - begin))
     needed = bytes_per_token(model, arguments.kv_cache, arguments.tokens)
     share = float(np.median(np.array(speeds) * needed / np.array(bandwidths)))

@@ -1,32 +1,51 @@
-"""One answer: from a checked prompt to pieces of text."""
+"""One answer: from a checked prompt to what the engine computes for it."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Answer, Constraint, Form, ReasoningFirst
 from qvl_runtime.engine.drafts import PromptLookup
-from qvl_runtime.engine.generation import Piece, Timings, TokenSelector, generate_step, logprob, stream_generate
+from qvl_runtime.engine.generation import Timings, TokenSelector, generate_step, logprob, stream_generate
+from qvl_runtime.engine.job import Job, Work
 from qvl_runtime.engine.sampling import Sampler
-from qvl_runtime.engine.session import Sessions
+from qvl_runtime.engine.scheduler import Scheduler
+from qvl_runtime.engine.session import Leave, Slice
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Grounding
 from qvl_runtime.inputs.pictures import PictureEncoder
 from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.options import stop_strings, whole_number
+from qvl_runtime.slices import at_once
+
+T = TypeVar("T")
+
+Seen = list[tuple[Slot, Array]]
+"""Pictures and their features."""
+
+
+def _in_slices(encoding: Generator[None, None, T], left: int) -> Generator[Slice, Leave | None, T]:
+    """Encode a picture, with a turn of the engine for each slice."""
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as end:
+            return end.value
+        yield Slice(True, left)
 
 
 class Answering:
-    """Computes answers, one after another.
+    """Makes the engine's jobs.
 
     Parameters
     ----------
-    sessions : Sessions
+    scheduler : Scheduler
     pictures : PictureEncoder or None
         None for a model that takes no pictures.
     tokenizer : Tokenizer
@@ -41,7 +60,7 @@ class Answering:
 
     def __init__(
         self,
-        sessions: Sessions,
+        scheduler: Scheduler,
         pictures: PictureEncoder | None,
         *,
         tokenizer: Tokenizer,
@@ -51,7 +70,8 @@ class Answering:
         largest: int,
     ):
         self.window, self._largest = window, largest
-        self._sessions, self._pictures, self._ops = sessions, pictures, sessions.decoder.ops
+        self._scheduler, self._pictures = scheduler, pictures
+        self._sessions, self._ops = scheduler.sessions, scheduler.sessions.decoder.ops
         self._tokenizer, self._stop_ids, self._grounding = tokenizer, stop_ids, grounding
 
     def check_length(self, prompt: Prompt) -> None:
@@ -77,8 +97,8 @@ class Answering:
         logprobs: int | None,
         speculate: bool,
         salt: str | None,
-    ) -> Generator[Piece, None, None]:
-        """Check everything, and return the generator of an answer."""
+    ) -> Job:
+        """Check everything, and begin an answer; the job's results are its pieces."""
         self.check_length(prompt)
         limit = min(whole_number("max_new_tokens", max_new_tokens), self.window - len(prompt.ids))
         if logprobs is not None:
@@ -87,7 +107,8 @@ class Answering:
         if form is not None:
             constraint = self._constraint(form, prompt, limit)
         select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
-        return self._pieces(prompt, select, stops, limit, speculate, salt)
+        work = self._pieces(prompt, select, stops, limit, speculate, salt)
+        return self._scheduler.submit(work, len(prompt.ids) + limit)
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
         """Hold an answer to a form; half of the tokens are for it where the model reasons first."""
@@ -106,16 +127,15 @@ class Answering:
         limit: int,
         speculate: bool,
         salt: str | None,
-    ) -> Generator[Piece, None, None]:
+    ) -> Work:
         length = len(prompt.ids)
-        session = self._sessions.take(prompt.keys, length + limit, salt)
+        session, kept = yield from self._sessions.begin(prompt, length + limit, salt)
         try:
-            kept = session.keep(prompt)
             started = time.perf_counter()
-            features, encoded = self.features(prompt, kept)
+            features, encoded = yield from self.features(prompt, kept)
             self._ops.synchronize()
             seen = time.perf_counter()
-            session.prefill(prompt, features, length + limit)
+            yield from session.prefill(prompt, features, length + limit)
             self._ops.synchronize()
             timings = Timings(
                 image=seen - started,
@@ -144,31 +164,39 @@ class Answering:
         ids = [encode(text) if isinstance(text, str) else [int(i) for i in text] for text in continuations]
         if (longest := max(map(len, ids), default=0)) > self.window - length:
             raise QvlError(f"a continuation takes {longest} tokens after {length}; the window is {self.window}")
-        session = self._sessions.take(prompt.keys, length + longest)
+        return self._scheduler.submit(self._scores(prompt, ids, length + longest), length + longest).join()
+
+    def _scores(self, prompt: Prompt, continuations: list[list[int]], capacity: int) -> Work:
+        length = len(prompt.ids)
+        session, kept = yield from self._sessions.begin(prompt, capacity)
         try:
-            features, _ = self.features(prompt, session.keep(prompt))
-            session.prefill(prompt, features, length + longest)
-            first, scores = session.logits(0), []
-            for tokens in ids:
+            features, _ = yield from self.features(prompt, kept)
+            yield from session.prefill(prompt, features, capacity)
+            first = session.logits(0)
+            for tokens in continuations:
                 found = [logprob(first, token, 0).logprob for token in tokens[:1]]
                 for before, token in itertools.pairwise(tokens):
                     session.feed(before)
+                    yield session
                     found.append(logprob(session.logits(0), token, 0).logprob)
                 session.truncate(length)
-                scores.append(found)
-            return scores
+                yield found
         finally:
             self._sessions.give(session)
 
-    def features(self, prompt: Prompt, kept: int) -> tuple[list[tuple[Slot, Array]], int]:
+    def features(self, prompt: Prompt, kept: int) -> Generator[Slice, Leave | None, tuple[Seen, int]]:
         """Features of the pictures that reach beyond position `kept`, and how many of them were not known."""
         found, encoded = [], 0
         for slot in prompt.slots:
             if slot.end > kept and self._pictures is not None:
-                features, known = self._pictures.features(slot.picture)
+                features, known = yield from _in_slices(self._pictures.features(slot.picture), len(prompt.ids) - kept)
                 found.append((slot, features))
                 encoded += not known
         return found, encoded
+
+    def features_at_once(self, prompt: Prompt) -> Seen:
+        """Features of all pictures of a prompt."""
+        return at_once(self.features(prompt, 0))[0]
 
     def boxes(self, text: str, prompt: Prompt) -> list[Box]:
         """The boxes of an answer."""

@@ -68,12 +68,15 @@ class Asking:
         options = {name: value for name, value in locals().items() if name not in ("self", "n", "seed")}
         first = seed if seed is None else whole_number("seed", seed)
 
-        def answer(seed: int | None) -> Result:
-            return self.stream(**options, seed=seed).result()
-
         if n is None:
-            return answer(first)
-        return [answer(None if first is None else first + i) for i in range(whole_number("n", n, 1))]
+            return self.stream(**options, seed=first).result()
+        seeds = (None if first is None else first + i for i in range(whole_number("n", n, 1)))
+        streams = [self.stream(**options, seed=seed) for seed in seeds]
+        try:
+            return [stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
 
     @named_options
     def stream(
@@ -148,10 +151,8 @@ class Asking:
         )
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls, salt(cache_salt)))
         form = one_constraint(constraint, form, min_new_tokens)
-        pieces = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
-        return Stream(
-            pieces, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made))
-        )
+        job = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
+        return Stream(job, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made)))
 
     @named_options
     def chat(
@@ -188,10 +189,13 @@ class Asking:
         """
         options = {name: value for name, value in locals().items() if name not in ("self", "on_piece")}
         stream = self.stream_chat(**options)
-        for piece in stream:
+        try:
             if on_piece is not None:
-                on_piece(piece)
-        return stream.result()
+                for piece in stream:
+                    on_piece(piece)
+            return stream.result()
+        finally:
+            stream.cancel()
 
     @named_options
     def stream_chat(
@@ -261,7 +265,7 @@ class Asking:
         window = chat_window(self.window, own.max_window_size, wanted, max_window_size, block)
         access = Access(allow_paths, allow_urls, salt(cache_salt))
         made = self.prompts.chat(query, history, images, system=system, window=window, access=access)
-        pieces = self._answering.answer(
+        job = self._answering.answer(
             made.prompt, sampler, wanted, stop, one_constraint(constraint, form), logprobs, speculate, cache_salt
         )
 
@@ -271,7 +275,7 @@ class Asking:
             turns = [*(history or []), (made.query, text)]
             return ChatResult(**vars(result) | {"text": text}, history=turns, left_out=made.left_out)
 
-        return Stream(pieces, finish)
+        return Stream(job, finish)
 
     @named_options
     def generate_batch(

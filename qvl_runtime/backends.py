@@ -138,6 +138,19 @@ def device_memory(device: str) -> tuple[str, str, int | None]:
     return name, name, free_memory()
 
 
+def free_bytes(ops: Ops, blob: Blob) -> int:
+    """Bytes that a loaded model leaves free on its device, or 0 where the system does not tell.
+
+    The file of a model that is mapped counts as free to the system, but is needed.
+    """
+    if ops.name == "cuda":
+        from qvl_kernels import gpu
+
+        return cast("gpu.CudaOps", ops).driver.memory()[0]
+    free = free_memory()
+    return 0 if free is None else max(0, free - sum(blob.part_sizes().values()))
+
+
 def free_memory() -> int | None:
     """Bytes of main memory a program could still take, or None where the system does not tell.
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Ops
 from qvl_runtime.budget import cache_bytes
-from qvl_runtime.engine.session import Session
+from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.engine.session import Session, step
 from qvl_runtime.inputs.prompt import Prompt
 from qvl_runtime.model import Model
+from qvl_runtime.slices import at_once
 
 PICTURE_SIDE = 448
 """Pixels along each side of the picture that is timed."""
@@ -63,13 +64,14 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     The prompt is random text, the answer whatever comes: stop tokens do not stop it.
     """
     random = np.random.default_rng(0)
-    session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens, make_lock())
+    session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens)
+    run = DecodeStep(model.decoder)
     decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
     products = 2 * prompt_tokens * _decoder_weights(model)
 
     def once(limits: _Limits | None) -> dict[str, float]:
         tokens = random.integers(0, model.tokenizer.eod_id, prompt_tokens).tolist()
-        taken = _prompt(session, tokens, new_tokens, limits) | _answer(session, new_tokens, limits)
+        taken = _prompt(session, tokens, new_tokens, limits) | _answer(run, session, new_tokens, limits)
         if model.pictures is not None:
             picture = random.integers(0, 256, (PICTURE_SIDE, PICTURE_SIDE, 3), np.uint8)
             begin = time.perf_counter()
@@ -124,12 +126,12 @@ def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | Non
     session.truncate(0)
     session.keep(prompt)
     begin = time.perf_counter()
-    session.prefill(prompt, [], len(tokens) + new)
+    at_once(session.prefill(prompt, [], len(tokens) + new))
     session.best(0)
     return found | {"prefill": len(tokens) / (time.perf_counter() - begin)}
 
 
-def _answer(session: Session, new: int, limits: _Limits | None) -> dict[str, float]:
+def _answer(run: DecodeStep, session: Session, new: int, limits: _Limits | None) -> dict[str, float]:
     """Memory is read between the tokens: its speed changes within seconds where others use it too."""
     seconds, reads = 0.0, []
     for i in range(new):
@@ -137,6 +139,7 @@ def _answer(session: Session, new: int, limits: _Limits | None) -> dict[str, flo
             reads.append(1 / limits.bandwidth())
         begin = time.perf_counter()
         session.feed(session.best(0))
+        step(run, [session])
         seconds += time.perf_counter() - begin
     return ({"bandwidth": 1 / float(np.mean(reads))} if limits else {}) | {"decode": new / seconds}
 

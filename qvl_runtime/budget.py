@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from qvl_runtime.blob import Blob
+from qvl_runtime.engine.decoder import FEW_ROWS
 from qvl_runtime.engine.session import PREFILL_ROWS
 from qvl_runtime.families.base import Family
 from qvl_runtime.families.config import Config
@@ -98,7 +99,7 @@ def workspace_bytes(family: Family, config: Config, context: int) -> int:
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     row = config.hidden_size + (2 * heads + 2 * kv_heads) * config.head_dim + config.ffn_width
-    prefill = PREFILL_ROWS * row + config.vocab_size
+    prefill = (PREFILL_ROWS + FEW_ROWS) * row + config.vocab_size
     kept, passing = family.vision_values(config) if config.sees else (0, 0)
     return 4 * (kept + max(2 * prefill, 2 * passing, kept) + context * config.head_dim)
 

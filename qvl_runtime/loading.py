@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable
 
-from qvl_kernels.locks import make_lock
-from qvl_runtime.backends import backend, check_fit, make_ops
+from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS
 from qvl_runtime.engine.kv_file import identity
+from qvl_runtime.engine.scheduler import MAX_BATCH, Scheduler
 from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.layers import Decoder
@@ -34,6 +34,8 @@ def load(
     context: int | None = None,
     vision_device: str | None = None,
     conversations: int = 1,
+    max_batch: int = MAX_BATCH,
+    kv_cache_bytes: int | None = None,
     image_cache_bytes: int = MEMORY_BYTES,
     cache_dir: str | os.PathLike | None = None,
     min_pixels: int | None = None,
@@ -67,6 +69,11 @@ def load(
     conversations : int
         How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
         one of them computes only the rest. 0 computes every prompt anew.
+    max_batch : int
+        Answers that are computed side by side, up to 16; others wait.
+    kv_cache_bytes : int, optional
+        Memory for the keys and values of these, prompts and the most their answers may have: others wait in order
+        until there is room. One alone may take more. By default half of what is free beside the model.
     image_cache_bytes : int
         Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
     cache_dir : path, optional
@@ -93,6 +100,10 @@ def load(
         whole_number("context", context, 1)
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
         whole_number(name, value)
+    if whole_number("max_batch", max_batch, 1) > MAX_BATCH:
+        raise QvlError(f"max_batch is {max_batch}; at most {MAX_BATCH} answers are computed side by side")
+    if kv_cache_bytes is not None:
+        whole_number("kv_cache_bytes", kv_cache_bytes)
     blob = Blob(path)
     if context is not None and context > blob.config.max_position_embeddings:
         raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
@@ -103,7 +114,7 @@ def load(
     if vision_device is not None and backend(vision_device)[0] != ops.name:
         vision_ops = make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
-    lock, family, config = make_lock(), blob.family, blob.config
+    family, config = blob.family, blob.config
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary)
     pictures = None
     if config.sees:
@@ -117,14 +128,14 @@ def load(
             family.vision(Weights(blob, vision_ops)),
             ops,
             PictureCache(config.hidden_size, image_cache_bytes, cache_dir),
-            lock,
         )
+    if kv_cache_bytes is None:
+        kv_cache_bytes = free_bytes(ops, blob) // 2
     return Model(
         blob,
         family.tokenizer(blob.ranks, config),
-        Sessions(decoder, kv_cache, conversations, lock),
+        Scheduler(Sessions(decoder, kv_cache, conversations), max_batch=max_batch, room=kv_cache_bytes),
         pictures,
         window=min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
-        device=lock,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 from qvl_runtime.answering import Answering
 from qvl_runtime.asking import Asking
 from qvl_runtime.blob import Blob
+from qvl_runtime.engine.scheduler import Scheduler
 from qvl_runtime.engine.scoring import score
-from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, PictureEncoder
@@ -38,19 +37,18 @@ class Model(Asking):
         self,
         blob: Blob,
         tokenizer: Tokenizer,
-        sessions: Sessions,
+        scheduler: Scheduler,
         pictures: PictureEncoder | None,
         *,
         window: int,
         identity: str,
-        device: threading.RLock,
     ):
         self.blob, self.tokenizer, self.pictures, self.window = blob, tokenizer, pictures, window
         self.config, self.generation_config = blob.config, blob.generation_config
-        self.decoder, self.ops = sessions.decoder, sessions.decoder.ops
-        self._sessions, self._identity, self._device = sessions, identity, device
+        self._scheduler, self._sessions, self._identity = scheduler, scheduler.sessions, identity
+        self.decoder, self.ops = self._sessions.decoder, self._sessions.decoder.ops
         self._answering = Answering(
-            sessions,
+            scheduler,
             pictures,
             tokenizer=tokenizer,
             stop_ids=self.stop_ids,
@@ -92,9 +90,8 @@ class Model(Asking):
         """
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls))
         self._answering.check_length(made)
-        features, _ = self._answering.features(made, 0)
-        with self._device:
-            return score(self.decoder, made, features, trace)
+        with self._scheduler.gate, self._scheduler.device:
+            return score(self.decoder, made, self._answering.features_at_once(made), trace)
 
     def score(
         self, prompt: Any, continuations: Sequence[str | Sequence[int]], images: Sequence[ImageSource] | None = None
@@ -112,7 +109,8 @@ class Model(Asking):
         """What the decoder sees of a picture, float32 ``[tokens, hidden]``; `trace` as in `logits`."""
         if self.pictures is None:
             raise QvlError(f"{self.blob.path}: has no vision part and takes no pictures; use a vision-language model")
-        return self.pictures.encode(image, Access(allow_paths, allow_urls), trace)
+        with self._scheduler.gate, self._scheduler.device:
+            return self.pictures.encode(image, Access(allow_paths, allow_urls), trace)
 
     def forget(self) -> None:
         """Free the keys and values of earlier calls."""
@@ -140,7 +138,8 @@ class Model(Asking):
         own = self.generation_config
         window = chat_window(self.window, own.max_window_size, own.max_new_tokens)
         made = self.prompts.chat("", history, None, system=system, window=window, access=Access())
-        return self._sessions.save(path, made.prompt.keys, self._identity)
+        with self._scheduler.gate, self._scheduler.device:
+            return self._sessions.save(path, made.prompt.keys, self._identity)
 
     def load_past(self, path: str | os.PathLike) -> int:
         """Take up what `save_past` wrote; returns how many tokens that are.
@@ -150,4 +149,5 @@ class Model(Asking):
         QvlError
             When the file is damaged, or was written with other weights, another device, cache, or `activations`.
         """
-        return self._sessions.load(path, self._identity)
+        with self._scheduler.gate, self._scheduler.device:
+            return self._sessions.load(path, self._identity)

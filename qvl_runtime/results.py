@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Logprob, Piece, Timings
-from qvl_runtime.errors import QvlError
+from qvl_runtime.engine.job import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +64,15 @@ class ChatResult(Result):
 class Stream(Iterator[Piece]):
     """The pieces of an answer as they are computed, and afterwards the whole of it.
 
-    Several threads may use one, and `cancel` it. Closing it, or letting go of it, ends the answer.
+    The engine computes it whether or not somebody reads. Several threads may use one, and `cancel` it. Closing it, or
+    letting go of it, ends the answer.
     """
 
-    def __init__(self, pieces: Generator[Piece, None, None], finish: Callable[[list[Piece]], Result]):
-        self._pieces, self._finish, self._seen = pieces, finish, list[Piece]()
-        self._lock, self._cancelled = threading.Lock(), False
+    def __init__(self, job: Job, finish: Callable[[list[Piece]], Result]):
+        self._job, self._finish = job, finish
 
     def __next__(self) -> Piece:
-        with self._lock:
-            if self._cancelled:
-                self._pieces.close()
-            piece = next(self._pieces)
-            self._seen.append(piece)
-        return piece
+        return next(self._job)
 
     def result(self) -> Any:
         """The whole answer; waits for what is left of it. A `Result`, or for a chat's turn a `ChatResult`.
@@ -88,22 +82,16 @@ class Stream(Iterator[Piece]):
         QvlError
             When the answer was cancelled.
         """
-        for _ in self:
-            pass
-        if not self._seen or self._seen[-1].finish_reason is None:
-            raise QvlError("the answer was cancelled before its end")
-        return self._finish(self._seen)
+        return self._finish(self._job.join())
 
     def cancel(self) -> None:
-        """End the answer: no further piece comes, and what it takes is freed. Any thread may call it at any time."""
-        self._cancelled = True
-        if self._lock.acquire(blocking=False):  # else who computes a piece notices after it
-            try:
-                self._pieces.close()
-            finally:
-                self._lock.release()
+        """End the answer: no further piece comes, and at the next slice what it takes is freed.
 
-    close = cancel
+        Any thread may call it at any time.
+        """
+        self._job.cancel()
+
+    close = __del__ = cancel
 
 
 def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:

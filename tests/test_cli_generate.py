@@ -10,6 +10,7 @@ from PIL import Image
 
 from qvl_runtime.cli.main import main
 from qvl_runtime.engine.generation import Piece, Timings
+from qvl_runtime.engine.job import Job
 from qvl_runtime.results import Stream, collected
 
 GREY = "#808080"
@@ -108,7 +109,9 @@ def test_an_answer_cut_by_the_context_says_so(generate):
 
 def test_an_empty_answer_of_a_chat_model_says_so(generate, monkeypatch):
     last = Piece("", (), "stop", Timings(prompt_tokens=1))
-    stream = Stream(iter([last]), lambda seen: collected(seen, lambda text: []))
+    job = Job((piece for piece in [last]), 0, None)
+    job.advance()
+    stream = Stream(job, lambda seen: collected(seen, lambda text: []))
     monkeypatch.setattr("qvl_runtime.model.Model.stream", lambda self, *a, **k: stream)
     status, out, err = generate("Hello")
     assert (status, out) == (0, "\n") and "qvl chat" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,12 @@ from fakes.gpu import Images
 
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_runtime.budget import budget
-from qvl_runtime.engine.session import Session
+from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.engine.session import Session, step
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.prompt import Prompt
+from qvl_runtime.slices import at_once
 
 CONTEXT = 8192
 
@@ -50,12 +51,14 @@ def test_the_announced_memory_is_enough(name, kv_cache, true_sizes):
 
     visual, grid = sizes.config.visual, (40, 32)
     features = vision.encode(np.zeros((4 * grid[0] * grid[1], visual.patch_dim), np.float32), grid)
-    session = Session(decoder, kv_cache, 256, threading.RLock())
+    session = Session(decoder, kv_cache, 256)
+    run = DecodeStep(decoder)
     for length in (1000, 5632, CONTEXT - 16):
         ids = [1] * length
-        session.prefill(Prompt(ids, []), [], length + 16)
+        at_once(session.prefill(Prompt(ids, []), [], length + 16))
         for rows in range(1, 17):
             session.feed(*[1] * rows)
+            step(run, [session])
             session.truncate(length)
     assert session.state.store.capacity == CONTEXT and features.nbytes
     assert driver.most <= told.total

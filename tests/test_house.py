@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 LAYERS = (
     ("qvl_kernels",),
-    ("qvl_runtime.errors", "qvl_runtime.trace"),
+    ("qvl_runtime.errors", "qvl_runtime.slices", "qvl_runtime.trace"),
     ("qvl_runtime.file",),
     ("qvl_runtime.inputs", "qvl_runtime.boxes", "qvl_runtime.drawing"),
     ("qvl_runtime.engine",),

@@ -13,6 +13,7 @@ from test_cpu_gemm import attended, matrix, normal, poisoned
 import qvl_runtime as qvl
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
+from qvl_runtime.engine.decoder import Span
 
 KINDS = [(bits, group, asymmetric) for bits in (4, 8) for group in (32, 64, 128) for asymmetric in (False, True)]
 
@@ -82,7 +83,7 @@ def test_logits_of_a_whole_model(blob, bits, kv_cache):
         for count in pieces:
             work, rows = decoder.workspace(count), ops.empty((count, model.config.vocab_size))
             decoder.embed(ops.upload(np.array(ids[context.length : context.length + count], np.int32)), work.x)
-            decoder.forward(work, context)
+            decoder.forward(work, [Span(context, count)])
             decoder.logits(work.x, rows)
             context.advance(count)
             out.append(ops.download(rows))

@@ -298,7 +298,7 @@ def test_an_idle_session_waits_for_its_conversation(monkeypatch):
         def shared(self, keys):
             return next((i for i, (a, b) in enumerate(zip(self.keys, keys)) if a != b), min(len(self.keys), len(keys)))
 
-    sessions = Sessions(None, "fp16", 2, threading.RLock())
+    sessions = Sessions(None, "fp16", 2)
     old, new = Idle([1, 2, 3, 4]), Idle([1, 7, 8, 9])
     sessions.give(old)
     sessions.give(new)

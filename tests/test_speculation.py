@@ -19,7 +19,7 @@ MIXED = np.random.default_rng(2).integers(0, 4, 120).tolist()
 class Chain:
     """A session whose logits depend on the last two tokens only: a toy that can be enumerated."""
 
-    room = 10**6
+    room, spare = 10**6, MAX_DRAFT
 
     def __init__(self, start: list[int]):
         self.logits_after = np.random.default_rng(4).normal(0, 1.5, (4, 4, 4)).astype(np.float32)
@@ -47,9 +47,14 @@ class Chain:
         return int(np.argmax(self.rows[row]))
 
 
+def _tokens(chain: Chain, choose: TokenSelector, guesses: PromptLookup | None, limit: int) -> list[int]:
+    steps = generate_step(chain, choose, guesses, limit, Timings())
+    return [choice.token for choice in steps if choice is not chain]
+
+
 def _toy(seed: int, guesses: PromptLookup | None, temperature: float) -> list[int]:
     choose = TokenSelector(Sampler(temperature, seed=seed), list(MIXED))
-    return [choice.token for choice in generate_step(Chain(MIXED), choose, guesses, 30, Timings())]
+    return _tokens(Chain(MIXED), choose, guesses, 30)
 
 
 def test_sampling_keeps_its_distribution():
@@ -57,7 +62,7 @@ def test_sampling_keeps_its_distribution():
     draws, seen, batches = 10_000, Counter(), Counter()
     for seed in range(draws):
         chain, choose = Chain(MIXED), TokenSelector(Sampler(1.0, seed=seed), list(MIXED))
-        answer = [choice.token for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 4, Timings())]
+        answer = _tokens(chain, choose, PromptLookup(MIXED, 0.0), 4)
         seen[tuple(answer[:3])] += 1
         batches[max(chain.batches)] += 1
     after, statistic = Chain(MIXED).logits_after, 0.0
@@ -84,6 +89,8 @@ def test_what_was_not_chosen_is_forgotten():
         chain, choose = Chain(MIXED), TokenSelector(Sampler(1.0, seed=seed), list(MIXED))
         answer = []
         for choice in generate_step(chain, choose, PromptLookup(MIXED, 0.0), 20, Timings()):
+            if choice is chain:
+                continue  # it was fed at once
             fed = MIXED + answer
             assert chain.tokens[: len(fed)] == fed
             answer.append(choice.token)
@@ -97,12 +104,16 @@ def test_guesses_stay_within_the_window_and_the_limit():
         chain.logits_after[a, b, c] = 9
     chain.rows = [chain.logits_after[2, 3]]
     chain.room = 3
-    assert len(list(generate_step(chain, choose, PromptLookup(start, 0.0), 9, Timings()))) == 9
+    assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 9)) == 9
     assert max(chain.batches) == 3, "one token and two guesses"
     chain.room = 100
     chain.batches.clear()
-    assert len(list(generate_step(chain, choose, PromptLookup(start, 0.0), 4, Timings()))) == 4
+    assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 4)) == 4
     assert sum(chain.batches) == 3, "the last token is not computed on"
+    chain.spare = 1
+    chain.batches.clear()
+    assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 9)) == 9
+    assert max(chain.batches) == 2, "a step has room for one guess"
 
 
 def test_a_guess_is_what_followed_last_time():

@@ -11,7 +11,7 @@ from gpu_bench import common
 from gpu_bench.common import peer, table, torch_or_none
 from gpu_bench.speed import copy_bandwidth
 from qvl_kernels.gpu.cache import cache_bytes
-from qvl_runtime.engine.decoder import DecodeStep, Features
+from qvl_runtime.engine.decoder import DecodeStep, Features, Outcome, Span
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.qwen_vl.adapter import Adapter
@@ -36,7 +36,7 @@ def decode() -> dict:
             context = decoder.sequence(kind, min(length + 2 * STEPS, config.max_position_embeddings))
             common.clear(ops, context.store)
             context.truncate(length)
-            step = DecodeStep(decoder, context)
+            step = LoneStep(decoder, context)
             graph, loop = _decode(ops, step, context, length)
             cache = cache_bytes(config.num_hidden_layers, config.num_attention_heads, config.head_dim, length, kind)
             limit = (weights + cache) / rate
@@ -59,26 +59,39 @@ def _bytes(w) -> int:
     return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
 
 
-def _decode(ops, step: DecodeStep, context: SequenceState, length: int) -> tuple[float, float]:
+class LoneStep:
+    """A step of one sequence."""
+
+    def __init__(self, decoder: Decoder, sequence: SequenceState):
+        self.sequence, self._step = sequence, DecodeStep(decoder)
+
+    def __call__(self, *tokens: int) -> Outcome:
+        return self._step([(self.sequence, tokens)])
+
+    def replay(self) -> None:
+        """The graph alone."""
+        self.sequence.captured[self._step].replays[(1,)]()
+
+
+def _decode(ops, step: LoneStep, context: SequenceState, length: int) -> tuple[float, float]:
     """Seconds a step: of its graph alone, and as greedy generation runs it, reading each token back."""
     for _ in range(3):
         step(7)
     context.truncate(length)
     begin = time.perf_counter()
     for _ in range(STEPS):
-        step(7)
-        ops.download(step.best)
+        step(7).best(0)
     loop = (time.perf_counter() - begin) / STEPS
     context.truncate(length)
-    replay, driver, times = step._captured(1), ops.driver, []
+    driver, times = ops.driver, []
     for _ in range(STEPS):
         begin = driver.mark()
-        replay()
+        step.replay()
         times.append(driver.seconds(begin, driver.mark()))
     return float(np.median(times)), loop
 
 
-def prefill(decoder: Decoder, step: DecodeStep, ids: list[int], images: list) -> None:
+def prefill(decoder: Decoder, sequence: SequenceState, ids: list[int], images: list) -> None:
     """A prompt through the decoder, in pieces."""
     work = decoder.workspace(min(len(ids), ROWS))
     for first in range(0, len(ids), ROWS):
@@ -86,20 +99,20 @@ def prefill(decoder: Decoder, step: DecodeStep, ids: list[int], images: list) ->
         rows = work.rows(len(part))
         decoder.embed(decoder.ops.upload(np.array(part, np.int32)), rows.x)
         pictures = [Features(row - first, features.shape[0], features) for row, features in images]
-        decoder.forward(rows, step.sequence, pictures)
-        step.sequence.advance(len(part))
-    decoder.logits(rows.x[len(part) - 1 : len(part)], step.logits)
+        decoder.forward(rows, [Span(sequence, len(part))], pictures)
+        sequence.advance(len(part))
+    decoder.logits(rows.x[len(part) - 1 : len(part)], decoder.ops.empty((1, decoder.vocab_size)))
 
 
 def _prefill(ops, decoder: Decoder) -> dict:
     rows, found = [], {}
     for length in (512, 2048):
-        step = DecodeStep(decoder, decoder.sequence("fp16", length))
+        sequence = decoder.sequence("fp16", length)
         times = []
         for _ in range(4):
-            step.sequence.truncate(0)
+            sequence.truncate(0)
             begin = time.perf_counter()
-            prefill(decoder, step, list(range(length)), [])
+            prefill(decoder, sequence, list(range(length)), [])
             ops.synchronize()
             times.append(time.perf_counter() - begin)
         seconds = float(np.median(times[1:]))
@@ -205,9 +218,9 @@ def memory() -> dict:
             ops.memory.trim()
             ops.memory.peak = ops.memory.in_use
             tokens = min(tokens, config.max_position_embeddings)
-            step = DecodeStep(decoder, decoder.sequence(kind, tokens))
+            step = LoneStep(decoder, decoder.sequence(kind, tokens))
             features = adapter(tower(common.pixels(config)))
-            prefill(decoder, step, list(range(100, 100 + tokens - 8)), [(1, features)])
+            prefill(decoder, step.sequence, list(range(100, 100 + tokens - 8)), [(1, features)])
             for _ in range(8):
                 step(7)
             ops.synchronize()

@@ -16,7 +16,7 @@ import numpy as np
 from qvl_convert.plan import Recipe, Source
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
-from qvl_runtime.engine.decoder import Features
+from qvl_runtime.engine.decoder import Features, Span
 from qvl_runtime.engine.sequence import Rotary, SequenceState
 from qvl_runtime.families.base import Family
 from qvl_runtime.families.config import Config
@@ -214,7 +214,7 @@ class Walk:
         def step(i: int) -> Array:
             rows = work.rows(len(self.hidden[i]))
             self.ops.write(rows.x, self.hidden[i])
-            block(weights.ops, rows, self._sequence(i), index)
+            block(weights.ops, rows, [Span(self._sequence(i), len(self.hidden[i]))], index)
             if index + 1 < levels:
                 place_features(self.ops, self._placed(i), index + 1, rows.x)
             return rows.x

@@ -78,8 +78,11 @@ class KVCache(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def resized(self, capacity: int, length: int) -> KVCache:
-        """A cache of another capacity that holds the first `length` positions of this one, which may be void then."""
+    def resized(self, capacity: int, length: int, *, keep: bool = False) -> KVCache:
+        """A cache of another capacity that holds the first `length` positions of this one.
+
+        This one may be void then, unless `keep`.
+        """
 
     def saved(self, layer: int, length: int) -> list[np.ndarray]:
         """The first `length` positions of a layer, for `restore`: contiguous, in the backend's own layout."""
@@ -176,6 +179,9 @@ class Ops(Protocol):
 
     def weight(self, matrix: Matrix) -> Weight:
         """Prepare a matrix for the products below."""
+
+    def coarse(self, weight: Weight) -> bool:
+        """Whether products of more than 16 rows are computed with fewer bits than those of up to 16."""
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
         """A cache of `capacity` positions, for `kv_heads` heads of keys and values.

@@ -1,11 +1,11 @@
-"""What the engine asks of a model's decoder, and a step of it that is captured once and replayed."""
+"""What the engine asks of a model's decoder, and a step of several sequences, captured once and replayed."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +33,13 @@ class Features:
     values: Array
 
 
+class Span(NamedTuple):
+    """The next rows of what is computed at once, which belong to one sequence."""
+
+    sequence: SequenceState
+    rows: int
+
+
 class Decoder(Protocol):
     """A model's decoder.
 
@@ -40,10 +47,13 @@ class Decoder(Protocol):
     ----------
     ops : Ops
     vocab_size : int
+    coarse : bool
+        Whether more than `FEW_ROWS` tokens are computed with fewer bits than so many or fewer.
     """
 
     ops: Ops
     vocab_size: int
+    coarse: bool
 
     def sequence(self, dtype: str, capacity: int, layers: int | None = None) -> SequenceState:
         """The empty state of a sequence; see `SequenceState`."""
@@ -55,9 +65,9 @@ class Decoder(Protocol):
         """Embed token ids, int32 ``[T]``, into `out` float32 ``[T, hidden]``."""
 
     def forward(
-        self, work: Any, sequence: SequenceState, pictures: Sequence[Features] = (), trace: Trace = no_trace
+        self, work: Any, spans: Sequence[Span], pictures: Sequence[Features] = (), trace: Trace = no_trace
     ) -> None:
-        """Run all layers over ``work.x`` in place, appending to `sequence` (whose length is not advanced).
+        """Run all layers over ``work.x`` in place, appending to the sequences (whose lengths are not advanced).
 
         The features of `pictures` replace rows before the first layer; further levels are added after the others.
         """
@@ -66,45 +76,93 @@ class Decoder(Protocol):
         """``out [T, vocab] = head(norm(x [T, hidden]))``."""
 
 
-class DecodeStep:
-    """A few tokens through the decoder, captured once for a sequence and replayed for all that follow.
+FEW_ROWS = 16
+"""Rows of a step, at most. On the CPU so many are computed with 16-bit activations, each row as it would be alone:
+an answer does not depend on what is computed beside it."""
 
-    Attributes
+
+class Outcome:
+    """What a step has given: row i is for what follows the i-th token fed. It holds until the next step."""
+
+    def __init__(self, ops: Ops, logits: Array, best: Array):
+        self._ops, self._logits, self._best = ops, logits, best
+        self._read: np.ndarray | None = None
+
+    def best(self, row: int) -> int:
+        """The token with the highest logit; -1 where one is not finite."""
+        if self._read is None:
+            self._read = self._ops.download(self._best)
+        return int(self._read[row])
+
+    def logits(self, row: int) -> np.ndarray:
+        """float32 ``[vocab]``."""
+        return self._ops.download(self._logits[row : row + 1])[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captured:
+    """Steps that can be repeated as long as their sequences have these arrays, by the rows of each sequence."""
+
+    arrays: list[Any]
+    replays: dict[tuple[int, ...], Callable[[], None]] = dataclasses.field(default_factory=dict)
+
+    def of(self, arrays: Sequence[Any]) -> bool:
+        """Whether these are the arrays."""
+        return len(arrays) == len(self.arrays) and all(a is b for a, b in zip(arrays, self.arrays))
+
+
+class DecodeStep:
+    """A few tokens through the decoder, of one or of several sequences; each such set is captured once and replayed.
+
+    Parameters
     ----------
-    logits : Array
-        float32 ``[rows, vocab]``: row i is for what follows the i-th token fed.
-    best : Array
-        int32 ``[rows]``: the highest of each row of `logits`.
+    decoder : Decoder
     """
 
-    def __init__(self, decoder: Decoder, sequence: SequenceState, rows: int = 1):
+    def __init__(self, decoder: Decoder):
         ops = decoder.ops
-        self.ops, self.decoder, self.sequence = ops, decoder, sequence
-        self.work = decoder.workspace(rows)
-        self.ids = ops.empty((rows,), np.int32)
-        self.logits = ops.empty((rows, decoder.vocab_size))
-        self.best = ops.empty((rows,), np.int32)
-        self._arrays: tuple[Any, ...] = ()
-        self._replays: dict[int, Callable[[], None]] = {}
+        self.ops, self.decoder = ops, decoder
+        self._work = decoder.workspace(FEW_ROWS)
+        self._ids = ops.empty((FEW_ROWS,), np.int32)
+        self._logits = ops.empty((FEW_ROWS, decoder.vocab_size))
+        self._best = ops.empty((FEW_ROWS,), np.int32)
+        self._members: list[SequenceState] = []
+        self._together = Captured([])
 
-    def __call__(self, *tokens: int) -> None:
-        """Feed up to `rows` tokens."""
-        self.sequence.reserve(self.sequence.length + len(tokens))
-        self.ops.write(self.ids[: len(tokens)], np.array(tokens, np.int32))
-        self._captured(len(tokens))()
-        self.sequence.advance(len(tokens))
+    def __call__(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Outcome:
+        """Feed tokens to sequences, up to `FEW_ROWS` in all."""
+        spans = [Span(sequence, len(tokens)) for sequence, tokens in fed]
+        for sequence, count in spans:
+            sequence.reserve(sequence.length + count)
+        tokens = np.array([token for _, tokens in fed for token in tokens], np.int32)
+        self.ops.write(self._ids[: len(tokens)], tokens)
+        self._captured(spans, len(tokens))()
+        for sequence, count in spans:
+            sequence.advance(count)
+        return Outcome(self.ops, self._logits[: len(tokens)], self._best[: len(tokens)])
 
-    def _captured(self, rows: int) -> Callable[[], None]:
-        arrays = self.sequence.arrays
-        if len(arrays) != len(self._arrays) or any(a is not b for a, b in zip(arrays, self._arrays)):
-            self._replays, self._arrays = {}, arrays
-        if rows not in self._replays:
-            self._replays[rows] = self.ops.capture(partial(self._step, rows))
-        return self._replays[rows]
+    def forget(self) -> None:
+        """Let go of what was captured of several sequences, and of their memory."""
+        self._members, self._together = [], Captured([])
 
-    def _step(self, rows: int) -> None:
-        work, logits = self.work.rows(rows), self.logits[:rows]
-        self.decoder.embed(self.ids[:rows], work.x)
-        self.decoder.forward(work, self.sequence)
+    def _captured(self, spans: Sequence[Span], rows: int) -> Callable[[], None]:
+        members = [span.sequence for span in spans]
+        arrays = [array for sequence in members for array in sequence.arrays]
+        known = members[0].captured.get(self) if len(members) == 1 else self._together
+        if known is None or (len(members) > 1 and members != self._members) or not known.of(arrays):
+            known = Captured(arrays)
+            if len(members) == 1:
+                members[0].captured[self] = known
+            else:
+                self._members, self._together = members, known
+        counts = tuple(span.rows for span in spans)
+        if counts not in known.replays:
+            known.replays[counts] = self.ops.capture(partial(self._step, spans, rows))
+        return known.replays[counts]
+
+    def _step(self, spans: Sequence[Span], rows: int) -> None:
+        work, logits = self._work.rows(rows), self._logits[:rows]
+        self.decoder.embed(self._ids[:rows], work.x)
+        self.decoder.forward(work, spans)
         self.decoder.logits(work.x, logits)
-        self.ops.argmax(logits, out=self.best[:rows])
+        self.ops.argmax(logits, out=self._best[:rows])

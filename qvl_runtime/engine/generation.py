@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -154,8 +154,8 @@ def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
 
 def generate_step(
     session: Session, select: TokenSelector, drafts: PromptLookup | None, limit: int, timings: Timings
-) -> Iterator[Choice]:
-    """Up to `limit` tokens, after `session` was prefilled; each is computed on when the next is asked for.
+) -> Iterator[Choice | Session]:
+    """Up to `limit` tokens, after `session` was prefilled; where it yields the session, a step must feed that first.
 
     With `drafts` several tokens are computed at once; those that were not chosen are discarded.
     """
@@ -175,22 +175,26 @@ def generate_step(
         if drafts is not None and draft:
             session.truncate(session.length - len(draft) + row)
             drafts.learn(len(draft), row)
-        draft = drafts.draft(min(session.room - 1, limit - made - 1)) if drafts is not None else []
+        most = min(session.room - 1, limit - made - 1, session.spare)
+        draft = drafts.draft(most) if drafts is not None else []
         row = 0
         timings.draft_tokens += len(draft)
         session.feed(choice.token, *draft)
+        yield session
 
 
 def stream_generate(
-    choices: Iterator[Choice],
+    choices: Iterator[Choice | Session],
     tokenizer: Tokenizer,
     *,
     stop_ids: frozenset[int],
     stop: Sequence[str],
     timings: Timings,
     reasoning_end: int | None = None,
-) -> Generator[Piece, None, None]:
+) -> Iterator[Piece | Session]:
     """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`.
+
+    Sessions that are to be fed are passed on.
 
     With `reasoning_end` the answer begins with reasoning, up to that token. Stop strings are looked for behind it, and
     the line ends that follow it are left out.
@@ -200,6 +204,9 @@ def stream_generate(
     reason, pending = "length", []
     reasoning = leading = reasoning_end is not None
     for choice in choices:
+        if not isinstance(choice, Choice):
+            yield choice
+            continue
         if choice.token in stop_ids:
             reason = "stop"
             break

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvl_kernels.ops import Array
-from qvl_runtime.engine.decoder import Decoder, Features
+from qvl_runtime.engine.decoder import Decoder, Features, Span
 from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.trace import Trace, no_trace
 
@@ -28,7 +28,7 @@ def score(
     work, part = decoder.workspace(length), ops.empty((min(ROWS, length), decoder.vocab_size))
     decoder.embed(ops.upload(np.asarray(prompt.ids, np.int32)), work.x)
     pictures = [Features(slot.start, slot.picture.tokens, values) for slot, values in features]
-    decoder.forward(work, sequence, pictures, trace)
+    decoder.forward(work, [Span(sequence, length)], pictures, trace)
     out = np.empty((length, decoder.vocab_size), np.float32)
     for first in range(0, length, ROWS):
         x = work.x[first : first + ROWS]

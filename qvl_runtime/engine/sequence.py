@@ -84,6 +84,8 @@ class SequenceState:
         int32 ``[1]`` on the device: the position of the next token.
     length : int
         Positions filled.
+    captured : dict
+        Steps of this sequence alone, by who captured them.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class SequenceState:
         self.rotary = rotary(self.store.capacity)
         self.start = ops.upload(np.zeros(1, np.int32))
         self.length = 0
+        self.captured: dict[Any, Any] = {}
 
     def _pages(self, capacity: int) -> int:
         return min(-(-capacity // PAGE) * PAGE, max(self.window, PAGE))
@@ -153,6 +156,18 @@ class SequenceState:
                 self.store = self._empty(PAGE)
                 raise
             self.length = length
+
+    def take_over(self, other: SequenceState, length: int, capacity: int) -> None:
+        """Copy the first `length` positions of another sequence, which begins alike, and make room for `capacity`."""
+        self.length = 0
+        self.rescale(other.rotary.alpha)
+        try:
+            self.store = other.store.resized(self._pages(max(capacity, length)), length, keep=True)
+            self.rotary.reserve(self.store.capacity)
+        except BaseException:
+            self.store = self._empty(PAGE)
+            raise
+        self.length = length
 
     def advance(self, count: int) -> None:
         """Count `count` more positions as filled."""

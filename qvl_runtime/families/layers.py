@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qvl_kernels.ops import Array, Norm, Ops, Weight
-from qvl_runtime.engine.decoder import Features
+from qvl_runtime.engine.decoder import Features, Span
 from qvl_runtime.engine.sequence import Rotary, SequenceState
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.trace import Trace, no_trace
@@ -72,21 +72,25 @@ class Block:
             down=weights.matrix(name(names.down)),
         )
 
-    def __call__(self, ops: Ops, work: Workspace, sequence: SequenceState, index: int) -> None:
-        """Run over ``work.x`` in place, appending to `sequence`."""
-        layer, rotary = sequence.layer(index), sequence.rotary
+    def __call__(self, ops: Ops, work: Workspace, spans: Sequence[Span], index: int) -> None:
+        """Run over ``work.x`` in place, appending to the sequences."""
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.attention_norm)
-        ops.rope_append(
-            work.qkv,
-            rope=rotary.rope,
-            logn=rotary.logn,
-            cache=sequence.store,
-            layer=layer,
-            start=sequence.start,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-        )
-        ops.cached_attention(work.qkv, sequence.store, layer, sequence.start, out=work.attended)
+        first = 0
+        for sequence, count in spans:
+            layer, rotary, qkv = sequence.layer(index), sequence.rotary, work.qkv[first : first + count]
+            ops.rope_append(
+                qkv,
+                rope=rotary.rope,
+                logn=rotary.logn,
+                cache=sequence.store,
+                layer=layer,
+                start=sequence.start,
+                q_norm=self.q_norm,
+                k_norm=self.k_norm,
+            )
+            attended = work.attended[first : first + count]
+            ops.cached_attention(qkv, sequence.store, layer, sequence.start, out=attended)
+            first += count
         ops.linear(work.attended, self.attention_out, out=work.x, residual=work.x)
         ops.gate_up(work.x, self.gate, self.up, out=work.hidden, norm=self.mlp_norm)
         ops.linear(work.hidden, self.down, out=work.x, residual=work.x)
@@ -135,6 +139,8 @@ class Decoder:
         self.blocks = [Block.load(weights, names, i) for i in range(self.config.num_hidden_layers)]
         self.norm = weights.rms_norm(names.norm)
         self.head = self.embedding if names.head == names.embedding else weights.matrix(names.head)
+        products = [w for b in self.blocks for w in (b.qkv, b.attention_out, b.gate, b.up, b.down)]
+        self.coarse = any(self.ops.coarse(w) for w in products)
 
     def sequence(self, dtype: str, capacity: int, layers: int | None = None) -> SequenceState:
         def rotary(capacity: int) -> Rotary:
@@ -149,12 +155,12 @@ class Decoder:
         self.ops.embed(ids, self.embedding, out=out)
 
     def forward(
-        self, work: Workspace, sequence: SequenceState, pictures: Sequence[Features] = (), trace: Trace = no_trace
+        self, work: Workspace, spans: Sequence[Span], pictures: Sequence[Features] = (), trace: Trace = no_trace
     ) -> None:
         place_features(self.ops, pictures, 0, work.x)
         trace("embed", work.x)
         for i, block in enumerate(self.blocks):
-            block(self.ops, work, sequence, i)
+            block(self.ops, work, spans, i)
             place_features(self.ops, pictures, i + 1, work.x)
             trace(f"block{i}", work.x)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Protocol, cast
 
 import numpy as np
@@ -20,6 +19,9 @@ from qvl_runtime.inputs.video import FramePair
 from qvl_runtime.trace import Trace, no_trace
 
 KNOWN_FILES = 4096
+
+SLICE_LAYERS = 4
+"""Layers of a vision part that are computed at a time, while others wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,21 @@ class Vision(Protocol):
 
         The first `tokens` rows stand in place of the picture's tokens; further levels are for the decoder's layers.
         """
+
+    def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
+        """As `encode`, a few layers at a time: other pictures may be encoded wherever it yields."""
+
+
+class Turns:
+    """Whose picture the arrays of a vision part hold, which has one set of them."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def begin(self) -> Callable[[], bool]:
+        """Take them; the result tells whether nobody else has done so since."""
+        self._last = turn = self._last + 1
+        return lambda: self._last == turn
 
 
 class PictureReader:
@@ -206,32 +223,32 @@ class PictureEncoder:
     target : Ops
         The backend the features are for.
     cache : PictureCache
-    device : threading.RLock
-        Held while something is computed.
     """
 
-    def __init__(
-        self, reader: PictureReader, vision: Vision, target: Ops, cache: PictureCache, device: threading.RLock
-    ):
-        self.reader, self.vision, self.cache = reader, vision, cache
-        self._target, self._device = target, device
+    def __init__(self, reader: PictureReader, vision: Vision, target: Ops, cache: PictureCache):
+        self.reader, self.vision, self.cache, self._target = reader, vision, cache, target
 
-    def features(self, picture: Picture) -> tuple[Array, bool]:
-        """What the decoder sees (see `Vision.encode`), and whether it was known."""
+    def features(self, picture: Picture) -> Generator[None, None, tuple[Array, bool]]:
+        """What the decoder sees (see `Vision.encode`), and whether it was known.
+
+        It yields before each slice of the computation, and stops there if it is closed.
+        """
         known = self.cache.get(picture.key)
+        if known is not None:
+            return self._target.upload(known), True
+        yield
+        known = self.cache.get(picture.key)  # another may have computed it meanwhile
         if known is not None:
             return self._target.upload(known), True
         # What was read once may be read again: permission was checked then.
         pixels = self.reader.decode(picture.content).values if picture.pixels is None else picture.pixels
-        with self._device:
-            features = self.vision.encode(pixels, picture.grid)
-            values = self.vision.ops.download(features)
+        features = yield from self.vision.encode_slowly(pixels, picture.grid)
+        values = self.vision.ops.download(features)
         self.cache.put(picture.key, values)
         return features if self._target is self.vision.ops else self._target.upload(values), False
 
     def encode(self, source: ImageSource, access: Access, trace: Trace) -> np.ndarray:
         """Features of a picture, computed in any case: float32 ``[tokens, hidden]``."""
         pixels = self.reader.decode(source, access)
-        with self._device:
-            features = self.vision.encode(pixels.values, pixels.grid, trace)
-            return self.vision.ops.download(features[: pixels.tokens])
+        features = self.vision.encode(pixels.values, pixels.grid, trace)
+        return self.vision.ops.download(features[: pixels.tokens])

@@ -11,7 +11,7 @@ from fakes.gpu import FakeDriver, Images
 
 from qvl_kernels.gpu import CudaOps
 from qvl_runtime.blob import Blob
-from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.engine.decoder import DecodeStep, Span
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.weights import Weights
 
@@ -25,16 +25,16 @@ def main(path: str) -> None:
         context.begin(2)
         work = decoder.workspace(2)
         decoder.embed(ops.upload(np.array([1, 2], np.int32)), work.x)
-        decoder.forward(work, context)
+        decoder.forward(work, [Span(context, 2)])
         context.advance(2)
-        step = DecodeStep(decoder, context)
-        step(3)
+        step = DecodeStep(decoder)
+        step([(context, [3])])
 
         driver.launches.clear()
-        step(4)
+        step([(context, [4])])
         first = list(driver.launches)
         driver.launches.clear()
-        step(5)
+        step([(context, [5])])
         assert driver.launches == first, "one graph serves every step"
         assert int(ops.download(context.start)[0]) == context.length == 5
         families = [launch.name.partition(".")[0] for launch in first]
@@ -44,7 +44,7 @@ def main(path: str) -> None:
         assert families[0] == "embed" and families[-1] == "argmax"
 
         context.reserve(300)
-        step(6)
+        step([(context, [6])])
         assert context.store.capacity >= 300 and context.length == 6
     assert not {"torch", "triton"} & sys.modules.keys()
     print("decoded")

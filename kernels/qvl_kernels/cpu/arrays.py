@@ -92,19 +92,17 @@ class CpuCache:
         keys, values = self.keys[layer], self.values[layer]
         return address(keys), address(values), address(self.scales[layer, 0]), address(self.scales[layer, 1])
 
-    def resized(self, capacity: int, length: int) -> CpuCache:
-        """A cache of another capacity that holds the first `length` positions of this one."""
+    def resized(self, capacity: int, length: int, *, keep: bool = False) -> CpuCache:
+        """See `KVCache`."""
         if length > min(capacity, self.capacity):
             raise ValueError(f"{length} positions do not fit from {self.capacity} into {capacity}")
         other = CpuCache(self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         blocks = round_up(length, 16) // 16
-        # One array after the other, so that keys and values do not both lie in memory twice.
-        other.keys[:, :, :blocks] = self.keys[:, :, :blocks]
-        del self.keys
-        other.values[:, :, :length] = self.values[:, :, :length]
-        del self.values
-        other.scales[..., :length] = self.scales[..., :length]
-        del self.scales
+        parts = {"keys": np.s_[:, :, :blocks], "values": np.s_[:, :, :length], "scales": np.s_[..., :length]}
+        for name, filled in parts.items():
+            getattr(other, name)[filled] = getattr(self, name)[filled]
+            if not keep:  # so that keys and values do not both lie in memory twice
+                delattr(self, name)
         return other
 
     def _filled(self, layer: int, length: int) -> list[np.ndarray]:

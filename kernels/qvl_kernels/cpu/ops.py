@@ -126,6 +126,9 @@ class CpuOps:
     def weight(self, matrix: Matrix) -> CpuWeight:
         return CpuWeight(matrix)
 
+    def coarse(self, weight):
+        return batched.takes_int8(weight, batched.FEW + 1, self.activations)
+
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CpuCache(layers, kv_heads, head_dim, capacity, dtype)
 

@@ -109,6 +109,9 @@ class CudaOps:
     def weight(self, matrix: Matrix) -> DeviceMatrix:
         return to_device(self, matrix)
 
+    def coarse(self, weight):
+        return False
+
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CudaCache(self.memory, self.launch, layers, kv_heads, head_dim, capacity, dtype)
 

@@ -28,7 +28,7 @@ class ReferenceCache:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def resized(self, capacity: int, length: int) -> ReferenceCache:
+    def resized(self, capacity: int, length: int, *, keep: bool = False) -> ReferenceCache:
         other = ReferenceCache(self.layers, self.kv_heads, self.head_dim, capacity, self.dtype)
         other.values[:, :, :, :length] = self.values[:, :, :, :length]
         return other
@@ -75,6 +75,9 @@ class ReferenceOps:
 
     def weight(self, matrix: Matrix) -> Matrix:
         return matrix
+
+    def coarse(self, weight):
+        return False
 
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return ReferenceCache(layers, kv_heads, head_dim, capacity, dtype)

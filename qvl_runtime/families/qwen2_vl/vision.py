@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Generator, Sequence
 from typing import Self, TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_EPS, ModelConfig,
 from qvl_runtime.families.qwen2_vl.positions import patch_rotary
 from qvl_runtime.families.qwen2_vl.tensors import PATCH_EMBEDDING, VISUAL
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.pictures import Pixels
+from qvl_runtime.inputs.pictures import SLICE_LAYERS, Pixels, Turns
+from qvl_runtime.slices import at_once
 from qvl_runtime.trace import Trace, no_trace
 
 T = TypeVar("T")
@@ -150,7 +152,8 @@ class VisionTower(abc.ABC):
         self.mergers = Lazy(self._merger)
         self._grid: tuple[int, int] | None = None
         self._work: Workspace | None = None
-        self._replay: Callable[[], None] | None = None
+        self._replays: dict[int, Callable[[], None]] = {}
+        self.turns = Turns()
 
     def load(self) -> Self:
         """Fetch all weights now."""
@@ -212,21 +215,35 @@ class VisionTower(abc.ABC):
         Array
             float32 ``[levels * tokens, output_width]``.
         """
+        if trace is no_trace:
+            return at_once(self.encode_slowly(pixels, grid))
+        self.turns.begin()
         work = self._begin(grid)
-        if trace is not no_trace:
-            self.ops.linear(self.ops.upload(pixels), self.patch_embedding[0], out=work.x)
-            trace("patch_embed", work.x)
+        self.ops.linear(self.ops.upload(pixels), self.patch_embedding[0], out=work.x)
+        trace("patch_embed", work.x)
         self._embed(pixels, grid, work)
         trace("blocks_in", work.x)
-        if trace is not no_trace:
-            self._run(trace)
-        else:
-            if self._replay is None:
-                self._replay = self.ops.capture(self._run)
-            self._replay()
+        self._run(0, trace)
         features = self._in_order(work.features, grid)
         trace("final", features[: work.cells])
         return features
+
+    def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
+        """See `qvl_runtime.inputs.pictures.Vision`; it begins anew if another picture came in between."""
+        firsts = range(0, self.config.depth, SLICE_LAYERS)
+        while True:
+            undisturbed = self.turns.begin()
+            work = self._begin(grid)
+            self._embed(pixels, grid, work)
+            for first in firsts:
+                if not undisturbed():
+                    break
+                if first not in self._replays:
+                    self._replays[first] = self.ops.capture(functools.partial(self._run, first))
+                self._replays[first]()
+                yield
+            if undisturbed():
+                return self._in_order(work.features, grid)
 
     def stage(self, kind: str, index: int) -> Callable[[np.ndarray, Pixels], Array]:
         """One stage by itself; see `qvl_runtime.families.base.Family.vision_stage`."""
@@ -253,7 +270,8 @@ class VisionTower(abc.ABC):
     def _begin(self, grid: tuple[int, int]) -> Workspace:
         """Arrays for a picture; those of the last one if it has the same size."""
         if grid != self._grid or self._work is None:
-            self._grid = self._replay = self._work = None  # frees the last picture's memory first
+            self._grid = self._work = None  # frees the last picture's memory first
+            self._replays = {}
             self._work = self._workspace(*grid, *self._order(*grid))
             self._grid = grid
         return self._work
@@ -288,14 +306,18 @@ class VisionTower(abc.ABC):
         """Make a level of features of ``work.x``."""
         self.mergers[level](self.ops, work, self._level(level, work))
 
-    def _run(self, trace: Trace = no_trace) -> None:
-        for i in range(self.config.depth):
+    def _run(self, first: int, trace: Trace | None = None) -> None:
+        """A few blocks from `first` on, or with a trace all that follow; behind the last the features."""
+        last = self.config.depth if trace else min(first + SLICE_LAYERS, self.config.depth)
+        trace = trace or no_trace
+        for i in range(first, last):
             self._run_block(i, trace)
             level = self._level_behind(i)
             if level is not None:
                 self._merge(level, self._begun)
                 trace(f"deepstack{level - 1}", self._level(level, self._begun))
-        self._merge(0, self._begun)
+        if last == self.config.depth:
+            self._merge(0, self._begun)
 
     def _run_block(self, index: int, trace: Trace) -> None:
         work, (attention, mlp) = self._begun, self.blocks[index]

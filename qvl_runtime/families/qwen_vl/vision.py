@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from qvl_runtime.families.qwen_vl.config import ModelConfig, VisionConfig
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
 from qvl_runtime.families.qwen_vl.preprocessing import patches
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.pictures import Pixels
+from qvl_runtime.inputs.pictures import SLICE_LAYERS, Pixels, Turns
+from qvl_runtime.slices import at_once
 from qvl_runtime.trace import Trace, no_trace
 
 NAME = "transformer.visual"
@@ -102,7 +103,7 @@ class VisionTower:
 
     def __init__(self, weights: Weights[ModelConfig]):
         self.ops, self.config = weights.ops, weights.config.vision
-        self.embed = PatchEmbedding(weights)
+        self.embed, self.turns = PatchEmbedding(weights), Turns()
         self.blocks = [Block.load(weights, i) for i in range(self.config.layers)]
 
     def __call__(self, pixels: np.ndarray, trace: Trace = no_trace) -> Array:
@@ -118,23 +119,37 @@ class VisionTower:
         Array
             float32 ``[patches, width]``, valid until the next picture.
         """
-        self.embed(pixels, self._work.x, trace)
         if trace is no_trace:
-            self._replay()
-        else:
-            self._run(trace)
+            return at_once(self.slices(pixels))
+        self.turns.begin()
+        self.embed(pixels, self._work.x, trace)
+        self._run(0, len(self.blocks), trace)
         return self._work.x
+
+    def slices(self, pixels: np.ndarray) -> Generator[None, None, Array]:
+        """The same a few layers at a time; it begins anew if another picture came in between."""
+        while True:
+            undisturbed = self.turns.begin()
+            self.embed(pixels, self._work.x)
+            for replay in self._replays:
+                if not undisturbed():
+                    break
+                replay()
+                yield
+            if undisturbed():
+                return self._work.x
 
     @functools.cached_property
     def _work(self) -> Workspace:
         return Workspace.empty(self.ops, self.config)
 
     @functools.cached_property
-    def _replay(self) -> Callable[[], None]:
-        return self.ops.capture(self._run)
+    def _replays(self) -> list[Callable[[], None]]:
+        firsts = range(0, len(self.blocks), SLICE_LAYERS)
+        return [self.ops.capture(functools.partial(self._run, i, i + SLICE_LAYERS)) for i in firsts]
 
-    def _run(self, trace: Trace = no_trace) -> None:
-        for i, block in enumerate(self.blocks):
+    def _run(self, first: int, last: int, trace: Trace = no_trace) -> None:
+        for i, block in enumerate(self.blocks[first:last], first):
             block(self.ops, self._work, self.config.heads)
             trace(f"block{i}", self._work.x)
 
@@ -149,6 +164,10 @@ class Vision:
     def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
         """Features float32 ``[n_queries, output_dim]`` of pixels float32 ``[3, image_size, image_size]``."""
         return self.adapter(self.tower(pixels, trace), trace)
+
+    def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
+        """See `qvl_runtime.inputs.pictures.Vision`."""
+        return self.adapter((yield from self.tower.slices(pixels)))
 
 
 def vision_stage(kind: str, index: int, weights: Weights[ModelConfig]) -> Callable[[np.ndarray, Pixels], Array]:

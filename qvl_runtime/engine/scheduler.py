@@ -1,0 +1,253 @@
+"""Many answers at once: one thread owns the device, and gives every answer its turns.
+
+A tick computes the next token of all answers that have begun, in products of up to `FEW_ROWS` rows, then at most one
+slice of a prompt or of a picture. Rows of answers and of prompts are never in one product, and slices are cut so that
+it does not show: an answer is the same alone and among others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from queue import Empty, SimpleQueue
+
+from qvl_kernels.locks import make_lock
+from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
+from qvl_runtime.engine.job import Cancelled, Job, Work
+from qvl_runtime.engine.sequence import PAGE
+from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, Slice, step
+
+MAX_BATCH = FEW_ROWS
+"""Answers computed at once, at most: each has at least a row of a step."""
+
+SLICE_ROWS = 64
+"""Tokens of a prompt computed between two tokens of other answers."""
+
+IDLE_SECONDS = 5.0
+"""The thread ends when it had nothing to do for so long."""
+
+
+BEGIN = Slice(picture=False, left=0)
+"""What a job waits for that has not begun."""
+
+
+class Scheduler:
+    """Computes what it is given.
+
+    The thread starts with the first job, and ends when it is idle or the scheduler is gone. It never keeps the process
+    alive. A forked child starts its own.
+
+    Parameters
+    ----------
+    sessions : Sessions
+    max_batch : int
+        Answers computed at once, up to `MAX_BATCH`.
+    room : int
+        Bytes that the keys and values of these may take together. One alone may take more.
+
+    Attributes
+    ----------
+    device : threading.RLock
+        Held by the thread during a tick. Another thread that computes something takes `gate` and then `device`.
+    gate : threading.RLock
+        The thread passes through it between two ticks, so that others get their turn.
+    steps, slices : int
+        Counted since the start.
+    """
+
+    def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int):
+        self.sessions, self.max_batch, self.room = sessions, max_batch, room
+        self.gate, self.device = make_lock(), make_lock()
+        self.steps = self.slices = 0
+        self._step, self._page_bytes = DecodeStep(sessions.decoder), sessions.page_bytes()
+        self._lock = make_lock()
+        self._reset()
+        _all.add(self)
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._encoding: Job | None = None
+        self._oldest_next, self._stopped = True, False
+        weakref.finalize(self, self._inbox.put, None).atexit = False
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Jobs that are being computed, and those that wait for room."""
+        return len(self._running), len(self._waiting) + self._inbox.qsize()
+
+    def submit(self, work: Work, capacity: int) -> Job:
+        """Compute something that needs a session of `capacity` positions."""
+        job = Job(work, -(-capacity // PAGE) * self._page_bytes, self)
+        with self._lock:
+            if self._pid != os.getpid():
+                self.sessions.release()
+                self._reset()
+            self._inbox.put(job)
+            if self._thread is None:
+                arguments = (weakref.ref(self), self._inbox)
+                self._thread = threading.Thread(target=_serve, args=arguments, name="qvl-engine", daemon=True)
+                self._thread.start()
+        return job
+
+    def retire(self) -> bool:
+        """Whether the thread may end, because nothing was submitted meanwhile."""
+        with self._lock:
+            if self._inbox.empty():
+                self._thread = None
+            return self._thread is None
+
+    def stop(self) -> None:
+        """End all jobs, at the next layer, and wait for it: the interpreter is about to end."""
+        self._stopped = True
+        for job in [*self._running, *self._waiting]:
+            job.cancel()
+        if self._thread is not None and self._pid == os.getpid():
+            self._inbox.put(None)
+            self._thread.join(IDLE_SECONDS)
+
+    # the thread's own
+    def run(self, job: Job) -> None:
+        """Work until nothing is left to do."""
+        self._waiting.append(job)
+        while (self._waiting or self._running) and not self._stopped:
+            with self.gate:
+                pass
+            with self.device:
+                self._tick()
+            while not self._inbox.empty():
+                submitted = self._inbox.get()
+                if submitted is not None:
+                    self._waiting.append(submitted)
+        self._step.forget()
+
+    def _tick(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        decoding = [job for job in self._running if job.session is not None]
+        if decoding:
+            self._decode(decoding)
+        job = self._next_slice()
+        if job is not None:
+            self.slices += 1
+            self._compute_slice(job, SLICE_ROWS if decoding else PREFILL_ROWS)
+
+    def _drop_cancelled(self) -> None:
+        for job in [*self._running, *self._waiting]:
+            if job.cancelled:
+                self._end(job)
+
+    def _end(self, job: Job, error: BaseException | None = None) -> None:
+        """End a job that cannot go on."""
+        job.fail(error or Cancelled())
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        """Let a job that has ended leave."""
+        for jobs in (self._running, self._waiting):
+            if job in jobs:
+                jobs.remove(job)
+        if self._encoding is job:
+            self._encoding = None
+
+    def _admit(self) -> None:
+        """Begin jobs in the order in which they came, as long as there is room."""
+        while self._waiting and len(self._running) < self.max_batch:
+            taken = sum(job.nbytes for job in self._running)
+            if self._running and taken + self._waiting[0].nbytes > self.room:
+                return
+            job = self._waiting.popleft()
+            job.slice = BEGIN
+            self._running.append(job)
+
+    def _decode(self, jobs: list[Job]) -> None:
+        """The next token of each, in steps of up to `FEW_ROWS` rows."""
+        spare = FEW_ROWS - 1 if len(jobs) == 1 else 0
+        while jobs:
+            together: list[Job] = []
+            sessions: list[Session] = []
+            rows = 0
+            for job in jobs:
+                rows += len(job.session.pending) if job.session else 0
+                if rows > FEW_ROWS:
+                    break
+                if job.session:
+                    together.append(job)
+                    sessions.append(job.session)
+            jobs = jobs[len(together) :]
+            self.steps += 1
+            try:
+                step(self._step, sessions)
+            except BaseException as error:
+                for job in together:
+                    self._end(job, error)
+                continue
+            for job, session in zip(together, sessions):
+                session.spare = spare
+                if not job.advance():
+                    self._forget(job)
+
+    def _able(self) -> list[Job]:
+        """Jobs that a slice could be computed of."""
+        holder = self._encoding  # the vision part holds one picture
+        return [
+            job
+            for job in self._running
+            if job.slice is not None and job.slice.ready and (not job.slice.picture or holder is None or holder is job)
+        ]
+
+    def _next_slice(self) -> Job | None:
+        """Whose slice is next: in turn the oldest job's, and that of the one with the least to do."""
+        able = self._able()
+        if not able:
+            return None
+        self._oldest_next = not self._oldest_next
+        return min(able, key=lambda job: job.slice.left if job.slice else 0) if self._oldest_next else able[0]
+
+    def _compute_slice(self, job: Job, rows: int) -> None:
+        if job.slice is BEGIN:
+            self._go_on(job)  # it takes a session now; the slice is still to be computed
+            if job not in self._able():
+                return
+        self._go_on(job, Leave(rows, job.check))
+
+    def _go_on(self, job: Job, leave: Leave | None = None) -> None:
+        if not job.advance(leave):
+            self._forget(job)
+        elif job.slice is not None and job.slice.picture:
+            self._encoding = self._encoding or job
+        elif self._encoding is job:
+            self._encoding = None
+
+
+_all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for scheduler in list(_all):
+        scheduler.stop()
+
+
+def _serve(owner: weakref.ref[Scheduler], inbox: SimpleQueue[Job | None]) -> None:
+    """What the thread runs. While it is idle it holds nothing of the model."""
+    while True:
+        try:
+            job = inbox.get(timeout=IDLE_SECONDS)
+        except Empty:
+            scheduler = owner()
+            if scheduler is None or scheduler.retire():
+                return
+            del scheduler
+            continue
+        scheduler = owner()
+        if job is None or scheduler is None:
+            return
+        scheduler.run(job)
+        del scheduler, job
