@@ -3,7 +3,7 @@
     pip install torch
     python bench/cpu_picture.py MODEL.qvl [--threads 2] [--rounds 3] [--realtime]
 
-PyTorch's network is `demo_model/model.py` with the published shapes and random weights. Peak memory is not told apart.
+PyTorch's network is `training/model.py` with the published shapes and random weights. Peak memory is not told apart.
 A table, then one JSON document as the last line; the ratio is the median over the rounds.
 """
 
@@ -18,11 +18,11 @@ from datetime import date
 import numpy as np
 import torch
 from cpu_llama import undisturbed
-from demo_model import model as network
 from synthetic import published_config
 
 from qvl_runtime import load
 from qvl_runtime.benchmark import machine
+from training import model as network
 
 
 def their_tower(visual: dict) -> network.VisionTower:

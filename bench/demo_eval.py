@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import demo_tasks
-from demo_model.lexicon import LEVELS
 from skills import columns
 
 from qvl_runtime.evaluation.evaluate import evaluate
+from training.lexicon import LEVELS
 
 KINDS = ("fp16", "int8", "int4", "int4 all RTN", "int4 all GPTQ")
 

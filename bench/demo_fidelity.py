@@ -13,7 +13,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from demo_model.lexicon import LEVELS
 from skills import INT4, SKILLS, calibrated, write_conversations
 
 import qvl_runtime as qvl
@@ -22,6 +21,7 @@ from qvl_convert.convert import convert
 from qvl_convert.verify import open_reference, verify
 from qvl_runtime.cli.verify import text
 from qvl_runtime.demo import checkpoint_folder
+from training.lexicon import LEVELS
 
 TEST_SEED = 50_000
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo_model.lexicon import LEVELS, scene_options
 
 from qvl_runtime.demo.conversations import SINGLE, Exchange, refer
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
+from training.lexicon import LEVELS, scene_options
 
 SIDE = 336
 TASKS = ("nocaps", "vqav2", "docvqa", "refcoco_val")

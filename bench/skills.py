@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from demo_model.lexicon import LEVELS, scene_options
 from PIL import Image
 
 import qvl_runtime as qvl
@@ -29,6 +28,7 @@ from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, Exchange, compare
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, draw, random_scene
 from qvl_runtime.demo.scoring import BAR, is_right, overlaps
+from training.lexicon import LEVELS, scene_options
 
 INT4 = {"bits": 4, "vision_bits": 4, "head_bits": 4}
 KINDS = {

@@ -1,6 +1,6 @@
 """Second stage: pictures and conversations together.
 
-nice -n 19 python bench/demo_model/train.py --out RUN --minutes 80
+nice -n 19 python training/train.py --out RUN --minutes 80
 
 RUN holds the first stage's vision.pt. The learning rate follows the clock, so that the run ends as planned however busy
 the machine is; a run that was stopped goes on from RUN/state.pt.

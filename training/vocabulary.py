@@ -1,6 +1,6 @@
 """The demo model's vocabulary: byte pairs learned from the generator's own sentences, in qwen.tiktoken's format.
 
-python bench/demo_model/vocabulary.py OUT/qwen.tiktoken
+python training/vocabulary.py OUT/qwen.tiktoken
 """
 
 from __future__ import annotations

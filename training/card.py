@@ -1,6 +1,6 @@
 """Write the shipped model's MODEL_CARD.md from the scores of bench/skills.py.
 
-python bench/skills.py | tee scores.txt && python bench/demo_model/card.py scores.txt qvl_runtime/demo
+python bench/skills.py | tee scores.txt && python training/card.py scores.txt qvl_runtime/demo
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Trained from nothing on two CPU cores in four and a half hours, of which other w
 is the whole log. No outside data: all pictures and sentences come from the generator. Fonts: the one built into Pillow,
 DejaVu, and WenQuanYi Micro Hei.
 
-    python bench/demo_model/vocabulary.py RUN/qwen.tiktoken
-    python bench/demo_model/pretrain_vision.py --out RUN --minutes 60 --seed 11
-    python bench/demo_model/train.py --out RUN --minutes 210 --seed 22
-    python bench/demo_model/export.py RUN qvl_runtime/demo
+    python training/vocabulary.py RUN/qwen.tiktoken
+    python training/pretrain_vision.py --out RUN --minutes 60 --seed 11
+    python training/train.py --out RUN --minutes 210 --seed 22
+    python training/export.py RUN qvl_runtime/demo
 
 These commands are what was done, straightened out: the log shows three vision runs (seeds 11 to 13) and many joint ones
 (seeds 21 to 38), each going on from the one before. The last ones, 142 minutes from step 5305 on, told one layer of the

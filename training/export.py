@@ -1,6 +1,6 @@
 """Write a training run's weights as a Hugging Face folder in bfloat16, the form `qvl convert` reads.
 
-python bench/demo_model/export.py RUN qvl_runtime/demo
+python training/export.py RUN qvl_runtime/demo
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """First stage: the vision tower alone learns what lies in every cell of its feature grid.
 
-nice -n 19 python bench/demo_model/pretrain_vision.py --out RUN --minutes 15
+nice -n 19 python training/pretrain_vision.py --out RUN --minutes 15
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare the training model's arithmetic with recorded outputs of the published code.
 
-python bench/demo_model/check_model.py GOLDEN_FOLDER
+python training/check_model.py GOLDEN_FOLDER
 """
 
 from __future__ import annotations
