@@ -84,8 +84,8 @@ def write(kind: str, path: str) -> None:
     for name, (n, k), block in tensor_types(kind):
         per_block = 32 if block == "Q4_0" else 256
         shape = (n, k // per_block * SCALES[block][1])
-        quantisation = gguf.GGMLQuantizationType[block]
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), shape[0] * shape[1], quantisation)
+        quantization = gguf.GGMLQuantizationType[block]
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), shape[0] * shape[1], quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -76,7 +76,7 @@ def onnxruntime(n: int, k: int, m: int, threads: int) -> Call:
 
 
 def openvino(n: int, k: int, m: int, threads: int) -> Call:
-    """Compressed weights with dynamically quantised activations."""
+    """Compressed weights with dynamically quantized activations."""
     import openvino as ov
     from openvino import opset13 as op
 

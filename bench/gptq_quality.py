@@ -115,10 +115,10 @@ def main() -> None:
     for group_size in (128, 32):
         for sym in (True, False):
             errors, seconds, logs = {}, {}, {}
-            for method, quantise in methods.items():
+            for method, quantize in methods.items():
                 start = time.perf_counter()
                 logs[method] = [
-                    np.log(output_error(w, quantise(w, seen, group_size, sym), held))
+                    np.log(output_error(w, quantize(w, seen, group_size, sym), held))
                     for w, seen, held in matrices.values()
                 ]
                 seconds[method] = time.perf_counter() - start

@@ -65,7 +65,7 @@ def main() -> None:
         print(kind)
         hessians = timed("hessians", lambda s=stage: maker.hessians(walk, s, published, set(s.matrices)))
         for plan, matrix in timed(
-            "quantise", lambda s=stage, h=hessians: list(maker.quantise(source, [plans[n] for n in s.matrices], h))
+            "quantize", lambda s=stage, h=hessians: list(maker.quantize(source, [plans[n] for n in s.matrices], h))
         ):
             made[plan.spec.name] = matrix
         del hessians

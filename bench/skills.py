@@ -1,6 +1,6 @@
 """Score what a model can do on freshly drawn pictures, by skill and language.
 
-    python bench/skills.py                          the shipped model, kept and quantised in five ways
+    python bench/skills.py                          the shipped model, kept and quantized in five ways
     python bench/skills.py a.qvl FOLDER             these: .qvl files, or Hugging Face folders (kept at 16 bits)
     python bench/skills.py --seed 7 --count 100     another test set: so many questions a skill and language
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import linked
 from serving import serving
 
 import qvl_runtime as qvl
@@ -42,16 +42,9 @@ def checkpoint(tmp_path_factory):
         overrides = json.loads((GOLDEN / "ckpt" / "variants.json").read_text())[variant]
         if not overrides:
             return source
-        folder = tmp_path_factory.mktemp(f"{name}-{variant}") / name
-        folder.mkdir()
-        for file in source.iterdir():
-            if file.name != "config.json":
-                os.symlink(file, folder / file.name)
         config = json.loads((source / "config.json").read_text())
-        for key, value in overrides.items():
-            config[key] = {**config[key], **value} if isinstance(value, dict) else value
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder
+        nested = {key: config[key] | value for key, value in overrides.items() if isinstance(value, dict)}
+        return linked(source, tmp_path_factory.mktemp(f"{name}-{variant}") / name, **overrides | nested)
 
     return make
 

@@ -124,7 +124,7 @@ class OnDevice:
                8 if m.bits == 4 else 128, flags(HAS_ZEROS=zeros is not None))  # fmt: skip
 
     def prepare(self, x, norm=None):
-        """x as the products want it: normalised, permuted, padded, fp16."""
+        """x as the products want it: normalized, permuted, padded, fp16."""
         m, k = x.shape
         out, perm = poisoned((m, self.padded), HALF), self.matrix.perm
         if norm is None:

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import linked
 from PIL import Image, ImageOps
 
 import qvl_runtime as qvl
@@ -90,13 +91,7 @@ def test_a_seed_repeats_an_answer(tiny):
 def test_an_answer_does_not_outgrow_the_window(checkpoint, tmp_path, in_golden):
     from qvl_convert.convert import convert
 
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for file in checkpoint("tiny-vl").iterdir():
-        (folder / file.name).symlink_to(file)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    folder = linked(checkpoint("tiny-vl"), tmp_path / "short", max_position_embeddings=40)
     convert(folder, tmp_path / "short.qvl", bits=16)
     model = qvl.load(tmp_path / "short.qvl", device="cpu")
     ids = model.tokenizer.encode("Hello, world! Hello, world!")
@@ -119,11 +114,7 @@ def test_a_text_model_sees_nothing(model, in_golden):
 def test_a_base_model_does_not_chat(checkpoint, tmp_path):
     from qvl_convert.convert import convert
 
-    folder = tmp_path / "base"
-    folder.mkdir()
-    for file in checkpoint("tiny-vl").iterdir():
-        if file.name != "generation_config.json":
-            (folder / file.name).symlink_to(file)
+    folder = linked(checkpoint("tiny-vl"), tmp_path / "base", "generation_config.json")
     (folder / "generation_config.json").write_text('{"chat_format": "raw", "eos_token_id": 400}')
     convert(folder, tmp_path / "base.qvl", bits=16)
     model = qvl.load(tmp_path / "base.qvl", device="reference")

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from helpers import conversion_refused, sha256
 from shards import changed_copy
 
 from qvl_convert.convert import convert
 from qvl_convert.rtn import quantize
 from qvl_runtime.blob import Blob
-from qvl_runtime.errors import QvlError
 
 CKPT = GOLDEN / "ckpt"
 INDEX = json.loads((GOLDEN / "gptq/index.json").read_text())
 ASYM = CKPT / "tiny-q7-gptq-asym"
 MODULE = "transformer.h.0.mlp.c_proj"
-
-
-def sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", INDEX)
@@ -53,7 +47,7 @@ def test_golden_checkpoints_cover_the_three_kinds(blob):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_bias_of_every_quantised_linear_is_kept(blob, bits):
+def test_bias_of_every_quantized_linear_is_kept(blob, bits):
     made = Blob(blob(ASYM.name, bits=bits))
     for module in INDEX[ASYM.name]["modules"]:
         assert made.matrix(module).bias.any()
@@ -68,8 +62,8 @@ def pack_words(values: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(words.astype(np.uint32).view(np.int32), -1, axis)
 
 
-def quantised(rng, tensors: dict, group_size: int, *, zeros: bool, shuffle: bool) -> dict[str, np.ndarray]:
-    """Replace every quantised matrix by a random one; returns the weights ``[k, n]`` they stand for."""
+def quantized(rng, tensors: dict, group_size: int, *, zeros: bool, shuffle: bool) -> dict[str, np.ndarray]:
+    """Replace every quantized matrix by a random one; returns the weights ``[k, n]`` they stand for."""
     truth = {}
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         k, n = tensors[f"{name}.qweight"].shape[0] * 8, tensors[f"{name}.qweight"].shape[1]
@@ -97,7 +91,7 @@ def test_every_layout_is_lossless(tmp_path, rng, group_size, stored, zeros, shuf
     folder = changed_copy(
         ASYM,
         tmp_path / "source",
-        lambda tensors: truth.update(quantised(rng, tensors, group_size, zeros=zeros, shuffle=shuffle)),
+        lambda tensors: truth.update(quantized(rng, tensors, group_size, zeros=zeros, shuffle=shuffle)),
         quantize_config={"group_size": group_size, "desc_act": shuffle, "sym": not zeros},
     )
     convert(folder, tmp_path / "x.qvl")
@@ -143,14 +137,6 @@ def test_a_linear_left_at_16_bits_is_rounded(tmp_path, rng):
     np.testing.assert_array_equal(matrix.dequantize(), quantize(weight, 4, 128).dequantize())
 
 
-def refused(folder: Path, out: Path, *parts: str, **options) -> None:
-    with pytest.raises(QvlError) as caught:
-        convert(folder, out, **options)
-    for part in parts:
-        assert part in str(caught.value), str(caught.value)
-    assert not list(out.parent.glob(f"{out.name}*"))
-
-
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
@@ -164,13 +150,13 @@ def refused(folder: Path, out: Path, *parts: str, **options) -> None:
         ({"group_size": 32}, ["qzeros", "shape"]),
     ],
 )
-def test_other_settings_are_refused(tmp_path, settings, parts):
+def test_other_settings_are_conversion_refused(tmp_path, settings, parts):
     folder = changed_copy(ASYM, tmp_path / "source", quantize_config=settings)
-    refused(folder, tmp_path / "x.qvl", *parts)
+    conversion_refused(folder, tmp_path / "x.qvl", *parts)
 
 
 def test_8_bits_of_a_4_bit_model_are_refused_with_the_remedy(tmp_path):
-    refused(ASYM, tmp_path / "x.qvl", "quantize_config.json", "cannot become 8", "--bits 4", bits=8)
+    conversion_refused(ASYM, tmp_path / "x.qvl", "quantize_config.json", "cannot become 8", "--bits 4", bits=8)
 
 
 @pytest.mark.parametrize(
@@ -186,4 +172,4 @@ def test_8_bits_of_a_4_bit_model_are_refused_with_the_remedy(tmp_path):
     ],
 )
 def test_damaged_matrices_are_refused_by_name(tmp_path, change, parts):
-    refused(changed_copy(ASYM, tmp_path / "source", change), tmp_path / "x.qvl", *parts)
+    conversion_refused(changed_copy(ASYM, tmp_path / "source", change), tmp_path / "x.qvl", *parts)

@@ -151,7 +151,7 @@ def test_contradictions_are_refused(spoilt, change, message):
 
 
 @pytest.mark.parametrize("said", [{}, {"decoder": 4}, {"decoder": {"bytes": "many", "bits": [4]}}])
-def test_whatever_the_metadata_say_about_quantisation_can_be_shown(spoilt, said):
+def test_whatever_the_metadata_say_about_quantization_can_be_shown(spoilt, said):
     facts = describe(Blob(spoilt(meta("quantization", said))))
     assert facts["parts"]["decoder"]["bytes"] > 0
     assert facts["parts"]["decoder"].keys() == {"label", "bytes", "bits", "group_size", "method"}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
+from helpers import linked
 
 from qvl_runtime.blob import Blob
 from qvl_runtime.cli.main import VERBS, main
@@ -116,9 +117,7 @@ def test_options_of_gptq_are_refused_without_it(qvl, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
 def test_a_git_lfs_pointer_is_named_as_such(qvl, tmp_path, name):
-    (folder := tmp_path / "clone").mkdir()
-    for file in (GOLDEN / "ckpt/tiny-vl").iterdir():
-        (folder / file.name).symlink_to(file)
+    folder = linked(GOLDEN / "ckpt/tiny-vl", tmp_path / "clone")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     pointer = folder / (next(iter(index.values())) if name == "model.safetensors" else name)
     pointer.unlink()

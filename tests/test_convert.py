@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from helpers import conversion_refused, sha256
 from safetensors.numpy import load_file
 from shards import all_tensors, changed_copy
 
@@ -29,10 +29,6 @@ from qvl_runtime.file.tensorfile import TensorFile
 
 CKPT = GOLDEN / "ckpt"
 VL, BIN = CKPT / "tiny-vl", CKPT / "tiny-vl-bin"
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def published(source: dict[str, np.ndarray], spec: MatrixSpec) -> np.ndarray:
@@ -242,22 +238,10 @@ def test_a_killed_conversion_leaves_no_file_and_can_be_resumed(tmp_path):
     assert sha256(out) == sha256(tmp_path / "whole.qvl")
 
 
-def refused(source: Path, out: Path, *parts: str, **options) -> None:
-    """A conversion fails with one line that holds all the parts, and leaves nothing behind."""
-    before = sorted(out.parent.iterdir()) if out.parent.exists() else []
-    with pytest.raises(QvlError) as caught:
-        convert(source, out, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-    assert (sorted(out.parent.iterdir()) if out.parent.exists() else []) == before
-
-
 def test_existing_output_is_refused_without_force(tmp_path):
     out = tmp_path / "x.qvl"
     out.write_bytes(b"precious")
-    refused(BIN, out, "x.qvl", "exists already", "--force")
+    conversion_refused(BIN, out, "x.qvl", "exists already", "--force")
     assert out.read_bytes() == b"precious"
     convert(BIN, out, force=True)
     Blob(out).check()
@@ -276,8 +260,8 @@ def test_output_made_by_another_meanwhile_is_kept(tmp_path):
 
 def test_impossible_outputs(tmp_path):
     (tmp_path / "folder").mkdir()
-    refused(BIN, tmp_path / "folder", "is a folder")
-    refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
+    conversion_refused(BIN, tmp_path / "folder", "is a folder")
+    conversion_refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +275,7 @@ def test_impossible_outputs(tmp_path):
     ],
 )
 def test_unknown_settings(tmp_path, options, part):
-    refused(BIN, tmp_path / "x.qvl", part, "choose", **options)
+    conversion_refused(BIN, tmp_path / "x.qvl", part, "choose", **options)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +295,10 @@ def test_values_that_cannot_be_kept_are_refused_by_name(tmp_path, name, value, o
 
     source = changed_copy(BIN, tmp_path / "source", spoil)
     (tmp_path / "out").mkdir()
-    refused(source, tmp_path / "out" / "x.qvl", "model.safetensors", name, **options)
+    conversion_refused(source, tmp_path / "out" / "x.qvl", "model.safetensors", name, **options)
 
 
-def test_large_weights_can_still_be_quantised(tmp_path):
+def test_large_weights_can_still_be_quantized(tmp_path):
     def enlarge(tensors):
         tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
         tensors["lm_head.weight"].flat[-1] = 70000.0
@@ -326,7 +310,7 @@ def test_large_weights_can_still_be_quantised(tmp_path):
 def test_too_little_room_is_said_before_work_begins(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(BIN, tmp_path / "x.qvl", "x.qvl", "needs", "free")
+    conversion_refused(BIN, tmp_path / "x.qvl", "x.qvl", "needs", "free")
 
 
 def test_a_disk_that_fills_up_is_one_line_and_can_be_resumed(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def span(activations: str, rows: int, bits: int, group: int) -> int:
 @pytest.mark.parametrize("rows,n,k", [(17, 5, 7), (18, 32, 128), (25, 33, 130), (31, 70, 333), (97, 64, 256)])
 @pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_quantised_product_is_that_of_rounded_activations(cpu, rng, activations, rows, n, k, bits, group, asymmetric):
+def test_quantized_product_is_that_of_rounded_activations(cpu, rng, activations, rows, n, k, bits, group, asymmetric):
     x = normal(rng, rows, k)
     w = matrix(rng, n, k, bits, group, asymmetric=asymmetric)
     out, want = poisoned(rows, n), poisoned(rows, n)

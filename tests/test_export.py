@@ -1,4 +1,4 @@
-"""Export is the inverse of import, bit for bit, and what was quantised here can be read again."""
+"""Export is the inverse of import, bit for bit, and what was quantized here can be read again."""
 
 import json
 import os

@@ -1,11 +1,11 @@
 """How the newer families prepare pictures, against the golden data."""
 
-import hashlib
 import json
 
 import numpy as np
 import pytest
 from families import CHECKPOINTS, GOLDEN, config, read
+from helpers import sha256
 from PIL import Image, ImageOps
 
 from qvl_runtime.errors import QvlError
@@ -13,10 +13,6 @@ from qvl_runtime.families.qwen2_vl.preprocessing import Preprocessing, find_sett
 
 PICTURES = read("preprocess.json")
 PATCHES = np.load(GOLDEN / "preprocess.npz")
-
-
-def sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("case", read("smart_resize.json")["rows"], ids=str)

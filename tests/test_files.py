@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
+from helpers import linked, refused
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -53,19 +54,9 @@ def folder(tmp_path):
     """``folder(source, missing)``: a checkpoint of links, without one file."""
 
     def make(source: Path, missing: str) -> Path:
-        for path in source.iterdir():
-            if path.name != missing:
-                (tmp_path / path.name).symlink_to(path)
-        return tmp_path
+        return linked(source, tmp_path, missing)
 
     return make
-
-
-def refused(action, name: str) -> None:
-    with pytest.raises(QvlError) as caught:
-        action()
-    message = str(caught.value)
-    assert name in message and "\n" not in message, message
 
 
 @pytest.mark.parametrize("kind", SPECIAL)

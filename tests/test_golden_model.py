@@ -125,8 +125,8 @@ def test_imported_int4_stays_within_its_rounding(case, device, model, in_golden)
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["tiny-vl", "tiny-vl-bin"])
-def test_quantised_cpu_equals_reference(name, bits, model, in_golden):
-    """The same quantised weights give the same logits, features and greedy ids on both backends."""
+def test_quantized_cpu_equals_reference(name, bits, model, in_golden):
+    """The same quantized weights give the same logits, features and greedy ids on both backends."""
     options = {"bits": bits, "vision_bits": bits, "head_bits": bits}
     cpu, reference = (model(name, device=device, **options) for device in ("cpu", "reference"))
     image = "images/rgb_odd.png"

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import sha256
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
@@ -21,10 +21,6 @@ from qvl_runtime.inputs.images import load_image
 GOLDEN = Path(__file__).parent / "golden"
 DATA = json.loads((GOLDEN / "preprocess.json").read_text(encoding="utf-8"))["images"]
 ODD = GOLDEN / "images/rgb_odd.png"
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def png(width: int, height: int, rows: bytes = b"") -> bytes:

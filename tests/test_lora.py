@@ -101,9 +101,9 @@ def test_what_cannot_be_merged_is_refused(adapter, config, tensors, message):
         Merged(VL, folder)
 
 
-def test_a_quantised_base_and_a_missing_file_are_refused(adapter, tmp_path):
+def test_a_quantized_base_and_a_missing_file_are_refused(adapter, tmp_path):
     folder, _ = adapter()
-    with pytest.raises(QvlError, match="take the unquantised base"):
+    with pytest.raises(QvlError, match="take the unquantized base"):
         Merged(GOLDEN / "ckpt" / "tiny-vl-gptq", folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(QvlError, match=r"holds no adapter_model\.safetensors"):

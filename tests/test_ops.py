@@ -363,7 +363,7 @@ def test_cache(cache_backend, kind, heads, kv_heads, d):
     rng, capacity, layer = random(f"cache-{kind}-{heads}-{d}"), 300, 1
     rope, logn = values(rng, 2 * capacity, d), 1 + rng.random(2 * capacity).astype(np.float32)
     steps = (7, 1, 1, 150, 40, 1, 17)
-    # numbers that fp16 holds: of others, every backend would quantise slightly different ones
+    # numbers that fp16 holds: of others, every backend would quantize slightly different ones
     qkvs = [values(rng, tokens, (heads + 2 * kv_heads) * d).astype(np.float16).astype(np.float32) for tokens in steps]
     weights = 1 + values(rng, 2, d) / 4
     results = []

@@ -117,7 +117,7 @@ def test_raw_text():
     assert TINY.im_end_id in prompt.ids
 
 
-def test_path_is_not_normalised():
+def test_path_is_not_normalized():
     assert raw("<img>cafe\u0301.png</img>").images == ["cafe\u0301.png"]
 
 

@@ -1,12 +1,12 @@
 """GPTQ over whole models: what comes out, that it is better than rounding, and that an interruption changes nothing."""
 
-import hashlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from helpers import sha256
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -50,10 +50,6 @@ def whole(tmp_path_factory, samples):
     path = tmp_path_factory.mktemp("gptq") / "whole.qvl"
     convert(VL, path, **ALL_INT4, calibration_samples=3)
     return path
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_walk_computes_what_the_model_computes(source, samples, model):
@@ -107,7 +103,7 @@ def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
     }
 
 
-def test_a_layer_is_calibrated_behind_the_quantised_ones(source, samples, whole, monkeypatch, tmp_path):
+def test_a_layer_is_calibrated_behind_the_quantized_ones(source, samples, whole, monkeypatch, tmp_path):
     seen, original = {}, Calibrated.hessians
 
     def spy(self, walk, stage, *rest):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import threading
 
 import numpy as np
 import pytest
+from helpers import linked
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -316,13 +316,7 @@ def test_an_idle_session_waits_for_its_conversation(monkeypatch):
 @pytest.fixture
 def short_window(checkpoint, tmp_path):
     """A chat model with a window of 120 tokens."""
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for file in checkpoint("tiny-vl").iterdir():
-        if file.name != "config.json":
-            (folder / file.name).symlink_to(file)
-    config = json.loads((checkpoint("tiny-vl") / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 120}))
+    folder = linked(checkpoint("tiny-vl"), tmp_path / "short", max_position_embeddings=120)
     convert(folder, tmp_path / "short.qvl", bits=16)
     return qvl.load(tmp_path / "short.qvl", device="cpu")
 

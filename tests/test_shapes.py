@@ -1,4 +1,4 @@
-"""Models of unusual shapes, quantised in every way: the CPU computes what the reference does."""
+"""Models of unusual shapes, quantized in every way: the CPU computes what the reference does."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Resampler(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Normalised pixels float32 [B, 3, S, S] -> features [B, n_queries, output_dim]."""
+    """Normalized pixels float32 [B, 3, S, S] -> features [B, n_queries, output_dim]."""
 
     def __init__(self, image_size, patch_size, width, layers, heads, mlp_ratio, output_dim, n_queries=256, **_):
         super().__init__()
@@ -198,7 +198,7 @@ class QwenVL(nn.Module):
         self.lm_head = nn.Linear(hidden, config["vocab_size"], bias=False)
 
     def hidden(self, ids, features=None, positions=None, mask=None, chosen=None):
-        """Normalised hidden states [B, T, hidden].
+        """Normalized hidden states [B, T, hidden].
 
         Parameters
         ----------

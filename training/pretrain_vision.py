@@ -37,7 +37,7 @@ def pixels_of(scene: Scene, size: int, side: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels to the model's input."""
     return (pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
@@ -95,7 +95,7 @@ def whiten(visual: torch.nn.Module, size: int, seed: int) -> None:
     patch, width = visual.conv1.kernel_size[0], visual.conv1.out_channels
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng, text_share=0.5) for _ in range(300)]
-    pixels = normalise(torch.from_numpy(np.stack([pixels_of(s, size, 2 * size) for s in scenes])))
+    pixels = normalize(torch.from_numpy(np.stack([pixels_of(s, size, 2 * size) for s in scenes])))
     patches = torch.nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + 0.02).sqrt()).T.flip(0)[:width]
@@ -156,7 +156,7 @@ def main() -> None:
     def loss_of(batch):
         pixels, target = batch
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            patches, features = visual.both(normalise(pixels))
+            patches, features = visual.both(normalize(pixels))
         loss, log = outer.loss(features, target)
         return loss + 0.5 * inner.loss(patches, target)[0], f"cells {loss.item():.2f} {log}"
 

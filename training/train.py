@@ -23,7 +23,7 @@ from lexicon import LEVELS
 from model import QwenVL
 from optimiser import build
 from parallel import DEVICE, Progress, launch, share, uploaded
-from pretrain_vision import config, normalise
+from pretrain_vision import config, normalize
 from rows import Rows, Writer, attention_mask
 from targets import CellHead
 from vocabulary import read
@@ -42,7 +42,7 @@ def forward(model, head, batch):
     """Logits before each weighted token, those tokens, their weights, and the losses of cells and of where it looks."""
     ids, positions, segment, weight, pixels, cells, where, wanted, *counts, _ = batch
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        features = model.transformer.visual(normalise(pixels))
+        features = model.transformer.visual(normalize(pixels))
         rows, columns = (weight > 0).nonzero(as_tuple=True)
         asked = (ids == model.config["visual"]["image_start_id"]).sum()
         mask = attention_mask(segment)

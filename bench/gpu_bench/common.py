@@ -208,6 +208,6 @@ def clear(ops: CudaOps, cache: CudaCache) -> None:
 
 
 def pixels(config: ModelConfig) -> np.ndarray:
-    """A normalised picture."""
+    """A normalized picture."""
     size = config.visual.image_size
     return np.random.default_rng(1).standard_normal((3, size, size)).astype(np.float32)

@@ -100,7 +100,7 @@ def _torch_int4(torch, n: int, k: int, count: int) -> list:
 
 
 def matmul() -> dict:
-    """int4 products of many rows beside torch's fp16 product with the dequantised weight."""
+    """int4 products of many rows beside torch's fp16 product with the dequantized weight."""
     ops, torch = common.make_ops(), torch_or_none()
     rows, found = [], {}
     for m in (16, 256, 1024, 2048):

@@ -72,10 +72,10 @@ def allocate(
     Raises
     ------
     QvlError
-        When even 4 bits everywhere are too large, or the source is quantised already.
+        When even 4 bits everywhere are too large, or the source is quantized already.
     """
     if source.imported:
-        raise QvlError(f"{source.checkpoint.folder}: is quantised already; --target-size needs the unquantised model")
+        raise QvlError(f"{source.checkpoint.folder}: is quantized already; --target-size needs the unquantized model")
     plans = {bits: _plans(source, bits, group_size) for bits in BITS}
     smallest = size_of(list(plans[4].values()))
     if smallest > target:

@@ -1,7 +1,7 @@
-"""The answers of a quantised model beside those of its original.
+"""The answers of a quantized model beside those of its original.
 
-The original's greedy answers need no run token by token: the quantised model proposes an answer, one walk checks all
-of it at once, and from the first token on which they differ the quantised model proposes anew. That is speculative
+The original's greedy answers need no run token by token: the quantized model proposes an answer, one walk checks all
+of it at once, and from the first token on which they differ the quantized model proposes anew. That is speculative
 decoding, which gives exactly the answer that the original alone would give.
 """
 
@@ -63,9 +63,9 @@ class _Answer:
     Attributes
     ----------
     first : list of int
-        The quantised model's answer, with the token that ended it.
+        The quantized model's answer, with the token that ended it.
     agreed, draft : list of int
-        The beginning of the original's answer, and what the quantised model would go on with.
+        The beginning of the original's answer, and what the quantized model would go on with.
     done : bool
         `agreed` is the original's whole answer.
     """
@@ -98,7 +98,7 @@ def compare_answers(
     Parameters
     ----------
     model : Model
-        The quantised one.
+        The quantized one.
     reference : Weights
         The original's.
     samples : sequence of Sample
@@ -131,7 +131,7 @@ def compare_answers(
 
 
 def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
-    """How the quantised model goes on, with the token that ends it where it ends by itself."""
+    """How the quantized model goes on, with the token that ends it where it ends by itself."""
     room = limit - len(agreed)
     result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
     assert isinstance(result, Result)

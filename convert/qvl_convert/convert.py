@@ -74,7 +74,7 @@ def convert(
     target_size : str, optional
         Size of the file, such as "5.5GB": bits are chosen layer by layer (`allocation`), whatever is given above.
     lora : path, optional
-        Folder of a PEFT adapter, which is merged into the (unquantised) model.
+        Folder of a PEFT adapter, which is merged into the (unquantized) model.
     calibration_data : path
         What "gptq" looks at: "builtin", or a file or folder that `qvl_convert.calibration` reads.
     calibration_samples : int
@@ -194,6 +194,6 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
 
 
 def _made(plans: list[MatrixPlan]) -> dict[str, int | str]:
-    """How a part is quantised; several kinds are listed, such as ``"4/8"`` bits."""
+    """How a part is quantized; several kinds are listed, such as ``"4/8"`` bits."""
     kinds = {key: sorted({getattr(plan, key) for plan in plans}) for key in ("bits", "group_size", "method")}
     return {key: found[0] if len(found) == 1 else "/".join(map(str, found)) for key, found in kinds.items()}

@@ -151,7 +151,7 @@ def _settings(blob: Blob) -> dict[str, Any] | None:
     }
 
 
-def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(blob: Blob, quantized: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the folder, one at a time, by its published name."""
     every = list(blob.family.tensors(blob.config))
     shapes = published_shapes(every)
@@ -162,7 +162,7 @@ def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
             yield spec.name, blob.vector(spec.name).astype(np.float16)
             continue
         matrices = [blob.matrix(part.name) for part in specs]
-        if quantised and spec.part == "decoder":
+        if quantized and spec.part == "decoder":
             yield from ((f"{spec.name}.{k}", v) for k, v in autogptq_arrays(matrices[0], spec.name).items())
             continue
         weight = np.concatenate([m.weight if m.bits == 16 else m.dequantize().astype(np.float16) for m in matrices])
@@ -171,7 +171,7 @@ def _tensors(blob: Blob, quantised: bool) -> Iterator[tuple[str, np.ndarray]]:
         if spec.bias:
             yield spec.biases[0], np.concatenate(biases).astype(np.float16)
         elif any(bias.any() for bias in biases):
-            raise QvlError(f"{spec.name}: has a bias, for which an unquantised model has no place; export it at 4 bits")
+            raise QvlError(f"{spec.name}: has a bias, for which an unquantized model has no place; export it at 4 bits")
 
 
 def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> None:

@@ -151,7 +151,7 @@ def gptq(
     sym: bool = True,
     sweeps: int = 2,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Quantise a matrix.
+    """Quantize a matrix.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ class Merged(Checkpoint):
     Parameters
     ----------
     folder : path
-        The unquantised base model.
+        The unquantized base model.
     adapter : path
         Folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
 
@@ -92,7 +92,7 @@ class Merged(Checkpoint):
         else:
             raise QvlError(f"{self._path}: {key!r} is no part of a LoRA adapter that this program knows")
         if f"{name.rpartition('.')[0]}.qweight" in self:
-            raise QvlError(f"{self.folder}: is quantised, so no adapter can be merged; take the unquantised base model")
+            raise QvlError(f"{self.folder}: is quantized, so no adapter can be merged; take the unquantized base model")
         if name not in self:
             raise QvlError(f"{self._path}: changes {name!r}, which {self.folder} has not; do they belong together?")
         if name in self._saved and array.shape != self.entry(name).shape:

@@ -22,7 +22,7 @@ ROW_CHUNK = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is to be quantised.
+    """How a model is to be quantized.
 
     Attributes
     ----------
@@ -224,6 +224,6 @@ def to_half(weight: np.ndarray, name: str) -> np.ndarray:
 
 
 def _at_16_bits(matrix: Matrix) -> Matrix:
-    """The dequantised weight, rounded to fp16 as the published code does."""
+    """The dequantized weight, rounded to fp16 as the published code does."""
     half = matrix.dequantize().astype(np.float16)
     return Matrix(n=matrix.n, k=matrix.k, bits=16, group_size=BLOCK, weight=half, bias=matrix.bias)

@@ -1,4 +1,4 @@
-"""GPTQ over a whole model, layer by layer, each calibrated with the already quantised layers in front of it.
+"""GPTQ over a whole model, layer by layer, each calibrated with the already quantized layers in front of it.
 
 Nothing but the unfinished file is kept of a run: taken up again, the finished layers are run once more from it, which
 gives the remaining ones the same inputs and so the same bytes.

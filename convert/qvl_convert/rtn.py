@@ -1,4 +1,4 @@
-"""Round-to-nearest group quantisation, straight into the packed layout.
+"""Round-to-nearest group quantization, straight into the packed layout.
 
 Symmetric: ``scale = max|w| / qmax`` over a group of columns (qmax 7 or 127), ``q = round(w / scale)``. Asymmetric:
 ``scale = (max - min) / (2^bits - 1)`` with 0 inside the range, ``zero = round(-min / scale)``. Scales are rounded to
@@ -62,7 +62,7 @@ def quantize(
     bias: np.ndarray | None = None,
     name: str = "the matrix",
 ) -> Matrix:
-    """Quantise a matrix by rounding each weight to the nearest step of its group.
+    """Quantize a matrix by rounding each weight to the nearest step of its group.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ def export(
 ) -> None:
     """Write a .qvl file's weights as a Hugging Face model.
 
-    The decoder keeps its integers, in AutoGPTQ's layout, so that other tools read what was quantised here; everything
+    The decoder keeps its integers, in AutoGPTQ's layout, so that other tools read what was quantized here; everything
     else becomes fp16. The model's Python files, which some tools ask for, come from the original's repository.
 
     \b

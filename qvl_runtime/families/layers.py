@@ -107,7 +107,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, ops: Ops, config: Config, rows: int) -> Workspace:
-        """Uninitialised arrays for a model."""
+        """Uninitialized arrays for a model."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return cls(
             x=ops.empty((rows, config.hidden_size)),

@@ -2,7 +2,7 @@
 
 A launch takes what the driver takes: the parameters in order, the grid, threads of a block, dynamic shared memory. All
 threads of some blocks advance together, each instruction one numpy operation over them. What a GPU would let pass in
-silence is an error here: accesses out of bounds or misaligned, uninitialised registers and memory, races between the
+silence is an error here: accesses out of bounds or misaligned, uninitialized registers and memory, races between the
 threads of a block and between blocks, shared memory used while an asynchronous copy into it is on its way, and
 barriers that not all threads reach. An unknown opcode is an error when a kernel is loaded.
 

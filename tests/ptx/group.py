@@ -286,7 +286,7 @@ def strict(sources: Sequence[Operand], run: Executor) -> Executor:
 
     def checked(group: Group, mask: Mask) -> None:
         if not group.undefined.keys().isdisjoint(slots) and group.any_undefined(slots, mask) is not None:
-            raise PtxError("an uninitialised register is used")
+            raise PtxError("an uninitialized register is used")
         run(group, mask)
 
     return checked

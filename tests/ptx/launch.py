@@ -170,7 +170,7 @@ class _Run:
             if instruction.guard is not None:
                 slot = instruction.guard.slot
                 if slot in group.undefined and group.any_undefined([slot], mask) is not None:
-                    raise self._error(instruction, "an uninitialised predicate decides")
+                    raise self._error(instruction, "an uninitialized predicate decides")
                 chosen = group.registers[slot]
                 chosen = ~chosen if instruction.negated else chosen
                 chosen = chosen if together else chosen & active

@@ -119,7 +119,7 @@ class DeviceMemory:
         result = np.empty((len(addresses), nbytes), np.uint8)
         for region, which, rows in self.parts(addresses, nbytes):
             if (region.items("written", nbytes)[rows] != _all_written(nbytes)).any():
-                raise PtxError("uninitialised global memory is read")
+                raise PtxError("uninitialized global memory is read")
             values = region.items("data", nbytes)[rows]
             result[which] = values.reshape(len(values), -1).view(np.uint8)
         return result

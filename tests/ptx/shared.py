@@ -72,7 +72,7 @@ class SharedMemory:
         granules = self.granules(places, nbytes)
         if not self._written[granules].all():
             arriving = self._arriving[granules].any()
-            raise PtxError("a copy is read that has not arrived" if arriving else "uninitialised shared memory is read")
+            raise PtxError("a copy is read that has not arrived" if arriving else "uninitialized shared memory is read")
         if self._arriving[granules].any():
             raise PtxError("a copy is read that has not arrived")
         now, thread = epoch[self._block[lanes]][:, None], self._thread[lanes][:, None]

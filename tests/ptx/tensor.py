@@ -256,7 +256,7 @@ def _wide_product(instruction: Instruction, match: re.Match) -> Executor:
         running = {r.slot for w in _warpgroups(group, mask) for p in group.products.running[w] for r in p.sums}
         needed = sum_slots - running if keep(group).any() else set()
         if group.any_undefined([*sources, *needed], mask) is not None:
-            raise PtxError("an uninitialised register is used")
+            raise PtxError("an uninitialized register is used")
         run(group, mask)
 
     return checked

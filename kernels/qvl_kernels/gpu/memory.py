@@ -165,14 +165,14 @@ class Memory:
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
     def array(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
-        """An uninitialised array."""
+        """An uninitialized array."""
         array = DeviceArray(0, shape, dtype, None)
         array.owner = Block(self, array.nbytes)
         array.address = array.owner.address
         return array
 
     def constant(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
-        """An uninitialised array that a step being captured takes for one made before it."""
+        """An uninitialized array that a step being captured takes for one made before it."""
         recording, self.scratch.recording = self.scratch.recording, False
         try:
             return self.array(shape, dtype)
@@ -180,7 +180,7 @@ class Memory:
             self.scratch.recording = recording
 
     def weight(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
-        """An uninitialised array that stays as long as the model: hundreds of them share a few allocations.
+        """An uninitialized array that stays as long as the model: hundreds of them share a few allocations.
 
         An arena is as large as all before it together, so that a small model takes little.
         """

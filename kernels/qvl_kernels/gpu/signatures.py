@@ -194,7 +194,7 @@ KERNELS: dict[str, Kernel] = {
         "(ceil(size / ELEMENTS),)",
     ),
     # attention; qkv, q, out are fp16, scale is 1/sqrt(d) ----------------------------------------------------------
-    # Rotates q in place and appends k and v at start[0] + t. `int8` quantises the cache: k and v point at int8. flags:
+    # Rotates q in place and appends k and v at start[0] + t. `int8` quantizes the cache: k and v point at int8. flags:
     # LOGN (the rotated q times logn), Q_NORM, K_NORM (RMSNorm of each head before, weights float32 [d]).
     "rope_append": Kernel(
         "rope.rope_append",

@@ -12,7 +12,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def preprocess(image: Image.Image, image_size: int, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
-    """Resize and normalise a picture for the vision tower.
+    """Resize and normalize a picture for the vision tower.
 
     Parameters
     ----------

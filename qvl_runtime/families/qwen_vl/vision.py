@@ -65,7 +65,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, ops: Ops, config: VisionConfig) -> Workspace:
-        """Uninitialised arrays."""
+        """Uninitialized arrays."""
         count, width = config.patches, config.width
         return cls(
             x=ops.empty((count, width)),
@@ -86,7 +86,7 @@ class PatchEmbedding:
         self.ln_pre = weights.layer_norm(f"{NAME}.ln_pre")
 
     def __call__(self, pixels: np.ndarray, out: Array, trace: Trace = no_trace) -> None:
-        """Embed a picture, normalised float32 ``[3, image_size, image_size]``, into `out` ``[patches, width]``."""
+        """Embed a picture, normalized float32 ``[3, image_size, image_size]``, into `out` ``[patches, width]``."""
         raw = self.ops.empty(out.shape)
         patch_rows = self.ops.upload(patches(pixels, self.config.patch_size))
         self.ops.linear(patch_rows, self.conv1, out=raw, residual=self.positions)
@@ -112,7 +112,7 @@ class VisionTower:
         Parameters
         ----------
         pixels : ndarray
-            Normalised, float32 ``[3, image_size, image_size]``.
+            Normalized, float32 ``[3, image_size, image_size]``.
 
         Returns
         -------

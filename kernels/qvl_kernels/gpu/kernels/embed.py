@@ -1,4 +1,4 @@
-"""Rows of a packed table, dequantised."""
+"""Rows of a packed table, dequantized."""
 
 import triton
 import triton.language as tl

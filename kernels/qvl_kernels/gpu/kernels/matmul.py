@@ -1,4 +1,4 @@
-"""Products with packed weights: fused dequantisation, bias, GELU, residual, SwiGLU, and a split along k.
+"""Products with packed weights: fused dequantization, bias, GELU, residual, SwiGLU, and a split along k.
 
 The weight is the left operand, ``acc [BN, BM] = W [BN, k] @ x.T [k, BM]``: a tile of it is one contiguous block and,
 unpacked in registers, goes to the tensor cores without passing through shared memory on Hopper. Nibble j of all

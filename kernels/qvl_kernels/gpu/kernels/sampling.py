@@ -55,7 +55,7 @@ def _keys(x):
 
 @triton.jit
 def _mass(logits, size, key, best, sharpness, COUNT: tl.constexpr):
-    """Sum of the unnormalised probabilities (or the number) of logits from `key` up."""
+    """Sum of the unnormalized probabilities (or the number) of logits from `key` up."""
     total = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, size, CHUNK):
         i = first + tl.arange(0, CHUNK)

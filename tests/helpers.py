@@ -1,0 +1,52 @@
+"""What several test files do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qvl_convert.convert import convert
+from qvl_runtime.errors import QvlError
+
+
+def sha256(data: bytes | np.ndarray | Path) -> str:
+    """The hash of bytes, of an array's values, or of a file."""
+    if isinstance(data, Path):
+        data = data.read_bytes()
+    return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()
+
+
+def refused(action: Callable[[], object], *parts: str) -> None:
+    """An action fails with one line that holds all the parts."""
+    with pytest.raises(QvlError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message, message
+    for part in parts:
+        assert part in message, message
+
+
+def conversion_refused(source: Path, out: Path, *parts: str, **options: Any) -> None:
+    """A conversion fails with one line that holds all the parts, and leaves nothing behind."""
+    before = sorted(out.parent.iterdir()) if out.parent.exists() else []
+    refused(lambda: convert(source, out, **options), *parts)
+    assert (sorted(out.parent.iterdir()) if out.parent.exists() else []) == before
+
+
+def linked(source: Path, folder: Path, *without: str, **config: Any) -> Path:
+    """Make a checkpoint of links to another's files, without some of them, and with other values in its config."""
+    folder.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.name not in without:
+            (folder / file.name).symlink_to(file)
+    if config:
+        values = json.loads((source / "config.json").read_text()) | config
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(values))
+    return folder
