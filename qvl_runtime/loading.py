@@ -115,7 +115,8 @@ def load(
         vision_ops = make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
     family, config = blob.family, blob.config
-    decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary)
+    window = min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context
+    decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary, window)
     pictures = None
     if config.sees:
         facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), blob.metadata["preprocessing"]]
@@ -136,6 +137,6 @@ def load(
         family.tokenizer(blob.ranks, config),
         Scheduler(Sessions(decoder, kv_cache, conversations), max_batch=max_batch, room=kv_cache_bytes),
         pictures,
-        window=min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context,
+        window=window,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
     )

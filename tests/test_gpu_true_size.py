@@ -27,12 +27,7 @@ def true_sizes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import published_vl
 
-    def make(name):
-        config = published_vl.config(name)
-        (config.get("text_config") or config)["max_position_embeddings"] = CONTEXT
-        return TrueSizes(config)
-
-    return make
+    return lambda name: TrueSizes(published_vl.config(name))
 
 
 @pytest.mark.parametrize(("name", "kv_cache"), [("qwen2.5-vl-7b", "fp16"), ("qwen3-vl-4b", "int8")])
@@ -44,7 +39,7 @@ def test_the_announced_memory_is_enough(name, kv_cache, true_sizes):
     ops = CudaOps(driver, Images())
     ops.uploader = lambda values, target: None
     weights = Weights(sizes, ops)
-    decoder = Decoder(weights, sizes.family.decoder_names(sizes.config), sizes.family.rotary)
+    decoder = Decoder(weights, sizes.family.decoder_names(sizes.config), sizes.family.rotary, CONTEXT)
     vision = sizes.family.vision(weights)
     ops.memory.trim()
     assert told.weights <= driver.held < 1.03 * told.weights, "what rounding and arenas waste"

@@ -76,6 +76,8 @@ class SequenceState:
         Tokens to make room for at first.
     layers : int, optional
         Fewer layers than the model has; they are used in turn.
+    context : int, optional
+        Tokens that were agreed upon: the cache grows beyond them only as far as it must.
 
     Attributes
     ----------
@@ -96,9 +98,11 @@ class SequenceState:
         dtype: str,
         capacity: int,
         layers: int | None = None,
+        context: int | None = None,
     ):
         self.ops, self._shape, self._dtype = ops, shape, dtype
         self.window = shape.max_position_embeddings
+        self._context = self.window if context is None else context
         self._layers = shape.num_hidden_layers if layers is None else layers
         self.store = self._empty(capacity)
         self.rotary = rotary(self.store.capacity)
@@ -150,7 +154,8 @@ class SequenceState:
             # While it moves, the keys are in neither cache: an interrupt or a lack of memory must not leave half of it.
             length, self.length = self.length, 0
             try:
-                self.store = self.store.resized(self._pages(max(capacity, self.store.capacity * 3 // 2)), length)
+                grown = min(self.store.capacity * 3 // 2, self._context)
+                self.store = self.store.resized(self._pages(max(capacity, grown)), length)
                 self.rotary.reserve(self.store.capacity)
             except BaseException:
                 self.store = self._empty(PAGE)

@@ -130,9 +130,18 @@ class Decoder:
     names : DecoderNames
     rotary : callable
         Makes a sequence's `Rotary` from the backend, the config and a capacity.
+    context : int, optional
+        Tokens of a sequence that were agreed upon, if less than the model's window.
     """
 
-    def __init__(self, weights: Weights, names: DecoderNames, rotary: Callable[[Ops, Any, int], Rotary]):
+    def __init__(
+        self,
+        weights: Weights,
+        names: DecoderNames,
+        rotary: Callable[[Ops, Any, int], Rotary],
+        context: int | None = None,
+    ):
+        self._context = context
         self.ops, self.config, self._rotary = weights.ops, weights.config, rotary
         self.vocab_size = self.config.vocab_size
         self.embedding = weights.matrix(names.embedding)
@@ -146,7 +155,7 @@ class Decoder:
         def rotary(capacity: int) -> Rotary:
             return self._rotary(self.ops, self.config, capacity)
 
-        return SequenceState(self.ops, self.config, rotary, dtype, capacity, layers)
+        return SequenceState(self.ops, self.config, rotary, dtype, capacity, layers, self._context)
 
     def workspace(self, rows: int) -> Workspace:
         return Workspace.empty(self.ops, self.config, rows)
