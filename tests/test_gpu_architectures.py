@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ import test_gpu_kernels as rows
 import test_gpu_products as products
 from fakes.compiled import ARCHITECTURE, CompiledImages
 from fakes.ptx_gpu import SHARED_LIMITS, PtxDriver
+from ptx import PtxError
 
 from qvl_kernels.gpu.signatures import ARCHITECTURES
 
@@ -41,3 +44,17 @@ def test_the_other_architectures(architecture, case, rng, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "images", CompiledImages(architecture))
     monkeypatch.setattr(PtxDriver, "shared_limit", SHARED_LIMITS[architecture])
     SAMPLE[case](rng)
+
+
+def test_products_beside_the_program_are_watched(rng, monkeypatch):
+    """Without the barrier before its first copies, the loop overwrites what another warpgroup's product may read."""
+    images, name = CompiledImages(90), "attention.104"
+    monkeypatch.setattr(gpu_kernels, "images", images)
+    monkeypatch.setattr(PtxDriver, "shared_limit", SHARED_LIMITS[90])
+    before, products, after = images[name].code.decode().partition("wgmma.wait_group.sync.aligned")
+    loop, barrier, rest = after.partition("\tbar.sync")
+    code = before + products + loop + rest[rest.index("\n") :]
+    images[name] = dataclasses.replace(images[name], code=code.encode())
+    with pytest.raises(PtxError, match="another thread read since the last barrier"):
+        attention.test_vision_attention("104", 104, 75, rng)
+    assert barrier and products

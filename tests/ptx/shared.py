@@ -215,9 +215,10 @@ class SharedMemory:
         self._in_use[granules] += 1
         return self._rows(places, 16), granules
 
-    def release(self, granules: np.ndarray) -> None:
-        """The tensor instruction has read them."""
+    def release(self, granules: np.ndarray, epoch: int) -> None:
+        """The tensor instruction has read them, for threads that have passed `epoch` barriers."""
         self._in_use[granules] -= 1
+        self._read_epoch[granules], self._reader[granules] = epoch, _SEVERAL
 
     def fence(self, blocks: np.ndarray) -> None:
         """What was written before becomes visible to tensor instructions (after a barrier)."""

@@ -159,7 +159,7 @@ class Products:
             lanes = slice(warpgroup * _WARPGROUP, (warpgroup + 1) * _WARPGROUP)
             for product in done:
                 for granules in product.granules:
-                    group.shared.release(granules)
+                    group.shared.release(granules, int(group.epoch[group.block[lanes.start]]))
                 for slot in {register.slot for register in product.sums} - still:
                     if slot in group.undefined:
                         undefined = group.undefined[slot].copy()
