@@ -54,9 +54,9 @@ def launches(sizes: TrueSizes) -> collections.Counter:
     ops = CudaOps(driver, Images())
     ops.uploader = lambda values, target: None
     decoder = Decoder(Weights(sizes, ops), sizes.family.decoder_names(sizes.config), sizes.family.rotary)
-    step = DecodeStep(decoder, decoder.sequence("fp16", 256))
+    step, sequence = DecodeStep(decoder), decoder.sequence("fp16", 256)
     driver.launches.clear()
-    step._step(1)
+    step([(sequence, [1])])
     return collections.Counter(launch.name.partition(".")[0] for launch in driver.launches)
 
 
