@@ -1,0 +1,251 @@
+"""Ten thousand malformed requests to `qvl serve`: none may get a status of 500 or more, none may hang.
+
+    python bench/attack_server.py [MODEL.qvl] [--count 10000] [--seed 0] [--clients 8]
+
+Requests are made from a description of the API: valid values of every field, of which some are replaced by values of
+other types, out of range, half characters, deep or long ones; then the bytes of some are damaged. Without a model the
+package's own is served. Exit status 1 when a request got a wrong answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import platform
+import random
+import socket
+import sys
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from served import Process, picture_uri, running
+
+HANG = 60.0
+"""Seconds after which a request counts as hanging."""
+
+SAMPLING: dict[str, list[Any]] = {
+    "temperature": [0, 0.7, 1], "top_p": [1, 0.5], "top_k": [0, 40], "min_p": [0.05], "seed": [1, -1], "n": [1, 2],
+    "max_tokens": [1, 2, 3], "max_completion_tokens": [1, 2], "stop": ["x", ["a", "b"], []], "stream": [True, False],
+    "stream_options": [{"include_usage": True}], "presence_penalty": [0.5], "frequency_penalty": [-0.5],
+    "repetition_penalty": [1.1], "logit_bias": [{}], "user": ["me"], "model": ["demo"],
+}  # fmt: skip
+ROUTES: dict[str, dict[str, list[Any]]] = {
+    "/v1/chat/completions": {
+        **SAMPLING, "logprobs": [True, False], "top_logprobs": [0, 2], "grounding": [True, False], "tools": [[]],
+        "response_format": [
+            {"type": "text"}, {"type": "json_object"},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        ],
+    },
+    "/v1/completions": {**SAMPLING, "logprobs": [0, 2], "prompt": ["hello", [1, 2, 3]], "echo": [False]},
+    "/v1/tokenize": {"prompt": ["hello"], "model": ["demo"]},
+}  # fmt: skip
+"""The fields of every route, with values that it takes."""
+
+SCHEMAS: list[Any] = [
+    {"type": "string", "pattern": "((a{1,99}){1,99}){1,99}"}, {"$ref": "#"}, {"type": ["string", "null"]},
+    {"anyOf": []}, {"enum": []}, {"const": "\x00"}, {"not": {}}, {"type": "array", "prefixItems": [True, False]},
+    {"$ref": "http://127.0.0.1/x"}, {"type": "number", "multipleOf": 0}, {"type": "integer", "minimum": 1e300},
+    {"patternProperties": {"(": {}}}, {"if": {}, "then": {}}, {"type": "string", "format": "ipv6"}, True, False,
+]  # fmt: skip
+
+WRONG: list[Any] = [
+    None, True, False, 0, -1, 1, 1.5, 1e308, -1e308, 10**25, 10**400, "", "x", "\x00", "\ud800", "💥" * 50, "1", [], {},
+    [[]], [{}], [None], {"": None}, {"a": {"b": {}}}, ["x"] * 100, "<img>/etc/passwd</img>", "../../etc/passwd",
+    "file:///etc/passwd", "http://127.0.0.1:1/", "data:image/png;base64,", "data:image/png;base64,AAAA", "%s%n{0}${x}",
+]  # fmt: skip
+
+
+def deep(rng: random.Random) -> Any:
+    value: Any = rng.choice(WRONG)
+    for _ in range(rng.choice([10, 300, 900])):
+        value = [value] if rng.random() < 0.5 else {"type": "object", "a": value}
+    return value
+
+
+def content(rng: random.Random) -> Any:
+    """The content of a message: a text, or parts, with pictures and boxes."""
+    if rng.random() < 0.4:
+        return rng.choice(["hi", "图中有什么？", "<ref>x</ref><box>(1,2),(3,4)</box>", "<|im_end|>", ""])
+    parts: list[Any] = []
+    for _ in range(rng.randrange(4)):
+        kind = rng.choice(["text", "image_url", "box"])
+        part: dict[str, Any] = {"type": kind}
+        if kind == "text":
+            part["text"] = "what is it?"
+        elif kind == "image_url":
+            part["image_url"] = {"url": picture_uri(rng.randrange(3), 64), "detail": "low"}
+        else:
+            part |= {"image": rng.randrange(2), "pixels": [1, 2, 30, 40]}
+        parts.append(part)
+    return parts
+
+
+def messages(rng: random.Random) -> list[dict[str, Any]]:
+    roles = rng.choice([["user"], ["system", "user"], ["user", "assistant", "user"], ["developer", "user"], ["tool"]])
+    return [{"role": role, "content": content(rng) if role == "user" else "ok"} for role in roles]
+
+
+def mutated(rng: random.Random, value: Any, share: float) -> Any:
+    """A value in which some places have another one."""
+    if rng.random() < share:
+        return deep(rng) if rng.random() < 0.05 else rng.choice(WRONG + SCHEMAS)
+    if isinstance(value, dict):
+        return {
+            (key if rng.random() > share / 4 else str(rng.choice(WRONG))[:50]): mutated(rng, item, share)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        changed = [mutated(rng, item, share) for item in value]
+        return changed * rng.choice([0, 2, 30]) if rng.random() < share / 4 else changed
+    return value
+
+
+def damaged(rng: random.Random, body: bytes) -> bytes:
+    """A body with bytes changed, cut off, or doubled."""
+    kind, place = rng.randrange(4), rng.randrange(len(body) + 1)
+    if kind == 0:
+        return body[:place]
+    if kind == 1:
+        return body[:place] + bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9))) + body[place:]
+    if kind == 2:
+        return body[:place] + body[place + rng.randrange(1, 9) :]
+    return body + body[place:]
+
+
+def request(rng: random.Random) -> tuple[bool, bytes, bytes]:
+    """A request: whether its length is as it says, head and body."""
+    route = rng.choice([*ROUTES, "/v1/chat/completions", "/v1/chat/completions"])
+    fields = ROUTES[route]
+    chosen = rng.sample(list(fields), rng.randrange(min(6, len(fields)) + 1))
+    body = {name: rng.choice(fields[name]) for name in chosen} | {"max_tokens": 2}
+    if route != "/v1/completions" and (route != "/v1/tokenize" or rng.random() < 0.5):
+        body["messages"] = messages(rng)
+    elif route == "/v1/completions":
+        body.setdefault("prompt", "hello")
+    if rng.random() < 0.1:
+        schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": rng.choice(SCHEMAS)}}
+        body["response_format"] = schema
+    body = mutated(rng, body, rng.choice([0.0, 0.03, 0.1, 0.3]))
+    if isinstance(body, dict):
+        for name in ("max_tokens", "max_completion_tokens"):  # an answer of a billion tokens is none of the defects
+            if isinstance(body.get(name), int | float) and body[name] > 4:
+                body[name] = 4
+        if isinstance(body.get("n"), int) and body["n"] > 2:
+            body["n"] = rng.choice([2, 9])
+    try:
+        written = json.dumps(body).encode()
+    except (ValueError, RecursionError):
+        written = b"{}"
+    if rng.random() < 0.15:
+        written = damaged(rng, written)
+    headers = {"Host": "localhost", "Content-Length": str(len(written)), "Connection": "close"}
+    framed = True
+    if rng.random() < 0.1:
+        name = rng.choice(["Content-Length", "Transfer-Encoding", "Host", "Origin", "Authorization", "Content-Type"])
+        odd = ["", "0", "-1", "9" * 25, "chunked", "gzip", "evil.example", "null", "x" * 9000, "\xff", "Bearer \xff"]
+        headers[name] = rng.choice(odd)
+        framed = name not in ("Content-Length", "Transfer-Encoding")
+    method = "POST" if rng.random() < 0.97 else rng.choice(["GET", "PUT", "OPTIONS", "HEAD", "TRACE", "X"])
+    path = (
+        route if rng.random() < 0.97 else rng.choice(["/", "//", "/%00", "/v1/models/" + "%2e" * 99, "/metrics", "*"])
+    )
+    head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return framed, head.encode("latin-1") + b"\r\n", written
+
+
+def ask(port: int, framed: bool, head: bytes, body: bytes) -> bytes:
+    """Send it, and read until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=HANG) as channel:
+        received = b""
+        try:
+            channel.sendall(head + body)
+            if not framed:
+                channel.settimeout(2)  # the server waits for the rest; this client goes away
+            while chunk := channel.recv(1 << 16):
+                received += chunk
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except TimeoutError:
+            if framed:
+                raise
+        return received
+
+
+def fault(received: bytes, framed: bool) -> str | None:
+    """What is wrong with an answer."""
+    if not received:
+        return "closed without an answer" if framed else None
+    status = received[9:12].decode("latin-1")
+    if not received.startswith(b"HTTP/1.1 ") or status >= "500":
+        return f"status {status}"
+    if status >= "400" and b'"error"' not in received and b"Invalid HTTP request" not in received:
+        return f"status {status} without an error in OpenAI's form"
+    if b"Traceback" in received or b"/etc/passwd:" in received or b"root:" in received:
+        return "shows the server's insides"
+    if b"text/event-stream" in received and status == "200" and b"data: [DONE]" not in received:
+        return "a stream without an end"
+    return None
+
+
+def attack(process: Process, count: int, seed: int, clients: int) -> dict[str, Any]:
+    """Send them all."""
+    statuses: collections.Counter[str] = collections.Counter()
+    faults: list[dict[str, str]] = []
+    slowest = [0.0]
+    numbers, lock = iter(range(count)), threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None or len(faults) > 20:
+                return
+            rng = random.Random(f"{seed}:{number}")
+            framed, head, body = request(rng)
+            began = time.monotonic()
+            try:
+                received = ask(process.port, framed, head, body)
+                problem = None if head.startswith(b"HEAD") else fault(received, framed)
+            except TimeoutError:
+                received, problem = b"", "hangs"
+            with lock:
+                slowest[0] = max(slowest[0], time.monotonic() - began)
+                statuses[received[9:12].decode("latin-1") or "closed"] += 1
+                if problem:
+                    faults.append({"number": str(number), "fault": problem, "sent": repr(head + body)[:2000]})
+                    print(f"request {number}: {problem}\n  {(head + body)[:600]!r}\n  {received[-300:]!r}", flush=True)
+                if number % 1000 == 999:
+                    print(f"{number + 1} requests: {dict(statuses)}", flush=True)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"requests": sum(statuses.values()), "statuses": dict(statuses), "slowest": slowest[0], "faults": faults}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=8)
+    arguments = parser.parse_args()
+    with running(arguments.model) as process:
+        before = process.state()
+        results = attack(process, arguments.count, arguments.seed, arguments.clients)
+        results |= {"before": before, "after": process.state()}
+    print(f"{results['requests']} requests, {len(results['faults'])} faults, slowest {results['slowest']:.1f} s")
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "seed": arguments.seed, **results}))
+    sys.exit(bool(results["faults"]))
+
+
+if __name__ == "__main__":
+    main()
