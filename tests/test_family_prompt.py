@@ -250,3 +250,14 @@ def test_opened_box():
     assert build(made, f"<img>one</img>{opened}").opened == opened
     assert build(made, "<|box_start|>(1,2),(3,4)<|box_end|>").opened == ""
     assert build(made, "x").opened == ""
+
+
+def test_a_box_of_a_question_is_special_where_its_tags_are():
+    made = prompts("q2-tied")
+    mark = "<|box_start|>(1,2),(3,4)<|box_end|>"
+    for kind, count in (("box", 1), ("text", 0)):
+        ids = build(
+            made, [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": kind, "text": mark}]}]
+        ).ids
+        assert ids.count(made.tokenizer.special["<|box_start|>"]) == count
+        assert mark in made.tokenizer.decode(ids)

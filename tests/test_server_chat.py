@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import QUESTION, events, image_part, picture, png
+from PIL import Image
+from serving import QUESTION, events, image_part, picture, png, serving
 
 import qvl_runtime as qvl
 
@@ -87,3 +89,26 @@ def test_several_answers_have_consecutive_seeds(served, demo_model, stream):
         texts = [choice["message"]["content"] for choice in response.json()["choices"]]
         assert response.json()["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in expected)
     assert texts == [one.text for one in expected] and len(set(texts)) == 3
+
+
+def test_boxes_are_in_pixels_of_the_picture_as_it_is_shown(demo_model):
+    """A model that turns photos as their EXIF orientation says answers in pixels of the turned one."""
+    sideways, out = picture(3).resize((448, 224)), io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    sideways.save(out, "JPEG", exif=exif)
+    for turns, (width, height) in ((False, (448, 224)), (True, (224, 448))):
+        with serving(qvl.load(demo_model.blob.path, device="cpu", exif=turns)) as server:
+            parts = [image_part(out.getvalue()), {"type": "text", "text": "?"}]
+            boxes = server.chat(parts, grounding=True, max_tokens=60).json()["choices"][0]["message"]["boxes"]
+        assert boxes
+        for box in boxes:
+            sides = (width, height, width, height)
+            assert box["pixels"] == [int(n / 1000 * side) for n, side in zip(box["numbers"], sides)]
+
+
+def test_a_box_is_on_the_last_of_several_pictures(served):
+    parts = [image_part(png(picture(1, 112))), image_part(png(picture(2, 224))), {"type": "text", "text": "?"}]
+    boxes = served.chat(parts, grounding=True, max_tokens=60).json()["choices"][0]["message"]["boxes"]
+    assert boxes and all(box["image"] == 1 for box in boxes)
+    assert boxes[0]["pixels"] == [int(n / 1000 * 224) for n in boxes[0]["numbers"]]

@@ -75,6 +75,11 @@ class TaggedGrounding:
     box_end: str
     spans: re.Pattern[str]
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Those around a phrase and a box."""
+        return frozenset((self.ref_start, self.ref_end, self.box_start, self.box_end))
+
     def parse(self, text: str, pictures: Sequence[Picture] = ()) -> list[Box]:
         """Find the boxes of an answer.
 

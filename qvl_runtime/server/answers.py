@@ -125,9 +125,10 @@ class Answerer:
         """The prompt as `Model.stream` takes it, and its pictures."""
         if not isinstance(prompt, Messages):
             return prompt, []
-        family = self.model.blob.family
-        pictures = [measured(c, i, self.limits, upright=family.upright) for i, c in enumerate(contents)]
-        return prompt.for_model(pictures, family.grounding.mark), pictures
+        encoder = self.model.pictures
+        upright = encoder is not None and encoder.reader.upright
+        pictures = [measured(c, i, self.limits, upright=upright) for i, c in enumerate(contents)]
+        return prompt.for_model(pictures, self.model.blob.family.grounding.mark), pictures
 
 
 def _fetched(prompt: Messages | str | list[int], limits: Limits, check: Callable[[], None]) -> list[bytes]:

@@ -62,18 +62,15 @@ class Messages:
 
 
 def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[..., str]) -> list[dict]:
-    made: list[dict] = []
+    made = []
     for part in parts:
         if isinstance(part, PicturePart):
             made.append({"type": "image", "image": pictures[part.number].content})
-            continue
-        if isinstance(part, BoxPart):
-            part = mark(part.corners, _checked_size(part, pictures))
-        if made and made[-1]["type"] == "text":
-            made[-1]["text"] += part
+        elif isinstance(part, BoxPart):
+            made.append({"type": "box", "text": mark(part.corners, _checked_size(part, pictures))})
         else:
             made.append({"type": "text", "text": part})
-    return made or [{"type": "text", "text": ""}]
+    return made
 
 
 def _checked_size(box: BoxPart, pictures: Sequence[Sent]) -> tuple[int, int]:

@@ -82,7 +82,8 @@ class Prompts:
               ``<|vision_start|><|image_pad|><|vision_end|>``, which take the next of `images`;
             - chat messages: ``{"role", "content": text or parts}``. A part is ``{"type": "text", "text": …}``,
               ``{"type": "image", "image" or "url": source}`` or OpenAI's ``{"type": "image_url", …}``; a picture part
-              without a source takes the next of `images`. A video is ``{"type": "video", "video": frames}`` with
+              without a source takes the next of `images`. ``{"type": "box", "text": …}`` is a text in which the tags of
+              boxes are special. A video is ``{"type": "video", "video": frames}`` with
               "fps" (2.0 if not given) or "times" in seconds. A list of parts alone is the user's message;
             - token ids, with as many ``<|image_pad|>`` between vision tags as a picture has tokens.
         images : sequence of image sources, optional
@@ -201,6 +202,8 @@ class Prompts:
                 read.append(Place(part_source(part)))
             elif is_video_part(part):
                 read.append(Place(read_video(part)))
+            elif part.get("type") == "box" and "text" in part:
+                read += self._forms([part_text(part)], GROUNDING.tags & self.tokenizer.special.keys())
             elif "text" in part:
                 read += self._places(part_text(part), access)
             else:
