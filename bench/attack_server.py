@@ -132,11 +132,13 @@ def request(rng: random.Random) -> tuple[bool, bytes, bytes]:
         body["response_format"] = schema
     body = mutated(rng, body, rng.choice([0.0, 0.03, 0.1, 0.3]))
     if isinstance(body, dict):
-        for name in ("max_tokens", "max_completion_tokens"):  # an answer of a billion tokens is none of the defects
+        for name in ("max_tokens", "max_completion_tokens"):  # a long answer is no hang
             if isinstance(body.get(name), int | float) and body[name] > 4:
                 body[name] = 4
         if isinstance(body.get("n"), int) and body["n"] > 2:
             body["n"] = rng.choice([2, 9])
+        if not {"max_tokens", "max_completion_tokens"} & body.keys():
+            body["max_tokens"] = 4
     try:
         written = json.dumps(body).encode()
     except (ValueError, RecursionError):
