@@ -222,6 +222,11 @@ def test_a_connection_is_stuck_when_nothing_is_sent_or_read():
     connection.transport.unread = 400  # some of it was read
     assert not connection.is_stuck(2001 + listening.WRITE_SECONDS)
     assert connection.is_stuck(2002 + 2 * listening.WRITE_SECONDS)  # nothing was
+    connection.transport.unread = 0
+    assert not connection.is_stuck(5000)
+    for second in range(0, 2000, 50):  # a byte now and then
+        connection.transport.unread = 10_000 - second
+        assert connection.is_stuck(5001 + second) == (second > listening.SLOW_SECONDS)
 
 
 def test_a_silent_connection_is_closed(demo_model, monkeypatch):

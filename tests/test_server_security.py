@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import struct
@@ -13,8 +14,9 @@ from PIL import Image
 from serving import data_uri, image_part, picture, png, serving
 
 from qvl_runtime.cli.main import main
+from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs import images
-from qvl_runtime.server import Limits, pictures
+from qvl_runtime.server import Limits, create_app, pictures
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-long-key"
 PNG = png(picture(side=112))
@@ -227,6 +229,40 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(served, size):
     response = served.chat([image_part(bomb(*size)), {"type": "text", "text": "?"}])
     assert response.status_code == 400 and "pixels" in response.json()["error"]["message"]
     assert time.perf_counter() - began < 5
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded(served):
+    """A scan of a few bytes passes over all pixels."""
+    out = io.BytesIO()
+    picture(1, 56).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    assert served.chat([image_part(whole)], max_tokens=1).status_code == 200
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    response = served.chat([image_part(whole[:-2] + scan * 200 + whole[-2:])], max_tokens=1)
+    assert response.status_code == 400 and "scans" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "JPEG2000", "ICO"])
+def test_formats_that_no_browser_sends_are_refused(served, kind):
+    out = io.BytesIO()
+    picture(1, 56).save(out, kind)
+    assert served.chat([image_part(out.getvalue())]).status_code == 400
+
+
+def test_no_text_and_no_uri_takes_long_to_read(served):
+    began = time.perf_counter()
+    for url in ("data:" + "a" * 5_000_000, "data:" + "a;b=" * 500_000, "data:" + ";base64" * 500_000):
+        assert served.chat(url_part(url)).status_code == 400
+    for text in ("a", " ", "e\u0301", "1", "<box>"):
+        long = text * ((1 << 20) // len(text))
+        assert served.chat(long).status_code == 400
+        assert served.http.post("/v1/completions", json={"prompt": long}).status_code == 400
+    assert time.perf_counter() - began < 60
+
+
+def test_keys_are_a_list(demo_model):
+    with pytest.raises(QvlError, match="api_keys"):
+        create_app(demo_model, api_keys="a-key-that-is-long")
 
 
 def test_too_many_pictures_are_refused(served):

@@ -183,3 +183,11 @@ def test_stream_never_shows_half_a_character(tiny):
     assert stream.finish() == ""
     stream.push(tiny.encode("你")[0])
     assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n\t"])
+def test_a_million_blanks_are_an_error_and_no_panic(tiny, blank):
+    assert tiny.decode(tiny.encode(blank * 20_000)) == blank * 20_000
+    for encode in (tiny.encode, tiny.encode_ordinary):
+        with pytest.raises(QvlError, match="blanks in a row"):
+            encode(f"a{blank * 1_000_000}b")

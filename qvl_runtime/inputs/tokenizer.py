@@ -19,6 +19,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MAX_BLANKS = 100_000
 MAX_RANKS = 16 << 20
 """Bytes of a rank file: six times Qwen's."""
 
@@ -56,6 +57,19 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise QvlError(f"tokenizer ranks: no token for the single byte 0x{missing[0]:02x}: the file is cut short")
     return ranks
+
+
+def splittable(text: str) -> str:
+    """A text, if `SPLIT_PATTERN` can be matched with it: tiktoken gives up, or panics, at a million blanks in a row.
+
+    Raises
+    ------
+    QvlError
+        It has more than `MAX_BLANKS` in a row.
+    """
+    if len(text) > MAX_BLANKS and any(run.end() - run.start() > MAX_BLANKS for run in re.finditer(r"\s+", text)):
+        raise QvlError(f"the text has more than {MAX_BLANKS} blanks in a row; shorten them")
+    return text
 
 
 class Tokenizer:
@@ -127,7 +141,7 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Encode a text in which nothing is special."""
-        return self._bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+        return self._bpe.encode_ordinary(splittable(unicodedata.normalize("NFC", text)))
 
     def encode_special(self, text: str, special: Set[str]) -> list[int]:
         """Encode a text in which some special forms become their ids and the others are plain text."""

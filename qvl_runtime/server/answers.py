@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qvl_runtime.boxes import Box
@@ -87,11 +88,11 @@ class Answerer:
             When the request came.
         """
         watch = Watch(self.metrics, arrived)
-        contents = _fetched(asked.prompt, self.limits, switch.check)
+        contents = fetched(_sources(asked.prompt), self.limits, switch.check)
         prompt: Any = None
         pictures: list[Sent] = []
         for index in range(asked.n):
-            with self.preparing:
+            with self._turn(contents):
                 switch.check()
                 emit(Preparing())
                 if prompt is None:
@@ -114,12 +115,17 @@ class Answerer:
         watch.end()
         emit(End())
 
-    def token_ids(self, prompt: Messages | str | list[int]) -> list[int]:
-        """The token ids of a prompt; a picture's places are among them."""
-        contents = _fetched(prompt, self.limits, lambda: None)
-        with self.preparing:
+    def tokenize(self, prompt: Messages | str | list[int], emit: Emit, switch: Switch) -> None:
+        """Emit the token ids of a prompt, a list; a picture's places are among them."""
+        contents = fetched(_sources(prompt), self.limits, switch.check)
+        with self._turn(contents):
+            switch.check()
             made, _ = self._made(prompt, contents)
-            return self.model.prompts.build(made, None, NOTHING).ids
+            emit(self.model.prompts.build(made, None, NOTHING).ids)
+
+    def _turn(self, contents: Sequence[bytes]) -> contextlib.AbstractContextManager:
+        """To be held while a prompt is made; a text alone need not wait for pictures."""
+        return self.preparing if contents else contextlib.nullcontext()
 
     def _made(self, prompt: Messages | str | list[int], contents: Sequence[bytes]) -> tuple[Any, list[Sent]]:
         """The prompt as `Model.stream` takes it, and its pictures."""
@@ -131,12 +137,8 @@ class Answerer:
         return prompt.for_model(pictures, self.model.blob.family.grounding.mark), pictures
 
 
-def _fetched(prompt: Messages | str | list[int], limits: Limits, check: Callable[[], None]) -> list[bytes]:
-    contents = []
-    for number, source in enumerate(prompt.sources if isinstance(prompt, Messages) else ()):
-        check()
-        contents.append(fetched(source, number, limits))
-    return contents
+def _sources(prompt: Messages | str | list[int]) -> list[str | bytes]:
+    return prompt.sources if isinstance(prompt, Messages) else []
 
 
 def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:

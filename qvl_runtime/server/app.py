@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
 from qvl_runtime.server.errors import ApiError, of_exception
 from qvl_runtime.server.forms import ChatForm, TextForm
@@ -63,7 +64,15 @@ def create_app(
     -------
     Starlette
         Its ``state.service`` is the `Service`. Its lifespan's end waits for running answers.
+
+    Raises
+    ------
+    QvlError
+        For a str in the place of a list of them.
     """
+    for option, given in (("api_keys", api_keys), ("allow_hosts", allow_hosts), ("allow_origins", allow_origins)):
+        if isinstance(given, str):  # each of its letters would be one
+            raise QvlError(f"{option} is a str; expected a list of str")
     service = Service(
         model,
         model.blob.path.stem if name is None else name,

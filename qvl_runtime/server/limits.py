@@ -31,6 +31,8 @@ class Limits:
         Of a request.
     picture_bytes : int
         Of a picture that is fetched.
+    fetch_seconds : float
+        For all pictures of a request that are fetched.
     pixels : int
         Of a picture.
     preparing : int
@@ -60,6 +62,7 @@ class Limits:
     text: int = 1 << 20
     pictures: int = 16
     picture_bytes: int = 20 << 20
+    fetch_seconds: float = 30.0
     pixels: int = 16_000_000
     preparing: int = 2
     n: int = 8

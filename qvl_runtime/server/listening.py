@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -16,6 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qvl_runtime.errors import QvlError
 from qvl_runtime.server.service import Service
 
+if sys.platform != "win32":
+    import resource
+
 CONNECTIONS = 4096
 """Open at once; beyond, uvicorn itself answers 503."""
 
@@ -25,27 +29,33 @@ HEAD_SECONDS = 20.0
 WRITE_SECONDS = 60.0
 """A client may read nothing for so long."""
 
+SLOW_SECONDS = 900.0
+"""A client may be behind for so long, however little by little it reads."""
+
 
 class Connection(H11Protocol):
     """A connection that knows for how long it has been stuck."""
 
     _idle_since: float | None = None
     _unread: tuple[int, float] | None = None
+    _behind_since: float | None = None
 
     def is_stuck(self, now: float) -> bool:
         """Whether the client sends no request, or does not read its answer."""
         unread = self.transport.get_write_buffer_size()
         if unread == 0:
-            self._unread = None
+            self._unread = self._behind_since = None
         elif self._unread is None or unread != self._unread[0]:
             self._unread = (unread, now)
+            self._behind_since = now if self._behind_since is None else self._behind_since
         served = self.cycle is not None and not self.cycle.response_complete
         if served or unread:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
         silent = self._idle_since is not None and now - self._idle_since > HEAD_SECONDS
-        return silent or (self._unread is not None and now - self._unread[1] > WRITE_SECONDS)
+        slow = self._behind_since is not None and now - self._behind_since > SLOW_SECONDS
+        return silent or slow or (self._unread is not None and now - self._unread[1] > WRITE_SECONDS)
 
 
 class Listener(uvicorn.Server):
@@ -132,6 +142,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(app: Starlette, bound: socket.socket, listening: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM."""
+    if sys.platform != "win32":
+        # Each connection is an open file, and the usual limit is 1024.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * CONNECTIONS if most == resource.RLIM_INFINITY else min(most, 2 * CONNECTIONS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     listener = Listener(app, listening)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run([bound])

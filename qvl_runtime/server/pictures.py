@@ -6,17 +6,26 @@ import base64
 import binascii
 import io
 import re
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.fetch import fetch
-from qvl_runtime.inputs.images import FORMATS, ORIENTATION, is_url
+from qvl_runtime.inputs.images import ORIENTATION, is_url
 from qvl_runtime.server.errors import ApiError, refused
 from qvl_runtime.server.limits import Limits
 
-_HEAD = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+"""Formats that browsers send; decoders of others have had more holes."""
+
+SCANS = 100
+"""Scans of a JPEG: progressive ones have ten, and each passes over all pixels though it may be a hundred bytes long."""
+
+HEAD_LENGTH = 200
+_HEAD = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
@@ -31,7 +40,8 @@ class Sent(NamedTuple):
 
 def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
     """The bytes in a ``data:`` URI, or an http(s) URL that may be fetched."""
-    if head := _HEAD.match(url):
+    # Only the beginning is looked at: a pattern could try for ever on megabytes.
+    if head := _HEAD.match(url[:HEAD_LENGTH]):
         try:
             return base64.b64decode(url[head.end() :], validate=True)
         except (ValueError, binascii.Error):
@@ -43,15 +53,29 @@ def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
     raise refused(f"{name}: a picture must be a URI like data:image/png;base64,...", name)
 
 
-def fetched(source: str | bytes, number: int, limits: Limits) -> bytes:
-    """The bytes of a picture; `source` is as `checked_url` gave it, `number` what errors call it."""
-    if isinstance(source, bytes):
-        return source
-    try:
-        return fetch(source, max_bytes=limits.picture_bytes)
-    except QvlError:
-        # What exactly went wrong would tell a stranger about this machine's network.
-        raise refused(f"picture {number} cannot be fetched; send a data: URI") from None
+def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], None]) -> list[bytes]:
+    """The bytes of the pictures of a request.
+
+    Parameters
+    ----------
+    sources : sequence of bytes or str
+        As `checked_url` gave them.
+    limits : Limits
+    check : callable
+        Called before each; it may raise.
+    """
+    contents, end = [], time.monotonic() + limits.fetch_seconds
+    for number, source in enumerate(sources):
+        check()
+        try:
+            if isinstance(source, str):
+                left = end - time.monotonic()
+                source = fetch(source, max_bytes=limits.picture_bytes, max_seconds=left)
+        except QvlError:
+            # What exactly went wrong would tell a stranger about this machine's network.
+            raise refused(f"picture {number} cannot be fetched; send a data: URI") from None
+        contents.append(source)
+    return contents
 
 
 def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> Sent:
@@ -67,6 +91,8 @@ def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> S
         Whether the model turns pictures as their EXIF orientation says.
     """
     label = f"picture {number}"
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > SCANS:
+        raise refused(f"{label} is a JPEG of more than {SCANS} scans: save it again")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import Any
 
@@ -12,11 +13,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qvl_runtime.server.admission import STOPPING
-from qvl_runtime.server.body import parsed, with_body
-from qvl_runtime.server.errors import json_response, of_exception, refused, unavailable
-from qvl_runtime.server.messages import read_messages
+from qvl_runtime.server.body import with_body
+from qvl_runtime.server.errors import json_response, refused, unavailable
+from qvl_runtime.server.messages import Messages, read_messages
 from qvl_runtime.server.requests import check_model, read_prompt
 from qvl_runtime.server.service import Service
+from qvl_runtime.server.serving import next_event, problem_of, until_gone
 
 
 class ModelsRoute:
@@ -59,26 +61,29 @@ class TokenizeRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
 
+        async def respond(prompt: Messages | str | list[int]) -> None:
+            try:
+                async with asyncio.timeout(service.limits.seconds):
+                    job = functools.partial(service.answerer.tokenize, prompt)
+                    async with service.runner.run(job) as events:
+                        ids = await next_event(events)
+            except Exception as error:
+                raise problem_of(error, service) from None
+            found = {"count": len(ids), "max_model_len": service.model.window, "tokens": ids}
+            await json_response(found)(scope, receive, send)
+
         async def handle(body: bytearray) -> None:
-            async with service.parsing:
-                try:
-                    response = json_response(await asyncio.to_thread(self._tokenized, body))
-                except Exception as error:
-                    raise of_exception(error) from error
-            await response(scope, receive, send)
+            await until_gone(receive, respond(await service.checked(body, self._prompt)))
 
         await with_body(service.admission, service.limits, scope, receive, send, handle)
 
-    def _tokenized(self, body: bytearray) -> dict[str, Any]:
-        service, data = self._service, parsed(body, self._service.limits)
-        check_model(data, service.name)
+    def _prompt(self, data: dict[str, Any]) -> Messages | str | list[int]:
+        limits = self._service.limits
         if (data.get("messages") is None) == (data.get("prompt") is None):
             raise refused("give either messages or prompt")
         if data.get("messages") is not None:
-            ids = service.answerer.token_ids(read_messages(data["messages"], service.limits, service.allow_urls))
-        else:
-            ids = service.answerer.token_ids(read_prompt(data["prompt"], service.limits))
-        return {"count": len(ids), "max_model_len": service.model.window, "tokens": ids}
+            return read_messages(data["messages"], limits, self._service.allow_urls)
+        return read_prompt(data["prompt"], limits)
 
 
 class HealthRoute:

@@ -88,8 +88,10 @@ class Runner:
                 job(lambda event: tell(events.put_nowait, event), switch)
             except Cancelled:
                 tell(events.put_nowait, unavailable(STOPPING))  # if the client has gone, nobody reads it
-            except BaseException as error:
+            except Exception as error:
                 tell(events.put_nowait, error)
+            except BaseException as error:  # a panic of a library in Rust is none that the event loop may see
+                tell(events.put_nowait, RuntimeError(f"{type(error).__name__}: {error}"))
             finally:
                 tell(self._admission.done, began)
 

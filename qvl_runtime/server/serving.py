@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -12,12 +13,12 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from qvl_runtime.server.answers import Begun, End, Part, Preparing, Whole
-from qvl_runtime.server.body import parsed, with_body
+from qvl_runtime.server.body import with_body
 from qvl_runtime.server.errors import ApiError, json_response, of_exception, refused
 from qvl_runtime.server.forms import Envelope, Form, usage
 from qvl_runtime.server.json_text import to_json
 from qvl_runtime.server.messages import Messages
-from qvl_runtime.server.requests import Asked, check_model
+from qvl_runtime.server.requests import Asked
 from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
 
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+
+LAST_SECONDS = 5.0
+"""For telling a stream why it ends."""
 
 
 class AnswerRoute:
@@ -58,21 +62,12 @@ class AnswerRoute:
         service, arrived = self._service, time.monotonic()
 
         async def handle(body: bytearray) -> None:
-            asked = await self._asked(body)
+            asked = await service.checked(body, self._read)
             if service.log_content:
                 log.info("request: %r", asked.prompt.turns if isinstance(asked.prompt, Messages) else asked.prompt)
             await until_gone(receive, self._respond(asked, arrived, scope, receive, send))
 
         await with_body(service.admission, service.limits, scope, receive, send, handle)
-
-    async def _asked(self, body: bytearray) -> Asked:
-        def read() -> Asked:
-            data = parsed(body, self._service.limits)
-            check_model(data, self._service.name)
-            return self._read(data)
-
-        async with self._service.parsing:
-            return await asyncio.to_thread(read)
 
     async def _respond(self, asked: Asked, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
@@ -87,11 +82,14 @@ class AnswerRoute:
                     else:
                         await self._whole(asked, events, scope, receive, send)
         except Exception as error:
-            problem = _problem(error, service)
+            problem = problem_of(error, service)
             if not stream.started:
                 raise problem from None
-            await stream.send(to_json_event(problem.body()) + DONE)
-            await stream.end()
+            # Who reads nothing does not read this either.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_SECONDS):
+                    await stream.send(to_json_event(problem.body()) + DONE)
+                    await stream.end()
 
     async def _whole(self, asked: Asked, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
         answers = [event async for event in _until_end(events) if isinstance(event, Whole)]
@@ -185,16 +183,17 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
 
 async def _begun(events: asyncio.Queue, seconds: float) -> None:
     """Wait until a job has accepted its prompt."""
-    event = await _next(events)
+    event = await next_event(events)
     try:
         async with asyncio.timeout(seconds):
             while not isinstance(event, Begun):
-                event = await _next(events)
+                event = await next_event(events)
     except TimeoutError:
         raise refused(f"reading the pictures and preparing the prompt took more than {seconds:g} seconds") from None
 
 
-async def _next(events: asyncio.Queue) -> Any:
+async def next_event(events: asyncio.Queue) -> Any:
+    """The next event of a job; what it raised is raised."""
     event = await events.get()
     if isinstance(event, BaseException):
         raise event
@@ -208,7 +207,7 @@ async def _until_end(
     while True:
         try:
             async with asyncio.timeout(ping):
-                event = await _next(events)
+                event = await next_event(events)
         except TimeoutError:
             if stream is not None:
                 await stream.send(PING)
@@ -219,7 +218,8 @@ async def _until_end(
             yield event
 
 
-def _problem(error: Exception, service: Service) -> ApiError:
+def problem_of(error: Exception, service: Service) -> ApiError:
+    """What a client is told of an exception; the log is told of the server's own."""
     if isinstance(error, TimeoutError):
         return ApiError(504, f"the request took more than {service.limits.seconds:g} seconds")
     problem = of_exception(error)

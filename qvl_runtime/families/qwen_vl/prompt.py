@@ -39,6 +39,7 @@ from qvl_runtime.inputs.prompt import (
     part_text,
     sources,
 )
+from qvl_runtime.inputs.tokenizer import splittable
 from qvl_runtime.inputs.video import Video
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -207,7 +208,7 @@ class QwenPrompts:
             if isinstance(part, str):
                 text += part  # neighbors are encoded together: a token may cross from one to the next
                 continue
-            normal = unicodedata.normalize("NFC", text)
+            normal = splittable(unicodedata.normalize("NFC", text))
             ids += tokenizer.encoding.encode(normal, allowed_special=special, disallowed_special=())
             text = ""
             if part is not None:
