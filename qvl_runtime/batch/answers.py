@@ -16,13 +16,12 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
-from qvl_runtime.server.answers import Whole, described
+from qvl_runtime.server.answers import Whole, described, sources_of, with_pictures
 from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.forms import ChatForm, Form, TextForm
 from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.messages import Messages
-from qvl_runtime.server.pictures import Sent, fetched, measured
-from qvl_runtime.server.requests import Asked, read_chat, read_completion
+from qvl_runtime.server.pictures import Sent, fetched
+from qvl_runtime.server.requests import read_chat, read_completion
 
 Record = dict[str, Any]
 """A line of the output, as JSON types."""
@@ -146,18 +145,11 @@ class Answerer:
         else:
             asked = read_chat(body, LIMITS, own, self._options.allow_urls)
             form = ChatForm(self._model.tokenizer, asked.logprobs is not None)
-        prompt, pictures = self._prompt(asked)
+        contents = fetched(sources_of(asked.prompt), LIMITS)
+        prompt, pictures = with_pictures(self._model, asked.prompt, contents, LIMITS)
         seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed
         arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
         return Question(arguments, lambda results: self._answered(row, form, results, pictures))
-
-    def _prompt(self, asked: Asked) -> tuple[Any, list[Sent]]:
-        if not isinstance(asked.prompt, Messages):
-            return asked.prompt, []
-        family = self._model.blob.family
-        contents = [fetched(source, number, LIMITS) for number, source in enumerate(asked.prompt.sources)]
-        pictures = [measured(c, i, LIMITS, upright=family.upright) for i, c in enumerate(contents)]
-        return asked.prompt.for_model(pictures, family.grounding.mark), pictures
 
     def _answered(self, row: Row, form: Form, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
         answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]

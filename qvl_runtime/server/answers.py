@@ -88,7 +88,7 @@ class Answerer:
             When the request came.
         """
         watch = Watch(self.metrics, arrived)
-        contents = fetched(_sources(asked.prompt), self.limits, switch.check)
+        contents = fetched(sources_of(asked.prompt), self.limits, switch.check)
         prompt: Any = None
         pictures: list[Sent] = []
         for index in range(asked.n):
@@ -96,7 +96,7 @@ class Answerer:
                 switch.check()
                 emit(Preparing())
                 if prompt is None:
-                    prompt, pictures = self._made(asked.prompt, contents)
+                    prompt, pictures = with_pictures(self.model, asked.prompt, contents, self.limits)
                 seed = None if asked.seed is None else asked.seed + index
                 stream = self.model.stream(prompt, seed=seed, allow_paths=False, cache_salt=salt, **asked.options)
             switch.watch(stream)
@@ -117,27 +117,30 @@ class Answerer:
 
     def tokenize(self, prompt: Messages | str | list[int], emit: Emit, switch: Switch) -> None:
         """Emit the token ids of a prompt, a list; a picture's places are among them."""
-        contents = fetched(_sources(prompt), self.limits, switch.check)
+        contents = fetched(sources_of(prompt), self.limits, switch.check)
         with self._turn(contents):
             switch.check()
-            made, _ = self._made(prompt, contents)
+            made, _ = with_pictures(self.model, prompt, contents, self.limits)
             emit(self.model.prompts.build(made, None, NOTHING).ids)
 
     def _turn(self, contents: Sequence[bytes]) -> contextlib.AbstractContextManager:
         """To be held while a prompt is made; a text alone need not wait for pictures."""
         return self.preparing if contents else contextlib.nullcontext()
 
-    def _made(self, prompt: Messages | str | list[int], contents: Sequence[bytes]) -> tuple[Any, list[Sent]]:
-        """The prompt as `Model.stream` takes it, and its pictures."""
-        if not isinstance(prompt, Messages):
-            return prompt, []
-        encoder = self.model.pictures
-        upright = encoder is not None and encoder.reader.upright
-        pictures = [measured(c, i, self.limits, upright=upright) for i, c in enumerate(contents)]
-        return prompt.for_model(pictures, self.model.blob.family.grounding.mark), pictures
+
+def with_pictures(
+    model: Model, prompt: Messages | str | list[int], contents: Sequence[bytes], limits: Limits
+) -> tuple[Any, list[Sent]]:
+    """A prompt as `Model.stream` takes it, and its pictures, whose bytes are `contents`."""
+    if not isinstance(prompt, Messages):
+        return prompt, []
+    upright = model.pictures is not None and model.pictures.reader.upright
+    pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
+    return prompt.for_model(pictures, model.blob.family.grounding.mark), pictures
 
 
-def _sources(prompt: Messages | str | list[int]) -> list[str | bytes]:
+def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
+    """The pictures of a prompt, for `fetched`."""
     return prompt.sources if isinstance(prompt, Messages) else []
 
 

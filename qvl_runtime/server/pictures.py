@@ -53,7 +53,7 @@ def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
     raise refused(f"{name}: a picture must be a URI like data:image/png;base64,...", name)
 
 
-def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], None]) -> list[bytes]:
+def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], None] = lambda: None) -> list[bytes]:
     """The bytes of the pictures of a request.
 
     Parameters
@@ -61,7 +61,7 @@ def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], 
     sources : sequence of bytes or str
         As `checked_url` gave them.
     limits : Limits
-    check : callable
+    check : callable, optional
         Called before each; it may raise.
     """
     contents, end = [], time.monotonic() + limits.fetch_seconds
