@@ -76,16 +76,47 @@ def test_spilled_activations_are_the_same(source, samples, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+class Recorded:
+    """A backend that keeps what its products multiply, after the norm, by weight."""
+
+    def __init__(self, ops):
+        self.ops, self.inputs = ops, {}
+
+    def __getattr__(self, name):
+        return getattr(self.ops, name)
+
+    def linear(self, x, w, *, norm=None, **rest):
+        self.keep(x, norm, w)
+        self.ops.linear(x, w, norm=norm, **rest)
+
+    def gate_up(self, x, gate, up, *, norm, **rest):
+        self.keep(x, norm, gate, up)
+        self.ops.gate_up(x, gate, up, norm=norm, **rest)
+
+    def keep(self, x, norm, *weights):
+        seen = np.array(x)
+        if norm is not None:
+            self.ops.normalize(x, norm, out=seen)
+        for w in weights:
+            self.inputs.setdefault(id(w), []).append(seen)
+
+
 def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples):
-    """The Hessian of each product predicts the error of its output."""
-    ops = make_ops("reference")
+    """The Hessian of each product is that of what it multiplies."""
+    ops = Recorded(make_ops("reference"))
     walk, seen = _walk(source, ops, samples), set()
     for stage in _stages(source):
         names = set(stage.matrices) - {"transformer.wte", "lm_head"}
         watch = Watch(ops, names)
+        ops.inputs = {}
         walk.run(stage, WatchedWeights(Published(source), watch), keep=False)
         assert set(watch.hessians) == names
-        assert all(h.count > 0 and np.trace(h.sum) > 0 for h in watch.hessians.values())
+        for weight, name in watch._names.items():
+            if name in names:
+                x = np.concatenate(ops.inputs[weight])
+                hessian = watch.hessians[name]
+                assert hessian.count == len(x) > 0
+                np.testing.assert_allclose(hessian.sum, x.T @ x, rtol=1e-3, atol=1e-4 * np.abs(hessian.sum).max())
         seen |= names
         walk.run(stage, Weights(Published(source), ops))
     assert len(seen) == sum(len(stage.matrices) for stage in _stages(source)) - 2
