@@ -108,7 +108,7 @@ class Answering:
             constraint = self._constraint(form, prompt, limit)
         select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
         work = self._pieces(prompt, select, stops, limit, speculate, salt)
-        return self._scheduler.submit(work, len(prompt.ids) + limit)
+        return self._scheduler.submit(work, len(prompt.ids), len(prompt.ids) + limit)
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
         """Hold an answer to a form; half of the tokens are for it where the model reasons first."""
@@ -164,7 +164,8 @@ class Answering:
         ids = [encode(text) if isinstance(text, str) else [int(i) for i in text] for text in continuations]
         if (longest := max(map(len, ids), default=0)) > self.window - length:
             raise QvlError(f"a continuation takes {longest} tokens after {length}; the window is {self.window}")
-        return self._scheduler.submit(self._scores(prompt, ids, length + longest), length + longest).join()
+        work = self._scores(prompt, ids, length + longest)
+        return self._scheduler.submit(work, length, length + longest).join()
 
     def _scores(self, prompt: Prompt, continuations: list[list[int]], capacity: int) -> Work:
         length = len(prompt.ids)

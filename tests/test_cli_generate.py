@@ -109,7 +109,7 @@ def test_an_answer_cut_by_the_context_says_so(generate):
 
 def test_an_empty_answer_of_a_chat_model_says_so(generate, monkeypatch):
     last = Piece("", (), "stop", Timings(prompt_tokens=1))
-    job = Job((piece for piece in [last]), 0, None)
+    job = Job((piece for piece in [last]), 1, 0, None)
     job.advance()
     stream = Stream(job, lambda seen: collected(seen, lambda text: []))
     monkeypatch.setattr("qvl_runtime.model.Model.stream", lambda self, *a, **k: stream)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
+import os
+import random
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
 import pytest
+from conftest import GOLDEN
 
 import qvl_runtime as qvl
+from qvl_convert.convert import convert
+from qvl_runtime.engine.session import slice_end
 from qvl_runtime.inputs.pictures import LOCAL
 
 
@@ -67,3 +80,263 @@ def test_a_cancelled_answer_has_no_result(make):
     with pytest.raises(qvl.QvlError, match="cancelled"):
         stream.result()
     assert model.generate("What is this?", max_new_tokens=3).token_ids
+
+
+# side by side
+
+
+@pytest.mark.parametrize(("name", "kv_cache"), [("tiny-vl", "fp16"), ("tiny-vl", "int8"), ("q3-tied", "fp16")])
+def test_answers_are_the_same_alone_and_among_others(name, kv_cache, tmp_path, monkeypatch):
+    """A sample of bench/batch_equal.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import batch_equal
+
+    path = tmp_path / "model.qvl"
+    convert(GOLDEN / ("ckpt" if name == "tiny-vl" else "families/ckpt") / name, path, bits=16)
+    together, alone = (qvl.load(path, device="cpu", kv_cache=kv_cache, conversations=n) for n in (3, 0))
+    rng, images = random.Random(f"{name} {kv_cache}"), batch_equal.pictures()
+    asked = [batch_equal.request(rng, together, images) for _ in range(10)]
+    assert batch_equal.differing(together, alone, asked, 5) == []
+    assert together._scheduler.steps < alone._scheduler.steps, "they did share steps"
+
+
+@pytest.fixture
+def watched(make, monkeypatch):
+    """A model, and what its engine does in each tick: ``step N`` with N answers, ``slice ROWS`` or ``picture``."""
+    monkeypatch.setattr("qvl_runtime.families.qwen_vl.vision.SLICE_LAYERS", 1)
+    model, done = make(conversations=4), []
+    engine = model._scheduler
+    decode, compute = engine._decode, engine._compute_slice
+
+    def decoding(jobs):
+        done.append(f"step {len(jobs)}")
+        decode(jobs)
+
+    def computing(job, rows):
+        compute(job, rows)
+        done.append("picture" if job.slice is not None and job.slice.picture else f"slice {rows}")
+
+    monkeypatch.setattr(engine, "_decode", decoding)
+    monkeypatch.setattr(engine, "_compute_slice", computing)
+    return model, done
+
+
+def paused(model):
+    """Nothing is computed as long as this is held."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(model._scheduler.gate)
+    stack.enter_context(model._scheduler.device)
+    return stack
+
+
+IDS = [int(i) for i in np.random.default_rng(0).integers(32, 127, 900)]
+
+
+def test_a_long_prompt_delays_an_answer_by_one_slice_a_token(watched):
+    model, done = watched
+    with paused(model):
+        first = model.stream(IDS[:10], max_new_tokens=40, speculate=False)
+        second = model.stream(IDS[10:], max_new_tokens=40, speculate=False)
+        third = model.stream(IDS[50:70], max_new_tokens=40, speculate=False)
+    for stream in (first, second, third):
+        stream.result()
+    # Three prompts of 1, 14 and 1 slices; once somebody decodes, a step stands between any two slices.
+    began = done.index("step 1")
+    assert not any(a.startswith("slice") and b.startswith("slice") for a, b in itertools.pairwise(done[began:]))
+    assert {entry for entry in done[began:] if entry.startswith("slice")} == {"slice 64"}
+    assert sum(entry.startswith("slice") for entry in done) == 16
+    assert done.index("step 2") - began <= 4, "the short one does not wait for the long one"
+
+
+def test_slices_end_where_it_does_not_show():
+    assert all(slice_end(first, 4000, rows) % 64 == 0 for rows in (64, 512) for first in (0, 64, 512, 700))
+    for rows, first, length in itertools.product((64, 512), (0, 1, 50, 63, 64, 500), (501, 512, 520, 528, 529, 1025)):
+        cuts = [first]
+        while cuts[-1] < length:
+            cuts.append(slice_end(cuts[-1], length, rows))
+        sizes = [b - a for a, b in itertools.pairwise(cuts)]
+        assert (cuts[-1] == length and all(16 < size <= rows + 32 for size in sizes)) or length - first <= 16
+
+
+def test_a_picture_goes_in_slices_and_ends_between_its_layers(watched, golden):
+    model, done = watched
+    layers = model.config.vision.layers
+    picture = (golden / "images" / "rgba.png").read_bytes()
+    with paused(model):
+        talking = model.stream(IDS[:10], max_new_tokens=40, speculate=False)
+        asked = model.stream("What?", [picture], max_new_tokens=3)
+    asked.result()
+    talking.result()
+    assert done.count("picture") == layers and layers > 1
+    began = done.index("step 1")
+    assert not any(a == b == "picture" for a, b in itertools.pairwise(done[began:]))
+
+    model.pictures.cache._features.clear()
+    model.forget()
+    done.clear()
+    compute = model._scheduler._compute_slice
+
+    def computing(job, rows):
+        compute(job, rows)
+        dropped.cancel()  # in the midst of the picture
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model._scheduler, "_compute_slice", computing)
+        with paused(model):
+            dropped = model.stream("What?", [picture], max_new_tokens=3)
+        assert list(dropped) == []
+        with paused(model):  # the tick is over
+            pass
+    assert model.generate("What?", max_new_tokens=2).token_ids
+    assert done.count("picture") == 1
+    assert not model._scheduler.sessions._busy
+
+
+def test_answers_begin_in_order_while_there_is_room_for_them(blob, monkeypatch):
+    path = blob("tiny-vl", bits=16)
+    page = qvl.load(path, device="cpu")._scheduler._page_bytes
+    model = qvl.load(path, device="cpu", kv_cache_bytes=3 * page)
+    engine, most, order = model._scheduler, [], []
+    tick = engine._tick
+
+    def ticking():
+        tick()
+        most.append(sum(job.nbytes for job in engine._running) // page)
+        order.extend(id(job) for job in engine._running if id(job) not in order)
+
+    monkeypatch.setattr(engine, "_tick", ticking)
+    with paused(model):
+        lengths = [10, 500, 10, 900, 10, 10]  # 1, 2, 1, 4, 1, 1 pages
+        streams = [model.stream(IDS[i : i + n], max_new_tokens=8) for i, n in enumerate(lengths)]
+    results = [stream.result() for stream in streams]
+    assert max(most) == 4 and set(most) - {4} <= {0, 1, 2, 3}, "one alone may take more"
+    alone = qvl.load(path, device="cpu", conversations=0)
+    wanted = [alone.generate(IDS[i : i + n], max_new_tokens=8) for i, n in enumerate(lengths)]
+    assert [r.token_ids for r in results] == [r.token_ids for r in wanted]
+    assert order == [id(stream._job) for stream in streams]
+    for wrong in ({"max_batch": 17}, {"max_batch": 0}, {"kv_cache_bytes": -1}):
+        with pytest.raises(qvl.QvlError, match=next(iter(wrong))):
+            qvl.load(path, device="cpu", **wrong)
+
+
+def test_equal_beginnings_are_computed_once(make):
+    model = make(conversations=0)
+    with paused(model):
+        streams = [model.stream(IDS[:200] + [40 + i] * 3, max_new_tokens=4) for i in range(4)]
+        salted = model.stream(IDS[:203], max_new_tokens=4, cache_salt="another")
+    cached = [stream.result().timings.cached_tokens for stream in streams]
+    assert cached == [0, 200, 200, 200]
+    assert salted.result().timings.cached_tokens == 0
+
+
+def test_one_that_fails_does_not_end_the_others(make):
+    model, alone = make(), make(conversations=0)
+
+    class Failing:
+        def start(self, *asked):
+            self.steps = 0
+            return self
+
+        def allowed(self):
+            self.steps += 1
+            if self.steps == 4:
+                raise RuntimeError("no way on")
+            return np.ones(model.config.vocab_size, bool)
+
+        def advance(self, token):
+            pass
+
+    with paused(model):
+        forms = [None, Failing(), None]
+        streams = [model.stream(IDS[i : i + 9], max_new_tokens=12, constraint=forms[i]) for i in range(3)]
+    with pytest.raises(RuntimeError, match="no way on"):
+        streams[1].result()
+    for i in (0, 2):
+        assert streams[i].result().token_ids == alone.generate(IDS[i : i + 9], max_new_tokens=12).token_ids
+
+
+def test_an_error_of_a_step_reaches_all_of_it_and_the_engine_goes_on(make):
+    model = make()
+    wanted = model.generate(IDS[:9], max_new_tokens=12).token_ids
+    with pytest.MonkeyPatch.context() as patch:
+        with paused(model):
+            streams = [model.stream(IDS[i : i + 9], max_new_tokens=12) for i in range(2)]
+            patch.setattr("qvl_runtime.engine.scheduler.step", None)
+        for stream in streams:
+            with pytest.raises(TypeError):
+                stream.result()
+    assert model.generate(IDS[:9], max_new_tokens=12).token_ids == wanted
+
+
+# the thread
+
+
+def engines():
+    return [thread for thread in threading.enumerate() if thread.name == "qvl-engine"]
+
+
+def test_the_thread_ends_when_idle_and_begins_again(make, monkeypatch):
+    monkeypatch.setattr("qvl_runtime.engine.scheduler.IDLE_SECONDS", 0.02)
+    model = make()
+    before = set(engines())
+    for _ in range(2):
+        model.generate("x", max_new_tokens=2)
+        for thread in set(engines()) - before:
+            assert thread.daemon
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_a_model_that_is_let_go_takes_its_thread_along(make):
+    before = set(engines())
+    model = make()
+    stream = model.stream("x", max_new_tokens=30)
+    decoder = weakref.ref(model.decoder)
+    del model
+    assert stream.result().token_ids, "an answer that was asked for is computed"
+    (thread,) = set(engines()) - before
+    del stream
+    thread.join(20)
+    gc.collect()
+    assert not thread.is_alive() and decoder() is None
+
+
+def test_letting_go_of_a_stream_ends_it(make):
+    model = make()
+    stream = model.stream(IDS[:9], max_new_tokens=8000)
+    next(stream)
+    del stream
+    assert model.generate(IDS[:9], max_new_tokens=2).token_ids
+    assert model._scheduler.load == (0, 0)
+
+
+def test_a_reader_that_waits_is_woken_by_cancel(make):
+    model = make()
+    with paused(model):
+        stream, read = model.stream("x", max_new_tokens=5), []
+        reader = threading.Thread(target=lambda: read.extend(stream))
+        reader.start()
+        stream.cancel()
+    reader.join(20)
+    assert not reader.is_alive() and read == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_computes_by_itself(make):
+    model = make()
+    wanted = model.generate("What is this?", max_new_tokens=8).token_ids
+    with paused(model):
+        stream = model.stream("What is this?", max_new_tokens=8)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                model._scheduler.device.release()
+                model._scheduler.gate.release()
+                with contextlib.suppress(qvl.QvlError):
+                    next(stream)
+                    os._exit(2)
+                status = 0 if model.generate("What is this?", max_new_tokens=8).token_ids == wanted else 3
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert stream.result().token_ids == wanted

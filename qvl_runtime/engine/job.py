@@ -28,6 +28,8 @@ class Job(Iterator[Any]):
     ----------
     work : generator
         See `Work`; only the engine's thread runs it.
+    length : int
+        Tokens of its prompt.
     nbytes : int
         Memory that it takes until it ends.
     owner : object
@@ -41,12 +43,13 @@ class Job(Iterator[Any]):
         What it waits to compute.
     session : Session or None
         What it waits to be fed. Of the two there is one while it runs.
-    cancelled : bool
+    begun, cancelled : bool
     """
 
-    def __init__(self, work: Work, nbytes: int, owner: object):
+    def __init__(self, work: Work, length: int, nbytes: int, owner: object):
         self.nbytes, self.results, self.cancelled = nbytes, list[Any](), False
-        self.slice: Slice | None = None
+        self.begun = False
+        self.slice: Slice | None = Slice(False, length)
         self.session: Session | None = None
         self._work: Work | None = work
         self._owner: object = owner
@@ -108,6 +111,7 @@ class Job(Iterator[Any]):
         """Go on until it waits again; whether it did. Its results and its end are told."""
         work = self._work
         assert work is not None
+        self.begun = True
         try:
             item = work.send(leave)
             while not isinstance(item, Slice | Session):

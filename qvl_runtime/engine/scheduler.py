@@ -18,7 +18,7 @@ from qvl_kernels.locks import make_lock
 from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
 from qvl_runtime.engine.job import Cancelled, Job, Work
 from qvl_runtime.engine.sequence import PAGE
-from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, Slice, step
+from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, step
 
 MAX_BATCH = FEW_ROWS
 """Answers computed at once, at most: each has at least a row of a step."""
@@ -28,10 +28,6 @@ SLICE_ROWS = 64
 
 IDLE_SECONDS = 5.0
 """The thread ends when it had nothing to do for so long."""
-
-
-BEGIN = Slice(picture=False, left=0)
-"""What a job waits for that has not begun."""
 
 
 class Scheduler:
@@ -82,9 +78,9 @@ class Scheduler:
         """Jobs that are being computed, and those that wait for room."""
         return len(self._running), len(self._waiting) + self._inbox.qsize()
 
-    def submit(self, work: Work, capacity: int) -> Job:
-        """Compute something that needs a session of `capacity` positions."""
-        job = Job(work, -(-capacity // PAGE) * self._page_bytes, self)
+    def submit(self, work: Work, length: int, capacity: int) -> Job:
+        """Compute something with a prompt of `length` tokens that needs a session of `capacity` positions."""
+        job = Job(work, length, -(-capacity // PAGE) * self._page_bytes, self)
         with self._lock:
             if self._pid != os.getpid():
                 self.sessions.release()
@@ -162,9 +158,7 @@ class Scheduler:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
                 return
-            job = self._waiting.popleft()
-            job.slice = BEGIN
-            self._running.append(job)
+            self._running.append(self._waiting.popleft())
 
     def _decode(self, jobs: list[Job]) -> None:
         """The next token of each, in steps of up to `FEW_ROWS` rows."""
@@ -211,7 +205,7 @@ class Scheduler:
         return min(able, key=lambda job: job.slice.left if job.slice else 0) if self._oldest_next else able[0]
 
     def _compute_slice(self, job: Job, rows: int) -> None:
-        if job.slice is BEGIN:
+        if not job.begun:
             self._go_on(job)  # it takes a session now; the slice is still to be computed
             if job not in self._able():
                 return
