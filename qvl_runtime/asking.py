@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qvl_runtime.answering import Answering
-from qvl_runtime.batching import answer_all
+from qvl_runtime.batching import answer_all, one_each
 from qvl_runtime.blob import Blob
 from qvl_runtime.engine.constraints import Form
 from qvl_runtime.engine.generation import Piece
@@ -65,18 +65,14 @@ class Asking:
         With `n` it gives a list of as many answers, which share the prompt's computation: answer i is that of
         ``seed + i`` alone, or random without a seed.
         """
-        options = {name: value for name, value in locals().items() if name not in ("self", "n", "seed")}
-        first = seed if seed is None else whole_number("seed", seed)
-
-        if n is None:
-            return self.stream(**options, seed=first).result()
-        seeds = (None if first is None else first + i for i in range(whole_number("n", n, 1)))
-        streams = [self.stream(**options, seed=seed) for seed in seeds]
+        options = {name: value for name, value in locals().items() if name != "self"}
+        streams = [self.stream(**one) for one in one_each(options)]
         try:
-            return [stream.result() for stream in streams]
+            results = [stream.result() for stream in streams]
         finally:
             for stream in streams:
                 stream.cancel()
+        return results[0] if n is None else results
 
     @named_options
     def stream(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.options import whole_number
+from qvl_runtime.results import Stream
 
 if TYPE_CHECKING:
     from qvl_runtime.asking import Asking
@@ -18,15 +21,97 @@ def answer_all(
     on_result: Callable[[int, Any], None] | None,
 ) -> list[Any]:
     """See `Asking.generate_batch`."""
-    results: list[Any] = []
-    for index, request in enumerate(requests):
-        try:
-            if not isinstance(request, Mapping):
-                raise QvlError(f"request {index} is {request!r:.60}; expected a dict of options")
-            result: Any = model.chat(**request) if "query" in request else model.generate(**request)
-        except QvlError as error:
-            result = error
-        results.append(result)
+    results: dict[int, Any] = {}
+    running: dict[int, Asked] = {}
+    ended: SimpleQueue[int] = SimpleQueue()
+
+    def finish(index: int, result: Any) -> None:
+        results[index] = result
         if on_result is not None:
             on_result(index, result)
-    return results
+
+    try:
+        for index, request in enumerate(requests):
+            while len(running) >= max_batch:
+                _collect(running, ended, finish)
+            try:
+                running[index] = Asked(model, index, request, ended)
+            except QvlError as error:
+                finish(index, error)
+        while running:
+            _collect(running, ended, finish)
+    finally:
+        for asked in running.values():
+            asked.cancel()
+    return [results[index] for index in sorted(results)]
+
+
+def _collect(running: dict[int, Asked], ended: SimpleQueue[int], finish: Callable[[int, Any], None]) -> None:
+    """Wait for a request to end, and tell its result."""
+    index = ended.get()
+    if not running[index].whole():
+        return
+    try:
+        result = running[index].result()
+    except QvlError as error:
+        result = error
+    del running[index]
+    finish(index, result)
+
+
+class Asked:
+    """One request: its stream, or the streams of its `n` answers.
+
+    Parameters
+    ----------
+    ended : queue
+        Is told `index` for each stream that ends.
+    """
+
+    def __init__(self, model: Asking, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
+        if not isinstance(request, Mapping):
+            raise QvlError(f"request {index} is {request!r:.60}; expected a dict of options")
+        options = dict(request)
+        self._several = "query" not in options and options.get("n") is not None
+        self.streams: list[Stream] = []
+        try:
+            if "query" in options:
+                self.streams.append(model.stream_chat(**options))
+            else:
+                self.streams += [model.stream(**one) for one in one_each(options)]
+        except BaseException as error:
+            self.cancel()
+            if isinstance(error, TypeError):
+                raise QvlError(f"request {index} cannot be read: {error}") from None
+            raise
+        self._left = len(self.streams)
+        for stream in self.streams:
+            stream.when_ended(lambda: ended.put(index))
+
+    def whole(self) -> bool:
+        """Note that one of the streams has ended; whether it was the last."""
+        self._left -= 1
+        return self._left == 0
+
+    def result(self) -> Any:
+        """What `generate` or `chat` gives."""
+        results = [stream.result() for stream in self.streams]
+        return results if self._several else results[0]
+
+    def cancel(self) -> None:
+        for stream in self.streams:
+            stream.cancel()
+
+
+def one_each(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options of `Model.stream` for each of the answers that `Model.generate` is asked for.
+
+    Raises
+    ------
+    QvlError
+        For an `n` or a seed that cannot be used.
+    """
+    n, seed = options.pop("n", None), options.pop("seed", None)
+    first = seed if seed is None else whole_number("seed", seed)
+    for i in range(1 if n is None else whole_number("n", n, 1)):
+        yield {**options, "seed": None if first is None else first + i}

@@ -84,6 +84,10 @@ class Stream(Iterator[Piece]):
         """
         return self._finish(self._job.join())
 
+    def when_ended(self, tell: Callable[[], object]) -> None:
+        """Call something once the answer has ended, in the engine's thread, or at once if it has. It must not wait."""
+        self._job.when_ended(tell)
+
     def cancel(self) -> None:
         """End the answer: no further piece comes, and at the next slice what it takes is freed.
 

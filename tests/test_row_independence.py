@@ -70,6 +70,19 @@ def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
         assert np.array_equal(attended(ops, qkv, second, heads, [480, 3, 16, 1]), alone)
 
 
+@pytest.mark.parametrize("bits,group,asymmetric", [(4, 128, False), (4, 32, True), (8, 128, False)])
+def test_a_prompt_of_a_large_model_may_be_cut_into_pieces_of_more_than_16_rows(rng, bits, group, asymmetric):
+    ops = CpuOps(activations="auto", threads=2)
+    w, x = ops.weight(matrix(rng, 1100, 1024, bits, group, asymmetric=asymmetric)), normal(rng, 560, 1024)
+    assert ops.coarse(w)
+    whole = poisoned(560, 1100)
+    ops.linear(x, w, out=whole)
+    for first, last in ((0, 17), (17, 81), (64, 128), (128, 208), (3, 531), (500, 560)):
+        part = poisoned(last - first, 1100)
+        ops.linear(x[first:last].copy(), w, out=part)
+        assert np.array_equal(part, whole[first:last])
+
+
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_logits_of_a_whole_model(blob, bits, kv_cache):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -55,7 +55,8 @@ class Job(Iterator[Any]):
         self._owner: object = owner
         self._error: BaseException | None = None
         self._ready: SimpleQueue[Any] = SimpleQueue()
-        self._ended = threading.Lock()
+        self._tell: list[Callable[[], object]] = []
+        self._telling, self._ended = threading.Lock(), threading.Lock()
         self._ended.acquire()
         self._pid = os.getpid()
 
@@ -96,6 +97,14 @@ class Job(Iterator[Any]):
         if self._error is not None:
             raise self._error
         return self.results
+
+    def when_ended(self, tell: Callable[[], object]) -> None:
+        """Call `tell` at the end, in the engine's thread, or at once if that was before."""
+        with self._telling:
+            if self._work is not None:
+                self._tell.append(tell)
+                return
+        tell()
 
     def cancel(self) -> None:
         """End it at the next slice. Any thread may call this at any time."""
@@ -143,7 +152,11 @@ class Job(Iterator[Any]):
             raise Cancelled
 
     def _end(self, error: BaseException | None) -> None:
-        self.slice = self.session = self._work = self._owner = None
+        self.slice = self.session = self._owner = None
+        with self._telling:
+            self._work = None
         self._error = error
         self._ready.put(self)
         self._ended.release()
+        for tell in self._tell:
+            tell()
