@@ -242,7 +242,7 @@ def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_worker_of_ray_that_dies_costs_nothing(job, undisturbed, tmp_path, spec, folder):
+def test_ray_gives_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
     ray = pytest.importorskip("ray")
     source = open_source(folder / "rows.jsonl")
     try:
