@@ -69,7 +69,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Ask questions about pictures on your own machine: Qwen-VL, Qwen-VL-Chat and Qwen-7B from one file.
+    """Ask questions about pictures on your own machine: Qwen3-VL, Qwen2.5-VL, Qwen2-VL or Qwen-VL from one file.
 
     Each command has its own help: qvl generate --help
     """
