@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import itertools
 import json
 from pathlib import Path
 from typing import Any
+
+from qvl_runtime.families.qwen2_vl.vocabulary import letters, merges
 
 # model_type, then: heads, kv heads, hidden, layers, ffn, vocabulary, tied; the vision section
 _SMALL_3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -104,28 +105,11 @@ def write_tokenizer(folder: Path, name: str) -> None:
     found = importlib.util.find_spec("dashscope").submodule_search_locations[0]
     lines = (Path(found) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-    letters = _byte_letters()
-    shown = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    alphabet = letters()
+    shown = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     (folder / "vocab.json").write_text(json.dumps({shown[token]: rank for token, rank in ranks.items()}))
-    merges = [" ".join(shown[part] for part in _parts(token, ranks)) for token in ranks if ranks[token] >= 256]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    lines = [f"{shown[first]} {shown[second]}" for first, second in merges(ranks)]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
     forms = FORMS[: FORM_COUNTS[SIZES[name][0]]]
     added = {str(len(ranks) + i): {"content": form, "special": form.startswith("<|")} for i, form in enumerate(forms)}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-
-
-def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that a token was merged from: what merging its bytes by rank gives before the last step."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
-
-
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a vocabulary file (GPT-2)."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = iter(range(256, 512))
-    return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]

@@ -15,6 +15,7 @@ import numpy as np
 from qvl_convert.calibration import Sample
 from qvl_convert.walk import PICTURE_STAGES, Walk, stages
 from qvl_runtime.boxes import Box
+from qvl_runtime.errors import QvlError
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.prompt import Slot
 from qvl_runtime.model import Model
@@ -133,7 +134,10 @@ def compare_answers(
 def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
     """How the quantized model goes on, with the token that ends it where it ends by itself."""
     room = limit - len(agreed)
-    result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
+    try:
+        result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
+    except QvlError:  # an untrained model answers with a picture's placeholder, which no prompt may have
+        return []
     assert isinstance(result, Result)
     return result.token_ids + ([model.tokenizer.im_end_id] if result.finish_reason == "stop" else [])
 

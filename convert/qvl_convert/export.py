@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qvl_convert.published import published_shapes
+from qvl_convert.published import published_shapes, rows_by_head
 from qvl_kernels.packing import SYMMETRIC_ZERO, Matrix, unpack_groups
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
@@ -28,8 +28,6 @@ from qvl_runtime.file.opening import as_path
 
 SHARD = 2 << 30
 """Bytes after which another file is begun."""
-
-CODE_FILES = "configuration_qwen", "modeling_qwen", "tokenization_qwen"
 
 
 def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> None:
@@ -53,8 +51,6 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     folder = as_path(folder)
     if os.path.lexists(folder) and not force:
         raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
-    if blob.family.model_type != "qwen":
-        raise QvlError(f"{blob.path}: only Qwen-VL and Qwen-7B are exported; take the original checkpoint")
     settings = _settings(blob)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -163,15 +159,46 @@ def _tensors(blob: Blob, quantized: bool) -> Iterator[tuple[str, np.ndarray]]:
             continue
         matrices = [blob.matrix(part.name) for part in specs]
         if quantized and spec.part == "decoder":
-            yield from ((f"{spec.name}.{k}", v) for k, v in autogptq_arrays(matrices[0], spec.name).items())
+            yield from _quantized(matrices[0], spec)
             continue
         weight = np.concatenate([m.weight if m.bits == 16 else m.dequantize().astype(np.float16) for m in matrices])
-        yield spec.source, np.ascontiguousarray(weight.T if spec.transposed else weight).reshape(shapes[spec.source])
         biases = [m.bias for m in matrices if m.bias is not None]
-        if spec.bias:
-            yield spec.biases[0], np.concatenate(biases).astype(np.float16)
-        elif any(bias.any() for bias in biases):
+        bias = np.concatenate(biases).astype(np.float16) if biases else None
+        if spec.heads:
+            order = np.argsort(rows_by_head(spec))
+            weight, bias = weight[order], None if bias is None else bias[order]
+        if bias is not None and not spec.bias and bias.any():
             raise QvlError(f"{spec.name}: has a bias, for which an unquantized model has no place; export it at 4 bits")
+        for (source, rows), name in zip(_rows(spec, len(weight)), spec.biases or itertools.repeat("")):
+            part = weight[rows].T if spec.transposed else weight[rows]
+            yield source, np.ascontiguousarray(part).reshape(shapes[source])
+            if spec.bias:
+                yield name, bias[rows]
+
+
+def _rows(spec: MatrixSpec, count: int) -> Iterator[tuple[str, slice]]:
+    """The published tensors of a matrix, or of several that are rows of one, and the rows of each among `count`."""
+    if len(spec.sources) == 1:
+        yield spec.source, slice(0, count)
+        return
+    first = 0
+    for source, rows in spec.sources.items():
+        yield source, slice(first, first + rows)
+        first += rows
+
+
+def _quantized(matrix: Matrix, spec: MatrixSpec) -> Iterator[tuple[str, np.ndarray]]:
+    """A matrix in AutoGPTQ's layout, one linear for each of its sources."""
+    arrays = autogptq_arrays(matrix, spec.name)
+    per_word = 32 // matrix.bits
+    for source, rows in _rows(spec, matrix.n):
+        base = source.removesuffix(".weight")
+        for suffix, array in arrays.items():
+            if suffix == "qzeros":
+                array = array[:, rows.start // per_word : rows.stop // per_word]
+            elif suffix != "g_idx":
+                array = array[..., rows]
+            yield f"{base}.{suffix}", np.ascontiguousarray(array)
 
 
 def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> None:
@@ -204,31 +231,17 @@ def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> No
 
 
 def _write_texts(blob: Blob, settings: dict[str, Any] | None, folder: Path) -> None:
-    """Config, generation config and tokenizer."""
-    configuration, modeling, tokenization = CODE_FILES
-    config = {
-        "architectures": ["QWenLMHeadModel"],
-        "auto_map": {
-            "AutoConfig": f"{configuration}.QWenConfig",
-            "AutoModelForCausalLM": f"{modeling}.QWenLMHeadModel",
-        },
-        **blob.config.to_dict(),
-        "no_bias": True,
-        "rotary_pct": 1.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-    }
+    """Config, generation config, tokenizer and whatever else the family has."""
+    preprocessing = blob.metadata["preprocessing"]
+    found = blob.family.published_files(blob.config, blob.generation_config, preprocessing, blob.ranks)
     if settings is not None:
-        config["quantization_config"] = settings
-        _write_json(folder / "quantize_config.json", settings)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", blob.generation_config.to_dict())
-    tokenizer = {
-        "tokenizer_class": "QWenTokenizer",
-        "auto_map": {"AutoTokenizer": [f"{tokenization}.QWenTokenizer", None]},
-    }
-    _write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": blob.config.max_position_embeddings})
-    (folder / "qwen.tiktoken").write_bytes(blob.ranks)
+        found["config.json"]["quantization_config"] = settings
+        found["quantize_config.json"] = settings
+    for name, content in found.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            _write_json(folder / name, content)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -84,10 +84,10 @@ class Merged(Checkpoint):
     def _take(self, key: str, array: np.ndarray) -> None:
         low_rank, saved = LOW_RANK.fullmatch(key), SAVED.fullmatch(key)
         if low_rank:
-            name = f"{low_rank['module']}.weight"
+            name = self._known_as(f"{low_rank['module']}.weight")
             self._low_rank.setdefault(name, {})[low_rank["side"]] = array
         elif saved and ".lora_" not in key:
-            name = f"{saved['module']}.{saved['kind']}"
+            name = self._known_as(f"{saved['module']}.{saved['kind']}")
             self._saved[name] = array
         else:
             raise QvlError(f"{self._path}: {key!r} is no part of a LoRA adapter that this program knows")
@@ -100,6 +100,10 @@ class Merged(Checkpoint):
                 f"{self._path}: {name!r} has the shape {list(array.shape)}, the base model's is "
                 f"{list(self.entry(name).shape)}; do they belong together?"
             )
+
+    def _known_as(self, name: str) -> str:
+        """What the base model calls a tensor, whichever naming the adapter has."""
+        return self._name(name) or name
 
     def _check_pair(self, name: str, pair: dict[str, np.ndarray]) -> None:
         shape = self.entry(name).shape

@@ -44,7 +44,7 @@ def matrix(tensors: Tensors, spec: MatrixSpec) -> np.ndarray:
     """
     parts = [_source(tensors.tensor(source), spec, count) for source, count in spec.sources.items()]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return weight if not spec.heads else weight[_rows_by_head(spec)]
+    return weight if not spec.heads else weight[rows_by_head(spec)]
 
 
 def bias(tensors: Tensors, spec: MatrixSpec) -> np.ndarray | None:
@@ -54,7 +54,7 @@ def bias(tensors: Tensors, spec: MatrixSpec) -> np.ndarray | None:
     counts = spec.sources.values()
     parts = [tensors.vector(name)[spec.first_row :][:count] for name, count in zip(spec.biases, counts)]
     values = np.concatenate(parts)
-    return values if not spec.heads else values[_rows_by_head(spec)]
+    return values if not spec.heads else values[rows_by_head(spec)]
 
 
 def _source(weight: np.ndarray, spec: MatrixSpec, count: int) -> np.ndarray:
@@ -64,6 +64,6 @@ def _source(weight: np.ndarray, spec: MatrixSpec, count: int) -> np.ndarray:
     return weight.reshape(len(weight), -1)[spec.first_row : spec.first_row + count]
 
 
-def _rows_by_head(spec: MatrixSpec) -> np.ndarray:
+def rows_by_head(spec: MatrixSpec) -> np.ndarray:
     """Published rows ``[3, heads, d]`` in the order ``[heads, 3, d]``."""
     return np.arange(spec.n).reshape(3, spec.heads, -1).swapaxes(0, 1).ravel()

@@ -167,6 +167,14 @@ class Family(Protocol[C, T]):
     def published_name(self, name: str, config: C) -> str | None:
         """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
 
+    def published_files(
+        self, config: Config, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
+    ) -> dict[str, Any]:
+        """Files of a published checkpoint besides its weights, by name: JSON objects, or bytes.
+
+        `data` is what `read_ranks` gave.
+        """
+
     def read_generation(self, folder: Path) -> GenerationConfig:
         """What a published checkpoint says about prompts and sampling."""
 

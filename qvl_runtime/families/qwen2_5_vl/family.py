@@ -18,6 +18,7 @@ class Qwen25VL(QwenFamily[Qwen25Config]):
     """`qvl_runtime.families.base.Family`."""
 
     TITLE = "Qwen2.5-VL"
+    CLASS = "Qwen2_5_VL"
     CONFIG = Qwen25Config
     VISION = Qwen25Vision
     grounding = JsonGrounding()

@@ -24,6 +24,7 @@ from qvl_runtime.families.qwen2_vl.preprocessing import (
     find_video_settings,
 )
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
+from qvl_runtime.families.qwen2_vl.published import files
 from qvl_runtime.families.qwen2_vl.rotary import Mrope
 from qvl_runtime.families.qwen2_vl.template import Template
 from qvl_runtime.families.qwen2_vl.tensors import HEAD, canonical, decoder_names, stage_of, tensors
@@ -49,6 +50,8 @@ class QwenFamily(Generic[C]):
     """`qvl_runtime.families.base.Family` for models with pictures of any size; `C` is the config."""
 
     TITLE: ClassVar[str]
+    CLASS: ClassVar[str]
+    """What the names of its classes in transformers begin with."""
     CONFIG: type[C]
     VISION: ClassVar[type[VisionTower]]
     VIDEO: ClassVar[VideoLimits] = VideoLimits(128 * 28 * 28, 768 * 28 * 28)
@@ -141,6 +144,15 @@ class QwenFamily(Generic[C]):
         """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
         return None if config.tie_word_embeddings and name == f"{HEAD}.weight" else canonical(name)
 
+    def published_files(
+        self,
+        config: C,
+        generation: GenerationConfig,
+        preprocessing: Mapping[str, Any],
+        data: bytes,
+    ) -> dict[str, Any]:
+        return files(self.CLASS, config, generation, preprocessing, data)
+
     def read_ranks(self, folder: Path, config: C) -> bytes:
         vocabulary = read_vocabulary(folder)
         try:
@@ -174,7 +186,7 @@ class QwenFamily(Generic[C]):
         """What a published checkpoint says about prompts and sampling."""
         path = folder / "generation_config.json"
         data = read_json(path) if os.path.lexists(path) else {}
-        thinking = _thinks(folder)
+        thinking = data.get("thinking") is True or _thinks(folder)
         own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": thinking}
         default = {"max_new_tokens": REASONING_TOKENS} if thinking else {}
         return GenerationConfig.from_dict({**default, **data, **own}, str(path))
@@ -196,6 +208,7 @@ class Qwen2VL(QwenFamily[ModelConfig]):
     """Qwen2-VL."""
 
     TITLE = "Qwen2-VL"
+    CLASS = "Qwen2VL"
     CONFIG = ModelConfig
     VISION = Qwen2Vision
     grounding = GROUNDING

@@ -7,6 +7,7 @@ special forms in the same notation.
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,13 +124,13 @@ def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
 
 def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, int], where: str) -> Vocabulary:
     """Turn a vocabulary of characters into one of bytes, and check that merging by rank is the same as by `merges`."""
-    letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    values = {letter: byte for byte, letter in enumerate(letters())}
     ranks: dict[bytes, int] = {}
     for token, rank in vocab.items():
         if token in special:
             continue
         try:
-            ranks[bytes(letters[letter] for letter in token)] = rank
+            ranks[bytes(values[letter] for letter in token)] = rank
         except KeyError:
             raise QvlError(f"{where}: the token {token!r:.60} is not written in GPT-2's letters") from None
     taken = sorted(rank for rank in ranks.values() if type(rank) is int)
@@ -146,7 +147,23 @@ def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, i
     return Vocabulary(dict(sorted(ranks.items(), key=lambda item: item[1])), special)
 
 
-def _byte_letters() -> list[str]:
+def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each token beyond the single bytes is merged from, by rank.
+
+    They are what merging its bytes by rank gives before the last step.
+    """
+    pairs = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+            best = min(range(len(joined)), key=joined.__getitem__)
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def letters() -> list[str]:
     """The letter that stands for each byte in a vocabulary file (GPT-2)."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = iter(range(256, 512))

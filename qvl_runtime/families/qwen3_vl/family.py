@@ -21,6 +21,7 @@ class Qwen3VL(QwenFamily[Qwen3Config]):
     """`qvl_runtime.families.base.Family`."""
 
     TITLE = "Qwen3-VL"
+    CLASS = "Qwen3VL"
     CONFIG = Qwen3Config
     VISION = Qwen3Vision
     VIDEO = VideoLimits(4096, 25165824, whole=True)

@@ -34,6 +34,9 @@ from qvl_runtime.inputs.tokenizer import MAX_RANKS
 
 RANKS_FILE = "qwen.tiktoken"
 
+CODE_FILES = "configuration_qwen", "modeling_qwen", "tokenization_qwen"
+"""Python files of the published repositories, which are not ours to write."""
+
 
 class QwenVL:
     """`qvl_runtime.families.base.Family`."""
@@ -126,6 +129,32 @@ class QwenVL:
 
     def published_name(self, name: str, config: ModelConfig) -> str:
         return name
+
+    def published_files(
+        self, config: ModelConfig, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
+    ) -> dict[str, Any]:
+        configuration, modeling, tokenization = CODE_FILES
+        return {
+            "config.json": {
+                "architectures": ["QWenLMHeadModel"],
+                "auto_map": {
+                    "AutoConfig": f"{configuration}.QWenConfig",
+                    "AutoModelForCausalLM": f"{modeling}.QWenLMHeadModel",
+                },
+                **config.to_dict(),
+                "no_bias": True,
+                "rotary_pct": 1.0,
+                "tie_word_embeddings": False,
+                "torch_dtype": "float16",
+            },
+            "generation_config.json": generation.to_dict(),
+            "tokenizer_config.json": {
+                "tokenizer_class": "QWenTokenizer",
+                "auto_map": {"AutoTokenizer": [f"{tokenization}.QWenTokenizer", None]},
+                "model_max_length": config.max_position_embeddings,
+            },
+            RANKS_FILE: data,
+        }
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         path = folder / "generation_config.json"
