@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from families import GOLDEN
+from PIL import Image
+from rich.console import Console
 
 import qvl_runtime
 from qvl_convert.convert import convert
+from qvl_runtime.boxes import Box
+from qvl_runtime.cli.conversation import Conversation
 from qvl_runtime.cli.main import main
+from qvl_runtime.cli.screen import Screen
+from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
 
 NAMES = ("q2-tied", "q25-untied", "q3-tied")
@@ -91,3 +99,55 @@ def test_the_default_window_is_capped(tmp_path, qvl):
     message = r"takes \d+ tokens \(9 of them pictures\) and the window is 5; shorten .*context of up to 262144"
     with pytest.raises(QvlError, match=message):
         qvl_runtime.load(file, device="cpu", context=5).generate("Hello", ["images/tiny.png"])
+
+
+@pytest.mark.parametrize(
+    ("name", "box"),
+    [
+        ("q2-tied", [416, 555, 750, 833]),
+        ("q25-untied", None),
+        ("q3-tied", [416, 555, 750, 833]),
+    ],
+)
+def test_a_conversation(name, box, files, tmp_path, monkeypatch):
+    """/box in pixels of the upright picture, pictures of two sizes, /save and /load with what was computed."""
+    monkeypatch.chdir(GOLDEN)
+    screen = Screen(Console(file=io.StringIO(), force_terminal=False))
+    talk = Conversation(qvl_runtime.load(files[name], device="cpu"), screen)
+    talk.settings = {"temperature": 0, "max_new_tokens": 4}
+    talk.take("/image images/land.png")
+    width, height = Image.open("images/land.png").size
+    talk.take(f"/box {width * 5 / 12} {height * 5 / 9} {width * 3 / 4} {height * 5 / 6} What?")
+    if box is None:  # pixels of the resized picture
+        across, down = talk.model.pictures.reader.read("images/land.png").resized
+        box = [across * 5 / 12, down * 5 / 9, across * 3 / 4, down * 5 / 6]
+        assert (across, down) != (width, height)
+    said = "".join(part.get("text", "") for part in talk.history[0][0])
+    assert list(map(int, re.findall(r"\d\d+", said))) == pytest.approx(box, abs=1)
+    talk.take("/image images/exif6.jpg")
+    talk.take("And this?")
+    talk.take(f"/save {tmp_path}/talk.json")
+    assert (tmp_path / "talk.json.past").exists() and not talk.failed
+    other = Conversation(qvl_runtime.load(files[name], device="cpu"), screen)
+    other.take(f"/load {tmp_path}/talk.json")
+    talk.take("Really?")
+    other.take("Really?")
+    assert other.history[-1] == talk.history[-1] and not other.failed
+    result = other.model.chat("Really?", other.history[:-1], temperature=0, max_new_tokens=4)
+    assert result.timings.cached_tokens > result.prompt_tokens * 3 // 4
+    other._boxes = [Box("x", 0, 0, 500, 500)]
+    other.take(f"/show {tmp_path}/boxes.png")
+    upright = Image.open("images/exif6.jpg").size[::-1]
+    assert Image.open(tmp_path / "boxes.png").size == upright
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grounding_is_drawn(name, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(GOLDEN)
+    model = qvl_runtime.load(files[name], device="cpu")
+    result = model.generate(
+        [{"image": "images/land.png"}, {"text": "Where?"}], constraint=qvl_runtime.Grounding(), max_new_tokens=300
+    )
+    assert result.boxes and all(box.ref for box in result.boxes)
+    drawn = draw_boxes("images/land.png", result.boxes, tmp_path / "out.png")
+    assert drawn.image.size == Image.open("images/land.png").size

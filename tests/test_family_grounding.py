@@ -106,3 +106,25 @@ def test_opened_box():
     assert tokens.special["<|object_ref_start|>"] not in constraint.allowed().nonzero()[0]
     with pytest.raises(QvlError, match="opens the box"):
         KINDS["q2"].constraint(tokens, frozenset({0}), 40, opened + "x")
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("q2", "<|box_start|>(100,400),(500,999)<|box_end|>"),
+        ("q25", '{"bbox_2d": [28, 84, 140, 210]}'),
+        ("q3", '{"bbox_2d": [100, 400, 500, 1000]}'),
+    ],
+)
+def test_a_box_of_the_users_picture_is_marked_and_read_back(family, text):
+    """Pixels of the picture as it was given become the family's numbers, and those these pixels again."""
+    kind, seen = KINDS[family], Picture(b"", b"", 1, (1, 1), (700, 500), (280, 210))
+    assert kind.mark((70, 200, 350, 600), seen) == text
+    [again] = kind.parse(text, [seen])
+    assert again.to_pixels(700, 500)[:3] == (70, 200, 350)
+
+
+def test_a_box_upside_down_keeps_its_numbers():
+    """As the models write it; drawing sorts the corners."""
+    [box] = RelativeGrounding().parse('{"bbox_2d": [500, 600, 100, 200], "label": "a"}', [])
+    assert (box.x1, box.x2, box.to_pixels(100, 100)) == (500, 100, (50, 60, 10, 20))

@@ -172,7 +172,7 @@ def _tensors(blob: Blob, quantized: bool) -> Iterator[tuple[str, np.ndarray]]:
         for (source, rows), name in zip(_rows(spec, len(weight)), spec.biases or itertools.repeat("")):
             part = weight[rows].T if spec.transposed else weight[rows]
             yield source, np.ascontiguousarray(part).reshape(shapes[source])
-            if spec.bias:
+            if bias is not None and spec.bias:
                 yield name, bias[rows]
 
 

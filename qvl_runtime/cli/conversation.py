@@ -25,6 +25,7 @@ from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
 
 SAMPLING: dict[str, Callable[[str], Any]] = {
@@ -140,9 +141,13 @@ class Conversation:
                 raise ValueError
         except ValueError:
             raise QvlError("/box needs four numbers, x1 y1 x2 y2 (left, top, right, bottom), in pixels") from None
-        box = self.model.blob.family.grounding.mark((x1, y1, x2, y2), self._opened(self._last_picture()).size)
+        picture = self._last_picture()
+        if self.model.pictures is None:
+            raise QvlError("this model takes no pictures")
+        read = self.model.pictures.reader.read(picture, Access(urls=self.allow_urls))
+        box = self.model.blob.family.grounding.mark((x1, y1, x2, y2), read)
         question = parts[4] if len(parts) > 4 else "What is this?"
-        self._ask(f"{box}{question}")
+        self._ask([{"type": "box", "text": box}, {"text": question}])
 
     def _do_show(self, rest: str) -> None:
         """/show [FILE.png]          draw the last answer's boxes on its picture"""
@@ -247,10 +252,11 @@ class Conversation:
 
     # answering
 
-    def _ask(self, text: str) -> None:
+    def _ask(self, asked: str | list[dict[str, Any]]) -> None:
         waiting, self._waiting = self._waiting, []
         try:
-            self._answer([*({"image": source} for source in waiting), {"text": text}] if waiting else text)
+            parts = [{"text": asked}] if isinstance(asked, str) else asked
+            self._answer([*({"image": source} for source in waiting), *parts] if waiting else asked)
         except QvlError:
             self._waiting = waiting
             raise

@@ -56,8 +56,8 @@ class Prompts(Protocol):
 class Grounding(Protocol):
     """How a family writes boxes."""
 
-    def mark(self, corners: Sequence[float], size: tuple[int, int]) -> str:
-        """A box in a question: `corners` in pixels of a picture of `size`."""
+    def mark(self, corners: Sequence[float], picture: Picture) -> str:
+        """A box in a question: `corners` are in pixels of a picture as it was given."""
 
     def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
         """All well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""
@@ -168,7 +168,7 @@ class Family(Protocol[C, T]):
         """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
 
     def published_files(
-        self, config: Config, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
+        self, config: C, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
     ) -> dict[str, Any]:
         """Files of a published checkpoint besides its weights, by name: JSON objects, or bytes.
 

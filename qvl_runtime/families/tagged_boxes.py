@@ -104,9 +104,9 @@ class TaggedGrounding:
         found = re.search(rf"(?:{ref})?{re.escape(self.box_start)}[^<]*\Z", prompt)
         return found[0] if found else ""
 
-    def mark(self, corners: Sequence[float], size: tuple[int, int]) -> str:
-        """A box in a question: `corners` in pixels of a picture of `size`."""
-        x1, y1, x2, y2 = (min(999, max(0, int(v / side * 1000))) for v, side in zip(corners, size * 2))
+    def mark(self, corners: Sequence[float], picture: Picture) -> str:
+        """A box in a question: `corners` are in pixels of a picture as it was given."""
+        x1, y1, x2, y2 = (min(999, max(0, int(v / side * 1000))) for v, side in zip(corners, picture.size * 2))
         return f"{self.box_start}({x1},{y1}),({x2},{y2}){self.box_end}"
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:

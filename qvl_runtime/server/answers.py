@@ -136,7 +136,13 @@ def with_pictures(
         return prompt, []
     upright = model.pictures is not None and model.pictures.reader.upright
     pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
-    return prompt.for_model(pictures, model.blob.family.grounding.mark), pictures
+
+    def mark(corners: Sequence[float], number: int) -> str:
+        assert model.pictures is not None, "a box lies on a picture"
+        read = model.pictures.reader.read(pictures[number].content, NOTHING)
+        return model.blob.family.grounding.mark(corners, read)
+
+    return prompt.for_model(pictures, mark), pictures
 
 
 def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:

@@ -54,10 +54,8 @@ class Messages:
     turns: list[Message]
     sources: list[str | bytes]
 
-    def for_model(
-        self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], tuple[int, int]], str]
-    ) -> list[dict]:
-        """As `Model.stream` takes them; `mark` writes a box in the model's notation."""
+    def for_model(self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], int], str]) -> list[dict]:
+        """As `Model.stream` takes them; `mark` writes a box on the picture of a number in the model's notation."""
         return [{"role": turn.role, "content": _content(turn.parts, pictures, mark)} for turn in self.turns]
 
 
@@ -67,20 +65,20 @@ def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[...
         if isinstance(part, PicturePart):
             made.append({"type": "image", "image": pictures[part.number].content})
         elif isinstance(part, BoxPart):
-            made.append({"type": "box", "text": mark(part.corners, _checked_size(part, pictures))})
+            _check_size(part, pictures)
+            made.append({"type": "box", "text": mark(part.corners, part.number)})
         else:
             made.append({"type": "text", "text": part})
     return made
 
 
-def _checked_size(box: BoxPart, pictures: Sequence[Sent]) -> tuple[int, int]:
+def _check_size(box: BoxPart, pictures: Sequence[Sent]) -> None:
     if box.number >= len(pictures):
         raise refused(f"{box.name}.image is {box.number}, but the request has {len(pictures)} pictures", box.name)
     _, width, height = pictures[box.number]
     x1, y1, x2, y2 = box.corners
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         raise refused(f"{box.name}.pixels is no box on a picture of {width} x {height} pixels", box.name)
-    return width, height
 
 
 def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:

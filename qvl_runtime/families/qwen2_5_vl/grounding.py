@@ -53,13 +53,12 @@ class JsonGrounding:
             return False
         return math.isfinite(number) and 0 <= number <= float(self.LONGEST)
 
-    def mark(self, corners: Sequence[float], size: tuple[int, int]) -> str:
-        """A box in a question: `corners` in pixels of a picture of `size`."""
-        return json.dumps({"bbox_2d": [self.number(v, side) for v, side in zip(corners, size * 2)]})
-
-    def number(self, pixels: float, side: int) -> int:
-        """A coordinate as the model writes it. The size to which a picture is resized is close to its own."""
-        return min(side, max(0, int(pixels)))
+    def mark(self, corners: Sequence[float], picture: Picture) -> str:
+        """A box in a question: `corners` are in pixels of a picture as it was given."""
+        scale = self.scale([picture])
+        assert scale is not None
+        sides = zip(corners, picture.size * 2, scale * 2)
+        return json.dumps({"bbox_2d": [min(most, max(0, int(v / side * most))) for v, side, most in sides]})
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
         """A fenced list of as many boxes as `limit` has room for, always complete.

@@ -363,12 +363,13 @@ def _for_history(query: Any, parts: Parts) -> Any:
     """The query with its pictures: a text if every picture in it is in an image tag, else parts."""
     found = sources(parts)
     tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
-    if not found or (tagged and all(isinstance(source, str | Path) for source in found)):
+    tags = any(isinstance(part, Form) for part in parts)  # of a box, which stay special
+    if not (found or tags) or (tagged and all(isinstance(source, str | Path) for source in found)):
         return "".join(f"<img>{part.source!s}</img>" if isinstance(part, Place) else part for part in parts)
     return [_part(part) for part in parts if part != ""]
 
 
 def _part(part: str | Place) -> dict[str, Any]:
     if isinstance(part, str):
-        return {"type": "text", "text": part}
+        return {"type": "box" if isinstance(part, Form) else "text", "text": str(part)}
     return part.source.to_part() if isinstance(part.source, Video) else {"type": "image", "image": part.source}

@@ -14,8 +14,5 @@ class RelativeGrounding(JsonGrounding):
     NUMBER = "(0|[1-9][0-9]{0,2}|1000)"
     LONGEST = "1000"
 
-    def number(self, pixels: float, side: int) -> int:
-        return min(1000, max(0, int(pixels / side * 1000)))
-
     def scale(self, pictures: Sequence[Picture]) -> tuple[int, int]:
         return (1000, 1000)
