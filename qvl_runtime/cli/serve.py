@@ -16,12 +16,15 @@ import typer
 from qvl_convert.convert import convert
 from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
 from qvl_runtime.demo import checkpoint_folder
+from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import read_regular
 
 KEY_VARIABLE = "QVL_API_KEY"
 KEY_FILE_BYTES = 64 << 10
 SHORTEST_KEY = 16
+CONVERSATIONS = 4
+"""Kept between requests: each may take a gigabyte."""
 
 
 def serve(
@@ -41,7 +44,7 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="A site whose pages may ask; repeat for several.")
     ] = None,
-    running: Annotated[int, typer.Option(min=1, max=256, help="Requests computed at once.")] = 16,
+    running: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Requests computed at once.")] = 16,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; others are refused.")] = 64,
     log_content: Annotated[bool, typer.Option("--log-content", help="Log requests and answers.")] = False,
     allow_urls: AllowUrls = False,
@@ -83,7 +86,8 @@ def serve(
             activations=activations,
             context=context,
             vision_device=vision_device,
-            conversations=running,
+            conversations=CONVERSATIONS,
+            max_batch=running,
         )
         app = create_app(
             loaded,
