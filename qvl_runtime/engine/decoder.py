@@ -131,15 +131,17 @@ class DecodeStep:
 
     def __call__(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Outcome:
         """Feed tokens to sequences, up to `FEW_ROWS` in all."""
-        spans = [Span(sequence, len(tokens)) for sequence, tokens in fed]
-        for sequence, count in spans:
-            sequence.reserve(sequence.length + count)
-        tokens = np.array([token for _, tokens in fed for token in tokens], np.int32)
-        self.ops.write(self._ids[: len(tokens)], tokens)
-        self._captured(spans, len(tokens))()
+        spans, rows = [], 0
+        for sequence, tokens in fed:
+            sequence.reserve(sequence.length + len(tokens))
+            spans.append(Span(sequence, len(tokens)))
+            rows += len(tokens)
+        every = [token for _, tokens in fed for token in tokens]
+        self.ops.write(self._ids[:rows], np.array(every, np.int32))
+        self._captured(spans, rows)()
         for sequence, count in spans:
             sequence.advance(count)
-        return Outcome(self.ops, self._logits[: len(tokens)], self._best[: len(tokens)])
+        return Outcome(self.ops, self._logits[:rows], self._best[:rows])
 
     def forget(self) -> None:
         """Let go of what was captured of several sequences, and of their memory."""

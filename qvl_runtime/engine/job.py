@@ -15,6 +15,9 @@ Work = Generator[Any, Leave | None, None]
 """A computation. It yields a `Slice` or a `Session` where it waits for its turn, and anything else as a result."""
 
 
+WAITS = (Slice, Session)
+
+
 class Cancelled(Exception):
     """Nobody wants the answer any more."""
 
@@ -123,7 +126,7 @@ class Job(Iterator[Any]):
         self.begun = True
         try:
             item = work.send(leave)
-            while not isinstance(item, Slice | Session):
+            while not isinstance(item, WAITS):
                 self.results.append(item)
                 self._ready.put(item)
                 item = next(work)

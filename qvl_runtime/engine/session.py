@@ -224,10 +224,11 @@ class Session:
 
 def step(run: DecodeStep, sessions: Sequence[Session]) -> None:
     """Feed their pending tokens to sessions, `FEW_ROWS` in all at most."""
-    counts = [len(session.pending) for session in sessions]
-    outcome = run([(session.state, session.pending) for session in sessions])
-    for session, row in zip(sessions, np.cumsum([0, *counts]).tolist()):
+    outcome, row = run([(session.state, session.pending) for session in sessions]), 0
+    for session in sessions:
+        count = len(session.pending)
         session.fed(outcome, row)
+        row += count
 
 
 def _pays(count: int, own: int, length: int) -> bool:

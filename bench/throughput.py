@@ -1,0 +1,90 @@
+"""Tokens a second of the whole engine at 1, 4, 8 and 16 answers at once, beside what its bare steps allow.
+
+    python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
+
+Bare: the same prompts' slices and the same number of steps of as many rows, by the decoder alone: no scheduler, no
+sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import date
+
+import numpy as np
+
+import qvl_runtime as qvl
+from qvl_runtime.benchmark import machine
+from qvl_runtime.engine.decoder import DecodeStep
+from qvl_runtime.engine.session import Session, step
+from qvl_runtime.inputs.prompt import Prompt
+
+
+def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds of the answers, submitted together."""
+    options = {"max_new_tokens": tokens, "speculate": False}
+    with model._scheduler.gate, model._scheduler.device:
+        streams = [model.stream(ids, **options) for ids in prompts]
+        begin = time.perf_counter()
+    for stream in streams:
+        assert len(stream.result().token_ids) == tokens, "an answer ended early"
+    return time.perf_counter() - begin
+
+
+def bare(model: qvl.Model, run: DecodeStep, sessions: list[Session], prompts: list[list[int]], tokens: int) -> float:
+    """Seconds of the same products: each prompt in slices, then steps of all rows."""
+    begin = time.perf_counter()
+    for session, ids in zip(sessions, prompts):
+        session.truncate(0)
+        prompt = Prompt(ids, [])
+        session.keep(prompt)
+        work = session.prefill(prompt, [], len(ids) + tokens)
+        for _ in work:
+            pass
+    for _ in range(tokens - 1):
+        for session in sessions:
+            session.feed(session.best(0))
+        step(run, sessions)
+    for session in sessions:
+        session.best(0)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--answers", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model = qvl.load(options.model, device="cpu", conversations=0, kv_cache_bytes=1 << 40)
+    model._answering._stop_ids = frozenset()  # all answers are as long
+    run, rng, rows = DecodeStep(model.decoder), np.random.default_rng(0), []
+    most = max(options.answers)
+    sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
+    for count in options.answers:
+        found = []
+        for turn in range(options.rounds + 1):
+            prompts = rng.integers(300, 900, (count, options.prompt)).tolist()
+            seconds = {}
+            for which in ("bare", "whole") if turn % 2 else ("whole", "bare"):
+                if which == "bare":
+                    seconds[which] = bare(model, run, sessions[:count], prompts, options.tokens)
+                else:
+                    seconds[which] = whole(model, prompts, options.tokens)
+            if turn:  # the first warms
+                found.append((seconds["bare"], seconds["whole"]))
+        done = count * options.tokens
+        medians = np.median(np.array(found), axis=0)
+        ratio = float(np.median([b / w for b, w in found]))
+        rows.append({"answers": count, "tokens/s": done / medians[1], "bare": done / medians[0], "ratio": ratio})
+        print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+    told = {"date": date.today().isoformat(), "machine": machine(), "threads": model.ops.threads}
+    print(json.dumps({**told, "prompt": options.prompt, "tokens": options.tokens, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
