@@ -97,7 +97,6 @@ def test_answers_are_the_same_alone_and_among_others(name, kv_cache, tmp_path, m
     rng, images = random.Random(f"{name} {kv_cache}"), batch_equal.pictures()
     asked = [batch_equal.request(rng, together, images) for _ in range(10)]
     assert batch_equal.differing(together, alone, asked, 5) == []
-    assert together._scheduler.steps < alone._scheduler.steps, "they did share steps"
 
 
 @pytest.fixture
