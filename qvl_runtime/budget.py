@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from qvl_kernels.sizes import Sizes
 from qvl_runtime.blob import Blob
 from qvl_runtime.engine.decoder import FEW_ROWS
 from qvl_runtime.engine.session import PREFILL_ROWS
@@ -53,55 +54,60 @@ class Budget:
         return self.weights + self.cache + self.workspace + self.reserve
 
 
-def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Budget:
-    """What `blob` takes with a cache of `context` tokens on a backend ("cpu" or "cuda"), in that backend's sizes."""
-    cache = cache_bytes(blob.config, context, kv_cache, backend)
-    reserve = 0
+def sizes_of(backend: str) -> Sizes:
+    """The sizes of a backend: "cpu", "cuda" or "reference"."""
     if backend == "cuda":
         from qvl_kernels import gpu
 
-        reserve = gpu.RESERVE
-    return Budget(
-        weight_bytes(blob, backend), cache, workspace_bytes(blob.family, blob.config, context), context, reserve
-    )
+        return gpu.SIZES
+    if backend == "reference":
+        from qvl_kernels import reference
+
+        return reference.SIZES
+    from qvl_kernels import cpu
+
+    return cpu.SIZES
 
 
-def weight_bytes(blob: Blob, backend: str = "cpu") -> dict[str, int]:
-    """Weights by part: on a GPU as they are laid out there, else as in the file, which is mapped."""
-    if backend != "cuda":
-        return blob.part_sizes()
-    from qvl_kernels import gpu
+def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Budget:
+    """What `blob` takes with a cache of `context` tokens on a backend ("cpu", "cuda" or "reference")."""
+    sizes, config = sizes_of(backend), blob.config
+    cache = cache_bytes(config, context, kv_cache, backend)
+    kept, passing = step_values(blob.family, config)
+    rotary = 4 * context * config.head_dim
+    workspace = sizes.workspace(passing) + 4 * kept + rotary
+    return Budget(weight_bytes(blob, sizes), cache, workspace, context, sizes.reserve)
 
-    sizes: dict[str, int] = {}
+
+def weight_bytes(blob: Blob, sizes: Sizes) -> dict[str, int]:
+    """Weights by part."""
+    found: dict[str, int] = {}
     for spec in blob.family.tensors(blob.config):
         if isinstance(spec, MatrixSpec):
-            nbytes = gpu.device_bytes(spec.n, spec.k, *blob.bits(spec.name)) + (4 * spec.n if spec.bias else 0)
+            has = {suffix: f"{spec.name}.{suffix}" in blob.file for suffix in ("zeros", "perm", "bias")}
+            nbytes = sizes.weight(spec.n, spec.k, *blob.bits(spec.name), **has)
         else:
             nbytes = 4 * math.prod(spec.shape)
-        sizes[spec.part] = sizes.get(spec.part, 0) + nbytes
-    return sizes
+        found[spec.part] = found.get(spec.part, 0) + nbytes
+    return found
 
 
 def cache_bytes(config: Config, context: int, kv_cache: str, backend: str = "cpu") -> int:
-    """Keys and values of all layers; int8 has a scale for every vector, in fp16 on a GPU and else in float32."""
-    if backend == "cuda":
-        from qvl_kernels import gpu
-
-        return gpu.cache_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context, kv_cache)
-    vector = config.head_dim + 4 if kv_cache == "int8" else 2 * config.head_dim
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * context * vector
+    """Keys and values of all layers."""
+    sizes = sizes_of(backend)
+    return sizes.kv_cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context, kv_cache)
 
 
-def workspace_bytes(family: Family, config: Config, context: int) -> int:
-    """Activations at four bytes each and as much again for their quantized copies, and the rotary table.
+def step_values(family: Family, config: Config) -> tuple[int, int]:
+    """Values that stay (the float32 arrays of the vision part), and those of the larger step that passes beside them.
 
-    Those of the vision part stay, beside what a prompt needs.
+    A step is a slice of a prompt or the encoding of a picture; the features of a picture are copied once.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     row = config.hidden_size + (2 * heads + 2 * kv_heads) * config.head_dim + config.ffn_width
     prefill = (PREFILL_ROWS + FEW_ROWS) * row + config.vocab_size
     kept, passing = family.vision_values(config) if config.sees else (0, 0)
-    return 4 * (kept + max(2 * prefill, 2 * passing, kept) + context * config.head_dim)
+    return kept, max(prefill, passing, -(-kept // 2))
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:

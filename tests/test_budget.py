@@ -13,9 +13,10 @@ import pytest
 import qvl_runtime as qvl
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.ops import DeviceError
+from qvl_kernels.reference import ReferenceOps
 from qvl_runtime.backends import check_fit
 from qvl_runtime.blob import Blob
-from qvl_runtime.budget import budget, cache_bytes, remedies
+from qvl_runtime.budget import budget, cache_bytes, remedies, sizes_of
 from qvl_runtime.cli.info import fit
 from qvl_runtime.errors import QvlError
 
@@ -24,12 +25,19 @@ from qvl_runtime.errors import QvlError
 def test_cache_is_as_large_as_told(model, kv_cache):
     model = model("tiny-vl", device="cpu", bits=16)
     c = model.config
+    for backend, ops in (("cpu", model.ops), ("reference", ReferenceOps())):
+        for capacity, head_dim in ((512, c.head_dim), (500, c.head_dim), (17, 72), (3, 6)):
+            store = ops.kv_cache(c.num_hidden_layers, c.num_attention_heads, head_dim, capacity, kv_cache)
+            shape = (c.num_hidden_layers, c.num_attention_heads, head_dim, capacity)
+            assert store.nbytes == sizes_of(backend).kv_cache(*shape, kv_cache)
     store = model.ops.kv_cache(c.num_hidden_layers, c.num_attention_heads, c.head_dim, 512, kv_cache)
     assert store.nbytes == cache_bytes(c, 512, kv_cache)
 
 
-def test_weights_are_the_file_without_its_tokenizer(blob):
-    path = blob("tiny-vl", bits=4)
+@pytest.mark.parametrize("name", ["tiny-vl", "tiny-q7-gptq-actorder"])
+def test_weights_are_the_file_without_its_tokenizer(blob, name):
+    """Also where every layer has a bias, zero points and an order of its columns."""
+    path = blob(name, bits=4)
     opened = Blob(path)
     rest = opened.file.entries["tokenizer.ranks"]
     header = min(entry.start for entry in opened.file.entries.values())

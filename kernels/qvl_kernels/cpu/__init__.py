@@ -32,5 +32,6 @@ Numba is not even imported. Choose a variant (per head size, per type) by making
 """
 
 from qvl_kernels.cpu.ops import CpuOps
+from qvl_kernels.cpu.sizes import SIZES
 
-__all__ = ["CpuOps"]
+__all__ = ["SIZES", "CpuOps"]

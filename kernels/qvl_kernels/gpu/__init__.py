@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qvl_kernels.gpu.cache import cache_bytes
-from qvl_kernels.gpu.memory import RESERVE, plan
-from qvl_kernels.gpu.weights import device_bytes
+from qvl_kernels.gpu.memory import plan
+from qvl_kernels.gpu.sizes import SIZES
 from qvl_kernels.ops import DeviceError
 
 if TYPE_CHECKING:
@@ -76,4 +75,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["RESERVE", "CudaOps", "absent", "available", "cache_bytes", "device_bytes", "facts", "plan"]
+__all__ = ["SIZES", "CudaOps", "absent", "available", "facts", "plan"]

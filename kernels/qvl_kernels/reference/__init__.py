@@ -10,6 +10,7 @@ import numpy as np
 from qvl_kernels.ops import Norm, check_segments, query_heads, restored
 from qvl_kernels.packing import Matrix
 from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, rotate, silu
+from qvl_kernels.sizes import MappedSizes
 
 CACHE_DTYPES = ("fp32", "fp16", "int8")
 
@@ -156,3 +157,14 @@ class ReferenceOps:
 
     def synchronize(self):
         pass
+
+
+class ReferenceSizes(MappedSizes):
+    """`Sizes` of `ReferenceOps`."""
+
+    def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
+        """Float32 whatever it is rounded to."""
+        return 8 * layers * kv_heads * head_dim * capacity
+
+
+SIZES = ReferenceSizes()
