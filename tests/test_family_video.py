@@ -90,8 +90,7 @@ def test_features_of_frames(case, model):
     first, second, third = case["images"]
     for pair in ((first, second), (third, third)):
         picture = model.pictures.reader.read(FramePair(*pair, 3, tuple(case["resized"])))
-        features, known = model.pictures.features(picture)
-        assert not known
+        features = model.pictures.vision.encode(picture.pixels, picture.grid)
         made.append(model.ops.download(features).reshape(-1, picture.tokens, features.shape[1]))
         # From the files' bytes again, as a conversation does.
         again = model.pictures.reader.decode(picture.content)
