@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -15,6 +15,8 @@ from qvl_runtime.errors import QvlError
 
 USUAL_CONTEXT = 2048
 """Tokens a GPU must have room for: a picture, a question, and a long answer."""
+
+log = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
 
@@ -44,7 +46,7 @@ def backend(device: str) -> tuple[str, str]:
 
 
 def make_ops(device: str, activations: str = "auto", progress: Callable[[int], None] = lambda nbytes: None) -> Ops:
-    """The backend `device` names; "auto" is a usable GPU, or else the CPU, and says why on standard error.
+    """The backend `device` names; "auto" is a usable GPU, or else the CPU; why is logged as a warning.
 
     `progress` is told the bytes of every upload to a GPU.
 
@@ -73,7 +75,7 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
         from qvl_kernels import gpu
 
         if not gpu.absent():
-            print(f"qvl: no usable GPU ({reason}); running on the CPU", file=sys.stderr)
+            log.warning("qvl: no usable GPU (%s); running on the CPU", reason)
     try:
         from qvl_kernels.cpu import CpuOps
 

@@ -21,7 +21,7 @@ from qvl_kernels.cpu import features
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
-HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py"}
+HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py", "sizes.py"}
 """Sources that only call kernels."""
 
 REMEDY = "try QVL_CPU=plain or device='reference'"
