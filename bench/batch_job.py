@@ -30,7 +30,7 @@ import numpy as np
 from qvl_convert.convert import convert
 from qvl_runtime.benchmark import machine
 from qvl_runtime.demo import checkpoint_folder
-from qvl_runtime.demo.conversations import SINGLE
+from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 
 ROWS_A_PICTURE = 4
@@ -63,8 +63,8 @@ def write_rows(folder: Path, count: int, seed: int) -> None:
         picture = f"{len(rows):06d}.png"
         scene = random_scene(rng)
         draw(scene, 448).save(folder / "pictures" / picture)
-        for skill in list(SINGLE)[:ROWS_A_PICTURE]:
-            exchange = SINGLE[skill](rng, scene, "en")
+        for _ in range(ROWS_A_PICTURE):
+            exchange = ask(rng, [scene])
             bad = rng.random() < BAD
             question = exchange.turns[0][0] if exchange else "Describe the picture."
             rows.append({"id": f"r{len(rows)}", "image": "none.png" if bad else picture, "prompt": question})
