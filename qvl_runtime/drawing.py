@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import ImageSource, load_image
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -156,13 +156,11 @@ def check_extension(path: Path) -> str:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
     kind = check_extension(path)
     try:
         data = io.BytesIO()
         picture.save(data, kind)
-        partial.write_bytes(data.getvalue())
-        os.replace(partial, path)
+        with replacing(path, private=False) as file:
+            file.write(data.getbuffer())
     except (OSError, KeyError) as error:
-        partial.unlink(missing_ok=True)
         raise QvlError(f"cannot save {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
