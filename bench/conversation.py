@@ -4,8 +4,8 @@
 
 turn    one picture and 300 tokens of history, then a question of 20: seconds to the first token of a fresh run, of a
         new session that knows the picture, and of the next turn.
-repeat  an answer that quotes 96 tokens of its prompt, with and without guesses, in turns. A form dictates the answer,
-        so that the weights need not be those of a model that can quote.
+repeat  an answer that quotes 96 tokens of its prompt, with and without drafts, in turns. A constraint dictates the
+        answer, so that the weights need not be those of a model that can quote.
 long    200 turns with 50 pictures: seconds a turn over time, and how far memory grows, beside what `qvl info` tells
         of a full window and the limit of features. For a small model.
 
@@ -36,7 +36,7 @@ QUOTED = 96
 
 
 class Dictation:
-    """A form that leaves no choice: the answer is these tokens."""
+    """A constraint that leaves no choice: the answer is these tokens."""
 
     def __init__(self, tokens: list[int], vocabulary: int):
         self.tokens, self.vocabulary = tokens, vocabulary
@@ -111,23 +111,21 @@ def bench_repeat(path: Path, options: dict, repeats: int) -> dict:
     model = qvl.load(path, **options)
     quoted = words(rng, QUOTED)
     ids = [*words(rng, 20), *quoted, *words(rng, 20), *quoted[:3]]
-    form = Dictation(quoted[3:], model.config.vocab_size)
+    constraint = Dictation(quoted[3:], model.config.vocab_size)
     rates: dict[bool, list[float]] = {False: [], True: []}
     for speculate in [False, True] * repeats:
-        result = model.generate(ids, form=form, max_new_tokens=len(form.tokens), speculate=speculate)
-        assert result.token_ids == form.tokens
+        result = model.generate(ids, constraint=constraint, max_new_tokens=len(constraint.tokens), speculate=speculate)
+        assert result.token_ids == constraint.tokens
         rates[speculate].append(result.timings.decode_tokens_per_second)
-    plain, guessed = (statistics.median(rates[speculate]) for speculate in (False, True))
+    plain, drafted = (statistics.median(rates[speculate]) for speculate in (False, True))
     timings = result.timings
-    print(
-        f"{len(form.tokens)} quoted tokens: {plain:.2f} tokens/s; with guesses {guessed:.2f} ({guessed / plain:.2f}x);"
-    )
-    print(f"  {timings.accepted_drafts} of {timings.draft_tokens} guesses were right")
+    print(f"{len(quoted) - 3} quoted tokens: {plain:.2f} tokens/s; with drafts {drafted:.2f} ({drafted / plain:.2f}x);")
+    print(f"  {timings.accepted_drafts} of {timings.draft_tokens} drafted tokens were right")
     return {
         "plain": plain,
-        "guessed": guessed,
-        "ratio": guessed / plain,
-        "rates": {"plain": rates[False], "guessed": rates[True]},
+        "drafted": drafted,
+        "ratio": drafted / plain,
+        "rates": {"plain": rates[False], "drafted": rates[True]},
         "accepted_drafts": timings.accepted_drafts,
         "draft_tokens": timings.draft_tokens,
     }

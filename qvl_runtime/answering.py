@@ -111,7 +111,7 @@ class Answering:
         return self._scheduler.submit(work, len(prompt.ids), len(prompt.ids) + limit)
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
-        """Hold an answer to a form; half of the tokens are for it where the model reasons first."""
+        """Hold an answer to a constraint; half of the tokens are for it where the model reasons first."""
         end = prompt.reasoning_end
         reasoning = 0 if end is None else max(1, limit // 2)
         grounding = self._grounding.constraint

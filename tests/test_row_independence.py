@@ -61,7 +61,7 @@ def test_cached_attention(ops, rng, kind, heads, kv_heads, d):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 12])
 @pytest.mark.parametrize("kv_heads", [5, 1])
 def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
-    """Up to 16 rows are as each alone also where more are rounded: a guess that is checked changes no answer."""
+    """Up to 16 rows are as each alone also where more are rounded: a draft that is checked changes no answer."""
     ops, heads, d, length = CpuOps(activations="int8", threads=threads), 5, 128, 500
     qkv = normal(rng, length, (heads + 2 * kv_heads) * d)
     for kind in ("fp16", "int8"):

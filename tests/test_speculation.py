@@ -1,4 +1,4 @@
-"""Guessing changes how fast an answer comes, never the answer."""
+"""A draft changes how fast an answer comes, never the answer."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Chain:
         return int(np.argmax(self.rows[row]))
 
 
-def _tokens(chain: Chain, choose: TokenSelector, guesses: PromptLookup | None, limit: int) -> list[int]:
-    steps = generate_step(chain, choose, guesses, limit, Timings())
+def _tokens(chain: Chain, choose: TokenSelector, drafts: PromptLookup | None, limit: int) -> list[int]:
+    steps = generate_step(chain, choose, drafts, limit, Timings())
     return [choice.token for choice in steps if choice is not chain]
 
 
-def _toy(seed: int, guesses: PromptLookup | None, temperature: float) -> list[int]:
+def _toy(seed: int, drafts: PromptLookup | None, temperature: float) -> list[int]:
     choose = TokenSelector(Sampler(temperature, seed=seed), list(MIXED))
-    return _tokens(Chain(MIXED), choose, guesses, 30)
+    return _tokens(Chain(MIXED), choose, drafts, 30)
 
 
 def test_sampling_keeps_its_distribution():
-    """All 4^3 continuations, each with its exact probability, against 10000 answers made with guesses (chi-square)."""
+    """All 4^3 continuations, each with its exact probability, against 10000 answers made with drafts (chi-square)."""
     draws, seen, batches = 10_000, Counter(), Counter()
     for seed in range(draws):
         chain, choose = Chain(MIXED), TokenSelector(Sampler(1.0, seed=seed), list(MIXED))
@@ -72,12 +72,12 @@ def test_sampling_keeps_its_distribution():
         expected = draws * float(np.prod(chances))
         statistic += (seen[a, b, c] - expected) ** 2 / expected
     assert statistic < 63 + 4 * np.sqrt(2 * 63)
-    assert batches[1] < draws / 10, "nearly all answers were guessed at"
+    assert batches[1] < draws / 10, "nearly all answers had drafts"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_guessing_changes_no_token(temperature):
-    """Every token takes one draw with and without guesses, so that even the same seed gives the same answer."""
+def test_drafts_change_no_token(temperature):
+    """Every token takes one draw with and without drafts, so that even the same seed gives the same answer."""
     for seed in range(200):
         plain = _toy(seed, None, temperature)
         assert _toy(seed, PromptLookup(MIXED, 0.0), temperature) == plain
@@ -96,7 +96,7 @@ def test_what_was_not_chosen_is_forgotten():
             answer.append(choice.token)
 
 
-def test_guesses_stay_within_the_window_and_the_limit():
+def test_drafts_stay_within_the_window_and_the_limit():
     start = [1, 2, 3] * 4
     chain, choose = Chain(start), TokenSelector(Sampler(), list(start))
     chain.logits_after[:] = 0
@@ -105,7 +105,7 @@ def test_guesses_stay_within_the_window_and_the_limit():
     chain.rows = [chain.logits_after[2, 3]]
     chain.room = 3
     assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 9)) == 9
-    assert max(chain.batches) == 3, "one token and two guesses"
+    assert max(chain.batches) == 3, "one token and two drafts"
     chain.room = 100
     chain.batches.clear()
     assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 4)) == 4
@@ -113,10 +113,10 @@ def test_guesses_stay_within_the_window_and_the_limit():
     chain.spare = 1
     chain.batches.clear()
     assert len(_tokens(chain, choose, PromptLookup(start, 0.0), 9)) == 9
-    assert max(chain.batches) == 2, "a step has room for one guess"
+    assert max(chain.batches) == 2, "a step has room for one draft"
 
 
-def test_a_guess_is_what_followed_last_time():
+def test_a_draft_is_what_followed_last_time():
     lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 1, 2], 0.0)
     assert lookup.draft(7) == [], f"{MATCHED} tokens must agree"
     lookup.append(3)
@@ -128,14 +128,14 @@ def test_a_guess_is_what_followed_last_time():
     assert loop.draft(100) == ([1, 2] * 8)[:MAX_DRAFT], "a loop goes on"
 
 
-def test_guesses_that_fail_become_rare():
+def test_drafts_that_fail_become_rare():
     lookup = PromptLookup([1, 2, 3] * 3, 0.45)
     tried = 0
     for _ in range(300):
-        guessed = lookup.draft(7)
-        tried += len(guessed)
-        if guessed:
-            lookup.learn(len(guessed), 0)
+        drafted = lookup.draft(7)
+        tried += len(drafted)
+        if drafted:
+            lookup.learn(len(drafted), 0)
         for token in (1, 2, 3):
             lookup.append(token)
     assert 1 < tried < 60
@@ -164,10 +164,10 @@ def test_the_models_answer_is_the_same(kv_cache, options, blob):
     """On the CPU a token's arithmetic does not depend on how many are computed with it, so answers agree exactly."""
     model = qvl.load(blob("tiny-vl", bits=4), device="cpu", kv_cache=kv_cache, conversations=0)
     prompt = [60 + token for token in MIXED]
-    for form in (None, FewWords()):
-        plain = model.generate(prompt, max_new_tokens=100, form=form, speculate=False, **options)
-        guessed = model.generate(prompt, max_new_tokens=100, form=form, **options)
-        assert guessed.token_ids == plain.token_ids
-        assert guessed.logprobs == plain.logprobs
-    assert guessed.timings.draft_tokens > guessed.timings.accepted_drafts > 5
-    assert len(guessed.token_ids) == 100
+    for constraint in (None, FewWords()):
+        plain = model.generate(prompt, max_new_tokens=100, constraint=constraint, speculate=False, **options)
+        drafted = model.generate(prompt, max_new_tokens=100, constraint=constraint, **options)
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.logprobs == plain.logprobs
+    assert drafted.timings.draft_tokens > drafted.timings.accepted_drafts > 5
+    assert len(drafted.token_ids) == 100
