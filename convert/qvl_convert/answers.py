@@ -64,7 +64,7 @@ class _Answer:
     Attributes
     ----------
     first : list of int
-        The quantized model's answer, with the token that ended it.
+        The quantized model's answer, without the token that ended it.
     agreed, draft : list of int
         The beginning of the original's answer, and what the quantized model would go on with.
     done : bool
@@ -132,14 +132,14 @@ def compare_answers(
 
 
 def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
-    """How the quantized model goes on, with the token that ends it where it ends by itself."""
+    """How the quantized model goes on, without the token that ends it."""
     room = limit - len(agreed)
     try:
         result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
     except QvlError:  # an untrained model answers with a picture's placeholder, which no prompt may have
         return []
     assert isinstance(result, Result)
-    return result.token_ids + ([model.tokenizer.im_end_id] if result.finish_reason == "stop" else [])
+    return result.token_ids
 
 
 def _check(model: Model, weights: Weights, answers: list[_Answer], features: list[np.ndarray], limit: int) -> None:
@@ -168,7 +168,7 @@ def _summary(answers: list[_Answer], count: int, model: Model) -> Answers:
     tokenizer, stops, parse = model.tokenizer, model.stop_ids, model.blob.family.grounding.parse
     differences, distances, overlaps = [], [], []
     for answer in answers:
-        ours, theirs = (_without_stop(ids, stops) for ids in (answer.first, answer.agreed))
+        ours, theirs = answer.first, _without_stop(answer.agreed, stops)
         texts = [tokenizer.decode(ids) for ids in (ours, theirs)]
         if ours != theirs:
             pairs = zip([*ours, None], [*theirs, None])
