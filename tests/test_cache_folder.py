@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import subprocess
@@ -36,7 +37,10 @@ def compiled(code, monkeypatch):
     def load() -> int:
         before = len(count)
         cache_folder._find.cache_clear()
-        assert cache._engine.__wrapped__().get_function_address("qvl_execute")
+        with monkeypatch.context() as patch:
+            # As in a program that has not set up logging; pytest has.
+            patch.setattr(logging.getLogger(), "handlers", [])
+            assert cache._engine.__wrapped__().get_function_address("qvl_execute")
         return len(count) - before
 
     return load

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import platform
 import stat
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 FORGOTTEN = 3600
@@ -108,7 +110,7 @@ def open_private(path: Path) -> BinaryIO | None:
 def keep(path: Path, data: bytes) -> None:
     """Write a file with mode 0600, at once or not at all, whoever else is writing it.
 
-    Where that fails nothing is left of it, and one line on standard error says why.
+    Where that fails nothing is left of it, and a warning is logged that says why.
     """
     partial = None
     try:
@@ -119,11 +121,11 @@ def keep(path: Path, data: bytes) -> None:
         os.replace(partial, path)
         partial = None
     except OSError as error:
-        print(
-            f"qvl: the compiled kernels could not be kept in {path.parent} ({error.strerror or error}) and will be "
-            "compiled again; make room there, or set QVL_CACHE_DIR to another folder",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            "qvl: the compiled kernels could not be kept in %s (%s) and will be compiled again; make room there, or "
+            "set QVL_CACHE_DIR to another folder",
+            path.parent,
+            error.strerror or error,
         )
     finally:
         if partial:

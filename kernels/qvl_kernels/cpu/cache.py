@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import logging
 import platform
 import struct
 import subprocess
@@ -20,6 +21,8 @@ from qvl_kernels import cache_folder
 from qvl_kernels.cpu import features
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
+
+log = logging.getLogger(__name__)
 
 HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py", "sizes.py"}
 """Sources that only call kernels."""
@@ -115,7 +118,7 @@ def _engine() -> llvm.ExecutionEngine:
     path = folder.path and folder.path / f"cpu-kernels-{key()}.bin"
     engine = _load(_read(path)) if path else None
     if engine is None:
-        print(f"qvl: compiling kernels for this processor, {folder.notice}", file=sys.stderr, flush=True)
+        log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
         code = _compile()
         engine = _load(code)
         if engine is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from qvl_kernels.gpu import build
 from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES
 from qvl_kernels.ops import DeviceError
+
+log = logging.getLogger(__name__)
 
 EXACT_FROM = 90
 """From this architecture on code uses features of exactly one GPU; before, a cubin runs on all later minor versions."""
@@ -41,7 +44,7 @@ def locate(capability: tuple[int, int]) -> Bundle | None:
 
 
 def find(capability: tuple[int, int]) -> Bundle:
-    """The kernels for a GPU of a compute capability; compiled now, with a word on standard error, if there are none.
+    """The kernels for a GPU of a compute capability; compiled now, with a warning logged, if there are none.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def find(capability: tuple[int, int]) -> Bundle:
     check_compiler()
     architecture, kind = choose(capability)
     folder = cache_folder.find()
-    print(f"qvl: compiling the GPU kernels for sm_{architecture}, {folder.notice}", file=sys.stderr, flush=True)
+    log.warning("qvl: compiling the GPU kernels for sm_%d, %s", architecture, folder.notice)
     with tempfile.TemporaryDirectory(prefix="qvl-") as scratch:
         # Read into memory: there may be no folder to keep them in, or no room in it.
         code = build.build(Path(scratch) / "kernels.zip", [architecture], _show).read_bytes()
