@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -89,6 +91,34 @@ def test_several_answers_have_consecutive_seeds(served, demo_model, stream):
         texts = [choice["message"]["content"] for choice in response.json()["choices"]]
         assert response.json()["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in expected)
     assert texts == [one.text for one in expected] and len(set(texts)) == 3
+
+
+def test_several_answers_are_computed_side_by_side(served, demo_model, monkeypatch):
+    schema = {"type": "array", "minItems": 6, "maxItems": 6, "items": {"type": "integer", "minimum": 0, "maximum": 99}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    message = [{"role": "user", "content": "Say six numbers"}]
+    options = {"temperature": 1.5, "max_new_tokens": 99, "constraint": qvl.JsonSchema(json.dumps(schema))}
+    alone = [demo_model.generate(message, seed=5 + i, **options) for i in range(4)]
+    begin, begun, all_begun = demo_model.stream, [], threading.Event()
+
+    def beginning(*given, **fields):
+        begun.append(begin(*given, **fields))
+        if len(begun) == 4:
+            all_begun.set()
+        return begun[-1]
+
+    monkeypatch.setattr(demo_model, "stream", beginning)
+    fields = {"n": 4, "seed": 5, "temperature": 1.5, "top_p": 1, "max_tokens": 99, "response_format": form}
+    with ThreadPoolExecutor(1) as pool:
+        with demo_model._scheduler.gate, demo_model._scheduler.device:  # nothing is computed
+            asked = pool.submit(served.chat, "Say six numbers", stream=True, **fields)
+            assert all_begun.wait(30), "no answer waits for another to end"
+        choices = [chunk["choices"][0] for chunk in events(asked.result())]
+    texts = ["".join(c["delta"].get("content") or "" for c in choices if c["index"] == i) for i in range(4)]
+    assert texts == [one.text for one in alone] and len(set(texts)) == 4
+    order = [choice["index"] for choice in choices[4:]]
+    ends = [place for place, choice in enumerate(choices[4:]) if choice["finish_reason"]]
+    assert len(ends) == 4 and set(order[: ends[0]]) == {0, 1, 2, 3}, "all have begun before one ends"
 
 
 def test_boxes_are_in_pixels_of_the_picture_as_it_is_shown(demo_model):

@@ -90,20 +90,37 @@ def test_who_waits_is_served_in_order_and_others_are_refused(small, demo_model, 
     wait_for(lambda: small.service.admission.inside == small.service.admission.running == 0)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_nothing_is_computed_for_a_client_that_has_gone(small, monkeypatch, stream):
+@pytest.mark.parametrize("stream, n", [(False, 1), (True, 1), (True, 3)])
+def test_nothing_is_computed_for_a_client_that_has_gone(small, demo_model, monkeypatch, stream, n):
     steps = []
     choose = Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", lambda self, *given: steps.append(1) or choose(self, *given))
     channel = small.connect()
-    channel.sendall(request(stream=stream, temperature=1.0, **LONG))
+    channel.sendall(request(stream=stream, n=n, temperature=1.0, **LONG))
     wait_for(lambda: len(steps) > 3)
     channel.close()
     wait_for(lambda: small.service.admission.running == 0, 10)
+    wait_for(lambda: demo_model._scheduler.load == (0, 0), 10)  # the step in which it went
     after = len(steps)
     time.sleep(0.3)
     assert len(steps) == after < 1000
     assert small.service.admission.inside == 0
+
+
+def test_one_of_several_answers_that_fails_ends_the_others(small, monkeypatch):
+    sampled, choose = [], Sampler.__call__
+
+    def failing(self: Sampler, *given):
+        sampled.append(self)
+        if len(sampled) > 20 and self is sampled[1]:
+            raise QvlError("broken")
+        return choose(self, *given)
+
+    monkeypatch.setattr(Sampler, "__call__", failing)
+    response = small.chat("Count", n=3, seed=1, temperature=1.0, **LONG)
+    assert response.status_code == 400 and response.json()["error"]["message"] == "broken"
+    wait_for(lambda: small.service.admission.running == 0)
+    assert len(sampled) < 1000
 
 
 def test_who_goes_while_waiting_leaves_the_line(small):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from qvl_runtime.boxes import Box
@@ -13,7 +14,7 @@ from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
-from qvl_runtime.results import Result
+from qvl_runtime.results import Result, Stream
 from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.messages import Messages
@@ -77,7 +78,7 @@ class Answerer:
     preparing: threading.Semaphore
 
     def answer(self, asked: Asked, salt: str | None, arrived: float, emit: Emit, switch: Switch) -> None:
-        """Answer a request; see the events.
+        """Answer a request; see the events. Its answers are computed side by side, and their parts come as they do.
 
         Parameters
         ----------
@@ -91,19 +92,11 @@ class Answerer:
         contents = fetched(sources_of(asked.prompt), self.limits, switch.check)
         prompt: Any = None
         pictures: list[Sent] = []
-        for index in range(asked.n):
-            with self._turn(contents):
-                switch.check()
-                emit(Preparing())
-                if prompt is None:
-                    prompt, pictures = with_pictures(self.model, asked.prompt, contents, self.limits)
-                seed = None if asked.seed is None else asked.seed + index
-                stream = self.model.stream(prompt, seed=seed, allow_paths=False, cache_salt=salt, **asked.options)
-            switch.watch(stream)
-            emit(Begun())
+
+        def read(index: int, stream: Stream) -> None:
             try:
                 for piece in stream:
-                    watch.piece(piece)
+                    watch.piece(index, piece)
                     emit(Part(index, piece))
                 switch.check()
                 result = stream.result()
@@ -112,6 +105,27 @@ class Answerer:
                 raise ApiError(500 if asked.options["constraint"] is None else 400, str(error)) from error
             self.metrics.answer(result.timings, result.finish_reason)
             emit(Whole(index, result, described(result.boxes, pictures)))
+
+        with ThreadPoolExecutor(asked.n, thread_name_prefix="qvl-read") as pool:
+            readings: list[Future[None]] = []
+            try:
+                for index in range(asked.n):
+                    with self._turn(contents):
+                        switch.check()
+                        emit(Preparing())
+                        if prompt is None:
+                            prompt, pictures = with_pictures(self.model, asked.prompt, contents, self.limits)
+                        seed = None if asked.seed is None else asked.seed + index
+                        options = {"seed": seed, "allow_paths": False, "cache_salt": salt, **asked.options}
+                        stream = self.model.stream(prompt, **options)
+                    switch.watch(stream)
+                    emit(Begun())
+                    readings.append(pool.submit(read, index, stream))
+                for reading in as_completed(readings):
+                    reading.result()
+            except BaseException:
+                switch.cancel()  # one has failed: nobody reads the others, and the pool waits for them
+                raise
         watch.end()
         emit(End())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -72,7 +73,7 @@ class Metrics:
 
 
 class Watch:
-    """Times one request.
+    """Times one request, whose answers are read in several threads.
 
     Parameters
     ----------
@@ -83,18 +84,20 @@ class Watch:
 
     def __init__(self, metrics: Metrics, arrived: float):
         self._metrics, self._arrived = metrics, arrived
-        self._last: float | None = None
+        self._lock = threading.Lock()
+        self._last: dict[int, float] = {}
 
-    def piece(self, piece: Piece) -> None:
-        """A piece of an answer came."""
+    def piece(self, index: int, piece: Piece) -> None:
+        """A piece of the answer of this number came."""
         if not piece.token_ids:
             return
-        now = time.monotonic()
-        if self._last is None:
-            self._metrics._first.observe(now - self._arrived)
-        else:
-            self._metrics._between.observe(now - self._last)
-        self._last = now
+        with self._lock:
+            now = time.monotonic()
+            if index in self._last:
+                self._metrics._between.observe(now - self._last[index])
+            elif not self._last:
+                self._metrics._first.observe(now - self._arrived)
+            self._last[index] = now
 
     def end(self) -> None:
         """The last answer came to its end."""

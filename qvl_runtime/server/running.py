@@ -24,13 +24,13 @@ class Switch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stream: Stream | None = None
+        self._streams: list[Stream] = []
         self._off = False
 
     def watch(self, stream: Stream) -> None:
-        """From now on this answer is the one to end."""
+        """From now on this answer is one to end."""
         with self._lock:
-            self._stream = stream
+            self._streams.append(stream)
         self.check()
 
     def check(self) -> None:
@@ -39,11 +39,11 @@ class Switch:
             raise Cancelled
 
     def cancel(self) -> None:
-        """End the answer that is computed, and begin no other."""
+        """End the answers that are computed, and begin no other."""
         with self._lock:
             self._off = True
-            stream = self._stream
-        if stream is not None:
+            streams = list(self._streams)
+        for stream in streams:
             stream.cancel()
 
 

@@ -92,7 +92,8 @@ class AnswerRoute:
                     await stream.end()
 
     async def _whole(self, asked: Asked, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
-        answers = [event async for event in _until_end(events) if isinstance(event, Whole)]
+        ended = [event async for event in _until_end(events) if isinstance(event, Whole)]
+        answers = sorted(ended, key=lambda answer: answer.index)
         form, envelope = self._form(asked), Envelope(self._kind, self._prefix, self._service.name)
         self._log(answers)
         response = json_response(envelope.around([form.whole(answer) for answer in answers], usage=usage(answers)))
@@ -110,6 +111,7 @@ class AnswerRoute:
                 answers.append(event)
             choices = form.ends(event) if isinstance(event, Whole) else [form.part(event)]
             await stream.send(b"".join(to_json_event(envelope.around([c], **more)) for c in choices if c))
+        answers.sort(key=lambda answer: answer.index)
         self._log(answers)
         last = to_json_event(envelope.around([], usage=usage(answers))) if asked.usage else b""
         await stream.send(last + DONE)
