@@ -99,9 +99,7 @@ class Conversation:
         if self.model.pictures is None:
             raise QvlError("this model takes no pictures")
         if is_url(source):
-            if not self.allow_urls:
-                raise QvlError(f"{source}: is a URL; start qvl chat with --allow-urls, or download the picture first")
-            image = load_image(source, allow_urls=True)
+            image = load_image(source, allow_urls=self.allow_urls)
             self._waiting.append(image)
         else:
             path = str(user_path(source).absolute())

@@ -136,7 +136,10 @@ def is_url(source: object) -> TypeGuard[str]:
 
 
 def refuse_url(url: str) -> NoReturn:
-    raise QvlError(f"no URL is fetched unless you allow it: download {shown(url)} and pass the file's path or bytes")
+    raise QvlError(
+        f"no URL is fetched unless you allow it (--allow-urls, or allow_urls=True): download {shown(url)} and pass the "
+        "file's path or bytes"
+    )
 
 
 def _read_file(path: str | os.PathLike) -> bytes:
