@@ -20,6 +20,7 @@ from qvl_runtime.model import Model
 from qvl_runtime.server.errors import ApiError, of_exception
 from qvl_runtime.server.forms import ChatForm, TextForm
 from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
 from qvl_runtime.server.requests import read_chat, read_completion
 from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
@@ -130,6 +131,7 @@ def _routes(service: Service) -> list[Route]:
         Route("/v1/models", models.all, methods=["GET"]),
         Route("/v1/models/{name}", models.one, methods=["GET"]),
         Route("/metrics", MetricsRoute(service).show, methods=["GET"]),
+        openapi_route(limits),
     ]
 
 

@@ -1,0 +1,197 @@
+"""``/openapi.json``: the routes of the API as OpenAPI 3.1 describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from qvl_runtime.server.errors import json_response
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.messages import ROLES
+
+Schema = dict[str, Any]
+
+
+def openapi_route(limits: Limits) -> Route:
+    """The route that shows the description; it is made now."""
+    described = description(limits)
+
+    async def show(request: Request) -> Response:
+        return json_response(described)
+
+    return Route("/openapi.json", show, methods=["GET"])
+
+
+def description(limits: Limits) -> Schema:
+    """The OpenAPI document of a server with these limits."""
+    chat = _body(
+        {**_options(limits), **_messages(), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
+        | {"logprobs": _or_null({"type": "boolean"}), **_number("max_completion_tokens", 1, 1 << 31, "integer")},
+        ["messages"],
+    )
+    completion = _body(
+        {**_options(limits), "prompt": _prompt(), **_number("logprobs", 0, limits.top_logprobs, "integer")}, ["prompt"]
+    )
+    either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages()["messages"])}
+    tokenize = {"type": "object", "properties": {"model": _or_null({"type": "string"}), **either}}
+    one = _answer("the model", _ref("Model"))
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths = {
+        "/v1/chat/completions": {"post": _asking("Answer messages", chat, _ref("Chat"), streams=True)},
+        "/v1/completions": {"post": _asking("Go on with a text", completion, _ref("Completion"), streams=True)},
+        "/v1/tokenize": {"post": _asking("Count tokens", tokenize, _ref("Tokens"))},
+        "/v1/models": {"get": _operation("List the model", _answer("a list of one", _ref("Models")))},
+        "/v1/models/{name}": {"get": _operation("The model of a name", one) | {"parameters": [name]}},
+        "/health": {"get": _operation("Whether requests are taken", _answer("they are", _object(status=_TEXT)))},
+        "/metrics": {"get": _operation("Metrics for Prometheus", _content("metrics", "text/plain", _TEXT))},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "qvl", "version": "1", "description": "Null is as good as an absent field."},
+        "paths": paths,
+        "components": {"schemas": _RESULTS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"key": []}],
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _object(**properties: Schema) -> Schema:
+    """An object that has all of these."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(item: Schema) -> Schema:
+    return {"type": "array", "items": item}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+_TEXT: Schema = {"type": "string"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_NUMBER: Schema = {"type": "number"}
+
+
+def _number(name: str, low: float, high: float, kind: str = "number") -> Schema:
+    return {name: _or_null({"type": kind, "minimum": low, "maximum": high})}
+
+
+def _content(about: str, kind: str, schema: Schema) -> Schema:
+    return {"description": about, "content": {kind: {"schema": schema}}}
+
+
+def _answer(about: str, schema: Schema) -> Schema:
+    return _content(about, "application/json", schema)
+
+
+def _operation(summary: str, answer: Schema) -> Schema:
+    return {"summary": summary, "responses": {"200": answer, "default": _answer("an error", _ref("Error"))}}
+
+
+def _asking(summary: str, body: Schema, result: Schema, streams: bool = False) -> Schema:
+    """A route that takes a body; `streams` if it gives server-sent events where ``stream`` is true."""
+    answer = _answer("the result", result)
+    if streams:
+        answer["content"]["text/event-stream"] = {}
+    asked = {"required": True, "content": {"application/json": {"schema": body}}}
+    return _operation(summary, answer) | {"requestBody": asked}
+
+
+def _body(properties: Schema, required: list[str]) -> Schema:
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _prompt() -> Schema:
+    ids = {**_list({**_COUNT, "maximum": (1 << 31) - 1}), "minItems": 1}
+    return {"anyOf": [_TEXT, ids]}
+
+
+def _messages() -> Schema:
+    uri = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
+    coordinates = {**_list(_NUMBER), "minItems": 4, "maxItems": 4}
+    parts = [
+        _object(type={"const": "text"}, text=_TEXT),
+        _object(type={"const": "image_url"}, image_url=uri),
+        _object(type={"const": "box"}, pixels=coordinates),
+    ]
+    parts[2]["properties"]["image"] = _COUNT
+    content = {"anyOf": [_TEXT, _list({"anyOf": parts})]}
+    return {"messages": {**_list(_object(role={"enum": list(ROLES)}, content=content)), "minItems": 1}}
+
+
+def _options(limits: Limits) -> Schema:
+    """The fields of every answer."""
+    schema = {"type": "object", "properties": {"schema": {"type": ["object", "boolean"]}}}
+    kinds = {"enum": ["text", "json_object", "json_schema"]}
+    form = {"type": "object", "properties": {"type": kinds, "json_schema": schema}}
+    stop = {**_TEXT, "maxLength": limits.stop_text}
+    return {
+        "model": _or_null(_TEXT),
+        **_number("temperature", 0, 100),
+        **_number("top_p", 0, 1),
+        **_number("min_p", 0, 1),
+        **_number("top_k", -1, 1 << 31, "integer"),
+        **_number("repetition_penalty", 0.01, 100),
+        **_number("presence_penalty", -2, 2),
+        **_number("frequency_penalty", -2, 2),
+        **_number("seed", -(1 << 63), (1 << 63) - 1, "integer"),
+        **_number("n", 1, limits.n, "integer"),
+        **_number("max_tokens", 1, 1 << 31, "integer"),
+        "stop": {"anyOf": [stop, {**_list(stop), "maxItems": limits.stops}, {"type": "null"}]},
+        "response_format": _or_null(form),
+        "grounding": _or_null({"type": "boolean"}),
+        "stream": _or_null({"type": "boolean"}),
+        "stream_options": _or_null({"type": "object", "properties": {"include_usage": {"type": "boolean"}}}),
+    }
+
+
+_ENVELOPE: dict[str, Schema] = {"id": _TEXT, "created": _COUNT, "model": _TEXT}
+_FINISH = {"enum": ["stop", "length"]}
+_LOGPROBS = _or_null({"type": "object"})
+_BOX = _object(
+    ref=_or_null(_TEXT),
+    numbers={**_list({"type": "integer"}), "minItems": 4, "maxItems": 4},
+    pixels=_or_null(_list({"type": "integer"})),
+    image=_or_null(_COUNT),
+)
+_MESSAGE = _object(role={"const": "assistant"}, content=_TEXT, refusal={"type": "null"}, boxes=_list(_BOX))
+_MESSAGE["properties"]["reasoning_content"] = _TEXT
+_USAGE = _object(
+    prompt_tokens=_COUNT,
+    completion_tokens=_COUNT,
+    total_tokens=_COUNT,
+    prompt_tokens_details=_object(cached_tokens=_COUNT),
+)
+_MODEL = _object(
+    id=_TEXT,
+    object={"const": "model"},
+    created=_COUNT,
+    owned_by=_TEXT,
+    max_model_len=_COUNT,
+    qvl=_object(title=_TEXT, chat={"type": "boolean"}, pictures={"type": "boolean"}, window=_COUNT, device=_TEXT),
+)
+_RESULTS = {
+    "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code=_or_null(_TEXT))),
+    "Chat": _object(
+        **_ENVELOPE,
+        object={"const": "chat.completion"},
+        choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_FINISH)),
+        usage=_USAGE,
+    ),
+    "Completion": _object(
+        **_ENVELOPE,
+        object={"const": "text_completion"},
+        choices=_list(_object(index=_COUNT, text=_TEXT, logprobs=_LOGPROBS, finish_reason=_FINISH)),
+        usage=_USAGE,
+    ),
+    "Tokens": _object(count=_COUNT, max_model_len=_COUNT, tokens=_list(_COUNT)),
+    "Model": _MODEL,
+    "Models": _object(object={"const": "list"}, data={**_list(_ref("Model")), "minItems": 1, "maxItems": 1}),
+}
