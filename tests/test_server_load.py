@@ -281,7 +281,7 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
         url = re.search(r"http://\S+", server.stdout.readline())[0]
-        body = {"messages": [{"role": "user", "content": "hi"}], **LONG, "max_tokens": 60}
+        body = {"messages": [{"role": "user", "content": "hi"}], **LONG, "max_tokens": 150}
         told: list = []
 
         def wait_in_line() -> None:
@@ -292,9 +292,9 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
             waiting.start()
-            time.sleep(0.5)
+            wait_for(lambda: "qvl:num_requests_waiting 1.0" in httpx.get(f"{url}/metrics").text)
             server.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            wait_for(lambda: httpx.get(f"{url}/health").status_code == 503)
             refused = httpx.get(f"{url}/v1/models", timeout=60)
             late = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
             rest = [line for line in lines if line.startswith("data: ")]
