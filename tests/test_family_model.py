@@ -46,7 +46,7 @@ def in_golden(monkeypatch):
 
 
 def test_a_turned_picture_is_asked_about_as_it_is_shown(model, tmp_path):
-    """`/box` takes pixels of the upright picture, and the family's own notation."""
+    """`/box` takes pixels of the upright picture; the family's own notation has those of the resized one."""
     talk = Conversation(model("q25-tied", "cpu", bits=16), Screen(Console(file=io.StringIO())))
     picture = GOLDEN / "images/exif6.jpg"
     upright = ImageOps.exif_transpose(Image.open(picture))
@@ -55,7 +55,8 @@ def test_a_turned_picture_is_asked_about_as_it_is_shown(model, tmp_path):
         talk.take(line)
     (query, _), *_ = talk.history
     assert not talk.failed
-    assert words(query) == f'{{"bbox_2d": [1, 2, {upright.width - 1}, {upright.height - 1}]}}What is this?'
+    assert upright.size == (80, 120)  # resized to 84 x 112
+    assert words(query) == '{"bbox_2d": [1, 1, 82, 111]} What is this?'
     talk._boxes = [Box(None, 1, 2, 3, 4)]
     talk.take(f"/show {tmp_path}/boxes.png")
     assert Image.open(tmp_path / "boxes.png").size == upright.size
