@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browsing import ARGS, CONTROLLED, answers, ask, canned, chunk, classes, corners, drop, drop_file
@@ -108,7 +109,7 @@ def test_a_dragged_box_is_asked_about(open_page, demo_model):
     assert (before["text"], after["text"]) == ("What is in ", "?") and box["image"] == 0
     assert box["pixels"] == pytest.approx([40, 300, 200, 448], abs=1)
     page.wait_for_selector(".answer.done")
-    mark = demo_model.blob.family.grounding.mark(box["pixels"], (448, 448))
+    mark = demo_model.blob.family.grounding.mark(box["pixels"], SimpleNamespace(size=(448, 448)))
     content = [{"image": png(image)}, {"text": f"What is in {mark}?"}]
     expected = demo_model.generate([{"role": "user", "content": content}])
     assert page.locator(".answer .text").text_content() == expected.text.replace("<ref>", "").replace("</ref>", "")

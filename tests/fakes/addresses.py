@@ -69,6 +69,8 @@ class TrueSizes:
         self.family = family_of(config, "config")
         self.config = self.family.read_config(config, "config")
         self._specs = {spec.name: spec for spec in self.family.tensors(self.config)}
+        matrices = [spec for spec in self._specs.values() if isinstance(spec, MatrixSpec)]
+        self.file = {f"{spec.name}.bias" for spec in matrices if spec.bias}  # names, as those of a file
 
     def bits(self, name: str) -> tuple[int, int]:
         """As the converter's default."""
