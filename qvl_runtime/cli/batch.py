@@ -22,6 +22,15 @@ from qvl_runtime.batch.processes import in_processes, memory_nodes
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels
+from qvl_runtime.cli.sampling import (
+    FrequencyPenalty,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from qvl_runtime.errors import QvlError
 
 
@@ -39,13 +48,13 @@ def batch(
     max_batch: Annotated[int, typer.Option(help="Rows that are computed at once.", min=1)] = 16,
     status: Annotated[bool, typer.Option("--status", help="Print a line of JSON after every block.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="An answer has at most this many tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int, typer.Option(help="With a row's id it gives the seed of its answer.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A text that ends an answer; repeat for several.")

@@ -21,6 +21,15 @@ from qvl_runtime.cli.loading import (
     VisionDevice,
     load_shown,
 )
+from qvl_runtime.cli.sampling import (
+    FrequencyPenalty,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from qvl_runtime.cli.text import printable, standard_input
 from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
@@ -38,13 +47,13 @@ def generate(
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; repeat for several.")
