@@ -11,12 +11,11 @@ from PIL import Image
 
 from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
-from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
-from qvl_runtime.server.answers import Whole, described, sources_of, with_pictures
+from qvl_runtime.server.answers import Whole, box_fields, described, sources_of, with_pictures
 from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.forms import ChatForm, Form, TextForm
 from qvl_runtime.server.limits import Limits
@@ -188,16 +187,11 @@ def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
         "row": row.number,
         "text": result.text,
         "reasoning": result.reasoning or None,
-        "boxes": [_box(box, size) for box in result.boxes],
+        "boxes": [box_fields(box, size) for box in result.boxes],
         "finish_reason": result.finish_reason,
         "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.timings.new_tokens},
         "error": None,
     }
-
-
-def _box(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
-    pixels = None if size is None else list(box.to_pixels(*size))
-    return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}
 
 
 def failed(row: Row, error: QvlError | ApiError) -> Record:

@@ -166,10 +166,12 @@ def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
 
 def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:
     """Boxes as the client reads them. They are on the last picture; without one they have no pixels."""
-    described = []
-    for box in boxes:
-        numbers = [box.x1, box.y1, box.x2, box.y2]
-        pixels = list(box.to_pixels(pictures[-1].width, pictures[-1].height)) if pictures else None
-        image = len(pictures) - 1 if pictures else None
-        described.append({"ref": box.ref, "numbers": numbers, "pixels": pixels, "image": image})
-    return described
+    size = (pictures[-1].width, pictures[-1].height) if pictures else None
+    image = len(pictures) - 1 if pictures else None
+    return [{**box_fields(box, size), "image": image} for box in boxes]
+
+
+def box_fields(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
+    """A box as JSON types: as the model writes it, and in pixels of a picture of `size`, if there is one."""
+    pixels = None if size is None else list(box.to_pixels(*size))
+    return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}
