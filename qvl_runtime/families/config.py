@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from qvl_runtime.engine.sequence import Shape
 
-class Config(Protocol):
+
+class Config(Shape, Protocol):
     """What every family's config says of its decoder."""
 
     @property
     def hidden_size(self) -> int: ...
 
     @property
-    def num_hidden_layers(self) -> int: ...
-
-    @property
     def num_attention_heads(self) -> int: ...
 
     @property
     def vocab_size(self) -> int: ...
-
-    @property
-    def max_position_embeddings(self) -> int: ...
-
-    @property
-    def num_key_value_heads(self) -> int: ...
-
-    @property
-    def head_dim(self) -> int: ...
 
     @property
     def ffn_width(self) -> int: ...
