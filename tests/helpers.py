@@ -50,3 +50,23 @@ def linked(source: Path, folder: Path, *without: str, **config: Any) -> Path:
         (folder / "config.json").unlink()
         (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+class Failing:
+    """A form that allows every token, and fails at the fourth."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.steps = vocab_size, 0
+
+    def start(self, *asked: object) -> Failing:
+        self.steps = 0
+        return self
+
+    def allowed(self) -> np.ndarray:
+        self.steps += 1
+        if self.steps == 4:
+            raise RuntimeError("no way on")
+        return np.ones(self.vocab_size, bool)
+
+    def advance(self, token: int) -> None:
+        pass

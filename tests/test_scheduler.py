@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from helpers import Failing
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -231,22 +232,8 @@ def test_equal_beginnings_are_computed_once(make):
 def test_one_that_fails_does_not_end_the_others(make):
     model, alone = make(), make(conversations=0)
 
-    class Failing:
-        def start(self, *asked):
-            self.steps = 0
-            return self
-
-        def allowed(self):
-            self.steps += 1
-            if self.steps == 4:
-                raise RuntimeError("no way on")
-            return np.ones(model.config.vocab_size, bool)
-
-        def advance(self, token):
-            pass
-
     with paused(model):
-        forms = [None, Failing(), None]
+        forms = [None, Failing(model.config.vocab_size), None]
         streams = [model.stream(IDS[i : i + 9], max_new_tokens=12, constraint=forms[i]) for i in range(3)]
     with pytest.raises(RuntimeError, match="no way on"):
         streams[1].result()

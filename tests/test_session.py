@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from helpers import linked
+from helpers import Failing, linked
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -260,22 +260,8 @@ def test_an_error_while_the_cache_grows_leaves_a_sound_session(pair, monkeypatch
 def test_a_constraint_that_fails_ends_only_its_answer(pair):
     model, fresh = pair()
 
-    class Failing:
-        def start(self, *asked):
-            self.steps = 0
-            return self
-
-        def allowed(self):
-            self.steps += 1
-            if self.steps == 4:
-                raise RuntimeError("no way on")
-            return np.ones(model.config.vocab_size, bool)
-
-        def advance(self, token):
-            pass
-
     with pytest.raises(RuntimeError, match="no way on"):
-        model.generate("What is this?", max_new_tokens=8, form=Failing())
+        model.generate("What is this?", max_new_tokens=8, form=Failing(model.config.vocab_size))
     wanted = fresh.generate("What is this? No.", max_new_tokens=8)
     _same(model.generate("What is this? No.", max_new_tokens=8), wanted)
 
