@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import ImageSource, load_image
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")

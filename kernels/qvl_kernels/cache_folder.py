@@ -1,7 +1,7 @@
-"""The folder that compiled kernels are kept in, and files in it that nobody else can have written.
+"""The cache folder for compiled kernels, and private files in it.
 
-Compiled code is run as it is found, so a folder or a file that another user owns or may write to is not used: each
-process then compiles for itself.
+Cached machine code is executed. A folder or file that another user owns or may write to is therefore not used: each
+process then compiles the kernels again.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import logging
 import os
 import platform
 import stat
-import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO
 
+from qvl_kernels.atomic import SUFFIX, replacing
+
 log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
-FORGOTTEN = 3600
-"""Seconds after which the partial file of a process that was killed is removed."""
+STALE_SECONDS = 3600
+"""Age at which the temporary file of a process that was killed is removed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheFolder:
-    """Where compiled kernels go.
+    """Where compiled kernels are stored.
 
     Attributes
     ----------
     path : Path or None
-        An existing, private folder, or None where they cannot be kept.
+        An existing private folder, or None if kernels cannot be stored.
     problem : str
-        Why they cannot.
+        The reason if `path` is None.
     """
 
     path: Path | None
@@ -41,14 +41,14 @@ class CacheFolder:
 
     @property
     def notice(self) -> str:
-        """What becomes of kernels that are compiled now, for the one line that announces it."""
+        """How often the kernels are compiled and where they are stored, for the log message."""
         if self.path:
             return f"once; they are kept in {self.path}"
         return f"at every start, because {self.problem}; set QVL_CACHE_DIR to a folder of your own"
 
 
 def find() -> CacheFolder:
-    """``QVL_CACHE_DIR``, else ``qvl`` in the user's cache folder."""
+    """Return ``QVL_CACHE_DIR`` if set, else ``qvl`` in the user's cache folder."""
     return _find(os.environ.get("QVL_CACHE_DIR", ""))
 
 
@@ -61,13 +61,13 @@ def _find(named: str) -> CacheFolder:
         if not stat.S_ISDIR(found.st_mode):
             problem = f"{path} is not a folder"
         else:
-            problem = _foreign(str(path), found)
+            problem = foreign(path, found)
         if not problem and not os.access(path, os.W_OK):
             problem = f"{path} cannot be written to"
         if not problem:
             return CacheFolder(path)
     except (OSError, ValueError, RuntimeError) as error:
-        # RuntimeError: the user has no home folder; ValueError: a NUL byte in the name.
+        # RuntimeError: no home folder; ValueError: a NUL byte in the name.
         problem = f"{named or 'the cache folder'} cannot be used ({getattr(error, 'strerror', None) or error})"
     return CacheFolder(None, problem)
 
@@ -82,44 +82,37 @@ def _default() -> Path:
     return Path(base).absolute() / "qvl"
 
 
-def _foreign(name: str, found: os.stat_result) -> str:
-    """Why another user can have changed a file or folder, or ""; Windows keeps profiles apart by itself."""
+def foreign(path: Path, found: os.stat_result) -> str:
+    """Return why another user may have changed a file or folder, or "". Windows protects user profiles by itself."""
     if not hasattr(os, "geteuid"):
         return ""
     if found.st_uid != os.geteuid():
-        return f"{name} belongs to another user"
+        return f"{path} belongs to another user"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to {name}"
+        return f"others may write to {path}"
     return ""
 
 
 def open_private(path: Path) -> BinaryIO | None:
-    """Open a regular file for reading, or None if there is none that only this user can have written."""
+    """Open a regular file that only this user can have written; None if there is none."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
     except OSError:
         return None
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or _foreign(str(path), found):
+    if not stat.S_ISREG(found.st_mode) or foreign(path, found):
         os.close(descriptor)
         return None
     return os.fdopen(descriptor, "rb")
 
 
-def keep(path: Path, data: bytes) -> None:
-    """Write a file with mode 0600, at once or not at all, whoever else is writing it.
-
-    Where that fails nothing is left of it, and a warning is logged that says why.
-    """
-    partial = None
+def store(path: Path, data: bytes) -> None:
+    """Write a private file atomically. On failure log a warning with the reason and leave nothing behind."""
     try:
-        _remove_forgotten(path.parent)
-        descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        _remove_stale(path.parent)
+        with replacing(path) as file:
             file.write(data)
-        os.replace(partial, path)
-        partial = None
     except OSError as error:
         log.warning(
             "qvl: the compiled kernels could not be kept in %s (%s) and will be compiled again; make room there, or "
@@ -127,15 +120,12 @@ def keep(path: Path, data: bytes) -> None:
             path.parent,
             error.strerror or error,
         )
-    finally:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
 
 
-def _remove_forgotten(folder: Path) -> None:
-    for partial in folder.glob(f"*{PARTIAL}"):
+def _remove_stale(folder: Path) -> None:
+    for partial in folder.glob(f"*{SUFFIX}"):
         try:
-            if time.time() - partial.stat().st_mtime > FORGOTTEN:
+            if time.time() - partial.stat().st_mtime > STALE_SECONDS:
                 partial.unlink()
-        except OSError:  # another process was quicker
+        except OSError:  # another process removed it first
             continue

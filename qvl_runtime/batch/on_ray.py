@@ -14,7 +14,7 @@ from qvl_runtime.batch.job import Computed, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.atomic import replacing
+from qvl_kernels.atomic import replacing
 
 LOCAL = "local"
 """The address that starts a cluster of this machine."""

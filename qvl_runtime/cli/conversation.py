@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 
 from PIL import Image
 
+from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.cli.screen import Screen
@@ -23,7 +24,6 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.atomic import replacing
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model

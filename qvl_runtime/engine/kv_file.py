@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qvl_kernels.atomic import replacing
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.atomic import replacing
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.tensorfile import DTYPES, TensorFile
 from qvl_runtime.inputs.prompt import Key

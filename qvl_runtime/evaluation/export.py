@@ -7,9 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from qvl_kernels.atomic import replacing
 from qvl_runtime.evaluation.data import Sample
 from qvl_runtime.evaluation.scores import Answer
-from qvl_runtime.file.atomic import replacing
 
 
 def touchstone(samples: Sequence[Sample], answers: Sequence[Answer], path: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from qvl_kernels.atomic import replacing
 from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.atomic import replacing
 from qvl_runtime.file.tensorfile import TensorFile
 
 MEMORY_BYTES = 256 << 20

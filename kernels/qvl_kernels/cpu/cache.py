@@ -124,7 +124,7 @@ def _engine() -> llvm.ExecutionEngine:
         if engine is None:
             raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {REMEDY}")
         if path:
-            cache_folder.keep(path, _digest(path, code) + code)
+            cache_folder.store(path, _digest(path, code) + code)
     return engine
 
 

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import os
 import sys
 import tempfile
 import zipfile
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from qvl_kernels.atomic import replacing
 from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
 from qvl_kernels.ops import DeviceError
@@ -118,25 +118,23 @@ def build(
     work = [(name, architecture) for architecture in architectures for name in names()]
     entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle:
-            for done, (name, architecture) in enumerate(work):
-                progress(done, len(work), f"{name} sm_{architecture}")
-                code = compile_kernel(name, architecture)
-                entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
-                files = {"cubin": f"sm_{architecture}/{name}.cubin"}
-                _add(bundle, files["cubin"], code.cubin)
-                if architecture in _WITH_PTX:
-                    files["ptx"] = f"sm_{architecture}/{name}.ptx"
-                    _add(bundle, files["ptx"], code.ptx)
-                entries[name][str(architecture)] = entry | files
-            progress(len(work), len(work), "")
-            manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
-            _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacing(path, private=False) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle,
+    ):
+        for done, (name, architecture) in enumerate(work):
+            progress(done, len(work), f"{name} sm_{architecture}")
+            code = compile_kernel(name, architecture)
+            entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
+            files = {"cubin": f"sm_{architecture}/{name}.cubin"}
+            _add(bundle, files["cubin"], code.cubin)
+            if architecture in _WITH_PTX:
+                files["ptx"] = f"sm_{architecture}/{name}.ptx"
+                _add(bundle, files["ptx"], code.ptx)
+            entries[name][str(architecture)] = entry | files
+        progress(len(work), len(work), "")
+        manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
+        _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
     return path
 
 

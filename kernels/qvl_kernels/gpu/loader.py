@@ -62,7 +62,7 @@ def find(capability: tuple[int, int]) -> Bundle:
         code = build.build(Path(scratch) / "kernels.zip", [architecture], _show).read_bytes()
     made = _made(folder.path, architecture)
     if made:
-        cache_folder.keep(made, code)
+        cache_folder.store(made, code)
     return Bundle(made or Path("GPU kernels"), architecture, kind, io.BytesIO(code))
 
 

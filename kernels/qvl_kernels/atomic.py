@@ -1,32 +1,31 @@
-"""Writing files so that a reader sees the old one or the new one, and never half of it."""
+"""Atomic replacement of a file: a reader sees the old content or the new content, never a part."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 SUFFIX = ".partial"
-"""Ends the name of a file that is being written."""
+"""Suffix of a file that is being written."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, *, private: bool = True, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write to; it takes the name `path` when the block ends without error.
+    """Open a temporary file for writing; rename it to `path` when the block ends without an error, else remove it.
 
     Parameters
     ----------
     path : path
     private : bool
-        Only this user may read it; else the umask rules.
+        Mode 0600; otherwise the umask decides.
     durable : bool
-        It is on the disk when the block has ended, and stays there if the machine fails.
+        Flush the file and its folder entry to disk, so that the file survives a power failure.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{SUFFIX}")
     handle = os.open(
         partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600 if private else 0o666
     )
@@ -46,7 +45,7 @@ def replacing(path: str | os.PathLike, *, private: bool = True, durable: bool = 
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let the name of a new file reach the disk, where a system lets folders be synced."""
+    """Flush a folder entry to disk, on systems that can sync a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
