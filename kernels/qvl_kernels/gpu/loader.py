@@ -59,7 +59,7 @@ def find(capability: tuple[int, int]) -> Bundle:
     log.warning("qvl: compiling the GPU kernels for sm_%d, %s", architecture, folder.notice)
     with tempfile.TemporaryDirectory(prefix="qvl-") as scratch:
         # Read into memory: there may be no folder to keep them in, or no room in it.
-        code = build.build(Path(scratch) / "kernels.zip", [architecture], _show).read_bytes()
+        code = build.build(Path(scratch) / "kernels.zip", [architecture], _log_progress).read_bytes()
     made = _made(folder.path, architecture)
     if made:
         cache_folder.store(made, code)
@@ -87,6 +87,5 @@ def _made(folder: Path | None, architecture: int) -> Path | None:
     return folder and folder / f"gpu-kernels-sm{architecture}-{source_hash()[:16]}.zip"
 
 
-def _show(done: int, total: int, name: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done:4d} of {total}  {name:<50}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def _log_progress(done: int, total: int, name: str) -> None:
+    log.info("qvl: compiled %d of %d GPU kernels; next: %s", done, total, name or "none")
