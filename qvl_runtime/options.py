@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -44,6 +43,8 @@ def named_options(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **options: P.kwargs) -> R:
         for name in options:
             if name not in parameters:
+                import difflib
+
                 close = difflib.get_close_matches(name, parameters, 1)
                 right = (
                     OTHER_NAMES.get(name)

@@ -15,7 +15,7 @@ from serving import data_uri, image_part, picture, png, serving
 
 from qvl_runtime.cli.main import main
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs import images
+from qvl_runtime.inputs import fetch, images
 from qvl_runtime.server import Limits, create_app, pictures
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-long-key"
@@ -137,7 +137,7 @@ def no_file(monkeypatch):
     """Whatever opens a file or fetches a picture for a prompt fails the test."""
     opened: list = []
     monkeypatch.setattr(images, "_read_file", lambda path: opened.append(path) or b"")
-    monkeypatch.setattr(images, "fetch", lambda url: opened.append(url) or b"")
+    monkeypatch.setattr(fetch, "fetch", lambda url: opened.append(url) or b"")
     monkeypatch.setattr(pictures, "fetch", lambda url, **limits: opened.append(url) or b"")
     yield
     assert opened == []

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeGuard
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import read_regular, shown
-from qvl_runtime.inputs.fetch import fetch
 
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
@@ -93,7 +91,11 @@ def read_image(
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read_data_url(source)
     if is_url(source):
-        return fetch(source) if allow_urls else refuse_url(source)
+        if not allow_urls:
+            refuse_url(source)
+        from qvl_runtime.inputs.fetch import fetch  # imports ssl and http, which most runs do not need
+
+        return fetch(source)
     if isinstance(source, str | os.PathLike):
         if not allow_paths:
             raise QvlError(
@@ -151,6 +153,8 @@ def _read_file(path: str | os.PathLike) -> bytes:
 
 
 def _path_of_uri(uri: str) -> str:
+    from urllib.request import url2pathname  # imports http and email
+
     try:
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
