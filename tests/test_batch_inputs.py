@@ -2,12 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
 import pytest
 
-from qvl_runtime.batch import jsonl
+from qvl_runtime.batch import jsonl, on_ray
 from qvl_runtime.batch.answers import located
 from qvl_runtime.batch.processes import memory_nodes
 from qvl_runtime.batch.sources import open_source
@@ -187,3 +188,16 @@ def test_memory_nodes(tmp_path, monkeypatch):
         (tmp_path / name / "cpulist").write_text(cpus)
     assert memory_nodes(tmp_path) == [[0, 1], [9]]
     assert memory_nodes(tmp_path / "none") == [[0, 1, 2, 9]]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners and modes as on POSIX")
+def test_a_model_sent_to_a_worker_is_read_from_a_private_file_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray.tempfile, "gettempdir", lambda: str(tmp_path))
+    path = on_ray._unpacked(b"model")
+    assert path.read_bytes() == b"model" and path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"other")
+    path.chmod(0o666)  # anybody may have written it
+    assert on_ray._unpacked(b"model") == path and path.read_bytes() == b"model"
+    path.parent.chmod(0o777)
+    with pytest.raises(QvlError, match="others may write to"):
+        on_ray._unpacked(b"model")

@@ -12,6 +12,7 @@ from PIL import Image
 from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
@@ -174,8 +175,8 @@ def located(source: str | bytes, root: Path) -> ImageSource:
     """
     if not isinstance(source, str) or source[:5].lower() == "data:" or is_url(source):
         return source
-    path = Path(root, source).resolve()
-    if not path.is_relative_to(root.resolve()):
+    path = below(root, source)
+    if path is None:
         raise QvlError(f"picture {source[:200]!r} is not below {root}; --images names the folder that has the pictures")
     return path
 

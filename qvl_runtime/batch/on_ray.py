@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qvl_kernels.atomic import replacing
+from qvl_kernels.cache_folder import foreign, open_private
 from qvl_runtime.batch.job import Computed, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
-from qvl_kernels.atomic import replacing
 
 LOCAL = "local"
 """The address that starts a cluster of this machine."""
@@ -106,13 +107,16 @@ def _read(text: str) -> Computed:
 
 
 def _unpacked(content: bytes) -> Path:
-    """A model that was sent, as a file of this machine: one for all its workers."""
+    """Write a model that was sent to a private file; all workers of the machine share it."""
     folder = Path(tempfile.gettempdir(), f"qvl-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise QvlError(f"{folder}: belongs to another user; remove it")
+    if problem := foreign(folder, folder.stat()):
+        raise QvlError(f"{folder}: cannot hold the model ({problem}); remove it")
     path = folder / f"{hashlib.sha256(content).hexdigest()}.qvl"
-    if not path.exists():
+    present = open_private(path)
+    if present is None:
         with replacing(path) as file:
             file.write(content)
+    else:
+        present.close()
     return path

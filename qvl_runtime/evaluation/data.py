@@ -15,7 +15,7 @@ from typing import Any
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
-from qvl_runtime.file.opening import read_regular
+from qvl_runtime.file.opening import below, read_regular
 
 MAX_FILE = 4 << 30
 """Bytes of a task's file. VQAv2's annotations have 200 MB, and MMBench's pictures lie in its table."""
@@ -188,10 +188,11 @@ class Data:
         within = [relative]
         if relative.parts[:1] == ("data",):
             within.insert(0, Path(*relative.parts[1:]))
-        places = [(self.folder / path).resolve() for path in within]
-        if not source or "\0" in source or not all(place.is_relative_to(self._real) for place in places):
+        places = [below(self.folder, path) for path in within] if source and "\0" not in source else [None]
+        inside = [place for place in places if place is not None]
+        if len(inside) < len(places):
             raise QvlError(f"{where}: picture {source!r:.200} does not lie below {self.folder}; move it there")
-        return next((place for place in places if place.exists()), places[0])
+        return next((place for place in inside if place.exists()), inside[0])
 
     def relative(self, picture: Path) -> str:
         """A picture's place below the folder."""

@@ -95,6 +95,12 @@ def as_path(value: str | os.PathLike) -> Path:
         raise QvlError(f"expected a path, not {type(value).__name__}") from None
 
 
+def below(folder: Path, name: str | os.PathLike) -> Path | None:
+    """Resolve `name` against `folder`, following links; None if the result lies outside `folder`."""
+    path = Path(folder, name).resolve()
+    return path if path.is_relative_to(folder.resolve()) else None
+
+
 def shown(path: str | os.PathLike) -> str:
     """A path for an error's one line: whole, unless it is longer than any real one or has control characters."""
     text = os.fsdecode(path)
