@@ -77,6 +77,7 @@ class Blob:
         specs = list(self.family.tensors(self.config))
         self._matrices = {s.name: s for s in specs if isinstance(s, MatrixSpec)}
         self._vectors = {s.name: s for s in specs if isinstance(s, VectorSpec)}
+        self._owners: dict[str, TensorSpec] = {s.name: s for s in specs}
 
     def _json(self, key: str) -> dict[str, Any]:
         if key not in self.file.metadata:
@@ -147,8 +148,9 @@ class Blob:
 
     def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array: a value that is not finite would be computed with in silence, and kernels make numbers of it."""
-        if array.dtype == np.float16:
-            finite = np.all((array.view(np.uint16) & 0x7C00) != 0x7C00)
+        if array.dtype == np.float16 and array.size:
+            # Two reductions without an array between them: a model has tens of millions of scales.
+            finite = array.view(np.int16).max() < 0x7C00 and array.view(np.uint16).max() < 0xFC00
         else:
             finite = np.isfinite(array).all()
         if not finite:
@@ -160,8 +162,7 @@ class Blob:
 
     def part_of(self, name: str) -> str | None:
         """The part (a key of `PARTS`) that a tensor of the file belongs to; None for the tokenizer."""
-        owners: dict[str, TensorSpec] = {**self._matrices, **self._vectors}
-        spec = owners.get(name) or owners.get(name.rpartition(".")[0])
+        spec = self._owners.get(name) or self._owners.get(name.rpartition(".")[0])
         return None if spec is None else spec.part
 
     def part_sizes(self) -> dict[str, int]:

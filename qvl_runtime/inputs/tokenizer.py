@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import codecs
 import functools
@@ -32,20 +31,14 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     QvlError
         The data is empty or cut short, a line is malformed, or a token or rank comes twice or is missing.
     """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line:
-            continue
-        try:
-            encoded, rank = line.split()
-            token, value = base64.b64decode(encoded, validate=True), int(rank)
-        except (ValueError, binascii.Error):
-            raise QvlError(
-                f"tokenizer ranks, line {number}: expected a base64 token and a rank, found {line[:60]!r}"
-            ) from None
-        if token in ranks:
-            raise QvlError(f"tokenizer ranks, line {number}: the token {token!r} appears twice")
-        ranks[token] = value
+    lines = [line for line in data.splitlines() if line]
+    try:
+        ranks = {_unquote(encoded): int(rank) for encoded, rank in map(bytes.split, lines)}
+        sound = len(ranks) == len(lines)
+    except ValueError:  # of which binascii.Error is one
+        sound = False
+    if not sound:
+        raise _fault(data)
     if not ranks:
         raise QvlError("tokenizer ranks: the file is empty; take qwen.tiktoken from the model's own repository")
     for expected, found in enumerate(sorted(ranks.values())):
@@ -57,6 +50,26 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise QvlError(f"tokenizer ranks: no token for the single byte 0x{missing[0]:02x}: the file is cut short")
     return ranks
+
+
+_unquote = functools.partial(binascii.a2b_base64, strict_mode=True)
+
+
+def _fault(data: bytes) -> QvlError:
+    """What is wrong with the first bad line of a rank file."""
+    seen: set[bytes] = set()
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            encoded, rank = line.split()
+            token, _ = _unquote(encoded), int(rank)
+        except ValueError:
+            return QvlError(f"tokenizer ranks, line {number}: expected a base64 token and a rank, found {line[:60]!r}")
+        if token in seen:
+            return QvlError(f"tokenizer ranks, line {number}: the token {token!r} appears twice")
+        seen.add(token)
+    raise AssertionError("a rank file was refused for nothing")
 
 
 def splittable(text: str) -> str:
