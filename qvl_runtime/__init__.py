@@ -1,4 +1,4 @@
-"""Qwen-VL, Qwen-VL-Chat and Qwen-7B from one file, without PyTorch.
+"""A quantized runtime for Qwen's vision-language models: one file, no PyTorch.
 
 >>> import qvl_runtime as qvl
 >>> model = qvl.load("qwen-vl-chat.qvl")

@@ -1,4 +1,4 @@
-"""One answer: from a checked prompt to what the engine computes for it."""
+"""Turn a checked prompt into a job for the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Seen = list[tuple[Slot, Array]]
 
 
 def _in_slices(encoding: Generator[None, None, T], left: int) -> Generator[Slice, Leave | None, T]:
-    """Encode a picture, with a turn of the engine for each slice."""
+    """Encode a picture in slices; the engine schedules each slice."""
     while True:
         try:
             next(encoding)
@@ -41,7 +41,7 @@ def _in_slices(encoding: Generator[None, None, T], left: int) -> Generator[Slice
 
 
 class Answering:
-    """Makes the engine's jobs.
+    """Creates the engine's jobs.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Answering:
     window : int
         Tokens a prompt and its answer may have together.
     largest : int
-        What `window` could be in this model.
+        The largest `window` that the model supports.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Answering:
         self._tokenizer, self._stop_ids, self._grounding = tokenizer, stop_ids, grounding
 
     def check_length(self, prompt: Prompt) -> None:
-        """Refuse a prompt that is empty or longer than the window."""
+        """Raise a QvlError for a prompt that is empty or longer than the window."""
         if not prompt.ids:
-            raise QvlError("the prompt is empty; say something")
+            raise QvlError("the prompt is empty; pass some text")
         if len(prompt.ids) > self.window:
             pictures = sum(slot.picture.tokens for slot in prompt.slots)
             parts = f" ({pictures} of them pictures)" if pictures else ""
@@ -98,7 +98,7 @@ class Answering:
         speculate: bool,
         salt: str | None,
     ) -> Job:
-        """Check everything, and begin an answer; the job's results are its pieces."""
+        """Check the options and submit the job of one answer. The job's results are `Piece` objects."""
         self.check_length(prompt)
         limit = min(whole_number("max_new_tokens", max_new_tokens), self.window - len(prompt.ids))
         if logprobs is not None:
@@ -111,7 +111,7 @@ class Answering:
         return self._scheduler.submit(work, len(prompt.ids), len(prompt.ids) + limit)
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
-        """Hold an answer to a constraint; half of the tokens are for it where the model reasons first."""
+        """Start the constraint of an answer. If the model reasons first, half of `limit` is reserved for the answer."""
         end = prompt.reasoning_end
         reasoning = 0 if end is None else max(1, limit // 2)
         grounding = self._grounding.constraint
@@ -158,7 +158,7 @@ class Answering:
             self._sessions.give(session)
 
     def score(self, prompt: Prompt, continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
-        """Log probability of every token of some continuations of a prompt; see `Model.score`."""
+        """Compute the log probability of every token of each continuation; see `Model.score`."""
         self.check_length(prompt)
         encode, length = self._tokenizer.encode_ordinary, len(prompt.ids)
         ids = [encode(text) if isinstance(text, str) else [int(i) for i in text] for text in continuations]
@@ -186,7 +186,7 @@ class Answering:
             self._sessions.give(session)
 
     def features(self, prompt: Prompt, kept: int) -> Generator[Slice, Leave | None, tuple[Seen, int]]:
-        """Features of the pictures that reach beyond position `kept`, and how many of them were not known."""
+        """Return the features of pictures that end after position `kept`, and how many of them had to be encoded."""
         found, encoded = [], 0
         for slot in prompt.slots:
             if slot.end > kept and self._pictures is not None:
@@ -196,9 +196,9 @@ class Answering:
         return found, encoded
 
     def features_at_once(self, prompt: Prompt) -> Seen:
-        """Features of all pictures of a prompt."""
+        """Return the features of all pictures of a prompt."""
         return at_once(self.features(prompt, 0))[0]
 
     def boxes(self, text: str, prompt: Prompt) -> list[Box]:
-        """The boxes of an answer."""
+        """Parse the boxes of an answer."""
         return self._grounding.parse(text, prompt.pictures)

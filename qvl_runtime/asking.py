@@ -1,4 +1,4 @@
-"""What a loaded model is asked: prompts, turns of a chat, and many of them at once."""
+"""The request methods of a loaded model: generate, stream, chat and batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qvl_runtime.results import ChatResult, Result, Stream, collected
 
 
 class Asking:
-    """The ways to ask a `Model`."""
+    """The request methods of `Model`."""
 
     blob: Blob
     window: int
@@ -31,7 +31,7 @@ class Asking:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model knows chat turns."""
+        """Whether the model is a chat model."""
         return self.generation_config.is_chat
 
     @named_options
@@ -62,8 +62,8 @@ class Asking:
     ) -> Result | list[Result]:
         """Answer a prompt; the options are those of `stream`.
 
-        With `n` it gives a list of as many answers, which share the prompt's computation: answer i is that of
-        ``seed + i`` alone, or random without a seed.
+        With `n` return a list of `n` answers. The prompt is computed once. Answer i equals a single answer with the
+        seed ``seed + i``; without a seed the answers are random.
         """
         options = {name: value for name, value in locals().items() if name != "self"}
         streams = [self.stream(**one) for one in one_each(options)]
@@ -99,48 +99,47 @@ class Asking:
         allow_urls: bool = False,
         cache_salt: str | None = None,
     ) -> Stream:
-        """Answer a prompt piece by piece, never showing half a character.
+        """Answer a prompt as a stream of pieces; each piece holds whole characters.
 
         Parameters
         ----------
         prompt : str, list of dict, or sequence of int
-            A text with inline ``<img>path</img>``, taken as it is; a list of parts (``[{"image": …}, {"text": …}]``),
-            which is the user's turn where the model is a chat model; chat messages (``[{"role": …, "content": …}]``);
-            or token ids with image slots.
+            Raw text with inline ``<img>path</img>``; a list of parts (``[{"image": …}, {"text": …}]``), which a chat
+            model reads as the user's turn; chat messages (``[{"role": …, "content": …}]``); or token ids with image
+            slots.
         images : sequence of image, optional
-            For the empty slots, in order. A text without a slot gets them in front.
+            Images for the empty slots, in order. If a text has no slot, they are placed before it.
         max_new_tokens : int
-            The answer ends earlier where the model's window does.
+            The answer ends earlier if the window is full.
         min_new_tokens : int
-            None of the first so many tokens ends the answer; a text of `stop` still does.
+            Number of tokens before which no stop token is allowed. A string of `stop` still ends the answer.
         temperature, …, seed
             See `Sampler`. By default the answer is greedy.
         stop : str or sequence of str, optional
-            Texts that end the answer and are not in it.
+            Strings that end the answer. The answer does not include them.
         constraint : Form, optional
-            What the answer must look like: `Regex`, `JsonSchema` or `Grounding`. `form` is an older name of it.
+            Restricts the answer: `Regex`, `JsonSchema` or `Grounding`. `form` is the older name of this option.
         logprobs : int, optional
-            Give the log probability of every token, and of this many of the most likely ones in its place.
+            Return the log probability of every token, and of this many most likely alternatives.
         speculate : bool
-            Draft tokens that repeat the text so far and compute several at once, as long as that pays. The answer is
-            the same.
+            Draft tokens by prompt lookup and verify several in one step, while that is faster. The answer is the same.
         allow_paths : bool
-            Whether pictures may be files. If not, ``<img>`` tags are plain text.
+            Allow pictures from local files. If False, ``<img>`` tags are plain text.
         allow_urls : bool
-            Whether http(s) pictures may be fetched.
+            Allow pictures from http(s) URLs.
         cache_salt : str, optional
-            Whose request it is: what earlier prompts and pictures left in the caches is used only with the salt they
-            came with, so that the time an answer takes tells nobody what another has asked.
+            Partitions the prefix cache and the picture cache: entries are shared only between requests with the same
+            salt. The time an answer takes then reveals nothing about the requests of other users.
 
         Returns
         -------
         Stream
-            An iterator of `Piece`; its `result` is the whole answer.
+            An iterator of `Piece`; its `result` method returns the whole answer.
 
         Raises
         ------
         QvlError
-            For a prompt, image or option that cannot be used. Raised before the first piece.
+            For an invalid prompt, image or option. Raised before the first piece.
         """
         sampler = Sampler(
             temperature, top_k, top_p, repetition_penalty, seed, min_p, presence_penalty, frequency_penalty
@@ -181,7 +180,7 @@ class Asking:
     ) -> ChatResult:
         """Answer one turn of a conversation; the options are those of `stream_chat`.
 
-        `on_piece` is called with every `Piece` as it comes; what it raises ends the answer.
+        `on_piece` is called with every `Piece` as it is produced. An exception from it ends the answer.
         """
         options = {name: value for name, value in locals().items() if name not in ("self", "on_piece")}
         stream = self.stream_chat(**options)
@@ -221,29 +220,29 @@ class Asking:
         allow_urls: bool = False,
         cache_salt: str | None = None,
     ) -> Stream:
-        """Answer one turn of a conversation piece by piece; the stream's result is a `ChatResult`.
+        """Answer one turn of a conversation as a stream; its result is a `ChatResult`.
 
         Parameters
         ----------
         query : str or list of dict
             The user's turn, as text or as a list of parts.
         history, images : sequence, optional
-            Earlier turns, as `ChatResult.history` gives them; pictures for the query's slots, as in `stream`.
+            Earlier turns, as in `ChatResult.history`; images for the slots of the query, as in `stream`.
         system : str, optional
-            The family's default if not given.
+            System prompt; by default that of the model family.
         max_window_size : int, optional
-            Tokens of history that are kept, counted from the newest turn back. The oldest turns leave whole, and
-            also where the question would not fit the model's window with room for an answer.
+            Tokens of history in the prompt, counted back from the newest turn. Older turns are left out, whole. Turns
+            are also left out if the prompt and the space reserved for the answer would exceed the window.
         block : int, optional
-            Turns leave in blocks of at least this many tokens: each time, all that stays has to be computed again. By
-            default a quarter of the model's own window, and 1, the published rule, where `max_window_size` is given.
+            Leave out at least this many tokens at a time, because the rest of the history is then computed again. By
+            default a quarter of the window; 1, the published rule, if `max_window_size` is given.
         max_new_tokens, temperature, …
-            As in `stream`, but from the model's own generation config where they are None.
+            As in `stream`. None takes the value of the model's generation config.
 
         Raises
         ------
         QvlError
-            As `stream`, and for a base model.
+            As for `stream`, and if the model is a base model.
         """
         self._require_chat()
         own = self.generation_config
@@ -281,24 +280,24 @@ class Asking:
         max_batch: int = 16,
         on_result: Callable[[int, Any], None] | None = None,
     ) -> list[Any]:
-        """Answer many requests side by side; each answer is the one it would have been alone.
+        """Answer many requests concurrently. Each answer equals that of the request alone.
 
         Parameters
         ----------
         requests : iterable of mapping
-            The arguments of `generate` by name (``{"prompt": …, "images": …, "seed": …}``), or those of `chat` where
-            there is a "query". They are read as they are needed.
+            The arguments of `generate` by name (``{"prompt": …, "images": …, "seed": …}``), or those of `chat` if there
+            is a "query". The iterable is consumed lazily.
         max_batch : int
-            Requests that are computed at once, at most.
+            Largest number of requests in progress.
         on_result : callable, optional
-            Called with a request's index and what stands in the list for it, in the order in which they end. What it
-            raises ends all.
+            Called with the index and the result of each request, in order of completion. An exception from it ends
+            the batch.
 
         Returns
         -------
         list
-            For each request, in order, what `generate` or `chat` gives. For a request that cannot be answered its
-            QvlError: the others go on.
+            The result of `generate` or `chat` for each request, in order. An invalid request yields its QvlError and
+            does not affect the others.
         """
         return answer_all(self, requests, whole_number("max_batch", max_batch, 1), on_result)
 

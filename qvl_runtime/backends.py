@@ -14,7 +14,7 @@ from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
 
 USUAL_CONTEXT = 2048
-"""Tokens a GPU must have room for: a picture, a question, and a long answer."""
+"""Tokens for which a GPU must have memory: a picture, a question, and a long answer."""
 
 log = logging.getLogger(__name__)
 
@@ -22,18 +22,18 @@ DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 def backend(device: str) -> tuple[str, str]:
-    """The backend a name stands for ("cpu", "cuda" or "reference"), and the GPU's name or why there is none.
+    """Resolve a device name to a backend ("cpu", "cuda" or "reference"), and the GPU's name or why none is usable.
 
     Raises
     ------
     QvlError
-        For another name.
+        For an unknown name.
     DeviceError
-        When "cuda" is asked for and there is no usable GPU.
+        If "cuda" is requested and there is no usable GPU.
     """
     if device not in DEVICES:
         another = re.fullmatch("cuda:([0-9]+)", str(device))
-        remedy = f"; for that GPU set CUDA_VISIBLE_DEVICES={another[1]} and say cuda" if another else ""
+        remedy = f"; for that GPU set CUDA_VISIBLE_DEVICES={another[1]} and use cuda" if another else ""
         raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{remedy}")
     if device in ("cpu", "reference"):
         return device, ""
@@ -46,16 +46,16 @@ def backend(device: str) -> tuple[str, str]:
 
 
 def make_ops(device: str, activations: str = "auto", progress: Callable[[int], None] = lambda nbytes: None) -> Ops:
-    """The backend `device` names; "auto" is a usable GPU, or else the CPU; why is logged as a warning.
+    """Create the backend of a device. "auto" prefers a usable GPU; if there is none, the reason is logged as a warning.
 
-    `progress` is told the bytes of every upload to a GPU.
+    `progress` is called with the bytes of every upload to a GPU.
 
     Raises
     ------
     QvlError
-        For another name, and for settings of the environment that the backend cannot follow.
+        For an unknown name, or an environment variable with an invalid value.
     DeviceError
-        When "cuda" is asked for and there is no usable GPU.
+        If "cuda" is requested and there is no usable GPU.
     """
     name, reason = backend(device)
     if name == "reference":
@@ -85,19 +85,19 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
 
 
 def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, vision: bool) -> None:
-    """Make sure before loading that a GPU has room for a model; other devices are left to their system.
+    """Check before loading that a GPU has enough memory for a model. Other devices are not checked.
 
     Parameters
     ----------
     context : int, optional
-        Tokens to make room for; 2048 if not given, or the model's window if that is shorter.
+        Tokens to reserve memory for; by default 2048, or the model's window if that is shorter.
     vision : bool
-        Whether the vision part goes to the same device.
+        Whether the vision part is loaded on the same device.
 
     Raises
     ------
     DeviceError
-        With all sizes, and what would fit.
+        If it does not fit; the message has all sizes, and what would fit.
     """
     if ops.name != "cuda":
         return
@@ -118,19 +118,19 @@ def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, visio
 
 
 def gpu_facts() -> dict[str, str]:
-    """What "cuda" stands for here; see `qvl_kernels.gpu.facts`."""
+    """Describe the GPU that "cuda" would use; see `qvl_kernels.gpu.facts`."""
     from qvl_kernels import gpu
 
     return gpu.facts()
 
 
 def device_memory(device: str) -> tuple[str, str, int | None]:
-    """The backend a name stands for, what to call it ("cpu", or the GPU's name), and its free bytes if known.
+    """Return the backend of a device name, its label ("cpu", or the GPU's name), and its free bytes or None.
 
     Raises
     ------
     QvlError, DeviceError
-        As `backend`.
+        As for `backend`.
     """
     name, label = backend(device)
     if name == "cuda":
@@ -141,9 +141,9 @@ def device_memory(device: str) -> tuple[str, str, int | None]:
 
 
 def free_bytes(ops: Ops, blob: Blob) -> int:
-    """Bytes that a loaded model leaves free on its device, or 0 where the system does not tell.
+    """Return the bytes that remain free on the device of a loaded model, or 0 if unknown.
 
-    The file of a model that is mapped counts as free to the system, but is needed.
+    The system counts the pages of the mapped model file as free; they are subtracted.
     """
     if ops.name == "cuda":
         from qvl_kernels import gpu
@@ -154,9 +154,9 @@ def free_bytes(ops: Ops, blob: Blob) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory a program could still take, or None where the system does not tell.
+    """Return the available bytes of main memory, or None if unknown.
 
-    Memory that holds files, such as a mapped blob, counts as free: it is given back when asked for.
+    Cached files, such as a mapped blob, count as available.
     """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

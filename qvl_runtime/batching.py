@@ -1,4 +1,4 @@
-"""Many requests at once."""
+"""Answering many requests concurrently."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def answer_all(
 
 
 def _collect(running: dict[int, Asked], ended: SimpleQueue[int], finish: Callable[[int, Any], None]) -> None:
-    """Wait for a request to end, and tell its result."""
+    """Wait until a request ends, and report its result."""
     index = ended.get()
     if not running[index].whole():
         return
@@ -65,7 +65,7 @@ class Asked:
     Parameters
     ----------
     ended : queue
-        Is told `index` for each stream that ends.
+        Receives `index` for each stream that ends.
     """
 
     def __init__(self, model: Asking, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
@@ -89,12 +89,12 @@ class Asked:
             stream.when_ended(lambda: ended.put(index))
 
     def whole(self) -> bool:
-        """Note that one of the streams has ended; whether it was the last."""
+        """Count one ended stream; return whether it was the last."""
         self._left -= 1
         return self._left == 0
 
     def result(self) -> Any:
-        """What `generate` or `chat` gives."""
+        """Return the result as `generate` or `chat` does."""
         results = [stream.result() for stream in self.streams]
         return results if self._several else results[0]
 
@@ -104,12 +104,12 @@ class Asked:
 
 
 def one_each(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The options of `Model.stream` for each of the answers that `Model.generate` is asked for.
+    """Expand the options of `Model.generate` to those of `Model.stream`, one set for each of `n` answers.
 
     Raises
     ------
     QvlError
-        For an `n` or a seed that cannot be used.
+        For an invalid `n` or seed.
     """
     n, seed = options.pop("n", None), options.pop("seed", None)
     first = seed if seed is None else whole_number("seed", seed)

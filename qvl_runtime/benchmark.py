@@ -1,4 +1,4 @@
-"""How fast a model runs here, and how near that is to what the machine can do."""
+"""Measure the speed of a model on this machine, and its share of the machine's limits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qvl_runtime.model import Model
 from qvl_runtime.slices import at_once
 
 PICTURE_SIDE = 448
-"""Pixels along each side of the picture that is timed."""
+"""Width and height of the timed picture, in pixels."""
 
 READ_EVERY = 8
-"""Tokens of an answer from one measure of the memory's speed to the next."""
+"""Decoded tokens between two measurements of the memory bandwidth."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Medians over the rounds of `measure`; shares are of the machine's limits, measured in turn with the work.
+    """Medians over the rounds of `measure`. Shares are relative to the machine's limits, measured alternately.
 
     Attributes
     ----------
@@ -36,15 +36,15 @@ class Speeds:
     prefill, decode : float
         Tokens a second.
     bytes_per_token : int
-        Weights and cache that one decoded token reads, at the middle of the answer.
+        Bytes of weights and cache read for one decoded token, at the middle of the answer.
     bandwidth : float or None
-        Bytes a second the machine reads from memory; None where the backend has no measure of it.
+        Memory read bandwidth in bytes a second; None if the backend cannot measure it.
     int8_peak : float or None
-        Multiplications and additions of int8 a second.
+        int8 multiply and add operations a second.
     decode_share, prefill_share : float or None
         ``decode * bytes_per_token / bandwidth`` and the prefill's products over `int8_peak`.
     peak_memory : int or None
-        Bytes the process held at most, mapped weights included.
+        Peak resident bytes of the process, including mapped weights.
     """
 
     image: float | None
@@ -59,9 +59,9 @@ class Speeds:
 
 
 def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int, rounds: int) -> Speeds:
-    """Time a prompt, an answer and a picture, `rounds` times and in turn with the machine's own limits.
+    """Time a prompt, an answer and a picture `rounds` times, alternating with the machine's limits.
 
-    The prompt is random text, the answer whatever comes: stop tokens do not stop it.
+    The prompt is random text. Stop tokens do not end the answer.
     """
     random = np.random.default_rng(0)
     session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens)
@@ -79,7 +79,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
             taken["image"] = time.perf_counter() - begin
         return taken
 
-    once(None)  # Warms caches and finds the pages of the file.
+    once(None)  # Warms the caches and faults in the pages of the file.
     peak = peak_memory()
     limits = _Limits(model.ops, decode_bytes) if model.ops.name == "cpu" else None
     found = [once(limits) for _ in range(rounds)]
@@ -103,7 +103,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
 
 
 class _Limits:
-    """The machine's limits, with the backend's own threads."""
+    """Measures the machine's limits with the backend's threads."""
 
     def __init__(self, ops: Ops, nbytes: int):
         from qvl_kernels.cpu import CpuOps, measure
@@ -132,7 +132,7 @@ def _prompt(session: Session, tokens: list[int], new: int, limits: _Limits | Non
 
 
 def _answer(run: DecodeStep, session: Session, new: int, limits: _Limits | None) -> dict[str, float]:
-    """Memory is read between the tokens: its speed changes within seconds where others use it too."""
+    """Time an answer. The bandwidth is measured between tokens: on a shared machine it changes within seconds."""
     seconds, reads = 0.0, []
     for i in range(new):
         if limits and i % READ_EVERY == 0:
@@ -146,13 +146,13 @@ def _answer(run: DecodeStep, session: Session, new: int, limits: _Limits | None)
 
 def bytes_per_token(model: Model, kv_cache: str, context: int) -> int:
     sizes = model.blob.part_sizes()
-    # A tied head is the embedding, which is read as a whole then.
+    # A tied output head is the embedding, which is then read as a whole.
     head = sizes["head"] if "head" in sizes else sizes["embedding"]
     return sizes["decoder"] + head + cache_bytes(model.config, context, kv_cache)
 
 
 def _decoder_weights(model: Model) -> int:
-    """Weights every prompt token is multiplied with; the output head is used for the last one only."""
+    """Count the weights that every prompt token is multiplied with. The output head is used for the last token only."""
     c = model.config
     width = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     layer = width * c.hidden_size + 3 * c.hidden_size * c.ffn_width
@@ -160,7 +160,7 @@ def _decoder_weights(model: Model) -> int:
 
 
 def peak_memory() -> int | None:
-    """Bytes this process held at most, or None where the system does not tell."""
+    """Return the peak resident bytes of this process, or None if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -170,7 +170,7 @@ def peak_memory() -> int | None:
 
 
 def machine() -> str:
-    """What ran it, in words."""
+    """Describe the processor and the system."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -180,5 +180,5 @@ def machine() -> str:
 
 
 def to_json(speeds: Speeds, **conditions: Any) -> dict[str, Any]:
-    """Speeds with the conditions they were measured under, in JSON types."""
+    """Return the speeds and the measurement conditions as JSON types."""
     return {**conditions, "machine": machine(), **dataclasses.asdict(speeds)}

@@ -1,7 +1,7 @@
-"""The `.qvl` file: one valid safetensors file that holds a whole model, mapped and never copied.
+"""The `.qvl` file: one valid safetensors file with a whole model. It is memory-mapped, not copied.
 
 Metadata keys (all text, most of it JSON): `format` ("qvl"), `version`, `config`, `generation_config`,
-`preprocessing` (image mean and std), `quantization` (what was asked for, by part), `source` (what it was made from),
+`preprocessing` (image mean and std), `quantization` (settings of each part), `source` (what it was converted from),
 `hashes` (SHA-256 of every tensor, and of the other metadata). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or
 `NAME.qweight`, `NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each
 `VectorSpec` under its name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
@@ -35,7 +35,7 @@ REMEDY = "convert the model again"
 
 
 def metadata_hash(metadata: Mapping[str, str]) -> str:
-    """SHA-256 of the metadata without `hashes`."""
+    """Return the SHA-256 of the metadata without `hashes`."""
     rest = sorted((key, value) for key, value in metadata.items() if key != "hashes")
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
@@ -54,7 +54,7 @@ class Blob:
     Raises
     ------
     QvlError
-        When the file is damaged, of another format or version, or does not fit its own config.
+        If the file is damaged, has another format or version, or contradicts its own config.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -86,18 +86,18 @@ class Blob:
 
     @property
     def ranks(self) -> bytes:
-        """The tokenizer's rank file."""
+        """Return the tokenizer's rank file."""
         ranks = self.file.array(RANKS)
         if ranks.nbytes > MAX_RANKS:
             raise QvlError(f"{self.path}: its tokenizer has {ranks.nbytes} bytes, more than {MAX_RANKS}; {REMEDY}")
         return ranks.tobytes()
 
     def vector(self, name: str) -> np.ndarray:
-        """A `VectorSpec` tensor, float32."""
+        """Return a `VectorSpec` tensor as float32."""
         return self._finite(name, self._typed(name, self._vectors[name].shape, np.dtype(np.float32)))
 
     def matrix(self, name: str) -> Matrix:
-        """A `MatrixSpec` weight with its bias, as views of the file."""
+        """Return a `MatrixSpec` weight with its bias, as views of the file."""
         spec = self._matrices[name]
         bits, group_size = self.bits(name)
         asymmetric = f"{name}.zeros" in self.file
@@ -123,7 +123,7 @@ class Blob:
         )
 
     def bits(self, name: str) -> tuple[int, int]:
-        """Bits and group size of a matrix, as its arrays' shapes tell."""
+        """Return the bits and the group size of a matrix, derived from the shapes of its arrays."""
         if f"{name}.weight" in self.file:
             return 16, BLOCK
         qweight, scales = self.file.array(f"{name}.qweight"), self.file.array(f"{name}.scales")
@@ -147,9 +147,9 @@ class Blob:
         return array
 
     def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The array: a value that is not finite would be computed with in silence, and kernels make numbers of it."""
+        """Check that an array is finite: kernels would silently turn NaN and infinity into numbers."""
         if array.dtype == np.float16 and array.size:
-            # Two reductions without an array between them: a model has tens of millions of scales.
+            # Two reductions without a temporary array: a model has tens of millions of scales.
             finite = array.view(np.int16).max() < 0x7C00 and array.view(np.uint16).max() < 0xFC00
         else:
             finite = np.isfinite(array).all()
@@ -161,12 +161,12 @@ class Blob:
         return self._typed(name, shape, np.dtype(dtype)) if name in self.file else None
 
     def part_of(self, name: str) -> str | None:
-        """The part (a key of `PARTS`) that a tensor of the file belongs to; None for the tokenizer."""
+        """Return the part (a key of `PARTS`) of a tensor; None for the tokenizer."""
         spec = self._owners.get(name) or self._owners.get(name.rpartition(".")[0])
         return None if spec is None else spec.part
 
     def part_sizes(self) -> dict[str, int]:
-        """Bytes by part (the keys of `PARTS`)."""
+        """Return the bytes of each part (the keys of `PARTS`)."""
         sizes = dict.fromkeys(PARTS, 0)
         for name, entry in self.file.entries.items():
             if (part := self.part_of(name)) is not None:
@@ -174,20 +174,20 @@ class Blob:
         return {part: size for part, size in sizes.items() if size}
 
     def hashes(self, *parts: str) -> dict[str, str]:
-        """SHA-256 of the tensors, or of those of some parts: as the file tells, or else computed."""
+        """Return the SHA-256 of the tensors, or of those of some parts: as stored in the file, else computed."""
         told = self.metadata["hashes"]
         names = sorted(name for name in self.file.entries if not parts or self.part_of(name) in parts)
         return {name: told.get(name) or hashlib.sha256(self.file.bytes(name)).hexdigest() for name in names}
 
     def check(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Verify the hash of the metadata and of every tensor, and that every value of it is finite.
+        """Verify the hash of the metadata and of every tensor, and that every value is finite.
 
-        Loading looks at the small tensors alone. `progress` is told how many bytes each tensor took.
+        Loading checks the small tensors only. `progress` is called with the bytes of each checked tensor.
 
         Raises
         ------
         QvlError
-            Naming the first tensor whose bytes are not those that were written, or that is not finite.
+            Names the first tensor whose hash differs or that is not finite.
         """
         hashes = self.metadata["hashes"]
         if metadata_hash(self.file.metadata) != hashes.get(METADATA):

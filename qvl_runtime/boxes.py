@@ -1,4 +1,4 @@
-"""A box on a picture: what an answer points at."""
+"""A bounding box in a picture."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A rectangle on a picture.
+    """A bounding box in a picture.
 
     Attributes
     ----------
     ref : str or None
-        What the box shows, if the answer says so.
+        The label of the box, if the answer has one.
     x1, y1, x2, y2 : int
-        Left, top, right, bottom, as the model writes them.
+        Left, top, right, bottom, as written by the model.
     scale : tuple of int
-        Width and height of the picture in these numbers: thousandths, or the size to which it was resized.
+        Width and height of the picture in the units of these coordinates: 1000, or the resized size in pixels.
     """
 
     ref: str | None
@@ -27,7 +27,7 @@ class Box:
     scale: tuple[int, int] = (1000, 1000)
 
     def to_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The corners in pixels of a picture of this size: left, top, right, bottom."""
+        """Convert to pixels of a picture of this size: left, top, right, bottom."""
         across, down = self.scale
         return (
             int(self.x1 / across * width),

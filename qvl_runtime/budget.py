@@ -1,4 +1,4 @@
-"""Will it fit: the memory a model takes, part by part, and what to change when there is too little."""
+"""The memory that a model needs, by part, and remedies if there is too little."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ VISION_PARTS = ("vision", "adapter")
 KV_CACHES = ("fp16", "int8")
 
 DEFAULT_WINDOW = 32768
-"""Tokens a prompt and its answer may have together, unless more are asked for: a cache for the 262,144 tokens that some
-models take would be larger than their weights."""
+"""Default limit for prompt and answer together, in tokens: a cache for the 262,144 tokens of some models would be
+larger than their weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes a loaded model takes on a device.
+    """Bytes that a loaded model needs on a device.
 
     Attributes
     ----------
@@ -32,11 +32,11 @@ class Budget:
     cache : int
         Keys and values of `context` tokens.
     workspace : int
-        The larger of what a prompt's prefill and a picture's encoding take while they run.
+        Temporary memory: the larger of that of a prefill and that of a picture's encoding.
     context : int
         Tokens of prompt and answer together.
     reserve : int
-        What a GPU's driver and kernels take besides.
+        Memory of a GPU's driver and kernels.
     """
 
     parts: dict[str, int]
@@ -55,7 +55,7 @@ class Budget:
 
 
 def sizes_of(backend: str) -> Sizes:
-    """The sizes of a backend: "cpu", "cuda" or "reference"."""
+    """Return the sizes of a backend: "cpu", "cuda" or "reference"."""
     if backend == "cuda":
         from qvl_kernels import gpu
 
@@ -70,7 +70,7 @@ def sizes_of(backend: str) -> Sizes:
 
 
 def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Budget:
-    """What `blob` takes with a cache of `context` tokens on a backend ("cpu", "cuda" or "reference")."""
+    """Compute the budget of `blob` with a cache of `context` tokens on a backend ("cpu", "cuda" or "reference")."""
     sizes, config = sizes_of(backend), blob.config
     cache = cache_bytes(config, context, kv_cache, backend)
     kept, passing = step_values(blob.family, config)
@@ -80,7 +80,7 @@ def budget(blob: Blob, context: int, kv_cache: str, backend: str = "cpu") -> Bud
 
 
 def weight_bytes(blob: Blob, sizes: Sizes) -> dict[str, int]:
-    """Weights by part."""
+    """Return the bytes of the weights by part."""
     found: dict[str, int] = {}
     for spec in blob.family.tensors(blob.config):
         if isinstance(spec, MatrixSpec):
@@ -93,15 +93,15 @@ def weight_bytes(blob: Blob, sizes: Sizes) -> dict[str, int]:
 
 
 def cache_bytes(config: Config, context: int, kv_cache: str, backend: str = "cpu") -> int:
-    """Keys and values of all layers."""
+    """Return the bytes of the keys and values of all layers."""
     sizes = sizes_of(backend)
     return sizes.kv_cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context, kv_cache)
 
 
 def step_values(family: Family, config: Config) -> tuple[int, int]:
-    """Values that stay (the float32 arrays of the vision part), and those of the larger step that passes beside them.
+    """Count the float32 values of the vision part's permanent arrays, and those of the larger temporary step.
 
-    A step is a slice of a prompt or the encoding of a picture; the features of a picture are copied once.
+    A step is a slice of a prompt or the encoding of a picture. The features of a picture are copied once.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     row = config.hidden_size + (2 * heads + 2 * kv_heads) * config.head_dim + config.ffn_width
@@ -111,7 +111,7 @@ def step_values(family: Family, config: Config) -> tuple[int, int]:
 
 
 def remedies(blob: Blob, context: int, kv_cache: str, free: int, backend: str = "cpu") -> list[str]:
-    """Changes that would make a model fit into `free` bytes, mildest first; empty if nothing would."""
+    """List options that would make a model fit into `free` bytes, the mildest first; empty if none does."""
     found = []
     if kv_cache != "int8" and budget(blob, context, "int8", backend).total <= free:
         found.append("--kv-cache int8")

@@ -1,4 +1,4 @@
-"""Boxes drawn on a picture, with their labels."""
+"""Draw boxes and their labels on a picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qvl_runtime.inputs.images import ImageSource, load_image
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
-# Files that have Chinese, as Linux distributions, Windows and macOS call them; then one with most other scripts.
+# Fonts with Chinese characters, as named on Linux, Windows and macOS; then one with most other scripts.
 FONT_FILES = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansSC-Regular.otf",
@@ -39,7 +39,7 @@ FONT_FILES = (
 
 
 class Drawing(NamedTuple):
-    """A picture with boxes on it, and the labels that stand there as a number: ``{2: "击掌"}``."""
+    """A picture with boxes, and a legend of the labels that are drawn as a number: ``{2: "击掌"}``."""
 
     image: Image.Image
     legend: dict[int, str]
@@ -48,21 +48,21 @@ class Drawing(NamedTuple):
 def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | None = None) -> Drawing:
     """Draw boxes and their labels on a copy of a picture.
 
-    A label is written in the first font of this machine that has all its characters. Where none has, the box
-    carries its number instead, counted from 1 in the order of `boxes`, and the legend tells what it stands for.
+    A label is drawn in the first installed font that has all its characters. If there is none, the number of the
+    box is drawn instead (from 1, in the order of `boxes`) and the legend maps it to the label.
 
     Parameters
     ----------
     image : path, bytes, PIL image or array
-        As `load_image` takes it.
+        As for `load_image`.
     boxes : sequence of Box
     out_path : str or pathlib.Path, optional
-        Where to save the picture, in the format of the file's extension.
+        Save the picture here, in the format of the file's extension.
 
     Returns
     -------
     Drawing
-        The picture (mode RGB, same size) and the legend, which is empty when every label could be written.
+        The picture (mode RGB, same size) and the legend, which is empty if every label could be drawn.
 
     Raises
     ------
@@ -96,13 +96,13 @@ def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | 
 
 
 def _printable(ref: str) -> str:
-    """The label on one line, without characters that show nothing."""
+    """Put a label on one line, without invisible characters."""
     return "".join(c for c in " ".join(ref.split()) if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 @functools.cache
 def _fonts(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """Pillow's own Latin font, then those of `FONT_FILES` that this machine has."""
+    """Return Pillow's Latin font, then the installed fonts of `FONT_FILES`."""
     fonts = [ImageFont.load_default(size)]
     for name in FONT_FILES:
         try:
@@ -113,12 +113,12 @@ def _fonts(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
 
 
 def _has_glyphs(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> bool:
-    """Whether a font draws every character as something else than its sign for a missing one."""
+    """Whether a font has a glyph for every character."""
     try:
-        # Two codes that never are a character: what a font draws for them is its "missing" sign.
+        # Two code points that are never characters: a font draws its "missing glyph" sign for them.
         missing = {_glyph(font, "\uffff"), _glyph(font, "\U0010ffff")}
         return all(_glyph(font, c) not in missing for c in set(text) - {" "})
-    except UnicodeError:  # Pillow's bitmap font, the only one when it was built without FreeType, is Latin-1
+    except UnicodeError:  # Pillow's bitmap font is Latin-1; without FreeType there is no other
         return text.isascii()
 
 
@@ -138,7 +138,7 @@ def _write_label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     colour: str,
 ) -> None:
-    """Write a label on a filled strip above its box, or inside where there is no room above."""
+    """Draw a label on a filled strip above its box, or inside the box if there is no space above."""
     x1, y1, x2, y2 = pen.textbbox((0, 0), label, font=font)
     width, height = x2 - x1 + 4, y2 - y1 + 4
     x = int(max(0, min(left, size[0] - width)))
@@ -148,7 +148,7 @@ def _write_label(
 
 
 def check_extension(path: Path) -> str:
-    """The image format of a file's name; raises QvlError where there is none."""
+    """Return the image format of a file extension. Raises QvlError for an unknown extension."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise QvlError(f"cannot save {str(path)!r}: no image format has the extension {path.suffix!r}; try .png")

@@ -1,5 +1,5 @@
-"""The one error a user can cause."""
+"""The error class for invalid input."""
 
 
 class QvlError(ValueError):
-    """Something the caller can mend: the message names the file or value and the remedy, on one line."""
+    """Invalid input. The one-line message names the file or value, and the remedy."""

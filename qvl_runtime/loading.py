@@ -21,7 +21,7 @@ from qvl_runtime.model import Model
 from qvl_runtime.options import whole_number
 
 FEATURES_VERSION = 4
-"""To be raised where preprocessing or the vision part's arithmetic changes: features on disk are then void."""
+"""Increment when preprocessing or the vision part's arithmetic changes: this invalidates features on disk."""
 
 
 def load(
@@ -57,42 +57,41 @@ def load(
         Verify the hash of every tensor first.
     activations : str
         On the CPU, the bits that activations have in products of more than 16 rows: "int16", "int8" (about twice as
-        fast), or "auto": int8 for matrices of more than a million weights. With 16 bits a continued conversation
-        answers as one computed anew, to the last bit. With 8 it may choose another of two nearly equal tokens: what
-        was generated was computed one by one, at 16 bits, and would be part of the prompt.
+        fast), or "auto": int8 for matrices of more than a million weights. With int16 a continued conversation gives
+        the same answer as one that is computed again, bit for bit. With int8 it may choose another of two nearly
+        equal tokens: generated tokens were computed one by one, with 16 bits; as part of a prompt they use 8.
     context : int, optional
-        Tokens a prompt and its answer may have together; where not given all of the model's window, but 32,768 at
-        most. Keys and values take memory as a conversation grows. On a GPU, room for them is made sure of before
-        anything is loaded; where not given, for 2048.
+        Limit for prompt and answer together, in tokens; by default the model's window, but at most 32,768. The cache
+        grows with the conversation. On a GPU, loading first checks that the cache fits; by default for 2048 tokens.
     vision_device : str, optional
-        Another device for the vision part, as `device`: "cpu" leaves 2 GB of a GPU to the rest.
+        Another device for the vision part, as `device`: "cpu" saves 2 GB of GPU memory.
     conversations : int
-        How many pasts (keys and values of a prompt and its answer) are kept between calls. A prompt that begins like
-        one of them computes only the rest. 0 computes every prompt anew.
+        Number of sequences (keys and values of a prompt and its answer) to cache between calls. A prompt that shares
+        a prefix with one of them computes only the rest. 0 disables the prefix cache.
     max_batch : int
-        Answers that are computed side by side, up to 16; others wait.
+        Largest number of concurrent answers, up to 16; others wait.
     kv_cache_bytes : int, optional
-        Memory for the keys and values of these, prompts and the most their answers may have: others wait in order
-        until there is room. One alone may take more. By default half of what is free beside the model.
+        Limit for the keys and values of concurrent answers, at their full length. Other requests wait in order. A
+        single answer may exceed the limit. By default half of the memory that is free beside the model.
     image_cache_bytes : int
-        Memory for the features of pictures seen before (4 MiB a picture in Qwen-VL).
+        Limit of the picture cache in memory (4 MiB a picture in Qwen-VL).
     cache_dir : path, optional
-        A folder in which these features are kept for other runs as well, 2 GiB of them at most.
+        A folder that stores these features between runs, at most 2 GiB.
     min_pixels, max_pixels : int, optional
-        Limits of a picture's size in pixels, for models that take any: by default those of the file, with at most 1280
-        tokens a picture.
+        Limits of a picture's size in pixels, for models with variable sizes: by default those of the file, with at
+        most 1280 tokens a picture.
     exif : bool, optional
-        Whether a picture is turned as its EXIF orientation says; by default as the model's own processing does: not
-        for the models of 2023, and always for the later ones.
+        Whether to apply the EXIF orientation of a picture; by default as the published processing does: not for the
+        models of 2023, always for later ones.
     progress : callable
-        Told the bytes of every upload to a GPU, as they leave. A CPU maps the file, and nothing is copied.
+        Called with the bytes of every upload to a GPU. On a CPU the file is mapped, and nothing is copied.
 
     Raises
     ------
     QvlError
-        When the file is damaged or an argument is unknown.
+        If the file is damaged or an argument is invalid.
     DeviceError
-        When the device is missing or too small.
+        If the device is missing or has too little memory.
     """
     if kv_cache not in KV_CACHES:
         raise QvlError(f"kv_cache {kv_cache!r} is unknown; choose one of {', '.join(KV_CACHES)}")
@@ -101,7 +100,7 @@ def load(
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
         whole_number(name, value)
     if whole_number("max_batch", max_batch, 1) > MAX_BATCH:
-        raise QvlError(f"max_batch is {max_batch}; at most {MAX_BATCH} answers are computed side by side")
+        raise QvlError(f"max_batch is {max_batch}; at most {MAX_BATCH} answers are computed together")
     if kv_cache_bytes is not None:
         whole_number("kv_cache_bytes", kv_cache_bytes)
     blob = Blob(path)

@@ -1,4 +1,4 @@
-"""The facade: ask a loaded model."""
+"""The facade of a loaded model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qvl_runtime.trace import Trace, no_trace
 
 
 class Model(Asking):
-    """A loaded model. Make one with `qvl_runtime.loading.load`.
+    """A loaded model. `qvl_runtime.loading.load` returns one.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Model(Asking):
     config : Config
     generation_config : GenerationConfig
     window : int
-        Tokens a prompt and its answer may have together.
+        Limit for prompt and answer together, in tokens.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Model(Asking):
         allow_urls: bool = False,
         trace: Trace = no_trace,
     ) -> np.ndarray:
-        """Logits after every token of a prompt, float32 ``[T, vocab]``, with the most precise cache there is.
+        """Compute the logits after every token of a prompt, float32 ``[T, vocab]``, with the most precise cache.
 
         `trace` is called with each stage of the decoder, for parity checks.
         """
@@ -96,9 +96,9 @@ class Model(Asking):
     def score(
         self, prompt: Any, continuations: Sequence[str | Sequence[int]], images: Sequence[ImageSource] | None = None
     ) -> list[list[float]]:
-        """How likely each continuation of a prompt is: natural logarithms, one a token.
+        """Compute the log probabilities (natural logarithm, one a token) of each continuation of a prompt.
 
-        The prompt is computed once. A continuation that is a text is tokenized by itself, without special tokens.
+        The prompt is computed once. A text continuation is tokenized by itself, without special tokens.
         """
         return self._answering.score(self.prompts.build(prompt, images, Access()), continuations)
 
@@ -106,7 +106,7 @@ class Model(Asking):
     def encode_image(
         self, image: ImageSource, *, allow_paths: bool = True, allow_urls: bool = False, trace: Trace = no_trace
     ) -> np.ndarray:
-        """What the decoder sees of a picture, float32 ``[tokens, hidden]``; `trace` as in `logits`."""
+        """Compute the features of a picture for the decoder, float32 ``[tokens, hidden]``; `trace` as in `logits`."""
         if self.pictures is None:
             raise QvlError(f"{self.blob.path}: has no vision part and takes no pictures; use a vision-language model")
         with self._scheduler.gate, self._scheduler.device:
@@ -119,20 +119,20 @@ class Model(Asking):
     def save_past(
         self, path: str | os.PathLike, history: Sequence[tuple[Any, str | None]], *, system: str | None = None
     ) -> int:
-        """Write keys and values of a conversation to a file, as far as earlier calls left them in memory.
+        """Write the cached keys and values of a conversation to a file.
 
-        After `load_past` in another run of the same model the conversation goes on without computing it again. The
-        file is as large as the cache. `history` and `system` are those of `chat`.
+        After `load_past` in another run of the same model, the conversation continues without a prefill. The file is
+        as large as the cache. `history` and `system` are those of `chat`.
 
         Returns
         -------
         int
-            Tokens saved. 0: none of the conversation is in memory, and no file was written.
+            Tokens saved. 0: nothing of the conversation is cached, and no file was written.
 
         Raises
         ------
         QvlError
-            When the file cannot be written, or a picture cannot be read again.
+            If the file cannot be written, or a picture cannot be read again.
         """
         self._require_chat()
         own = self.generation_config
@@ -142,12 +142,12 @@ class Model(Asking):
             return self._sessions.save(path, made.prompt.keys, self._identity)
 
     def load_past(self, path: str | os.PathLike) -> int:
-        """Take up what `save_past` wrote; returns how many tokens that are.
+        """Load a file of `save_past` into the prefix cache; return the number of its tokens.
 
         Raises
         ------
         QvlError
-            When the file is damaged, or was written with other weights, another device, cache, or `activations`.
+            If the file is damaged, or was written with another model, device, cache type, or `activations`.
         """
         with self._scheduler.gate, self._scheduler.device:
             return self._sessions.load(path, self._identity)

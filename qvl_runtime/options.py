@@ -1,4 +1,4 @@
-"""Checking the options of an answer, in words that name the option and the remedy."""
+"""Validation of request options. Errors name the option and the remedy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.prompt import Window
 
 ANSWER_SHARE = 8
-"""Up to window / 8 tokens of a chat's window are reserved for the answer."""
+"""Reserve up to window / 8 tokens for the answer of a chat."""
 
 BLOCK_SHARE = 4
-"""On overflow at least window / 4 tokens of history are left out, so that later prompts still share a prefix."""
+"""On overflow leave out at least window / 4 tokens of history, so that later prompts still share a prefix."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ OTHER_NAMES = {
 
 
 def named_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Answer an unknown option with the right name, as a QvlError."""
+    """Raise a QvlError for an unknown option, with the name that was probably meant."""
     parameters = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -61,7 +61,7 @@ def named_options(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def whole_number(name: str, value: Any, least: int = 0) -> int:
-    """`value`, if it is a whole number of at least `least`."""
+    """Check that `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise QvlError(f"{name} is {value!r}; expected a whole number")
     if value < least:
@@ -70,7 +70,7 @@ def whole_number(name: str, value: Any, least: int = 0) -> int:
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
-    """`stop` as a list of strings."""
+    """Return `stop` as a list of strings."""
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
         raise QvlError(f"stop is {stop!r:.60}; expected a str or a list of str")
@@ -78,19 +78,19 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
 
 def given(value: Any, default: Any) -> Any:
-    """`value`, or `default` where it is None."""
+    """Return `value`, or `default` if it is None."""
     return default if value is None else value
 
 
 def salt(value: Any) -> str | None:
-    """`cache_salt`, if it is a text."""
+    """Check that `cache_salt` is a str or None."""
     if value is not None and not isinstance(value, str):
         raise QvlError(f"cache_salt is {value!r:.60}; expected a str")
     return value
 
 
 def one_constraint(constraint: Form | None, form: Form | None, min_new_tokens: int = 0) -> Form | None:
-    """The constraint of an answer; `form` is the option's older name."""
+    """Return the constraint of an answer; `form` is the older name of the option."""
     if constraint is not None and form is not None:
         raise QvlError("constraint and form are two names for one option; give constraint")
     chosen = form if constraint is None else constraint
@@ -115,16 +115,16 @@ def one_constraint(constraint: Form | None, form: Form | None, min_new_tokens: i
 def chat_window(
     window: int, own_history: int, answer: int, history: int | None = None, block: int | None = None
 ) -> Window:
-    """Which turns of a history are kept.
+    """Return the rule for leaving out turns of a history.
 
     Parameters
     ----------
     window : int
-        Of the model.
+        Tokens of the model's window.
     own_history : int
-        Tokens of history that the model's generation config keeps.
+        Tokens of history in the model's generation config.
     answer : int
-        Tokens the answer may have.
+        Largest number of tokens of the answer.
     history, block : int, optional
         `max_window_size` and `block` of `Model.chat`.
     """

@@ -1,4 +1,4 @@
-"""What a model gives back: a stream of pieces, and the whole answer."""
+"""Results of a model: a stream of pieces, and whole answers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Result:
     Attributes
     ----------
     text : str
-        As generated, with its tags, without the reasoning.
+        The generated text with its tags, without the reasoning.
     token_ids : list of int
-        Of reasoning and text, without the token that ended it.
+        Tokens of reasoning and text, without the stop token.
     finish_reason : str
         "stop" or "length".
     boxes : list of Box
@@ -28,9 +28,9 @@ class Result:
     prompt_tokens : int
     timings : Timings
     logprobs : list of Logprob
-        One for each of `token_ids` where they were asked for, else empty.
+        One for each of `token_ids` if requested, else empty.
     reasoning : str
-        What the model thought before it answered, stripped; empty for a model that does not.
+        Reasoning before the answer, stripped; empty for a model without reasoning.
     """
 
     text: str
@@ -54,7 +54,7 @@ class ChatResult(Result):
     history : list of (query, answer)
         The conversation with this turn.
     left_out : int
-        Turns of the history, from the oldest on, which the window had no room for and the model did not see.
+        Number of turns, from the oldest on, that did not fit the window and were not part of the prompt.
     """
 
     history: list[tuple[Any, str | None]] = dataclasses.field(default_factory=list)
@@ -62,10 +62,10 @@ class ChatResult(Result):
 
 
 class Stream(Iterator[Piece]):
-    """The pieces of an answer as they are computed, and afterwards the whole of it.
+    """The pieces of an answer as they are computed, and the whole answer at the end.
 
-    The engine computes it whether or not somebody reads. Several threads may use one, and `cancel` it. Closing it, or
-    letting go of it, ends the answer.
+    The engine computes the answer whether or not the stream is read. A stream is thread-safe. Closing or deleting it
+    cancels the answer.
     """
 
     def __init__(self, job: Job, finish: Callable[[list[Piece]], Result]):
@@ -75,23 +75,23 @@ class Stream(Iterator[Piece]):
         return next(self._job)
 
     def result(self) -> Any:
-        """The whole answer; waits for what is left of it. A `Result`, or for a chat's turn a `ChatResult`.
+        """Wait for the end and return the whole answer: a `Result`, or a `ChatResult` for a chat.
 
         Raises
         ------
         QvlError
-            When the answer was cancelled.
+            If the answer was cancelled.
         """
         return self._finish(self._job.join())
 
     def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call something once the answer has ended, in the engine's thread, or at once if it has. It must not wait."""
+        """Call `tell` when the answer ends, in the engine's thread; at once if it has ended. It must not block."""
         self._job.when_ended(tell)
 
     def cancel(self) -> None:
-        """End the answer: no further piece comes, and at the next slice what it takes is freed.
+        """Cancel the answer: there are no further pieces, and its memory is freed at the next slice.
 
-        Any thread may call it at any time.
+        Thread-safe.
         """
         self._job.cancel()
 
@@ -99,7 +99,7 @@ class Stream(Iterator[Piece]):
 
 
 def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
-    """All pieces of an answer as one; `boxes` finds those of its text."""
+    """Join the pieces of an answer; `boxes` parses the boxes of its text."""
     text, last = "".join(piece.text for piece in pieces if not piece.reasoning), pieces[-1]
     assert last.finish_reason is not None and last.timings is not None
     return Result(

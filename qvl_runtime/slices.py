@@ -1,4 +1,4 @@
-"""Computations that pause, so that others get their turn."""
+"""Computations in slices, between which the engine may run others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def at_once(work: Generator[Any, Any, T]) -> T:
-    """Run a computation through all its pauses; what it returns."""
+    """Run all slices of a computation and return its result."""
     while True:
         try:
             next(work)

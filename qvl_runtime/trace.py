@@ -1,4 +1,4 @@
-"""Looking at what a model computes while it runs; for parity checks."""
+"""Access to intermediate values of a model, for parity checks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from qvl_kernels.ops import Array
 
 Trace = Callable[[str, Array], None]
-"""Called with the name of a stage and its values."""
+"""Callback with the name of a stage and its values."""
 
 
 def no_trace(stage: str, values: Array) -> None:
-    """The `Trace` that looks at nothing."""
+    """Do nothing: the default `Trace`."""

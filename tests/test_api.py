@@ -211,7 +211,7 @@ def test_the_published_rule_decides_which_turns_stay(tiny, golden):
 
 def test_another_gpu_is_chosen_by_the_environment():
     with pytest.raises(
-        qvl.QvlError, match=r"'cuda:1' is unknown; .* for that GPU set CUDA_VISIBLE_DEVICES=1 and say cuda"
+        qvl.QvlError, match=r"'cuda:1' is unknown; .* for that GPU set CUDA_VISIBLE_DEVICES=1 and use cuda"
     ):
         backend("cuda:1")
     with pytest.raises(qvl.QvlError, match=r"choose one of auto, cpu, cuda, reference$"):

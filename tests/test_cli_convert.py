@@ -100,7 +100,7 @@ def test_errors_are_one_line(qvl, tmp_path, blob):
     fails(qvl("convert", BIN, tmp_path / "x.qvl", "--bits", "5"), "--bits 5", "choose 4, 8 or 16")
     fails(qvl("convert", GOLDEN / "ckpt/tiny-vl-gptq", tmp_path / "x.qvl", "--bits", "8"), "cannot become 8")
     fails(qvl("info", tmp_path / "missing.qvl"), "missing.qvl", "no such file")
-    fails(qvl("info", BIN / "config.json"), "config.json", "no safetensors file")
+    fails(qvl("info", BIN / "config.json"), "config.json", "not a safetensors file")
     fails(qvl("info", GOLDEN / "ckpt/tiny-vl/model-00001-of-00003.safetensors"), "is no .qvl file", "qvl convert")
     damaged = tmp_path / "damaged.qvl"
     content = bytearray(blob("tiny-vl-bin").read_bytes())

@@ -82,7 +82,7 @@ def test_a_past_of_something_else_is_refused(load, in_golden, tmp_path):
         load(variant="long"),
     )
     for other in others:
-        with pytest.raises(QvlError, match=r"past: .* another model, device, or way"):
+        with pytest.raises(QvlError, match=r"past: .* another model, device, or cache type"):
             other.load_past(file)
         assert other.chat("What else?", history, **GREEDY).timings.cached_tokens == 0
     for text in (b"", b"no safetensors file"):

@@ -1,1 +1,1 @@
-"""From a prompt's tokens to an answer's: sequences, generation, sampling, constraints. Knows no model family."""
+"""The family-independent engine: sequences, prefix cache, scheduler, generation, sampling, constraints."""

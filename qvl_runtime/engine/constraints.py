@@ -1,6 +1,6 @@
-"""Answers of a given form: which tokens may come next, whatever the sampling.
+"""Constrained answers: masks over the next token, independent of sampling.
 
-A `Form` says what an answer must look like; `Form.start` gives the `Constraint` that watches over one answer.
+A `Form` describes the allowed answers. `Form.start` returns the `Constraint`, the state for one answer.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
 class Constraint(Protocol):
-    """Watches over one answer."""
+    """The state of a constraint for one answer."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next: bool ``[vocab_size]``. Stop tokens are among them where the answer may end."""
+        """Return the tokens that may follow: bool ``[vocab_size]``, including stop tokens if the answer may end."""
 
     def advance(self, token: int) -> None:
-        """Note that `token`, which was allowed, is the next one."""
+        """Append `token`, which was allowed."""
 
 
 class Answer(NamedTuple):
-    """The answer that a constraint is for.
+    """What a constraint needs to know of an answer.
 
     Attributes
     ----------
     tokenizer : Tokenizer
     stop_ids : frozenset of int
     limit : int
-        Tokens it has at most.
+        Largest number of tokens.
     opened : str
-        A box that the prompt leaves for the answer to complete.
+        An incomplete box at the end of the prompt, which the answer completes.
     grounding : callable
         ``grounding(tokenizer, stop_ids, limit, opened)``: the family's constraint for boxes.
     """
@@ -51,20 +51,20 @@ class Answer(NamedTuple):
 
 
 class Form(Protocol):
-    """What an answer must look like."""
+    """A description of the allowed answers."""
 
     def start(self, answer: Answer) -> Constraint:
-        """Begin an answer."""
+        """Create the constraint of one answer."""
 
 
 def mask(logits: np.ndarray, constraint: Constraint) -> np.ndarray:
-    """Logits with -inf wherever `constraint` does not allow the token."""
+    """Return the logits with -inf for every token that `constraint` does not allow."""
     return np.where(constraint.allowed(), logits, np.float32(-np.inf))
 
 
 @dataclasses.dataclass(frozen=True)
 class Grounding:
-    """Phrases with boxes around what they name, in the model's own notation, once or more and always complete."""
+    """One or more phrases with boxes, in the model's own notation, always complete."""
 
     def start(self, answer: Answer) -> Constraint:
         return answer.grounding(answer.tokenizer, answer.stop_ids, answer.limit, answer.opened)
@@ -72,7 +72,7 @@ class Grounding:
 
 @dataclasses.dataclass(frozen=True)
 class Regex:
-    """Text that matches a regular expression as a whole (Rust's `regex` syntax, without look-around)."""
+    """Text that fully matches a regular expression (Rust's `regex` syntax, without look-around)."""
 
     pattern: str
 
@@ -82,10 +82,9 @@ class Regex:
 
 @dataclasses.dataclass(frozen=True)
 class JsonSchema:
-    """A JSON document that fits a JSON schema, given as a dict or as text.
+    """A JSON document that matches a JSON schema, given as a dict or as text.
 
-    A schema without bounds (strings of any length) may be cut off by `max_new_tokens`; the answer's finish_reason is
-    then "length".
+    If the schema allows unbounded values, `max_new_tokens` may truncate the document; `finish_reason` is then "length".
     """
 
     schema: Mapping[str, Any] | str
@@ -100,7 +99,7 @@ class JsonSchema:
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """Any text of at least so many tokens: none of the first `tokens` may end the answer."""
+    """Text of at least `tokens` tokens: no stop token is allowed before."""
 
     tokens: int
 
@@ -122,7 +121,7 @@ class _LengthConstraint:
 
 
 class ReasoningFirst:
-    """Lets an answer begin with reasoning, and holds what follows it to another constraint.
+    """Allows reasoning at the start of an answer, then applies another constraint.
 
     Parameters
     ----------
@@ -130,9 +129,9 @@ class ReasoningFirst:
     end : int
         The token that ends the reasoning.
     stop_ids : frozenset of int
-        Tokens that end an answer: none of them may come while the model reasons.
+        Tokens that end an answer; not allowed within the reasoning.
     limit : int
-        Tokens of reasoning, with `end`, at most.
+        Largest number of reasoning tokens, including `end`.
     """
 
     def __init__(self, constraint: Constraint, end: int, stop_ids: frozenset[int], limit: int):
@@ -157,7 +156,7 @@ class ReasoningFirst:
 
 
 class _GrammarConstraint:
-    """A grammar, matched by llguidance."""
+    """A grammar, evaluated by llguidance."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], kind: str, grammar: str):
         import llguidance
@@ -167,7 +166,7 @@ class _GrammarConstraint:
             if kind == "regex":
                 built = matcher.grammar_from_regex(grammar)
             else:
-                # Free whitespace would let an undecided model go on for ever between two fields.
+                # With free whitespace a model could emit blanks between two fields forever.
                 built = matcher.grammar_from_json_schema(grammar, overrides={"whitespace_flexible": False})
         except ValueError as error:
             raise QvlError(f"the {kind} cannot be used: {_one_line(error)}") from None
@@ -181,7 +180,7 @@ class _GrammarConstraint:
             raise QvlError(f"the {kind} cannot be used: no text matches it")
 
     def _mask(self) -> np.ndarray:
-        """Tokens that the grammar allows next: bool ``[vocab_size]``; none if it is stopped."""
+        """Return the tokens that the grammar allows next: bool ``[vocab_size]``; none if it has stopped."""
         words = np.zeros(-(-self._size // 32), np.int32)
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -190,7 +189,7 @@ class _GrammarConstraint:
     def allowed(self) -> np.ndarray:
         tokens = self._mask()
         if self._matcher.is_error():
-            raise QvlError(f"the grammar cannot go on here: {_one_line(self._matcher.get_error())[:200]}")
+            raise QvlError(f"the grammar cannot continue: {_one_line(self._matcher.get_error())[:200]}")
         tokens[list(self._stop_ids)] = self._matcher.is_accepting() or self._matcher.is_stopped()
         return tokens
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a model's decoder, and a step of several sequences, captured once and replayed."""
+"""The decoder protocol of the engine, and decode steps of several sequences that are captured once and replayed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qvl_runtime.trace import Trace, no_trace
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    """Features of a picture in a chunk of a prompt.
+    """Features of a picture within a chunk of a prompt.
 
     Attributes
     ----------
     row : int
-        Row of the chunk that the first of them replaces; it may lie before the chunk.
+        First row that they replace, relative to the chunk; negative if it lies before the chunk.
     count : int
-        Rows that the picture takes.
+        Number of rows of the picture.
     values : Array
-        float32 ``[levels * count, hidden]``: the embedding, then what further layers add.
+        float32 ``[levels * count, hidden]``: the embeddings, then the levels that later layers add.
     """
 
     row: int
@@ -34,7 +34,7 @@ class Features:
 
 
 class Span(NamedTuple):
-    """The next rows of what is computed at once, which belong to one sequence."""
+    """Consecutive rows of a batch that belong to one sequence."""
 
     sequence: SequenceState
     rows: int
@@ -48,7 +48,7 @@ class Decoder(Protocol):
     ops : Ops
     vocab_size : int
     coarse : bool
-        Whether more than `FEW_ROWS` tokens are computed with fewer bits than so many or fewer.
+        Whether products of more than `FEW_ROWS` rows use fewer bits.
     """
 
     ops: Ops
@@ -56,10 +56,10 @@ class Decoder(Protocol):
     coarse: bool
 
     def sequence(self, dtype: str, capacity: int, layers: int | None = None) -> SequenceState:
-        """The empty state of a sequence; see `SequenceState`."""
+        """Create the empty state of a sequence; see `SequenceState`."""
 
     def workspace(self, rows: int) -> Any:
-        """Arrays for up to `rows` tokens at a time; ``.rows(count)`` cuts them, ``.x`` is the residual stream."""
+        """Allocate arrays for up to `rows` tokens; ``.rows(count)`` slices them, ``.x`` is the residual stream."""
 
     def embed(self, ids: Array, out: Array) -> None:
         """Embed token ids, int32 ``[T]``, into `out` float32 ``[T, hidden]``."""
@@ -67,9 +67,9 @@ class Decoder(Protocol):
     def forward(
         self, work: Any, spans: Sequence[Span], pictures: Sequence[Features] = (), trace: Trace = no_trace
     ) -> None:
-        """Run all layers over ``work.x`` in place, appending to the sequences (whose lengths are not advanced).
+        """Run all layers on ``work.x`` in place and append keys and values; the lengths are not advanced.
 
-        The features of `pictures` replace rows before the first layer; further levels are added after the others.
+        The features of `pictures` replace rows before the first layer. Further levels are added after later layers.
         """
 
     def logits(self, x: Array, out: Array) -> None:
@@ -77,19 +77,19 @@ class Decoder(Protocol):
 
 
 FEW_ROWS = 16
-"""Rows of a step, at most. On the CPU so many are computed with 16-bit activations, each row as it would be alone:
-an answer does not depend on what is computed beside it."""
+"""Largest number of rows of a decode step. On the CPU such products use 16-bit activations, and a row's result does not
+depend on the other rows: an answer is the same alone and in a batch."""
 
 
 class Outcome:
-    """What a step has given: row i is for what follows the i-th token fed. It holds until the next step."""
+    """The result of a step: row i predicts the successor of the i-th token fed. Valid until the next step."""
 
     def __init__(self, ops: Ops, logits: Array, best: Array):
         self._ops, self._logits, self._best = ops, logits, best
         self._read: np.ndarray | None = None
 
     def best(self, row: int) -> int:
-        """The token with the highest logit; -1 where one is not finite."""
+        """Return the token with the highest logit; -1 if a logit is not finite."""
         if self._read is None:
             self._read = self._ops.download(self._best)
         return int(self._read[row])
@@ -101,18 +101,18 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured:
-    """Steps that can be repeated as long as their sequences have these arrays, by the rows of each sequence."""
+    """Captured steps, by the rows of each sequence. Valid while the sequences have the same arrays."""
 
     arrays: list[Any]
     replays: dict[tuple[int, ...], Callable[[], None]] = dataclasses.field(default_factory=dict)
 
     def of(self, arrays: Sequence[Any]) -> bool:
-        """Whether these are the arrays."""
+        """Whether the steps were captured with these arrays."""
         return len(arrays) == len(self.arrays) and all(a is b for a, b in zip(arrays, self.arrays))
 
 
 class DecodeStep:
-    """A few tokens through the decoder, of one or of several sequences; each such set is captured once and replayed.
+    """Runs a few tokens of one or several sequences; each combination is captured once and replayed.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ class DecodeStep:
         self._together = Captured([])
 
     def __call__(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Outcome:
-        """Feed tokens to sequences, up to `FEW_ROWS` in all."""
+        """Feed tokens to sequences, at most `FEW_ROWS` in total."""
         spans, rows = [], 0
         for sequence, tokens in fed:
             sequence.reserve(sequence.length + len(tokens))
@@ -144,7 +144,7 @@ class DecodeStep:
         return Outcome(self.ops, self._logits[:rows], self._best[:rows])
 
     def forget(self) -> None:
-        """Let go of what was captured of several sequences, and of their memory."""
+        """Free the captured steps of several sequences, and their memory."""
         self._members, self._together = [], Captured([])
 
     def _captured(self, spans: Sequence[Span], rows: int) -> Callable[[], None]:

@@ -1,11 +1,10 @@
-"""Prompt-lookup decoding: draft the next tokens from the text so far, and check several in one pass.
+"""Prompt-lookup decoding: draft the next tokens from the text so far, and verify several in one step.
 
-An answer often repeats its prompt: a quoted line, a name, a box. Where the last few tokens occurred before, those
-that followed are a free draft (Saxena 2023, "Prompt Lookup Decoding"). The model computes all of them at once, and
-the answer goes on only as far as its own choice at each position is the draft. Every token is thus chosen by the
-same sampler from the same logits as without drafts, one draw each, so the answer's distribution is unchanged.
-This is rejection sampling for a draft that is certain: accept it with the probability p it has, and otherwise draw
-from p without it.
+An answer often repeats its prompt: a quoted line, a name, a box. If the last few tokens occurred before, the tokens
+that followed them are a free draft (Saxena 2023, "Prompt Lookup Decoding"). The model computes all of them in one step,
+and the answer accepts them as far as they equal the sampler's own choices. Every token is chosen by the same sampler
+from the same logits as without drafts, with one random draw each, so the answer is unchanged. This is rejection
+sampling for a deterministic draft: accept it with its probability p, otherwise draw from p without it.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 MAX_DRAFT = 15
-"""Most tokens drafted at a time: with the one before them a batch of 16, which on the CPU is the largest whose rows are
-computed as one row alone would be."""
+"""Largest draft. With the token before it, it makes a batch of 16 rows: on the CPU the largest in which a row's result
+does not depend on the others."""
 
 MATCHED = 3
-"""Tokens that must have occurred before, in this order."""
+"""Number of last tokens that must have occurred before."""
 
 PRIOR = 0.75
-"""Prior acceptance rate. The estimate returns to it while nothing is drafted."""
+"""Prior acceptance rate. The estimate decays to it while nothing is drafted."""
 
 
 class PromptLookup:
-    """Drafts for one answer, as long as pays at the acceptance rate seen so far.
+    """Drafts for one answer, while they save time at the observed acceptance rate.
 
     Parameters
     ----------
@@ -42,14 +41,14 @@ class PromptLookup:
             self.append(token)
 
     def append(self, token: int) -> None:
-        """One more token of the text."""
+        """Append a token of the text."""
         if len(self._tokens) >= MATCHED:
             self._followed_at[tuple(self._tokens[-MATCHED:])] = len(self._tokens)
         self._tokens.append(token)
         self._rate += 0.01 * (PRIOR - self._rate)
 
     def draft(self, most: int) -> list[int]:
-        """What may come next, `most` tokens or fewer; nothing where the text is new or drafting does not pay."""
+        """Draft at most `most` tokens; none if the text is new or drafting would not save time."""
         start = self._followed_at.get(tuple(self._tokens[-MATCHED:]))
         if start is None:
             return []
@@ -60,12 +59,12 @@ class PromptLookup:
         return drafted
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Note how many drafted tokens were accepted."""
+        """Update the acceptance rate."""
         for right in [True] * accepted + [False] * (accepted < drafted):
             self._rate += 0.15 * (right - self._rate)
 
     def _worthwhile(self, most: int) -> int:
-        """The draft length that gives the most tokens per time at the acceptance rate seen so far."""
+        """Return the draft length with the highest expected speed at the observed acceptance rate."""
         tokens, best, speed = 1.0, 0, 1.0
         for count in range(1, most + 1):
             tokens += self._rate**count

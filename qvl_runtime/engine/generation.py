@@ -1,4 +1,4 @@
-"""From a prompt's ids to an answer: prefill, then token by token, then text."""
+"""Generation: select tokens from logits, and turn them into pieces of text."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
 
 @dataclasses.dataclass
 class Timings:
-    """Where the time went.
+    """Times and counts of an answer.
 
     Attributes
     ----------
     image, prefill, decode : float
         Seconds.
     prompt_tokens, cached_tokens : int
-        Of the prompt, and those among them that an earlier call had computed already.
+        Tokens of the prompt, and how many of them were in the prefix cache.
     images, cached_images : int
-        Pictures of the prompt, and those among them that did not pass through the vision tower again.
+        Pictures of the prompt, and how many of them were not encoded again.
     new_tokens : int
-        Of the answer.
+        Tokens of the answer.
     draft_tokens, accepted_drafts : int
         See `qvl_runtime.engine.drafts`.
     """
@@ -47,26 +47,26 @@ class Timings:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the tokens that were computed."""
+        """Speed of the tokens that were computed."""
         return (self.prompt_tokens - self.cached_tokens) / self.prefill if self.prefill else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of the tokens after the first, which prefill gives."""
+        """Speed of the tokens after the first, which the prefill computes."""
         return (self.new_tokens - 1) / self.decode if self.decode and self.new_tokens > 1 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """How likely the model held a token.
+    """The log probability of a token.
 
     Attributes
     ----------
     token_id : int
     logprob : float
-        Natural logarithm of its probability.
+        Natural logarithm of the probability.
     top : list of (int, float)
-        The most likely tokens and their log probabilities, best first.
+        The most likely tokens and their log probabilities, in descending order.
     """
 
     token_id: int
@@ -75,7 +75,7 @@ class Logprob:
 
 
 class Choice(NamedTuple):
-    """A token of an answer."""
+    """A selected token of an answer."""
 
     token: int
     logprob: Logprob | None = None
@@ -83,10 +83,10 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a stream yields: some text and the tokens behind it.
+    """An item of a stream: some text and its tokens.
 
-    The last piece also says why the answer ended ("stop" or "length") and how long it took. `logprobs` has an
-    entry a token where they were asked for. `reasoning` marks what the model thinks before it answers.
+    The last piece also has the finish reason ("stop" or "length") and the timings. `logprobs` has an entry a token if
+    requested. `reasoning` marks text before the answer.
     """
 
     text: str
@@ -99,16 +99,16 @@ class Piece:
 
 @dataclasses.dataclass
 class TokenSelector:
-    """Makes the choices of one answer: constraint, then sampler, then the record of how likely it was.
+    """Selects the tokens of one answer: constraint, then sampler, then log probabilities.
 
     Parameters
     ----------
     sampler : Sampler
     tokens : list of int
-        The prompt; every choice is appended.
+        The prompt; every selected token is appended.
     constraint : Constraint, optional
     logprobs : int, optional
-        Record every choice's log probability, with this many alternatives.
+        Compute the log probability of every token, with this many alternatives.
     """
 
     sampler: Sampler
@@ -117,14 +117,14 @@ class TokenSelector:
     logprobs: int | None = None
 
     def __call__(self, session: Session, row: int) -> Choice:
-        """Choose from a row of a session's logits.
+        """Select a token from a row of a session's logits.
 
         Raises
         ------
         QvlError
-            When they are not finite.
+            If a logit is not finite.
         """
-        # A greedy choice needs no logits on the host, unless there is none: the sampler says why.
+        # Greedy selection does not download the logits. If it fails (-1), the sampler reports why.
         greedy = self.sampler.is_argmax and self.constraint is None and self.logprobs is None
         if greedy and (best := session.best(row)) >= 0:
             choice = Choice(best)
@@ -140,9 +140,9 @@ class TokenSelector:
 
 
 def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
-    """Log probability of a token, and the most likely ones, in the model's own distribution.
+    """Compute the log probability of a token, and those of the most likely tokens.
 
-    It is that of the logits as they are, before constraint, penalties, temperature and cuts.
+    They are those of the raw logits, before constraint, penalties, temperature and truncation.
     """
     shifted = logits - logits.max()
     shifted -= np.log(np.exp(shifted).sum(dtype=np.float64))
@@ -155,9 +155,9 @@ def logprob(logits: np.ndarray, token: int, alternatives: int) -> Logprob:
 def generate_step(
     session: Session, select: TokenSelector, drafts: PromptLookup | None, limit: int, timings: Timings
 ) -> Iterator[Choice | Session]:
-    """Up to `limit` tokens, after `session` was prefilled; where it yields the session, a step must feed that first.
+    """Generate up to `limit` tokens from a prefilled session. When it yields the session, a step must feed it next.
 
-    With `drafts` several tokens are computed at once; those that were not chosen are discarded.
+    With `drafts` several tokens are computed in one step; rejected drafts are discarded.
     """
     draft: list[int] = []
     row = 0
@@ -194,10 +194,10 @@ def stream_generate(
 ) -> Iterator[Piece | Session]:
     """Turn tokens into pieces of text, until a stop token, a stop string, or the end of `choices`.
 
-    Sessions that are to be fed are passed on.
+    Sessions in `choices` are passed on.
 
-    With `reasoning_end` the answer begins with reasoning, up to that token. Stop strings are looked for behind it, and
-    the line ends that follow it are left out.
+    With `reasoning_end` the answer begins with reasoning, up to that token. Stop strings apply after it, and line ends
+    that follow it are dropped.
     """
     decoder, watch = StreamDecoder(tokenizer), StopStrings(stop)
     started = time.perf_counter()
@@ -245,16 +245,16 @@ def _piece(text: str, choices: Sequence[Choice], reasoning: bool = False) -> Pie
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of some strings, which may arrive in parts."""
+    """Ends a stream of text before the first stop string, which may arrive in parts."""
 
     def __init__(self, stops: Sequence[str]):
         self.stops = [stop for stop in stops if stop]
         self.held, self.found = "", False
 
     def push(self, text: str) -> str:
-        """Text that is certainly before any stop string."""
+        """Return the text that cannot be part of a stop string."""
         self.held += text
-        # The string that is complete first ends the text, so it does not matter how the text was cut into parts.
+        # The string that is complete first ends the text, so the result does not depend on the parts.
         spans = [(i + len(stop), i) for stop in self.stops if (i := self.held.find(stop)) >= 0]
         if spans:
             self.found = True
@@ -262,7 +262,7 @@ class StopStrings:
         return self._release(len(self.held) - max(map(self._overlap, self.stops), default=0))
 
     def _overlap(self, stop: str) -> int:
-        """How much of the end of what is held could be the beginning of `stop`."""
+        """Return the length of the longest suffix of the held text that is a prefix of `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(self.held)), 0, -1) if self.held.endswith(stop[:n])), 0)
 
     def _release(self, count: int) -> str:
@@ -270,5 +270,5 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """What was held, when nothing more comes."""
+        """Return the held text at the end of the stream."""
         return "" if self.found else self._release(len(self.held))

@@ -1,4 +1,4 @@
-"""One request on its way through the engine, as the thread that asked sees it."""
+"""A request in the engine, as seen by the thread that submitted it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,38 @@ from qvl_runtime.engine.session import Leave, Session, Slice
 from qvl_runtime.errors import QvlError
 
 Work = Generator[Any, Leave | None, None]
-"""A computation. It yields a `Slice` or a `Session` where it waits for its turn, and anything else as a result."""
+"""A computation. It yields a `Slice` or a `Session` to be scheduled, and anything else as a result."""
 
 
 WAITS = (Slice, Session)
 
 
 class Cancelled(Exception):
-    """Nobody wants the answer any more."""
+    """The job was cancelled."""
 
 
 class Job(Iterator[Any]):
-    """A computation that the engine was given, and its results as they come.
-
-    Several threads may use one.
+    """A submitted computation, and an iterator over its results. Thread-safe.
 
     Parameters
     ----------
     work : generator
         See `Work`; only the engine's thread runs it.
     length : int
-        Tokens of its prompt.
+        Tokens of the prompt.
     nbytes : int
-        Memory that it takes until it ends.
+        Memory reserved until it ends.
     owner : object
-        What must live until then.
+        An object to keep alive until it ends.
 
     Attributes
     ----------
     results : list
-        All results so far.
+        The results so far.
     slice : Slice or None
-        What it waits to compute.
+        The slice that it waits for.
     session : Session or None
-        What it waits to be fed. Of the two there is one while it runs.
+        The session that waits for a step. While the job runs, one of the two is set.
     begun, cancelled : bool
     """
 
@@ -81,12 +79,12 @@ class Job(Iterator[Any]):
         raise StopIteration
 
     def join(self) -> list[Any]:
-        """Wait for the end; all results.
+        """Wait for the end and return all results.
 
         Raises
         ------
         QvlError
-            When it was cancelled.
+            If it was cancelled.
         """
         self._check_process()
         try:
@@ -102,7 +100,7 @@ class Job(Iterator[Any]):
         return self.results
 
     def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` at the end, in the engine's thread, or at once if that was before."""
+        """Call `tell` when the job ends, in the engine's thread; at once if it has ended."""
         with self._telling:
             if self._work is not None:
                 self._tell.append(tell)
@@ -110,17 +108,17 @@ class Job(Iterator[Any]):
         tell()
 
     def cancel(self) -> None:
-        """End it at the next slice. Any thread may call this at any time."""
+        """End the job at the next slice. Thread-safe."""
         if self._work is not None:
             self.cancelled = True
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
-            raise QvlError("this answer is computed in another process, which has forked this one; ask here again")
+            raise QvlError("this answer belongs to the parent process of this fork; ask again in this process")
 
     # for the engine's thread
     def advance(self, leave: Leave | None = None) -> bool:
-        """Go on until it waits again; whether it did. Its results and its end are told."""
+        """Run until the job waits again; return False if it ended. Results and the end are published."""
         work = self._work
         assert work is not None
         self.begun = True
@@ -140,7 +138,7 @@ class Job(Iterator[Any]):
         return False
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error."""
+        """End the job with an error."""
         work = self._work
         if work is not None:
             try:
@@ -150,7 +148,7 @@ class Job(Iterator[Any]):
             self._end(error)
 
     def check(self, *_: Any) -> None:
-        """The `Trace` that ends a computation nobody wants."""
+        """A `Trace` that stops the computation of a cancelled job."""
         if self.cancelled:
             raise Cancelled
 

@@ -1,8 +1,8 @@
-"""Keys and values of a sequence on disk, so that a conversation continues without computing them again.
+"""Keys and values of a sequence on disk, to continue a conversation without a prefill.
 
-Tensors ``LAYER.PART`` are what `KVCache.saved` gives, in a backend's own layout; the metadata says which tokens and
-pictures they belong to, the NTK factor, and the `identity` of all that computed them. The last tensor is the SHA-256 of
-everything before it. It takes what the cache takes, in Qwen-VL 0.5 MB a token (0.25 MB as int8).
+Tensors ``LAYER.PART`` are the arrays of `KVCache.saved`, in the backend's layout. The metadata has the tokens and
+pictures, the NTK factor, and the `identity` of the model and settings. The last tensor is the SHA-256 of everything
+before it. The file is as large as the cache: 0.5 MB a token in Qwen-VL (0.25 MB as int8).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"
-MALFORMED = "the file is malformed: the conversation has to be computed anew"
+MALFORMED = "the file is malformed: the conversation has to be computed again"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def identity(*facts: object) -> str:
-    """A hash of everything that keys and values depend on besides the prompt, as JSON types."""
+    """Hash the facts (JSON types) that keys and values depend on besides the prompt."""
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()
 
 
 def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str) -> None:
-    """Save the positions of `state` that `keys` describe.
+    """Save the first ``len(keys)`` positions of `state`.
 
     Raises
     ------
     QvlError
-        When the file cannot be written; an older one is then left as it is.
+        If the file cannot be written. An existing file is then unchanged.
     """
     store, length = state.store, len(keys)
     parts, entries, offset = store.saved(0, length), {}, 0
@@ -72,12 +72,12 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
 
 @dataclasses.dataclass(frozen=True)
 class SavedKV:
-    """What `read` found.
+    """The content of a file.
 
     Attributes
     ----------
     keys : list of Key
-        What each position was computed from.
+        The content of each position.
     alpha : int
         The NTK factor.
     """
@@ -87,12 +87,12 @@ class SavedKV:
     _file: TensorFile
 
     def restore(self, state: SequenceState) -> None:
-        """Put everything into a state.
+        """Load everything into a state.
 
         Raises
         ------
         QvlError
-            Where it does not fit the context's cache, which is left empty.
+            If it does not fit the cache, which is then empty.
         """
         state.truncate(0)
         state.rescale(self.alpha)
@@ -111,19 +111,19 @@ class SavedKV:
 
 
 def read(path: str | os.PathLike, identity: str) -> SavedKV:
-    """Open what `write` wrote, and check all of it.
+    """Open a file of `write` and check it completely.
 
     Raises
     ------
     QvlError
-        When it is no such file, is damaged, or belongs to another `identity`.
+        If it is another kind of file, damaged, or has another `identity`.
     """
     file = TensorFile(path)
     facts = file.metadata
     if facts.get("format") != FORMAT or DIGEST not in file:
         raise QvlError(f"{path}: holds no keys and values of a conversation saved by this version")
     if facts.get("identity") != identity:
-        raise QvlError(f"{path}: its keys and values are of another model, device, or way of keeping them")
+        raise QvlError(f"{path}: its keys and values are of another model, device, or cache type")
     if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
         raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
     keys, alpha = _read_keys(file), _read_alpha(file)
@@ -137,7 +137,7 @@ def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
 
 
 def _runs(keys: Sequence[Key]) -> list[int | list]:
-    """Tokens as they are, a picture as its hash and how often it stands there."""
+    """Run-length encode keys: tokens as they are, a picture as its hash and its number of positions."""
     found: list[int | list] = []
     for key, run in itertools.groupby(keys):
         count = sum(1 for _ in run)
@@ -152,15 +152,15 @@ def _unrolled(runs: list[int | list]) -> list[Key]:
     return keys
 
 
-# A digest shows damage, not who wrote a file: every field is checked as a stranger's.
+# The digest detects damage, not forgery: every field is checked as untrusted input.
 
 
 def _read_keys(file: TensorFile) -> list[Key]:
     runs = parse_json(file.metadata.get("keys", ""), f"{file.path}: its list of keys", MALFORMED)
     if not isinstance(runs, list) or not all(_is_token(run) or _is_picture(run) for run in runs):
-        raise QvlError(f"{file.path}: its list of keys holds something else than tokens and pictures; {MALFORMED}")
+        raise QvlError(f"{file.path}: its list of keys holds something other than tokens and pictures; {MALFORMED}")
     count = sum(1 if isinstance(run, int) else run[1] for run in runs)
-    # A position takes at least a byte of each layer: more of them are refused before there is a list of them.
+    # A position takes at least one byte a layer: larger counts are refused before a list is allocated.
     if not 0 < count <= max(entry.stop for entry in file.entries.values()):
         raise QvlError(f"{file.path}: claims {count} positions, which it does not hold; {MALFORMED}")
     return _unrolled(runs)

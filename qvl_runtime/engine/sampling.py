@@ -1,4 +1,4 @@
-"""From logits to the next token: plain functions on a float32 vector, and the callable that strings them together.
+"""Sampling: functions on a float32 vector of logits, and the callable that chains them.
 
 Each step takes the logits [vocab] and returns new ones; -inf means "never". A new step is one more function and one
 more line in `Sampler.__post_init__`.
@@ -17,16 +17,16 @@ from qvl_runtime.errors import QvlError
 
 
 def apply_repetition_penalty(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np.ndarray:
-    """Make ids that occurred less likely: positive logits are divided, negative ones multiplied (CTRL, 2019).
+    """Penalize ids that occurred: positive logits are divided, negative ones multiplied (CTRL, 2019).
 
     Parameters
     ----------
     logits : numpy.ndarray
         float32 [vocab].
     token_ids : sequence of int
-        The prompt and what was generated so far; how often an id occurs does not matter.
+        The prompt and the answer so far; the number of occurrences does not matter.
     penalty : float
-        1 changes nothing.
+        1 has no effect.
     """
     out = logits.copy()
     seen = np.unique(np.asarray(token_ids, np.int64))
@@ -35,7 +35,7 @@ def apply_repetition_penalty(logits: np.ndarray, token_ids: Sequence[int], penal
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Divide the logits by the temperature (> 0); below 1e-6, which is greedy already, they would overflow."""
+    """Divide the logits by the temperature (> 0), clamped to 1e-6 to prevent overflow."""
     return logits / np.float32(max(temperature, 1e-6))
 
 
@@ -50,8 +50,8 @@ def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
 def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """Keep the smallest set of tokens whose probability reaches p, at least one; the others become -inf."""
     probabilities = softmax(logits)
-    # All tokens less likely than this together have less than 1 - p: they cannot be in the set, so only the others
-    # are sorted, often a few hundred of the 151,936.
+    # Tokens below this probability sum to less than 1 - p and cannot be in the set. Only the others are sorted, often a
+    # few hundred of the 151,936.
     candidates = np.flatnonzero(probabilities >= (1 - p) / logits.size)
     order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     mass = np.cumsum(probabilities[order], dtype=np.float64)
@@ -62,14 +62,14 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:
-    """Keep tokens at least p times as likely as the likeliest (Nguyen et al. 2024); the others become -inf."""
+    """Keep tokens at least p times as likely as the most likely one (Nguyen et al. 2024); the others become -inf."""
     return np.where(logits >= logits.max() + np.float32(math.log(p)), logits, np.float32(-np.inf))
 
 
 def apply_count_penalties(
     logits: np.ndarray, answer_ids: Sequence[int], presence: float, frequency: float
 ) -> np.ndarray:
-    """Lower the logits of ids the answer already holds: by `presence` once, and by `frequency` each time (OpenAI)."""
+    """Lower the logits of ids in the answer: by `presence` once, and by `frequency` per occurrence (OpenAI)."""
     out = logits.copy()
     seen, counts = np.unique(np.asarray(answer_ids, np.int64), return_counts=True)
     out[seen] -= np.float32(presence) + np.float32(frequency) * counts.astype(np.float32)
@@ -77,38 +77,38 @@ def apply_count_penalties(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities float32 [vocab] of float32 logits [vocab]; exactly 0 where the logit is -inf."""
+    """Convert logits to probabilities, both float32 [vocab]; exactly 0 for a logit of -inf."""
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
 
 @dataclasses.dataclass
 class Sampler:
-    """Chooses the next token: penalties, temperature, top_k, top_p, min_p, then one draw.
+    """Chooses the next token: penalties, temperature, top_k, top_p, min_p, then one random draw.
 
-    One sampler serves one answer: it carries the state of the random generator.
+    A sampler serves one answer: it holds the state of the random generator.
 
     Parameters
     ----------
     temperature : float
-        0 takes the most likely token (greedy); top_k, top_p, min_p and seed are then without effect.
+        0 takes the most likely token (greedy); top_k, top_p, min_p and seed then have no effect.
     top_k : int
-        0 is off.
+        0 disables it.
     top_p : float
-        1 is off.
+        1 disables it.
     repetition_penalty : float
-        1 is off. It acts on prompt and answer, and on greedy choices, too.
+        1 disables it. Applies to prompt and answer, also with greedy selection.
     seed : int, optional
-        The same seed and logits give the same tokens; None takes fresh randomness.
+        The same seed and logits give the same tokens. None takes a random seed.
     min_p : float
-        0 is off.
+        0 disables it.
     presence_penalty, frequency_penalty : float
-        From -2 to 2, 0 is off. They act on the answer alone, and on greedy choices, too.
+        From -2 to 2; 0 disables it. Apply to the answer only, also with greedy selection.
 
     Raises
     ------
     QvlError
-        A value out of its range.
+        A value is out of range.
     """
 
     temperature: float = 0.0
@@ -147,7 +147,7 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the choice is always the highest logit, so that nobody need fetch the others."""
+        """Whether the choice is always the highest logit, so that logits need not be downloaded."""
         return self.temperature == 0 and not self._penalises
 
     @property
@@ -155,19 +155,19 @@ class Sampler:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __call__(self, logits: np.ndarray, token_ids: Sequence[int]) -> int:
-        """Choose the next token.
+        """Choose a token.
 
         Parameters
         ----------
         logits : numpy.ndarray
             float32 [vocab]; not changed.
         token_ids : sequence of int
-            The ids before it: the prompt at the first call, prompt and answer later.
+            The ids so far: the prompt at the first call, then prompt and answer.
 
         Raises
         ------
         QvlError
-            The best logit is not finite: the model's weights or arithmetic are broken.
+            The highest logit is not finite: the model's weights or arithmetic are damaged.
         """
         logits = self.adjust(logits, token_ids)
         if self.temperature == 0:
@@ -178,8 +178,8 @@ class Sampler:
         return int(possible[np.searchsorted(mass[:-1], self._random.random() * mass[-1], side="right")])
 
     def adjust(self, logits: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits a token is drawn from (or, greedily, the highest taken): after penalties and truncation."""
-        best = int(np.argmax(logits))  # NaN wins against every number
+        """Apply penalties and truncation; return the logits that the token is drawn from."""
+        best = int(np.argmax(logits))  # argmax returns a NaN if there is one
         if not np.isfinite(logits[best]):
             raise QvlError(f"the model's logits hold {logits[best]} (token {best}): check the model file")
         if self._prompt_length is None:

@@ -1,8 +1,8 @@
-"""Many answers at once: one thread owns the device, and gives every answer its turns.
+"""Scheduling of concurrent answers: one thread owns the device.
 
-A tick computes the next token of all answers that have begun, in products of up to `FEW_ROWS` rows, then at most one
-slice of a prompt or of a picture. Rows of answers and of prompts are never in one product, and slices are cut so that
-it does not show: an answer is the same alone and among others.
+A tick computes the next token of all running answers, in products of up to `FEW_ROWS` rows, then at most one slice of
+a prompt or of a picture. Rows of answers and of prompts are never in one product, and the cuts between slices do not
+affect the result: an answer is the same alone and in a batch.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from qvl_runtime.engine.sequence import PAGE
 from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, step
 
 MAX_BATCH = FEW_ROWS
-"""Answers computed at once, at most: each has at least a row of a step."""
+"""Largest number of concurrent answers: each has at least one row of a step."""
 
 SLICE_ROWS = 64
-"""Tokens of a prompt computed between two tokens of other answers."""
+"""Prompt tokens per slice while other answers are decoded."""
 
 IDLE_SECONDS = 5.0
-"""The thread ends when it had nothing to do for so long."""
+"""Idle time after which the thread ends."""
 
 
 class Scheduler:
-    """Computes what it is given.
+    """Runs jobs in a thread.
 
-    The thread starts with the first job, and ends when it is idle or the scheduler is gone. It never keeps the process
-    alive. A forked child starts its own.
+    The thread starts with the first job, and ends when it is idle or the scheduler is deleted. It does not keep the
+    process alive. A forked child starts its own.
 
     Parameters
     ----------
     sessions : Sessions
     max_batch : int
-        Answers computed at once, up to `MAX_BATCH`.
+        Largest number of concurrent answers, up to `MAX_BATCH`.
     room : int
-        Bytes that the keys and values of these may take together. One alone may take more.
+        Limit for the keys and values of concurrent answers, in bytes. A single answer may exceed it.
 
     Attributes
     ----------
     device : threading.RLock
-        Held by the thread during a tick. Another thread that computes something takes `gate` and then `device`.
+        Held by the thread during a tick. Other threads that use the device take `gate`, then `device`.
     gate : threading.RLock
-        The thread passes through it between two ticks, so that others get their turn.
+        Taken and released by the thread between ticks, so that other threads can take `device`.
     steps, slices : int
-        Counted since the start.
+        Numbers since the start.
     """
 
     def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int):
@@ -75,11 +75,11 @@ class Scheduler:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Jobs that are being computed, and those that wait for room."""
+        """The numbers of running and of waiting jobs."""
         return len(self._running), len(self._waiting) + self._inbox.qsize()
 
     def submit(self, work: Work, length: int, capacity: int) -> Job:
-        """Compute something with a prompt of `length` tokens that needs a session of `capacity` positions."""
+        """Submit a computation with a prompt of `length` tokens that needs a session of `capacity` positions."""
         job = Job(work, length, -(-capacity // PAGE) * self._page_bytes, self)
         with self._lock:
             if self._pid != os.getpid():
@@ -93,14 +93,14 @@ class Scheduler:
         return job
 
     def retire(self) -> bool:
-        """Whether the thread may end, because nothing was submitted meanwhile."""
+        """Whether the thread may end: nothing was submitted meanwhile."""
         with self._lock:
             if self._inbox.empty():
                 self._thread = None
             return self._thread is None
 
     def stop(self) -> None:
-        """End all jobs, at the next layer, and wait for it: the interpreter is about to end."""
+        """End all jobs at the next layer and wait for the thread, before the interpreter exits."""
         self._stopped = True
         for job in [*self._running, *self._waiting]:
             job.cancel()
@@ -108,9 +108,9 @@ class Scheduler:
             self._inbox.put(None)
             self._thread.join(IDLE_SECONDS)
 
-    # the thread's own
+    # for the scheduler's thread
     def run(self, job: Job) -> None:
-        """Work until nothing is left to do."""
+        """Run until there are no more jobs."""
         self._waiting.append(job)
         while (self._waiting or self._running) and not self._stopped:
             with self.gate:
@@ -140,12 +140,12 @@ class Scheduler:
                 self._end(job)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
-        """End a job that cannot go on."""
+        """End a job early."""
         job.fail(error or Cancelled())
         self._forget(job)
 
     def _forget(self, job: Job) -> None:
-        """Let a job that has ended leave."""
+        """Remove a job that has ended."""
         for jobs in (self._running, self._waiting):
             if job in jobs:
                 jobs.remove(job)
@@ -153,7 +153,7 @@ class Scheduler:
             self._encoding = None
 
     def _admit(self) -> None:
-        """Begin jobs in the order in which they came, as long as there is room."""
+        """Start waiting jobs in order of arrival, while there is memory."""
         while self._waiting and len(self._running) < self.max_batch:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
@@ -161,7 +161,7 @@ class Scheduler:
             self._running.append(self._waiting.popleft())
 
     def _decode(self, jobs: list[Job]) -> None:
-        """The next token of each, in steps of up to `FEW_ROWS` rows."""
+        """Compute the next token of each job, in steps of up to `FEW_ROWS` rows."""
         spare = FEW_ROWS - 1 if len(jobs) == 1 else 0
         while jobs:
             together: list[Job] = []
@@ -188,7 +188,7 @@ class Scheduler:
                     self._forget(job)
 
     def _able(self) -> list[Job]:
-        """Jobs that a slice could be computed of."""
+        """Return the jobs whose next slice can be computed now."""
         holder = self._encoding  # the vision part holds one picture
         return [
             job
@@ -197,7 +197,7 @@ class Scheduler:
         ]
 
     def _next_slice(self) -> Job | None:
-        """Whose slice is next: in turn the oldest job's, and that of the one with the least to do."""
+        """Choose the job of the next slice: alternately the oldest job, and the one with the least work left."""
         able = self._able()
         if not able:
             return None
@@ -206,7 +206,7 @@ class Scheduler:
 
     def _compute_slice(self, job: Job, rows: int) -> None:
         if not job.begun:
-            self._go_on(job)  # it takes a session now; the slice is still to be computed
+            self._go_on(job)  # it takes a session first; then the slice is computed
             if job not in self._able():
                 return
         self._go_on(job, Leave(rows, job.check))
@@ -230,7 +230,7 @@ def _stop_all() -> None:
 
 
 def _serve(owner: weakref.ref[Scheduler], inbox: SimpleQueue[Job | None]) -> None:
-    """What the thread runs. While it is idle it holds nothing of the model."""
+    """The thread's main loop. While idle it holds no reference to the model."""
     while True:
         try:
             job = inbox.get(timeout=IDLE_SECONDS)

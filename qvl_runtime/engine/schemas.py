@@ -1,4 +1,4 @@
-"""Whether a JSON schema describes any document that ends."""
+"""Check that a JSON schema allows a finite document."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 
 def has_end(schema: Any) -> bool:
-    """Whether a document of finite length can fit a schema, as far as its references decide that.
+    """Whether a finite document can match a schema, as far as its references decide.
 
-    A schema whose required parts refer back to itself asks for a document without end: a grammar of it allows every
-    next token of one.
+    A schema whose required parts refer back to itself only matches infinite documents. Its grammar would still allow a
+    next token at every position.
 
     Parameters
     ----------
     schema : dict or bool
-        A valid JSON schema. References to other documents count as fulfilled.
+        A valid JSON schema. References to other documents count as satisfied.
     """
     references, known = set(_references(schema)), set[str]()
-    # The smallest set of references that have an end: those that need none of the others, then those that need these.
+    # Fixed point: references that are finite by themselves, then those that need only finite ones.
     while True:
         ended = {name for name in references - known if _ends(_target(schema, name), known)}
         if not ended:
@@ -39,7 +39,7 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _target(schema: Any, reference: str) -> Any:
-    """What a reference names; true, which anything fits, where that is not in this document."""
+    """Resolve a reference; True (the schema that everything matches) if it is not in this document."""
     if not reference.startswith("#"):
         return True
     for step in reference[1:].split("/")[1:]:
@@ -51,7 +51,7 @@ def _target(schema: Any, reference: str) -> Any:
 
 
 def _ends(schema: Any, known: set[str]) -> bool:
-    """Whether a schema has an end, given the references that have one."""
+    """Whether a schema is finite, given the references that are."""
     if not isinstance(schema, dict):
         return schema is not False
     if "$ref" in schema and schema["$ref"] not in known:

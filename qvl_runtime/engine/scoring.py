@@ -12,13 +12,13 @@ from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.trace import Trace, no_trace
 
 ROWS = 64
-"""Tokens whose logits are on the device at a time."""
+"""Tokens whose logits are computed at a time."""
 
 
 def score(
     decoder: Decoder, prompt: Prompt, features: Sequence[tuple[Slot, Array]], trace: Trace = no_trace
 ) -> np.ndarray:
-    """Logits after every token of a prompt: float32 ``[T, vocab]``, in one pass, with the most precise cache.
+    """Compute the logits after every token of a prompt, float32 ``[T, vocab]``, with the most precise cache.
 
     The cache has one layer: each layer's keys are used at once and overwritten by the next layer's.
     """

@@ -1,4 +1,4 @@
-"""The state of one sequence: its keys and values, how many there are, and its rotary positions."""
+"""The state of one sequence: its keys and values, their number, and its rotary positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qvl_kernels.ops import Array, KVCache, Ops
 from qvl_runtime.inputs.prompt import Slot
 
 PAGE = 256
-"""Capacity grows in steps of this many positions."""
+"""Granularity of the capacity, in positions."""
 
 
 class Rotary(Protocol):
@@ -20,11 +20,11 @@ class Rotary(Protocol):
     Attributes
     ----------
     rope : Array
-        float32 ``[capacity, head_dim]``, as `Ops.rope_append` takes it: row i is that of the i-th token.
+        float32 ``[capacity, head_dim]``, as for `Ops.rope_append`; row i belongs to the i-th token.
     logn : Array or None
-        float32 ``[capacity]``: factors of the queries.
+        float32 ``[capacity]``: log-n factors of the queries.
     alpha : int
-        The factor that the base was scaled by; keys that were rotated with another one cannot be used. 1 for a family
+        The NTK factor of the rotary base. Keys that were rotated with another factor are invalid. 1 for a family
         without dynamic scaling.
     """
 
@@ -33,20 +33,20 @@ class Rotary(Protocol):
     alpha: int
 
     def scaling(self, length: int) -> int:
-        """The `alpha` that a prompt of `length` tokens asks for."""
+        """Return the `alpha` of a prompt of `length` tokens."""
 
     def rescale(self, alpha: int) -> None:
-        """Take another `alpha`."""
+        """Change `alpha`."""
 
     def place(self, length: int, slots: Sequence[Slot]) -> None:
-        """Set the rows of a prompt of `length` tokens, and of the tokens that follow it."""
+        """Compute the rows of a prompt of `length` tokens, and those after it."""
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens, keeping what `place` set."""
+        """Grow to `capacity` tokens; the rows set by `place` remain."""
 
 
 class Shape(Protocol):
-    """What a cache's size depends on; every family's config has it."""
+    """The part of a config that the size of a cache depends on."""
 
     @property
     def num_hidden_layers(self) -> int: ...
@@ -69,15 +69,15 @@ class SequenceState:
     ops : Ops
     shape : Shape
     rotary : callable
-        Makes the `Rotary` for a capacity.
+        Creates the `Rotary` for a capacity.
     dtype : str
-        Of the cache.
+        Type of the cache: "fp16" or "int8".
     capacity : int
-        Tokens to make room for at first.
+        Initial capacity in tokens.
     layers : int, optional
-        Fewer layers than the model has; they are used in turn.
+        Number of cache layers if fewer than the model has; they are used cyclically.
     context : int, optional
-        Tokens that were agreed upon: the cache grows beyond them only as far as it must.
+        Expected length: beyond it the cache grows only as far as needed.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class SequenceState:
     length : int
         Positions filled.
     captured : dict
-        Steps of this sequence alone, by who captured them.
+        Captured steps of this sequence alone, by the object that captured them.
     """
 
     def __init__(
@@ -121,17 +121,17 @@ class SequenceState:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """Whatever captured operations on this sequence refer to; they are void once it changes."""
+        """The arrays that captured operations refer to; these become invalid when an array changes."""
         return self.store, self.rotary.rope, self.rotary.logn
 
     def layer(self, index: int) -> int:
-        """Index of a layer's keys in the store."""
+        """Return the index of a layer's keys in the store."""
         return index % self._layers
 
     def begin(self, length: int, slots: Sequence[Slot] = ()) -> None:
-        """Prepare for a prompt of `length` tokens in all, of which the first `self.length` are in the cache.
+        """Prepare for a prompt of `length` tokens, of which the first `self.length` are cached.
 
-        If the prompt asks for another scaling of the rotary base, the cached keys are void and `length` drops to 0.
+        If the prompt needs another scaling of the rotary base, the cached keys are invalid and `length` becomes 0.
         """
         self.rescale(self.rotary.scaling(length))
         self.reserve(length)
@@ -139,19 +139,19 @@ class SequenceState:
         self.truncate(self.length)
 
     def rescale(self, alpha: int) -> None:
-        """Take another scaling of the rotary base; keys in the cache are void then."""
+        """Change the scaling of the rotary base; this invalidates the cached keys."""
         if alpha != self.rotary.alpha:
-            # The keys are void before the table changes: an interrupt must not leave one with the other.
+            # Invalidate the keys first: an interrupt must not leave old keys with the new table.
             self.length = 0
             self.rotary.rescale(alpha)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` positions, keeping those that are filled.
+        """Grow to `capacity` positions; filled positions are preserved.
 
-        A cache grows by half at least, so that a long conversation is not copied at every turn.
+        A cache grows by at least half, so that a long conversation is not copied at every turn.
         """
         if capacity > self.store.capacity:
-            # While it moves, the keys are in neither cache: an interrupt or a lack of memory must not leave half of it.
+            # While moving, neither cache is complete: after an interrupt or an allocation failure it counts as empty.
             length, self.length = self.length, 0
             try:
                 grown = min(self.store.capacity * 3 // 2, self._context)
@@ -163,7 +163,7 @@ class SequenceState:
             self.length = length
 
     def take_over(self, other: SequenceState, length: int, capacity: int) -> None:
-        """Copy the first `length` positions of another sequence, which begins alike, and make room for `capacity`."""
+        """Copy the first `length` positions of another sequence with the same prefix, and grow to `capacity`."""
         self.length = 0
         self.rescale(other.rotary.alpha)
         try:
@@ -175,10 +175,10 @@ class SequenceState:
         self.length = length
 
     def advance(self, count: int) -> None:
-        """Count `count` more positions as filled."""
+        """Mark `count` more positions as filled."""
         self.truncate(self.length + count)
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Drop all positions from `length` on."""
         self.length = length
         self.ops.write(self.start, np.array([length], np.int32))

@@ -1,4 +1,4 @@
-"""The prefix cache: keys and values of earlier prompts and answers, reused by a prompt that begins alike."""
+"""The prefix cache: keys and values of earlier sequences, reused by prompts with the same prefix."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from qvl_runtime.inputs.prompt import Key, Prompt, Slot
 from qvl_runtime.trace import Trace, no_trace
 
 PREFILL_ROWS = 512
-"""Tokens of a prompt computed at a time: enough to keep the products busy, few enough to bound memory."""
+"""Largest slice of a prompt in tokens: enough for efficient products, few enough to bound memory."""
 
 WORTH_COPYING = 16
-"""Positions that another session must have more than the best idle one, for copying them to pay."""
+"""Minimum number of additional positions for which copying another session is worthwhile."""
 
 
 class Leave(NamedTuple):
-    """What a computation may do before it yields again.
+    """The scheduler's limits for the next slice.
 
     Attributes
     ----------
     rows : int
-        Tokens of a prompt.
+        Largest number of prompt tokens.
     check : Trace
-        Called after each layer; what it raises ends the computation.
+        Called after each layer; an exception from it ends the computation.
     """
 
     rows: int = PREFILL_ROWS
@@ -39,15 +39,15 @@ class Leave(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """What a computation that wants to go on yields: a part of a prompt or of a picture is next.
+    """A request for the next slice of a prompt or a picture.
 
     Attributes
     ----------
     picture : bool
     left : int
-        Tokens that are still to be computed, about.
+        Approximate number of tokens still to compute.
     behind : tuple or None
-        A session, and the length it must have first: what it computes is of use here.
+        Another session and the length it must reach first, because its prefix will be reused.
     """
 
     picture: bool
@@ -56,7 +56,7 @@ class Slice(NamedTuple):
 
     @property
     def ready(self) -> bool:
-        """Whether it may go on."""
+        """Whether the slice may be computed now."""
         return self.behind is None or not self.behind[0].busy or self.behind[0].length >= self.behind[1]
 
 
@@ -65,10 +65,10 @@ Turns = Generator[Slice, Leave | None, None]
 
 
 def slice_end(first: int, length: int, rows: int) -> int:
-    """Where the slice of a prompt of `length` tokens ends that begins at `first` and has about `rows` tokens.
+    """Return the end of a slice of about `rows` tokens that begins at `first`, in a prompt of `length` tokens.
 
-    Slices end at multiples of `rows`, and none has `FEW_ROWS` tokens or fewer unless no more are left in all: a few
-    may be computed otherwise than many, and how a prompt is cut must not show in its answer.
+    Slices end at multiples of `rows`. None has `FEW_ROWS` tokens or fewer unless the whole remainder has: small
+    products may use other arithmetic than large ones, and the cuts must not affect the answer.
     """
     end = (first // rows + 1) * rows
     if end - first <= FEW_ROWS:
@@ -77,32 +77,31 @@ def slice_end(first: int, length: int, rows: int) -> int:
 
 
 class Session:
-    """One cached sequence, and what is to be fed to it.
+    """One cached sequence, and the tokens to feed next.
 
-    Positions are described by their `Key`, so that a prompt finds what it shares with an earlier one even if a
-    picture's path changed, and never takes another picture's features for its own. Keys are noted before a position
-    counts as filled: an error or an interrupt at any point leaves a session that is merely shorter.
+    Positions are compared by `Key`: pictures match by content, not by path. The key is stored before its position
+    counts as filled, so that an error or an interrupt leaves a valid, shorter session.
 
     Attributes
     ----------
     state : SequenceState
     salt : str or None
-        Whose prompts it is for.
+        Partition of the prefix cache.
     busy : bool
-        Whether an answer has it.
+        Whether an answer uses it.
     pending : tuple of int
-        Tokens that the next step feeds.
+        Tokens to feed in the next step.
     spare : int
-        Further tokens, at most, that the next step has room for.
+        Rows of the next step that drafts may use.
     """
 
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
         self.busy, self.pending, self.spare = False, tuple[int, ...](), FEW_ROWS - 1
-        self._keys: list[Key] = []  # those from `length` on mean nothing
+        self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
-        # The length of the last prompt, and the logits after it, for another answer to the same prompt.
+        # Length of the last prompt, and the logits after it, for another answer to the same prompt.
         self._prompted: int | None = None
         self._prompt_logits = decoder.ops.empty((1, decoder.vocab_size))
         self._prompt_best = decoder.ops.empty((1,), np.int32)
@@ -110,28 +109,28 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Positions filled."""
+        """Number of filled positions."""
         return self.state.length
 
     @property
     def room(self) -> int:
-        """Positions left in the model's window."""
+        """Number of positions left in the model's window."""
         return self.state.window - self.state.length
 
     def shared(self, keys: Sequence[Key]) -> int:
-        """How many of the first positions of a prompt are those of this session."""
+        """Return the length of the common prefix with a prompt."""
         return _alike(self._keys[: self.length], keys)
 
     def will_share(self, keys: Sequence[Key], alpha: int) -> int:
-        """How many it will have in common once its own prompt is computed."""
+        """Return the length of the common prefix once this session's own prompt is computed."""
         return _alike(self._prompt, keys) if self.state.rotary.alpha == alpha else 0
 
     def keep(self, prompt: Prompt) -> int:
-        """Forget what a prompt does not share; returns how many of its positions need no computing.
+        """Truncate to the common prefix with a prompt; return the number of its positions that are cached.
 
-        All of them only if the logits after exactly this prompt are known: it is asked again, or for another answer.
-        None if the prompt's length asks for another scaling of the rotary base. Where a few tokens are computed
-        otherwise than many, more than a few are left to compute, as there are without a cache.
+        That is the whole prompt only if the logits after exactly this prompt are cached, and 0 if the prompt needs
+        another scaling of the rotary base. If the decoder is `coarse`, more than `FEW_ROWS` tokens remain to be
+        computed, so that they use the same arithmetic as without a cache.
         """
         keys = self._prompt = prompt.keys
         self.state.begin(len(keys), prompt.slots)
@@ -146,7 +145,7 @@ class Session:
         return kept
 
     def copy(self, other: Session, count: int, capacity: int) -> None:
-        """Become a copy of the first `count` positions of another session."""
+        """Copy the first `count` positions of another session."""
         self.truncate(0)
         self._prompted = None
         self.state.take_over(other.state, count, capacity)
@@ -156,15 +155,15 @@ class Session:
             self._prompted = count
 
     def prefill(self, prompt: Prompt, features: Sequence[tuple[Slot, Array]], capacity: int) -> Turns:
-        """Compute what `keep` left of a prompt; afterwards row 0 of `logits` is for the token that follows.
+        """Compute the positions of a prompt that `keep` did not find; then row 0 of `logits` predicts the next token.
 
         Parameters
         ----------
         prompt : Prompt
         features : sequence of (Slot, Array)
-            Of the prompt's pictures. Those whose positions are all kept may be left out.
+            Features of the prompt's pictures. Pictures whose positions are all cached may be omitted.
         capacity : int
-            Positions to make room for: prompt and answer.
+            Number of positions of prompt and answer.
         """
         ids, keys, ops = prompt.ids, prompt.keys, self.decoder.ops
         self._outcome, self._row = Outcome(ops, self._prompt_logits, self._prompt_best), 0
@@ -192,7 +191,7 @@ class Session:
         self._prompted = len(ids)
 
     def feed(self, *tokens: int) -> None:
-        """Append tokens at the next step; then row i of `logits` is for the token that follows ``tokens[i]``."""
+        """Append tokens in the next step; then row i of `logits` predicts the successor of ``tokens[i]``."""
         self._keys[self.length :] = tokens
         self.pending = tokens
 
@@ -201,11 +200,11 @@ class Session:
         self.state.truncate(length)
 
     def logits(self, row: int) -> np.ndarray:
-        """float32 ``[vocab]``."""
+        """Return a row of logits, float32 ``[vocab]``."""
         return self._outcome.logits(self._row + row)
 
     def best(self, row: int) -> int:
-        """The token with the highest logit; -1 where one is not finite."""
+        """Return the token with the highest logit; -1 if a logit is not finite."""
         return self._outcome.best(self._row + row)
 
     def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
@@ -218,12 +217,12 @@ class Session:
         self._keys, self._prompted = list(found.keys), None
 
     def fed(self, outcome: Outcome, row: int) -> None:
-        """Note what a step has given, from a row of it on."""
+        """Store the result of a step, whose rows for this session begin at `row`."""
         self.pending, self._outcome, self._row = (), outcome, row
 
 
 def step(run: DecodeStep, sessions: Sequence[Session]) -> None:
-    """Feed their pending tokens to sessions, `FEW_ROWS` in all at most."""
+    """Run one step with the pending tokens of sessions, at most `FEW_ROWS` in total."""
     outcome, row = run([(session.state, session.pending) for session in sessions]), 0
     for session in sessions:
         count = len(session.pending)
@@ -232,24 +231,22 @@ def step(run: DecodeStep, sessions: Sequence[Session]) -> None:
 
 
 def _pays(count: int, own: int, length: int) -> bool:
-    """Whether to copy `count` positions where `own` are there already, of a prompt of `length` tokens."""
+    """Whether to copy `count` positions of a prompt of `length` tokens if `own` are cached already."""
     return count >= own + WORTH_COPYING or own < count == length
 
 
 def _alike(a: Sequence[Key], b: Sequence[Key]) -> int:
-    """How many of the first keys are the same."""
+    """Return the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Sessions:
-    """The sessions of one model: each answer takes one, and puts it back when it ends.
-
-    An answer that begins while another is not finished gets a session of its own.
+    """The sessions of one model. An answer takes one and returns it at its end; concurrent answers use different ones.
 
     Parameters
     ----------
     limit : int
-        Sessions that are kept when nobody uses them, the latest. 0 keeps nothing between calls.
+        Largest number of idle sessions; the most recent are cached. 0 disables the prefix cache.
     """
 
     def __init__(self, decoder: Decoder, dtype: str, limit: int):
@@ -259,16 +256,15 @@ class Sessions:
         self._lock = make_lock()
 
     def page_bytes(self) -> int:
-        """Bytes of the keys and values of `PAGE` positions, in which memory is taken."""
+        """Return the bytes of `PAGE` positions, the unit of allocation."""
         return self.decoder.sequence(self._dtype, PAGE).store.nbytes
 
     def begin(
         self, prompt: Prompt, capacity: int, salt: str | None = None
     ) -> Generator[Slice, Leave | None, tuple[Session, int]]:
-        """The session for a prompt, and how many positions of the prompt it has.
+        """Return a session for a prompt, and the number of cached positions.
 
-        If another answer's session is going to have far more of the prompt than any idle one, that is waited for, and
-        copied.
+        If the session of a running answer will share a much longer prefix than any idle one, wait for it and copy it.
         """
         keys = prompt.keys
         while True:
@@ -289,7 +285,7 @@ class Sessions:
             raise
 
     def _neighbour(self, keys: Sequence[Key], salt: str | None) -> tuple[Session, int] | None:
-        """The busy session that will share most with a prompt, and how much."""
+        """Return the busy session that will share the longest prefix, and its length."""
         own = [session for session in self._busy if session.salt == salt]
         if not own:
             return None
@@ -297,10 +293,9 @@ class Sessions:
         return max(((session, session.will_share(keys, alpha)) for session in own), key=lambda found: found[1])
 
     def take(self, keys: Sequence[Key], capacity: int, salt: str | None = None) -> Session:
-        """The idle session of this salt that shares most with a prompt, or a new one.
+        """Return the idle session of this salt with the longest common prefix, or a new one.
 
-        One whose greater part the prompt would throw away goes on waiting for its own conversation as long as
-        there may be another.
+        A session of which the prompt would discard the greater part stays cached while the limit allows another.
         """
         with self._lock:
             own = [session for session in self._idle if session.salt == salt]
@@ -320,7 +315,7 @@ class Sessions:
         return best
 
     def give(self, session: Session) -> None:
-        """Put a session back."""
+        """Return a session after use."""
         with self._lock:
             session.busy = False
             if session in self._busy:
@@ -344,7 +339,7 @@ class Sessions:
         return length
 
     def load(self, path: str | os.PathLike, identity: str) -> int:
-        """Make a session of what `save` wrote; returns how many positions it has: none where nothing is kept."""
+        """Add a session from a file of `save`; return its number of positions, 0 if the prefix cache is disabled."""
         found = kv_file.read(path, identity)
         if not self._limit:
             return 0
@@ -354,10 +349,10 @@ class Sessions:
         return len(found.keys)
 
     def release(self) -> None:
-        """Forget the sessions of answers that are computed in another process."""
+        """Drop the busy sessions after a fork: their answers belong to the parent process."""
         self._busy.clear()
 
     def clear(self) -> None:
-        """Let go of all sessions that nobody uses, and their memory."""
+        """Free all idle sessions."""
         with self._lock:
             self._idle.clear()

@@ -1,1 +1,1 @@
-"""Files: reading what may be hostile, the blob, and replacing a file as a whole."""
+"""Reading files that may be hostile."""

@@ -1,4 +1,4 @@
-"""Parsing JSON nobody vouches for."""
+"""Parsing untrusted JSON."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from qvl_runtime.errors import QvlError
 
 MAX_JSON = 16 << 20
-"""Bytes of a JSON file; its values take up to 30 times as much memory."""
+"""Largest size of a JSON file in bytes. The parsed values take up to 30 times as much memory."""
 
 
 def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
-    """Parse JSON, in UTF-8 where it is bytes; `where` begins the error's line and `remedy` ends it.
+    """Parse JSON text, or UTF-8 bytes. `where` begins the error message and `remedy` ends it.
 
     Raises
     ------
     QvlError
-        When it is malformed, nested too deeply, or an object has a key twice.
+        If it is malformed, nested too deeply, or an object has a duplicate key.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -29,7 +29,7 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
 
 
 def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
-    """As `parse_json`, for what must be an object."""
+    """Parse JSON that must be an object; see `parse_json`."""
     value = parse_json(text, where, remedy)
     if not isinstance(value, dict):
         raise QvlError(f"{where} holds no JSON object; {remedy}")
@@ -39,5 +39,5 @@ def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("a key appears twice")
     return result

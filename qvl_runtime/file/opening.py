@@ -1,4 +1,4 @@
-"""Opening files nobody vouches for: regular ones only, of limited size, and each of them once."""
+"""Opening untrusted files: regular files only, of limited size, opened once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 from qvl_runtime.errors import QvlError
 
-# A pipe without a writer would block in open(), and a terminal could become this process's own.
+# A pipe without a writer would block in open(); a terminal could become the controlling terminal.
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-# What a clone without Git-LFS has in the place of each large file.
+# A clone without Git-LFS has this in place of each large file.
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: str = "check the path") -> BinaryIO:
-    """Open a regular file for reading; what is checked is the descriptor that is read.
+    """Open a regular file for reading. The checks apply to the opened descriptor.
 
     Parameters
     ----------
@@ -32,24 +32,24 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
     limit : int, optional
         Largest size in bytes.
     remedy : str
-        Ends the error's line.
+        Ends the error message.
 
     Raises
     ------
     QvlError
-        Nothing there, no permission, a folder, pipe, socket or device, a file above `limit`, or a Git-LFS pointer.
+        No such file, no permission, not a regular file, larger than `limit`, or a Git-LFS pointer.
     """
     name = as_path(path)
     try:
         descriptor = os.open(name, FLAGS)
     except FileNotFoundError:
         raise QvlError(f"{shown(path)}: no such file; {remedy}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name, or an invalid name
         raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            kind = KINDS.get(stat.S_IFMT(status.st_mode), "something special")
+            kind = KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
             raise QvlError(f"{shown(path)}: cannot be read (it is {kind}, not a regular file); {remedy}")
         if limit is not None and status.st_size > limit:
             raise _too_large(path, limit, remedy)
@@ -64,16 +64,16 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
 
 
 def read_regular(path: str | os.PathLike, *, limit: int, remedy: str = "check the path") -> bytes:
-    """The content of a regular file of at most `limit` bytes, as `open_regular` opens it.
+    """Read a regular file of at most `limit` bytes; see `open_regular`.
 
     Raises
     ------
     QvlError
-        As `open_regular`, and when the file cannot be read or grows beyond `limit` meanwhile.
+        As for `open_regular`, and if the file cannot be read or grows beyond `limit`.
     """
     with open_regular(path, limit=limit, remedy=remedy) as file:
         try:
-            content = file.read(limit + 1)  # the files of /proc have no size, and others may grow
+            content = file.read(limit + 1)  # files in /proc report no size, and a file may grow
         except OSError as error:
             raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
     if len(content) > limit:
@@ -82,12 +82,12 @@ def read_regular(path: str | os.PathLike, *, limit: int, remedy: str = "check th
 
 
 def as_path(value: str | os.PathLike) -> Path:
-    """What a caller passed for a path, as one.
+    """Convert an argument to a path.
 
     Raises
     ------
     QvlError
-        When it is no path.
+        If it is not a path.
     """
     try:
         return Path(value)
@@ -102,7 +102,7 @@ def below(folder: Path, name: str | os.PathLike) -> Path | None:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path for an error's one line: whole, unless it is longer than any real one or has control characters."""
+    """Format a path for a one-line error: shortened if very long, escaped if it has control characters."""
     text = os.fsdecode(path)
     text = text if len(text) <= 1024 else f"{text[:500]}…{text[-20:]}"
     return text if text.isprintable() else ascii(text)

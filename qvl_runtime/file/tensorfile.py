@@ -1,4 +1,4 @@
-"""Reading safetensors files without trusting them: the header is checked before anything is allocated."""
+"""Reading untrusted safetensors files: the header is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.opening import open_regular
 
-# A thousand times a model's; parsed, it takes up to 30 times as much memory.
+# A thousand times that of a model. The parsed header takes up to 30 times as much memory.
 MAX_HEADER = 16 << 20
 MAX_DIMS = 8
 DTYPES = {
@@ -36,7 +36,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its bytes are ``[start, stop)`` of the file."""
+    """The place of a tensor: bytes ``[start, stop)`` of the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -45,13 +45,13 @@ class Entry:
 
 
 class TensorFile:
-    """A mapped safetensors file.
+    """A memory-mapped safetensors file.
 
     Parameters
     ----------
     path : path
     remedy : str
-        Ends the line of an error about a file that cannot be opened.
+        Ends the error message if the file cannot be opened.
 
     Attributes
     ----------
@@ -63,21 +63,21 @@ class TensorFile:
     Raises
     ------
     QvlError
-        When the file is missing, is no safetensors file, is truncated, or its offsets overlap or leave gaps.
+        If the file is missing, not a safetensors file or truncated, or its offsets overlap or leave gaps.
     """
 
     def __init__(self, path: str | os.PathLike, *, remedy: str = "check the path"):
         with open_regular(path, remedy=remedy) as file:
             self.path, size = Path(path), os.fstat(file.fileno()).st_size
             if size < 8:
-                raise QvlError(f"{self.path}: {size} bytes are no safetensors file; download it again")
+                raise QvlError(f"{self.path}: {size} bytes are not a safetensors file; download it again")
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: it was cut short meanwhile
+            except (OSError, ValueError) as error:  # ValueError: it was truncated meanwhile
                 raise QvlError(f"{self.path}: cannot be read ({error}); check the path") from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Linux then reads what is not in memory yet in pages of 2 MB: a thread gets a third more bandwidth.
-            with contextlib.suppress(OSError):  # where the system has none
+            # Linux then reads the file in pages of 2 MB: a thread gets a third more bandwidth.
+            with contextlib.suppress(OSError):  # the system may have no huge pages
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self.entries, self.metadata = self._read_header(size)
 
@@ -85,18 +85,18 @@ class TensorFile:
         length = int.from_bytes(self._map[:8], "little")
         if MAX_HEADER < length <= size - 8:
             raise QvlError(
-                f"{self.path}: its header has {length} bytes, more than {MAX_HEADER}; take the file from its maker"
+                f"{self.path}: its header has {length} bytes, more than {MAX_HEADER}; get the file from its publisher"
             )
         if length > size - 8:
             raise QvlError(
                 f"{self.path}: its header claims {length} bytes of a {size}-byte file; "
-                "it is truncated or no safetensors file: download it again"
+                "it is truncated or not a safetensors file: download it again"
             )
         header = parse_object(self._map[8 : 8 + length], f"{self.path}: its header", "download it again")
         try:
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(v, str) for v in metadata.values()):
-                raise ValueError("its metadata holds something else than text")
+                raise ValueError("its metadata holds a value that is not text")
             entries = {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise QvlError(f"{self.path}: its header is malformed ({error!s:.300}); download it again") from None
@@ -116,12 +116,12 @@ class TensorFile:
         return name in self.entries
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of the mapped file.
+        """Return a tensor as a read-only view of the mapped file.
 
         Raises
         ------
         QvlError
-            When there is no such tensor.
+            If there is no such tensor.
         """
         try:
             entry = self.entries[name]
@@ -135,17 +135,17 @@ class TensorFile:
         return flat.view(entry.dtype).reshape(entry.shape)
 
     def bytes(self, name: str) -> memoryview:
-        """The raw bytes of a tensor."""
+        """Return the raw bytes of a tensor."""
         entry = self.entries[name]
         return memoryview(self._map)[entry.start : entry.stop]
 
     def before(self, name: str) -> memoryview:
-        """All bytes of the file before a tensor."""
+        """Return all bytes of the file before a tensor."""
         return memoryview(self._map)[: self.entries[name].start]
 
 
 def _entry(name: str, fields: dict, base: int) -> Entry:
-    """What the header says about a tensor, whose offsets count from `base`."""
+    """Parse the header entry of a tensor; its offsets are relative to `base`."""
     label = f"tensor {name!r:.100}"
     if fields["dtype"] not in DTYPES:
         raise ValueError(f"{label} has the unknown dtype {fields['dtype']!r}")

@@ -1,8 +1,8 @@
-"""Fetching a picture from the web: http and https only, public addresses only, with limits on bytes and time.
+"""Fetching a picture over http(s): public addresses only, with limits on bytes and time.
 
-Each host of a chain of redirects is resolved once and its addresses are checked; the connection then goes to what was
-checked, so that a name cannot stand for a public address first and for a machine of the local network later. Proxies
-of the environment are not used: the check would see the proxy's address alone.
+Each host of a chain of redirects is resolved once, its addresses are checked, and the connection uses a checked
+address. DNS rebinding (a public address for the check, a local one for the connection) is therefore impossible. Proxy
+settings of the environment are ignored: the check would only see the proxy's address.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
-# Addresses of IPv6 that stand for one of IPv4, which a gateway may reach.
+# IPv6 ranges that embed an IPv4 address, which a gateway may reach.
 TRANSLATED = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet: not to this machine, its network, or a special range."""
+    """Whether an IP address is on the public internet: not local, private, or in a special range."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip
     translated = ip.version == 6 and any(ip in net for net in TRANSLATED)
@@ -46,23 +46,23 @@ def fetch(
     max_seconds: float = MAX_SECONDS,
     allowed: Callable[[str], bool] | None = None,
 ) -> bytes:
-    """The content behind a URL.
+    """Fetch the content of a URL.
 
     Parameters
     ----------
     url : str
-        http or https, without user name and password.
+        An http or https URL without user name and password.
     max_bytes : int
-        Of the content.
+        Limit of the content.
     max_seconds : float
-        For everything together: names, connections, redirects, content.
+        Limit for everything together: name resolution, connections, redirects, content.
     allowed : callable, optional
-        Decides about an IP address; by default `is_public`.
+        Predicate for an IP address; by default `is_public`.
 
     Raises
     ------
     QvlError
-        When nothing can be fetched within the limits, or a URL or address on the way is not allowed.
+        If the URL cannot be fetched within the limits, or a URL or address on the way is not allowed.
     """
     deadline, where = _Deadline(max_seconds), url
     try:
@@ -73,13 +73,13 @@ def fetch(
                     return _content(reply, max_bytes)
                 where = urljoin(where, reply.getheader("Location", ""))
         raise QvlError(f"more than {MAX_REDIRECTS} redirects")
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: QvlError too
+    except (OSError, ValueError, http.client.HTTPException) as error:  # QvlError is a ValueError
         reason = f"took longer than {max_seconds:g} seconds" if isinstance(error, TimeoutError) else _one_line(error)
         raise QvlError(f"cannot fetch {_one_line(url)}: {reason}; download it and pass the file") from None
 
 
 class _Deadline:
-    """When everything has to be done."""
+    """A deadline for all steps of a request."""
 
     def __init__(self, seconds: float):
         self._end = time.monotonic() + seconds
@@ -92,7 +92,7 @@ class _Deadline:
 
 
 class _Target(NamedTuple):
-    """What a URL asks for: the path is escaped, the host as the resolver takes it."""
+    """The parts of a URL: the path is escaped, the host is IDNA-encoded."""
 
     secure: bool
     host: str
@@ -103,7 +103,7 @@ class _Target(NamedTuple):
 def _parse(url: str) -> _Target:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
-        raise QvlError(f"{_one_line(parts.scheme) or 'nothing'}: is no scheme that is fetched, only http and https are")
+        raise QvlError(f"{_one_line(parts.scheme) or 'nothing'}: is not a supported scheme; only http and https are")
     if not parts.hostname or "@" in parts.netloc:
         raise QvlError("its URL names no host" if not parts.hostname else "its URL has a user name or password")
     try:
@@ -152,7 +152,7 @@ def _connect(target: _Target, deadline: _Deadline, allowed: Callable[[str], bool
 
 
 def _resolve(host: str, port: int, deadline: _Deadline) -> list[str]:
-    """The addresses of a host. The system's resolver knows no time limit, so it runs beside."""
+    """Resolve a host. The system's resolver has no timeout, so it runs in a thread."""
     found: list = []
 
     def look_up() -> None:
@@ -172,7 +172,7 @@ def _resolve(host: str, port: int, deadline: _Deadline) -> list[str]:
 
 
 class _TimedSocket:
-    """As much of a socket as `http.client` uses, where every wait ends at the deadline."""
+    """The part of the socket interface that `http.client` uses; every wait ends at the deadline."""
 
     def __init__(self, channel: socket.socket, deadline: _Deadline):
         self._channel, self._deadline = channel, deadline
@@ -185,7 +185,7 @@ class _TimedSocket:
         return io.BufferedReader(_TimedReader(self._channel, self._deadline))
 
     def close(self) -> None:
-        """Does nothing: the reader of the reply closes the connection."""
+        """Do nothing: the reader of the reply closes the connection."""
 
 
 class _TimedReader(io.RawIOBase):
@@ -210,7 +210,7 @@ def _content(reply: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if (reply.length or 0) <= max_bytes:
         content = reply.read(max_bytes + 1)
         if reply.length:
-            raise QvlError(f"its connection ended {reply.length} bytes before the end")
+            raise QvlError(f"the connection closed {reply.length} bytes before the end")
         if len(content) <= max_bytes:
             return content
     raise QvlError(f"it is larger than {max_bytes:,} bytes")

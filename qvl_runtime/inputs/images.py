@@ -1,4 +1,4 @@
-"""Pictures: from whatever the caller has to an RGB image."""
+"""Reading pictures from any supported source as RGB images."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from qvl_runtime.file.opening import read_regular, shown
 
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
-# A decoded picture of this many pixels takes 270 MB; Pillow too suspects an attack from here on.
+# A decoded picture of this size takes 270 MB. Pillow's limit for decompression bombs is the same.
 MAX_PIXELS = 89_478_485
-# OpenJPEG takes 24 bytes a pixel to decode, and a file of 1.5 KB can ask for all of them.
+# OpenJPEG allocates 24 bytes a pixel, even for a file of 1.5 KB.
 MAX_JPEG2000_PIXELS = 16 << 20
-# A bitmap of `MAX_PIXELS`.
+# The size of a bitmap of `MAX_PIXELS`.
 MAX_FILE_BYTES = 257 << 20
-# Only formats that Pillow decodes by itself: for EPS it would start Ghostscript on the file.
+# Formats that Pillow decodes by itself. For EPS it would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is turned."""
+"""The EXIF tag of the orientation."""
 UPRIGHT: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,25 +49,25 @@ def load_image(
     Parameters
     ----------
     source : str, pathlib.Path, bytes, file, PIL.Image.Image or numpy.ndarray
-        A path, a ``file://`` URI, a base64 ``data:`` URL, an http(s) URL, the bytes of an image file, a file opened for
-        reading bytes, a PIL image, or an array ``[H, W]`` or ``[H, W, 1]`` (grey), ``[H, W, 3]`` (RGB) or ``[H, W, 4]``
-        (alpha is dropped): uint8, or floating point from 0 to 1.
+        A path, a ``file://`` URI, a base64 ``data:`` URL, an http(s) URL, the bytes of an image file, a binary file
+        object, a PIL image, or an array ``[H, W]`` or ``[H, W, 1]`` (grey), ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (alpha
+        is dropped): uint8, or floating point from 0 to 1.
     allow_urls : bool
-        Whether an http(s) URL may be fetched.
+        Allow http(s) URLs.
     allow_paths : bool
-        Whether a path or ``file://`` URI may be opened.
+        Allow paths and ``file://`` URIs.
     exif : bool
-        Turn the picture as its EXIF orientation says. Qwen-VL was trained without.
+        Apply the EXIF orientation. Qwen-VL was trained without it.
 
     Returns
     -------
     PIL.Image.Image
-        Mode RGB, first frame only. Greys of 16 bits are scaled to 8.
+        Mode RGB, first frame only. 16-bit grey values are scaled to 8 bits.
 
     Raises
     ------
     QvlError
-        Nothing there, no image in it, more than `MAX_PIXELS` pixels, an array of another dtype, shape or range, or a
+        No such file, not an image, more than `MAX_PIXELS` pixels, an array of another dtype, shape or range, or a
         source that is not allowed.
     """
     content = read_image(source, allow_urls=allow_urls, allow_paths=allow_paths)
@@ -77,12 +77,12 @@ def load_image(
 def read_image(
     source: ImageSource, *, allow_urls: bool = False, allow_paths: bool = True
 ) -> bytes | Image.Image | np.ndarray:
-    """The bytes of a picture that has to be opened or fetched; a PIL image or an array as it is.
+    """Read or fetch the bytes of a picture. A PIL image or an array is returned as it is.
 
     Raises
     ------
     QvlError
-        As `load_image`, but for what decoding finds.
+        As for `load_image`, except for errors of decoding.
     """
     if isinstance(source, Image.Image | np.ndarray):
         return source
@@ -111,7 +111,7 @@ def read_image(
 
 
 def decode_image(content: bytes | Image.Image | np.ndarray, label: str, *, exif: bool = False) -> Image.Image:
-    """What `read_image` gave as an RGB image; errors call it `label`. See `load_image`."""
+    """Decode the result of `read_image` to RGB. `label` names the picture in errors. See `load_image`."""
     if isinstance(content, np.ndarray):
         return _from_array(content)
     if isinstance(content, Image.Image):
@@ -122,7 +122,7 @@ def decode_image(content: bytes | Image.Image | np.ndarray, label: str, *, exif:
 
 
 def image_label(source: ImageSource) -> str:
-    """What errors call a source."""
+    """Return the name of a source for errors."""
     if isinstance(source, Image.Image):
         return "the PIL image"
     if isinstance(source, str) and source[:5].lower() == "data:":
@@ -133,7 +133,7 @@ def image_label(source: ImageSource) -> str:
 
 
 def is_url(source: object) -> TypeGuard[str]:
-    """Whether a picture would have to be fetched from a network."""
+    """Whether a source is an http(s) URL."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
@@ -165,18 +165,18 @@ def _path_of_uri(uri: str) -> str:
 
 
 def _read_stream(stream: BinaryIO) -> bytes:
-    """All of a file the caller opened, wherever it was read to."""
+    """Read all of an open file object, from its beginning if it is seekable."""
     try:
         if stream.seekable():
             stream.seek(0)
         content = stream.read(MAX_FILE_BYTES + 1)
-    except Exception as error:  # any object with a read()
+    except Exception as error:  # `read` may raise anything
         raise QvlError(f"the image file cannot be read: {_one_line(error)}") from None
     if not isinstance(content, bytes):
         raise QvlError(f"the image file gives {type(content).__name__}, not bytes: open it with mode 'rb'")
     if len(content) > MAX_FILE_BYTES:
         raise QvlError(
-            f"the image file is larger than {MAX_FILE_BYTES >> 20} MiB: it is no picture, or shrink it first"
+            f"the image file is larger than {MAX_FILE_BYTES >> 20} MiB: it is not a picture, or shrink it first"
         )
     return content
 
@@ -207,19 +207,19 @@ def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Im
         raise QvlError(f"{label} has more than {MAX_PIXELS} pixels: shrink it first") from None
     except Image.UnidentifiedImageError:
         raise QvlError(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise QvlError(f"{label} is broken: {_one_line(error)}") from None
 
 
 def _scaled(image: Image.Image, label: str) -> Image.Image:
-    """Greys of more than 8 bits as 8: Pillow's own conversion makes white of all above 255."""
+    """Scale grey values of more than 8 bits to 8. Pillow's own conversion clips at 255."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
     if image.mode == "F":
         return _grey(values * np.float32(255), label) if not (values > 1).any() else _grey(values, label)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise QvlError(f"{label} has greys of 32 bits: save it with 8 or 16")
+        raise QvlError(f"{label} has 32-bit grey values: save it with 8 or 16 bits")
     return _grey(values.astype(np.float32) / np.float32(257), label)
 
 
@@ -232,7 +232,7 @@ def _grey(values: np.ndarray, label: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF data say nothing, and the picture is there all the same
+    except Exception:  # damaged EXIF data: the picture itself is valid
         return None
 
 

@@ -1,4 +1,4 @@
-"""What the decoder sees of a picture, kept by what the picture is: never by its path."""
+"""Cache of picture features, keyed by the picture's content, never by its path."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.file.tensorfile import TensorFile
 
 MEMORY_BYTES = 256 << 20
-"""Default limit: 64 pictures of Qwen-VL."""
+"""Default limit in memory: 64 pictures of Qwen-VL."""
 
 FOLDER_BYTES = 2 << 30
-"""Limit of a folder: 512 pictures of Qwen-VL."""
+"""Limit on disk: 512 pictures of Qwen-VL."""
 
 
 class PictureCache:
-    """Features of pictures, in memory and perhaps on disk.
+    """Features of pictures, in memory and optionally on disk.
 
     Parameters
     ----------
     hidden : int
         Width of the features.
     limit : int
-        Bytes of features in memory; those used longest ago leave first. 0 keeps none.
+        Bytes of features in memory; the least recently used are evicted. 0 disables the cache.
     folder : Path, optional
-        Where features are also kept as ``KEY.safetensors``, which only this user may read. A file that is damaged
-        or of another kind counts as absent. The folder is kept below `FOLDER_BYTES`: files used longest ago leave.
+        Folder for ``KEY.safetensors`` files, which only this user may read. Damaged or unrelated files are ignored.
+        Beyond `FOLDER_BYTES` the least recently used files are removed.
 
     Raises
     ------
     QvlError
-        When the folder cannot be made.
+        If the folder cannot be created.
     """
 
     def __init__(self, hidden: int, limit: int, folder: str | os.PathLike | None = None):
@@ -56,11 +56,11 @@ class PictureCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the features in memory."""
+        """Bytes of features in memory."""
         return sum(features.nbytes for features in self._features.values())
 
     def get(self, key: bytes) -> np.ndarray | None:
-        """Features float32 [rows, hidden], or None."""
+        """Return cached features, float32 ``[rows, hidden]``, or None."""
         with self._lock:
             if key in self._features:
                 self._features.move_to_end(key)
@@ -71,7 +71,7 @@ class PictureCache:
         return features
 
     def put(self, key: bytes, features: np.ndarray) -> None:
-        """Keep the features of a picture."""
+        """Cache the features of a picture."""
         self._remember(key, features)
         if self.folder is not None:
             self._write(_path(self.folder, key), key, features)
@@ -90,7 +90,7 @@ class PictureCache:
         except QvlError:
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # the time of its last use
+            os.utime(path)  # records the last use
         wanted = features.ndim == 2 and features.shape[1] == self.hidden and features.dtype == np.float32
         if not wanted or _seal(key, features) != file.metadata:
             return None
@@ -111,7 +111,7 @@ def _path(folder: Path, key: bytes) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the files used longest ago until the folder is below its limit; another process may do the same."""
+    """Remove least recently used files until the folder is below its limit. Another process may do so concurrently."""
     found = []
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""From a picture to what the decoder sees of it, computed once for each picture."""
+"""Reading and encoding pictures; each picture is encoded once while it is cached."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from qvl_runtime.trace import Trace, no_trace
 KNOWN_FILES = 4096
 
 SLICE_LAYERS = 4
-"""Layers of a vision part that are computed at a time, while others wait."""
+"""Vision layers per slice; the engine may run other work between slices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """What a prompt may open.
+    """The sources that a prompt may open.
 
     Attributes
     ----------
     paths : bool
-        Files of this machine, also by an ``<img>`` tag. Without it such tags are plain text.
+        Allow local files, also in ``<img>`` tags. If False, these tags are plain text.
     urls : bool
-        http(s) URLs.
+        Allow http(s) URLs.
     salt : str or None
-        Whose prompt it is: pictures that were read with another salt count as unknown.
+        Partition of the caches: pictures that were read with another salt are not reused.
     """
 
     paths: bool = True
@@ -44,23 +44,23 @@ class Access:
 
 
 LOCAL = Access()
-"""Files, but no URLs."""
+"""Files are allowed, URLs are not."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pixels:
-    """A picture as the vision tower reads it.
+    """A picture as input of the vision tower.
 
     Attributes
     ----------
     values : numpy.ndarray
-        float32, in the family's own shape.
+        float32; the shape depends on the family.
     tokens : int
-        Positions that the picture takes in a prompt.
+        Number of positions of the picture in a prompt.
     grid : tuple of int
         Rows and columns of these positions.
     size, resized : tuple of int
-        Width and height of the picture as it was given, and as the tower reads it.
+        Width and height of the original picture, and of the tower's input.
     """
 
     values: np.ndarray
@@ -77,14 +77,14 @@ class Picture:
     Attributes
     ----------
     key : bytes
-        A hash of its pixels, the salt, and everything else that its features depend on. The same picture under two
-        names has one key, and a changed file another.
+        A hash of the pixels, the salt, and everything else that the features depend on. It does not depend on the
+        file's name, and it changes with the file's content.
     content : image source or FramePair
-        What it can be decoded from again.
+        The source for decoding the picture again.
     tokens, grid, size, resized
         As in `Pixels`.
     pixels : numpy.ndarray or None
-        `Pixels.values` if they were computed already.
+        `Pixels.values` if already computed.
     """
 
     key: bytes
@@ -97,8 +97,8 @@ class Picture:
 
 
 Preprocess = Callable[..., Pixels]
-"""How a family prepares an RGB picture, ``preprocess(image)``, or two frames of a video of `count` frames, resized to
-`size` if that is not None: ``preprocess(first, second, count, size)``."""
+"""A family's preprocessing of an RGB picture, ``preprocess(image)``, or of two frames of a video of `count` frames:
+``preprocess(first, second, count, size)``. Frames are resized to `size` unless it is None."""
 
 
 class Vision(Protocol):
@@ -107,38 +107,39 @@ class Vision(Protocol):
     ops: Ops
 
     def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
-        """What the decoder sees of `Pixels.values`: float32 ``[levels * tokens, hidden]``.
+        """Compute the features of `Pixels.values`: float32 ``[levels * tokens, hidden]``.
 
-        The first `tokens` rows stand in place of the picture's tokens; further levels are for the decoder's layers.
+        The first `tokens` rows replace the embeddings of the picture's tokens. Further levels are inputs of decoder
+        layers.
         """
 
     def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
-        """As `encode`, a few layers at a time: other pictures may be encoded wherever it yields."""
+        """Encode in slices of a few layers. Other pictures may be encoded wherever it yields. See `encode`."""
 
 
 class Turns:
-    """Whose picture the arrays of a vision part hold, which has one set of them."""
+    """Tracks which picture the arrays of a vision part hold; there is one set of arrays."""
 
     def __init__(self) -> None:
         self._last = 0
 
     def begin(self) -> Callable[[], bool]:
-        """Take them; the result tells whether nobody else has done so since."""
+        """Claim the arrays. The returned function tells whether the claim is still the latest."""
         self._last = turn = self._last + 1
         return lambda: self._last == turn
 
 
 class PictureReader:
-    """Decodes pictures and finds out which ones they are.
+    """Decodes pictures and identifies them by content.
 
     Parameters
     ----------
     preprocess : callable
-        The family's.
+        The family's preprocessing.
     identity : str
-        Names the weights, preprocessing and arithmetic that features depend on.
+        Identifies the weights, preprocessing and arithmetic that features depend on.
     upright : bool
-        Turn pictures as their EXIF orientation says.
+        Apply the EXIF orientation.
     """
 
     def __init__(self, preprocess: Preprocess, identity: str = "", *, upright: bool = False):
@@ -147,12 +148,12 @@ class PictureReader:
         self._lock = make_lock()
 
     def read(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Picture:
-        """Decode a picture or two frames, unless the same bytes were decoded before.
+        """Read a picture or two frames; decode them unless the same bytes were decoded before.
 
         Raises
         ------
         QvlError
-            When it cannot be read, or `access` does not allow it.
+            If the source cannot be read, or `access` does not allow it.
         """
         content = _content(source, access)
         salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
@@ -173,11 +174,11 @@ class PictureReader:
         return Picture(key, content, **facts, pixels=pixels.values)
 
     def decode(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Pixels:
-        """Decode a picture or two frames and prepare them for the vision tower."""
+        """Decode and preprocess a picture or two frames."""
         return self._prepare(_content(source, access), source)
 
     def _prepare(self, content: Content, source: ImageSource | FramePair) -> Pixels:
-        """Prepare what was read from `source`, which errors name."""
+        """Preprocess the content of `source`; errors name the source."""
         if isinstance(content, FramePair) and isinstance(source, FramePair):
             names = map(image_label, (source.first, source.second))
             first, second = (decode_image(f, name, exif=self.upright) for f, name in zip(_frames(content), names))
@@ -188,7 +189,7 @@ class PictureReader:
 
 Loaded = bytes | Image.Image | np.ndarray
 Content = Loaded | FramePair
-"""What was read and can be decoded; of two frames, each was."""
+"""Content that was read and can be decoded; for two frames, both are `Loaded`."""
 
 
 def _content(source: ImageSource | FramePair, access: Access) -> Content:
@@ -205,7 +206,7 @@ def _frames(content: FramePair) -> tuple[Loaded, Loaded]:
 
 
 def _digest(content: Content, salted: bytes) -> bytes | None:
-    """Tells files apart; None for what is decoded already."""
+    """Hash file contents; None for sources that are already decoded."""
     if isinstance(content, FramePair):
         first, second = (_digest(frame, salted) for frame in _frames(content))
         told = f"{content.count} {content.size}".encode()
@@ -214,14 +215,14 @@ def _digest(content: Content, salted: bytes) -> bytes | None:
 
 
 class PictureEncoder:
-    """Encodes pictures, each once as long as the cache holds it.
+    """Encodes pictures; each once while the cache holds its features.
 
     Parameters
     ----------
     reader : PictureReader
     vision : Vision
     target : Ops
-        The backend the features are for.
+        The backend that uses the features.
     cache : PictureCache
     """
 
@@ -229,18 +230,18 @@ class PictureEncoder:
         self.reader, self.vision, self.cache, self._target = reader, vision, cache, target
 
     def features(self, picture: Picture) -> Generator[None, None, tuple[Array, bool]]:
-        """What the decoder sees (see `Vision.encode`), and whether it was known.
+        """Return the features (see `Vision.encode`), and whether they were cached.
 
-        It yields before each slice of the computation, and stops there if it is closed.
+        The generator yields before each slice of the computation. Closing it stops the computation.
         """
         known = self.cache.get(picture.key)
         if known is not None:
             return self._target.upload(known), True
         yield
-        known = self.cache.get(picture.key)  # another may have computed it meanwhile
+        known = self.cache.get(picture.key)  # another answer may have computed it meanwhile
         if known is not None:
             return self._target.upload(known), True
-        # What was read once may be read again: permission was checked then.
+        # The content is in memory: permission was checked when it was read.
         pixels = self.reader.decode(picture.content).values if picture.pixels is None else picture.pixels
         features = yield from self.vision.encode_slowly(pixels, picture.grid)
         values = self.vision.ops.download(features)
@@ -248,7 +249,7 @@ class PictureEncoder:
         return features if self._target is self.vision.ops else self._target.upload(values), False
 
     def encode(self, source: ImageSource, access: Access, trace: Trace) -> np.ndarray:
-        """Features of a picture, computed in any case: float32 ``[tokens, hidden]``."""
+        """Compute the features of a picture without the cache: float32 ``[tokens, hidden]``."""
         pixels = self.reader.decode(source, access)
         features = self.vision.encode(pixels.values, pixels.grid, trace)
         return self.vision.ops.download(features[: pixels.tokens])

@@ -1,4 +1,4 @@
-"""What every family's prompts share: parts, pictures for empty slots, and the turns that a window has room for."""
+"""Prompt handling shared by all families: parts, pictures for empty slots, and turns that fit the window."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.video import Video
 
 Key = int | bytes
-"""What a position is computed from: a token id, or the key of the picture whose features stand there."""
+"""The content of a position: a token id, or the key of the picture whose features it holds."""
 
 
 class Slot(NamedTuple):
     """The positions of a picture in a prompt, from `start` on.
 
-    `time` is for the frames of a video whose slots follow each other directly: how far behind the video's beginning
-    they are, in positions.
+    `time` is set for frames of a video whose slots are adjacent: the offset from the video's beginning, in positions.
     """
 
     start: int
@@ -38,23 +37,23 @@ class Slot(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """What the slot's positions are computed from: the picture, and its time."""
+        """A hash of the slot's content: the picture, and its time."""
         return hashlib.sha256(self.picture.key + b"%d" % self.time).digest() if self.time else self.picture.key
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model reads.
+    """Token ids with picture slots: the input of a model.
 
     Attributes
     ----------
     ids : list of int
     slots : list of Slot
-        In order.
+        In ascending order.
     opened : str
-        A box that the prompt leaves for its answer to complete.
+        An incomplete box at the end of the prompt, which the answer completes.
     reasoning_end : int or None
-        The token that ends the reasoning with which the answer begins; None where it begins without.
+        The token that ends the reasoning at the start of the answer; None without reasoning.
     """
 
     ids: list[int]
@@ -64,7 +63,7 @@ class Prompt:
 
     @property
     def keys(self) -> list[Key]:
-        """What each position is computed from."""
+        """The content of each position."""
         keys: list[Key] = list(self.ids)
         for slot in self.slots:
             keys[slot.start : slot.end] = [slot.key] * slot.picture.tokens
@@ -76,15 +75,15 @@ class Prompt:
 
 
 class ChatPrompt(NamedTuple):
-    """The prompt of one more turn.
+    """The prompt of a chat's next turn.
 
     Attributes
     ----------
     prompt : Prompt
     query : str or list of dict
-        The user's turn, for the next call's history.
+        The user's turn, as an entry of the history.
     left_out : int
-        Turns of the history, from the oldest on, that the window had no room for.
+        Number of turns, from the oldest on, that did not fit the window.
     """
 
     prompt: Prompt
@@ -93,18 +92,18 @@ class ChatPrompt(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Which turns of a history are kept.
+    """The rule for leaving out turns of a history.
 
     Attributes
     ----------
     history : int
-        Turns are kept from the newest back while system, kept turns and the next one have fewer tokens than this
-        together. The query is not counted, and always kept.
+        From the newest turn back, turns are included while they and the system prompt have fewer tokens than this. The
+        query is not counted and always included.
     tokens : float
-        Turns also leave where the whole prompt would have more tokens than this.
+        Upper limit of the whole prompt.
     block : int
-        Turns leave in blocks of at least this many tokens, so that the prompts of the next turns share a prefix.
-        1 is the published rule, after which every prompt begins differently.
+        Turns are left out in blocks of at least this many tokens, so that the next prompts share a prefix. With 1, the
+        published rule, every prompt begins differently.
     """
 
     history: int = 6144
@@ -112,7 +111,7 @@ class Window(NamedTuple):
     block: int = 1
 
     def left_out(self, system: int, turns: Sequence[int], query: int) -> int:
-        """How many turns have to leave, from the oldest on, given the tokens of system, each turn, and the query."""
+        """Return how many turns to leave out, from the oldest on, given the tokens of system, turns and query."""
         size, kept = system, 0
         for length in reversed(turns):
             size += length
@@ -130,19 +129,19 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass
 class Place:
-    """A place for a picture in a text; `fill` finds a source for those that have none."""
+    """A place for a picture in a text; `fill` sets missing sources."""
 
     source: ImageSource | Video | None
 
     @property
     def filled(self) -> ImageSource | Video:
-        """The source of a place that has one."""
+        """The source, after `fill`."""
         assert self.source is not None, "places are filled before they are encoded"
         return self.source
 
 
 Parts = list[str | Place]
-"""A text with places for pictures."""
+"""Text with places for pictures."""
 
 
 def count_places(spoken: Sequence[Parts]) -> int:
@@ -150,17 +149,17 @@ def count_places(spoken: Sequence[Parts]) -> int:
 
 
 def sources(parts: Parts) -> list[ImageSource | Video]:
-    """The pictures and videos of a text, whose places are filled."""
+    """Return the pictures and videos of a text after `fill`."""
     return [part.source for part in parts if isinstance(part, Place) and part.source is not None]
 
 
 def fill(spoken: Sequence[Parts], images: Sequence[ImageSource]) -> list[ImageSource]:
-    """Give empty places their pictures, in order; returns the pictures left for the last text.
+    """Assign images to empty places, in order; return the remaining images, which belong to the last text.
 
     Raises
     ------
     QvlError
-        When there are too few pictures, or too many although the last text has places of its own.
+        If there are too few images, or too many and the last text has places of its own.
     """
     empty = [part for parts in spoken for part in parts if isinstance(part, Place) and part.source is None]
     extra = list(images[len(empty) :])
@@ -174,12 +173,12 @@ def fill(spoken: Sequence[Parts], images: Sequence[ImageSource]) -> list[ImageSo
 
 
 def is_image_part(part: Mapping[str, Any]) -> bool:
-    """Whether a part of a message is a picture: ``{"image": …}``, or Hugging Face's or OpenAI's form."""
+    """Whether a part of a message is a picture: ``{"image": …}``, or Hugging Face's or OpenAI's format."""
     return "image" in part or "image_url" in part or part.get("type") in ("image", "image_url")
 
 
 def part_source(part: Mapping[str, Any]) -> ImageSource | None:
-    """The source of a picture part; None if it has none and takes the next of `images`."""
+    """Return the source of a picture part; None if it takes the next of `images`."""
     source = next((part[key] for key in ("image", "image_url", "url") if part.get(key) is not None), None)
     if isinstance(source, Mapping):
         source = source.get("url")
@@ -189,14 +188,14 @@ def part_source(part: Mapping[str, Any]) -> ImageSource | None:
 
 
 def part_text(part: Mapping[str, Any]) -> str:
-    """The text of a text part."""
+    """Return the text of a text part."""
     if not isinstance(part["text"], str):
         raise QvlError(f"the text of a part must be a str, not {type(part['text']).__name__}")
     return part["text"]
 
 
 def checked_parts(content: Any) -> list[Mapping[str, Any]]:
-    """A content that is a list of parts."""
+    """Check that a content is a list of parts."""
     if not isinstance(content, Sequence) or isinstance(content, str | bytes):
         raise QvlError(
             f"a prompt must be a str, a list of parts or messages, or token ids, not {type(content).__name__}"
@@ -208,7 +207,7 @@ def checked_parts(content: Any) -> list[Mapping[str, Any]]:
 
 
 def checked_images(images: Any) -> list[ImageSource]:
-    """`images` as a list."""
+    """Return `images` as a list."""
     if isinstance(images, str | bytes | Path | Image.Image | np.ndarray) or hasattr(images, "read"):
         raise QvlError("images must be a list of images: write images=[image]")
     if images is not None and not isinstance(images, Sequence):
@@ -217,7 +216,7 @@ def checked_images(images: Any) -> list[ImageSource]:
 
 
 def checked_history(history: Any) -> list[tuple[Any, str | None]]:
-    """`history` as a list of pairs."""
+    """Return `history` as a list of pairs."""
     if history is not None and (isinstance(history, str) or not isinstance(history, Sequence)):
         raise QvlError(f"history must be a list of pairs (query, answer), not {type(history).__name__}")
     for turn in history or ():
@@ -243,12 +242,12 @@ def is_messages(prompt: Any) -> bool:
 
 
 def message_content(message: Mapping[str, Any], number: int) -> Any:
-    """The content of a chat message.
+    """Return the content of a chat message.
 
     Raises
     ------
     QvlError
-        When it has none.
+        If it has none.
     """
     content = message.get("content")
     if content is None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-pair ranks and special forms are data, which a family reads."""
+"""Byte-pair tokenization. Ranks and special tokens are data, provided by a family."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SPLIT_PATTERN = (
 )
 MAX_BLANKS = 100_000
 MAX_RANKS = 16 << 20
-"""Bytes of a rank file: six times Qwen's."""
+"""Largest rank file in bytes: six times that of Qwen."""
 
 
 def read_ranks(data: bytes) -> dict[bytes, int]:
-    """Read the content of a ``.tiktoken`` file: one ``base64-token rank`` a line, with either kind of line end.
+    """Parse a ``.tiktoken`` file: one ``base64-token rank`` a line, with LF or CRLF line ends.
 
     Raises
     ------
     QvlError
-        The data is empty or cut short, a line is malformed, or a token or rank comes twice or is missing.
+        The data is empty or truncated, a line is malformed, or a token or rank is duplicate or missing.
     """
     lines = [line for line in data.splitlines() if line]
     try:
@@ -73,12 +73,12 @@ def _fault(data: bytes) -> QvlError:
 
 
 def splittable(text: str) -> str:
-    """A text, if `SPLIT_PATTERN` can be matched with it: tiktoken gives up, or panics, at a million blanks in a row.
+    """Check that a text has no very long run of blanks: tiktoken fails or panics at a million of them.
 
     Raises
     ------
     QvlError
-        It has more than `MAX_BLANKS` in a row.
+        More than `MAX_BLANKS` blanks in a row.
     """
     if len(text) > MAX_BLANKS and any(run.end() - run.start() > MAX_BLANKS for run in re.finditer(r"\s+", text)):
         raise QvlError(f"the text has more than {MAX_BLANKS} blanks in a row; shorten them")
@@ -91,11 +91,11 @@ class Tokenizer:
     Parameters
     ----------
     ranks : mapping of bytes to int
-        Rank and id of every ordinary token.
+        The rank of every ordinary token, which is its id.
     special : mapping of str to int
-        Id of every special form.
+        The id of every special token.
     vocab_size : int, optional
-        Number of rows of the embedding. By default there are no padding rows.
+        Rows of the embedding. By default there are no padding rows.
 
     Attributes
     ----------
@@ -103,14 +103,14 @@ class Tokenizer:
     eod_id, im_start_id, im_end_id : int
         Ids of ``<|endoftext|>``, ``<|im_start|>`` and ``<|im_end|>``.
     n_vocab : int
-        Number of ids up to the last that has a text.
+        Largest id that has a text, plus one.
     vocab_size : int
-        Number of rows of the embedding; ids that have no text are padding and decode to "".
+        Rows of the embedding. Ids without a text are padding and decode to "".
 
     Raises
     ------
     QvlError
-        An id stands for two tokens, or the embedding has fewer rows than the tokenizer has ids.
+        Two tokens share an id, or the embedding has fewer rows than the tokenizer has ids.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int], vocab_size: int | None = None):
@@ -140,32 +140,32 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Special forms that end an answer."""
+        """Special tokens that end an answer."""
         return frozenset((self.eod_id, self.im_start_id, self.im_end_id))
 
     @property
     def encoding(self) -> tiktoken.Encoding:
-        """The tiktoken encoding behind it, for libraries that take one."""
+        """The underlying tiktoken encoding, for other libraries."""
         return self._bpe
 
     def encode(self, text: str) -> list[int]:
-        """Encode a raw prompt: every special form becomes its id."""
+        """Encode raw text: every special token becomes its id."""
         return self.encode_special(text, self.special.keys())
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Encode a text in which nothing is special."""
+        """Encode text without special tokens."""
         return self._bpe.encode_ordinary(splittable(unicodedata.normalize("NFC", text)))
 
     def encode_special(self, text: str, special: Set[str]) -> list[int]:
-        """Encode a text in which some special forms become their ids and the others are plain text."""
+        """Encode text in which only the special tokens of `special` become ids; others are plain text."""
         ids: list[int] = []
-        # Cut first: a combining character behind a form would change it when both are normalized together.
+        # Split before normalizing: a combining character after a special token would change it.
         for i, piece in enumerate(self.split_special(text, special)):
             ids += [self.special[piece]] if i % 2 else self.encode_ordinary(piece)
         return ids
 
     def split_special(self, text: str, special: Set[str]) -> list[str]:
-        """Cut a text at special forms: alternately text and a form, beginning and ending with text."""
+        """Split text at special tokens: alternately text and special token, beginning and ending with text."""
         if not isinstance(text, str):
             raise QvlError(f"expected a str to encode, got {type(text).__name__}")
         return _splitter(frozenset(special)).split(text) if special else [text]
@@ -173,12 +173,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
 
-        Special forms keep their text and padding ids have none.
+        Special tokens decode to their text, padding ids to "".
 
         Raises
         ------
         QvlError
-            An id that is no row of the embedding.
+            An id outside the embedding.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -188,16 +188,16 @@ class Tokenizer:
         return b"".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
     def byte_stream(self) -> ByteStream:
-        """A decoder of ids to bytes, one by one."""
+        """Return an incremental decoder from ids to bytes."""
         return ByteStream(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one id.
+        """Return the bytes of one id.
 
         Raises
         ------
         QvlError
-            An id that is no row of the embedding.
+            An id outside the embedding.
         """
         if not 0 <= token_id < self.vocab_size:
             raise QvlError(f"token id {token_id} is not in 0..{self.vocab_size - 1}")
@@ -206,30 +206,30 @@ class Tokenizer:
 
 @functools.lru_cache(maxsize=16)
 def _splitter(special: frozenset[str]) -> re.Pattern[str]:
-    """Finds special forms; where one begins another, the longer."""
+    """Match special tokens; if one is a prefix of another, the longer wins."""
     forms = sorted(special, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, forms)) + ")")
 
 
 class ByteStream:
-    """Ids to bytes, one by one."""
+    """Incremental decoder from ids to bytes."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
     def push(self, token_id: int) -> bytes:
-        """The bytes that this id completes."""
+        """Return the bytes that this id completes."""
         return self._tokenizer.token_bytes(token_id)
 
     def finish(self) -> bytes:
-        """What was held back."""
+        """Return the bytes held back."""
         return b""
 
 
 class StreamDecoder:
-    """Turns ids into text one by one, never showing half a character.
+    """Incremental decoder from ids to text; each piece holds whole characters.
 
-    What it returns, joined together, equals `Tokenizer.decode` of all the ids.
+    The concatenated pieces equal `Tokenizer.decode` of all ids.
 
     Parameters
     ----------
@@ -241,9 +241,9 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this id completes, which may be "". Raises QvlError as `Tokenizer.decode` does."""
+        """Return the text that this id completes, possibly "". Raises QvlError as `Tokenizer.decode` does."""
         return self._utf8.decode(self._bytes.push(token_id))
 
     def finish(self) -> str:
-        """What is left at the end: "" or U+FFFD for a character that never was completed."""
+        """Return the rest: "", or U+FFFD for an incomplete character."""
         return self._utf8.decode(self._bytes.finish(), final=True)

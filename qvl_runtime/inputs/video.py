@@ -1,4 +1,4 @@
-"""Videos, as the frames and times that somebody took from them. Video files are not opened."""
+"""Videos as lists of frames with times. Video files are not opened."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 
 FRAMES_PER_SECOND = 2.0
-"""Where a part says nothing: how the models were trained."""
+"""Default rate, with which the models were trained."""
 
 SLOWEST, LATEST = 1e-6, 1e9
-"""Frames a second, and seconds: limits that keep positions within what a number can hold."""
+"""Smallest frame rate and largest time in seconds; they keep positions in range."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FramePair:
-    """Two frames of a video, which a vision tower sees as one picture.
+    """Two frames of a video, which the vision tower encodes as one picture.
 
     Attributes
     ----------
     first, second : image source
     count : int
-        Frames of the whole video.
+        Number of frames of the whole video.
     size : tuple of int, optional
-        Width and height to which they are resized; by default what the first one asks for.
+        Width and height to resize to; by default derived from the first frame.
     """
 
     first: ImageSource
@@ -40,13 +40,13 @@ class FramePair:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """Frames, and when each of them is seen.
+    """Frames with their times.
 
     Attributes
     ----------
     frames : tuple of image source
     times : tuple of float
-        Seconds, ascending.
+        Seconds, in ascending order.
     """
 
     frames: tuple[ImageSource, ...]
@@ -54,17 +54,17 @@ class Video:
 
     @property
     def pairs(self) -> list[FramePair]:
-        """The frames by two; an odd last one is doubled."""
+        """Pairs of frames; an odd last frame is repeated."""
         return [FramePair(*two, len(self.frames)) for two in _by_two(self.frames)]
 
     @property
     def pair_times(self) -> list[float]:
-        """The middle of each pair's times in seconds."""
+        """The mean time of each pair in seconds."""
         return [(first + second) / 2 for first, second in _by_two(self.times)]
 
     @property
     def pair_seconds(self) -> float:
-        """Seconds from one pair to the next, on average."""
+        """Mean seconds between pairs."""
         steps = len(self.times) - 1
         return 2 * (self.times[-1] - self.times[0]) / steps if steps else 2 / FRAMES_PER_SECOND
 
@@ -83,12 +83,12 @@ def is_video_part(part: Mapping[str, Any]) -> bool:
 
 
 def read_video(part: Mapping[str, Any]) -> Video:
-    """The video of a part ``{"type": "video", "video": frames, "fps": 2.0}``, or with "times" instead of "fps".
+    """Parse a part ``{"type": "video", "video": frames, "fps": 2.0}``, or with "times" instead of "fps".
 
     Raises
     ------
     QvlError
-        When there are no frames, or the times do not fit them.
+        If there are no frames, or the times do not match them.
     """
     frames = part.get("video")
     if not isinstance(frames, Sequence | np.ndarray) or isinstance(frames, str | bytes) or not len(frames):
