@@ -1,1 +1,1 @@
-"""The command line: one module a verb, imported when called."""
+"""The command line: one module per command, imported when called."""

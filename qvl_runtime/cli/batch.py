@@ -1,4 +1,4 @@
-"""`qvl batch`: many rows, answered side by side."""
+"""`qvl batch`: answer many rows."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def batch(
     rows: Annotated[Path, typer.Argument(metavar="INPUT", help="A .jsonl, .parquet or .tar file, or a folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the answers, one file a block.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt of rows that have none.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Pictures are below this folder.  [default: INPUT's]")] = None,
-    draw: Annotated[Path | None, typer.Option(help="Save pictures with their answers' boxes in this folder.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Of the answers: jsonl or parquet.")] = "jsonl",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask rows again that failed before.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.  [default: that of INPUT]")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Save pictures with the boxes of their answers here.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Format of the answers: jsonl or parquet.")] = "jsonl",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer failed rows again.")] = False,
     max_failures: Annotated[float, typer.Option(help="Stop when more than this share of the rows failed.")] = 0.1,
-    block: Annotated[int, typer.Option(help="Rows of one file.", min=1)] = 64,
-    max_batch: Annotated[int, typer.Option(help="Rows that are computed at once.", min=1)] = 16,
+    block: Annotated[int, typer.Option(help="Rows per output file.", min=1)] = 64,
+    max_batch: Annotated[int, typer.Option(help="Rows to compute concurrently.", min=1)] = 16,
     status: Annotated[bool, typer.Option("--status", help="Print a line of JSON after every block.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="An answer has at most this many tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -55,7 +55,7 @@ def batch(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
-    seed: Annotated[int, typer.Option(help="With a row's id it gives the seed of its answer.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of a row derives from this and its id.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A text that ends an answer; repeat for several.")
     ] = None,
@@ -70,11 +70,11 @@ def batch(
     max_pixels: MaxPixels = None,
     allow_urls: AllowUrls = False,
 ) -> None:
-    """Answer many rows, and go on where an earlier run was stopped.
+    """Answer many rows, and resume an interrupted run.
 
     A row has an id, a prompt, and an image or images; or it is a line of OpenAI's batch format. A folder of pictures
-    is a row for each. Every block of rows becomes one file; those that are there are not computed again. The last line
-    of standard output is JSON.
+    has one row per picture. Every block of rows becomes one file; existing files are not computed again. The last
+    line of standard output is JSON.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def batch(
     if not 0 <= max_failures <= 1:
         raise QvlError(f"--max-failures is {max_failures:g}; it must be a share from 0 to 1")
     if ship_model and ray is None:
-        raise QvlError("--ship-model needs --ray: nothing is sent anywhere without it")
+        raise QvlError("--ship-model needs --ray: without it no model is sent")
     source = open_source(rows, images)
     generate = {
         "max_new_tokens": max_new_tokens,
@@ -129,7 +129,7 @@ def batch(
         runner = _runner(spec, source, options, on_record, device, ray, ship_model)
         done = job.run(runner, retry_failed=retry_failed, on_progress=on_progress)
     if done.failed:
-        print(f"qvl: {done.failed} of {done.total} rows failed; --retry-failed asks them again", file=sys.stderr)
+        print(f"qvl: {done.failed} of {done.total} rows failed; --retry-failed answers them again", file=sys.stderr)
     print(json.dumps(done.status()))
 
 

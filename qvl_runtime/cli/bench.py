@@ -1,4 +1,4 @@
-"""`qvl bench`: how fast a file runs here."""
+"""`qvl bench`: measure the speed of a file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def bench(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Times everything is measured; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Number of measurements; medians are shown.")] = 3,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
     activations: Activations = "auto",
 ) -> None:
-    """Measure how fast a .qvl file runs here, and how near that is to the machine's limits.
+    """Measure the speed of a .qvl file, and its share of the machine's limits.
 
-    A table, then one JSON document as the last line. QVL_THREADS sets the number of threads.
+    Prints a table, then one JSON document as the last line. QVL_THREADS sets the number of threads.
 
     \b
     Examples:

@@ -26,9 +26,9 @@ from qvl_runtime.cli.text import standard_input
 def chat(
     model: Annotated[Path, typer.Argument(help="A .qvl file of a chat model.")],
     image: Annotated[
-        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture to begin with.")
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture for the first question.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="What the assistant is told about itself.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
     activations: Activations = "auto",
@@ -36,13 +36,13 @@ def chat(
     vision_device: VisionDevice = None,
     max_pixels: MaxPixels = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep the features of pictures in this folder, for later (up to 2 GiB).")
+        Path | None, typer.Option(help="Store the features of pictures in this folder (up to 2 GiB).")
     ] = None,
     allow_urls: AllowUrls = False,
 ) -> None:
-    """Talk with a chat model; /help inside lists what you can do.
+    """Talk with a chat model; /help lists the commands.
 
-    From a pipe it answers every line and prints the answers alone. The exit status is 1 if a line failed.
+    From a pipe it answers every line and prints only the answers. The exit status is 1 if a line failed.
 
     \b
     Examples:
@@ -75,7 +75,7 @@ def chat(
 
 
 def _talk(conversation: Conversation) -> None:
-    """Read lines with history and editing until the user leaves; Ctrl-C ends what is going on, and no more."""
+    """Read lines with history and editing until the user quits; Ctrl-C only ends the current answer."""
     from prompt_toolkit import PromptSession
 
     conversation.greet()

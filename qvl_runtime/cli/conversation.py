@@ -1,4 +1,4 @@
-"""One conversation: what was said, the pictures that wait for the next question, and the commands between them."""
+"""One conversation: its turns, the pictures for the next question, and the commands."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ SETTINGS: dict[str, Callable[[str], Any]] = {**SAMPLING, "max_new_tokens": int}
 
 
 class Conversation:
-    """A chat with its state; `take` is given one line after the other.
+    """A chat with its state; `take` handles one line at a time.
 
     Attributes
     ----------
     open : bool
-        False once the user has left.
+        False once the user has quit.
     failed : bool
-        Whether a line could not be done.
+        Whether a line failed.
     history : list of (query, answer)
     """
 
@@ -69,16 +69,16 @@ class Conversation:
         }
 
     def greet(self) -> None:
-        """Say what this is."""
+        """Show the model and the most important commands."""
         self.screen.say(f"{self.model.blob.path.name} on {self.model.ops.name}. /help for commands, Ctrl-D to leave.")
 
     def take(self, line: str) -> None:
-        """Do what one line says; an error that the user can correct is shown, and the conversation goes on.
+        """Run one line. Errors of the user are shown, and the conversation continues.
 
         Raises
         ------
         KeyboardInterrupt
-            When interrupted; what there is of an answer is in the history then.
+            When interrupted. The history then holds the partial answer.
         """
         line = line.strip()
         if not line:
@@ -108,7 +108,7 @@ class Conversation:
         width, height = image.size
         self.screen.say(f"{source}: {width} x {height}, goes with your next question")
 
-    # what a line can ask for
+    # commands
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -205,7 +205,7 @@ class Conversation:
         self.screen.say(f"{name} {number}")
 
     def _do_save(self, rest: str) -> None:
-        """/save FILE.json           save the conversation, and beside it what the model remembers of it (large)"""
+        """/save FILE.json           save the conversation and its keys and values (a large file)"""
         if not rest:
             raise QvlError("/save needs a file name")
         path = user_path(_unquoted(rest))
@@ -222,7 +222,7 @@ class Conversation:
             self.screen.say(f"saved {_past(path)}: {nbytes}, so that {tokens} tokens need not be computed again")
 
     def _do_load(self, rest: str) -> None:
-        """/load FILE.json           go on with a saved conversation"""
+        """/load FILE.json           continue a saved conversation"""
         if not rest:
             raise QvlError("/load needs the name of a file that /save made")
         path = user_path(_unquoted(rest))
@@ -233,7 +233,7 @@ class Conversation:
             try:
                 self.screen.say(f"{self.model.load_past(_past(path))} tokens need not be computed again")
             except QvlError as error:
-                raise QvlError(f"{error}; the conversation is computed anew") from None
+                raise QvlError(f"{error}; the conversation is computed again") from None
 
     def _do_quit(self, rest: str) -> None:
         """/quit                     leave"""
@@ -246,7 +246,7 @@ class Conversation:
             self.screen.say(f"the last question was {_shortened(self.history[-1][0])}")
         for source in named:
             if isinstance(source, str) and not (is_url(source) or source.startswith("data:") or is_file(source)):
-                self.screen.say(f"{source}: this picture is gone; put it back before you ask")
+                self.screen.say(f"{source}: this picture is missing; put it back before you ask")
 
     # answering
 
@@ -260,7 +260,7 @@ class Conversation:
             raise
 
     def _answer(self, query: Any) -> None:
-        """Answer and remember, also what there is of an answer when it is interrupted."""
+        """Answer, and add the answer to the history, also a partial one after an interrupt."""
         said: list[str] = []
         with self.screen.answering("thinking") as place:
 
@@ -293,17 +293,17 @@ class Conversation:
         self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
 
     def _opened(self, source: ImageSource) -> Image.Image:
-        """A picture as the model sees it, turned or not."""
+        """Decode a picture as the model does, with or without its EXIF orientation."""
         encoder = self.model.pictures
         upright = encoder is not None and encoder.reader.upright
         return load_image(source, allow_urls=self.allow_urls, exif=upright)
 
     def _last_picture(self) -> ImageSource:
-        """The picture that waits for the next question, or else the one last spoken of."""
+        """Return the picture for the next question, else the last one of the history."""
         return self._waiting[-1] if self._waiting else self._spoken_of()
 
     def _spoken_of(self) -> ImageSource:
-        """The last picture of the history."""
+        """Return the last picture of the history."""
         for query, _ in reversed(self.history):
             if found := pictures(query):
                 return found[-1]
@@ -316,12 +316,12 @@ def _shortened(query: Any) -> str:
 
 
 def _past(path: Path) -> Path:
-    """Where the keys and values of a saved conversation lie."""
+    """Return the path of the keys and values of a saved conversation."""
     return path.with_name(f"{path.name}.past")
 
 
 def dropped_file(line: str) -> Path | None:
-    """The picture a line names, if nothing else: a path as terminals paste it (quoted, escaped) or a file URL."""
+    """Return the path if a line is only that of a picture, as terminals paste it: quoted, escaped, or a file URL."""
     text = _unquoted(line)
     if line.startswith("file://"):
         try:
@@ -332,7 +332,7 @@ def dropped_file(line: str) -> Path | None:
 
 
 def _unquoted(text: str) -> str:
-    """A path without the quotes or backslashes a shell would want."""
+    """Remove the quotes or backslashes of a shell from a path."""
     if _exists(text):
         return text
     try:

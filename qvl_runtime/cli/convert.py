@@ -1,4 +1,4 @@
-"""`qvl convert`: a Hugging Face folder becomes one file."""
+"""`qvl convert`: convert a Hugging Face folder to one file."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from qvl_runtime.cli.text import size
 def convert(
     src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
-    bits: Annotated[int, typer.Option(help="4, 8 or 16, for the decoder's linears; 16 alone keeps everything.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 128,
+    bits: Annotated[int, typer.Option(help="4, 8 or 16, for the decoder's linear layers; 16 applies to all.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
     target_size: Annotated[
-        str | None, typer.Option(help="Size of the file, such as 5.5GB: bits are chosen by what each layer loses.")
+        str | None, typer.Option(help="Size of the file, such as 5.5GB: bits are chosen by the error of each layer.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
         str, typer.Option(help="For gptq: 'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
     ] = "builtin",
-    calibration_samples: Annotated[int, typer.Option(help="For gptq: how many conversations.")] = 32,
-    device: Annotated[str, typer.Option(help="For gptq: auto, cpu or cuda runs the layers.")] = "auto",
-    spill: Annotated[bool, typer.Option("--spill", help="For gptq: keep activations on disk, not in memory.")] = False,
+    calibration_samples: Annotated[int, typer.Option(help="For gptq: number of conversations.")] = 32,
+    device: Annotated[str, typer.Option(help="For gptq: auto, cpu or cuda.")] = "auto",
+    spill: Annotated[bool, typer.Option("--spill", help="For gptq: store activations on disk, not in memory.")] = False,
     verify: Annotated[
         int | None,
-        typer.Option(help="Conversations to compare with the original at the end.  [default: 2 with gptq, else 0]"),
+        typer.Option(help="Conversations to compare with the original afterwards.  [default: 2 with gptq, else 0]"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT, or what is there of it, if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT, complete or partial, if it exists.")] = False,
 ) -> None:
     """Make a .qvl file out of a Hugging Face model.
 
-    Reads Qwen-VL, Qwen-VL-Chat and Qwen-7B from safetensors or PyTorch files, and takes over their 4-bit AutoGPTQ
-    editions as they are. No code of the model is run.
+    Reads Qwen-VL, Qwen-VL-Chat and Qwen-7B from safetensors or PyTorch files, and imports their 4-bit AutoGPTQ
+    versions unchanged. No code of the model is run.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def convert(
 
 @contextmanager
 def _bar() -> Iterator[Report]:
-    """A progress bar on a terminal, nothing in a pipe."""
+    """Show a progress bar on a terminal, nothing in a pipe."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""`qvl demo`: convert the small model that ships with the package, and ask it about a fresh picture."""
+"""`qvl demo`: convert the small model of the package, and ask it about a new picture."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ QUESTIONS = (
 )  # fmt: skip
 SIDE = 448
 FILES = ("demo.qvl", "picture.png", "boxes.png")
-"""What it leaves in its folder, the model first."""
+"""The files it writes, the model first."""
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the picture and the boxes.")] = Path("qvl-demo"),
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw this picture again; a fresh one if not given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw the picture of this seed; by default a new one.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Try the small model that comes with the package.
@@ -71,7 +73,7 @@ def demo(
     start = time.perf_counter()
     model = load(blob, device)
     print(f"\n3. Questions, answered on {model.ops.name} (loading took {_since(start)})")
-    # A terminal without Chinese is asked in English alone.
+    # English only on a terminal that cannot show Chinese.
     languages = LANGUAGES if _can_print("中文") else ("en",)
     results = [_ask(model, exchange, picture) for exchange in questions(rng, scene, languages)]
 
@@ -94,7 +96,7 @@ def demo(
 
 
 def fresh_scene(rng: np.random.Generator) -> Scene:
-    """A picture of three or four shapes and a printed number."""
+    """Create a picture of three or four shapes and a printed number."""
     while True:
         scene = random_scene(rng, text_share=1.0)
         if len(scene.things) == 3 and scene.text and len(scene.text.lines) == 1:
@@ -102,7 +104,7 @@ def fresh_scene(rng: np.random.Generator) -> Scene:
 
 
 def _make_folder(out: Path) -> None:
-    """Make the folder, and refuse to replace files in it that `qvl demo` did not write."""
+    """Create the folder; refuse to replace files that `qvl demo` did not write."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -130,7 +132,7 @@ def _can_print(text: str) -> bool:
 
 
 def questions(rng: np.random.Generator, scene: Scene, languages: Sequence[str] = LANGUAGES) -> list[Exchange]:
-    """One question for each of QUESTIONS that the scene allows, in its language or else the first of `languages`."""
+    """Return a question for each of QUESTIONS that fits the scene, in its language or the first of `languages`."""
     asked = []
     for skill, wanted in QUESTIONS:
         language = wanted if wanted in languages else languages[0]
@@ -140,7 +142,7 @@ def questions(rng: np.random.Generator, scene: Scene, languages: Sequence[str] =
 
 
 def _ask(model: Model, exchange: Exchange, picture: Image.Image) -> Result:
-    """Put the turns of a conversation one after the other and show the answers as they come; the last result."""
+    """Ask the turns of a conversation, print the answers as they are generated, and return the last result."""
     messages: list[dict[str, str]] = []
     for question, truth in exchange.turns:
         slot = "" if messages else "Picture 1: <img></img>\n"

@@ -1,4 +1,4 @@
-"""`qvl eval`: published tasks, with several models side by side."""
+"""`qvl eval`: score models on published tasks."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
 
 WIDTH = 120
-"""Columns of a table that no terminal shows."""
+"""Columns of a table that is not shown on a terminal."""
 
 
 def eval(
     models_and_task: Annotated[
         list[str], typer.Argument(metavar="MODEL... TASK", help=f".qvl files, then one of {', '.join(TASKS)}.")
     ],
-    data: Annotated[Path, typer.Option(help="The folder of the tasks' files; nothing is fetched.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Draw so many questions; all if not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the answers; qvl-eval/TASK if not given.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the tasks' files; nothing is downloaded.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of random questions; all by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random questions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the answers; qvl-eval/TASK by default.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON file of a model's own prompts.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Questions answered at the same time.")] = 16,
-    plot: Annotated[Path | None, typer.Option(help="Draw the scores into this file.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Questions to compute concurrently.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the scores here.")] = None,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
     activations: Activations = "auto",
 ) -> None:
-    """Score models on a published task, as the originals were scored.
+    """Score models on a published task with its published method.
 
-    Prompts, lengths and metrics are those of the published evaluation; docs/evaluation.md says which files a task
-    takes. Every answer is kept in --out: the same command goes on after a kill. A table, then one JSON document as
-    the last line.
+    Prompts, lengths and metrics are those of the published evaluation. docs/evaluation.md lists the files of each
+    task. Every answer is stored in --out; the same command resumes an interrupted run. Prints a table, then one JSON
+    document as the last line.
 
     \b
     Examples:
@@ -55,7 +55,7 @@ def eval(
         raise typer.BadParameter("name at least one .qvl file, and a task as the last word")
     if plot is not None:
         plotting.check_path(plot)
-    own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "mend it")
+    own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -85,7 +85,7 @@ def eval(
 
 
 def table(found: Evaluation) -> Table:
-    """A comparison for people."""
+    """Format a comparison as a table."""
     task = found.task
     made = Table(title=f"{task.title}: {task.metric}, {found.questions} questions", title_justify="left")
     for heading in ("model", "score", "95%", "difference", "95%", "time", "memory", "file"):

@@ -1,4 +1,4 @@
-"""`qvl export`: a file becomes a Hugging Face folder again."""
+"""`qvl export`: write a file as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qvl_runtime.cli.text import size
 
 def export(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to create.")],
     force: Annotated[bool, typer.Option("--force", help="Replace FOLDER if it exists.")] = False,
 ) -> None:
     """Write a .qvl file's weights as a Hugging Face model.
 
-    The decoder keeps its integers, in AutoGPTQ's layout, so that other tools read what was quantized here; everything
-    else becomes fp16. The model's Python files, which some tools ask for, come from the original's repository.
+    The decoder's integer weights are written in AutoGPTQ's layout, which other tools read; everything else becomes
+    fp16. Some tools also need the model's Python files: take them from the original repository.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`qvl generate`: one prompt, one answer."""
+"""`qvl generate`: answer one prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The answer has at most this many tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of the answer.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -68,9 +68,9 @@ def generate(
     max_pixels: MaxPixels = None,
     allow_urls: AllowUrls = False,
 ) -> None:
-    """Answer a prompt, with pictures if the model sees.
+    """Answer a prompt, with pictures if the model supports them.
 
-    The prompt is taken as it is, without chat turns: see `qvl chat` for those. Standard input loses its last line end.
+    The prompt is raw text without chat turns; `qvl chat` has those. The last line end of standard input is removed.
 
     \b
     Examples:
@@ -132,7 +132,7 @@ def _last_picture(prompt: str, images: list[str] | None) -> ImageSource:
 
 
 def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
-    """What the user should know of an answer that ended early."""
+    """Explain an answer that ended early."""
     if result.finish_reason == "length" and len(result.token_ids) < max_new_tokens:
         window = model.config.max_position_embeddings
         remedy = f"--context may be up to {window}" if model.window < window else "shorten the prompt"
@@ -144,7 +144,7 @@ def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
 
 
 def _show(pieces: Iterator[Piece]) -> None:
-    """Print each piece as it comes, but for what a terminal would obey. Only a terminal is shown reasoning."""
+    """Print the pieces of an answer; control characters are escaped, and only a terminal gets reasoning."""
     show = printable if sys.stdout.isatty() else str
     for piece in pieces:
         if not piece.reasoning:
@@ -154,7 +154,7 @@ def _show(pieces: Iterator[Piece]) -> None:
 
 
 def to_json(result: Result) -> dict:
-    """A result as JSON types, with its rates."""
+    """Return a result and its speeds as JSON types."""
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
     document = dataclasses.asdict(result)
     document["timings"] |= {name: round(getattr(result.timings, name), 3) for name in rates}

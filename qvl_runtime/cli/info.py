@@ -1,4 +1,4 @@
-"""`qvl info`: what a file holds."""
+"""`qvl info`: describe a file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from qvl_runtime.families.specs import PARTS
 def info(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     check: Annotated[bool, typer.Option("--check", help="Verify the hash of every tensor.")] = False,
-    context: Annotated[int | None, typer.Option(help="Will it fit, with so many tokens of prompt and answer?")] = None,
-    device: Annotated[str, typer.Option(help="With --context: auto or cpu. cuda: tell what is used, too.")] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Check the memory for this many tokens of prompt and answer.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --context: auto or cpu. cuda: describe the GPU, too.")] = "auto",
     kv_cache: Annotated[str, typer.Option(help="With --context: fp16 or int8.")] = "fp16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Tell what a .qvl file holds, and whether it will fit.
+    """Describe a .qvl file, and whether it fits in memory.
 
     \b
     Examples:
@@ -46,7 +48,7 @@ def info(
 
 
 def describe(blob: Blob) -> dict[str, Any]:
-    """What a file holds, in JSON types.
+    """Describe a file in JSON types.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ def describe(blob: Blob) -> dict[str, Any]:
     Returns
     -------
     dict
-        `file`, `bytes`, `model`, `decoder` (its shape and window), `vision` (in words; None if the model takes no
+        `file`, `bytes`, `model`, `decoder` (its shape and window), `vision` (as text; None if the model takes no
         pictures), `parts` (label, bytes, bits, group size and method of each), `source`, `config` and
         `generation_config`.
     """
@@ -89,13 +91,13 @@ def describe(blob: Blob) -> dict[str, Any]:
 
 
 def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
-    """What a model with a cache of `context` tokens takes on a device, what is free there, and what to change if not.
+    """Compare the memory of a model with a cache of `context` tokens with that of a device; list remedies.
 
     Returns
     -------
     dict
-        `device`, `context`, `kv_cache`; bytes of `weights`, `vision` (the part of them that sees), `cache`,
-        `workspace`, `reserve` (a GPU driver's), `total` and `free` (None where the system does not tell); `fits`; and
+        `device`, `context`, `kv_cache`; bytes of `weights`, `vision` (part of `weights`), `cache`,
+        `workspace`, `reserve` (a GPU driver's), `total` and `free` (None if unknown); `fits`; and
         `remedies`.
 
     Raises

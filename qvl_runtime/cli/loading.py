@@ -1,4 +1,4 @@
-"""Loading a model for a verb: the options of it, and a progress bar where it takes a while."""
+"""Options for loading a model, and loading with a progress bar."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from qvl_runtime.model import Model
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
 KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]
-Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (exact, turn by turn) or int8 (fast).")]
-ContextTokens = Annotated[int | None, typer.Option(help="Tokens of prompt and answer to make room for.")]
+Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (same answer in every turn) or int8 (fast).")]
+ContextTokens = Annotated[int | None, typer.Option(help="Limit of prompt and answer, in tokens.")]
 VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
-MaxPixels = Annotated[
-    int | None, typer.Option(help="Pictures are shrunk to so many pixels.  [default: 1280 tokens of a picture]")
-]
-AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Let http(s) pictures be fetched.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Larger pictures are scaled down to this.  [default: 1280 tokens]")]
+AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Allow pictures from http(s) URLs.")]
 
 
 def load_shown(path: Path, *arguments: Any, **options: Any) -> Model:
-    """`load`, showing on a terminal how far the upload to a GPU is."""
+    """Load a model; on a terminal show the progress of the upload to a GPU."""
     console = Console(stderr=True)
     columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

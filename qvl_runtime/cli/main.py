@@ -1,4 +1,4 @@
-"""The command `qvl`: finds the verb, runs it, and turns an error that the user can correct into one line."""
+"""The command `qvl`: dispatches to its subcommands and reports errors of the user in one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qvl_runtime.errors import QvlError
 
 VERBS = {
     "convert": "Make a .qvl file out of a Hugging Face model.",
-    "generate": "Answer a prompt, with pictures if the model sees.",
+    "generate": "Answer a prompt, with pictures if the model supports them.",
     "chat": "Talk with a chat model.",
-    "info": "Tell what a .qvl file holds.",
-    "verify": "Measure how far a .qvl file is from the model it was made from.",
-    "bench": "Measure how fast a .qvl file runs here.",
+    "info": "Describe a .qvl file.",
+    "verify": "Compare a .qvl file with the original model.",
+    "bench": "Measure the speed of a .qvl file.",
     "serve": "Serve a .qvl file over HTTP, with OpenAI's API.",
     "batch": "Answer many rows: a table, a folder of pictures.",
     "demo": "Try the small model that comes with the package.",
@@ -35,10 +35,10 @@ COMPLETION = "_QVL_COMPLETE"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its status: 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
+    """Run the command line and exit with status 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
     _show_any_character()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # A shell that asks for completions names the words typed so far in the environment.
+    # For completions the shell passes the words typed so far in the environment.
     typed = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     words = typed.split()[1:] if COMPLETION in os.environ else arguments
     verb = next((word for word in words if not word.startswith("-")), None)
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_any_character() -> None:
-    """Let an ASCII terminal show an answer in Chinese as its code points, instead of ending in an error."""
+    """Escape characters that the terminal's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def _app(wanted: str | None) -> typer.Typer:
-    """The commands; only the wanted one is imported, of the others the summary is enough."""
+    """Build the app. Only the wanted command is imported; the others have a summary."""
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_root)
     for verb, summary in VERBS.items():
@@ -82,7 +82,7 @@ def _root(
 
 
 def _listed() -> None:
-    """Stands for a verb that was not asked for."""
+    """Placeholder of a command that is not run."""
 
 
 def _guarded(verb: Callable) -> Callable:
@@ -93,7 +93,7 @@ def _guarded(verb: Callable) -> Callable:
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # The reader has gone, and flushing at exit would fail again.
+            # The reader has closed the pipe; flushing at exit would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except MemoryError:

@@ -1,4 +1,4 @@
-"""The options of sampling, for the verbs that answer."""
+"""The sampling options of several commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what `/save` of the chat wrote: every field is checked, since anybody may have made the file."""
+"""Reading files of the chat's `/save`. They are untrusted: every field is checked."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qvl_runtime.file.opening import read_regular
 
 FORMAT = "qvl conversation 1"
 PIECES = ("text", "image", "ref", "box", "type", "url", "image_url")
-"""Keys of a query's pieces."""
+"""Allowed keys of a query's pieces."""
 
 
 class SavedChat(NamedTuple):
-    """A conversation as it was saved: see `Conversation`."""
+    """A saved conversation; see `Conversation`."""
 
     system: str | None
     settings: dict[str, Any]
@@ -31,12 +31,12 @@ def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], A
     ----------
     path : path
     settings : mapping
-        The settings there are, and what makes a value of a text.
+        The known settings with their parsers.
 
     Raises
     ------
     QvlError
-        When the file cannot be read or is no saved conversation; the first thing wrong is named.
+        If the file cannot be read or is not a saved conversation; names the first problem.
     """
     content = read_regular(path, limit=MAX_JSON, remedy="name a file that /save wrote")
     try:

@@ -1,4 +1,4 @@
-"""What a terminal shows of an answer while it comes, and what a pipe gets instead."""
+"""Output of answers to a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from qvl_runtime.cli.text import one_line, printable
 
 
 class Screen:
-    """Standard output: answers, and on a terminal what there is to say about them."""
+    """Standard output: answers, and on a terminal also messages."""
 
     def __init__(self, console: Console | None = None):
         self.console = Console() if console is None else console
 
     def say(self, text: str) -> None:
-        """A line that is not the model's; a pipe does not get it."""
+        """Print a message of the program, on a terminal only."""
         if self.console.is_terminal:
-            # Wrapped by the terminal: a path can then be copied whole.
+            # The terminal wraps the line, so that a path can be copied whole.
             self.console.print(printable(text), style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def complain(self, text: str) -> None:
-        """What went wrong, on one line, on standard error."""
+        """Print an error in one line on standard error."""
         print(f"qvl: {one_line(text)}", file=sys.stderr)
 
     def answering(self, waiting_for: str) -> Answering:
-        """A place for one answer; until its first text a spinner says what is waited for."""
+        """Return the output of one answer, with a spinner until the first text."""
         return Answering(self.console, waiting_for)
 
     def picture(self, path: Path) -> None:
-        """Show a PNG inside the terminal, where it is one of those that can."""
+        """Show a PNG in the terminal if it supports that."""
         if self.console.is_terminal and (sequence := _inline(path)):
             sys.stdout.write(sequence + "\n")
             sys.stdout.flush()
 
 
 class Answering:
-    """Writes an answer as it comes, once and as it is: a pipe gets every character, a terminal the printable ones."""
+    """Writes an answer as it is generated: a pipe gets every character, a terminal the printable ones."""
 
     def __init__(self, console: Console, waiting_for: str):
         self._console, self._is_terminal = console, console.is_terminal
@@ -55,7 +55,7 @@ class Answering:
         return self
 
     def reason(self, text: str) -> None:
-        """Show reasoning, apart from the answer: dim in a terminal, and not at all in a pipe."""
+        """Show reasoning: dim on a terminal, not at all in a pipe."""
         if self._is_terminal:
             self._stop_spinner()
             self._reasoned = True
@@ -88,7 +88,7 @@ class Answering:
 
 
 def _inline(path: Path) -> str | None:
-    """The escape sequence that shows a PNG, for the terminals known to understand one."""
+    """Return the escape sequence that shows a PNG, for terminals that support it."""
     data = base64.standard_b64encode(path.read_bytes()).decode()
     if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return f"\x1b]1337;File=inline=1:{data}\x07"

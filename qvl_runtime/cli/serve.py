@@ -1,4 +1,4 @@
-"""`qvl serve`: a model behind OpenAI's API."""
+"""`qvl serve`: serve a model with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY_VARIABLE = "QVL_API_KEY"
 KEY_FILE_BYTES = 64 << 10
 SHORTEST_KEY = 16
 CONVERSATIONS = 4
-"""Kept between requests: each may take a gigabyte."""
+"""Number of cached conversations: each may take a gigabyte."""
 
 
 def serve(
@@ -35,16 +35,14 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"A file of keys, one a line; or set {KEY_VARIABLE} to one key.")
     ] = None,
-    no_key: Annotated[
-        bool, typer.Option("--no-key", help="Let anybody who reaches another address than this machine's own ask.")
-    ] = False,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A name of this server; repeat for several.")
+        list[str] | None, typer.Option(metavar="NAME", help="A host name of this server; repeat for several.")
     ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A site whose pages may ask; repeat for several.")
+        list[str] | None, typer.Option(metavar="URL", help="A web origin that may send requests; repeat for several.")
     ] = None,
-    running: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Requests computed at once.")] = 16,
+    running: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Requests to compute concurrently.")] = 16,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; others are refused.")] = 64,
     log_content: Annotated[bool, typer.Option("--log-content", help="Log requests and answers.")] = False,
     allow_urls: AllowUrls = False,
@@ -56,8 +54,8 @@ def serve(
 ) -> None:
     """Serve a .qvl file over HTTP: OpenAI's API, and a page at /.
 
-    Only this machine may ask, unless --host says otherwise; then clients need a key. Ctrl+C lets running answers
-    finish.
+    By default only this machine has access. With another --host clients need a key. Ctrl+C waits for running
+    answers.
 
     \b
     Examples:
@@ -105,14 +103,14 @@ def serve(
 
 
 def _demo(folder: Path) -> Path:
-    """The package's own model, converted."""
+    """Convert the model of the package."""
     blob = folder / "demo.qvl"
     convert(checkpoint_folder(), blob)
     return blob
 
 
 def _keys(path: Path | None) -> list[str]:
-    """The keys of a file and of the environment."""
+    """Return the keys of a file and of the environment."""
     keys = []
     if path is not None:
         try:
@@ -133,7 +131,7 @@ def _check_address(host: str, keys: list[str], no_key: bool) -> None:
     if keys or no_key or _is_loopback(host):
         return
     raise QvlError(
-        f"--host {host}: other machines could ask without a key; set {KEY_VARIABLE} or --api-key-file, or say --no-key"
+        f"--host {host}: other machines could ask without a key; set {KEY_VARIABLE} or --api-key-file, or use --no-key"
     )
 
 

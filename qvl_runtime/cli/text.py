@@ -1,4 +1,4 @@
-"""Text between people and the program: what a terminal may be sent, units that fit, and standard input."""
+"""Text for terminals, numbers with units, and standard input."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator
 
 from qvl_runtime.errors import QvlError
 
-# A terminal obeys control characters: they can clear it, set its title, or write to the clipboard.
+# Control characters can clear a terminal, set its title, or write to the clipboard.
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "�") | {ord("\n"): "\n", ord("\t"): "\t", 13: None}
 
 
 def printable(text: str) -> str:
-    """Text that a terminal can be sent: control characters are replaced, but for line ends and tabs."""
+    """Replace control characters except line ends and tabs."""
     return text.translate(_CONTROLS)
 
 
 def one_line(text: str) -> str:
-    """Printable text without line ends."""
+    """Return printable text without line ends."""
     return printable(" ".join(text.split()))
 
 
 def size(nbytes: int) -> str:
-    """Bytes in the unit that fits, with three digits.
+    """Format bytes with three digits and a unit.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def size(nbytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that fits, with three digits: 1.42 ms, 33.8 s."""
+    """Format a time with three digits and a unit: 1.42 ms, 33.8 s."""
     return f"{_three_digits(seconds)} s" if seconds >= 0.9995 else f"{_three_digits(seconds * 1e3)} ms"
 
 
@@ -45,12 +45,12 @@ def _three_digits(value: float) -> str:
 
 
 def standard_input() -> Iterator[str]:
-    """The lines of standard input, with their line ends.
+    """Yield the lines of standard input, with their line ends.
 
     Raises
     ------
     QvlError
-        When it is closed, or is no UTF-8 text.
+        If it is closed, or is not UTF-8 text.
     """
     if sys.stdin is None:
         raise QvlError("standard input is closed; pipe a text into it")

@@ -1,4 +1,4 @@
-"""A user's turn of a conversation: its words, its pictures, and how a file keeps both."""
+"""A user's turn of a conversation: its text, its pictures, and its form in a file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, load_image
 
 SOURCE_KEYS = ("image", "image_url", "url")
-"""Keys under which a piece of a turn may name its picture."""
+"""Keys of a piece that may hold a picture."""
 
 
 def words(query: Any) -> str:
-    """What a turn says besides its pictures, on one line."""
+    """Return the text of a turn on one line."""
     if isinstance(query, str):
         return " ".join("".join(_split(query)[0::2]).split())
     return " ".join(" ".join(str(piece.get("text", "")) for piece in query).split())
 
 
 def pictures(query: Any) -> list[ImageSource]:
-    """The pictures of a turn, in order."""
+    """Return the pictures of a turn, in order."""
     if isinstance(query, str):
         return [path for path in _split(query)[1::2] if path]
     return [source for piece in query for key in SOURCE_KEYS if (source := _source(piece.get(key)))]
@@ -33,7 +33,7 @@ def pictures(query: Any) -> list[ImageSource]:
 def _split(text: str) -> list[str]:
     try:
         return split_images(text)
-    except QvlError:  # a model without pictures was asked about tags
+    except QvlError:  # a text-only model was asked about tags
         return [text]
 
 
@@ -42,9 +42,9 @@ def _source(value: Any) -> ImageSource | None:
 
 
 def portable(query: Any) -> Any:
-    """A turn as JSON can hold it and another folder can read it.
+    """Convert a turn to JSON types that do not depend on the working directory.
 
-    Paths become absolute; a picture that has none becomes a ``data:`` URL.
+    Paths become absolute; a picture without a path becomes a ``data:`` URL.
     """
     if isinstance(query, str):
         parts = _split(query)
@@ -63,12 +63,12 @@ def _portable(source: Any) -> Any:
 
 
 def user_path(text: str) -> Path:
-    """The path a user typed, with ``~`` replaced.
+    """Expand ``~`` in a path.
 
     Raises
     ------
     QvlError
-        When there is no such user, or no path can look like this.
+        If there is no such user, or the path is invalid.
     """
     if "\0" in text:
         raise QvlError(f"{text!r}: a path has no NUL character; leave it out")
@@ -79,8 +79,8 @@ def user_path(text: str) -> Path:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a text is the path of a file, whatever else it may be."""
+    """Whether a text is the path of an existing file."""
     try:
         return Path(path).is_file()
-    except (OSError, ValueError):  # longer than a path may be, a NUL in it
+    except (OSError, ValueError):  # too long for a path, or a NUL byte
         return False

@@ -1,4 +1,4 @@
-"""`qvl verify`: how far a file is from the model it was made from."""
+"""`qvl verify`: compare a file with the original model."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from qvl_runtime.errors import QvlError
 
 def verify(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
-    reference: Annotated[Path, typer.Option(help="What it was made from: a folder, or a .qvl file at 16 bits.")],
-    lora: Annotated[Path | None, typer.Option(help="Folder of the adapter that was merged into it.")] = None,
+    reference: Annotated[Path, typer.Option(help="The original: a folder, or a 16-bit .qvl file.")],
+    lora: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
     data: Annotated[
         str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
     ] = "builtin",
-    samples: Annotated[int, typer.Option(help="How many conversations of it.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers compared; 0 compares none.")] = 64,
+    samples: Annotated[int, typer.Option(help="Number of conversations.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the compared answers; 0 compares none.")] = 64,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw KL by position and error by layer into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of KL by position and error by layer here.")] = None,
 ) -> None:
-    """Measure how far a .qvl file is from the model it was made from.
+    """Compare a .qvl file with the original model.
 
-    The original runs layer by layer from its own files, so it may be larger than memory. The built-in data are not
-    those that calibration uses.
+    The original runs layer by layer from its own files, so it may be larger than memory. The built-in data differ
+    from the calibration data.
 
     \b
     Examples:
@@ -70,7 +70,7 @@ def verify(
 
 
 def text(report: Report) -> str:
-    """A report as a table."""
+    """Format a report as a table."""
     lines = [
         f"{report.samples} samples, {report.positions} tokens; perplexity of the original "
         f"{report.reference_perplexity:.4f}",
