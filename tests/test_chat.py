@@ -161,7 +161,7 @@ def test_a_loaded_conversation_goes_on_without_computing(talk, blob, tmp_path, m
     past.write_bytes(past.read_bytes()[:-1])
     other.take(f"/load {tmp_path}/talk.json")
     (complaint,) = other.screen.complaints
-    assert "talk.json.past" in complaint and complaint.endswith("computed anew")
+    assert "talk.json.past" in complaint and complaint.endswith("computed again")
     assert len(other.history) == 2
 
 

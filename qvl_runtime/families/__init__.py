@@ -1,4 +1,4 @@
-"""The model families, by the `model_type` of their `config.json`; each is imported when it is first needed."""
+"""Registry of the model families by `model_type` of `config.json`. A family is imported when first used."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FAMILIES = {
     "qwen2_5_vl": "qvl_runtime.families.qwen2_5_vl.family",
     "qwen3_vl": "qvl_runtime.families.qwen3_vl.family",
 }
-"""`model_type` -> module with the constant `FAMILY`."""
+"""Maps a `model_type` to the module with the constant `FAMILY`."""
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that a `config.json` belongs to.
+    """Return the family of a `config.json`.
 
     Raises
     ------

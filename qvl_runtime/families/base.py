@@ -1,4 +1,4 @@
-"""What a model family is to the rest of the program.
+"""The interface of a model family.
 
 A family is one folder below `qvl_runtime.families` and one line in its registry. Its module has a constant `FAMILY`
 with the members of `Family`. The engine, the file format, the converter and the command line use these members only.
@@ -27,18 +27,18 @@ from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
 VisionStage = Callable[[np.ndarray, Pixels], Array]
-"""Computes a stage for one picture, from the state before it, float32 ``[rows, width]`` on the host (unused by
+"""Computes a stage for one picture. Arguments: the previous state, float32 ``[rows, width]`` on the host (unused by
 "patches"), and the picture's pixels."""
 
 
 class Prompts(Protocol):
-    """Makes token ids of every form of prompt, by the family's template."""
+    """Converts prompts to token ids with the family's template."""
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
-        """A prompt as `Model.generate` takes it."""
+        """Build a prompt for `Model.generate`."""
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer, with the token that ends it in a chat."""
+        """Encode an answer, including the token that ends it in a chat."""
 
     def chat(
         self,
@@ -50,20 +50,20 @@ class Prompts(Protocol):
         window: Window,
         access: Access,
     ) -> ChatPrompt:
-        """One more turn of a conversation, as `Model.chat` takes it."""
+        """Build the prompt of the next turn for `Model.chat`."""
 
 
 class Grounding(Protocol):
-    """How a family writes boxes."""
+    """A family's notation of boxes."""
 
     def mark(self, corners: Sequence[float], picture: Picture) -> str:
-        """A box in a question: `corners` are in pixels of a picture as it was given."""
+        """Write a box for a question. `corners` are in pixels of the original picture."""
 
     def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
-        """All well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""
+        """Return all well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        """Hold an answer of at most `limit` tokens to this notation."""
+        """Return the constraint to this notation for an answer of at most `limit` tokens."""
 
 
 C = TypeVar("C", bound=Config)
@@ -79,7 +79,7 @@ class Family(Protocol[C, T]):
         As in `config.json`.
     grounding : Grounding
     upright : bool
-        Pictures are turned as their EXIF orientation says.
+        Whether the EXIF orientation of pictures is applied.
     """
 
     @property
@@ -91,31 +91,31 @@ class Family(Protocol[C, T]):
     @property
     def upright(self) -> bool: ...
 
-    # what the files say
+    # reading files
     def read_config(self, data: Mapping[str, Any], where: str) -> C:
-        """Read `config.json`, or what `Config.to_dict` gave.
+        """Parse `config.json`, or the result of `Config.to_dict`.
 
         Raises
         ------
         QvlError
-            For a missing key, or a value that this runtime does not compute.
+            For a missing key, or an unsupported value.
         """
 
     def title(self, config: C, generation: GenerationConfig) -> str:
-        """The model's name for people."""
+        """Return the model's display name."""
 
     def tensors(self, config: C) -> Iterator[TensorSpec]:
-        """All tensors of a model, in the order in which it uses them."""
+        """Yield all tensors of a model, in order of use."""
 
     def decoder_names(self, config: C) -> DecoderNames:
-        """Names of the decoder's tensors in the blob."""
+        """Return the names of the decoder's tensors in the blob."""
 
     def tokenizer(self, ranks: bytes, config: C) -> T:
-        """The tokenizer that belongs to a config; `ranks` is what `read_ranks` gave."""
+        """Create the tokenizer of a config; `ranks` is the result of `read_ranks`."""
 
-    # what it computes
+    # computing
     def rotary(self, ops: Ops, config: C, capacity: int) -> Rotary:
-        """Rotary positions of one sequence, with room for `capacity` tokens."""
+        """Create the rotary positions of one sequence of up to `capacity` tokens."""
 
     def preprocess(
         self,
@@ -125,61 +125,61 @@ class Family(Protocol[C, T]):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Preprocess:
-        """How pictures are prepared; `preprocessing` is that of the blob's metadata.
+        """Return the preprocessing of pictures; `preprocessing` is that of the blob's metadata.
 
         Raises
         ------
         QvlError
-            For limits that the family does not take, or that contradict each other.
+            For unsupported or contradictory limits.
         """
 
     def vision(self, weights: Weights[C]) -> Vision:
-        """The vision part of a model whose config `sees`."""
+        """Create the vision part of a model whose config `sees`."""
 
     def vision_values(self, config: C) -> tuple[int, int]:
-        """float32 values that encoding the largest picture takes: those that stay, and those of one step."""
+        """Count the float32 values for encoding the largest picture: permanent ones, and those of one step."""
 
     def describe_vision(self, config: C) -> str:
-        """The vision part in one line, for people."""
+        """Describe the vision part in one line."""
 
     def prompts(
         self, tokenizer: T, config: C, generation: GenerationConfig, read: Callable[..., Picture] | None
     ) -> Prompts:
-        """The prompt template. `read` is `PictureEncoder.read`, or None for a model that takes no pictures."""
+        """Create the prompt template. `read` is `PictureReader.read`, or None for a text-only model."""
 
-    # what the converter needs besides
+    # for the converter
     def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
-        """The stage that a matrix belongs to: its kind and index.
+        """Return the stage of a matrix: its kind and index.
 
         Kinds: "patches"; "vision", a ViT layer; "adapter", a level of the features; "embedding"; "decoder", a layer;
-        "norm", with the head. The stages are run in the order of `tensors`.
+        "norm", with the head. The stages run in the order of `tensors`.
         """
 
     def vision_shape(self, config: C, pixels: Pixels) -> tuple[int, int]:
-        """Shape of a picture's hidden state inside the ViT."""
+        """Return the shape of a picture's hidden state in the ViT."""
 
     def levels(self, config: C) -> int:
-        """Levels of features; see `Vision.encode`."""
+        """Return the number of feature levels; see `Vision.encode`."""
 
     def vision_stage(self, kind: str, index: int, weights: Weights[C]) -> VisionStage:
-        """A stage of the vision part: "patches" from pixels, "vision" from the state, "adapter" to features."""
+        """Create a stage of the vision part: "patches" from pixels, "vision" from the state, "adapter" to features."""
 
     def published_name(self, name: str, config: C) -> str | None:
-        """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
+        """Map the name of a checkpoint's tensor to its name in `tensors`; None if it is not used."""
 
     def published_files(
         self, config: C, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
     ) -> dict[str, Any]:
-        """Files of a published checkpoint besides its weights, by name: JSON objects, or bytes.
+        """Return the files of a published checkpoint besides its weights, by name: JSON objects, or bytes.
 
-        `data` is what `read_ranks` gave.
+        `data` is the result of `read_ranks`.
         """
 
     def read_generation(self, folder: Path) -> GenerationConfig:
-        """What a published checkpoint says about prompts and sampling."""
+        """Read the prompt and sampling settings of a published checkpoint."""
 
     def read_ranks(self, folder: Path, config: C) -> bytes:
-        """The tokenizer's vocabulary from a published checkpoint, as the blob stores it."""
+        """Read the vocabulary of a published checkpoint in the format of the blob."""
 
     def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
-        """What a published checkpoint says about the preparation of pictures: the blob's `preprocessing`."""
+        """Read the preprocessing settings of a published checkpoint: the blob's `preprocessing`."""

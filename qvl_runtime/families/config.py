@@ -1,4 +1,4 @@
-"""What the program asks of every family's config."""
+"""The interface of every family's config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qvl_runtime.engine.sequence import Shape
 
 
 class Config(Shape, Protocol):
-    """What every family's config says of its decoder."""
+    """The decoder settings that every family's config has."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -31,4 +31,4 @@ class Config(Shape, Protocol):
         """Whether the model takes pictures."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The values as JSON types, with `model_type`; `Family.read_config` reads them back."""
+        """Return the values as JSON types, with `model_type`. `Family.read_config` is the inverse."""

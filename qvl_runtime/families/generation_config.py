@@ -1,4 +1,4 @@
-"""What `generation_config.json` says about prompts and sampling, for every family."""
+"""Prompt and sampling settings of `generation_config.json`, for all families."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qvl_runtime.families.reading import check, take
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What `generation_config.json` says about prompts and sampling.
+    """Prompt and sampling settings of `generation_config.json`.
 
     Attributes
     ----------
     chat_format : str
-        "chatml" for a model that knows chat turns, else "raw".
+        "chatml" for a chat model, else "raw".
     thinking : bool
-        An answer begins with reasoning, up to ``</think>``.
+        Whether answers begin with reasoning, up to ``</think>``.
     eos_token_id : tuple of int
-        Tokens that end an answer, besides the tokenizer's own.
+        Tokens that end an answer, in addition to the tokenizer's.
     """
 
     chat_format: str = "raw"
@@ -36,7 +36,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
-        """Read a published `generation_config.json`; absent keys keep their defaults."""
+        """Parse a published `generation_config.json`; absent keys have their defaults."""
         kinds = {"str": str, "int": int, "bool": bool, "float": float}
         values = {
             f.name: take(data, f.name, kinds[f.type], where)
@@ -55,7 +55,7 @@ class GenerationConfig:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model was trained for turns of a conversation."""
+        """Whether the model is a chat model."""
         return self.chat_format == "chatml"
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A decoder-only transformer with SwiGLU and RMSNorm, for every family that is one."""
+"""A decoder-only transformer with SwiGLU and RMSNorm, shared by families."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class DecoderNames:
     """Base names of a decoder's tensors in the blob.
 
-    Those of a layer follow ``{layer}.{index}.``. `q_norm` and `k_norm` are None for a family that does not normalize
-    queries and keys. A tied head has the embedding's name.
+    Names of a layer are prefixed with ``{layer}.{index}.``. `q_norm` and `k_norm` are None for a family without
+    normalization of queries and keys. A tied head has the embedding's name.
     """
 
     embedding: str
@@ -41,7 +41,7 @@ class DecoderNames:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """Attention and a SwiGLU feed-forward, each behind an RMSNorm."""
+    """Attention and a SwiGLU feed-forward, each after an RMSNorm."""
 
     attention_norm: Norm
     qkv: Weight
@@ -55,7 +55,7 @@ class Block:
 
     @classmethod
     def load(cls, weights: Weights, names: DecoderNames, index: int) -> Block:
-        """The `index`-th block of a model."""
+        """Load the `index`-th block of a model."""
 
         def name(part: str) -> str:
             return f"{names.layer}.{index}.{part}"
@@ -73,7 +73,7 @@ class Block:
         )
 
     def __call__(self, ops: Ops, work: Workspace, spans: Sequence[Span], index: int) -> None:
-        """Run over ``work.x`` in place, appending to the sequences."""
+        """Run on ``work.x`` in place and append keys and values to the sequences."""
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.attention_norm)
         first = 0
         for sequence, count in spans:
@@ -98,7 +98,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workspace:
-    """Arrays for up to `rows` tokens at a time."""
+    """Arrays for up to `rows` tokens."""
 
     x: Array
     qkv: Array
@@ -107,7 +107,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, ops: Ops, config: Config, rows: int) -> Workspace:
-        """Uninitialized arrays for a model."""
+        """Allocate uninitialized arrays for a model."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return cls(
             x=ops.empty((rows, config.hidden_size)),
@@ -117,7 +117,7 @@ class Workspace:
         )
 
     def rows(self, count: int) -> Workspace:
-        """The same arrays, cut to `count` tokens."""
+        """Return views of the first `count` tokens."""
         return Workspace(*(getattr(self, f.name)[:count] for f in dataclasses.fields(self)))
 
 
@@ -129,9 +129,9 @@ class Decoder:
     weights : Weights
     names : DecoderNames
     rotary : callable
-        Makes a sequence's `Rotary` from the backend, the config and a capacity.
+        Creates a sequence's `Rotary` from the backend, the config and a capacity.
     context : int, optional
-        Tokens of a sequence that were agreed upon, if less than the model's window.
+        Expected length of a sequence, if less than the model's window.
     """
 
     def __init__(
@@ -178,9 +178,9 @@ class Decoder:
 
 
 def place_features(ops: Ops, pictures: Sequence[Features], level: int, x: Array) -> None:
-    """Put a level of pictures' features into the rows of `x`, float32 ``[T, hidden]``, that they cover.
+    """Write a level of pictures' features to their rows of `x`, float32 ``[T, hidden]``.
 
-    Level 0 replaces rows; level j + 1 is added after layer j, if a family has it.
+    Level 0 replaces rows; level j + 1, if any, is added after layer j.
     """
     for picture in pictures:
         first, last = max(picture.row, 0), min(picture.row + picture.count, x.shape[0])

@@ -1,4 +1,4 @@
-"""Reading values of a config file that nobody vouches for."""
+"""Reading values of untrusted config files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from qvl_runtime.file.opening import read_regular, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that nobody vouches for.
+    """Read a JSON object from an untrusted file.
 
     Raises
     ------
     QvlError
-        When it is missing, or holds something else.
+        If it is missing or not a JSON object.
     """
     content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of a Hugging Face model?")
     return parse_object(content, f"{path}:", "download it again")
 
 
 def take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    """Read ``data[key]`` as `kind`, refusing a missing or mistyped value by name."""
+    """Return ``data[key]`` as `kind`. Raises QvlError for a missing or mistyped value."""
     value = data.get(key, default)
     if value is None:
         raise QvlError(f"{where}: '{key}' is missing; download the file again")
@@ -39,6 +39,6 @@ def take(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any
 
 
 def check(ok: bool, where: str, message: str) -> None:
-    """Refuse a value, with a message that names it."""
+    """Raise a QvlError with `message` unless `ok`."""
     if not ok:
         raise QvlError(f"{where}: {message}")

@@ -1,4 +1,4 @@
-"""Rotary positions that are a function of the token's index alone."""
+"""Rotary positions that depend on the token's index only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qvl_runtime.inputs.prompt import Slot
 
 
 def inverse_frequencies(head_dim: int, base: float) -> np.ndarray:
-    """``base ** (-2 i / head_dim)`` for i < head_dim / 2, float32 (Su et al. 2021, RoFormer)."""
+    """Compute ``base ** (-2 i / head_dim)`` for i < head_dim / 2, float32 (Su et al. 2021, RoFormer)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return 1 / (np.float64(np.float32(base)) ** exponents).astype(np.float32)
 
 
 def cos_sin(angles: np.ndarray) -> np.ndarray:
-    """Rows of a rotary table, float32 ``[T, d]`` (cos, then sin), from angles float32 ``[T, d / 2]``."""
+    """Compute rows of a rotary table, float32 ``[T, d]`` (cos, then sin), from angles float32 ``[T, d / 2]``."""
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
@@ -33,7 +33,7 @@ class TableRotary:
     logn : callable, optional
         ``logn(positions)``: float32 ``[positions]``.
     scaling : callable, optional
-        The alpha for a prompt's length.
+        Returns the alpha of a prompt's length.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class TableRotary:
         self.logn: Array | None = None if self._logn is None else self._ops.upload(self._logn(capacity))
 
     def rescale(self, alpha: int) -> None:
-        self.alpha = 0  # an interrupt must not leave this alpha with the other table
+        self.alpha = 0  # after an interrupt, alpha must match the table
         self._ops.write(self.rope, self._table(self.rope.shape[0], alpha))
         self.alpha = alpha
 
     def place(self, length: int, slots: Sequence[Slot]) -> None:
-        """Nothing depends on the prompt."""
+        """Do nothing: the rows do not depend on the prompt."""
 
     def reserve(self, capacity: int) -> None:
         if capacity > self.rope.shape[0]:

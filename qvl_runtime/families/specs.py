@@ -1,35 +1,35 @@
-"""How a family names its tensors: one table for the converter, which writes them, and the runtime, which reads them."""
+"""Descriptions of a family's tensors, shared by the converter, which writes them, and the runtime, which reads them."""
 
 from __future__ import annotations
 
 import dataclasses
 
 PARTS = {"vision": "ViT", "adapter": "adapter", "decoder": "decoder", "embedding": "embedding", "head": "output head"}
-"""Parts of a model, and what `qvl info` calls them."""
+"""Parts of a model, and their names in `qvl info`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSpec:
-    """The weight ``[n, k]`` of a product, quantized by the converter.
+    """The weight ``[n, k]`` of a matrix product, quantized by the converter.
 
     Attributes
     ----------
     name : str
-        Base name in the blob; `name.weight` or `name.qweight`, `name.scales`, … hold it.
+        Base name in the blob, of `name.weight` or `name.qweight`, `name.scales`, …
     part : str
         A key of `PARTS`.
     sources : dict of str to int
-        Published names of the weights that are stacked, with the rows of each.
+        Published names of the stacked weights, with the rows of each.
     bias : bool
         Whether each source has a bias, whose name ends in "bias" where the weight's ends in "weight".
     first_row : int
-        Row of the published tensor at which this matrix starts (a stacked q, k, v projection).
+        First row of this matrix in the published tensor (a stacked q, k, v projection).
     transposed : bool
-        The published tensor is ``[k, n]``.
+        Whether the published tensor is ``[k, n]``.
     columns : tuple of int
-        Shape of the published tensor behind its rows, if that is not ``(k,)``: a convolution.
+        Shape of a row of the published tensor, if not ``(k,)``: a convolution.
     heads : int
-        Rows are published as ``[3, heads, d]`` and stored as ``[heads, 3, d]``. 0 keeps their order.
+        If set, rows are published as ``[3, heads, d]`` and stored as ``[heads, 3, d]``. 0 preserves the order.
     """
 
     name: str
@@ -45,7 +45,7 @@ class MatrixSpec:
 
     @property
     def source(self) -> str:
-        """The published weight, or the first of several."""
+        """The published weight, or the first of several stacked ones."""
         return next(iter(self.sources))
 
     @property
@@ -56,7 +56,7 @@ class MatrixSpec:
 
 @dataclasses.dataclass(frozen=True)
 class VectorSpec:
-    """A tensor kept in float32: a norm, positions, queries. Its name is the published one."""
+    """A float32 tensor: a norm, positions, queries. Its name is the published one."""
 
     name: str
     part: str
@@ -67,10 +67,10 @@ TensorSpec = MatrixSpec | VectorSpec
 
 
 def bias_name(weight: str) -> str:
-    """The published name of the bias that belongs to a weight."""
+    """Return the published name of a weight's bias."""
     return weight.removesuffix("weight") + "bias"
 
 
 def linear(name: str, part: str, n: int, k: int, *, bias: bool = False, heads: int = 0) -> MatrixSpec:
-    """A published linear layer that keeps its name."""
+    """Return the spec of a linear layer with its published name."""
     return MatrixSpec(name, part, n, k, {f"{name}.weight": n}, bias, heads=heads)

@@ -1,4 +1,4 @@
-"""Boxes between tags, in thousandths of the picture: how Qwen-VL and Qwen2-VL write them, each with its own tags."""
+"""Boxes between tags, in thousandths of the picture: the notation of Qwen-VL and Qwen2-VL, with different tags."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 _CORNERS = re.compile(r"\s*,\s*".join([r"(\d{1,4})"] * 4), re.ASCII)
 
 CORNERS = "(999,999),(999,999)"
-"""The longest content of a box; no token is shorter than one of its characters."""
+"""The longest content of a box; every token has at least one of its characters."""
 
 
 def box_can_become(text: str) -> bool:
-    """Whether `text` begins the content of a box: "(x1,y1),(x2,y2)" with 0 <= x1 < x2 <= 999 and so for y.
+    """Whether `text` is a prefix of the content of a box: "(x1,y1),(x2,y2)" with 0 <= x1 < x2 <= 999, likewise y.
 
     Examples
     --------
@@ -65,8 +65,8 @@ class TaggedGrounding:
     ----------
     ref_start, ref_end, box_start, box_end : str
     spans : re.Pattern
-        Finds what stands between tags, as its second group. Tags do not nest: where one opens twice, the span begins at
-        the later one.
+        Matches the text between tags as its second group. Tags do not nest: if one opens twice, the span begins at the
+        second.
     """
 
     ref_start: str
@@ -77,13 +77,13 @@ class TaggedGrounding:
 
     @property
     def tags(self) -> frozenset[str]:
-        """Those around a phrase and a box."""
+        """The tags around a phrase and a box."""
         return frozenset((self.ref_start, self.ref_end, self.box_start, self.box_end))
 
     def parse(self, text: str, pictures: Sequence[Picture] = ()) -> list[Box]:
         """Find the boxes of an answer.
 
-        A phrase names the one box that follows it directly. What is not four whole numbers up to 1000 is skipped.
+        A phrase belongs to the box directly after it. A box that is not four integers up to 1000 is skipped.
         """
         boxes = []
         ref, ref_end = None, -1
@@ -99,21 +99,21 @@ class TaggedGrounding:
         return boxes
 
     def opened(self, prompt: str) -> str:
-        """The box a prompt leaves for its answer to complete, with its phrase: "" if it ends outside of one."""
+        """Return the incomplete box at the end of a prompt, with its phrase; "" if there is none."""
         ref = f"{re.escape(self.ref_start)}[^<]*{re.escape(self.ref_end)}"
         found = re.search(rf"(?:{ref})?{re.escape(self.box_start)}[^<]*\Z", prompt)
         return found[0] if found else ""
 
     def mark(self, corners: Sequence[float], picture: Picture) -> str:
-        """A box in a question: `corners` are in pixels of a picture as it was given."""
+        """Write a box for a question. `corners` are in pixels of the original picture."""
         x1, y1, x2, y2 = (min(999, max(0, int(v / side * 1000))) for v, side in zip(corners, picture.size * 2))
         return f"{self.box_start}({x1},{y1}),({x2},{y2}){self.box_end}"
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        """A phrase and its box, once or more, always complete.
+        """Constrain the answer to one or more phrases with their boxes, always complete.
 
-        Corners are 0..999 with x1 < x2 and y1 < y2. Every phrase is closed in time for its box, so `limit` must leave
-        room for one.
+        Corners are 0..999 with x1 < x2 and y1 < y2. Every phrase ends early enough for its box; `limit` must suffice
+        for one.
         """
         if self.box_start not in tokenizer.special:
             raise QvlError("this model has no box tokens; grounding needs a vision-language model")
@@ -121,7 +121,7 @@ class TaggedGrounding:
 
 
 class _GroundingConstraint:
-    """A small automaton over tokens: where it is, and what stands in the box so far."""
+    """A finite automaton over tokens, with the corners of the current box."""
 
     def __init__(self, tags: TaggedGrounding, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str):
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
@@ -140,7 +140,7 @@ class _GroundingConstraint:
             raise QvlError(f"max_new_tokens is {limit}; a box with its ref needs {needed}")
 
     def _cost(self) -> int:
-        """Tokens that finish what is open, at worst: ref, its end, box, corners, its end."""
+        """Return the largest number of tokens to complete the open phrase and box."""
         box = len(CORNERS) - len(self._corners) + 1
         return box if self._state == "box" else box + {"begin": 3, "ref": 2, "text": 2, "after ref": 1}[self._state]
 
@@ -181,7 +181,7 @@ class _GroundingConstraint:
 
 @functools.lru_cache(maxsize=4)
 def _texts(tokenizer: Tokenizer) -> np.ndarray:
-    """Ordinary tokens that cannot be taken for a part of a tag."""
+    """Return the ordinary tokens that cannot be part of a tag."""
     ordinary = range(tokenizer.eod_id)
     plain = [b"<" not in tokenizer.token_bytes(token) for token in ordinary]
     return np.array(plain + [False] * (tokenizer.vocab_size - len(plain)))
@@ -189,6 +189,6 @@ def _texts(tokenizer: Tokenizer) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _corner_tokens(tokenizer: Tokenizer) -> list[tuple[int, str]]:
-    """Ordinary tokens of which a box's content may be made."""
+    """Return the ordinary tokens that may occur in a box."""
     pairs = ((token, tokenizer.token_bytes(token)) for token in range(tokenizer.eod_id))
     return [(token, text.decode()) for token, text in pairs if text and not text.translate(None, b"0123456789(),")]

@@ -1,4 +1,4 @@
-"""Fetching a model's tensors onto a device."""
+"""Loading a model's tensors to a device."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from qvl_runtime.families.config import Config
 
 
 class Tensors(Protocol):
-    """Where tensors come from: a `Blob`, or a checkpoint that is being converted."""
+    """A source of tensors: a `Blob`, or a checkpoint during conversion."""
 
     @property
     def config(self) -> Config: ...
 
     def matrix(self, name: str) -> Matrix:
-        """A weight, by its base name."""
+        """Return a weight by its base name."""
 
     def vector(self, name: str) -> np.ndarray:
-        """A float32 tensor."""
+        """Return a float32 tensor."""
 
 
 C = TypeVar("C", bound=Config, covariant=True)
 
 
 class Weights(Generic[C]):
-    """The tensors of one model, prepared for one backend, with the model's config (`C`, that of its family).
+    """The tensors of a model, prepared for a backend, with the model's config of type `C`.
 
     Parameters
     ----------
@@ -44,19 +44,19 @@ class Weights(Generic[C]):
         return cast(C, self.tensors.config)
 
     def matrix(self, name: str) -> Weight:
-        """A product's weight."""
+        """Return the weight of a matrix product."""
         return self.ops.weight(self.tensors.matrix(name))
 
     def vector(self, name: str) -> np.ndarray:
-        """A float32 tensor, on the host."""
+        """Return a float32 tensor on the host."""
         return self.tensors.vector(name)
 
     def rms_norm(self, name: str, eps: float | None = None) -> Norm:
-        """An RMSNorm; its epsilon is the decoder's if not given."""
+        """Return an RMSNorm; the epsilon is by default that of the decoder."""
         weight = self.ops.upload(self.vector(f"{name}.weight"))
         return Norm(weight, None, self.config.norm_eps if eps is None else eps)
 
     def layer_norm(self, name: str, eps: float = 1e-6) -> Norm:
-        """A LayerNorm."""
+        """Return a LayerNorm."""
         weight, bias = (self.ops.upload(self.vector(f"{name}.{kind}")) for kind in ("weight", "bias"))
         return Norm(weight, bias, eps)

@@ -1,4 +1,4 @@
-"""What the `config.json` of a Qwen2.5-VL says, checked."""
+"""Parsing and validation of the `config.json` of Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qvl_runtime.families.reading import check
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25VisionConfig(VisionConfig):
-    """A ViT most of whose blocks attend within windows.
+    """A ViT with windowed attention in most blocks.
 
     Attributes
     ----------
     window_size : int
         Side of a window in pixels.
     fullatt_block_indexes : tuple of int
-        Blocks that attend within the whole picture.
+        Blocks with full attention.
     tokens_per_second : int
-        Temporal positions of a second of video.
+        Temporal positions per second of video.
     """
 
     intermediate_size: int
@@ -63,7 +63,7 @@ class Qwen25VisionConfig(VisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25Config(ModelConfig):
-    """A Qwen2.5-VL: the decoder is Qwen2-VL's."""
+    """Config of a Qwen2.5-VL. The decoder is that of Qwen2-VL."""
 
     visual: Qwen25VisionConfig
 

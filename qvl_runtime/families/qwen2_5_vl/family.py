@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a family."""
+"""The family of Qwen2.5-VL."""
 
 from __future__ import annotations
 

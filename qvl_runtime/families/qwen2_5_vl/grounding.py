@@ -1,4 +1,4 @@
-"""Boxes as Qwen2.5-VL and Qwen3-VL write them: JSON objects with a `bbox_2d` and a `label`."""
+"""The box notation of Qwen2.5-VL and Qwen3-VL: JSON objects with a `bbox_2d` and a `label`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
-# An object without objects in it. Lists and fences around may be cut off.
+# An object without nested objects. The enclosing list and fence may be truncated.
 _OBJECT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*+")*+\}', re.DOTALL)
 
 LABEL = 20
-"""Characters of a label in a constrained answer, at most; they take three bytes each, at most."""
+"""Largest number of characters of a label in a constrained answer; each takes up to three bytes."""
 
 HEAD, TAIL = "```json\n[\n\t", "\n]\n```"
 
@@ -30,11 +30,11 @@ class JsonGrounding:
     LONGEST = "99999"
 
     def scale(self, pictures: Sequence[Picture]) -> tuple[int, int] | None:
-        """Width and height that a box's numbers refer to; None without a picture."""
+        """Return the width and height that coordinates refer to; None without a picture."""
         return pictures[-1].resized if pictures else None
 
     def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
-        """All objects with four corners, in order; they are on the last picture."""
+        """Return all objects with four corners, in order. They refer to the last picture."""
         scale = self.scale(pictures)
         if scale is None:
             return []
@@ -54,20 +54,20 @@ class JsonGrounding:
         return math.isfinite(number) and 0 <= number <= float(self.LONGEST)
 
     def mark(self, corners: Sequence[float], picture: Picture) -> str:
-        """A box in a question: `corners` are in pixels of a picture as it was given."""
+        """Write a box for a question. `corners` are in pixels of the original picture."""
         scale = self.scale([picture])
         assert scale is not None
         sides = zip(corners, picture.size * 2, scale * 2)
         return json.dumps({"bbox_2d": [min(most, max(0, int(v / side * most))) for v, side, most in sides]})
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        """A fenced list of as many boxes as `limit` has room for, always complete.
+        """Constrain the answer to a fenced list of boxes that is always complete within `limit` tokens.
 
-        A label has `LABEL` characters at most.
+        A label has at most `LABEL` characters.
         """
         corners = ", ".join([self.NUMBER] * 4)
         item = rf'\{{"bbox_2d": \[{corners}\], "label": "[^"\\\x00-\x1f\x{{10000}}-\x{{10FFFF}}]{{1,{LABEL}}}"\}}'
-        # No token is shorter than a byte, so that an answer has at most as many tokens as bytes.
+        # Every token has at least one byte, so that an answer has at most as many tokens as bytes.
         longest = len(f'{{"bbox_2d": [{", ".join([self.LONGEST] * 4)}], "label": ""}},\n\t') + 3 * LABEL
         more = (limit - len(HEAD) - len(TAIL) - 1) // longest - 1
         if more < 0:

@@ -1,4 +1,4 @@
-"""Every tensor of a Qwen2.5-VL."""
+"""The tensors of Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qvl_runtime.families.specs import TensorSpec, linear
 
 
 def tensors(config: Qwen25Config) -> Iterator[TensorSpec]:
-    """All tensors of a model, in the order in which it uses them."""
+    """Yield all tensors of a model, in order of use."""
     v = config.visual
     yield qwen2.patch_embedding(v, bias=False)
     for i in range(v.depth):

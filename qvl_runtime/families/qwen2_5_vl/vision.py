@@ -16,7 +16,7 @@ from qvl_runtime.families.qwen2_vl.vision import Attention, Merger, Mlp, VisionT
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GatedMlp:
-    """A SwiGLU feed-forward behind a norm."""
+    """A SwiGLU feed-forward after a norm."""
 
     norm: Norm
     gate: Weight
@@ -29,7 +29,7 @@ class GatedMlp:
 
 
 class Qwen25Vision(VisionTower):
-    """Qwen2.5-VL's tower."""
+    """The vision tower of Qwen2.5-VL."""
 
     config: Qwen25VisionConfig
 

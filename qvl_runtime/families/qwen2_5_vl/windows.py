@@ -1,4 +1,4 @@
-"""Windows of a picture's tokens, within which most blocks of the ViT attend."""
+"""Attention windows of the ViT."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ def windows(rows: int, columns: int, side: int) -> tuple[np.ndarray, np.ndarray]
     Parameters
     ----------
     rows, columns : int
-        Of tokens.
+        Number of rows and columns of tokens.
     side : int
-        Of a window in tokens. Windows at the right and bottom edge may be smaller.
+        Side of a window in tokens. Windows at the right and bottom edges may be smaller.
 
     Returns
     -------
     order : ndarray
-        int64 ``[rows * columns]``: the tokens (counted row by row), window after window, row by row in each.
+        int64 ``[rows * columns]``: token indices (row-major in the picture), by window, row-major in each window.
     lengths : ndarray
-        int64: tokens of each window.
+        int64: number of tokens of each window.
     """
     cells = np.arange(rows * columns).reshape(rows, columns)
     parts = [

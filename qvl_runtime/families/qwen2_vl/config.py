@@ -1,7 +1,7 @@
-"""What the `config.json` of a Qwen2-VL says, checked, and what Qwen2.5-VL and Qwen3-VL have in common with it.
+"""Parsing and validation of the `config.json` of Qwen2-VL, shared with Qwen2.5-VL and Qwen3-VL.
 
-Three dialects are read: text keys at the top level (as published for Qwen2-VL and Qwen2.5-VL), in a `text_config`
-(Qwen3-VL, and files saved by transformers 4.52 and later), and that with `rope_parameters` (transformers 5).
+Three formats are supported: text keys at the top level (as published for Qwen2-VL and Qwen2.5-VL), in a `text_config`
+(Qwen3-VL, and files saved by transformers 4.52 and later), and the latter with `rope_parameters` (transformers 5).
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any, ClassVar, Self
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.reading import check, take
 
-# Far beyond any model of the families: what sizes memory before a file's tensors can contradict it.
+# Limits far beyond any model of the families: these values size memory before the tensors are checked.
 MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH, MAX_PATCH = 1024, 1 << 24, 1 << 24, 1 << 20, 256
 
 MERGE = 2
-"""Rows and columns of patches that become one token (`spatial_merge_size`)."""
+"""Rows and columns of patches per token (`spatial_merge_size`)."""
 
 FRAMES = 2
-"""Frames of a video in one patch (`temporal_patch_size`); a picture counts as two equal ones."""
+"""Frames per patch (`temporal_patch_size`); a picture counts as two equal frames."""
 
 VISION_ROPE_BASE = 10000.0
 VISION_EPS = 1e-6
 
 
 def section(data: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """A nested section of a config."""
+    """Return a nested section of a config."""
     value = data.get(key)
     if not isinstance(value, Mapping):
         raise QvlError(f"{where}: '{key}' is {value!r:.80}, expected a section")
@@ -35,7 +35,7 @@ def section(data: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
 
 
 def integers(data: Mapping[str, Any], key: str, where: str, default: Any = None) -> tuple[int, ...]:
-    """A list of integers."""
+    """Return a list of integers."""
     values = take(data, key, list, where, default)
     for value in values:
         take({key: value}, key, int, where)
@@ -43,7 +43,7 @@ def integers(data: Mapping[str, Any], key: str, where: str, default: Any = None)
 
 
 def refuse(data: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> None:
-    """Refuse keys with another value than the one that is computed here; an absent key has it."""
+    """Refuse keys with an unsupported value; an absent key is accepted."""
     for key, value in known.items():
         found = data.get(key)
         check(found is None or found == value, where, f"'{key}' is {found!r:.80}; only {value!r} is known")
@@ -53,16 +53,16 @@ def refuse(data: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> Non
 class VisionConfig:
     """The ViT and its merger (`vision_config`).
 
-    Published files leave out keys whose value is the default of their class, so the defaults are part of the format.
+    Published files omit keys with default values, so the defaults are part of the format.
 
     Attributes
     ----------
     depth : int
-        Blocks.
+        Number of blocks.
     width : int
-        Of the residual stream.
+        Width of the residual stream.
     output_width : int
-        Of what the merger gives to the decoder.
+        Width of the merger's output.
     num_heads : int
     patch_size : int
         Side of a patch in pixels.
@@ -75,7 +75,7 @@ class VisionConfig:
     patch_size: int
 
     KEYS: ClassVar[Mapping[str, str]]
-    """Published names of the attributes that have another name there."""
+    """Published names of attributes that differ."""
     DEFAULTS: ClassVar[Mapping[str, Any]]
     ACTIVATION: ClassVar[str]
 
@@ -89,17 +89,17 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of one patch."""
+        """Number of values of one patch."""
         return 3 * FRAMES * self.patch_size**2
 
     @property
     def factor(self) -> int:
-        """Side in pixels of what becomes one token."""
+        """Side of a token's cell in pixels."""
         return self.patch_size * MERGE
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> Self:
-        """Read a `vision_config`."""
+        """Parse a `vision_config`."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             key, default = cls.KEYS.get(field.name, field.name), cls.DEFAULTS[field.name]
@@ -126,7 +126,7 @@ class VisionConfig:
         return config
 
     def check(self, where: str) -> None:
-        """Refuse values that no model has."""
+        """Validate the values."""
         limits = {"depth": MAX_LAYERS, "patch_size": MAX_PATCH}
         for field in dataclasses.fields(self):
             value, key = getattr(self, field.name), self.KEYS.get(field.name, field.name)
@@ -136,7 +136,7 @@ class VisionConfig:
         check(0 < self.mlp_width <= MAX_WIDTH, where, f"the MLP is {self.mlp_width} wide, expected 1 to {MAX_WIDTH}")
         width, heads = self.width, self.num_heads
         check(width % heads == 0, where, f"the ViT's width {width} is no multiple of 'num_heads' {heads}")
-        # half of a head is turned by the row and half by the column, in pairs
+        # half of a head is rotated by the row and half by the column, in pairs
         check(self.head_dim % 4 == 0, where, f"the ViT's heads are {self.head_dim} wide, expected a multiple of 4")
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VisionConfig(VisionConfig):
-    """Qwen2-VL's ViT; its `hidden_size` is the width of its output."""
+    """The ViT of Qwen2-VL; `hidden_size` is the width of its output."""
 
     mlp_ratio: float
 
@@ -176,13 +176,13 @@ class ModelConfig:
     rope_theta : float
         Base of the rotary frequencies.
     mrope_section : tuple of int
-        Rotary frequencies that belong to time, height and width.
+        Number of rotary frequencies for time, height and width.
     tie_word_embeddings : bool
-        The output head is the embedding.
+        Whether the output head is the embedding.
     image_token_id, video_token_id : int
-        Stand for one token of a picture or of a video.
+        Placeholders for one token of a picture or of a video.
     vision_start_token_id, vision_end_token_id : int
-        Stand before and after them.
+        Tokens before and after the placeholders.
     """
 
     hidden_size: int
@@ -208,7 +208,7 @@ class ModelConfig:
     ATTENTION_BIAS: ClassVar[bool] = True
     QK_NORM: ClassVar[bool] = False
     INTERLEAVED: ClassVar[bool] = False
-    """Whether the frequencies of time, height and width take turns."""
+    """Whether the frequencies of time, height and width are interleaved."""
 
     @property
     def ffn_width(self) -> int:
@@ -224,17 +224,17 @@ class ModelConfig:
 
     @property
     def qkv_width(self) -> int:
-        """Width of queries, keys and values together."""
+        """Total width of queries, keys and values."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config.json") -> Self:
-        """Read a published `config.json`, or what `to_dict` gave.
+        """Parse a published `config.json`, or the result of `to_dict`.
 
         Raises
         ------
         QvlError
-            For another `model_type`, a missing key, or a value this runtime does not compute.
+            For another `model_type`, a missing key, or an unsupported value.
         """
         refuse(data, where, {"model_type": cls.MODEL_TYPE})
         nested = "text_config" in data
@@ -339,7 +339,7 @@ class ModelConfig:
         )
 
     def frame_position(self, pair: int, seconds: float) -> int:
-        """How far the frames of a video's `pair`-th pair are behind its beginning, `seconds` from pair to pair."""
+        """Return the temporal offset of the `pair`-th pair of frames; `seconds` is the interval between pairs."""
         return pair
 
     def to_dict(self) -> dict[str, Any]:
@@ -360,7 +360,7 @@ class ModelConfig:
 
 
 def _rope(data: Mapping[str, Any], text: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
-    """The rotary section of a config, and what errors call it."""
+    """Return the rotary section of a config, and its name for errors."""
     found = [(part, key) for part in (text, data) for key in ("rope_parameters", "rope_scaling") if part.get(key)]
     check(bool(found), where, "'rope_scaling' is missing; download the file again")
     part, key = found[0]

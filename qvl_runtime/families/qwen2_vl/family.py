@@ -1,4 +1,4 @@
-"""Qwen2-VL as a family, and what its successors state differently."""
+"""The family of Qwen2-VL, and the base class of its successors."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from qvl_runtime.inputs.pictures import Picture, Pixels
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
 NO_LIMIT = 1 << 24
-"""Tokens of a history: more than any window, for these models have no limit of their own."""
+"""Tokens of a history: larger than any window, because these models have no limit."""
 
 REASONING_TOKENS = 8192
-"""Tokens of an answer with its reasoning at most, unless more are asked for or the file says so."""
+"""Default limit of an answer with reasoning, in tokens."""
 
 
 C = TypeVar("C", bound=ModelConfig)
 
 
 class QwenFamily(Generic[C]):
-    """`qvl_runtime.families.base.Family` for models with pictures of any size; `C` is the config."""
+    """A `Family` for models with pictures of any size; `C` is the config."""
 
     TITLE: ClassVar[str]
     CLASS: ClassVar[str]
-    """What the names of its classes in transformers begin with."""
+    """Prefix of its class names in transformers."""
     CONFIG: type[C]
     VISION: ClassVar[type[VisionTower]]
     VIDEO: ClassVar[VideoLimits] = VideoLimits(128 * 28 * 28, 768 * 28 * 28)
@@ -106,7 +106,7 @@ class QwenFamily(Generic[C]):
         return kept, patches * 2 * v.patch_dim + self.levels(config) * MAX_TOKENS * v.output_width
 
     def levels(self, config: C) -> int:
-        """Rows of features for each token of a picture."""
+        """Number of feature rows per token of a picture."""
         return 1
 
     def describe_vision(self, config: C) -> str:
@@ -117,7 +117,7 @@ class QwenFamily(Generic[C]):
         )
 
     def template(self, generation: GenerationConfig) -> Template:
-        """The chat template."""
+        """Return the chat template."""
         return Template()
 
     def prompts(
@@ -130,7 +130,7 @@ class QwenFamily(Generic[C]):
         assert read is not None, "all models of these families take pictures"
         return Prompts(tokenizer, config, self.template(generation), read)
 
-    # what the converter needs besides
+    # for the converter
     def stage_of(self, spec: MatrixSpec) -> tuple[str, int]:
         return stage_of(spec)
 
@@ -141,7 +141,7 @@ class QwenFamily(Generic[C]):
         return self.VISION(weights).stage(kind, index)
 
     def published_name(self, name: str, config: C) -> str | None:
-        """What a tensor of a checkpoint is called in `tensors`; None if it is not used."""
+        """Map the name of a checkpoint's tensor to its name in `tensors`; None if it is not used."""
         return None if config.tie_word_embeddings and name == f"{HEAD}.weight" else canonical(name)
 
     def published_files(
@@ -183,7 +183,7 @@ class QwenFamily(Generic[C]):
         return settings | {"video": VideoLimits.from_dict(read_json(video), self.VIDEO, str(video)).to_dict()}
 
     def read_generation(self, folder: Path) -> GenerationConfig:
-        """What a published checkpoint says about prompts and sampling."""
+        """Read the prompt and sampling settings of a published checkpoint."""
         path = folder / "generation_config.json"
         data = read_json(path) if os.path.lexists(path) else {}
         thinking = data.get("thinking") is True or _thinks(folder)
@@ -193,7 +193,7 @@ class QwenFamily(Generic[C]):
 
 
 def _thinks(folder: Path) -> bool:
-    """Whether the checkpoint's own template begins an answer with reasoning."""
+    """Whether the checkpoint's chat template begins an answer with reasoning."""
     texts = []
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name

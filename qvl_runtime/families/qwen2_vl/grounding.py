@@ -1,4 +1,4 @@
-"""Boxes as Qwen2-VL writes them: Qwen-VL's notation, with tags of its own."""
+"""The box notation of Qwen2-VL: that of Qwen-VL with other tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tokens and patches are: M-RoPE positions of a prompt, and rotary rows of tokens and patches."""
+"""M-RoPE positions of a prompt, and rotary rows of tokens and patches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qvl_runtime.families.rope import cos_sin, inverse_frequencies
 
 
 def patch_positions(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every patch, int64 ``[rows * columns]`` each, the four of a token one after the other."""
+    """Return row and column of every patch, int64 ``[rows * columns]``; the four patches of a token are adjacent."""
     grid = np.mgrid[0:rows, 0:columns].reshape(2, rows // MERGE, MERGE, columns // MERGE, MERGE)
     row, column = grid.transpose(0, 1, 3, 2, 4).reshape(2, -1)
     return row, column
 
 
 def patch_rotary(rows: int, columns: int, config: VisionConfig) -> np.ndarray:
-    """Rotary rows of patches, in the order of `patch_positions`: half of the frequencies for the row, half the column.
+    """Compute rotary rows of patches, in the order of `patch_positions`. Half of the frequencies encode the row.
 
     Returns
     -------
@@ -31,25 +31,25 @@ def patch_rotary(rows: int, columns: int, config: VisionConfig) -> np.ndarray:
 
 
 def position_ids(length: int, slots: Iterable[tuple[int, int, int, int | None]]) -> tuple[np.ndarray, int]:
-    """Positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
+    """Compute the positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
 
-    A token of text follows at the next position. The tokens of a picture spread over height and width from there, and
-    the text goes on behind the longer side. The frames of a video all spread from the video's first position, each at
-    its own time, and the text goes on behind the highest position among them.
+    A text token has the next position on all axes. The tokens of a picture extend over height and width from there;
+    text continues after the longer side. All frames of a video start at the video's first position, each with its own
+    time; text continues after the highest position.
 
     Parameters
     ----------
     length : int
         Tokens of the prompt.
     slots : iterable of (int, int, int, int or None)
-        First token, rows and columns of each picture, in order, and the time of a video's frames; see `Slot`.
+        First token, rows and columns of each picture, and the time of video frames; see `Slot`. In order.
 
     Returns
     -------
     positions : ndarray
         int64 ``[3, length]``.
     delta : int
-        What is added to the index of a token behind the prompt to have its position.
+        Position minus index of the tokens after the prompt.
     """
     positions = np.empty((3, length), np.int64)
     index = position = first = 0
@@ -68,7 +68,7 @@ def position_ids(length: int, slots: Iterable[tuple[int, int, int, int | None]])
 
 
 def rotary_rows(positions: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Rotary rows of tokens.
+    """Compute rotary rows of tokens.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def rotary_rows(positions: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def frequency_axes(config: ModelConfig) -> np.ndarray:
-    """Which of time, height and width (0, 1, 2) each rotary frequency turns by, int64 ``[head_dim / 2]``."""
+    """Return the axis of each rotary frequency, int64 ``[head_dim / 2]``: 0 time, 1 height, 2 width."""
     if not config.INTERLEAVED:
         return np.repeat(np.arange(3), config.mrope_section)
     axes = np.zeros(config.head_dim // 2, np.int64)

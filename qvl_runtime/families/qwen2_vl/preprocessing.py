@@ -1,6 +1,6 @@
-"""How the pictures of Qwen2-VL and its successors are prepared: any size, cut into patches.
+"""Preprocessing of pictures for Qwen2-VL and its successors: any size, cut into patches.
 
-A file's orientation (EXIF) is applied and transparency dropped, whatever a picture comes from.
+The EXIF orientation is applied and transparency is dropped, for every kind of source.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from qvl_runtime.inputs.pictures import Pixels
 
 MAX_ASPECT_RATIO = 200
 MAX_TOKENS = 1280
-"""Tokens of a picture at most, unless `max_pixels` asks for more. The published limits go up to 16384."""
+"""Default limit of tokens per picture. `max_pixels` overrides it. The published limits are up to 16384."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """The size to which a picture is resized: multiples of `factor`, close to its own size and shape.
+    """Compute the size to resize a picture to: multiples of `factor`, close to its size and aspect ratio.
 
     Parameters
     ----------
     height, width : int
-        Of the picture, in pixels.
+        Size of the picture in pixels.
     factor : int
-        Side in pixels of what becomes one token.
+        Side of a token's cell in pixels.
     min_pixels, max_pixels : float
-        Limits of the result. It can be slightly larger where one side would become 0.
+        Limits of the result. It can be slightly larger if a side would become 0.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
     Raises
     ------
     QvlError
-        When one side is more than 200 times the other.
+        If one side is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise QvlError(
@@ -62,7 +62,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize a picture with Pillow's antialiased bicubic filter, the same with every version of Pillow.
+    """Resize a picture with Pillow's antialiased bicubic filter; the result is the same in every version of Pillow.
 
     Pillow filters one axis after the other and rounds to whole grey levels in between, so their order matters. Up to
     version 12 a row's pixels are always filtered first. Version 13 may filter columns first where the height shrinks
@@ -74,28 +74,28 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     image : PIL.Image.Image
         Mode RGB.
     width, height : int
-        Of the result, in pixels.
+        Size of the result in pixels.
     """
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def patch_rows(frames: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
-    """Cut frames into patches, the four of a token one after the other.
+    """Cut frames into patches; the four patches of a token are adjacent.
 
     Parameters
     ----------
     frames : sequence of ndarray
-        Of one size, float32 ``[height, width, 3]``, both multiples of twice the patch size. They go into a patch
-        together.
+        Frames of one size, float32 ``[height, width, 3]``; both sides are multiples of twice the patch size. A patch
+        spans all frames.
     patch_size : int
-        p, side of a patch in pixels.
+        Side p of a patch in pixels.
 
     Returns
     -------
     ndarray
-        float32 ``[patches, 3 * frames * p * p]``: tokens row by row, a token's patches row by row, and the values of a
-        patch in the order channel, frame, row, column.
+        float32 ``[patches, 3 * frames * p * p]``: tokens and the patches of a token are row-major; the values of a
+        patch have the order channel, frame, row, column.
     """
     stacked = np.stack(frames)
     count, height, width, channels = stacked.shape
@@ -107,14 +107,14 @@ def patch_rows(frames: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What a checkpoint says about the preparation of pictures.
+    """Preprocessing settings of a checkpoint.
 
     Attributes
     ----------
     min_pixels, max_pixels : int
-        Limits of a picture's size after it is resized.
+        Limits of the resized picture.
     mean, std : tuple of float
-        Of the red, green and blue values in 0..1.
+        Mean and standard deviation of the red, green and blue values in 0..1.
     """
 
     min_pixels: int
@@ -124,14 +124,14 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], vision: VisionConfig, where: str) -> Self:
-        """Read a published `preprocessor_config.json`, or what `to_dict` gave.
+        """Parse a published `preprocessor_config.json`, or the result of `to_dict`.
 
-        The limits are `min_pixels` and `max_pixels`, or in `size`, whose edges are counts of pixels, too.
+        The limits are `min_pixels` and `max_pixels`, or in `size`, whose "edges" are numbers of pixels, too.
 
         Raises
         ------
         QvlError
-            For a missing key, or a value that this runtime does not compute.
+            For a missing key, or an unsupported value.
         """
         known = {"patch_size": vision.patch_size, "merge_size": MERGE, "temporal_patch_size": FRAMES, "resample": 3}
         known |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
@@ -153,14 +153,14 @@ class Preprocessing:
         }
 
     def limited(self, min_pixels: int | None, max_pixels: int | None, factor: int) -> Preprocessing:
-        """These settings with the limits that are asked for.
+        """Return these settings with the requested limits.
 
-        Without `max_pixels` a picture has `MAX_TOKENS` tokens of `factor` x `factor` pixels at most.
+        Without `max_pixels` a picture has at most `MAX_TOKENS` tokens of `factor` x `factor` pixels.
 
         Raises
         ------
         QvlError
-            When they contradict each other, or allow less than one token.
+            If they contradict each other, or allow less than one token.
         """
         highest = min(self.max_pixels, MAX_TOKENS * factor**2) if max_pixels is None else max_pixels
         lowest = min(self.min_pixels, highest) if min_pixels is None else min_pixels
@@ -171,7 +171,7 @@ class Preprocessing:
         return dataclasses.replace(self, min_pixels=lowest, max_pixels=highest)
 
     def normalized(self, image: Image.Image) -> np.ndarray:
-        """Pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
+        """Return pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
         scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
@@ -186,16 +186,16 @@ class Preprocessing:
         Returns
         -------
         values : ndarray
-            float32 ``[patches, 3 * 2 * p * p]``, with the picture as both frames; see `patch_rows`.
+            float32 ``[patches, 3 * 2 * p * p]``; the picture is used for both frames; see `patch_rows`.
         size : tuple of int
-            Width and height after the resize.
+            Width and height of the resized picture.
         """
         factor = patch_size * MERGE
         height, width = smart_resize(image.height, image.width, factor, self.min_pixels, self.max_pixels)
         return self.frame_patches([image] * FRAMES, patch_size, (width, height)), (width, height)
 
     def frame_patches(self, frames: Sequence[Image.Image], patch_size: int, size: tuple[int, int]) -> np.ndarray:
-        """Resize the frames of a patch to a width and height, and cut them into patches; see `patch_rows`."""
+        """Resize frames to a width and height, and cut them into patches; see `patch_rows`."""
         first, last = frames[0], frames[-1]
         values = self.normalized(resize(first, *size))
         again = values if last is first else self.normalized(resize(last, *size))
@@ -210,14 +210,14 @@ def _three(data: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class VideoLimits:
-    """Limits of a video's frames after they are resized.
+    """Limits of the resized frames of a video.
 
     Attributes
     ----------
     min_pixels, max_pixels : int
-        Of one frame, or of all together.
+        Limits of one frame, or of all together.
     whole : bool
-        They are of all frames together (Qwen3-VL).
+        Whether the limits apply to all frames together (Qwen3-VL).
     """
 
     min_pixels: int
@@ -226,7 +226,7 @@ class VideoLimits:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], default: Self, where: str) -> Self:
-        """Read a published `video_preprocessor_config.json`, or what `to_dict` gave; `default` if it has no limits."""
+        """Parse a published `video_preprocessor_config.json`, or the result of `to_dict`; by default `default`."""
         given = data.get("size") or data.get("min_pixels") or data.get("max_pixels")
         low, high = _limits(data, where) if given else (default.min_pixels, default.max_pixels)
         return cls(low, high, default.whole)
@@ -236,7 +236,7 @@ class VideoLimits:
         return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
     def size(self, image: Image.Image, count: int, factor: int, highest: int) -> tuple[int, int]:
-        """Width and height of each of `count` frames like `image`; no frame has more than `highest` pixels."""
+        """Return width and height for `count` frames like `image`; no frame has more than `highest` pixels."""
         frames = max(FRAMES, count) if self.whole else 1
         most = min(self.max_pixels / frames, highest)
         least = min(self.min_pixels / frames, most)
@@ -246,7 +246,7 @@ class VideoLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How pictures and frames are prepared: `qvl_runtime.inputs.pictures.Preprocess`."""
+    """Preprocessing of pictures and frames: `qvl_runtime.inputs.pictures.Preprocess`."""
 
     settings: Preprocessing
     video: VideoLimits
@@ -259,7 +259,7 @@ class Preparation:
         count: int = 0,
         size: tuple[int, int] | None = None,
     ) -> Pixels:
-        """Prepare a picture, or two frames of a video of `count` frames."""
+        """Preprocess a picture, or two frames of a video of `count` frames."""
         factor = self.vision.factor
         if second is None:
             values, size = self.settings.patches(image, self.vision.patch_size)
@@ -270,7 +270,7 @@ class Preparation:
 
 
 def _limits(data: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """`min_pixels` and `max_pixels`, or what `size` says in their place, although it calls them edges."""
+    """Return `min_pixels` and `max_pixels`, or the values of `size`, where they are called edges."""
     size = data.get("size")
     size = size if isinstance(size, Mapping) else {}
     low, high = (
@@ -282,22 +282,22 @@ def _limits(data: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-"""Where a published checkpoint describes the preparation of pictures; the second has it in a section."""
+"""Files with the preprocessing settings of a published checkpoint; the second has them in a section."""
 
 
 def find_video_settings(folder: Path) -> Path | None:
-    """The file that describes the preparation of videos, if there is one."""
+    """Return the file with the preprocessing settings of videos, if there is one."""
     path = folder / "video_preprocessor_config.json"
     return path if path.is_file() else None
 
 
 def find_settings(folder: Path) -> Path:
-    """The file that describes the preparation of pictures.
+    """Return the file with the preprocessing settings of pictures.
 
     Raises
     ------
     QvlError
-        When there is none.
+        If there is none.
     """
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is None:

@@ -1,8 +1,8 @@
 """Prompts of Qwen2-VL and its successors: raw text, chat messages and turns, token ids.
 
-Messages are rendered to text, special forms and places for pictures. The text between two forms is tokenized as a
-whole, so a content that begins with a newline merges with the newline of its role. Forms that somebody types in a
-message stay text.
+Messages are rendered to text, special tokens and places for pictures. The text between two special tokens is tokenized
+as a whole, so a content that begins with a newline merges with the newline of its role. Special tokens typed in a
+message are plain text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qvl_runtime.inputs.video import FramePair, Video, is_video_part, read_video
 
 @dataclasses.dataclass(frozen=True)
 class _Pads:
-    """A picture that was read, and the token that stands for each of its own; `time` as in `Slot`."""
+    """A picture that was read, and its placeholder token; `time` as in `Slot`."""
 
     picture: Picture
     token: int
@@ -56,7 +56,7 @@ _TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Makes prompts: `qvl_runtime.families.base.Prompts`.
+    """Builds prompts: `qvl_runtime.families.base.Prompts`.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Prompts:
     config : ModelConfig
     template : Template
     read : callable
-        ``read(source, access)`` gives a picture.
+        ``read(source, access)`` returns a picture.
     """
 
     tokenizer: Tokenizer
@@ -73,27 +73,26 @@ class Prompts:
     read: Callable[[ImageSource | FramePair, Access], Picture]
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
-        """Make a prompt of any form ready for the model.
+        """Build a prompt from any supported form.
 
         Parameters
         ----------
         prompt : str, list of dict, or sequence of int
-            - a text, taken as it is. A picture is ``<img>source</img>``, or ``<img></img>`` or its published form
+            - raw text. A picture is ``<img>source</img>``, or ``<img></img>`` or its published form
               ``<|vision_start|><|image_pad|><|vision_end|>``, which take the next of `images`;
             - chat messages: ``{"role", "content": text or parts}``. A part is ``{"type": "text", "text": …}``,
               ``{"type": "image", "image" or "url": source}`` or OpenAI's ``{"type": "image_url", …}``; a picture part
               without a source takes the next of `images`. ``{"type": "box", "text": …}`` is a text in which the tags of
               boxes are special. A video is ``{"type": "video", "video": frames}`` with
-              "fps" (2.0 if not given) or "times" in seconds. A list of parts alone is the user's message;
+              "fps" (2.0 by default) or "times" in seconds. A list of parts alone is the user's message;
             - token ids, with as many ``<|image_pad|>`` between vision tags as a picture has tokens.
         images : sequence of image sources, optional
-            For the empty places in order. Without any place in a text, they go before it.
+            Images for the empty places, in order. If a text has no place, they are placed before it.
 
         Raises
         ------
         QvlError
-            A form, role or part that is not one of the above, more or fewer images than places, a picture that cannot
-            be read or is not allowed.
+            An unknown form, role or part, a wrong number of images, or a picture that cannot be read or is not allowed.
         """
         images = checked_images(images)
         if is_ids(prompt):
@@ -119,23 +118,24 @@ class Prompts:
         window: Window,
         access: Access,
     ) -> ChatPrompt:
-        """Make the prompt for one more turn of a conversation.
+        """Build the prompt of the next turn of a conversation.
 
         Parameters
         ----------
         query : str or list of dict
-            The user's turn: a text or parts, as in `build`.
+            The user's turn: text or parts, as in `build`.
         history : sequence of (query, answer), optional
-            Earlier turns, oldest first; an answer may be None. Answers are text: no tag in them opens a picture.
+            Earlier turns, oldest first; an answer may be None. Answers are text: image tags in them are not opened.
         images : sequence of image sources, optional
-            For the empty places of history and query in order; if the query has none, what is left goes before it.
+            Images for the empty places of history and query, in order. If the query has none, the rest is placed
+            before it.
         system : str, optional
-            The family's default if not given.
+            System prompt; by default that of the family.
 
         Raises
         ------
         QvlError
-            As `build`.
+            As for `build`.
         """
         turns = checked_history(history)
         asked = [self._content(question, access) for question, _ in turns]
@@ -155,7 +155,7 @@ class Prompts:
         return ChatPrompt(self._encode(pieces, access), _for_history(query, asking), left_out)
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer that was given, with the token that ended it."""
+        """Encode an earlier answer, including the token that ended it."""
         return [*self._encode(self._answer(text), Access(paths=False)).ids, self.tokenizer.im_end_id]
 
     # ------------------------------------------------------------------------------------------------ messages
@@ -193,7 +193,7 @@ class Prompts:
         return [*system, *self.template.turns(messages[1:] if has_system else messages)]
 
     def _content(self, content: Any, access: Access) -> Parts:
-        """A text or a list of parts as text and places."""
+        """Convert text or a list of parts to text and places."""
         if isinstance(content, str):
             return self._places(content, access)
         read: Parts = []
@@ -211,7 +211,7 @@ class Prompts:
         return read
 
     def _answer(self, text: str) -> list[Piece]:
-        """An earlier answer: forms of grounding, tools and reasoning in it are special again."""
+        """Convert an earlier answer: special tokens of grounding, tools and reasoning are recognized."""
         structure = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
         vision = {form for form in self.tokenizer.special if re.fullmatch(r"<\|(vision|image|video)_\w+\|>", form)}
         return self._forms([text], self.tokenizer.special.keys() - structure - vision)
@@ -219,12 +219,12 @@ class Prompts:
     # ------------------------------------------------------------------------------------------------ pieces
     @property
     def _vision_form(self) -> str:
-        """How a picture stands in the published text of a prompt."""
+        """Return the published text of a picture in a prompt."""
         ids = (self.config.vision_start_token_id, self.config.image_token_id, self.config.vision_end_token_id)
         return "".join(self.tokenizer.token_bytes(i).decode() for i in ids)
 
     def _places(self, text: str, access: Access, vision_form: str = "") -> Parts:
-        """A text cut at its image tags, and at `vision_form` if given. Without access to paths, tags are text."""
+        """Split text at image tags, and at `vision_form` if given. Without access to paths, tags are text."""
         tagged = _TAG.split(text) if access.paths else [text]
         parts: Parts = []
         for i, piece in enumerate(tagged):
@@ -236,7 +236,7 @@ class Prompts:
         return parts
 
     def _forms(self, parts: Sequence[Piece], special: Any = None) -> list[Piece]:
-        """Special forms in the texts of `parts` as `Form`."""
+        """Convert special tokens in the texts of `parts` to `Form`."""
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, Place):
@@ -247,7 +247,7 @@ class Prompts:
         return pieces
 
     def _encode(self, pieces: Sequence[Piece], access: Access, opened: str = "") -> Prompt:
-        """Token ids, with the pictures read, so that nothing but arithmetic is left to fail."""
+        """Encode to token ids and read the pictures, so that all input errors occur here."""
         ids: list[int] = []
         slots: list[Slot] = []
         text = ""
@@ -267,7 +267,7 @@ class Prompts:
         return Prompt(ids, slots, opened, self._reasoning_end(ids))
 
     def _seen(self, piece: Piece, access: Access) -> Iterator[str | _Pads]:
-        """A piece with its pictures read, each between vision tags."""
+        """Read the pictures of a piece; each is placed between vision tags."""
         if not isinstance(piece, Place):
             yield piece
             return
@@ -299,14 +299,14 @@ class Prompts:
             yield end
 
     def _reasoning_end(self, ids: Sequence[int]) -> int | None:
-        """The token that ends the reasoning which a prompt opens: its last special form is <think>."""
+        """Return the token that ends the reasoning if the prompt opens it: its last special token is <think>."""
         special = self.tokenizer.special
         forms = frozenset(special.values())
         last = next((token for token in reversed(ids) if token in forms), None)
         return special.get("</think>") if last is not None and last == special.get("<think>") else None
 
     def _check_slots(self, ids: Sequence[int], slots: Sequence[Slot]) -> None:
-        """Refuse a placeholder that stands for no picture: the decoder would read its embedding."""
+        """Refuse a placeholder outside of a picture's slot: the decoder would use its embedding."""
         pads = [i for i, token in enumerate(ids) if token in (self.config.image_token_id, self.config.video_token_id)]
         covered = [i for slot in slots for i in range(slot.start, slot.end)]
         if pads != covered:
@@ -319,7 +319,7 @@ class Prompts:
     def _from_ids(self, ids: list[int], images: Sequence[ImageSource], access: Access) -> Prompt:
         config = self.config
         for i in ids:
-            self.tokenizer.token_bytes(i)  # refuses an id outside the vocabulary
+            self.tokenizer.token_bytes(i)  # raises for an id outside the vocabulary
         pads = [i for i, token in enumerate(ids) if token == config.image_token_id]
         starts = [i for i in pads if i - 1 not in pads]
         if len(starts) != len(images):
@@ -346,7 +346,7 @@ def _only_text(part: Mapping[str, Any], role: str) -> str:
 
 
 def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
-    """The functions that a message calls, with `name` and `arguments`."""
+    """Return the functions that a message calls, with `name` and `arguments`."""
     if calls is None:
         return []
     functions = []
@@ -360,10 +360,10 @@ def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
 
 
 def _for_history(query: Any, parts: Parts) -> Any:
-    """The query with its pictures: a text if every picture in it is in an image tag, else parts."""
+    """Return the query with its pictures: text if every picture is in an image tag, else parts."""
     found = sources(parts)
     tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
-    tags = any(isinstance(part, Form) for part in parts)  # of a box, which stay special
+    tags = any(isinstance(part, Form) for part in parts)  # box tags, which remain special
     if not (found or tags) or (tagged and all(isinstance(source, str | Path) for source in found)):
         return "".join(f"<img>{part.source!s}</img>" if isinstance(part, Place) else part for part in parts)
     return [_part(part) for part in parts if part != ""]

@@ -1,4 +1,4 @@
-"""A model of the newer families as its published folder describes it, for export."""
+"""The files of a published folder, for export."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ PLAIN = frozenset(
         *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
     ]
 )
-"""Forms that are one token, and stay where special tokens are left out of a text."""
+"""Special tokens that remain when special tokens are removed from text."""
 
 
 def files(
     name: str, config: ModelConfig, generation: GenerationConfig, preprocessing: Mapping[str, Any], data: bytes
 ) -> dict[str, Any]:
-    """Contents of a published folder's files besides weights: JSON objects, or bytes.
+    """Return the contents of a published folder's files besides weights: JSON objects, or bytes.
 
-    The chat template is none of them: it belongs to the original's repository.
+    The chat template is not included: it belongs to the original repository.
 
     Parameters
     ----------
     name : str
-        Of the class in transformers, such as "Qwen3VL".
+        Name of the class in transformers, such as "Qwen3VL".
     data : bytes
-        The vocabulary as the blob stores it.
+        The vocabulary in the format of the blob.
     """
     ranks, special = Vocabulary.from_bytes(data)
     shown = letters()
@@ -75,7 +75,7 @@ def files(
 
 
 def _config(name: str, config: ModelConfig) -> dict[str, Any]:
-    """The config in the dialect that most versions of transformers read."""
+    """Return the config in the format that most versions of transformers read."""
     data = config.to_dict()
     kind, text = data["model_type"], data["text_config"]
     rope = text.pop("rope_parameters")
@@ -93,7 +93,7 @@ def _config(name: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _generation(generation: GenerationConfig) -> dict[str, Any]:
-    """What transformers reads; whether the model thinks is else told by its chat template alone."""
+    """Return the settings that transformers reads, and `thinking`, which else only the chat template shows."""
     keys = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     data = {"eos_token_id": list(generation.eos_token_id), **{key: getattr(generation, key) for key in keys}}
     return data | ({"thinking": True} if generation.thinking else {})

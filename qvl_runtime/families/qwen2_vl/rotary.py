@@ -20,7 +20,7 @@ class Mrope:
     ops : Ops
     config : ModelConfig
     capacity : int
-        Tokens to make room for.
+        Initial capacity in tokens.
     """
 
     def __init__(self, ops: Ops, config: ModelConfig, capacity: int):
@@ -33,36 +33,36 @@ class Mrope:
         self.reserve(capacity)
 
     def scaling(self, length: int) -> int:
-        """The base is never scaled."""
+        """Return 1: the base is never scaled."""
         return 1
 
     def rescale(self, alpha: int) -> None:
-        """The base is never scaled."""
+        """Do nothing: the base is never scaled."""
 
     def place(self, length: int, slots: Sequence[Slot]) -> None:
-        """Set the rows of a prompt of `length` tokens, and of the tokens that follow it."""
+        """Compute the rows of a prompt of `length` tokens, and those after it."""
         positions, self._delta = position_ids(length, [(slot.start, *slot.picture.grid, slot.time) for slot in slots])
         self._set(self._continued(positions, self.rope.shape[0]))
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens, keeping what `place` set."""
+        """Grow to `capacity` tokens; the rows set by `place` remain."""
         if capacity > self.rope.shape[0]:
             positions, self._positions = self._positions, self._positions[:, :0]
             self.rope = self._ops.empty((capacity, self._config.head_dim))
             self._set(self._continued(positions, capacity))
 
     def _continued(self, positions: np.ndarray, capacity: int) -> np.ndarray:
-        """Positions of `capacity` tokens, of which the first are given."""
+        """Extend positions to `capacity` tokens."""
         given = positions.shape[1]
         following = np.arange(given, capacity) + self._delta
         return np.concatenate([positions[:, :capacity], np.broadcast_to(following, (3, len(following)))], axis=1)
 
     def _set(self, positions: np.ndarray) -> None:
-        """Write the rows from the first that changes on."""
+        """Write the rows from the first changed one on."""
         known = self._positions.shape[1]
         changed = np.flatnonzero((positions[:, :known] != self._positions).any(axis=0))
         first = int(changed[0]) if changed.size else known
-        self._positions = positions[:, :first]  # an interrupt must not leave rows that are not as they are said to be
+        self._positions = positions[:, :first]  # after an interrupt, positions must match the rows
         if first < positions.shape[1]:
             self._ops.write(self.rope[first:], rotary_rows(positions[:, first:], self._config))
         self._positions = positions

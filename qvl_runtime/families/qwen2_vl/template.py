@@ -1,4 +1,4 @@
-"""The chat template of Qwen2-VL and Qwen2.5-VL, as rules."""
+"""The chat template of Qwen2-VL and Qwen2.5-VL, in code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qvl_runtime.inputs.prompt import Parts, Place
 
 
 class Form(str):
-    """A special form of a rendered prompt."""
+    """A special token of a rendered prompt."""
 
     __slots__ = ()
 
 
 Piece = str | Form | Place
-"""A piece of a rendered prompt: text, a special form, or a picture or video with its vision tags."""
+"""A piece of a rendered prompt: text, a special token, or a picture or video with its vision tags."""
 
 START, END = Form("<|im_start|>"), Form("<|im_end|>")
 
@@ -29,9 +29,9 @@ class Message:
     ----------
     role : str
     content : list
-        Texts and places for pictures; an assistant's has special forms instead of places.
+        Texts and places for pictures; an assistant's message has special tokens instead of places.
     calls : list of mapping
-        `name` and `arguments` of the tools that an assistant calls.
+        `name` and `arguments` of an assistant's tool calls.
     """
 
     role: str
@@ -40,15 +40,15 @@ class Message:
 
 
 class Template:
-    """How messages become a prompt."""
+    """Renders messages to a prompt."""
 
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant")
     DEFAULT_SYSTEM: ClassVar[str | None] = "You are a helpful assistant."
     TIMESTAMPS: ClassVar[bool] = False
-    """Whether each two frames of a video stand behind their time in words, between vision tags of their own."""
+    """Whether each pair of video frames has its own vision tags, after its time as text."""
 
     def system(self, content: Parts | None) -> list[Piece]:
-        """The system's turn; `DEFAULT_SYSTEM` if there is no message, and nothing if there is none of both."""
+        """Render the system's turn: the message, else `DEFAULT_SYSTEM`, else nothing."""
         if content is None:
             content = [] if self.DEFAULT_SYSTEM is None else [self.DEFAULT_SYSTEM]
             if not content:
@@ -56,13 +56,13 @@ class Template:
         return self.turn("system", content)
 
     def turns(self, messages: Sequence[Message]) -> list[Piece]:
-        """The turns of a conversation behind the system's."""
+        """Render the turns after the system's."""
         return [piece for message in messages for piece in self.turn(message.role, message.content)]
 
     def turn(self, role: str, content: Sequence[Piece]) -> list[Piece]:
-        """One turn."""
+        """Render one turn."""
         return [START, f"{role}\n", *content, END, "\n"]
 
     def answer_head(self) -> list[Piece]:
-        """What stands before an answer."""
+        """Render the text before an answer."""
         return [START, "assistant\n"]

@@ -1,6 +1,6 @@
-"""Every tensor of a Qwen2-VL, named, shaped, and traced to its published name; shared by its successors.
+"""The tensors of Qwen2-VL: names, shapes and published names; shared by its successors.
 
-Names are those of newer files. Older ones are translated by `canonical`.
+Names are those of newer files. `canonical` translates older names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEAD = "lm_head"
 
 
 def decoder_names(*, tied: bool, qk_norm: bool = False) -> DecoderNames:
-    """Names of the decoder's tensors in the blob."""
+    """Return the names of the decoder's tensors in the blob."""
     embedding = f"{TEXT}.embed_tokens"
     return DecoderNames(
         embedding=embedding,
@@ -37,7 +37,7 @@ def decoder_names(*, tied: bool, qk_norm: bool = False) -> DecoderNames:
 
 
 def canonical(name: str) -> str:
-    """A tensor's name in newer files, from either naming.
+    """Return a tensor's name in newer files, for either naming.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def stage_of(spec: MatrixSpec) -> tuple[str, int]:
 
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
-    """All tensors of a Qwen2-VL, in the order in which it uses them."""
+    """Yield all tensors of a Qwen2-VL, in order of use."""
     v = config.visual
     yield patch_embedding(v, bias=False)
     for i in range(v.depth):
@@ -76,38 +76,38 @@ def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
 
 
 def patch_embedding(v: VisionConfig, *, bias: bool) -> MatrixSpec:
-    """The convolution over patches, as a product."""
+    """Return the convolution over patches as a matrix product."""
     convolution = (3, FRAMES, v.patch_size, v.patch_size)
     source = {f"{PATCH_EMBEDDING}.weight": v.width}
     return MatrixSpec(PATCH_EMBEDDING, "vision", v.width, v.patch_dim, source, bias, columns=convolution)
 
 
 def layer_norm(name: str, part: str, width: int) -> Iterator[VectorSpec]:
-    """A norm with a weight and a bias."""
+    """Yield a norm with a weight and a bias."""
     yield VectorSpec(f"{name}.weight", part, (width,))
     yield VectorSpec(f"{name}.bias", part, (width,))
 
 
 def rms_norm(name: str, part: str, width: int) -> VectorSpec:
-    """A norm with a weight only."""
+    """Return a norm with a weight only."""
     return VectorSpec(f"{name}.weight", part, (width,))
 
 
 def vision_attention(block: str, v: VisionConfig) -> Iterator[MatrixSpec]:
-    """The projections of a ViT block's attention."""
+    """Yield the projections of a ViT block's attention."""
     yield linear(f"{block}.attn.qkv", "vision", 3 * v.width, v.width, bias=True, heads=v.num_heads)
     yield linear(f"{block}.attn.proj", "vision", v.width, v.width, bias=True)
 
 
 def merger(name: str, v: VisionConfig, layers: tuple[str, str]) -> Iterator[MatrixSpec]:
-    """The two layers that make a token of the patches of one cell."""
+    """Yield the two layers that merge the patches of a cell to a token."""
     cell = v.width * MERGE**2
     yield linear(f"{name}.{layers[0]}", "adapter", cell, cell, bias=True)
     yield linear(f"{name}.{layers[1]}", "adapter", v.output_width, cell, bias=True)
 
 
 def decoder(config: ModelConfig) -> Iterator[TensorSpec]:
-    """The decoder, its embedding and, unless they are tied, its head."""
+    """Yield the decoder, the embedding and, unless it is tied, the head."""
     d, f, head = config.hidden_size, config.ffn_width, config.head_dim
     query, key = config.num_attention_heads * head, config.num_key_value_heads * head
     yield linear(f"{TEXT}.embed_tokens", "embedding", config.vocab_size, d)

@@ -1,4 +1,4 @@
-"""The ViT of Qwen2-VL, for pictures of any size, and the parts its successors share."""
+"""The ViT of Qwen2-VL for pictures of any size, and the parts shared with its successors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Workspace:
     x : Array
         float32 ``[patches, width]``: the residual stream.
     rotary : Array
-        float32 ``[patches, head_dim]``: cos and sin of each patch's place.
+        float32 ``[patches, head_dim]``: cos and sin of each patch's position.
     segments : list of int
-        First row of each window, and the number of rows.
+        First row of each window, then the number of rows.
     """
 
     x: Array
@@ -48,13 +48,13 @@ class Workspace:
 
     @property
     def cells(self) -> int:
-        """Tokens of the picture."""
+        """Number of tokens of the picture."""
         return self.cell.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attention:
-    """Self-attention behind a norm, within segments."""
+    """Self-attention within segments, after a norm."""
 
     norm: Norm
     qkv: Weight
@@ -65,19 +65,19 @@ class Attention:
         return cls(norm, weights.matrix(f"{block}.attn.qkv"), weights.matrix(f"{block}.attn.proj"))
 
     def __call__(self, ops: Ops, work: Workspace, heads: int, segments: Sequence[int] | None) -> None:
-        """Run over ``work.x`` in place."""
+        """Run on ``work.x`` in place."""
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.norm)
         ops.vision_attention(work.qkv, heads, out=work.attended, rope=work.rotary, segments=segments)
         ops.linear(work.attended, self.proj, out=work.x, residual=work.x)
 
 
 Mlp = Callable[[Ops, Workspace], None]
-"""The feed-forward of a block, over ``work.x`` in place."""
+"""The feed-forward of a block, on ``work.x`` in place."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ActivatedMlp:
-    """A feed-forward with an activation between two layers, behind a norm."""
+    """A feed-forward with an activation between two layers, after a norm."""
 
     norm: Norm
     up: Weight
@@ -91,12 +91,12 @@ class ActivatedMlp:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merger:
-    """Makes one token of the four patches of a cell.
+    """Merges the four patches of a cell to one token.
 
     Attributes
     ----------
     whole_cell : bool
-        The norm spans the four patches together, not each by itself.
+        Whether the norm spans the four patches together, not each by itself.
     """
 
     norm: Norm
@@ -123,7 +123,7 @@ class Merger:
 
 
 class Lazy(dict[int, T]):
-    """Parts of a model by index, made when they are first asked for."""
+    """Parts of a model by index, created on first access."""
 
     def __init__(self, make: Callable[[int], T]):
         super().__init__()
@@ -136,8 +136,8 @@ class Lazy(dict[int, T]):
 class VisionTower(abc.ABC):
     """Patch embedding, blocks and merger: `qvl_runtime.inputs.pictures.Vision`.
 
-    The operations of a picture are captured and replayed; what was captured serves the next picture of the same size.
-    Weights are fetched when they are first used, so that a stage can be run by itself.
+    The operations of a picture are captured once and replayed for further pictures of the same size. Weights are
+    loaded on first use, so that a single stage can run alone.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ class VisionTower(abc.ABC):
         self.turns = Turns()
 
     def load(self) -> Self:
-        """Fetch all weights now."""
+        """Load all weights now."""
         for i in range(self.config.depth):
             self.blocks[i]
         for level in range(self.levels):
@@ -168,7 +168,7 @@ class VisionTower(abc.ABC):
         name = f"{VISUAL}.blocks.{index}"
         return self._attention(name), self._mlp(name)
 
-    # what a family states
+    # defined by a family
     @abc.abstractmethod
     def _attention(self, block: str) -> Attention: ...
 
@@ -179,22 +179,22 @@ class VisionTower(abc.ABC):
     def _merger(self, level: int) -> Merger: ...
 
     def _order(self, rows: int, columns: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """The order of a picture's cells in the blocks (None: as they are), and the cells of each window."""
+        """Return the order of a picture's cells in the blocks (None: unchanged), and the cells per window."""
         return None, np.array([rows * columns])
 
     def _positions(self, rows: int, columns: int) -> np.ndarray | None:
-        """What is added to the patches of a picture."""
+        """Return position embeddings to add to the patches, or None."""
         return None
 
     def _windowed(self, index: int) -> bool:
-        """Whether a block attends within windows only."""
+        """Whether a block uses windowed attention."""
         return False
 
     def _level_behind(self, index: int) -> int | None:
-        """The level of features that is made of what leaves a block, besides the last."""
+        """Return the feature level computed from a block's output, or None; not for the last block."""
         return None
 
-    # what it computes
+    # computing
     @property
     def levels(self) -> int:
         """Rows of features for each token of a picture."""
@@ -208,7 +208,7 @@ class VisionTower(abc.ABC):
         pixels : ndarray
             float32 ``[patches, 3 * 2 * p * p]``; see `preprocessing.patch_rows`.
         grid : tuple of int
-            Rows and columns of its tokens.
+            Rows and columns of tokens.
 
         Returns
         -------
@@ -229,7 +229,7 @@ class VisionTower(abc.ABC):
         return features
 
     def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
-        """See `qvl_runtime.inputs.pictures.Vision`; it begins anew if another picture came in between."""
+        """Encode in slices; see `qvl_runtime.inputs.pictures.Vision`. Restarts if another picture used the arrays."""
         firsts = range(0, self.config.depth, SLICE_LAYERS)
         while True:
             undisturbed = self.turns.begin()
@@ -246,7 +246,7 @@ class VisionTower(abc.ABC):
                 return self._in_order(work.features, grid)
 
     def stage(self, kind: str, index: int) -> Callable[[np.ndarray, Pixels], Array]:
-        """One stage by itself; see `qvl_runtime.families.base.Family.vision_stage`."""
+        """Return a single stage; see `qvl_runtime.families.base.Family.vision_stage`."""
 
         def patches(_: np.ndarray, pixels: Pixels) -> Array:
             work = self._begin(pixels.grid)
@@ -268,7 +268,7 @@ class VisionTower(abc.ABC):
         return {"patches": patches, "vision": block, "adapter": merge}[kind]
 
     def _begin(self, grid: tuple[int, int]) -> Workspace:
-        """Arrays for a picture; those of the last one if it has the same size."""
+        """Return arrays for a picture; the previous ones if the size is the same."""
         if grid != self._grid or self._work is None:
             self._grid = self._work = None  # frees the last picture's memory first
             self._replays = {}
@@ -278,7 +278,7 @@ class VisionTower(abc.ABC):
 
     @property
     def _begun(self) -> Workspace:
-        assert self._work is not None, "a picture's arrays are made by _begin"
+        assert self._work is not None, "_begin allocates the arrays"
         return self._work
 
     def _embed(self, pixels: np.ndarray, grid: tuple[int, int], work: Workspace) -> None:
@@ -290,7 +290,7 @@ class VisionTower(abc.ABC):
         self.ops.linear(ordered, self.patch_embedding[0], out=work.x, residual=residual)
 
     def _in_order(self, features: Array, grid: tuple[int, int]) -> Array:
-        """A copy of a picture's features, by rows of its tokens."""
+        """Return a copy of the features in row-major order of the tokens."""
         out, (order, _) = self.ops.empty(features.shape), self._order(*grid)
         if order is None:
             self.ops.copy(features, out)
@@ -299,15 +299,15 @@ class VisionTower(abc.ABC):
         return out
 
     def _level(self, level: int, work: Workspace) -> Array:
-        """The rows of a level of features."""
+        """Return the rows of a feature level."""
         return work.features[level * work.cells : (level + 1) * work.cells]
 
     def _merge(self, level: int, work: Workspace) -> None:
-        """Make a level of features of ``work.x``."""
+        """Compute a feature level from ``work.x``."""
         self.mergers[level](self.ops, work, self._level(level, work))
 
     def _run(self, first: int, trace: Trace | None = None) -> None:
-        """A few blocks from `first` on, or with a trace all that follow; behind the last the features."""
+        """Run a few blocks from `first` on, or all with a trace; after the last one compute the features."""
         last = self.config.depth if trace else min(first + SLICE_LAYERS, self.config.depth)
         trace = trace or no_trace
         for i in range(first, last):
@@ -344,14 +344,14 @@ class VisionTower(abc.ABC):
 
 
 def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
-    """Rows of patches, with the cells in another order."""
+    """Reorder rows of patches by cells."""
     if order is None:
         return rows
     return rows.reshape(len(order), -1)[order].reshape(rows.shape)
 
 
 class Qwen2Vision(VisionTower):
-    """Qwen2-VL's: LayerNorms, quick GELU."""
+    """The vision tower of Qwen2-VL: LayerNorm, quick GELU."""
 
     def _attention(self, block: str) -> Attention:
         return Attention.load(self.weights, block, self.weights.layer_norm(f"{block}.norm1", VISION_EPS))

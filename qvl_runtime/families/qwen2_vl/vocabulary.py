@@ -1,7 +1,7 @@
 """The tokenizer files of a published checkpoint: `tokenizer.json`, or `vocab.json` with `merges.txt`.
 
-In the blob the vocabulary is one text: lines ``base64-token rank``, as in a ``.tiktoken`` file, an empty line, and the
-special forms in the same notation.
+In the blob the vocabulary is text: lines ``base64-token rank`` as in a ``.tiktoken`` file, an empty line, and the
+special tokens in the same notation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_MERGES = 64 << 20
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer is made of.
+    """The data of a tokenizer.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Vocabulary(NamedTuple):
     special: dict[str, int]
 
     def to_bytes(self) -> bytes:
-        """The vocabulary as the blob stores it."""
+        """Return the vocabulary in the format of the blob."""
         forms = {form.encode(): token_id for form, token_id in self.special.items()}
         return _lines(self.ranks) + b"\n" + _lines(forms)
 
@@ -44,7 +44,7 @@ class Vocabulary(NamedTuple):
         Raises
         ------
         QvlError
-            For a malformed line, or ranks that are not complete.
+            For a malformed line, or incomplete ranks.
         """
         ranks, _, special = data.partition(b"\n\n")
         try:
@@ -65,7 +65,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     Raises
     ------
     QvlError
-        When a file is missing or damaged, merges contradict the ranks, or the tokenizer is of another kind.
+        If a file is missing or damaged, merges contradict the ranks, or the tokenizer is of another type.
     """
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -114,7 +114,7 @@ def _read_added(folder: Path) -> dict[str, int]:
 
 
 def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
-    """Take over one added token."""
+    """Add one added token."""
     form = token.get("content") if isinstance(token, dict) else None
     if not isinstance(form, str) or form == "" or type(token_id) is not int or form in added:
         raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once")
@@ -123,7 +123,7 @@ def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
 
 
 def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, int], where: str) -> Vocabulary:
-    """Turn a vocabulary of characters into one of bytes, and check that merging by rank is the same as by `merges`."""
+    """Convert a vocabulary of characters to one of bytes, and check that merging by rank equals `merges`."""
     values = {letter: byte for byte, letter in enumerate(letters())}
     ranks: dict[bytes, int] = {}
     for token, rank in vocab.items():
@@ -148,9 +148,9 @@ def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, i
 
 
 def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each token beyond the single bytes is merged from, by rank.
+    """Return the two tokens that each multi-byte token is merged from, by rank.
 
-    They are what merging its bytes by rank gives before the last step.
+    They are the result of merging its bytes by rank before the last step.
     """
     pairs = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
@@ -164,7 +164,7 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def letters() -> list[str]:
-    """The letter that stands for each byte in a vocabulary file (GPT-2)."""
+    """Return the character of each byte in a vocabulary file (GPT-2)."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]

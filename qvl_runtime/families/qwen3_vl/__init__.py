@@ -1,1 +1,1 @@
-"""Qwen3-VL (2025): Qwen2-VL with learned positions in the ViT, deepstack features, and normalized queries and keys."""
+"""Qwen3-VL (2025): Qwen2-VL with learned ViT positions, deepstack features, and normalized queries and keys."""

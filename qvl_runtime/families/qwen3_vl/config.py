@@ -1,4 +1,4 @@
-"""What the `config.json` of a Qwen3-VL says, checked."""
+"""Parsing and validation of the `config.json` of Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qvl_runtime.families.reading import check, take
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VisionConfig(VisionConfig):
-    """A ViT with learned positions, some of whose blocks speak to the decoder's layers directly (deepstack).
+    """A ViT with learned positions. Features of some blocks are added to decoder layers (deepstack).
 
     Attributes
     ----------
     num_position_embeddings : int
-        Cells of the square table of learned positions.
+        Number of cells of the square table of learned positions.
     deepstack_visual_indexes : tuple of int
-        Blocks whose output goes to the decoder's first layers, in this order.
+        Blocks whose output is added to the decoder's first layers, in this order.
     """
 
     intermediate_size: int
@@ -46,7 +46,7 @@ class Qwen3VisionConfig(VisionConfig):
 
     @property
     def levels(self) -> int:
-        """Rows of features that a token of a picture has: its embedding, and what deepstack adds."""
+        """Number of feature rows per token of a picture: the embedding, and the deepstack levels."""
         return 1 + len(self.deepstack_visual_indexes)
 
     def check(self, where: str) -> None:
@@ -59,7 +59,7 @@ class Qwen3VisionConfig(VisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(ModelConfig):
-    """A Qwen3-VL: a decoder that normalizes queries and keys, without biases."""
+    """Config of a Qwen3-VL. The decoder normalizes queries and keys and has no biases."""
 
     visual: Qwen3VisionConfig
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL as a family."""
+"""The family of Qwen3-VL."""
 
 from __future__ import annotations
 

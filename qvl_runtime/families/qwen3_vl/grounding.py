@@ -1,4 +1,4 @@
-"""Boxes as Qwen3-VL writes them: Qwen2.5-VL's JSON, in thousandths of the picture."""
+"""The box notation of Qwen3-VL: that of Qwen2.5-VL with coordinates in thousandths of the picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qvl_runtime.inputs.pictures import Picture
 
 
 class RelativeGrounding(JsonGrounding):
-    """`qvl_runtime.families.base.Grounding` for coordinates of 0 to 1000."""
+    """`qvl_runtime.families.base.Grounding` for coordinates from 0 to 1000."""
 
     NUMBER = "(0|[1-9][0-9]{0,2}|1000)"
     LONGEST = "1000"

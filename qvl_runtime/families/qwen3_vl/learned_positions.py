@@ -1,4 +1,4 @@
-"""Learned positions of patches, read from a square table for a picture of any size."""
+"""Learned positions of patches, interpolated from a square table for a picture of any size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qvl_runtime.families.qwen2_vl.positions import patch_positions
 
 
 def interpolate(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Stretch a table of positions over a picture, bilinearly, so that its corners are the picture's corners.
+    """Interpolate a table of positions bilinearly; its corners are the corners of the picture.
 
     Parameters
     ----------
     table : ndarray
         float32 ``[side * side, width]``.
     rows, columns : int
-        Of patches.
+        Number of rows and columns of patches.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def interpolate(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _taps(count: int, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The two neighbours in a table of `side` entries of each of `count` rows, and their weights."""
+    """Return the two neighbours, in a table of `side` entries, of each of `count` rows, and their weights."""
     source = np.arange(count, dtype=np.float32) * (side - 1) / np.float32(max(count - 1, 1))
     low = np.floor(source).astype(int)
     share = (source - low).astype(np.float32)

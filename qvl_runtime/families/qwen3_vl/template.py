@@ -1,4 +1,4 @@
-"""The chat template of Qwen3-VL, as rules: tools, and the reasoning of the Thinking editions."""
+"""The chat template of Qwen3-VL, in code: tools, and the reasoning of the Thinking models."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _CALLS: tuple[Piece, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Template(Template):
-    """How messages become a prompt.
+    """Renders messages to a prompt.
 
     Attributes
     ----------
     thinking : bool
-        An answer begins with reasoning, up to ``</think>``; that of earlier turns is left out.
+        Whether answers begin with reasoning, up to ``</think>``. The reasoning of earlier turns is omitted.
     tools : sequence of mapping
         JSON schemas of functions that the model may call.
     """

@@ -1,4 +1,4 @@
-"""Every tensor of a Qwen3-VL."""
+"""The tensors of Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LAYERS = ("linear_fc1", "linear_fc2")
 
 
 def deepstack(index: int) -> str:
-    """Base name of the merger behind the `index`-th deepstack block."""
+    """Return the base name of the merger of the `index`-th deepstack block."""
     return f"{VISUAL}.deepstack_merger_list.{index}"
 
 
 def deepstack_level(name: str) -> int | None:
-    """The level of features that a tensor of a deepstack merger makes; None for another tensor."""
+    """Return the feature level of a deepstack merger's tensor; None for other tensors."""
     prefix = f"{VISUAL}.deepstack_merger_list."
     return 1 + int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
 
 
 def tensors(config: Qwen3Config) -> Iterator[TensorSpec]:
-    """All tensors of a model, in the order in which it uses them."""
+    """Yield all tensors of a model, in order of use."""
     v = config.visual
     yield qwen2.patch_embedding(v, bias=True)
     yield VectorSpec(POSITIONS, "vision", (v.num_position_embeddings, v.width))

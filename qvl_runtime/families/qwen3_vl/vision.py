@@ -15,13 +15,13 @@ from qvl_runtime.families.qwen3_vl.tensors import LAYERS, POSITIONS, deepstack
 
 
 class Qwen3Vision(VisionTower):
-    """Qwen3-VL's tower."""
+    """The vision tower of Qwen3-VL."""
 
     config: Qwen3VisionConfig
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """Learned positions, float32 ``[side * side, width]``."""
+        """Return learned positions, float32 ``[side * side, width]``."""
         return self.weights.vector(POSITIONS)
 
     def _attention(self, block: str) -> Attention:

@@ -35,7 +35,7 @@ from qvl_runtime.inputs.tokenizer import MAX_RANKS
 RANKS_FILE = "qwen.tiktoken"
 
 CODE_FILES = "configuration_qwen", "modeling_qwen", "tokenization_qwen"
-"""Python files of the published repositories, which are not ours to write."""
+"""Python files of the published repositories, which export does not write."""
 
 
 class QwenVL:

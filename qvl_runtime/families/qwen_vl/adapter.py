@@ -1,4 +1,4 @@
-"""The adapter: learned queries attend over the patches, and what they find replaces a picture's tokens."""
+"""The adapter: cross-attention of learned queries over the patches yields the picture's features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Adapter:
         return array
 
     def _queries(self, weights: Weights[ModelConfig], positions: Array) -> Array:
-        """``ln_q(query) + pos_embed``, projected: the same for every picture."""
+        """Compute ``ln_q(query) + pos_embed``, projected: the same for every picture."""
         ops, shape = self.ops, (self.config.n_queries, self.config.output_dim)
         query, projected = (ops.empty(shape, ops.activation_dtype) for _ in range(2))
         ops.normalize(ops.upload(weights.vector(f"{NAME}.query")), weights.layer_norm(f"{NAME}.ln_q"), out=query)

@@ -1,4 +1,4 @@
-"""What the `config.json` of a Qwen-VL or Qwen-7B says, checked."""
+"""Parsing and validation of the `config.json` of Qwen-VL and Qwen-7B."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qvl_runtime.families.reading import check, take
 
-# Far beyond any model of the family: what sizes memory before a file's tensors can contradict it.
+# Limits far beyond any model of the family: these values size memory before the tensors are checked.
 MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_SIDE, MAX_MLP_RATIO = 1024, 1 << 24, 1 << 24, 1 << 13, 64.0
 
 
@@ -29,7 +29,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Number of patches along one side."""
         return self.image_size // self.patch_size
 
     @property
@@ -38,7 +38,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one flattened patch."""
+        """Number of values of one flattened patch."""
         return 3 * self.patch_size**2
 
     @property
@@ -86,9 +86,9 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen decoder, with `visual` when the model sees.
+    """A Qwen decoder, with `visual` if the model takes pictures.
 
-    `intermediate_size` is the published value; the FFN is half as wide (`ffn_width`).
+    `intermediate_size` is the published value; the width of the feed-forward is half of it (`ffn_width`).
     """
 
     hidden_size: int
@@ -129,23 +129,23 @@ class ModelConfig:
 
     @property
     def vision(self) -> VisionConfig:
-        """`visual`, of a model that sees."""
+        """`visual`, of a model that takes pictures."""
         assert self.visual is not None, "this model has no vision part"
         return self.visual
 
     @property
     def attention_width(self) -> int:
-        """Width of q, of k and of v."""
+        """Width of queries, of keys and of values."""
         return self.num_attention_heads * self.kv_channels
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """Read a published `config.json`.
+        """Parse a published `config.json`.
 
         Raises
         ------
         QvlError
-            For another `model_type`, a missing key, or a value this runtime does not compute.
+            For another `model_type`, a missing key, or an unsupported value.
         """
         model_type = data.get("model_type")
         check(

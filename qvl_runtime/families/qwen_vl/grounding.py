@@ -1,4 +1,4 @@
-"""Boxes as Qwen-VL writes them: ``<ref>dog</ref><box>(10,20),(300,400)</box>``, in thousandths of the picture."""
+"""The box notation of Qwen-VL: ``<ref>dog</ref><box>(10,20),(300,400)</box>``, in thousandths of the picture."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ parse_boxes, opened_box = GROUNDING.parse, GROUNDING.opened
 
 
 def format_box(box: Box) -> str:
-    """Write a box as the model does: ``<ref>dog</ref><box>(10,20),(300,400)</box>``."""
+    """Format a box in the model's notation: ``<ref>dog</ref><box>(10,20),(300,400)</box>``."""
     ref = "" if box.ref is None else f"<ref>{box.ref}</ref>"
     return f"{ref}<box>({box.x1},{box.y1}),({box.x2},{box.y2})</box>"

@@ -1,4 +1,4 @@
-"""Where a token or a patch is: rotary tables with dynamic NTK, logn scales, interpolated position embeddings."""
+"""Positions: rotary tables with dynamic NTK, log-n scales, interpolated position embeddings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qvl_runtime.families.rope import cos_sin, inverse_frequencies
 
 
 def ntk_alpha(length: int, config: ModelConfig) -> int:
-    """The dynamic-NTK factor a prompt of `length` tokens is computed with: 1 up to `seq_length`, then 3, 7, 15, …
+    """Return the dynamic-NTK factor of a prompt of `length` tokens: 1 up to `seq_length`, then 3, 7, 15, …
 
-    ``max(2^ceil(log2(length / seq_length) + 1) - 1, 1)``, as the published model decides it at prefill.
+    ``max(2^ceil(log2(length / seq_length) + 1) - 1, 1)``, as in the published model's prefill.
     """
     if not config.use_dynamic_ntk or length <= config.seq_length:
         return 1
@@ -23,10 +23,10 @@ def ntk_alpha(length: int, config: ModelConfig) -> int:
 
 @functools.lru_cache(maxsize=8)
 def rotary_table(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
-    """Cosines and sines of every position: float32 ``[positions, head_dim]``, cos in the first half; read-only.
+    """Compute cosines and sines of every position: float32 ``[positions, head_dim]``, cos first; read-only.
 
-    The base is ``rotary_emb_base * alpha^(d / (d - 2))``. Angles are rounded to float32 as the published model
-    rounds them, which matters at long context.
+    The base is ``rotary_emb_base * alpha^(d / (d - 2))``. Angles are rounded to float32 as in the published model,
+    which matters at long context.
     """
     d = config.head_dim
     base = config.rotary_emb_base * alpha ** (d / (d - 2)) if alpha > 1 else config.rotary_emb_base
@@ -36,7 +36,7 @@ def rotary_table(positions: int, alpha: int, config: ModelConfig) -> np.ndarray:
 
 
 def logn_table(positions: int, config: ModelConfig) -> np.ndarray:
-    """What the query of each position is multiplied by: float32 ``[positions]``, ln(p + 1) / ln(L) beyond L."""
+    """Compute the log-n factor of each query: float32 ``[positions]``, ln(p + 1) / ln(L) beyond L."""
     scale = np.ones(positions, np.float32)
     if config.use_logn_attn:
         beyond = np.arange(config.seq_length + 1, positions + 1)
@@ -45,7 +45,7 @@ def logn_table(positions: int, config: ModelConfig) -> np.ndarray:
 
 
 def interpolate_grid(embedding: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings of a square grid, resized to ``grid x grid``.
+    """Resize position embeddings of a square grid to ``grid x grid``.
 
     Bicubic as in ``torch.nn.functional.interpolate(mode="bicubic", align_corners=False)``: a = -0.75, clamped
     borders, no antialiasing.
@@ -70,7 +70,7 @@ def interpolate_grid(embedding: np.ndarray, grid: int) -> np.ndarray:
 
 
 def _bicubic_matrix(size: int, target: int) -> np.ndarray:
-    """Weights ``[target, size]`` of a one-dimensional bicubic resize (Keys 1981, a = -0.75)."""
+    """Compute the weights ``[target, size]`` of a one-dimensional bicubic resize (Keys 1981, a = -0.75)."""
     a = -0.75
     centre = (np.arange(target) + 0.5) * size / target - 0.5
     left = np.floor(centre).astype(int)

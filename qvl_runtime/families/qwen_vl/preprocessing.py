@@ -1,4 +1,4 @@
-"""How Qwen-VL's pictures are prepared: one square size, CLIP's mean and standard deviation."""
+"""Preprocessing of pictures for Qwen-VL: one square size, CLIP's mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def preprocess(image: Image.Image, image_size: int, mean: np.ndarray = MEAN, std
     image : PIL.Image.Image
         Mode RGB.
     image_size : int
-        S, the side in pixels; the aspect ratio is not kept.
+        Side S in pixels; the aspect ratio is not preserved.
     mean, std : numpy.ndarray
-        float32 [3]: of the red, green and blue values in 0..1; by default those of CLIP's training pictures.
+        float32 [3]: mean and standard deviation of red, green and blue in 0..1; by default those of CLIP.
 
     Returns
     -------
@@ -42,12 +42,12 @@ def patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
     pixels : numpy.ndarray
         float32 [3, S, S], S a multiple of `patch_size`.
     patch_size : int
-        p, side of a patch in pixels.
+        Side p of a patch in pixels.
 
     Returns
     -------
     numpy.ndarray
-        float32 [(S/p)**2, 3*p*p]: patches row by row, each in the order of ``conv1.weight.reshape(width, -1)``.
+        float32 [(S/p)**2, 3*p*p]: patches in row-major order; values as in ``conv1.weight.reshape(width, -1)``.
     """
     channels, side, _ = pixels.shape
     if side % patch_size:

@@ -1,4 +1,4 @@
-"""Qwen-VL's prompts: raw text, the list format, chat messages and turns, token ids."""
+"""Prompts of Qwen-VL: raw text, the list format, chat messages and turns, token ids."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PICTURE_TAGS = frozenset({"<img>", "</img>", "<imgpad>"})
 
 
 class _Encoded(NamedTuple):
-    """Token ids, and the pictures in them: where each starts, and its source."""
+    """Token ids, and the pictures in them: start and source of each."""
 
     ids: list[int]
     pictures: list[tuple[int, ImageSource]]
@@ -56,15 +56,15 @@ class _Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class QwenPrompts:
-    """Makes prompts for Qwen-VL, Qwen-VL-Chat and Qwen-7B.
+    """Builds prompts for Qwen-VL, Qwen-VL-Chat and Qwen-7B.
 
     Attributes
     ----------
     tokenizer : QwenTokenizer
     is_chat : bool
-        Whether the model knows chat turns.
+        Whether the model is a chat model.
     read : callable or None
-        ``read(source, access)`` gives a picture; None for a model without vision.
+        ``read(source, access)`` returns a picture; None for a text-only model.
     """
 
     tokenizer: QwenTokenizer
@@ -72,27 +72,26 @@ class QwenPrompts:
     read: Callable[[ImageSource, Access], Picture] | None
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None = None, access: Access = LOCAL) -> Prompt:
-        """Make a prompt of any form ready for the model.
+        """Build a prompt from any supported form.
 
         Parameters
         ----------
         prompt : str, list of dict, or sequence of int
-            - a text, taken as it is, with pictures as ``<img>path</img>``;
+            - raw text, with pictures as ``<img>path</img>``;
             - the list format: parts ``{"image": source}``, ``{"text": str}``, ``{"ref": str, "box": box or boxes}``; a
               picture becomes ``Picture N: <img>…</img>`` and a line end. For a chat model it is the user's turn;
             - chat messages: ``{"role": "system" | "user" | "assistant", "content": text or parts}``; the last message
               is the user's;
             - token ids, with image slots.
         images : sequence of image sources, optional
-            For the empty slots (``<img></img>``, or those in the ids) in order. If the prompt has no image, they go
-            before it (or before the last message) as ``Picture N: <img></img>`` and a line end.
+            Images for the empty slots (``<img></img>``, or those in the ids), in order. If the prompt has no image,
+            they are placed before it (or before the last message) as ``Picture N: <img></img>`` and a line end.
 
         Raises
         ------
         QvlError
-            A form, role, part or box that is not one of the above, an unclosed ``<img>``, more or fewer images than
-            slots, a picture that cannot be read or is not allowed, messages for a base model, images for a model
-            without vision.
+            An unknown form, role, part or box, an unclosed ``<img>``, a wrong number of images, a picture that cannot
+            be read or is not allowed, messages for a base model, or images for a text-only model.
         """
         images = checked_images(images)
         if is_ids(prompt):
@@ -118,23 +117,24 @@ class QwenPrompts:
         window: Window,
         access: Access = LOCAL,
     ) -> ChatPrompt:
-        """Make the prompt for one more turn of a conversation.
+        """Build the prompt of the next turn of a conversation.
 
         Parameters
         ----------
         query : str or list of dict
-            The user's turn: a text or parts, as in `build`.
+            The user's turn: text or parts, as in `build`.
         history : sequence of (query, answer), optional
-            Earlier turns, oldest first; an answer may be None. Answers are text: no tag in them opens a picture.
+            Earlier turns, oldest first; an answer may be None. Answers are text: image tags in them are not opened.
         images : sequence of image sources, optional
-            For the empty slots of history and query in order; if the query has no image, what is left goes before it.
+            Images for the empty slots of history and query, in order. If the query has no image, the rest is placed
+            before it.
         system : str, optional
-            `DEFAULT_SYSTEM` if not given.
+            System prompt; `DEFAULT_SYSTEM` by default.
 
         Raises
         ------
         QvlError
-            As `build`.
+            As for `build`.
         """
         turns = checked_history(history)
         spoken = [self._read(DEFAULT_SYSTEM if system is None else system, access)]
@@ -156,16 +156,16 @@ class QwenPrompts:
         return ChatPrompt(prompt, _for_history(query, spoken[-1], access), left_out)
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer, with the token that ends it in a chat."""
+        """Encode an answer, including the token that ends it in a chat."""
         if self.is_chat:
             return [*self._encode([text], self._answer_forms()).ids, self.tokenizer.im_end_id]
         return self._encode([text], self._raw_forms(Access(paths=False))).ids
 
     # ------------------------------------------------------------------------------------------------ parts
     def _read(self, content: Any, access: Access, pictures_before: int = 0) -> Parts:
-        """A text, or a list of parts, as text and places for pictures.
+        """Convert text or a list of parts to text and places for pictures.
 
-        Each text is searched for tags by itself: parts that form a tag together open nothing.
+        Each text is searched for tags separately: a tag cannot span two parts.
         """
         if isinstance(content, str):
             return self._split(content, access)
@@ -177,7 +177,7 @@ class QwenPrompts:
         return [Place(piece or None) if i % 2 else piece for i, piece in enumerate(split_images(text))]
 
     def _fill(self, spoken: list[Parts], images: list[ImageSource]) -> list[Parts]:
-        """Give the empty places their pictures; those left over go before the last text."""
+        """Assign images to empty places; the rest is placed before the last text."""
         if self.read is None and (images or count_places(spoken)):
             raise QvlError("this model has no vision part: it takes no images")
         extra = fill(spoken, images)
@@ -187,16 +187,16 @@ class QwenPrompts:
 
     # ------------------------------------------------------------------------------------------------ encoding
     def _raw_forms(self, access: Access) -> frozenset[str]:
-        """Special forms in a raw prompt. Image spans were cut out; an ``<img>`` that is left is text."""
+        """Special tokens in a raw prompt. Image spans are cut out before; a remaining ``<img>`` is text."""
         forms = frozenset(self.tokenizer.encoding.special_tokens_set)
         return forms - ({"<img>"} if access.paths else PICTURE_TAGS)
 
     def _user_forms(self, access: Access) -> frozenset[str]:
-        """Special forms in what a user says: control forms such as ``<|im_end|>`` are text."""
+        """Special tokens in a user's text: control tokens such as ``<|im_end|>`` are plain text."""
         return self._raw_forms(access) & frozenset(IMAGE_TAGS)
 
     def _answer_forms(self) -> frozenset[str]:
-        """Special forms in an answer: those of grounding."""
+        """Special tokens in an answer: those of grounding."""
         return self._raw_forms(Access()) & (frozenset(IMAGE_TAGS) - PICTURE_TAGS)
 
     def _encode(self, parts: Parts, special: frozenset[str]) -> _Encoded:
@@ -206,7 +206,7 @@ class QwenPrompts:
         text = ""
         for part in [*parts, None]:
             if isinstance(part, str):
-                text += part  # neighbors are encoded together: a token may cross from one to the next
+                text += part  # adjacent texts are encoded together: a token may span both
                 continue
             normal = splittable(unicodedata.normalize("NFC", text))
             ids += tokenizer.encoding.encode(normal, allowed_special=special, disallowed_special=())
@@ -218,7 +218,7 @@ class QwenPrompts:
         return _Encoded(ids, pictures)
 
     def _say(self, role: str, parts: Parts, special: frozenset[str]) -> _Encoded:
-        """One turn: role, line end and content are encoded separately, as in training."""
+        """Encode one turn: role, line end and content separately, as in training."""
         ordinary = self.tokenizer.encode_ordinary
         head = _Encoded([self.tokenizer.im_start_id, *ordinary(role), *ordinary("\n")], [])
         return _join([head, self._encode(parts, special), _Encoded([self.tokenizer.im_end_id], [])])
@@ -262,7 +262,7 @@ class QwenPrompts:
     def _from_ids(self, ids: Any, images: list[ImageSource]) -> _Encoded:
         tokenizer, ids = self.tokenizer, [int(i) for i in ids]
         for i in ids:
-            tokenizer.token_bytes(i)  # refuses an id outside the vocabulary
+            tokenizer.token_bytes(i)  # raises for an id outside the vocabulary
         if images and self.read is None:
             raise QvlError("this model has no vision part: it takes no images")
         starts = [position for position, i in enumerate(ids) if i == tokenizer.img_start_id]
@@ -276,7 +276,7 @@ class QwenPrompts:
                     "take the ids from tokenizer.encode"
                 )
             paths.append(tokenizer.decode(ids[start : end + 1])[len("<img>") : -len("</img>")])
-        # The published tokenizer writes the path into the slot; with its ids no images are needed.
+        # The published tokenizer writes the path into the slot; its ids need no images.
         named = list(images) if images or not all(paths) else paths
         if len(named) != len(starts):
             raise QvlError(
@@ -285,7 +285,7 @@ class QwenPrompts:
         return _Encoded(ids, [(start + 1, source) for start, source in zip(starts, named)])
 
     def _prompt(self, encoded: _Encoded, access: Access, opened: str = "") -> Prompt:
-        """Read the pictures, so that nothing but arithmetic is left to fail."""
+        """Read the pictures, so that all input errors occur here."""
         read = self.read
         if read is None:
             return Prompt(encoded.ids, [], opened)
@@ -293,7 +293,7 @@ class QwenPrompts:
 
 
 def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Write the list format as text, with the paths of its pictures between their tags.
+    """Convert the list format to text, with the paths of pictures in tags.
 
     Examples
     --------
@@ -305,7 +305,7 @@ def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts]) -> Parts:
-    """The list format as text and places; `split` finds the places in a text."""
+    """Convert the list format to text and places; `split` finds the places in a text."""
     parts: Parts = []
     number = pictures_before
     for part in checked_parts(content):
@@ -347,7 +347,7 @@ def _path(place: Place) -> str:
 
 
 def _for_history(query: Any, parts: Parts, access: Access) -> Any:
-    """The query with its pictures: a text if every picture in it has a path, else parts."""
+    """Return the query with its pictures: text if every picture has a path, else parts."""
     pictures = sources(parts)
     if not pictures and isinstance(query, str):
         return query

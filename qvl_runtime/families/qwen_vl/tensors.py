@@ -1,4 +1,4 @@
-"""Every tensor of a Qwen-VL or Qwen-7B: its name, shape, and published name."""
+"""The tensors of Qwen-VL and Qwen-7B: names, shapes and published names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DECODER = DecoderNames(
 
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
-    """All tensors of a model, in the order in which it uses them."""
+    """Yield all tensors of a model, in order of use."""
     if config.visual is not None:
         yield from _vision(config)
         yield from _adapter(config)

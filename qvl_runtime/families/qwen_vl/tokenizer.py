@@ -1,4 +1,4 @@
-"""Qwen-VL's tokenizer: fixed special forms behind the ranks, and slots for pictures between their tags."""
+"""The tokenizer of Qwen-VL: fixed special tokens after the ranks, and slots for pictures between tags."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CONTROL_FORMS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|
 
 
 class QwenTokenizer(Tokenizer):
-    """Tokenizer of Qwen-VL, Qwen-VL-Chat and Qwen-7B; make one with `QwenTokenizer.from_ranks`.
+    """Tokenizer of Qwen-VL, Qwen-VL-Chat and Qwen-7B; create one with `QwenTokenizer.from_ranks`.
 
-    The ids of the special forms follow the ranks: ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>``,
+    The ids of the special tokens follow the ranks: ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>``,
     ``<|extra_0|>`` to ``<|extra_204|>``, then the nine image tags where the model has them.
 
     Attributes
     ----------
     ref_start_id, ref_end_id, box_start_id, box_end_id, quad_start_id, quad_end_id : int or None
     img_start_id, img_end_id, img_pad_id : int or None
-        None where the model has no image tags (Qwen-7B).
+        None if the model has no image tags (Qwen-7B).
     n_queries : int
-        Positions an image takes between ``<img>`` and ``</img>``.
+        Positions of an image between ``<img>`` and ``</img>``.
     """
 
     def __init__(self, ranks: dict[bytes, int], *, image_tags: bool, n_queries: int, vocab_size: int | None):
@@ -49,53 +49,53 @@ class QwenTokenizer(Tokenizer):
     def from_ranks(
         cls, data: bytes, *, image_tags: bool, n_queries: int = 256, vocab_size: int | None = None
     ) -> QwenTokenizer:
-        """Make a tokenizer from the content of a ``qwen.tiktoken`` file.
+        """Create a tokenizer from the content of a ``qwen.tiktoken`` file.
 
         Parameters
         ----------
         data : bytes
-            One ``base64-token rank`` a line, with either kind of line end.
+            One ``base64-token rank`` a line, with LF or CRLF line ends.
         image_tags : bool
             Whether the model has the nine image tags (Qwen-VL) or not (Qwen-7B).
         n_queries : int
-            Positions an image takes between its tags.
+            Positions of an image between its tags.
         vocab_size : int, optional
             Rows of the model's embedding; by default there are no padding rows.
 
         Raises
         ------
         QvlError
-            The file is empty or cut short, a line is malformed, a token or rank comes twice or is missing, or
-            the embedding has fewer rows than the tokenizer has ids.
+            The file is empty or truncated, a line is malformed, a token or rank is duplicate or missing, or the
+            embedding has fewer rows than the tokenizer has ids.
         """
         return cls(read_ranks(data), image_tags=image_tags, n_queries=n_queries, vocab_size=vocab_size)
 
     @property
     def has_image_tags(self) -> bool:
-        """Whether ``<img>``, ``<ref>``, ``<box>`` and the others are special here."""
+        """Whether ``<img>``, ``<ref>``, ``<box>`` and the other image tags are special tokens."""
         return self.img_start_id is not None
 
     def encode(self, text: str) -> list[int]:
-        """Encode a raw prompt: every special form becomes its id, every image span an image slot.
+        """Encode raw text: special tokens become ids, image spans become image slots.
 
         Raises
         ------
         QvlError
-            An ``<img>`` without its ``</img>``, or with another tag inside.
+            An ``<img>`` without ``</img>``, or with another tag inside.
         """
         return self._encode(text, self._raw_forms)
 
     def encode_chat(self, text: str) -> list[int]:
-        """Encode what someone says in a chat: only the nine image tags are special.
+        """Encode a user's text in a chat: only the nine image tags are special.
 
-        So ``<|im_end|>`` typed by a user is plain text and cannot end the turn. Raises as `encode` does.
+        A typed ``<|im_end|>`` is plain text and cannot end the turn. Raises as `encode` does.
         """
         return self._encode(text, self._chat_forms)
 
     def _encode(self, text: str, special: Set[str]) -> list[int]:
         if not isinstance(text, str):
             raise QvlError(f"expected a str to encode, got {type(text).__name__}")
-        # Paths are cut out before the normalization: a file may well have a name that is not NFC.
+        # Paths are cut out before the normalization: a file name need not be NFC.
         pieces = split_images(text) if self.has_image_tags else [text]
         ids: list[int] = []
         for i, piece in enumerate(pieces):
@@ -106,24 +106,24 @@ class QwenTokenizer(Tokenizer):
         return ids
 
     def image_slot(self) -> list[int]:
-        """The ids of one image, without its path."""
+        """Return the ids of one image, without its path."""
         start, pad, end = (self.special[form] for form in ("<img>", "<imgpad>", "</img>"))
         return [start, *[pad] * self.n_queries, end]
 
     def byte_stream(self) -> ByteStream:
-        """A decoder of ids to bytes.
+        """Return an incremental decoder from ids to bytes.
 
-        An image slot decodes to ``<img></img>``, or to ``<img>path</img>`` where it carries a path's bytes, as the
-        published model code writes it.
+        An image slot decodes to ``<img></img>``, or to ``<img>path</img>`` if it holds a path's bytes, as written by
+        the published code.
         """
         return _SlotStream(self)
 
 
 class _SlotStream(ByteStream):
-    """Ids to bytes, one by one, with image slots recognised.
+    """Incremental decoder from ids to bytes that recognizes image slots.
 
     A slot is ``<img>``, path bytes, at least one ``<imgpad>``, ``</img>``; a path byte is the id of the same value.
-    Whether a run is one shows only at its end, so such a run is held back until then.
+    A slot is only recognized at its end, so its bytes are held back until then.
     """
 
     def __init__(self, tokenizer: QwenTokenizer):

@@ -1,4 +1,4 @@
-"""The ViT: pixels in, one vector a patch out."""
+"""The ViT: pixels to one vector per patch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block:
 
     @classmethod
     def load(cls, weights: Weights[ModelConfig], index: int) -> Block:
-        """The `index`-th block of a model."""
+        """Load the `index`-th block of a model."""
         name = f"{NAME}.transformer.resblocks.{index}"
         return cls(
             ln_1=weights.layer_norm(f"{name}.ln_1"),
@@ -46,7 +46,7 @@ class Block:
         )
 
     def __call__(self, ops: Ops, work: Workspace, heads: int) -> None:
-        """Run over ``work.x`` in place."""
+        """Run on ``work.x`` in place."""
         ops.linear(work.x, self.in_proj, out=work.qkv, norm=self.ln_1)
         ops.vision_attention(work.qkv, heads, out=work.attended)
         ops.linear(work.attended, self.out_proj, out=work.x, residual=work.x)
@@ -65,7 +65,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, ops: Ops, config: VisionConfig) -> Workspace:
-        """Uninitialized arrays."""
+        """Allocate uninitialized arrays."""
         count, width = config.patches, config.width
         return cls(
             x=ops.empty((count, width)),
@@ -76,7 +76,7 @@ class Workspace:
 
 
 class PatchEmbedding:
-    """What comes before the blocks: patches, their positions, and a norm."""
+    """The input of the blocks: patches, positions, and a norm."""
 
     def __init__(self, weights: Weights[ModelConfig]):
         self.ops, self.config = weights.ops, weights.config.vision
@@ -96,9 +96,9 @@ class PatchEmbedding:
 
 
 class VisionTower:
-    """Patch embedding, position, and the transformer blocks, without a final norm.
+    """Patch embedding, positions, and transformer blocks, without a final norm.
 
-    The blocks are captured with the first picture and replayed for all that follow, in arrays that stay.
+    The blocks are captured with the first picture and replayed for all others, in permanent arrays.
     """
 
     def __init__(self, weights: Weights[ModelConfig]):
@@ -127,7 +127,7 @@ class VisionTower:
         return self._work.x
 
     def slices(self, pixels: np.ndarray) -> Generator[None, None, Array]:
-        """The same a few layers at a time; it begins anew if another picture came in between."""
+        """Encode in slices of a few layers. Restarts if another picture used the arrays in between."""
         while True:
             undisturbed = self.turns.begin()
             self.embed(pixels, self._work.x)
@@ -162,7 +162,7 @@ class Vision:
         self.tower, self.adapter = VisionTower(weights), Adapter(weights)
 
     def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
-        """Features float32 ``[n_queries, output_dim]`` of pixels float32 ``[3, image_size, image_size]``."""
+        """Compute features float32 ``[n_queries, output_dim]`` of pixels float32 ``[3, image_size, image_size]``."""
         return self.adapter(self.tower(pixels, trace), trace)
 
     def encode_slowly(self, pixels: np.ndarray, grid: tuple[int, int]) -> Generator[None, None, Array]:
