@@ -1,4 +1,4 @@
-"""The HTTP server: a model behind OpenAI's API.
+"""The HTTP server: serves a model with OpenAI's API.
 
 >>> from qvl_runtime.server import create_app
 >>> app = create_app(qvl.load("m.qvl"))     # any ASGI server runs it

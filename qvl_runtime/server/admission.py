@@ -1,4 +1,4 @@
-"""Who is served: so many at once, so many in line, in order, and nobody beyond."""
+"""Admission control: limits on running and waiting requests, and on their bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STOPPING = "the server is stopping"
 
 
 class Admission:
-    """Requests come in, wait for their turn, are computed, and leave when their answer was read.
+    """A queue of requests. A request is admitted, waits, runs, and leaves when its answer has been read.
 
-    All methods are called on the event loop.
+    Call all methods on the event loop.
 
     Parameters
     ----------
@@ -36,17 +36,17 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests in line."""
+        """Number of waiting requests."""
         return len(self._line)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """A place for one request, from before its body is read until its answer was.
+        """Reserve a place for one request, from before its body is read until its answer has been read.
 
         Raises
         ------
         ApiError
-            503 when the server is stopping, 429 when there is no place.
+            503 if the server is stopping, 429 if there is no place.
         """
         if self.stopping:
             raise unavailable(STOPPING)
@@ -60,7 +60,7 @@ class Admission:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Held]:
-        """Counts the bytes of a request among those of all."""
+        """Account for the bytes of a request."""
         held = Held(self)
         try:
             yield held
@@ -68,13 +68,13 @@ class Admission:
             self._held -= held.bytes
 
     def take(self, count: int) -> None:
-        """Count bytes that are held; see `holding`."""
+        """Add bytes to the total; see `holding`."""
         if self._held + count > self._limits.held_bytes:
             raise self._full("the requests that are being served hold too many bytes")
         self._held += count
 
     async def turn(self) -> float:
-        """Wait for the turn to be computed; returns when it came. `done` must be called for it."""
+        """Wait until the request may run. `done` must be called afterwards."""
         if self.stopping:
             raise unavailable(STOPPING)
         if self.running < self._limits.running and not self._line:
@@ -87,13 +87,13 @@ class Admission:
         except asyncio.CancelledError:
             if called.cancelled():
                 self._line.remove(called)
-            elif called.exception() is None:  # it was called in the very moment in which it left
+            elif called.exception() is None:  # it was called at the moment it was cancelled
                 self.done(None)
             raise
         return time.monotonic()
 
     def done(self, began: float | None) -> None:
-        """A request was computed, or gave up its turn; the next one's turn comes."""
+        """End a running request, or give up its turn; the next request runs."""
         if began is not None:
             self._mean += (time.monotonic() - began - self._mean) / 8
         while self._line:
@@ -104,7 +104,7 @@ class Admission:
         self.running -= 1
 
     def stop(self) -> None:
-        """Take nobody in any more, and send those away who wait."""
+        """Admit no more requests, and refuse those that wait."""
         self.stopping = True
         for called in self._line:
             if not called.done():
@@ -117,18 +117,18 @@ class Admission:
 
 
 class Held:
-    """The bytes that one request holds."""
+    """The bytes held by one request."""
 
     def __init__(self, admission: Admission):
         self._admission, self.bytes = admission, 0
 
     def add(self, count: int) -> None:
-        """Hold more of them.
+        """Add bytes.
 
         Raises
         ------
         ApiError
-            429 when all requests together hold too many.
+            429 if all requests together hold too many.
         """
         self._admission.take(count)
         self.bytes += count

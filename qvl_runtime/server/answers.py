@@ -1,4 +1,4 @@
-"""The answers of one request, computed in a thread: pictures and prompt, then piece by piece."""
+"""Computes the answers of a request in a thread: pictures and prompt, then a stream of pieces."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from qvl_runtime.server.requests import Asked
 from qvl_runtime.server.running import Emit, Switch
 
 NOTHING = Access(paths=False)
-"""What a request may open."""
+"""Access of a request: neither files nor URLs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparing:
-    """Event: a prompt is made from now on."""
+    """Event: preparation of the prompt begins."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """Event: the prompt was accepted, and an answer is computed from now on."""
+    """Event: the prompt was accepted, and the computation of an answer begins."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Event: a piece of the answer of this number."""
+    """Event: a piece of the answer with this index."""
 
     index: int
     piece: Piece
@@ -47,7 +47,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Event: the answer of this number is complete; its boxes as the client reads them."""
+    """Event: the answer with this index is complete; the boxes are in the client's format."""
 
     index: int
     result: Result
@@ -69,7 +69,7 @@ class Answerer:
     limits : Limits
     metrics : Metrics
     preparing : threading.Semaphore
-        Held while pictures are decoded: each takes hundreds of megabytes.
+        Held while pictures are decoded, because each takes hundreds of megabytes.
     """
 
     model: Model
@@ -78,15 +78,15 @@ class Answerer:
     preparing: threading.Semaphore
 
     def answer(self, asked: Asked, salt: str | None, arrived: float, emit: Emit, switch: Switch) -> None:
-        """Answer a request; see the events. Its answers are computed side by side, and their parts come as they do.
+        """Answer a request and emit events. The answers are computed concurrently, so their parts are interleaved.
 
         Parameters
         ----------
         asked : Asked
         salt : str or None
-            Whose request it is; see `Model.stream`.
+            Partition of the caches; see `Model.stream`.
         arrived : float
-            When the request came.
+            Time of arrival.
         """
         watch = Watch(self.metrics, arrived)
         contents = fetched(sources_of(asked.prompt), self.limits, switch.check)
@@ -101,7 +101,7 @@ class Answerer:
                 switch.check()
                 result = stream.result()
             except QvlError as error:
-                # The prompt was accepted, so that only a grammar of the request can still be at fault.
+                # The prompt was accepted: only a grammar of the request can still be invalid.
                 raise ApiError(500 if asked.options["constraint"] is None else 400, str(error)) from error
             self.metrics.answer(result.timings, result.finish_reason)
             emit(Whole(index, result, described(result.boxes, pictures)))
@@ -124,13 +124,13 @@ class Answerer:
                 for reading in as_completed(readings):
                     reading.result()
             except BaseException:
-                switch.cancel()  # one has failed: nobody reads the others, and the pool waits for them
+                switch.cancel()  # after a failure nobody reads the others, and the pool would wait for them
                 raise
         watch.end()
         emit(End())
 
     def tokenize(self, prompt: Messages | str | list[int], emit: Emit, switch: Switch) -> None:
-        """Emit the token ids of a prompt, a list; a picture's places are among them."""
+        """Emit the token ids of a prompt as a list, including the placeholders of pictures."""
         contents = fetched(sources_of(prompt), self.limits, switch.check)
         with self._turn(contents):
             switch.check()
@@ -138,14 +138,14 @@ class Answerer:
             emit(self.model.prompts.build(made, None, NOTHING).ids)
 
     def _turn(self, contents: Sequence[bytes]) -> contextlib.AbstractContextManager:
-        """To be held while a prompt is made; a text alone need not wait for pictures."""
+        """Return the semaphore to hold while preparing a prompt; text-only prompts do not wait."""
         return self.preparing if contents else contextlib.nullcontext()
 
 
 def with_pictures(
     model: Model, prompt: Messages | str | list[int], contents: Sequence[bytes], limits: Limits
 ) -> tuple[Any, list[Sent]]:
-    """A prompt as `Model.stream` takes it, and its pictures, whose bytes are `contents`."""
+    """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
     if not isinstance(prompt, Messages):
         return prompt, []
     upright = model.pictures is not None and model.pictures.reader.upright
@@ -160,18 +160,18 @@ def with_pictures(
 
 
 def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
-    """The pictures of a prompt, for `fetched`."""
+    """Return the pictures of a prompt, for `fetched`."""
     return prompt.sources if isinstance(prompt, Messages) else []
 
 
 def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:
-    """Boxes as the client reads them. They are on the last picture; without one they have no pixels."""
+    """Return boxes in the client's format. They refer to the last picture; without one they have no pixels."""
     size = (pictures[-1].width, pictures[-1].height) if pictures else None
     image = len(pictures) - 1 if pictures else None
     return [{**box_fields(box, size), "image": image} for box in boxes]
 
 
 def box_fields(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
-    """A box as JSON types: as the model writes it, and in pixels of a picture of `size`, if there is one."""
+    """Return a box as JSON types: the model's coordinates, and pixels of a picture of `size`, if there is one."""
     pixels = None if size is None else list(box.to_pixels(*size))
     return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}

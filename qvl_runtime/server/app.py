@@ -1,4 +1,4 @@
-"""The server as one ASGI application."""
+"""The server as an ASGI application."""
 
 from __future__ import annotations
 
@@ -42,37 +42,37 @@ def create_app(
     log_content: bool = False,
     limits: Limits | None = None,
 ) -> Starlette:
-    """The HTTP server of a model, as an ASGI application.
+    """Create the ASGI application that serves a model.
 
     Parameters
     ----------
     model : Model
     name : str, optional
-        What clients call it; by default its file's name without the ending.
+        Name of the model for clients; by default the file's name without its extension.
     api_keys : sequence of str
-        Clients must have one of them, if there are any.
+        Accepted keys. If empty, no key is needed.
     allow_hosts : sequence of str
-        Names of this server in a request's ``Host``, besides ``localhost`` and any IP address.
+        Accepted names in a request's ``Host``, in addition to ``localhost`` and any IP address.
     allow_origins : sequence of str
-        Sites whose pages may ask, as ``https://example.org``.
+        Web origins that may send requests, as ``https://example.org``.
     allow_urls : bool
-        Whether http(s) pictures are fetched, from public addresses.
+        Allow pictures from http(s) URLs with public addresses.
     log_content : bool
-        Whether requests and answers are logged.
+        Log requests and answers.
     limits : Limits, optional
 
     Returns
     -------
     Starlette
-        Its ``state.service`` is the `Service`. Its lifespan's end waits for running answers.
+        ``state.service`` is the `Service`. The end of the lifespan waits for running answers.
 
     Raises
     ------
     QvlError
-        For a str in the place of a list of them.
+        For a str instead of a list of str.
     """
     for option, given in (("api_keys", api_keys), ("allow_hosts", allow_hosts), ("allow_origins", allow_origins)):
-        if isinstance(given, str):  # each of its letters would be one
+        if isinstance(given, str):  # its characters would be the items
             raise QvlError(f"{option} is a str; expected a list of str")
     service = Service(
         model,
@@ -89,7 +89,7 @@ def create_app(
 
     page, health = page_routes(), Route("/health", HealthRoute(service).show, methods=["GET"])
     routes = [*_routes(service), health, *page]
-    # What needs no key: it tells nothing of anybody.
+    # Routes without a key: they reveal nothing about requests.
     open_paths = frozenset(route.path for route in (health, *page))
     app = Starlette(
         routes=routes,
@@ -136,7 +136,7 @@ def _routes(service: Service) -> list[Route]:
 
 
 class _Record:
-    """ASGI middleware that counts and logs responses: the route, never what was asked."""
+    """ASGI middleware that counts and logs responses by route, without contents."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: Set[str]):
         self._app, self._service, self._paths = app, service, paths
@@ -156,7 +156,7 @@ class _Record:
         try:
             await self._app(scope, receive, sending)
         except Exception as error:
-            # Nobody further out may have it: their logs would show what it says.
+            # Not propagated: outer layers would log the message, which may contain a prompt.
             log_error(error, self._service.log_content)
             if not status:
                 await of_exception(error).response()(scope, receive, sending)

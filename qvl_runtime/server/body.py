@@ -1,4 +1,4 @@
-"""The body of a request: counted while it is read, for a limited time."""
+"""Reading the body of a request with limits on size and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qvl_runtime.server.json_text import from_json
 from qvl_runtime.server.limits import Limits
 
 DROP_SECONDS = 2.0
-"""For so long what is left of a refused request is read."""
+"""Seconds for which the rest of a refused request is read."""
 
 
 class ClientGone(Exception):
@@ -30,7 +30,7 @@ async def with_body(
     send: Send,
     handle: Callable[[bytearray], Awaitable[None]],
 ) -> None:
-    """Give a request its place, read its body, and handle it."""
+    """Admit a request, read its body, and handle it."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(admission.place())
@@ -45,9 +45,9 @@ async def with_body(
 
 
 async def refuse_unread(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Refuse a request whose body was not read, and drop what comes of it.
+    """Refuse a request whose body was not read, and discard the body.
 
-    Were the connection closed with bytes unread, the client's system would drop the response.
+    If the connection were closed with unread bytes, the client's system would drop the response.
     """
 
     async def sending(message: Any) -> None:
@@ -64,19 +64,19 @@ async def refuse_unread(error: ApiError, scope: Scope, receive: Receive, send: S
 
 
 async def read_body(scope: Scope, receive: Receive, held: Held, limits: Limits) -> bytearray:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises
     ------
     ApiError
-        413 for a body that is too large, 408 for one that takes too long, 429 when all bodies together are too large.
+        413 if the body is too large, 408 if it takes too long, 429 if all bodies together are too large.
     ClientGone
     """
     too_large = ApiError(413, f"the request has more than {limits.body_bytes} bytes", code="request_too_large")
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and (len(length) > 18 or int(length) > limits.body_bytes):
         raise too_large
-    body = bytearray()  # a list of chunks of one byte would take forty times their size
+    body = bytearray()  # a list of one-byte chunks would take forty times the memory
     try:
         async with asyncio.timeout(limits.body_seconds):
             more = True
@@ -95,7 +95,7 @@ async def read_body(scope: Scope, receive: Receive, held: Held, limits: Limits) 
 
 
 def parsed(body: bytearray, limits: Limits) -> dict[str, Any]:
-    """The JSON object in a body."""
+    """Parse a body as a JSON object."""
     try:
         return from_json(body, limits.values)
     except ValueError as error:

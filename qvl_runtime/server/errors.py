@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's format: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ TYPES = {
     503: "unavailable_error",
     504: "timeout_error",
 }
-"""The type of a status; all others are the request's fault."""
+"""Error types by status; all others are invalid_request_error."""
 
 LONGEST = 500
-"""Characters of a message."""
+"""Largest number of characters of a message."""
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Parameters
     ----------
     status : int
-        Of HTTP.
+        HTTP status.
     message : str
     param : str, optional
-        The field of the request that is wrong.
+        The invalid field of the request.
     code : str, optional
-        For programs.
+        Machine-readable code.
     retry_after : int, optional
-        Seconds after which to try again.
+        Seconds until a retry.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
+        """Return the JSON body."""
         message = self.message if len(self.message) <= LONGEST else self.message[: LONGEST - 3] + "..."
         kind = TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
-        """It as a response."""
+        """Return the HTTP response."""
         sent = dict(headers or {})
         if self.retry_after is not None:
             sent["Retry-After"] = str(self.retry_after)
@@ -72,28 +72,28 @@ class ApiError(Exception):
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that is wrong: status 400."""
+    """Create the error of an invalid request: status 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(reason: str, retry_after: int = 5) -> ApiError:
-    """A request that nobody can answer now: status 503."""
+    """Create the error of a temporary failure: status 503."""
     return ApiError(503, reason, retry_after=retry_after)
 
 
 def of_exception(error: BaseException) -> ApiError:
-    """What a client is told of an exception. A `QvlError` is one of the request."""
+    """Convert an exception to an error for the client. A `QvlError` means an invalid request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")
     if isinstance(error, QvlError):
         return refused(str(error))
-    return ApiError(500, "the server made an error; its log has more")
+    return ApiError(500, "internal server error; see the server's log")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A value as a JSON response."""
-    from starlette.responses import Response  # Not above: `qvl batch` reads requests without a server's packages.
+    """Create a JSON response."""
+    from starlette.responses import Response  # `qvl batch` uses this module without starlette
 
     return Response(to_json(value), status, headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""Reading the fields of a request: each has its type and range, and an error that names it."""
+"""Reading the fields of a request with checks of type and range; errors name the field."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qvl_runtime.server.errors import refused
 
 
 def describe(value: Any) -> str:
-    """The JSON type of a value."""
+    """Return the JSON type of a value."""
     names = {
         bool: "a boolean",
         int: "a number",
@@ -23,7 +23,7 @@ def describe(value: Any) -> str:
 
 
 def text(value: Any, name: str) -> str:
-    """A string that is Unicode text."""
+    """Check that a value is a valid Unicode string."""
     if not isinstance(value, str):
         raise refused(f"{name} must be a string, not {describe(value)}", name)
     try:
@@ -34,49 +34,49 @@ def text(value: Any, name: str) -> str:
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """An object."""
+    """Check that a value is an object."""
     if not isinstance(value, dict):
         raise refused(f"{name} must be an object, not {describe(value)}", name)
     return value
 
 
 def array(value: Any, name: str) -> list[Any]:
-    """An array."""
+    """Check that a value is an array."""
     if not isinstance(value, list):
         raise refused(f"{name} must be an array, not {describe(value)}", name)
     return value
 
 
 class Fields:
-    """The fields of an object; null is as good as absent.
+    """The fields of an object; null counts as absent.
 
     Parameters
     ----------
     data : mapping
     prefix : str
-        What errors write before a field's name.
+        Prefix of field names in errors.
     """
 
     def __init__(self, data: Mapping[str, Any], prefix: str = ""):
         self._data, self._prefix = data, prefix
 
     def get(self, name: str) -> Any:
-        """A field as it is; None if it is absent."""
+        """Return a field; None if it is absent."""
         return self._data.get(name)
 
     def name(self, name: str) -> str:
-        """What errors call a field."""
+        """Return a field's name for errors."""
         return f"{self._prefix}{name}"
 
     def flag(self, name: str) -> bool:
-        """A boolean, False by default."""
+        """Return a boolean; False if absent."""
         value = self._data.get(name)
         if value is not None and not isinstance(value, bool):
             raise refused(f"{self.name(name)} must be true or false, not {describe(value)}", self.name(name))
         return bool(value)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        """A whole number; 3.0 is one, as some clients know only floats."""
+        """Return an integer. 3.0 is accepted, because some clients only have floats."""
         value = self._number(name)
         if value is None:
             return None
@@ -87,17 +87,17 @@ class Fields:
         return int(self._in_range(name, value, low, high))
 
     def number(self, name: str, low: float, high: float) -> float | None:
-        """A number."""
+        """Return a number."""
         value = self._number(name)
         return None if value is None else float(self._in_range(name, value, low, high))
 
     def string(self, name: str) -> str | None:
-        """A text."""
+        """Return a string."""
         value = self._data.get(name)
         return None if value is None else text(value, self.name(name))
 
     def object(self, name: str) -> Fields:
-        """An object's fields; without it there are none."""
+        """Return the fields of an object; empty if absent."""
         value = self._data.get(name)
         return Fields({} if value is None else mapping(value, self.name(name)), f"{self.name(name)}.")
 

@@ -1,4 +1,4 @@
-"""How answers are written: OpenAI's chat completions and completions, whole or in chunks."""
+"""Response formats: OpenAI's chat completions and completions, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from qvl_runtime.server.answers import Part, Whole
 
 
 class Form(Protocol):
-    """How the answers to one request are written."""
+    """The response format of one request."""
 
     def head(self, index: int) -> dict[str, Any] | None:
-        """The choice of the first chunk of an answer, if there is one before its text."""
+        """Return the choice of a chunk before the text, or None."""
 
     def part(self, part: Part) -> dict[str, Any] | None:
-        """The choice of a chunk with a piece of text; None if it says nothing."""
+        """Return the choice of a chunk with a piece of text; None if it is empty."""
 
     def ends(self, whole: Whole) -> list[dict[str, Any]]:
-        """The choices of the last chunks of an answer."""
+        """Return the choices of the last chunks of an answer."""
 
     def whole(self, whole: Whole) -> dict[str, Any]:
-        """The choice of a complete answer."""
+        """Return the choice of a complete answer."""
 
 
 class Envelope:
-    """What stands around choices.
+    """The object around choices.
 
     Parameters
     ----------
     kind, prefix : str
-        OpenAI's name of the object, and the beginning of its id.
+        OpenAI's name of the object, and the prefix of its id.
     model : str
-        The name under which it is served.
+        Name of the model for clients.
     """
 
     def __init__(self, kind: str, prefix: str, model: str):
@@ -44,12 +44,12 @@ class Envelope:
         self._fields["model"] = model
 
     def around(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Choices with their envelope."""
+        """Return the object with these choices."""
         return {**self._fields, "choices": list(choices), **more}
 
 
 def usage(answers: Sequence[Whole]) -> dict[str, Any]:
-    """Tokens of a request: those of its prompt count once."""
+    """Return the token counts of a request; the prompt counts once."""
     prompt = answers[0].result.prompt_tokens
     completion = sum(answer.result.timings.new_tokens for answer in answers)
     return {
@@ -67,7 +67,7 @@ class ChatForm:
     ----------
     tokenizer : Tokenizer
     logprobs : bool
-        Whether the log probabilities of the tokens are written.
+        Whether to write the log probabilities of the tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
@@ -127,7 +127,7 @@ class TextForm:
     ----------
     tokenizer : Tokenizer
     logprobs : bool
-        Whether the log probabilities of the tokens are written.
+        Whether to write the log probabilities of the tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):

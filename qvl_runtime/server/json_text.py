@@ -1,4 +1,4 @@
-"""JSON from and to strangers."""
+"""JSON from and to clients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any, NoReturn
 
 
 def to_json(value: Any) -> bytes:
-    """A value as JSON in UTF-8. Half a character of UTF-16, which UTF-8 cannot hold, becomes a question mark."""
+    """Encode a value as JSON in UTF-8. Lone surrogates become question marks."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
 
 
 def from_json(body: bytes | bytearray, values: int) -> dict[str, Any]:
-    """A JSON object of at most `values` values.
+    """Parse a JSON object of at most `values` values.
 
-    Three bytes of JSON make an empty list of 64, so the values are counted before anything is made.
+    Three bytes of JSON become a list of 64 bytes, so the values are counted before parsing.
 
     Raises
     ------
     ValueError
-        Says what is wrong with the body.
+        Describes the problem of the body.
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > values:
         raise ValueError(f"has more than {values} values")

@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may take."""
+"""Resource limits of a request, and of all requests together."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ class Limits:
     Attributes
     ----------
     running : int
-        Requests that are computed at once.
+        Concurrently computed requests.
     waiting : int
-        Requests that wait for their turn, in order, or whose answer is still being read. Beyond: status 429.
+        Requests that wait, or whose answer is still being read. Beyond this limit: status 429.
     seconds : float
-        For a request as a whole, waiting included.
+        For a whole request, including waiting.
     prepare_seconds : float
         For reading the pictures of a request, tokenizing it and compiling its schema.
     body_seconds : float
         For receiving a request.
     body_bytes, held_bytes : int
-        Of one request, and of all that are held at once. A request takes up to three times its bytes of memory.
+        Bytes of one request, and of all requests in memory. A request takes up to three times its bytes of memory.
     values : int
-        Of the JSON of a request.
+        JSON values of a request.
     text : int
         Characters of all texts of a request.
     pictures : int
-        Of a request.
+        Pictures of a request.
     picture_bytes : int
-        Of a picture that is fetched.
+        Bytes of a fetched picture.
     fetch_seconds : float
-        For all pictures of a request that are fetched.
+        For fetching all pictures of a request.
     pixels : int
-        Of a picture.
+        Pixels of a picture.
     preparing : int
-        Requests whose pictures are decoded at once.
+        Requests whose pictures are decoded concurrently.
     n : int
         Answers to one request.
     stops, stop_text : int
@@ -44,11 +44,11 @@ class Limits:
     top_logprobs : int
         Alternatives of a token.
     schema_bytes : int
-        Of a JSON schema.
+        Bytes of a JSON schema.
     ping_seconds : float
-        A stream that has nothing to say for so long says that it is alive.
+        Interval of keep-alive comments in an idle stream.
     stop_seconds : float
-        Running answers may take so long when the server is stopped.
+        Time for running answers when the server stops.
     """
 
     running: int = 16

@@ -1,4 +1,4 @@
-"""Listening for connections with uvicorn: a graceful end, and no connection that hangs for ever."""
+"""Listening for connections with uvicorn: graceful shutdown, and timeouts of stuck connections."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if sys.platform != "win32":
     import resource
 
 CONNECTIONS = 4096
-"""Open at once; beyond, uvicorn itself answers 503."""
+"""Largest number of open connections; beyond it uvicorn responds with 503."""
 
 HEAD_SECONDS = 20.0
-"""A connection may be silent, or in the middle of a request's head, for so long."""
+"""Timeout of a connection that is idle or in the middle of a request's head."""
 
 WRITE_SECONDS = 60.0
-"""A client may read nothing for so long."""
+"""Timeout of a client that reads nothing."""
 
 SLOW_SECONDS = 900.0
-"""A client may be behind for so long, however little by little it reads."""
+"""Timeout of a client that reads too slowly."""
 
 
 class Connection(H11Protocol):
-    """A connection that knows for how long it has been stuck."""
+    """A connection that detects that its client is stuck."""
 
     _idle_since: float | None = None
     _unread: tuple[int, float] | None = None
     _behind_since: float | None = None
 
     def is_stuck(self, now: float) -> bool:
-        """Whether the client sends no request, or does not read its answer."""
+        """Whether the client sends no request, or does not read the response."""
         unread = self.transport.get_write_buffer_size()
         if unread == 0:
             self._unread = self._behind_since = None
@@ -59,14 +59,14 @@ class Connection(H11Protocol):
 
 
 class Listener(uvicorn.Server):
-    """Runs an application until a signal; then running answers finish, and new requests get 503.
+    """Runs an application until a signal. Then running answers finish, and new requests get 503.
 
     Parameters
     ----------
     app : Starlette
-        As `create_app` makes it.
+        The result of `create_app`.
     listening : callable
-        Called when requests are taken.
+        Called when the server accepts requests.
     """
 
     def __init__(self, app: Starlette, listening: Callable[[], None] = lambda: None):
@@ -105,14 +105,14 @@ class Listener(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends it gracefully, the second at once."""
+        """Stop gracefully at the first signal, immediately at the second."""
         if self._loop is not None and self._end is None:
             self._loop.call_soon_threadsafe(self.stop)
         else:
             self.should_exit = self.force_exit = True
 
     def stop(self) -> None:
-        """Begin the end; called on the event loop."""
+        """Begin a graceful stop; call on the event loop."""
         if self._end is None:
             self._end = asyncio.ensure_future(self._stop())
 
@@ -123,12 +123,12 @@ class Listener(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+    """Bind a listening socket; port 0 takes a free port.
 
     Raises
     ------
     QvlError
-        When the address cannot be used.
+        If the address cannot be used.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -143,7 +143,7 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(app: Starlette, bound: socket.socket, listening: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM."""
     if sys.platform != "win32":
-        # Each connection is an open file, and the usual limit is 1024.
+        # Each connection is an open file, and the default limit is 1024.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * CONNECTIONS if most == resource.RLIM_INFINITY else min(most, 2 * CONNECTIONS)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -1,4 +1,4 @@
-"""Chat messages of a request: checked, then with their pictures read, as `Model.stream` takes them."""
+"""Chat messages of a request: validation, and conversion for `Model.stream`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.pictures import Sent, checked_url
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of a message, and the model's word for them."""
+"""Roles of a message, and their names for the model."""
 
 
 class PicturePart(NamedTuple):
-    """A place for the picture of this number."""
+    """A place for the picture with this number."""
 
     number: int
 
 
 class BoxPart(NamedTuple):
-    """A box on a picture: its number, and the corners in its pixels."""
+    """A box: the number of its picture, and the corners in pixels."""
 
     number: int
     corners: tuple[float, ...]
@@ -34,7 +34,7 @@ Part = str | PicturePart | BoxPart
 
 
 class Message(NamedTuple):
-    """A message: its role for the model, and its parts."""
+    """A message: the role for the model, and the parts."""
 
     role: str
     parts: list[Part]
@@ -48,14 +48,14 @@ class Messages:
     ----------
     turns : list of Message
     sources : list of bytes or str
-        Its pictures in order: image files, or URLs that may be fetched.
+        The pictures in order: image files, or allowed URLs.
     """
 
     turns: list[Message]
     sources: list[str | bytes]
 
     def for_model(self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], int], str]) -> list[dict]:
-        """As `Model.stream` takes them; `mark` writes a box on the picture of a number in the model's notation."""
+        """Convert for `Model.stream`; `mark` writes a box on the picture with a number in the model's notation."""
         return [{"role": turn.role, "content": _content(turn.parts, pictures, mark)} for turn in self.turns]
 
 
@@ -87,7 +87,7 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
     Raises
     ------
     ApiError
-        For a role or part that there is not, a wrong type, a picture that is no URI, too many pictures, too much text.
+        For an unknown role or part, a wrong type, a picture that is not a URI, too many pictures, or too much text.
     """
     listed = array(value, "messages")
     if not listed:
@@ -98,7 +98,7 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
 
 
 class _Reader:
-    """Reads messages one after the other, and counts what is in them."""
+    """Reads messages, and counts pictures and characters."""
 
     def __init__(self, limits: Limits, allow_urls: bool):
         self.sources: list[str | bytes] = []
@@ -129,7 +129,7 @@ class _Reader:
         return self._picture(part, name) if kind == "image_url" else _box(part, name)
 
     def _picture(self, part: Any, name: str) -> PicturePart:
-        # OpenAI's form is an object; a string would pass for a path elsewhere.
+        # OpenAI's format is an object. A string could be taken for a path.
         url = text(mapping(part.get("image_url"), f"{name}.image_url").get("url"), f"{name}.image_url.url")
         if len(self.sources) == self._limits.pictures:
             raise refused(f"the request has more than {self._limits.pictures} pictures", name)

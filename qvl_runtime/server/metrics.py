@@ -1,4 +1,4 @@
-"""What `/metrics` shows, under vLLM's names with the prefix ``qvl:``."""
+"""The metrics of `/metrics`, with vLLM's names and the prefix ``qvl:``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """Counts what a server does. No text of a request or an answer is in it.
+    """Counters of a server. They contain no text of requests or answers.
 
     Parameters
     ----------
@@ -31,18 +31,18 @@ class Metrics:
         def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"qvl:{name}", about, buckets=buckets, registry=registry)
 
-        running = Gauge("qvl:num_requests_running", "Requests that are computed.", registry=registry)
+        running = Gauge("qvl:num_requests_running", "Running requests.", registry=registry)
         running.set_function(lambda: admission.running)
-        waiting = Gauge("qvl:num_requests_waiting", "Requests that wait for their turn.", registry=registry)
+        waiting = Gauge("qvl:num_requests_waiting", "Waiting requests.", registry=registry)
         waiting.set_function(lambda: admission.waiting)
         self._responses = counter("http_responses", "Responses by route and status.", "route", "status")
-        self._success = counter("request_success", "Answers that came to their end.", "finished_reason")
+        self._success = counter("request_success", "Completed answers.", "finished_reason")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._generated = counter("generation_tokens", "Tokens of answers.")
-        self._queries = counter("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache.")
-        self._hits = counter("prefix_cache_hits", "Tokens of prompts that were in the prefix cache.")
-        self._pictures = counter("picture_cache_queries", "Pictures that were looked up in the picture cache.")
-        self._known = counter("picture_cache_hits", "Pictures that were in the picture cache.")
+        self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._pictures = counter("picture_cache_queries", "Pictures looked up in the picture cache.")
+        self._known = counter("picture_cache_hits", "Pictures found in the picture cache.")
         self._picture = counter("picture_seconds", "Seconds spent on encoding pictures.")
         self._prefill = counter("prefill_seconds", "Seconds spent on prompts.")
         self._decode = counter("decode_seconds", "Seconds spent on answers.")
@@ -55,7 +55,7 @@ class Metrics:
         self._responses.labels(route, status).inc()
 
     def answer(self, timings: Timings, finish_reason: str) -> None:
-        """Count an answer that came to its end."""
+        """Count a completed answer."""
         self._success.labels(finish_reason).inc()
         self._prompt.inc(timings.prompt_tokens)
         self._generated.inc(timings.new_tokens)
@@ -68,18 +68,18 @@ class Metrics:
         self._decode.inc(timings.decode)
 
     def shown(self) -> bytes:
-        """All of it as Prometheus reads it."""
+        """Return all metrics in Prometheus' format."""
         return generate_latest(self.registry)
 
 
 class Watch:
-    """Times one request, whose answers are read in several threads.
+    """Times a request whose answers are read in several threads.
 
     Parameters
     ----------
     metrics : Metrics
     arrived : float
-        When it came, by `time.monotonic`.
+        Time of arrival, from `time.monotonic`.
     """
 
     def __init__(self, metrics: Metrics, arrived: float):
@@ -88,7 +88,7 @@ class Watch:
         self._last: dict[int, float] = {}
 
     def piece(self, index: int, piece: Piece) -> None:
-        """A piece of the answer of this number came."""
+        """Count a piece of the answer with this index."""
         if not piece.token_ids:
             return
         with self._lock:
@@ -100,5 +100,5 @@ class Watch:
             self._last[index] = now
 
     def end(self) -> None:
-        """The last answer came to its end."""
+        """Count the end of the last answer."""
         self._metrics._whole.observe(time.monotonic() - self._arrived)

@@ -1,4 +1,4 @@
-"""``/openapi.json``: the routes of the API as OpenAPI 3.1 describes them."""
+"""``/openapi.json``: the OpenAPI 3.1 description of the routes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Schema = dict[str, Any]
 
 
 def openapi_route(limits: Limits) -> Route:
-    """The route that shows the description; it is made now."""
+    """Return the route of the description, which is created once."""
     described = description(limits)
 
     async def show(request: Request) -> Response:
@@ -26,7 +26,7 @@ def openapi_route(limits: Limits) -> Route:
 
 
 def description(limits: Limits) -> Schema:
-    """The OpenAPI document of a server with these limits."""
+    """Return the OpenAPI document of a server with these limits."""
     chat = _body(
         {**_options(limits), **_messages(), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
         | {"logprobs": _or_null({"type": "boolean"}), **_number("max_completion_tokens", 1, 1 << 31, "integer")},
@@ -41,16 +41,16 @@ def description(limits: Limits) -> Schema:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths = {
         "/v1/chat/completions": {"post": _asking("Answer messages", chat, _ref("Chat"), streams=True)},
-        "/v1/completions": {"post": _asking("Go on with a text", completion, _ref("Completion"), streams=True)},
+        "/v1/completions": {"post": _asking("Continue a text", completion, _ref("Completion"), streams=True)},
         "/v1/tokenize": {"post": _asking("Count tokens", tokenize, _ref("Tokens"))},
         "/v1/models": {"get": _operation("List the model", _answer("a list of one", _ref("Models")))},
-        "/v1/models/{name}": {"get": _operation("The model of a name", one) | {"parameters": [name]}},
-        "/health": {"get": _operation("Whether requests are taken", _answer("they are", _object(status=_TEXT)))},
+        "/v1/models/{name}": {"get": _operation("Describe a model", one) | {"parameters": [name]}},
+        "/health": {"get": _operation("Check the server's state", _answer("they are", _object(status=_TEXT)))},
         "/metrics": {"get": _operation("Metrics for Prometheus", _content("metrics", "text/plain", _TEXT))},
     }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "qvl", "version": "1", "description": "Null is as good as an absent field."},
+        "info": {"title": "qvl", "version": "1", "description": "Null counts as an absent field."},
         "paths": paths,
         "components": {"schemas": _RESULTS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
@@ -62,7 +62,7 @@ def _ref(name: str) -> Schema:
 
 
 def _object(**properties: Schema) -> Schema:
-    """An object that has all of these."""
+    """Return the schema of an object that requires all of these properties."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -96,7 +96,7 @@ def _operation(summary: str, answer: Schema) -> Schema:
 
 
 def _asking(summary: str, body: Schema, result: Schema, streams: bool = False) -> Schema:
-    """A route that takes a body; `streams` if it gives server-sent events where ``stream`` is true."""
+    """Describe a route with a body; `streams` if it sends server-sent events when ``stream`` is true."""
     answer = _answer("the result", result)
     if streams:
         answer["content"]["text/event-stream"] = {}
@@ -127,7 +127,7 @@ def _messages() -> Schema:
 
 
 def _options(limits: Limits) -> Schema:
-    """The fields of every answer."""
+    """Return the fields common to all answers."""
     schema = {"type": "object", "properties": {"schema": {"type": ["object", "boolean"]}}}
     kinds = {"enum": ["text", "json_object", "json_schema"]}
     form = {"type": "object", "properties": {"type": kinds, "json_schema": schema}}

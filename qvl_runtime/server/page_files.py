@@ -1,4 +1,4 @@
-"""The page at ``/``: the files of the package's folder `page`, and no other."""
+"""The page at ``/``: the files of the package's folder `page`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Content-Security-Policy: nothing from elsewhere, and no script but the page's files."""
+"""Content-Security-Policy: only the page's own files, no inline script."""
 
 
 def page_routes() -> list[Route]:
-    """A route for each file of the page, which is read now: no request names a file."""
+    """Return a route for each file of the page. Files are read now: no request names a file."""
     found = sorted(files(__package__).joinpath("page").iterdir(), key=lambda file: file.name)
     return [_route(file.name, file.read_bytes()) for file in found if file.name.rpartition(".")[2] in KINDS]
 

@@ -1,4 +1,4 @@
-"""Pictures of a request: ``data:`` URIs, or what is fetched where that is allowed. No path is ever opened."""
+"""Pictures of a request: ``data:`` URIs, or http(s) URLs if allowed. Paths are never opened."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from qvl_runtime.server.errors import ApiError, refused
 from qvl_runtime.server.limits import Limits
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-"""Formats that browsers send; decoders of others have had more holes."""
+"""Formats that browsers send. Decoders of other formats have had more vulnerabilities."""
 
 SCANS = 100
-"""Scans of a JPEG: progressive ones have ten, and each passes over all pixels though it may be a hundred bytes long."""
+"""Largest number of scans of a JPEG. Progressive files have ten; a scan of a hundred bytes can cost a full pass."""
 
 HEAD_LENGTH = 200
 _HEAD = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
+"""EXIF orientations that swap width and height."""
 
 
 class Sent(NamedTuple):
-    """A picture as the client sent it: the bytes of an image file, and its size as it is shown."""
+    """A picture from the client: the bytes of an image file, and its displayed size."""
 
     content: bytes
     width: int
@@ -39,8 +39,8 @@ class Sent(NamedTuple):
 
 
 def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
-    """The bytes in a ``data:`` URI, or an http(s) URL that may be fetched."""
-    # Only the beginning is looked at: a pattern could try for ever on megabytes.
+    """Return the bytes of a ``data:`` URI, or an allowed http(s) URL."""
+    # Match only the beginning: a pattern could take very long on megabytes.
     if head := _HEAD.match(url[:HEAD_LENGTH]):
         try:
             return base64.b64decode(url[head.end() :], validate=True)
@@ -54,15 +54,15 @@ def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
 
 
 def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], None] = lambda: None) -> list[bytes]:
-    """The bytes of the pictures of a request.
+    """Return the bytes of the pictures of a request.
 
     Parameters
     ----------
     sources : sequence of bytes or str
-        As `checked_url` gave them.
+        Results of `checked_url`.
     limits : Limits
     check : callable, optional
-        Called before each; it may raise.
+        Called before each picture; it may raise.
     """
     contents, end = [], time.monotonic() + limits.fetch_seconds
     for number, source in enumerate(sources):
@@ -72,23 +72,23 @@ def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], 
                 left = end - time.monotonic()
                 source = fetch(source, max_bytes=limits.picture_bytes, max_seconds=left)
         except QvlError:
-            # What exactly went wrong would tell a stranger about this machine's network.
+            # The exact reason would reveal this machine's network to the client.
             raise refused(f"picture {number} cannot be fetched; send a data: URI") from None
         contents.append(source)
     return contents
 
 
 def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> Sent:
-    """Look at the size of a picture before anything is decoded.
+    """Check the size of a picture before decoding.
 
     Parameters
     ----------
     content : bytes
     number : int
-        Of the picture in the request, from 0 on: what errors call it.
+        Index of the picture in the request, from 0, for errors.
     limits : Limits
     upright : bool
-        Whether the model turns pictures as their EXIF orientation says.
+        Whether the model applies the EXIF orientation.
     """
     label = f"picture {number}"
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > SCANS:
@@ -98,12 +98,12 @@ def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> S
             width, height = image.size
             if width * height > limits.pixels:
                 raise refused(f"{label} has {width} x {height} pixels, more than {limits.pixels}: shrink it first")
-            # Looking for the orientation decodes a PNG, so the size comes first.
+            # Reading the orientation decodes a PNG, so the size is checked first.
             turned = upright and image.getexif().get(ORIENTATION) in _SIDEWAYS
     except ApiError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise refused(f"{label} has more than {limits.pixels} pixels: shrink it first") from None
-    except Exception:  # Pillow raises many kinds on damaged files
+    except Exception:  # Pillow raises many types on damaged files
         raise refused(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
     return Sent(content, height, width) if turned else Sent(content, width, height)

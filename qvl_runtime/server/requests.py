@@ -1,4 +1,4 @@
-"""Requests for answers: OpenAI's fields, checked, as options of `Model.stream`."""
+"""Validation of requests: OpenAI's fields as options of `Model.stream`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.messages import Messages, read_messages
 
 COMPLETION_TOKENS = 16
-"""OpenAI's default for a completion."""
+"""OpenAI's default for completions."""
 
 SEEDS = 1 << 63
 
 
 @dataclasses.dataclass
 class Asked:
-    """A request for answers.
+    """A validated request.
 
     Attributes
     ----------
     prompt : Messages, str, or list of int
     options : dict
-        Of `Model.stream`, without the seed.
+        Options of `Model.stream`, without the seed.
     seed : int or None
-        Of the first answer; the next one's is higher by one.
+        Seed of the first answer; it increases by one for each further answer.
     n : int
-        How many answers.
+        Number of answers.
     stream, usage : bool
-        Whether the answer streams, and whether its usage comes at the end.
+        Whether to stream the answer, and whether the stream ends with the usage.
     logprobs : int or None
-        Alternatives of each token, where log probabilities are asked for.
+        Alternatives of each token, if log probabilities are requested.
     """
 
     prompt: Messages | str | list[int]
@@ -49,12 +49,12 @@ class Asked:
 
 
 def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, allow_urls: bool) -> Asked:
-    """Check a request for ``/v1/chat/completions``; `own` has the model's defaults.
+    """Validate a request for ``/v1/chat/completions``; `own` has the model's defaults.
 
     Raises
     ------
     ApiError
-        Which names the field.
+        Names the invalid field.
     """
     fields = Fields(data)
     if fields.get("tools") or fields.get("functions"):
@@ -72,12 +72,12 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
 
 
 def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConfig) -> Asked:
-    """Check a request for ``/v1/completions``: a raw text, or token ids, without pictures.
+    """Validate a request for ``/v1/completions``: raw text or token ids, without pictures.
 
     Raises
     ------
     ApiError
-        Which names the field.
+        Names the invalid field.
     """
     fields = Fields(data)
     for name in ("echo", "suffix"):
@@ -94,7 +94,7 @@ def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConf
 
 
 def read_prompt(value: Any, limits: Limits) -> str | list[int]:
-    """The prompt of a completion: a text or token ids, alone or in an array of one."""
+    """Read the prompt of a completion: text or token ids, alone or in an array of one."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, list):
@@ -125,7 +125,7 @@ def _asked(
 
 
 def _sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:
-    """The sampler's options; the model's own where the request has none."""
+    """Read the sampling options; defaults are those of the model."""
     given = {
         "temperature": fields.number("temperature", 0, 100),
         "top_k": _top_k(fields),
@@ -146,7 +146,7 @@ def _sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str
 
 
 def _top_k(fields: Fields) -> int | None:
-    """0 and -1 are off."""
+    """Read top_k; 0 and -1 disable it."""
     top_k = fields.integer("top_k", -1, 1 << 31)
     return None if top_k is None else max(0, top_k)
 
@@ -163,7 +163,7 @@ def _stops(fields: Fields, limits: Limits) -> list[str]:
 
 
 def _constraint(fields: Fields, limits: Limits) -> Form | None:
-    """What the answer must look like: `response_format`, or `grounding`."""
+    """Read the constraint: `response_format`, or `grounding`."""
     grounding, form = fields.flag("grounding"), fields.object("response_format")
     kind = form.string("type")
     if kind in (None, "text"):
@@ -191,7 +191,7 @@ def _schema(schema: Any, limits: Limits) -> str:
 
 
 def check_model(data: Mapping[str, Any], served: str) -> None:
-    """Refuse a request for another model; one without a name is for whatever is served."""
+    """Refuse a request for another model. A request without a name is accepted."""
     name = Fields(data).string("model")
     if name not in (None, "", served):
         raise ApiError(

@@ -1,4 +1,4 @@
-"""The routes that tell about the server: models, tokens, health, metrics."""
+"""Informational routes: models, tokens, health, metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qvl_runtime.server.serving import next_event, problem_of, until_gone
 
 
 class ModelsRoute:
-    """``/v1/models``: the one model that is served."""
+    """``/v1/models``: the served model."""
 
     def __init__(self, service: Service):
         model = service.model
@@ -43,17 +43,17 @@ class ModelsRoute:
         }
 
     async def all(self, request: Request) -> Response:
-        """All models: a list of one."""
+        """List the model."""
         return json_response({"object": "list", "data": [self._listed]})
 
     async def one(self, request: Request) -> Response:
-        """The model of this name."""
+        """Describe the model with this name."""
         check_model({"model": request.path_params["name"]}, self._name)
         return json_response(self._listed)
 
 
 class TokenizeRoute:
-    """``/v1/tokenize``: the token ids of a text or of messages, pictures among them, as an ASGI application."""
+    """``/v1/tokenize``: the token ids of text or of messages with pictures, as an ASGI application."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -87,13 +87,13 @@ class TokenizeRoute:
 
 
 class HealthRoute:
-    """``/health``: whether requests are taken."""
+    """``/health``: whether requests are accepted."""
 
     def __init__(self, service: Service):
         self._service = service
 
     async def show(self, request: Request) -> Response:
-        """Status 200, or 503 while the server stops."""
+        """Respond with 200, or 503 while the server stops."""
         if self._service.admission.stopping:
             raise unavailable(STOPPING)
         return json_response({"status": "ok"})
@@ -106,5 +106,5 @@ class MetricsRoute:
         self._service = service
 
     async def show(self, request: Request) -> Response:
-        """All metrics; no text of anybody is in them."""
+        """Return all metrics; they contain no request text."""
         return Response(self._service.metrics.shown(), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""Answers in threads: each running request has one, and its pieces come back to the event loop."""
+"""Runs each request in a thread, and passes its events to the event loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qvl_runtime.server.limits import Limits
 
 
 class Cancelled(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 class Switch:
-    """Ends the answers of a request, from another thread."""
+    """Cancels the answers of a request from another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,18 +28,18 @@ class Switch:
         self._off = False
 
     def watch(self, stream: Stream) -> None:
-        """From now on this answer is one to end."""
+        """Add an answer to cancel."""
         with self._lock:
             self._streams.append(stream)
         self.check()
 
     def check(self) -> None:
-        """Raise `Cancelled` when nobody waits any more."""
+        """Raise `Cancelled` after `cancel`."""
         if self._off:
             raise Cancelled
 
     def cancel(self) -> None:
-        """End the answers that are computed, and begin no other."""
+        """Cancel running answers, and prevent further ones."""
         with self._lock:
             self._off = True
             streams = list(self._streams)
@@ -49,11 +49,11 @@ class Switch:
 
 Emit = Callable[[Any], None]
 Job = Callable[[Emit, Switch], None]
-"""Computes the answers of a request in a thread, and emits events. What it raises is an event, too."""
+"""Computes the answers of a request in a thread, and emits events. Exceptions are emitted, too."""
 
 
 class Runner:
-    """Runs jobs in threads, as many at once as the limits say.
+    """Runs jobs in threads, with a limit on concurrent jobs.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Runner:
 
     @contextlib.asynccontextmanager
     async def run(self, job: Job) -> AsyncIterator[asyncio.Queue]:
-        """Wait for the turn, run a job, and give the queue of its events. Leaving ends the job.
+        """Wait for the turn, run a job, and return the queue of its events. Leaving the context cancels the job.
 
         The turn ends with the thread, not with the reader, who may be slow.
         """
@@ -79,7 +79,7 @@ class Runner:
         self._switches.add(switch)
 
         def tell(call: Callable[..., None], *arguments: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(call, *arguments)
 
         def work() -> None:
@@ -87,10 +87,10 @@ class Runner:
                 switch.check()
                 job(lambda event: tell(events.put_nowait, event), switch)
             except Cancelled:
-                tell(events.put_nowait, unavailable(STOPPING))  # if the client has gone, nobody reads it
+                tell(events.put_nowait, unavailable(STOPPING))  # not read if the client is gone
             except Exception as error:
                 tell(events.put_nowait, error)
-            except BaseException as error:  # a panic of a library in Rust is none that the event loop may see
+            except BaseException as error:  # a panic of a Rust library must not reach the event loop
                 tell(events.put_nowait, RuntimeError(f"{type(error).__name__}: {error}"))
             finally:
                 tell(self._admission.done, began)

@@ -1,4 +1,4 @@
-"""Who may ask: keys, the names under which a browser may reach this server, and pages of other sites."""
+"""Access control: API keys, the ``Host`` header, and the ``Origin`` header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qvl_runtime.server.body import refuse_unread
 from qvl_runtime.server.errors import ApiError
 
 SALT = "qvl.salt"
-"""Where an ASGI scope has the salt of the client's caches: a hash of its key, so that no other key's are hit."""
+"""Key of an ASGI scope for the client's cache salt: a hash of its API key, so that caches are not shared."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -26,7 +26,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Headers of every response that has none of its own."""
+"""Default headers of responses."""
 
 ALLOWED = {
     "Access-Control-Allow-Methods": "GET, POST",
@@ -36,7 +36,7 @@ ALLOWED = {
 
 
 class Security:
-    """ASGI middleware that lets nobody in who may not.
+    """ASGI middleware that checks access.
 
     Parameters
     ----------
@@ -44,12 +44,12 @@ class Security:
     open_paths : set of str
         Routes that need no key.
     keys : sequence of str
-        One of them is asked for, if there are any.
+        Accepted keys. If empty, no key is needed.
     hosts : sequence of str
-        Names of this server besides ``localhost``. A name that somebody else made point here (DNS rebinding) is
-        refused; an address cannot be made to.
+        Names of this server in addition to ``localhost``. Other names are refused, which prevents DNS rebinding. IP
+        addresses are always accepted.
     origins : sequence of str
-        Sites whose pages may ask besides the server's own, as a browser names them: ``https://example.org``.
+        Web origins that may send requests in addition to the server's own: ``https://example.org``.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Security:
         await self._app(scope, receive, sending)
 
     def _check(self, scope: Scope, headers: Headers, foreign: str | None) -> str | None:
-        """Raise, or give the salt of the client's caches."""
+        """Raise if access is denied; return the client's cache salt."""
         if not self._is_own_host(headers.get("host", "")):
             raise ApiError(403, "this server does not go by that name; allow it with --allow-host", code="wrong_host")
         if foreign is not None and not self._is_named(foreign):

@@ -1,4 +1,4 @@
-"""What a server is made of, and its end."""
+"""The state of a server, and its shutdown."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ R = TypeVar("R")
 
 
 class Service:
-    """A model that is served.
+    """A served model.
 
     Parameters
     ----------
     model : Model
     name : str
-        What clients call it.
+        Name of the model for clients.
     limits : Limits
     allow_urls : bool
-        Whether http(s) pictures are fetched.
+        Allow pictures from http(s) URLs.
     log_content : bool
-        Whether requests and answers are logged.
+        Log requests and answers.
     """
 
     def __init__(self, model: Model, name: str, limits: Limits, *, allow_urls: bool, log_content: bool):
@@ -44,7 +44,7 @@ class Service:
         self._parsing = asyncio.Semaphore(limits.preparing)
 
     async def checked(self, body: bytearray, read: Callable[[dict[str, Any]], R]) -> R:
-        """The JSON of a request, checked by `read`, in a thread: some bodies take a second."""
+        """Parse a request and validate it with `read`, in a thread: large bodies take a second."""
 
         def work() -> R:
             data = parsed(body, self.limits)
@@ -55,7 +55,7 @@ class Service:
             return await asyncio.to_thread(work)
 
     async def stop(self) -> None:
-        """Take no more requests, and wait until the running ones are answered, as long as the limits say."""
+        """Refuse new requests, and wait for running ones within the limits."""
         self.admission.stop()
         try:
             async with asyncio.timeout(self.limits.stop_seconds):

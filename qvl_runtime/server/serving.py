@@ -1,4 +1,4 @@
-"""The routes that give answers: from a request's body to a response, whole or as a stream of events."""
+"""The routes of answers: from a request's body to a response or a stream of events."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 LAST_SECONDS = 5.0
-"""For telling a stream why it ends."""
+"""Seconds for sending a stream the reason of its end."""
 
 
 class AnswerRoute:
-    """A route that gives answers, as an ASGI application.
+    """A route that returns answers, as an ASGI application.
 
     Parameters
     ----------
     service : Service
     read : callable
-        Checks the JSON of a request.
+        Validates the JSON of a request.
     form : callable
-        Makes the form of the answers.
+        Creates the response format.
     kind, prefix : str
-        OpenAI's name of the object, and the beginning of its id. Chunks of chats have a name of their own.
+        OpenAI's name of the object, and the prefix of its id. Chunks of chats have another name.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class AnswerRoute:
             problem = problem_of(error, service)
             if not stream.started:
                 raise problem from None
-            # Who reads nothing does not read this either.
+            # A client that reads nothing does not read this either.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_SECONDS):
                     await stream.send(to_json_event(problem.body()) + DONE)
@@ -129,40 +129,40 @@ class EventStream:
     Parameters
     ----------
     send : callable
-        ASGI's.
+        The ASGI callable.
     """
 
     def __init__(self, send: Send):
         self._send, self.started = send, False
 
     async def start(self) -> None:
-        """Send the head."""
+        """Send the response head."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
         self.started = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, events: bytes) -> None:
-        """Send whole events."""
+        """Send complete events."""
         if events:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end(self) -> None:
-        """Send the end."""
+        """End the response."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def to_json_event(value: Any) -> bytes:
-    """A value as one server-sent event."""
+    """Encode a value as a server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do some work, unless the client goes: then it is cancelled.
+    """Run a coroutine; cancel it if the client disconnects.
 
     Parameters
     ----------
     receive : callable
-        ASGI's, after the whole body was received.
+        The ASGI callable, after the whole body was received.
     work : coroutine
     """
 
@@ -195,7 +195,7 @@ async def _begun(events: asyncio.Queue, seconds: float) -> None:
 
 
 async def next_event(events: asyncio.Queue) -> Any:
-    """The next event of a job; what it raised is raised."""
+    """Return the next event of a job; raise its exception."""
     event = await events.get()
     if isinstance(event, BaseException):
         raise event
@@ -205,7 +205,7 @@ async def next_event(events: asyncio.Queue) -> Any:
 async def _until_end(
     events: asyncio.Queue, stream: EventStream | None = None, ping: float | None = None
 ) -> AsyncIterator[Part | Whole]:
-    """The parts and answers of a job; a stream is sent a ping whenever there was nothing for `ping` seconds."""
+    """Yield the parts and answers of a job; send a ping to a stream after `ping` idle seconds."""
     while True:
         try:
             async with asyncio.timeout(ping):
@@ -221,7 +221,7 @@ async def _until_end(
 
 
 def problem_of(error: Exception, service: Service) -> ApiError:
-    """What a client is told of an exception; the log is told of the server's own."""
+    """Convert an exception to an error for the client; log internal errors."""
     if isinstance(error, TimeoutError):
         return ApiError(504, f"the request took more than {service.limits.seconds:g} seconds")
     problem = of_exception(error)
@@ -231,7 +231,7 @@ def problem_of(error: Exception, service: Service) -> ApiError:
 
 
 def log_error(error: BaseException, content: bool) -> None:
-    """Log where an exception came from; what it says may hold a prompt, so that only with `content`."""
+    """Log the origin of an exception. Its message may contain a prompt and is only logged with `content`."""
     places = []
     trace = error.__traceback__
     while trace is not None:

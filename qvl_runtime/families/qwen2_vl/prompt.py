@@ -82,8 +82,8 @@ class Prompts:
               ``<|vision_start|><|image_pad|><|vision_end|>``, which take the next of `images`;
             - chat messages: ``{"role", "content": text or parts}``. A part is ``{"type": "text", "text": …}``,
               ``{"type": "image", "image" or "url": source}`` or OpenAI's ``{"type": "image_url", …}``; a picture part
-              without a source takes the next of `images`. ``{"type": "box", "text": …}`` is a text in which the tags of
-              boxes are special. A video is ``{"type": "video", "video": frames}`` with
+              without a source takes the next of `images`. ``{"type": "box", "text": …}`` is text in which box
+              tags are special. A video is ``{"type": "video", "video": frames}`` with
               "fps" (2.0 by default) or "times" in seconds. A list of parts alone is the user's message;
             - token ids, with as many ``<|image_pad|>`` between vision tags as a picture has tokens.
         images : sequence of image sources, optional
