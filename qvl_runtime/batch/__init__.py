@@ -1,6 +1,5 @@
 """Jobs over many rows: `qvl batch`.
 
-The input is cut into blocks of equal length, and each becomes one file of the output, written aside and renamed. That
-the file is there is the only record of what is done: a job that was killed goes on where it was, and ends with the same
-bytes as one that ran through.
+The input is split into blocks of equal length. Each block becomes one output file, written atomically. The existing
+files are the only record of progress: a job that was killed resumes, and its output is the same, byte for byte.
 """

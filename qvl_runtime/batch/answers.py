@@ -1,4 +1,4 @@
-"""From rows to records: what is asked of the model, and what the output says of its answers."""
+"""Converts rows to requests, and answers to output records."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from qvl_runtime.server.pictures import Sent, fetched
 from qvl_runtime.server.requests import read_chat, read_completion
 
 Record = dict[str, Any]
-"""A line of the output, as JSON types."""
+"""An output record, as JSON types."""
 
 LIMITS = Limits()
-"""For the bodies of OpenAI's format."""
+"""Limits for rows in OpenAI's format."""
 
 
 class Question(NamedTuple):
-    """What a row asks: the arguments of `Model.generate`, and how its record is made of the results."""
+    """The request of a row: arguments of `Model.generate`, and a function from results to the record."""
 
     arguments: dict[str, Any]
     record: Callable[[Sequence[Result]], Record]
 
 
 class _Block(NamedTuple):
-    """A block that is being answered: the records of its rows by their places."""
+    """A block in progress: its rows, and the records by row index."""
 
     rows: Sequence[Row]
     records: dict[int, Record]
@@ -51,7 +51,7 @@ class Answerer:
     ----------
     model : Model
     root : Path
-        Pictures are opened below this folder only.
+        Only pictures below this folder are opened.
     options : Options
     """
 
@@ -64,17 +64,17 @@ class Answerer:
         on_block: Callable[[int, list[Record]], None],
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Answer blocks of rows; those of the next block are begun while the last of one are computed.
+        """Answer blocks of rows. The next block starts while the last rows of a block are computed.
 
         Parameters
         ----------
         blocks : iterable of sequence of Row
-            Read as they are needed.
+            Consumed lazily.
         on_block : callable
-            Called with a block's index and its records in the order of its rows, when it is complete. A row that
-            cannot be answered has a record with an error.
+            Called with the index and the records of each completed block, in row order. A row that cannot be answered
+            has a record with an error.
         on_record : callable, optional
-            Called with each record as soon as it is there.
+            Called with each record.
         """
         open_blocks: dict[int, _Block] = {}
         asked: list[tuple[int, int, Question] | None] = []
@@ -89,7 +89,7 @@ class Answerer:
         def requests() -> Iterator[dict[str, Any]]:
             for number, rows in enumerate(blocks):
                 open_blocks[number] = _Block(rows, {})
-                # Rows with the same pictures one after the other: then these are encoded once.
+                # Rows with the same pictures are adjacent, so that these are encoded once.
                 for place in sorted(range(len(rows)), key=lambda i: (_sorted_by(rows[i]), i)):
                     try:
                         question = self._question(rows[place])
@@ -103,7 +103,7 @@ class Answerer:
             answered = asked[index]
             assert answered is not None
             number, place, question = answered
-            asked[index] = None  # lets go of its pictures
+            asked[index] = None  # frees its pictures
             if isinstance(result, QvlError):
                 finished(number, place, failed(open_blocks[number].rows[place], result))
             else:
@@ -166,12 +166,12 @@ class Answerer:
 
 
 def located(source: str | bytes, root: Path) -> ImageSource:
-    """A row's picture as `load_image` takes it.
+    """Resolve a row's picture for `load_image`.
 
     Raises
     ------
     QvlError
-        When it is a path that leads out of `root`.
+        For a path outside of `root`.
     """
     if not isinstance(source, str) or source[:5].lower() == "data:" or is_url(source):
         return source
@@ -182,7 +182,7 @@ def located(source: str | bytes, root: Path) -> ImageSource:
 
 
 def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
-    """What the output says of a row that was answered; `size` is that of its last picture in pixels."""
+    """Create the record of an answered row; `size` is that of its last picture in pixels."""
     return {
         "id": row.id,
         "row": row.number,
@@ -196,7 +196,7 @@ def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
 
 
 def failed(row: Row, error: QvlError | ApiError) -> Record:
-    """What the output says of a row that was not answered."""
+    """Create the record of a failed row."""
     if row.body is not None:
         api = error if isinstance(error, ApiError) else ApiError(400, str(error))
         return _response(row, api.status, api.body())
@@ -205,27 +205,27 @@ def failed(row: Row, error: QvlError | ApiError) -> Record:
 
 
 def is_failed(record: Record) -> bool:
-    """Whether a record is of a row that was not answered."""
+    """Whether a record is that of a failed row."""
     if record.get("response") is not None:
         return bool(record["response"]["status_code"] != 200)
     return record["error"] is not None
 
 
 def why(record: Record) -> str:
-    """The error of a record that `is_failed`."""
+    """Return the error of a failed row's record."""
     if record.get("response") is not None:
         return str(record["response"]["body"]["error"]["message"])
     return str(record["error"])
 
 
 def tokens(record: Record) -> int:
-    """Tokens that were generated for a record."""
+    """Return the number of generated tokens of a record."""
     usage = (record["response"]["body"] if record.get("response") is not None else record).get("usage")
     return usage["completion_tokens"] if usage else 0
 
 
 def _response(row: Row, status: int, body: dict[str, Any]) -> Record:
-    """OpenAI's form. Ids and dates say nothing of when it was made, so that the same job gives the same bytes."""
+    """Create a response in OpenAI's format. Ids and dates are deterministic: the same job gives the same bytes."""
     response = {"status_code": status, "request_id": _name(row), "body": body}
     return {"id": _name(row), "custom_id": row.id, "response": response, "error": None}
 

@@ -1,4 +1,4 @@
-"""Pictures of a job with the boxes of their answers."""
+"""Draw the boxes of answers on the pictures of a job."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.inputs.images import load_image
 
 LONGEST_NAME = 80
-"""Characters of an id in a file's name."""
+"""Largest number of characters of an id in a file name."""
 
 
 def draw(
     rows: Sequence[Row], records: Sequence[Record], root: Path, folder: Path, options: Options, *, exif: bool
 ) -> None:
-    """Save the last picture of each row whose answer has boxes, as ``NUMBER-ID.png``."""
+    """Save the last picture of each row with boxes as ``NUMBER-ID.png``."""
     for row, record in zip(rows, records):
         if boxes := _boxes(record):
             source = located(_last_picture(row), root)
@@ -58,5 +58,5 @@ def _last_picture(row: Row) -> str | bytes:
 
 
 def _safe(row_id: str) -> str:
-    """An id as part of a file's name."""
+    """Convert an id to a part of a file name."""
     return re.sub(r"[^\w.-]+", "_", row_id)[-LONGEST_NAME:]

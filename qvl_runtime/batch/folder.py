@@ -1,4 +1,4 @@
-"""Rows from a folder of pictures, all with the job's prompt."""
+"""A folder of pictures as rows with the job's prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", "
 
 
 class PictureFolder:
-    """The pictures below a folder in the order of their paths, which are the ids; see `Source`."""
+    """The pictures below a folder, sorted by path; the paths are the ids. See `Source`."""
 
     def __init__(self, path: Path):
         self.root = path

@@ -1,4 +1,4 @@
-"""A job: which blocks are missing, who computes them, and what is told of it."""
+"""A job: computes missing blocks and reports progress."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.loading import load
 
 ROWS_AT_ONCE = 4096
-"""After so many rows the batch runs empty once: the results of all its rows are in memory."""
+"""Rows per call of `generate_batch`, which holds the results of all its rows in memory."""
 
 
 class Task(NamedTuple):
-    """A block to compute, or a few rows of it: their numbers, rising."""
+    """A block to compute, or some of its rows by number, in ascending order."""
 
     block: int
     rows: tuple[int, ...]
 
 
 class Computed(NamedTuple):
-    """The records of a task, in order, and how many pictures they had."""
+    """The records of a task, in order, and the number of pictures."""
 
     task: Task
     records: list[Record]
@@ -41,16 +41,16 @@ class Computed(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a job is. Rates are of this run.
+    """The progress of a job. Rates refer to this run.
 
     Attributes
     ----------
     rows, failed : int
-        Done, of `total`, with those of earlier runs; and those of them that were not answered.
+        Completed rows including earlier runs, and how many of them failed.
     total : int
         Rows of the input.
     new_rows, new_pictures, new_tokens : int
-        Of this run.
+        Numbers of this run.
     """
 
     total: int
@@ -62,7 +62,7 @@ class Progress:
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def status(self) -> dict[str, Any]:
-        """It as JSON types, with rates a second and the seconds that are left."""
+        """Return the progress as JSON types, with rates per second and the remaining seconds."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = self.new_rows / seconds
         return {
@@ -78,7 +78,7 @@ class Progress:
 
 
 class Worker:
-    """Computes tasks with a model of its own.
+    """Computes tasks with its own model.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class Worker:
     """
 
     def __init__(self, model: ModelSpec, source: Source, options: Options):
-        # Without pasts a row's answer depends on no row before it, at any precision.
+        # Without a prefix cache an answer does not depend on earlier rows, at any precision.
         self._source = source
         self._answer = Answerer(load(model.path, conversations=0, **model.load), source.root, options)
 
@@ -98,7 +98,7 @@ class Worker:
         on_computed: Callable[[Computed], None],
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Compute tasks; `on_computed` is called with each when it is complete, `on_record` with every record."""
+        """Compute tasks; call `on_computed` with each completed task, `on_record` with every record."""
         for batch in _batches(tasks):
             self._run(batch, on_computed, on_record)
 
@@ -120,7 +120,7 @@ class Worker:
 
 
 def _batches(tasks: Sequence[Task]) -> Iterator[list[Task]]:
-    """Tasks of about `ROWS_AT_ONCE` rows together."""
+    """Group tasks to about `ROWS_AT_ONCE` rows."""
     batch: list[Task] = []
     for task in tasks:
         batch.append(task)
@@ -132,14 +132,14 @@ def _batches(tasks: Sequence[Task]) -> Iterator[list[Task]]:
 
 
 def rows_of(source: Source, task: Task) -> list[Row]:
-    """The rows of a task, which has at least one."""
+    """Return the rows of a task, which has at least one."""
     first = task.rows[0]
     found = source.rows(first, task.rows[-1] + 1)
     return [found[number - first] for number in task.rows]
 
 
 Runner = Callable[[Sequence[Task], Callable[[Computed], None]], None]
-"""Computes tasks, in any order, and calls back with each."""
+"""Computes tasks in any order, with a callback for each."""
 
 
 class Job:
@@ -152,13 +152,13 @@ class Job:
     out : Path
     options : Options
     block : int
-        Rows of a block.
+        Rows per block.
     form : str
-        Of the output: "jsonl" or "parquet".
+        Output format: "jsonl" or "parquet".
     max_failures : float
         Share of the rows that may fail before the job stops.
     drawings : Path, optional
-        Where to save the pictures with the boxes of their answers.
+        Folder for pictures with the boxes of their answers.
     """
 
     def __init__(
@@ -202,14 +202,14 @@ class Job:
         retry_failed: bool = False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> Progress:
-        """Compute what is missing; `on_progress` is called after every block.
+        """Compute missing blocks; call `on_progress` after every block.
 
-        With `retry_failed` rows that earlier runs could not answer are asked again.
+        With `retry_failed` failed rows of earlier runs are answered again.
 
         Raises
         ------
         QvlError
-            When more rows fail than may, or a part cannot be written.
+            If too many rows fail, or an output file cannot be written.
         """
         with self._parts.held():
             progress, tasks = self._planned(retry_failed)
@@ -227,7 +227,7 @@ class Job:
         return progress
 
     def _planned(self, retry_failed: bool) -> tuple[Progress, list[Task]]:
-        """How far earlier runs came, and what is left to do."""
+        """Return the progress of earlier runs, and the remaining tasks."""
         progress, tasks, missing = Progress(len(self._source)), [], set(self._parts.missing())
         for first in range(0, len(self._source), self._block):
             block = first // self._block

@@ -1,4 +1,4 @@
-"""Rows from a file with a JSON object a line."""
+"""A JSON Lines file as rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.opening import open_regular
 
 MAX_LINE = 64 << 20
-"""Bytes of a line. A picture in it takes four thirds of its file."""
+"""Largest line in bytes. An embedded picture takes four thirds of its file's size."""
 
 INDEX_EVERY = 64
-"""The index has the place of one line in so many."""
+"""Number of lines per entry of the index."""
 
 
 class JsonLines:
@@ -72,7 +72,7 @@ class JsonLines:
 
 
 def _lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
-    """The lines that are not blank: offset, number, and content, or None for one that is too long."""
+    """Yield non-blank lines: offset, number, and content, or None if too long."""
     offset = file.tell()
     while line := file.readline(MAX_LINE + 1):
         begin, size, rest = offset, len(line), line
@@ -87,7 +87,7 @@ def _lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, int, bytes | 
 
 
 def _openai(count: int, fields: Mapping[str, Any]) -> Row:
-    """A line of OpenAI's batch format."""
+    """Parse a line of OpenAI's batch format."""
     row_id, body, url = fields.get("custom_id"), fields.get("body"), fields.get("url")
     if not isinstance(row_id, str) or not row_id:
         return Row(count, None, error="custom_id must be a text")

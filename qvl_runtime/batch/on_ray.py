@@ -1,4 +1,4 @@
-"""A job on many machines: Ray Data hands the blocks to one worker a machine, and the results come back here."""
+"""A job on many machines: Ray Data distributes blocks to one worker per machine; results return here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
 
 LOCAL = "local"
-"""The address that starts a cluster of this machine."""
+"""The address that starts a cluster on this machine."""
 
 
 def _ray() -> Any:
@@ -39,21 +39,21 @@ def on_ray(
     tasks: Sequence[Task],
     on_computed: Callable[[Computed], None],
 ) -> None:
-    """Compute tasks on a Ray cluster. A block whose worker is lost is computed again elsewhere.
+    """Compute tasks on a Ray cluster. If a worker is lost, its block is computed on another machine.
 
-    Every machine sees the input at the same path, and the model, too, unless it is shipped.
+    The input must have the same path on every machine; so must the model, unless it is sent.
 
     Parameters
     ----------
     address : str
-        Of the cluster's head, "auto", or `LOCAL`.
+        Address of the cluster's head, "auto", or `LOCAL`.
     ship_model : bool
-        Send the model's file once to every machine.
+        Send the model's file to every machine once.
 
     Raises
     ------
     QvlError
-        When there is no Ray, no cluster at the address, or no worker can do its work.
+        If Ray is not installed, there is no cluster at the address, or all workers fail.
     """
     ray = _ray()
     try:
@@ -85,10 +85,10 @@ def on_ray(
 
 
 class _RayWorker:
-    """A `Worker` in an actor of its own, which has a machine's processors to itself."""
+    """A `Worker` in an actor that uses all processors of a machine."""
 
     def __init__(self, model: ModelSpec, source: Source, options: Options, shipped: Sequence[Any]):
-        # Ray limits the threads of libraries by this; ours are limited by the processors of the process.
+        # Ray limits the threads of libraries with this variable; our limit is the processors of the process.
         os.environ.pop("OMP_NUM_THREADS", None)
         if shipped[0] is not None:
             model = ModelSpec(_unpacked(_ray().get(shipped[0])), model.load)

@@ -1,4 +1,4 @@
-"""What a job asks of every row, and how its model is loaded: what other processes are sent."""
+"""The options of a job and its model, which are sent to other processes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a job asks.
+    """The request options of a job.
 
     Attributes
     ----------
     prompt : str or None
-        For rows without one.
+        Prompt of rows without one.
     generate : dict
         Options of `Model.generate`, without the seed.
     seed : int
-        With a row's id it gives the seed of that row.
+        The seed of a row derives from this and the row's id.
     max_batch : int
-        Rows that are computed at once.
+        Largest number of concurrent rows.
     allow_urls : bool
-        Whether http(s) pictures may be fetched.
+        Allow pictures from http(s) URLs.
     """
 
     prompt: str | None
@@ -33,18 +33,18 @@ class Options:
     allow_urls: bool
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the answers depend on, as JSON types: not how many are computed at once."""
+        """Return the facts that answers depend on, as JSON types; `max_batch` is not among them."""
         return {"prompt": self.prompt, "seed": self.seed, "urls": self.allow_urls, **self.generate}
 
     def seed_of(self, row_id: str) -> int:
-        """The seed of a row: the same wherever and whenever it is computed."""
+        """Return the seed of a row, which is deterministic."""
         digest = hashlib.blake2b(f"{self.seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model, and how to load it.
+    """A model file with its load options.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Rows from Parquet files, and results as one."""
+"""Parquet files as rows, and results as a Parquet file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCAN_ROWS = 4096
 
 
 def pyarrow() -> Any:
-    """The package, which is an extra.
+    """Import the optional package.
 
     Raises
     ------
     QvlError
-        When it is not installed.
+        If it is not installed.
     """
     try:
         import pyarrow
@@ -37,9 +37,9 @@ class ParquetFiles:
     def __init__(self, paths: Sequence[Path], root: Path):
         self.root, self._paths = root, list(paths)
         self._groups: list[tuple[int, int]] = []
-        """File and row group."""
+        """Files and row groups."""
         self._starts = [0]
-        """Number of the first row of each group, and of all rows."""
+        """First row of each group, then the number of all rows."""
         ids = Ids()
         for index, path in enumerate(paths):
             with _opened(path) as file:
@@ -90,7 +90,7 @@ def _opened(path: Path) -> Any:
 
 
 def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Results, as `answers.record` makes them, as a Parquet file."""
+    """Encode records of `answers.record` as a Parquet file."""
     pa = pyarrow()
     box = pa.struct([("ref", pa.string()), ("numbers", pa.list_(pa.int64())), ("pixels", pa.list_(pa.int64()))])
     usage = pa.struct([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64())])
@@ -112,6 +112,6 @@ def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def from_parquet(path: Path) -> list[dict[str, Any]]:
-    """What `to_parquet` wrote."""
+    """Read a file of `to_parquet`."""
     with _opened(path) as file:
         return file.read().to_pylist()

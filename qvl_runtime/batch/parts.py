@@ -1,4 +1,4 @@
-"""The folder a job writes to: one file a block, and a manifest that says which job it is."""
+"""The output folder of a job: one file per block, and a manifest that identifies the job."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Parts:
     Parameters
     ----------
     folder : Path
-        Made if it is not there.
+        Created if missing.
     form : str
         One of `FORMATS`.
     blocks : int
-        How many there are.
+        Number of blocks.
     """
 
     def __init__(self, folder: Path, form: str, blocks: int):
@@ -42,22 +42,22 @@ class Parts:
         self.folder, self._form, self._blocks = folder, form, blocks
 
     def path(self, block: int) -> Path:
-        """Where a block's records are."""
+        """Return the path of a block's records."""
         return self.folder / f"part-{block:06d}.{self._form}"
 
     def missing(self) -> list[int]:
-        """Blocks that are not there yet."""
+        """Return the blocks without a file."""
         there = {name.name for name in os.scandir(self.folder)}
         return [block for block in range(self._blocks) if self.path(block).name not in there]
 
     def write(self, block: int, records: Sequence[Record]) -> None:
-        """Write a block, whole or not at all."""
+        """Write a block atomically."""
         content = to_parquet(records) if self._form == "parquet" else _to_lines(records)
         with replacing(self.path(block), private=False, durable=True) as file:
             file.write(content)
 
     def read(self, block: int) -> list[Record]:
-        """The records of a block that is there."""
+        """Read the records of a block."""
         path = self.path(block)
         if self._form == "parquet":
             return from_parquet(path)
@@ -66,7 +66,7 @@ class Parts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other jobs out of the folder, and remove what a killed one left half written."""
+        """Lock the folder against other jobs, and remove partial files of a killed one."""
         with open(self.folder / LOCK, "wb") as lock:
             _lock(lock.fileno(), self.folder)
             for entry in os.scandir(self.folder):
@@ -91,12 +91,12 @@ def _to_lines(records: Sequence[Record]) -> bytes:
 
 
 def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts that a job's output depends on, or compare them with those written.
+    """Write the facts that a job's output depends on, or compare them with the existing manifest.
 
     Raises
     ------
     QvlError
-        When the folder is another job's, or holds something else.
+        If the folder belongs to another job, or holds other files.
     """
     path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
     if path.exists():

@@ -1,4 +1,4 @@
-"""Who computes a job on one machine: this process, or one for each of its memory nodes."""
+"""Computing a job on one machine, with one process per memory node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NODES = Path("/sys/devices/system/node")
 
 
 def memory_nodes(folder: Path = NODES) -> list[list[int]]:
-    """The processors of each memory node that this process may use; one list where the system tells of no nodes."""
+    """Return the usable processors of each memory node; a single list if the nodes are unknown."""
     if not hasattr(os, "sched_getaffinity"):
         return [list(range(os.cpu_count() or 1))]
     mine = os.sched_getaffinity(0)
@@ -32,7 +32,7 @@ def memory_nodes(folder: Path = NODES) -> list[list[int]]:
 
 
 def _numbers(text: str) -> set[int]:
-    """What ``0-3,8`` stands for."""
+    """Parse a list such as ``0-3,8``."""
     found: set[int] = set()
     for part in text.strip().split(",") if text.strip() else ():
         first, _, last = part.partition("-")
@@ -48,12 +48,12 @@ def in_processes(
     tasks: Sequence[Task],
     on_computed: Callable[[Computed], None],
 ) -> None:
-    """Compute tasks in a process for each node, which stays on the node's processors.
+    """Compute tasks in one process per node, pinned to the node's processors.
 
     Raises
     ------
     QvlError
-        When a process ends early: for want of memory, as a rule.
+        If a process ends early, usually for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     pools = [
@@ -83,13 +83,13 @@ def in_processes(
 
 
 _worker: Worker | None = None
-"""Of a child."""
+"""The worker of a child process."""
 
 
 def _begin(processors: list[int], model: ModelSpec, source: Source, options: Options) -> None:
-    """Runs first in a child, before anything starts threads: they are held to its processors, too."""
+    """Initialize a child before any thread starts: threads inherit the processor affinity."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends the job.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the job
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, processors)
     _worker = Worker(model, source, options)

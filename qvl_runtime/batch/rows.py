@@ -18,15 +18,15 @@ class Row:
     Attributes
     ----------
     number : int
-        From 0 on, over the whole input.
+        Index in the whole input, from 0.
     id : str or None
-        None where the row has none that can be read.
+        None if the row has no readable id.
     prompt : str or None
-        None: that of the job.
+        None for the prompt of the job.
     pictures : tuple of (str or bytes)
         Paths, URIs, or the bytes of image files.
     url, body : str, mapping
-        Of a line of OpenAI's batch format; `body` is None for all others.
+        Fields of OpenAI's batch format; `body` is None for other formats.
     error : str or None
         Why the row cannot be answered.
     """
@@ -41,40 +41,40 @@ class Row:
 
 
 class Source(Protocol):
-    """The rows of an input. It holds no open file, so that it can be sent to other processes.
+    """The rows of an input. It has no open file, so that it can be sent to other processes.
 
     Attributes
     ----------
     root : Path
-        Pictures are opened below this folder only.
+        Only pictures below this folder are opened.
     """
 
     root: Path
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
 
     def rows(self, start: int, stop: int) -> Sequence[Row]:
-        """The rows from `start` to before `stop`; those that cannot be read have an `error`."""
+        """Return the rows from `start` to before `stop`; unreadable rows have an `error`."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values that differ where the rows do."""
+        """Return JSON values that change with the rows."""
 
 
 class Ids:
-    """The ids of an input, each of which may stand there once."""
+    """The ids of an input, which must be unique."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, str] = {}
         self._digest = hashlib.sha256()
 
     def add(self, row_id: str | None, where: str) -> None:
-        """Note the next row's id; `where` is its place for people.
+        """Add the next row's id; `where` is its place for errors.
 
         Raises
         ------
         QvlError
-            When an earlier row has the same id.
+            If an earlier row has the same id.
         """
         written = b"-" if row_id is None else b"+" + row_id.encode("utf-8", "surrogatepass")
         self._digest.update(len(written).to_bytes(8, "little") + written)
@@ -86,12 +86,12 @@ class Ids:
         self._seen[key] = where
 
     def hexdigest(self) -> str:
-        """A hash of all ids in order."""
+        """Return a hash of all ids in order."""
         return self._digest.hexdigest()
 
 
 def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
-    """A row from ``{"id", "prompt", "image" or "images"}``; what is wrong with it becomes its `error`."""
+    """Parse a row ``{"id", "prompt", "image" or "images"}``; an invalid row has an `error`."""
     row_id = fields.get("id")
     if isinstance(row_id, int) and not isinstance(row_id, bool):
         row_id = str(row_id)
@@ -115,7 +115,7 @@ def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
 
 
 def _picture(value: Any) -> str | bytes | None:
-    """A path, URI or content; {"bytes", "path"} is how Hugging Face's tables keep a picture."""
+    """Parse a path, URI or content; {"bytes", "path"} is the format of Hugging Face's tables."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, str | bytes) and value else None

@@ -1,4 +1,4 @@
-"""Rows from tar files in the layout of WebDataset: members that share a name up to its first dot are one row.
+"""WebDataset tar files as rows: members with the same name up to the first dot are one row.
 
 ``000.jpg`` and ``000.txt`` are a picture and its prompt; ``000.json`` may give "id" and "prompt" instead.
 """
@@ -20,12 +20,12 @@ from qvl_runtime.file.opening import open_regular
 from qvl_runtime.inputs.images import MAX_FILE_BYTES
 
 MAX_TEXT = 1 << 20
-"""Bytes of a prompt."""
+"""Largest prompt in bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """Where a file lies in a shard."""
+    """The location of a file in a shard."""
 
     suffix: str
     offset: int
@@ -63,7 +63,7 @@ class TarShards:
         return [self._row(number, pictures=True) for number in range(start, stop)]
 
     def _row(self, number: int, *, pictures: bool = False) -> Row:
-        """A row; without `pictures` only what its id takes is read."""
+        """Read a row; without `pictures` only the members needed for its id."""
         sample = self._samples[number]
         fields: dict[str, Any] = {"id": sample.key, "images": []}
         with open_regular(self._paths[sample.shard]) as file:

@@ -1,4 +1,4 @@
-"""What a job reads: a file or folder, told by its name."""
+"""Opens the input of a job by its file type."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from qvl_runtime.errors import QvlError
 
 
 def open_source(path: Path, pictures: Path | None = None) -> Source:
-    """The rows of an input.
+    """Open the rows of an input.
 
     Parameters
     ----------
     path : Path
         A .jsonl, .parquet or .tar file, a folder of such .parquet or .tar files, or a folder of pictures.
     pictures : Path, optional
-        Paths in the input are below this folder; by default that of the input.
+        Folder of the pictures' paths; by default that of the input.
 
     Raises
     ------
     QvlError
-        When nothing is there, it cannot be read, or two rows have the same id.
+        If the input is missing or unreadable, or two rows have the same id.
     """
     if pictures is not None and not pictures.is_dir():
         raise QvlError(f"{pictures}: no such folder; name the one that has the input's pictures")
