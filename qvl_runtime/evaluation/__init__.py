@@ -1,5 +1,5 @@
-"""The published tasks: their files, prompts, metrics and scores, and models compared on them.
+"""Published tasks: files, prompts, metrics and scores, and the comparison of models.
 
-A task is data (`tasks`): what reads its files (`readers`), how a family is asked (`prompts`), what scores the answers
-(`metrics`), and what was published. `runner` asks the models and keeps every answer; `comparison` makes the table.
+A task is data (`tasks`): a reader of its files (`readers`), prompts of each family (`prompts`), a metric (`metrics`),
+and published scores. `runner` answers the questions and stores every answer; `comparison` computes the table.
 """

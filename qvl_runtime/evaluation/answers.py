@@ -1,4 +1,4 @@
-"""The file of a model's answers: one line each, kept through a kill, and guarded by what they were made with."""
+"""The file of a model's answers: one per line, crash-safe, and bound to the settings they were computed with."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from qvl_runtime.file.opening import read_regular
 
 MAX_FILE = 4 << 30
 SYNC_EVERY = 2.0
-"""Seconds of answers that a power cut may cost. A kill costs none."""
+"""Seconds between syncs to disk: a power failure may lose so much, a kill nothing."""
 
 
 class AnswerFile:
-    """The answers of one model to one task: a head that says what they were made with, then a line each.
+    """The answers of one model to one task: a header with the settings, then one line per answer.
 
-    What was written before is found again; a last line that a kill or a full disk cut off is removed.
+    Existing answers are read. A truncated last line (after a kill, or on a full disk) is removed.
 
     Parameters
     ----------
     path : Path
     made_with : mapping
-        Model, task, options and data; JSON types.
+        Model, task, options and data, as JSON types.
 
     Raises
     ------
     QvlError
-        When the file holds answers that were made with something else, or a line that is broken.
+        If the file has other settings, or a malformed line.
 
     Attributes
     ----------
     answers : dict
-        By the sample's id.
+        Answers by sample id.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -61,11 +61,11 @@ class AnswerFile:
         self._file.close()
 
     def begin(self) -> None:
-        """Start the clock: the next answer's time counts from here."""
+        """Start the time measurement of the next answer."""
         self._last = time.monotonic()
 
     def add(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keep an answer, with the seconds since the one before."""
+        """Append an answer, with the seconds since the previous one."""
         now = time.monotonic()
         record = {"id": key, **answer, "seconds": round(now - self._last, 6)}
         self._last = now

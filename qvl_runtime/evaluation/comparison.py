@@ -1,4 +1,4 @@
-"""Models side by side: score, difference from the first, its interval, time, memory, and what was published."""
+"""Comparison of models: scores, differences from the first with intervals, time, memory, published scores."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Row:
     name : str
     score : float
     interval : (float, float)
-        In which the score of 95% of samples of this size would lie.
+        95% confidence interval of the score.
     difference : float or None
-        From the first model, None for that itself.
+        Difference from the first model; None for the first.
     difference_interval : (float, float) or None
-        The same for the difference, on the same questions (paired bootstrap).
+        95% confidence interval of the difference (paired bootstrap).
     parts : dict
-        The score of every group, where the task has several.
+        The score of every group, if the task has several.
     seconds : float
     peak_memory : int or None
         Bytes.
     size : int
-        Bytes of the file.
+        File size in bytes.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Row:
 
 
 def resampled(scores: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Scores on `draws` samples of the units, with replacement within each group: float64 ``[models, draws]``.
+    """Compute bootstrap scores, with replacement within each group: float64 ``[models, draws]``.
 
-    All models are scored on the same samples, so that a difference of two rows is paired.
+    All models use the same samples, so that differences of rows are paired.
     """
     values, groups = np.stack([one.values for one in scores]), scores[0].groups
     random, places = np.random.default_rng(seed), [np.flatnonzero(groups == g) for g in np.unique(groups)]
@@ -69,7 +69,7 @@ def resampled(scores: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> np
 
 
 def interval(values: np.ndarray) -> Interval:
-    """The middle `CONFIDENCE` of some values."""
+    """Return the central `CONFIDENCE` interval of some values."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -83,7 +83,7 @@ def compare(
     *,
     seed: int = 0,
 ) -> list[Row]:
-    """The rows of a comparison; the models answered the same questions."""
+    """Return the rows of a comparison. All models must have answered the same questions."""
     drawn = resampled(scores, seed=seed)
     return [
         Row(

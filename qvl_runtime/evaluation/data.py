@@ -1,4 +1,4 @@
-"""Files of a task as they lie below one folder: checked line by line, and pictures only from below it."""
+"""Reading a task's files below one folder, with checks of every line; pictures must be below it, too."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.opening import below, read_regular
 
 MAX_FILE = 4 << 30
-"""Bytes of a task's file. VQAv2's annotations have 200 MB, and MMBench's pictures lie in its table."""
+"""Largest file of a task in bytes. VQAv2's annotations have 200 MB; MMBench's table contains its pictures."""
 
 REMEDY = "take the published file as it is"
 SHOWN = 3
-"""Missing pictures that an error names."""
+"""Number of missing pictures named in an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +32,20 @@ class Sample:
     Attributes
     ----------
     id : str
-        Its name in the file of answers; no other sample of the task has it.
+        Unique name in the file of answers.
     where : str
         File and line, for errors.
     pictures : tuple of Path or bytes
     texts : mapping of str
-        What a prompt is made of: question, phrase, hint, options.
+        Fields of the prompt: question, phrase, hint, options.
     truth : object
-        What the metric compares the answer with.
+        The reference for the metric.
     letters : tuple of str
-        The options to choose from, for tasks that are scored by likelihood.
+        The letters of the options, for tasks scored by likelihood.
     unit : str
-        Samples of one unit make one score together.
+        Samples of a unit have one score together.
     group : str
-        Part of the task that has a score of its own.
+        Part of the task with a separate score.
     """
 
     id: str
@@ -59,7 +59,7 @@ class Sample:
 
 
 class Line(dict):
-    """An object of a task's file, which knows where it stands."""
+    """An object of a task's file, with its place for errors."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         super().__init__(values)
@@ -69,7 +69,7 @@ class Line(dict):
         return QvlError(f"{self.where}: {what}; {REMEDY}")
 
     def take(self, key: str, *kinds: type) -> Any:
-        """A value that must be there and of one of some types."""
+        """Return a required value of one of some types."""
         if key not in self:
             raise self.wrong(f"has no {key!r}")
         value = self[key]
@@ -79,18 +79,18 @@ class Line(dict):
         return value
 
     def text(self, key: str) -> str:
-        """A text for a prompt. It must hold no picture of its own."""
+        """Return text for a prompt, which must not contain an image tag."""
         value = self.take(key, str)
         if "<img>" in value or "</img>" in value:
             raise self.wrong(f"{key!r} holds an image tag")
         return value
 
     def name(self, key: str) -> str:
-        """An identifier, which may be a number."""
+        """Return an identifier, which may be a number."""
         return str(self.take(key, str, int))
 
     def texts(self, key: str) -> list[str]:
-        """One text, or a list of at least one."""
+        """Return one text or a non-empty list of texts, as a list."""
         value = self.take(key, str, list)
         value = [value] if isinstance(value, str) else value
         if not value or not all(isinstance(item, str) for item in value):
@@ -104,7 +104,7 @@ class Data:
     Attributes
     ----------
     hashes : dict
-        SHA-256 of every file that was read, by name.
+        SHA-256 of every file read, by name.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -115,24 +115,24 @@ class Data:
         self.hashes: dict[str, str] = {}
 
     def read(self, name: str) -> bytes:
-        """A file of the task, whole."""
+        """Read a file of the task."""
         content = read_regular(self.folder / name, limit=MAX_FILE, remedy="download it there, or check --data")
         self.hashes[name] = hashlib.sha256(content).hexdigest()
         return content
 
     def json(self, name: str) -> dict[str, Any]:
-        """A file that is one JSON object."""
+        """Read a file with one JSON object."""
         return parse_object(self.read(name), str(self.folder / name), REMEDY)
 
     def lines(self, name: str) -> Iterator[Line]:
-        """The objects of a JSONL file; empty lines are skipped."""
+        """Yield the objects of a JSONL file; empty lines are skipped."""
         for number, line in enumerate(self.read(name).split(b"\n"), 1):
             if line.strip():
                 where = f"{self.folder / name} line {number}"
                 yield Line(parse_object(line, where, REMEDY), where)
 
     def table(self, name: str, needed: tuple[str, ...]) -> Iterator[Line]:
-        """The rows of a tab-separated file with a head, as texts; a row's number is that of the line it ends on."""
+        """Yield the rows of a tab-separated file with a header; a row's number is that of its last line."""
         csv.field_size_limit(MAX_FILE)
         reader = csv.DictReader(io.StringIO(self._text(name), newline=""), delimiter="\t", strict=True)
         try:
@@ -148,7 +148,7 @@ class Data:
             raise QvlError(f"{self.folder / name} line {reader.line_num}: {error}; {REMEDY}") from None
 
     def items(self, content: Mapping[str, Any], key: str, name: str) -> Iterator[Line]:
-        """The objects of a list in a JSON file."""
+        """Yield the objects of a list in a JSON file."""
         found = Line(content, str(self.folder / name)).take(key, list)
         for number, item in enumerate(found):
             where = f"{self.folder / name} {key}[{number}]"
@@ -157,7 +157,7 @@ class Data:
             yield Line(item, where)
 
     def rows(self, name: str, columns: int) -> Iterator[tuple[str, list[str]]]:
-        """The lines of a tab-separated file without a head, with where each stands."""
+        """Yield the lines of a tab-separated file without a header, with their places."""
         for number, line in enumerate(self._text(name).splitlines(), 1):
             if line.strip():
                 where, parts = f"{self.folder / name} line {number}", line.strip().split("\t")
@@ -166,7 +166,7 @@ class Data:
                 yield where, parts
 
     def names(self, folder: str, ending: str) -> list[str]:
-        """Files of a folder below this one, sorted."""
+        """List files of a subfolder, sorted."""
         path = self.folder / folder
         found = sorted(f"{folder}/{item.name}" for item in path.glob(f"*{ending}")) if path.is_dir() else []
         if not found:
@@ -177,12 +177,12 @@ class Data:
         return (self.folder / name).is_file()
 
     def picture(self, source: str, where: str) -> Path:
-        """Where a picture lies. The published files name them from the folder above, ``data/…``.
+        """Return the path of a picture. Published files name them relative to the parent folder, ``data/…``.
 
         Raises
         ------
         QvlError
-            For a name that leads out of the folder. Whether the picture is there is checked by `check_pictures`.
+            For a path outside of the folder. `check_pictures` checks whether pictures exist.
         """
         relative = Path(source)
         within = [relative]
@@ -195,11 +195,11 @@ class Data:
         return next((place for place in inside if place.exists()), inside[0])
 
     def relative(self, picture: Path) -> str:
-        """A picture's place below the folder."""
+        """Return a picture's path relative to the folder."""
         return picture.relative_to(self._real).as_posix()
 
     def embedded(self, line: Line, key: str) -> bytes:
-        """A picture that stands in a table as base64."""
+        """Decode a base64 picture of a table."""
         try:
             return base64.b64decode(line.take(key, str), validate=True)
         except (ValueError, binascii.Error) as error:
@@ -213,12 +213,12 @@ class Data:
 
 
 def check_pictures(samples: list[Sample]) -> list[tuple[Path, int]]:
-    """Places and sizes of all pictures that are files.
+    """Return paths and sizes of all picture files.
 
     Raises
     ------
     QvlError
-        Some are missing: it names the first of them, with the lines that ask for them.
+        If some are missing: names the first ones, with the lines that refer to them.
     """
     sizes, missing = {}, []
     for sample in samples:
@@ -237,12 +237,12 @@ def check_pictures(samples: list[Sample]) -> list[tuple[Path, int]]:
 
 
 def unique(samples: list[Sample]) -> list[Sample]:
-    """The samples, none of which may have the id of another.
+    """Check that the ids of samples are unique.
 
     Raises
     ------
     QvlError
-        It names both lines.
+        If they are not; names both lines.
     """
     seen: dict[str, str] = {}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Several models on one task: asked one after the other, then compared."""
+"""Evaluation of several models on one task, one after the other, and their comparison."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qvl_runtime.loading import load
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came of it.
+    """The result of an evaluation.
 
     Attributes
     ----------
     task : Task
     rows : list of Row
-        One a model; none for a task without a metric.
+        One per model; empty for a task without a metric.
     exported : list of Path
         Files for the judge of such a task.
     questions : int
     note : str
-        How the metric was computed, where that may differ from machine to machine.
+        How the metric was computed, if that depends on the machine.
     document : dict
-        All of it, and the conditions, as JSON types.
+        Results and conditions as JSON types.
     """
 
     task: Task
@@ -65,27 +65,27 @@ def evaluate(
     models : sequence of Path
         `.qvl` files; the others are compared with the first.
     name : str
-        Of the task.
+        Name of the task.
     data : Path
-        The folder of the tasks' files. Nothing is fetched, and no picture outside of it is opened.
+        Folder of the tasks' files. Nothing is downloaded, and no picture outside of it is opened.
     limit, seed : int
-        Draw so many units of the task, the same for the same seed.
+        Number of random units of the task, and the seed.
     out : Path, optional
-        The folder of the answers, ``qvl-eval/NAME`` if not given. Answers that are there already are not asked again.
+        Folder of the answers, by default ``qvl-eval/NAME``. Existing answers are reused.
     prompts : mapping, optional
-        Your own in the place of the published ones; see `qvl_runtime.evaluation.prompts.wording`.
+        Custom prompts; see `qvl_runtime.evaluation.prompts.wording`.
     max_batch : int
-        Questions that are answered at the same time, at most. The answers do not depend on it.
+        Largest number of concurrent questions. The answers do not depend on it.
     device, kv_cache, activations
         As in `qvl_runtime.load`.
     progress : callable
-        Told a model's name, and how many questions of how many are answered.
+        Called with a model's name, the number of answered questions, and their total.
 
     Raises
     ------
     QvlError
-        An unknown task, a broken line of its files, missing pictures, answers in `out` that were made otherwise, or a
-        model that cannot be asked.
+        An unknown task, a malformed line of its files, missing pictures, answers in `out` with other settings, or a
+        model that the task does not support.
     """
     task, labels = find(name), _labels(models)
     asked = questions(task, data, limit=limit, seed=seed)
@@ -136,7 +136,7 @@ def _result(
 
 
 def _labels(models: Sequence[Path]) -> list[str]:
-    """What the models are called: their files' names, each once."""
+    """Return unique names of the models, from their files."""
     labels = [path.stem for path in models]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:

@@ -1,4 +1,4 @@
-"""Answers in the form that a task's own judge takes."""
+"""Export of answers in the format of a task's judge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qvl_runtime.evaluation.scores import Answer
 
 
 def touchstone(samples: Sequence[Sample], answers: Sequence[Answer], path: Path) -> None:
-    """TouchStone's submission: its table without the pictures, with a column ``response``."""
+    """Write TouchStone's submission: its table without the pictures, with a column ``response``."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*samples[0].truth, "response"], delimiter="\t", lineterminator="\n")
     writer.writeheader()

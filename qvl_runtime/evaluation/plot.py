@@ -1,4 +1,4 @@
-"""The picture of a comparison: every model's score with its interval, and the published ones as lines."""
+"""Plot of a comparison: scores with intervals, and published scores as lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TICKS = 5
 
 
 def check_path(path: Path) -> None:
-    """Refuse a name under which no picture can be written, before hours of work."""
+    """Refuse a path that cannot be written as a picture, before hours of work."""
     Image.init()
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
         raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
@@ -27,12 +27,12 @@ def check_path(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str, published: Mapping[str, float]) -> None:
-    """Draw a comparison into an image file, its format by its ending.
+    """Plot a comparison to an image file; the extension selects the format.
 
     Raises
     ------
     QvlError
-        When the file cannot be written.
+        If the file cannot be written.
     """
     check_path(path)
     height = TOP + ROW * len(rows) + BOTTOM

@@ -1,7 +1,7 @@
-"""How each family is asked: prompts as published with its evaluation, and the length of an answer.
+"""Prompts of each family as published with its evaluation, and the length of answers.
 
-Qwen-VL's scripts give raw text also to Qwen-VL-Chat; MME and TouchStone are asked in chat turns. For the newer families
-no such scripts were published: `CHAT` has the wording of VLMEvalKit's adapter for them, and Qwen2.5-VL's own for boxes.
+Qwen-VL's scripts also use raw text for Qwen-VL-Chat; MME and TouchStone use chat turns. No scripts were published for
+the newer families: `CHAT` has the prompts of VLMEvalKit's adapter, and Qwen2.5-VL's own prompt for boxes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qvl_runtime.evaluation.data import Sample
 from qvl_runtime.model import Model
 
 RAW_FAMILIES = ("qwen",)
-"""Families asked with `RAW` and `TALK`; the others with `CHAT`."""
+"""Families that use `RAW` and `TALK`; others use `CHAT`."""
 
 RAW = {
     "caption": "<img></img>Describe the image in English:",
@@ -41,7 +41,7 @@ CHAT = {
 }
 NO_HINT = "N/A"
 JSON_BOX_TOKENS = 128
-"""A box takes Qwen-VL 28 tokens at most, and the newer families their JSON around it."""
+"""A box takes up to 28 tokens in Qwen-VL; newer families add JSON."""
 
 FIELDS = {
     "caption": (),
@@ -52,7 +52,7 @@ FIELDS = {
     "yes or no": ("question",),
     "talk": ("question",),
 }
-"""What a sample has for a prompt of every kind."""
+"""Fields of a sample by kind of prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Wording:
     Attributes
     ----------
     templates : mapping of str
-        By kind.
+        Templates by kind.
     turns : frozenset of str
-        Kinds that are asked in a chat turn; the others are raw text.
+        Kinds that use a chat turn; others use raw text.
     tagged : bool
-        Pictures stand in the text as ``<img></img>``; else they go before it.
+        Whether pictures are ``<img></img>`` in the text; else they are placed before it.
     """
 
     templates: Mapping[str, str]
@@ -74,7 +74,7 @@ class Wording:
     tagged: bool
 
     def prompt(self, kind: str, sample: Sample) -> Any:
-        """What `Model.generate` and `Model.score` take; the pictures are those of the sample."""
+        """Return the prompt for `Model.generate` and `Model.score`; the pictures are those of the sample."""
         template = self.templates[kind]
         if not self.tagged and sample.texts.get("hint") == NO_HINT:
             template = template.replace("Hint: {hint}\n", "")
@@ -88,30 +88,30 @@ class Wording:
         return [{"role": "user", "content": content}]
 
     def lengths(self, kind: str, longest: int, shortest: int) -> dict[str, int]:
-        """The options of `Model.generate`. A least length belongs to raw text alone: a turn may end at once."""
+        """Return length options of `Model.generate`. Only raw text has a minimum length."""
         if not self.tagged and kind == "phrase":
             longest = max(longest, JSON_BOX_TOKENS)
         return {"max_new_tokens": longest, "min_new_tokens": 0 if kind in self.turns else shortest}
 
     def letters(self, kind: str, sample: Sample) -> list[str]:
-        """The continuations that stand for a sample's options."""
+        """Return the continuations for a sample's options."""
         return [letter if kind in self.turns else f" {letter}" for letter in sample.letters]
 
 
 def wording(model: Model, kind: str, own: Mapping[str, Any] | None = None) -> Wording:
-    """The published prompts of a model's family, or some of your own.
+    """Return the published prompts of a model's family, or custom ones.
 
     Parameters
     ----------
     kind : str
-        What will be asked.
+        Kind of the task's prompts.
     own : mapping, optional
-        Templates by kind, and "turns": whether they are chat turns (else raw text).
+        Templates by kind, and "turns": whether they are chat turns or raw text.
 
     Raises
     ------
     QvlError
-        A template with a field that its kind has not, or chat turns for a base model.
+        A template with an unknown field, or chat turns for a base model.
     """
     tagged = model.blob.family.model_type in RAW_FAMILIES
     found = Wording({**RAW, **TALK}, frozenset(TALK), True) if tagged else Wording(CHAT, frozenset(CHAT), False)

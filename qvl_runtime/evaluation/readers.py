@@ -1,4 +1,4 @@
-"""Readers of the official files: each gives the samples of a task in the file's order."""
+"""Readers of the official files: each returns the samples of a task in file order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qvl_runtime.inputs.image_tags import split_images
 
 LETTERS = "ABCDE"
 CYCLE = 1_000_000
-"""MMBench asks a question again with its options turned: the index grows by so much each time."""
+"""MMBench repeats a question with rotated options; each rotation adds this to the index."""
 
 Read = Callable[[Data], list[Sample]]
 
@@ -39,7 +39,7 @@ def captions(name: str) -> Read:
 
 
 def answered(name: str, truth: Callable[[Line], Any], group: str = "") -> Read:
-    """JSONL of ``image, question, question_id``; `truth` takes the right answers from a line."""
+    """JSONL of ``image, question, question_id``; `truth` extracts the references from a line."""
 
     def read(data: Data) -> list[Sample]:
         samples = []
@@ -55,7 +55,7 @@ def answered(name: str, truth: Callable[[Line], Any], group: str = "") -> Read:
 
 
 def questions(name: str) -> Read:
-    """JSONL of ``image, question, answer``: one right answer or several."""
+    """JSONL of ``image, question, answer``: one reference or several."""
     return answered(name, lambda line: line.texts("answer"))
 
 
@@ -70,7 +70,7 @@ def halves(**names: str) -> Read:
 
 
 def annotated(name: str, annotations: str) -> Read:
-    """JSONL of ``image, question, question_id``, with people's answers in VQA's annotation file."""
+    """JSONL of ``image, question, question_id``, with human answers in VQA's annotation file."""
 
     def read(data: Data) -> list[Sample]:
         people = {}
@@ -85,7 +85,7 @@ def annotated(name: str, annotations: str) -> Read:
 
 
 def documents(name: str, annotations: str) -> Read:
-    """As `annotated`, with DocVQA's file: ``data`` of ``questionId, answers``."""
+    """As `annotated`, with DocVQA's annotations: ``data`` of ``questionId, answers``."""
 
     def read(data: Data) -> list[Sample]:
         items = data.items(data.json(annotations), "data", annotations)
@@ -123,7 +123,7 @@ def phrases(name: str) -> Read:
 
 
 def choices(name: str) -> Read:
-    """JSONL of ``image, hint, question, choices, answer``, the answer being an index."""
+    """JSONL of ``image, hint, question, choices, answer``; the answer is an index."""
 
     def read(data: Data) -> list[Sample]:
         return [
@@ -150,9 +150,9 @@ def _choice(line: Line, key: str, picture: Path | bytes, answer: int, unit: str 
 
 
 def circular(stem: str) -> Read:
-    """MMBench: the official table with pictures in it, or the JSONL that Qwen-VL's converter makes of it.
+    """MMBench: the official table with embedded pictures, or the JSONL of Qwen-VL's converter.
 
-    A unit is a question with all its turns.
+    A unit is a question with all rotations of its options.
     """
 
     def read(data: Data) -> list[Sample]:
@@ -211,7 +211,7 @@ def prompted(name: str) -> Read:
 
 
 def yes_no(folder: str, subtasks: tuple[str, ...]) -> Read:
-    """MME: one file a subtask, of ``picture, question, Yes or No``; two questions a picture, which are a unit."""
+    """MME: one file per subtask, of ``picture, question, Yes or No``; the two questions of a picture are a unit."""
 
     def read(data: Data) -> list[Sample]:
         samples = []
@@ -242,7 +242,7 @@ def yes_no(folder: str, subtasks: tuple[str, ...]) -> Read:
 
 
 def conversations(name: str) -> Read:
-    """TouchStone's table: a picture, a question, and what its judge needs; the whole row is the truth."""
+    """TouchStone's table: a picture, a question, and fields for its judge; the whole row is the reference."""
 
     def read(data: Data) -> list[Sample]:
         needed = ("index", "question", "human_annotation", "gpt4_ha_answer", "category", "task_name", "image")

@@ -1,4 +1,4 @@
-"""Asks a model all questions of a task and keeps every answer; goes on where an earlier run was stopped."""
+"""Answers all questions of a task with a model and stores every answer; resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 
 PROMPTS_VERSION = 1
-"""To be raised where `prompts` or the processing of an answer changes: older answers are then void."""
+"""Increment when `prompts` or the processing of answers changes: this invalidates stored answers."""
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -34,13 +34,13 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What is asked: all samples of a task, or some.
+    """The questions: all samples of a task, or some.
 
     Attributes
     ----------
     samples : list of Sample
     fingerprint : dict
-        Hashes of the files they come from, and which of them they are.
+        Hashes of their files, and the selection.
     """
 
     samples: list[Sample]
@@ -49,16 +49,16 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a model answered.
+    """The answers of a model.
 
     Attributes
     ----------
     answers : list of Answer
-        In the order of the samples.
+        Answers in the order of the samples.
     seconds : float
-        That the answers took, in this and earlier runs.
+        Time of the answers, in this and earlier runs.
     peak_memory : int or None
-        Bytes the process held at most meanwhile, the mapped file included; None where the system does not tell.
+        Peak resident bytes, including the mapped file; None if unknown.
     """
 
     answers: list[Answer]
@@ -67,12 +67,12 @@ class Asked:
 
 
 def questions(task: Task, folder: Path, *, limit: int | None = None, seed: int = 0) -> Questions:
-    """Read a task's files, and draw `limit` units of it, the same for the same seed.
+    """Read a task's files, and select `limit` random units, deterministic in the seed.
 
     Raises
     ------
     QvlError
-        A broken line, an id twice, or missing pictures.
+        A malformed line, a duplicate id, or missing pictures.
     """
     data = Data(folder)
     samples = unique(task.read(data))
@@ -90,7 +90,7 @@ def questions(task: Task, folder: Path, *, limit: int | None = None, seed: int =
 def made_with(
     model: Model, name: str, task: Task, asked: Questions, words: Wording, load_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a model's answers depend on, as JSON types; the head of the file of answers."""
+    """Return the facts that answers depend on, as JSON types; the header of the file of answers."""
     blob = model.blob
     facts = [blob.hashes(), blob.config.to_dict(), blob.generation_config.to_dict(), blob.metadata["preprocessing"]]
     return {
@@ -114,12 +114,12 @@ def ask(
     max_batch: int,
     progress: Progress,
 ) -> Asked:
-    """Ask what `file` has no answer to yet.
+    """Answer the questions without an answer in `file`.
 
     Raises
     ------
     QvlError
-        A question that the model cannot be asked; the line it stands on is named.
+        An invalid question; names its line.
     """
     samples = asked.samples
     left = [sample for sample in samples if sample.id not in file.answers]
@@ -166,7 +166,7 @@ def _generate(
 
 
 def _record(model: Model, result: Result, *, boxes: bool) -> dict[str, Any]:
-    """An answer without special tokens, as the published evaluation decodes it."""
+    """Return an answer without special tokens, as decoded by the published evaluation."""
     ordinary = [token for token in result.token_ids if token < model.tokenizer.eod_id]
     record: dict[str, Any] = {"text": model.tokenizer.decode(ordinary).strip(), "tokens": len(result.token_ids)}
     if boxes:
@@ -176,7 +176,7 @@ def _record(model: Model, result: Result, *, boxes: bool) -> dict[str, Any]:
 
 
 def _likelihoods(model: Model, task: Task, words: Wording, sample: Sample) -> list[float]:
-    """The mean log probability of the tokens of every option."""
+    """Compute the mean token log probability of every option."""
     with _named(sample):
         made, letters = words.prompt(task.prompt, sample), words.letters(task.prompt, sample)
         found = model.score(made, letters, list(sample.pictures))
@@ -192,14 +192,14 @@ def _named(sample: Sample) -> Iterator[None]:
 
 
 def reset_peak() -> None:
-    """Let `peak_memory` count from here, where the system can."""
+    """Reset `peak_memory`, if the system supports that."""
     gc.collect()
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK)
 
 
 def peak_memory() -> int | None:
-    """Bytes this process held at most since `reset_peak`."""
+    """Return the peak resident bytes since `reset_peak`."""
     with contextlib.suppress(OSError):
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

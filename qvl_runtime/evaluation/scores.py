@@ -1,4 +1,4 @@
-"""From answers to a score: the value of every unit of a task, and what they make together."""
+"""Scores of answers: the value of every unit of a task, and their combination."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from qvl_runtime.evaluation.metrics.text import anls, exact_match, relaxed_match
 from qvl_runtime.evaluation.metrics.vqa import vqa_accuracy
 
 Answer = Mapping[str, Any]
-"""A line of the file of answers: ``text``; ``boxes``, as shares of the picture's sides, where the family writes them
-in another way than Qwen-VL; or ``likelihoods``, one mean log probability an option."""
+"""A line of the file of answers: ``text``; ``boxes``, relative to the picture's size, if the family's notation differs
+from Qwen-VL's; or ``likelihoods``, one mean log probability per option."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a model reached in a task.
+    """The scores of a model in a task.
 
     Attributes
     ----------
     values : numpy.ndarray
-        float64 ``[units]``: points of every unit, in the order of `units`.
+        float64 ``[units]``: points of every unit, in order.
     groups : numpy.ndarray
-        int64 ``[units]``: the group of each.
+        int64 ``[units]``: the group of each unit.
     names : list of str
-        Of the groups.
+        Names of the groups.
     combine : str
-        "mean" of all units; or of every group, and then the "mean of groups" or "sum of groups".
+        "mean" of all units; "mean of groups" or "sum of groups" of the groups' means.
     note : str
-        How it was computed, where that may differ from machine to machine.
+        How the scores were computed, if that depends on the machine.
     """
 
     values: np.ndarray
@@ -50,14 +50,14 @@ class Scores:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The score of every group, where there are several."""
+        """Return the score of every group, if there are several."""
         if len(self.names) < 2:
             return {}
         return {name: float(self.values[self.groups == i].mean()) for i, name in enumerate(self.names)}
 
 
 def total(values: np.ndarray, groups: np.ndarray, combine: str) -> np.ndarray:
-    """The score of ``[rows, units]`` values: float64 ``[rows]``."""
+    """Compute the score of ``[rows, units]`` values: float64 ``[rows]``."""
     if combine == "mean":
         return values.mean(axis=1)
     means = np.stack([values[:, groups == group].mean(axis=1) for group in np.unique(groups)], axis=1)
@@ -65,7 +65,7 @@ def total(values: np.ndarray, groups: np.ndarray, combine: str) -> np.ndarray:
 
 
 def by_unit(samples: Sequence[Sample]) -> dict[str, list[int]]:
-    """The samples of every unit, by their places; a sample without a unit is one by itself."""
+    """Return the sample indices of every unit; a sample without a unit is its own unit."""
     units: dict[str, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
         units[sample.unit or sample.id].append(place)
@@ -90,7 +90,7 @@ def _scores(
 
 
 def each(value: Callable[[Answer, Any], float], combine: str = "mean", points: float = 100.0) -> Score:
-    """The mean of a value a sample, times `points`."""
+    """Return a score: the mean of `value` over samples, times `points`."""
 
     def score(samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
         values = [value(answer, sample.truth) for sample, answer in zip(samples, answers, strict=True)]
@@ -126,7 +126,7 @@ def document(answer: Answer, truth: Any) -> float:
 
 
 def box(answer: Answer, truth: Any) -> float:
-    """Whether the first box of an answer is the true one."""
+    """Whether the first box of an answer matches the reference."""
     width, height = truth["size"]
     if "boxes" not in answer:
         return hit(first_box(answer["text"], width, height), truth["box"])
@@ -135,18 +135,18 @@ def box(answer: Answer, truth: Any) -> float:
 
 
 def option(answer: Answer, truth: Any) -> float:
-    """Whether the likeliest option is the right one; the first of equally likely ones counts."""
+    """Whether the most likely option is correct; ties go to the first option."""
     return float("ABCDE"[int(np.argmax(answer["likelihoods"]))] == truth)
 
 
 def every_turn(samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
-    """A question counts when all its turns are answered right."""
+    """MMBench: a question counts if it is correct in all rotations of its options."""
     values = [option(answer, sample.truth) for sample, answer in zip(samples, answers, strict=True)]
     return _scores(samples, values, "mean", lambda found: 100 * min(found))
 
 
 def both_questions(samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
-    """MME: accuracy over questions and over pictures with both right, 200 points a subtask together."""
+    """MME: accuracy of questions plus that of pictures with both correct, 200 points per subtask."""
     values = [float(says(a["text"]) == sample.truth) for sample, a in zip(samples, answers, strict=True)]
     return _scores(
         samples, values, "sum of groups", lambda found: 100 * (sum(found) / len(found) + float(min(found) == 1))

@@ -1,4 +1,4 @@
-"""The tasks: files, prompt, length of an answer, metric, and what was published for the originals."""
+"""The tasks: files, prompt, answer length, metric, and published scores of the originals."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Task:
     ----------
     title : str
     metric : str
-        What the score is, for people.
+        Display name of the metric.
     read : callable
-        Gives the samples, from files below the data folder.
+        Reads the samples from files below the data folder.
     prompt : str
         A kind of `prompts`.
     score : callable or None
         None for a task that only exports its answers.
     longest, shortest : int
-        Tokens of an answer; 0 for a task scored by likelihood.
+        Limits of an answer in tokens; 0 for a task scored by likelihood.
     published : dict
         Scores of the originals, by model.
     split : str
-        The part of the data that the published scores are of, where it is another.
+        The part of the data of the published scores, if different.
     """
 
     title: str
@@ -142,12 +142,12 @@ TASKS = {
 
 
 def find(name: str) -> Task:
-    """The task of a name.
+    """Find a task by name.
 
     Raises
     ------
     QvlError
-        For another name; it lists them.
+        For an unknown name; lists the tasks.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, 1)
