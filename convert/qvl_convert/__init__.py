@@ -1,1 +1,1 @@
-"""Makes a `.qvl` file out of a published checkpoint."""
+"""Converts a published checkpoint to a `.qvl` file."""

@@ -1,8 +1,8 @@
-"""Bits for each layer, so that a file has a given size and the model loses as little as it can.
+"""Chooses the bits of each layer for a given file size and the least total error.
 
-What a layer loses is measured: all prompts pass it with its weights rounded to 4 and to 8 bits, everything before it as
-published, and the relative change of what leaves it is its price. From all layers at 4 bits, the step to 8 or 16 bits
-that saves most per byte is taken until nothing fits any more.
+The error of a layer is measured: all prompts pass it with its weights rounded to 4 and to 8 bits and all earlier layers
+as published; the error is the relative change of its output. Starting with 4 bits everywhere, the step to 8 or 16 bits
+with the largest error reduction per byte is taken until no step fits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ HEAD_ROWS = 64
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as ``5.5GB`` or ``900 MiB``.
+    """Parse a size such as ``5.5GB`` or ``900 MiB`` to bytes.
 
     Raises
     ------
     QvlError
-        For anything else.
+        For another format.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
     if not found:
@@ -58,10 +58,10 @@ def allocate(
     samples : list of Sample
         A few are enough.
     target : int
-        Bytes the file may have.
+        Largest file size in bytes.
     group_size : int
     size_of : callable
-        Bytes of the file that some plans make.
+        Returns the file size of a list of plans in bytes.
     device : str
 
     Returns
@@ -72,7 +72,7 @@ def allocate(
     Raises
     ------
     QvlError
-        When even 4 bits everywhere are too large, or the source is quantized already.
+        If 4 bits everywhere are too large, or the source is already quantized.
     """
     if source.imported:
         raise QvlError(f"{source.checkpoint.folder}: is quantized already; --target-size needs the unquantized model")
@@ -92,14 +92,14 @@ def allocate(
 
 
 def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], room: int) -> list[int]:
-    """Take the best steps up from 4 bits.
+    """Choose the best steps up from 4 bits.
 
     Parameters
     ----------
     losses, sizes : list of dict
-        Loss and bytes of each unit by bits.
+        Error and bytes of each unit by bits.
     room : int
-        Bytes to spend beyond 4 bits everywhere.
+        Bytes available beyond 4 bits everywhere.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def measure(
     plans: dict[int, dict[str, MatrixPlan]],
     device: str,
 ) -> list[dict[int, float]]:
-    """Squared relative change of what leaves each unit at 4 and 8 bits; at 16 it counts as 0."""
+    """Measure the squared relative output error of each unit at 4 and 8 bits; at 16 bits it counts as 0."""
     checkpoint, ops = source.checkpoint, make_ops(device, "int16")
     walk = Walk(ops, checkpoint.family, checkpoint.config, samples[:SAMPLES], checkpoint.reader)
     published = Published(source)
@@ -148,7 +148,7 @@ def measure(
 
 
 class _Rounded:
-    """A published model whose matrices are rounded to nearest."""
+    """A published model with matrices rounded to nearest."""
 
     def __init__(self, source: Source, published: Published, plans: dict[str, MatrixPlan]):
         self.config, self.vector = published.config, published.vector
@@ -159,7 +159,7 @@ class _Rounded:
 
 
 def _seen(walk: Walk, unit: Stage, weights: Weights) -> list[np.ndarray]:
-    """What leaves a unit: activations, or logits."""
+    """Return the output of a unit: activations, or logits."""
     if unit.kind != "norm":
         return [np.array(x) for x in walk.outputs(unit)]
     head = weights.matrix(walk.family.decoder_names(walk.config).head)

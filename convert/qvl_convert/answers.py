@@ -1,8 +1,8 @@
-"""The answers of a quantized model beside those of its original.
+"""Comparison of the answers of a quantized model with those of its original.
 
-The original's greedy answers need no run token by token: the quantized model proposes an answer, one walk checks all
-of it at once, and from the first token on which they differ the quantized model proposes anew. That is speculative
-decoding, which gives exactly the answer that the original alone would give.
+The original's greedy answers are computed by speculative decoding: the quantized model drafts an answer, one walk of
+the original verifies all of it, and the quantized model drafts again from the first difference. The result equals the
+original's own answer.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass
 class Answers:
-    """What separates greedy answers to the same prompts.
+    """Differences of greedy answers to the same prompts.
 
     Attributes
     ----------
     count, same : int
-        Answers compared, and those that are equal.
+        Numbers of compared and of equal answers.
     first_difference : list of int
-        Tokens before the first difference, of those that are not.
+        Tokens before the first difference, for each unequal answer.
     edit_distance : float
-        Mean of Levenshtein distance over the longer text's length.
+        Mean Levenshtein distance divided by the longer text's length.
     boxes : int
-        Boxes in the answers, those of the richer one counting.
+        Number of boxes; for each pair the larger number.
     iou_median, iou_p10, iou_under_half : float or None
-        Intersection over union of boxes in order (0 for a box without a partner), and the share of those below 0.5.
+        Intersection over union of boxes in order (0 for an unmatched box), and the share below 0.5.
     unfinished : int
-        Answers left out because the models differed too often to follow both.
+        Answers left out because the models differed too often.
     """
 
     count: int
@@ -59,16 +59,16 @@ class Answers:
 
 @dataclasses.dataclass
 class _Answer:
-    """One prompt and what both say to it.
+    """A prompt and the answers of both models.
 
     Attributes
     ----------
     first : list of int
-        The quantized model's answer, without the token that ended it.
+        The quantized model's answer, without the stop token.
     agreed, draft : list of int
-        The beginning of the original's answer, and what the quantized model would go on with.
+        The verified prefix of the original's answer, and the quantized model's draft of the rest.
     done : bool
-        `agreed` is the original's whole answer.
+        Whether `agreed` is the original's whole answer.
     """
 
     sample: Sample
@@ -94,18 +94,18 @@ def compare_answers(
     max_new_tokens: int,
     progress: Progress,
 ) -> Answers:
-    """Let both answer the last question of every sample.
+    """Answer the last question of every sample with both models.
 
     Parameters
     ----------
     model : Model
-        The quantized one.
+        The quantized model.
     reference : Weights
-        The original's.
+        The original's weights.
     samples : sequence of Sample
-        Those with ``asked == 0`` are left out.
+        Samples with ``asked == 0`` are skipped.
     features : sequence of ndarray
-        What the original makes of the pictures of all samples, in order.
+        The original's features of the pictures of all samples, in order.
     max_new_tokens : int
     progress : callable
     """
@@ -132,18 +132,18 @@ def compare_answers(
 
 
 def _propose(model: Model, prompt: Sample, agreed: list[int], limit: int) -> list[int]:
-    """How the quantized model goes on, without the token that ends it."""
+    """Draft with the quantized model, without the stop token."""
     room = limit - len(agreed)
     try:
         result = model.generate(prompt.ids + agreed, prompt.images, max_new_tokens=room, temperature=0)
-    except QvlError:  # an untrained model answers with a picture's placeholder, which no prompt may have
+    except QvlError:  # an untrained model may generate a picture's placeholder, which is invalid in a prompt
         return []
     assert isinstance(result, Result)
     return result.token_ids
 
 
 def _check(model: Model, weights: Weights, answers: list[_Answer], features: list[np.ndarray], limit: int) -> None:
-    """Extend `agreed` by what the original says in place of the draft, up to where it differs."""
+    """Extend `agreed` by the original's tokens, up to the first difference from the draft."""
     family, config, stops = model.blob.family, weights.config, model.stop_ids
     walk = Walk(weights.ops, family, config, answers)
     for target, values in zip(walk.features, features):
@@ -196,7 +196,7 @@ def _without_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes, whatever the order of their corners; 1 for equal ones."""
+    """Compute the intersection over union of two boxes, for any order of corners; 1 for equal boxes."""
     if (a.x1, a.y1, a.x2, a.y2) == (b.x1, b.y1, b.x2, b.y2):
         return 1.0
     (ax1, ax2), (ay1, ay2) = sorted((a.x1, a.x2)), sorted((a.y1, a.y2))
@@ -207,7 +207,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance in characters."""
+    """Compute the Levenshtein distance in characters."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i

@@ -1,4 +1,4 @@
-"""AutoGPTQ's layout (version 1) of a quantized linear, 4 or 8 bits, read without loss.
+"""Lossless import of AutoGPTQ's layout (version 1) of a quantized linear layer, 4 or 8 bits.
 
 With ``p = 32 / bits`` values in a word: qweight int32 ``[k/p, n]`` (row r, lowest bits first, holds columns
 ``p r + i``), qzeros int32 ``[groups, n/p]`` (the stored zero is one too small), scales fp16 ``[groups, n]``, g_idx
@@ -21,16 +21,16 @@ from qvl_runtime.errors import QvlError
 
 @dataclasses.dataclass(frozen=True)
 class AutoGptq:
-    """How the linears of a checkpoint are quantized: `qvl_convert.imports.Import`.
+    """The quantization of a checkpoint's linear layers: `qvl_convert.imports.Import`.
 
     Attributes
     ----------
     bits : int
         4 or 8.
     group_size : int
-        Columns that share a scale; -1 is one group a row.
+        Columns per scale; -1 is one group per row.
     path : str
-        The file that says so.
+        The file that describes it.
     """
 
     bits: int

@@ -1,7 +1,7 @@
-"""AWQ's layout (version "gemm") of a quantized linear, 4 bits, read without loss.
+"""Lossless import of AWQ's layout (version "gemm") of a quantized linear layer, 4 bits.
 
 qweight int32 ``[k, n/8]``: the nibble at bits 4 i of word j holds row ``8 j + ORDER[i]``; qzeros int32
-``[groups, n/8]``, packed alike; scales fp16 ``[groups, n]``; ``w[n, k] = scales[k / group, n] * (q - zero)``.
+``[groups, n/8]``, packed the same way; scales fp16 ``[groups, n]``; ``w[n, k] = scales[k / group, n] * (q - zero)``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclasses.dataclass(frozen=True)
 class Awq:
-    """How the linears of a checkpoint are quantized: `qvl_convert.imports.Import`.
+    """The quantization of a checkpoint's linear layers: `qvl_convert.imports.Import`.
 
     Attributes
     ----------
     group_size : int
-        Columns that share a scale.
+        Columns per scale.
     path : str
-        The file that says so.
+        The file that describes it.
     """
 
     group_size: int
@@ -71,7 +71,7 @@ class Awq:
         return None if np.all(zeros == SYMMETRIC_ZERO[4]) else zeros
 
     def perm(self, checkpoint: Checkpoint, base: str) -> None:
-        """Columns are in their order."""
+        """Return None: columns are in order."""
 
 
 def _rows(words: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Calibration data: conversations with pictures, whose activations tell which weights matter.
+"""Calibration data: conversations with pictures, whose activations measure the importance of weights.
 
 Sources: Qwen-VL's fine-tuning JSON (a list of ``{"id", "conversations": [{"from", "value"}]}`` with
 ``Picture 1: <img>path</img>``), chat messages (``{"messages": [{"role", "content"}]}``, whose content may be a list of
-parts as Hugging Face's and OpenAI's), the same objects one a line (JSON lines; ``{"text": …}`` is plain text there), a
-folder of pictures (a caption in ``NAME.txt`` beside ``NAME.png``), or "builtin": scenes with shapes and print drawn by
-the package, questions and answers about them, and passages of text, in English and Chinese.
+parts as Hugging Face's and OpenAI's), the same objects as JSON lines (where ``{"text": …}`` is plain text), a
+folder of pictures (with captions in ``NAME.txt`` beside ``NAME.png``), or "builtin": drawn scenes with shapes and
+printed text, questions and answers about them, and passages of text, in English and Chinese.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "a
 WORDS = ("OPEN", "EXIT", "Hello", "Coffee", "Sale 50%", "Platform 9", "No. 12", "Paris", "STOP", "Menu", "Bus 42")
 
 Content = str | list[dict[str, Any]]
-"""A text with ``<img>path</img>``, or parts of a message."""
+"""Text with ``<img>path</img>``, or parts of a message."""
 
 Turn = tuple[str, Content]
-"""A role ("system", "user", "assistant") and what is said."""
+"""A role ("system", "user", "assistant") and its content."""
 
 
 class Speaker(Protocol):
-    """A model or checkpoint whose prompts the samples become."""
+    """A model or checkpoint that samples are built for."""
 
     @property
     def config(self) -> Config: ...
@@ -76,7 +76,7 @@ class Sample:
     slots : list of Slot
         The pictures among the ids.
     asked : int
-        How many of the ids come before the last answer; 0 where nothing is asked.
+        Number of ids before the last answer; 0 without a question.
     """
 
     ids: list[int]
@@ -85,7 +85,7 @@ class Sample:
 
     @property
     def images(self) -> list[ImageSource]:
-        """What the pictures can be read from."""
+        """The sources of the pictures."""
         return [cast(ImageSource, slot.picture.content) for slot in self.slots]  # samples have no videos
 
 
@@ -97,19 +97,19 @@ def load(
     Parameters
     ----------
     source : str or Path
-        "builtin", or a file or folder as the module describes.
+        "builtin", or a file or folder as described above.
     speaker : Speaker
-        For a base model conversations become plain text.
+        For a base model, conversations become plain text.
     count : int
-        Samples to take, at random where there are more.
+        Number of samples, chosen at random if there are more.
     max_tokens : int
-        Longer samples are cut, before a picture rather than inside its slot; so are those beyond the window.
+        Limit of a sample, in addition to the window. Longer samples are truncated, not within a picture's slot.
     seed : int
 
     Raises
     ------
     QvlError
-        When nothing can be read, more than `MAX_BAD` samples are bad (each is named and skipped), or none is left.
+        If nothing can be read, more than `MAX_BAD` samples are invalid (each is logged and skipped), or none is left.
     """
     rng, source = np.random.default_rng(seed), as_path(source)
     for name, value in (("count", count), ("max_tokens", max_tokens)):
@@ -139,7 +139,7 @@ def load(
 
 
 def digest(samples: list[Sample]) -> str:
-    """A short hash of ids and pictures, by which an interrupted conversion knows its data again."""
+    """Return a short hash of ids and pictures, with which a resumed conversion checks its data."""
     total = hashlib.sha256()
     for sample in samples:
         total.update(np.array(sample.ids, np.int32).tobytes())
@@ -149,7 +149,7 @@ def digest(samples: list[Sample]) -> str:
 
 
 Found = tuple[str, list[Turn] | str]
-"""A name for messages, and turns or a plain text."""
+"""A name for log messages, and turns or plain text."""
 
 
 def _root(source: Path) -> Path:
@@ -180,7 +180,7 @@ def _read(path: Path) -> Iterator[Found]:
 
 
 def _entry(entry: Any) -> list[Turn] | str:
-    """Turns or text of one object; what is wrong with it is found when it is made into a sample."""
+    """Extract turns or text of one object; they are validated when the sample is built."""
     entry = entry if isinstance(entry, dict) else {}
     if isinstance(entry.get("text"), str):
         return entry["text"]
@@ -194,7 +194,7 @@ def _entry(entry: Any) -> list[Turn] | str:
 
 
 def _said(said: Any) -> Any:
-    """A list of parts, as any of the forms in use writes them, as pictures and texts; all else as it is."""
+    """Normalize a list of parts of any supported format to pictures and texts; other values are unchanged."""
     if not isinstance(said, list):
         return said
     parts: list[dict[str, Any]] = []
@@ -226,7 +226,7 @@ def _read_folder(folder: Path) -> Iterator[Found]:
 
 
 def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Found]:
-    """Two samples with pictures to one of text."""
+    """Create samples: two with pictures for each of text."""
     passages = (files(__package__) / "passages.txt").read_text(encoding="utf-8").strip().split("\n\n")
     order = rng.permutation(len(passages))
     found: list[Found] = []
@@ -279,7 +279,7 @@ def _parts(content: Content) -> list[dict[str, Any]]:
 
 
 def _resolve(content: Content, root: Path, speaker: Speaker) -> Content:
-    """Make the paths of pictures, which are relative to the data's folder, relative to here."""
+    """Resolve picture paths, which are relative to the data's folder."""
     if isinstance(content, list):
         return [part | {"image": _from(root, part["image"])} if "image" in part else part for part in content]
     if not speaker.config.sees:
@@ -291,14 +291,14 @@ def _resolve(content: Content, root: Path, speaker: Speaker) -> Content:
 
 
 def _from(root: Path, source: ImageSource) -> ImageSource:
-    """A path that is relative to the data's folder, made good from here."""
+    """Resolve a path that is relative to the data's folder."""
     if not isinstance(source, str) or not source or os.path.exists(source) or not os.path.exists(root / source):
         return source
     return str(root / source)
 
 
 def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = False) -> Sample:
-    """Pictures were read, so that nothing fails hours later; their pixels are computed again when needed."""
+    """Create a sample. The pictures were read to find errors early; their pixels are computed when needed."""
     slots = [slot._replace(picture=dataclasses.replace(slot.picture, pixels=None)) for slot in prompt.slots]
     return Sample([*prompt.ids, *answer], slots, len(prompt.ids) if asks else 0)
 
@@ -306,7 +306,7 @@ def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = 
 def _cut(sample: Sample, max_tokens: int) -> Sample:
     if len(sample.ids) <= max_tokens:
         return sample
-    # The token before a slot opens it, and the one behind it closes it.
+    # The tokens before and after a slot open and close it.
     split = [slot.start - 1 for slot in sample.slots if slot.start - 1 < max_tokens < slot.end + 1]
     end = split[0] if split else max_tokens
     slots = [slot for slot in sample.slots if slot.end <= end]

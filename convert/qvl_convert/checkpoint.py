@@ -1,4 +1,4 @@
-"""A published checkpoint: a folder with config, tokenizer, and weight shards, read tensor by tensor."""
+"""A published checkpoint: a folder with config, tokenizer, and weight shards; tensors are read one by one."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), FP8)
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
-# Buffers that some published checkpoints carry and that this runtime computes by itself.
+# Buffers of some published checkpoints, which this runtime computes itself.
 BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
 
 
 def open_weights(path: Path) -> TensorFile | PickleFile:
-    """A weight file of either kind, by its ending."""
+    """Open a weight file of either format, by extension."""
     if path.suffix == ".safetensors":
         return TensorFile(path, remedy="finish the download")
     return PickleFile(path)
 
 
 def read_tensor(shard: TensorFile | PickleFile, name: str) -> np.ndarray:
-    """A tensor of a weight file, read-only, mapped for as long as the array lives."""
+    """Return a tensor of a weight file, read-only and memory-mapped."""
     if isinstance(shard, PickleFile):
         return shard.array(name)
     entry = shard.entries[name]
@@ -54,18 +54,18 @@ class Checkpoint:
     family : Family
     config : Config
     raw_config : dict
-        `config.json` as it is.
+        The content of `config.json`.
     generation_config : GenerationConfig
-        Defaults when the folder has none.
+        Defaults if the folder has no file.
     ranks : bytes
-        The tokenizer's vocabulary, as the blob stores it.
+        The tokenizer's vocabulary in the format of the blob.
     preprocessing : dict
-        How pictures are prepared, as the blob stores it.
+        The preprocessing settings in the format of the blob.
 
     Raises
     ------
     QvlError
-        When a file is missing or damaged, or config and tokenizer do not belong together.
+        If a file is missing or damaged, or config and tokenizer do not match.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -140,7 +140,7 @@ class Checkpoint:
 
     @functools.cached_property
     def reader(self) -> PictureReader | None:
-        """Decodes pictures for this model; None if it takes none."""
+        """Return the reader of pictures for this model; None if it is text-only."""
         if not self.config.sees:
             return None
         return PictureReader(self.family.preprocess(self.config, self.preprocessing), upright=self.family.upright)
@@ -156,7 +156,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All tensors, in file order; scales of FP8 weights belong to these."""
+        """Names of all tensors in file order, without the scales of FP8 weights."""
         return [name for name in self._owners if not self._is_scale(name)]
 
     def _is_scale(self, name: str) -> bool:
@@ -166,21 +166,21 @@ class Checkpoint:
         return name in self._owners
 
     def entry(self, name: str) -> Entry | PickledTensor:
-        """Dtype and shape of a tensor, without reading it."""
+        """Return dtype and shape of a tensor, without reading it."""
         shard, published = self._owners[name]
         return shard.entries[published]
 
     def path(self, name: str) -> Path:
-        """The shard a tensor lies in."""
+        """Return the shard of a tensor."""
         return self._owners[name][0].path
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, read-only, mapped for as long as the array lives; float32 in memory if it is stored in FP8.
+        """Return a tensor, read-only and memory-mapped; FP8 tensors are converted to float32 in memory.
 
         Raises
         ------
         QvlError
-            When there is no such tensor, or the scales of an FP8 tensor do not fit it.
+            If there is no such tensor, or the scales of an FP8 tensor do not match it.
         """
         if name not in self._owners:
             raise QvlError(f"{self.folder}: has no tensor {name!r}; is the download complete?")
@@ -197,12 +197,12 @@ class Checkpoint:
         return fp8.dequantize(weight, self.vector(scale), block)
 
     def vector(self, name: str) -> np.ndarray:
-        """A tensor as float32, in memory.
+        """Return a tensor as float32, in memory.
 
         Raises
         ------
         QvlError
-            When there is no such tensor, or a value is not finite.
+            If there is no such tensor, or a value is not finite.
         """
         vector = self.tensor(name).astype(np.float32)
         if not np.isfinite(vector).all():
@@ -210,7 +210,7 @@ class Checkpoint:
         return vector
 
     def check(self, wanted: dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]) -> None:
-        """Compare the folder's tensors with those that a config asks for.
+        """Compare the folder's tensors with those of a config.
 
         Parameters
         ----------
@@ -220,7 +220,7 @@ class Checkpoint:
         Raises
         ------
         QvlError
-            For the first tensor that is missing, has another shape or dtype, or does not belong here.
+            For the first tensor that is missing, has another shape or dtype, or is unexpected.
         """
         for name, (shape, dtypes) in wanted.items():
             if name not in self:
@@ -242,7 +242,7 @@ class Checkpoint:
                 )
 
     def fingerprint(self) -> dict[str, str]:
-        """A short hash per weight file, of its size and of bytes all over it: enough to tell two sources apart."""
+        """Return a short hash of each weight file, of its size and sampled bytes, to distinguish sources."""
         return {shard.path.name: _fingerprint(shard.path) for shard in self._shards}
 
 

@@ -1,4 +1,4 @@
-"""From a published checkpoint to a `.qvl` file, one tensor at a time."""
+"""Converts a published checkpoint to a `.qvl` file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
 
 Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
-"""Makes the matrices that are still missing, in any order, given source, all plans, those that are missing, and a
-reader of those that are there."""
+"""Produces the missing matrices in any order. Arguments: the source, all plans, the plans of missing matrices, and a
+reader of finished matrices."""
 Progress = Callable[[str, int, int], None]
 
 
 def each_by_itself(
     source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
 ) -> Iterator[tuple[MatrixPlan, Matrix]]:
-    """The producer of everything that needs no calibration."""
+    """Produce matrices that need no calibration."""
     for plan in pending:
         yield plan, source.matrix(plan)
 
@@ -61,41 +61,41 @@ def convert(
     Parameters
     ----------
     src : path
-        Folder of Qwen-VL, Qwen-VL-Chat, Qwen-7B, or their 4-bit AutoGPTQ editions, which are taken over as they are.
+        Folder of the model. Quantized AutoGPTQ and AWQ models are imported unchanged.
     out : path
-        The file to write. While it is written it is called ``OUT.partial``.
+        The file to write; its temporary name is ``OUT.partial``.
     bits, vision_bits, head_bits : int
-        4, 8 or 16: of the decoder's linears; of ViT and adapter; of embedding and output head. The last two are
-        16 with ``bits=16``, else 8, when not given.
+        4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head. The defaults
+        of the last two are 16 with ``bits=16``, else 8.
     group_size : int
-        32, 64 or 128 columns share a scale.
+        Columns per scale: 32, 64 or 128.
     method : str
-        "rtn", or "gptq": calibrated, for the decoder's linears and for whatever else has 4 bits but the embedding.
+        "rtn", or "gptq" (calibrated) for the decoder's linear layers and other 4-bit matrices except the embedding.
     target_size : str, optional
-        Size of the file, such as "5.5GB": bits are chosen layer by layer (`allocation`), whatever is given above.
+        File size such as "5.5GB": bits are chosen for each layer (`allocation`), which overrides the options above.
     lora : path, optional
-        Folder of a PEFT adapter, which is merged into the (unquantized) model.
+        Folder of a PEFT adapter to merge into the (unquantized) model.
     calibration_data : path
-        What "gptq" looks at: "builtin", or a file or folder that `qvl_convert.calibration` reads.
+        "builtin", or a file or folder in a format of `qvl_convert.calibration`.
     calibration_samples : int
-        How many conversations of it.
+        Number of conversations.
     device : str
-        Runs the layers during calibration.
+        Device of the layers during calibration.
     spill : bool
-        Keep the activations of calibration on disk (in the folder for temporary files), not in memory.
+        Store the activations of calibration on disk (in the folder for temporary files), not in memory.
     resume : bool
-        Take up an unfinished conversion of the same model with the same settings.
+        Resume an unfinished conversion of the same model with the same settings.
     force : bool
-        Replace `out` if it exists, or begin an unfinished conversion anew.
+        Replace `out` if it exists, and discard an unfinished conversion.
     progress : callable
-        Told the name of each finished tensor, the bytes of the file that are done, and its size.
+        Called with the name of each finished tensor, the finished bytes of the file, and its size.
     produce : callable
-        Makes the matrices that are still missing; by default what `method` asks for.
+        Produces the missing matrices; by default according to `method`.
 
     Raises
     ------
     QvlError
-        When source or settings are refused; nothing is left behind then.
+        If the source or the settings are invalid. No file is left then.
     """
     if method != "gptq" and target_size is None:
         if calibration_data != calibration.BUILTIN:
@@ -145,7 +145,7 @@ def convert(
         for plan, matrix in produce(source, plans, pending, finished):
             writer.write_matrix(plan.spec.name, matrix)
             report(plan.spec.name)
-            # An embedding is large: it must be gone before the next matrix is made.
+            # An embedding is large: free it before the next matrix is produced.
             del matrix
         for spec in vectors:
             if not writer.done(spec.name):
@@ -170,7 +170,7 @@ def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) 
 
 
 def _upper_size(layout: Layout) -> int:
-    """Bytes of a file, at most: its tensors, and a header with room for every name, shape and hash."""
+    """Return an upper bound of the file size: tensors, and a header with every name, shape and hash."""
     return (64 << 10) + sum(512 + int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
 
 
@@ -194,6 +194,6 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
 
 
 def _made(plans: list[MatrixPlan]) -> dict[str, int | str]:
-    """How a part is quantized; several kinds are listed, such as ``"4/8"`` bits."""
+    """Describe the quantization of a part; several values are listed, such as ``"4/8"`` bits."""
     kinds = {key: sorted({getattr(plan, key) for plan in plans}) for key in ("bits", "group_size", "method")}
     return {key: found[0] if len(found) == 1 else "/".join(map(str, found)) for key, found in kinds.items()}

@@ -1,8 +1,8 @@
-"""Writing a `.qvl` file back as a Hugging Face folder: the decoder in AutoGPTQ's layout (version 1), all else at fp16.
+"""Export of a `.qvl` file as a Hugging Face folder: the decoder in AutoGPTQ's layout (version 1), the rest as fp16.
 
-The inverse of `autogptq`: what was imported from an AutoGPTQ model comes out bit for bit. A decoder at 16 bits becomes
-a plain fp16 model. The model's own Python files are not part of a `.qvl` file; tools that want them take them from
-the original's repository.
+The inverse of `autogptq`: weights imported from an AutoGPTQ model are exported bit for bit. A 16-bit decoder becomes a
+plain fp16 model. The model's Python files are not part of a `.qvl` file; tools that need them take them from the
+original repository.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 from qvl_runtime.file.opening import as_path
 
 SHARD = 2 << 30
-"""Bytes after which another file is begun."""
+"""Bytes after which the next file begins."""
 
 
 def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> None:
@@ -37,16 +37,16 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     ----------
     blob : Blob
     folder : path
-        To be made; while it is written it is called ``FOLDER.partial``.
+        The folder to create; its temporary name is ``FOLDER.partial``.
     force : bool
         Replace `folder` if it exists.
 
     Raises
     ------
     QvlError
-        When the folder exists, or AutoGPTQ's layout cannot hold the decoder: differing bits or group sizes, or a
-        matrix whose sides are no multiples of what a 32-bit word holds. Or when the folder cannot be written, the
-        disk being full: nothing is left then.
+        If the folder exists, or AutoGPTQ's layout cannot hold the decoder: different bits or group sizes, or a matrix
+        whose sides are not multiples of the values per 32-bit word. Also if the folder cannot be written, such as on a
+        full disk; nothing is left then.
     """
     folder = as_path(folder)
     if os.path.lexists(folder) and not force:
@@ -72,20 +72,20 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
 
 
 def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
-    """A matrix in AutoGPTQ's layout.
+    """Convert a matrix to AutoGPTQ's layout.
 
     Parameters
     ----------
     matrix : Matrix
-        With 4 or 8 bits.
+        A matrix of 4 or 8 bits.
     name : str
-        What errors call it.
+        Name for errors.
 
     Returns
     -------
     dict
         `qweight` int32 ``[k * bits / 32, n]``, `qzeros` int32 ``[groups, n * bits / 32]``, `scales` fp16
-        ``[groups, n]``, `g_idx` int32 ``[k]`` and, where there is one, `bias` fp16 ``[n]``.
+        ``[groups, n]``, `g_idx` int32 ``[k]`` and, if present, `bias` fp16 ``[n]``.
     """
     bits, group_size = matrix.bits, matrix.group_size
     if matrix.n % (32 // bits) or matrix.k % (32 // bits):
@@ -100,7 +100,7 @@ def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
     if matrix.zeros is not None:
         zeros = unpack_groups(matrix.zeros, matrix.n, matrix.k, group_size)
         if not zeros.all():
-            raise QvlError(f"{name}: has a zero point of 0, which AutoGPTQ's layout has no form for")
+            raise QvlError(f"{name}: has a zero point of 0, which AutoGPTQ's layout cannot represent")
     arrays = {
         "qweight": _words(codes, bits).T,
         "qzeros": _words((zeros - 1).T, bits),
@@ -113,14 +113,14 @@ def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
 
 
 def _words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 values ``[..., m]`` into int32 ``[..., m * bits / 32]``, the first in the lowest bits."""
+    """Pack uint8 values ``[..., m]`` into int32 ``[..., m * bits / 32]``, lowest bits first."""
     if bits == 4:
         values = values[..., 0::2] | (values[..., 1::2] << 4)
     return np.ascontiguousarray(values).view("<i4").astype(np.int32, copy=False)
 
 
 def _settings(blob: Blob) -> dict[str, Any] | None:
-    """What `quantize_config.json` says; None when the decoder has 16 bits."""
+    """Return the content of `quantize_config.json`; None for a 16-bit decoder."""
     specs = [s for s in blob.family.tensors(blob.config) if isinstance(s, MatrixSpec) and s.part == "decoder"]
     matrices = [blob.matrix(spec.name) for spec in specs]
     kinds = {(m.bits, m.group_size) for m in matrices}
@@ -148,7 +148,7 @@ def _settings(blob: Blob) -> dict[str, Any] | None:
 
 
 def _tensors(blob: Blob, quantized: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the folder, one at a time, by its published name."""
+    """Yield every tensor of the folder with its published name."""
     every = list(blob.family.tensors(blob.config))
     shapes = published_shapes(every)
     for _, group in itertools.groupby(every, lambda s: getattr(s, "source", s.name)):
@@ -177,7 +177,7 @@ def _tensors(blob: Blob, quantized: bool) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _rows(spec: MatrixSpec, count: int) -> Iterator[tuple[str, slice]]:
-    """The published tensors of a matrix, or of several that are rows of one, and the rows of each among `count`."""
+    """Yield the published tensors of a matrix or stacked matrix, and the rows of each among `count`."""
     if len(spec.sources) == 1:
         yield spec.source, slice(0, count)
         return
@@ -188,7 +188,7 @@ def _rows(spec: MatrixSpec, count: int) -> Iterator[tuple[str, slice]]:
 
 
 def _quantized(matrix: Matrix, spec: MatrixSpec) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix in AutoGPTQ's layout, one linear for each of its sources."""
+    """Yield a matrix in AutoGPTQ's layout, one linear layer for each of its sources."""
     arrays = autogptq_arrays(matrix, spec.name)
     per_word = 32 // matrix.bits
     for source, rows in _rows(spec, matrix.n):
@@ -202,7 +202,7 @@ def _quantized(matrix: Matrix, spec: MatrixSpec) -> Iterator[tuple[str, np.ndarr
 
 
 def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> None:
-    """Files of about `SHARD` bytes, and their index."""
+    """Write files of about `SHARD` bytes, and their index."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
 
@@ -211,7 +211,7 @@ def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> No
         path.touch()
         mode = path.stat().st_mode
         save_file(held, path, {"format": "pt"})
-        path.chmod(mode)  # the library's file is its owner's alone
+        path.chmod(mode)  # safetensors creates a private file
         shards.append(list(held))
         held.clear()
 
@@ -231,7 +231,7 @@ def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> No
 
 
 def _write_texts(blob: Blob, settings: dict[str, Any] | None, folder: Path) -> None:
-    """Config, generation config, tokenizer and whatever else the family has."""
+    """Write config, generation config, tokenizer, and further files of the family."""
     preprocessing = blob.metadata["preprocessing"]
     found = blob.family.published_files(blob.config, blob.generation_config, preprocessing, blob.ranks)
     if settings is not None:

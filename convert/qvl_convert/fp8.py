@@ -1,7 +1,6 @@
-"""Qwen's FP8 releases: e4m3 weights with a scale for each block of 128 x 128, turned back into numbers.
+"""Qwen's FP8 releases: dequantization of e4m3 weights with a scale for each block of 128 x 128.
 
-``w = weight * weight_scale_inv`` of its block. Such a model is quantized anew: codes of 8 bits that are floating point
-are no integers.
+``w = weight * weight_scale_inv`` of its block. Such a model is quantized again, because FP8 codes are not integers.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ REMEDY = "take the unquantized model"
 
 
 def block_size(config: Mapping[str, Any], path: str) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, from a `config.json`; None when it describes no FP8 weights.
+    """Return the rows and columns per scale of a `config.json`; None without FP8 weights.
 
     Raises
     ------
     QvlError
-        For another kind of FP8.
+        For another FP8 format.
     """
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "fp8":
@@ -37,7 +36,7 @@ def block_size(config: Mapping[str, Any], path: str) -> tuple[int, int] | None:
 
 
 def dequantize(weight: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """The numbers that FP8 weights stand for.
+    """Dequantize FP8 weights.
 
     Parameters
     ----------

@@ -1,12 +1,12 @@
-"""GPTQ on one matrix: integers chosen so that the layer's output changes least, not the weights.
+"""GPTQ on one matrix: minimizes the error of the layer's output, not that of the weights.
 
 A layer computes ``y = W x``. With ``H = sum of x x^T`` over calibration data, replacing ``W`` by ``Q`` costs
 ``tr((W - Q) H (W - Q)^T)``, summed over rows that do not interact. Three steps lower it:
 
 1. `search_scales`: per row and group, the scale (and zero point) with the least error weighted by D (below).
 2. One pass over the columns that pushes each column's rounding error onto the columns still to come: GPTQ (Frantar
-   et al. 2022), in the form of QuIP's LDLQ (Chee et al. 2023), which chooses the same integers. With ``H = U D U^T``
-   (U unit upper triangular) column k is rounded at ``w_k + sum_{j<k} (w_j - q_j) U_jk``: one Cholesky factor, no
+   et al. 2022), in the formulation of QuIP's LDLQ (Chee et al. 2023), which chooses the same integers. With ``H = U D
+   U^T`` (U unit upper triangular) column k is rounded at ``w_k + sum_{j<k} (w_j - q_j) U_jk``: one Cholesky factor, no
    inverse, and a product of large matrices for all that lies before a block of columns. The cost becomes
    ``sum of D_k r_k^2``, r the roundings alone.
 3. `refine`: block coordinate descent on the same objective. Block by block, each group's scale is refitted to its
@@ -32,10 +32,10 @@ from qvl_runtime.errors import QvlError
 log = logging.getLogger(__name__)
 
 WIDTH = 128
-"""Columns of a block: one product of large matrices each."""
+"""Columns of a block; each block is one product of large matrices."""
 
 CHUNK = 8192
-"""Rows worked on at a time; bounds the memory an output head needs."""
+"""Rows per step; bounds the memory for an output head."""
 
 MAX_DAMP = 1.0
 
@@ -49,9 +49,9 @@ class Hessian:
     Parameters
     ----------
     k : int
-        Inputs of the layer.
+        Number of inputs of the layer.
     dtype : numpy dtype
-        Of the sum; products of one batch are float32 either way.
+        Type of the sum; products of one batch are always float32.
     """
 
     def __init__(self, k: int, dtype: np.typing.DTypeLike = np.float32) -> None:
@@ -71,7 +71,7 @@ class Hessian:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
-    """What every matrix that reads the same input shares.
+    """The factorized Hessian, shared by matrices with the same input.
 
     Attributes
     ----------
@@ -80,13 +80,13 @@ class Factor:
     upper : ndarray
         float32 ``[K, K]``, the strictly upper part of U in visiting order.
     price : ndarray
-        float32 ``[K]``, D: what a squared rounding error in a column costs once the later ones made up for it.
+        float32 ``[K]``, D: cost of a squared rounding error in a column after compensation by later columns.
     order : ndarray
-        int ``[K]``: the column visited k-th.
+        int ``[K]``: visiting order of the columns.
     damp : float
         Damping used, as a share of the mean diagonal.
     dead : int
-        Columns that no calibration input touched; they are rounded to nearest.
+        Number of columns with zero calibration inputs; they are rounded to nearest.
     """
 
     hessian: np.ndarray
@@ -98,9 +98,9 @@ class Factor:
 
 
 def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True, name: str = "matrix") -> Factor:
-    """Damp and factorise a Hessian ``[K, K]``.
+    """Damp and factorize a Hessian ``[K, K]``.
 
-    `damp` (a share of the mean diagonal) is multiplied by ten, and this is logged, until the factor exists.
+    While the factorization fails, `damp` (a share of the mean diagonal) is multiplied by ten and a warning is logged.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
         log.warning("%s: its Hessian is singular at damping %g; used %g", name, asked, damp)
     del backwards
     diagonal = np.diagonal(lower)[::-1].copy()
-    # a Hessian of 11008 columns takes a gigabyte at double precision: keep few at a time
+    # a Hessian of 11008 columns takes a gigabyte in double precision: limit the number of copies
     upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
     del lower
     upper /= diagonal.astype(np.float32)
@@ -161,17 +161,17 @@ def gptq(
         From `factorize` on the layer's inputs.
     bits : {4, 8}
     group_size : int
-        Columns that share a scale; the last group may be shorter.
+        Columns per scale; the last group may be shorter.
     sym : bool
-        Zero points at the middle of the range (scales may be negative), or one a group in 1 .. 2**bits - 1 (0 has
-        no unambiguous form in AutoGPTQ files).
+        Zero points at the middle of the range (scales may be negative), else one per group in 1 .. 2**bits - 1 (0 is
+        ambiguous in AutoGPTQ files).
     sweeps : int
-        Of `refine`; 0 is plain GPTQ.
+        Sweeps of `refine`; 0 is plain GPTQ.
 
     Returns
     -------
     codes : ndarray
-        uint8 ``[N, K]``, as `qvl_kernels.packing.pack` takes them.
+        uint8 ``[N, K]``, as for `qvl_kernels.packing.pack`.
     scales : ndarray
         float16 ``[N, ceil(K / group_size)]``.
     zeros : ndarray or None
@@ -195,7 +195,7 @@ def gptq(
 def search_scales(
     w: np.ndarray, price: np.ndarray, bits: int, group_size: int, sym: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per row and group, the scale and zero point with the least ``sum of price * (w - q)^2``.
+    """Find the scale and zero point of each row and group with the least ``sum of price * (w - q)^2``.
 
     Returns
     -------
@@ -243,14 +243,14 @@ def refine(
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group_size: int) -> np.ndarray:
-    """``scale * (code - zero)``: float32 ``[N, K]``."""
+    """Compute ``scale * (code - zero)``: float32 ``[N, K]``."""
     group = np.arange(codes.shape[1]) // group_size
     offset = zeros.astype(np.float32)[:, group] if isinstance(zeros, np.ndarray) and zeros.ndim else zeros
     return (codes.astype(np.float32) - offset) * scales.astype(np.float32)[:, group]
 
 
 def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:
-    """``|X (W - Q)^T|^2 / |X W^T|^2`` for inputs with this Hessian."""
+    """Compute ``|X (W - Q)^T|^2 / |X W^T|^2`` for inputs with this Hessian."""
     change = weight - quantized
     return float(np.vdot(change @ hessian, change) / np.vdot(weight @ hessian, weight))
 
@@ -258,7 +258,7 @@ def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray)
 def _feedback(
     w: np.ndarray, scales: np.ndarray, zeros: np.ndarray, factor: Factor, bits: int, group_size: int
 ) -> np.ndarray:
-    """The pass with error feedback: codes uint8 ``[N, K]``."""
+    """Run the pass with error feedback: codes uint8 ``[N, K]``."""
     n, k = w.shape
     codes = np.empty((n, k), np.uint8)
     error = np.empty((n, k), np.float32)
@@ -273,7 +273,7 @@ def _feedback(
 
 @numba.njit(inline="always")
 def _half(x):
-    """`x` rounded to a value that float16 holds, never 0."""
+    """Round `x` to a nonzero float16 value."""
     exponent = max(math.frexp(x)[1], -13)
     steps = np.rint(math.ldexp(x, 11 - exponent))
     return np.float32(math.ldexp(steps if steps != 0 else 1.0, exponent - 11))
@@ -334,7 +334,7 @@ def _round_block(w, target, inner, columns, scales, zeros, top, group_size, star
 
 @jit(fastmath={"contract"})
 def _descend(w, error, gradient, inner, codes, scales, zeros, start, top, group_size):
-    """Coordinate descent inside one block of columns; `gradient` is ``error @ H`` of the block.
+    """Run coordinate descent within a block of columns; `gradient` is ``error @ H`` of the block.
 
     A change ``d`` of the block's errors costs ``2 d . gradient + d . inner . d``.
     """

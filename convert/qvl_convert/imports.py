@@ -1,4 +1,4 @@
-"""Importing the quantized linears of a published checkpoint without loss, whatever their layout."""
+"""Lossless import of the quantized linear layers of a published checkpoint, for several layouts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Wanted = dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]
 
 
 class Import(Protocol):
-    """A layout of quantized linears.
+    """A layout of quantized linear layers.
 
     Attributes
     ----------
     METHOD : str
-        What the blob calls it.
+        Its name in the blob.
     bits : int
     group_size : int
-        Columns that share a scale; -1 is one group a row.
+        Columns per scale; -1 is one group per row.
     path : str
         The file that describes it.
     """
@@ -46,20 +46,20 @@ class Import(Protocol):
     def path(self) -> str: ...
 
     def wanted(self, base: str, n: int, k: int) -> Wanted:
-        """The tensors of a linear ``[n, k]`` whose names begin with `base`, without its bias."""
+        """Return the tensors of a linear layer ``[n, k]`` with the base name `base`, without its bias."""
 
     def codes(self, checkpoint: Checkpoint, base: str) -> np.ndarray:
-        """Stored integers, uint8 ``[n, k]``."""
+        """Return the stored integers, uint8 ``[n, k]``."""
 
     def zeros(self, checkpoint: Checkpoint, base: str) -> np.ndarray | None:
-        """Zero points, uint8 ``[n, groups]``; None when all are the symmetric one."""
+        """Return zero points, uint8 ``[n, groups]``; None if all are symmetric."""
 
     def perm(self, checkpoint: Checkpoint, base: str) -> np.ndarray | None:
-        """The order of the columns in which groups are contiguous, int32 ``[k]``; None when they are already."""
+        """Return the order of columns in which groups are contiguous, int32 ``[k]``; None for the stored order."""
 
 
 def known_values(config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], path: str) -> None:
-    """Refuse values that are not read, by name; the first of each is that of an absent key."""
+    """Refuse unsupported values by name; the first known value is the default of an absent key."""
     for key, values in known.items():
         if config.get(key, values[0]) not in values:
             expected = " or ".join(map(repr, values))
@@ -67,7 +67,7 @@ def known_values(config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]
 
 
 def unpack_words(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Unpack int32 words into values of 4 or 8 bits, uint8, along an axis, lowest bits first."""
+    """Unpack int32 words to uint8 values of 4 or 8 bits along an axis, lowest bits first."""
     octets = np.ascontiguousarray(np.moveaxis(words, axis, -1)).astype("<i4", copy=False).view(np.uint8)
     if bits == 4:
         octets = np.stack([octets & 15, octets >> 4], axis=-1).reshape(*octets.shape[:-1], -1)
@@ -75,19 +75,19 @@ def unpack_words(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 
 class Imported:
-    """The matrices of a checkpoint that are imported as they are.
+    """The quantized matrices of a checkpoint.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     layout : Import
     specs : list of MatrixSpec
-        Of the model; those of the decoder may be quantized.
+        Matrices of the model; those of the decoder may be quantized.
 
     Attributes
     ----------
     specs : dict of str to MatrixSpec
-        Those that are quantized, by name.
+        The quantized matrices by name.
     """
 
     def __init__(self, checkpoint: Checkpoint, layout: Import, specs: list[MatrixSpec]):
@@ -96,7 +96,7 @@ class Imported:
         self.specs = {spec.name: spec for spec in quantized}
 
     def wanted(self) -> Wanted:
-        """Every tensor that belongs to them."""
+        """All tensors of these matrices."""
         wanted: Wanted = {}
         for spec in self.specs.values():
             for source, n in spec.sources.items():
@@ -107,16 +107,16 @@ class Imported:
 
     @property
     def stored_group_size(self) -> int:
-        """The group size in the blob: larger groups become several with the same scale."""
+        """The group size in the blob; larger groups are split into several with the same scale."""
         size = self.layout.group_size
         return BLOCK if size == -1 else next(stored for stored in (128, 64, 32) if size % stored == 0)
 
     def has_bias(self, spec: MatrixSpec) -> bool:
-        """Whether a matrix has a bias, as some have whose original has none."""
+        """Whether a matrix has a bias. Some quantized layers have one although the original has none."""
         return any(bias_name(source) in self.checkpoint for source in spec.sources)
 
     def zeros(self, spec: MatrixSpec) -> np.ndarray | None:
-        """Zero points, uint8 ``[n, groups]``; None when all are the symmetric one."""
+        """Return zero points, uint8 ``[n, groups]``; None if all are symmetric."""
         parts = {source: self.layout.zeros(self.checkpoint, _base(source)) for source in spec.sources}
         if all(part is None for part in parts.values()):
             return None
@@ -129,12 +129,12 @@ class Imported:
         return np.concatenate(filled)
 
     def perm(self, spec: MatrixSpec) -> np.ndarray | None:
-        """The order of a matrix's columns.
+        """Return the order of a matrix's columns.
 
         Raises
         ------
         QvlError
-            When the parts of a stacked matrix have different ones.
+            If the parts of a stacked matrix have different orders.
         """
         first, *orders = (self.layout.perm(self.checkpoint, _base(source)) for source in spec.sources)
         for order in orders:
@@ -150,7 +150,7 @@ class Imported:
         Raises
         ------
         QvlError
-            When a scale is not finite, or columns are in an order that cannot be kept.
+            If a scale is not finite, or the order of columns is not supported.
         """
         perm, zeros = self.perm(spec), self.zeros(spec)
         codes = np.concatenate([self.layout.codes(self.checkpoint, _base(source)) for source in spec.sources])
@@ -182,5 +182,5 @@ class Imported:
 
 
 def _base(source: str) -> str:
-    """The name of a linear, without the ``.weight`` of its unquantized form."""
+    """Return the base name of a linear layer, without ``.weight``."""
     return source.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Functions compiled by Numba, whose own cache lies in the folder that ``QVL_CACHE_DIR`` rules."""
+"""Numba functions whose cache lies in the cache folder (``QVL_CACHE_DIR``)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from qvl_kernels import cache_folder
 
 
 def jit(**options: Any) -> Callable[[Callable], Callable]:
-    """`numba.njit` for several threads, cached where compiled kernels may be kept and not cached elsewhere.
+    """Decorate with a parallel `numba.njit`, cached in the cache folder if there is one.
 
-    Numba reads its cache's folder when a function is decorated. It is set for that moment only: the rest of the
-    program keeps its own setting.
+    Numba reads its setting for the cache folder when a function is decorated. It is changed for that moment only.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Which layout a checkpoint's quantized linears have."""
+"""Detection of the layout of quantized linear layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qvl_runtime.families.reading import read_json
 
 
 def find_layout(checkpoint: Checkpoint) -> Import | None:
-    """Read how a checkpoint was quantized; None when it was not.
+    """Return the layout of a quantized checkpoint; None if it is not quantized.
 
     Raises
     ------
     QvlError
-        For a layout that is not read.
+        For an unsupported layout.
     """
     path = checkpoint.folder / "quantize_config.json"
     if os.path.lexists(path):

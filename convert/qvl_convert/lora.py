@@ -1,4 +1,4 @@
-"""A fine-tune as PEFT writes it: low-rank changes that are added to a checkpoint's weights while they are read.
+"""LoRA adapters of PEFT: low-rank updates that are added to a checkpoint's weights while reading.
 
 ``W + (alpha / r) B A`` for every pair ``MODULE.lora_A.weight [r, k]``, ``MODULE.lora_B.weight [n, r]``
 (alpha / sqrt(r) with `use_rslora`), and whole tensors for `modules_to_save`. Hu et al. 2021.
@@ -39,7 +39,7 @@ class Merged(Checkpoint):
     Raises
     ------
     QvlError
-        When the adapter is damaged, of another kind, or does not fit the base model.
+        If the adapter is damaged, of another type, or does not match the base model.
     """
 
     def __init__(self, folder: str | os.PathLike, adapter: str | os.PathLike):
@@ -60,7 +60,7 @@ class Merged(Checkpoint):
             self._check_pair(name, pair)
 
     def tensor(self, name: str) -> np.ndarray:
-        """As `Checkpoint.tensor`; float32 where the adapter changes it."""
+        """Return a tensor as `Checkpoint.tensor` does; float32 if the adapter changes it."""
         if name in self._saved:
             return self._saved[name]
         weight = super().tensor(name)
@@ -72,12 +72,12 @@ class Merged(Checkpoint):
         return merged
 
     def fingerprint(self) -> dict[str, str]:
-        """As `Checkpoint.fingerprint`, with the adapter's file and strength."""
+        """Return `Checkpoint.fingerprint` with the adapter's file and scaling."""
         digest = hashlib.sha256()
         with open_regular(self._path) as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        # The strength at two ranks tells alpha and `use_rslora`.
+        # The scaling at two ranks determines alpha and `use_rslora`.
         digest.update(f"{self._factor(1)} {self._factor(4)}".encode())
         return super().fingerprint() | {f"{self._adapter.name}/{self._path.name}": digest.hexdigest()[:32]}
 
@@ -102,7 +102,7 @@ class Merged(Checkpoint):
             )
 
     def _known_as(self, name: str) -> str:
-        """What the base model calls a tensor, whichever naming the adapter has."""
+        """Return the base model's name of a tensor, for either naming of the adapter."""
         return self._name(name) or name
 
     def _check_pair(self, name: str, pair: dict[str, np.ndarray]) -> None:
@@ -118,7 +118,7 @@ class Merged(Checkpoint):
 
 
 def _factor(config: dict[str, Any], where: str) -> Callable[[int], float]:
-    """The strength of an adapter, as a function of its rank."""
+    """Return the scaling of an adapter as a function of its rank."""
     if config.get("peft_type", "LORA") != "LORA":
         raise QvlError(f"{where}: 'peft_type' is {str(config['peft_type'])[:40]!r}; only 'LORA' is merged")
     for key, known in UNKNOWN.items():

@@ -1,4 +1,4 @@
-"""What becomes of each matrix of a checkpoint, and making one matrix by itself."""
+"""Plans the format of each matrix, and converts single matrices."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ROW_CHUNK = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is to be quantized.
+    """Quantization settings of a model.
 
     Attributes
     ----------
     bits, vision_bits, head_bits : int
-        4, 8 or 16: of the decoder's linears; of ViT and adapter; of embedding and output head.
+        4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head.
     group_size : int
-        Columns that share a scale: 32, 64 or 128.
+        Columns per scale: 32, 64 or 128.
     method : str
-        "rtn" or "gptq": of the decoder's linears, and of whatever else has 4 bits but the embedding.
+        "rtn" or "gptq": for the decoder's linear layers, and other 4-bit matrices except the embedding.
     """
 
     bits: int = 4
@@ -50,20 +50,20 @@ class Recipe:
             raise QvlError(f"--method {self.method!r}: choose rtn or gptq")
 
     def bits_of(self, part: str) -> int:
-        """Bits of a part (a key of `qvl_runtime.families.qwen_vl.tensors.PARTS`)."""
+        """Return the bits of a part (a key of `qvl_runtime.families.specs.PARTS`)."""
         return {"decoder": self.bits, "vision": self.vision_bits, "adapter": self.vision_bits}.get(part, self.head_bits)
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixPlan:
-    """What a matrix will be in the file.
+    """The format of a matrix in the file.
 
     Attributes
     ----------
     method : str
-        "fp16", "rtn", "gptq", or the layout that it is imported from as it is: "autogptq" or "awq".
+        "fp16", "rtn", "gptq", or the layout of the import: "autogptq" or "awq".
     zeros, perm, bias : bool
-        Whether it has them.
+        Whether the matrix has these arrays.
     """
 
     spec: MatrixSpec
@@ -75,7 +75,7 @@ class MatrixPlan:
     perm: bool = False
 
     def layout(self) -> Layout:
-        """Shapes and dtypes of its arrays by their names in the file."""
+        """Return shapes and dtypes of the arrays by name in the file."""
         spec = self.spec
         arrays = packed_shapes(spec.n, spec.k, self.bits, self.group_size, zeros=self.zeros)
         if self.perm:
@@ -85,27 +85,27 @@ class MatrixPlan:
         return {f"{spec.name}.{suffix}": value for suffix, value in arrays.items()}
 
     def matrix(self, arrays: dict[str, np.ndarray]) -> Matrix:
-        """The matrix whose arrays, by the last part of their names, are these."""
+        """Create the matrix from its arrays, by the last part of their names."""
         spec, weight = self.spec, arrays["weight" if self.bits == 16 else "qweight"]
         rest = {suffix: arrays.get(suffix) for suffix in ("scales", "zeros", "perm", "bias")}
         return Matrix(spec.n, spec.k, self.bits, self.group_size, weight, **rest)
 
 
 class Source:
-    """A checkpoint whose tensors are known to be those that its config asks for.
+    """A checkpoint whose tensors match its config.
 
     Attributes
     ----------
     checkpoint : Checkpoint
     imported : set of str
-        Names of the matrices that are quantized already.
+        Names of the already quantized matrices.
     specs : list of TensorSpec
         All tensors of the model.
 
     Raises
     ------
     QvlError
-        When a tensor is missing, has another shape, or the layout is unknown.
+        If a tensor is missing or has another shape, or the layout is unknown.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -128,18 +128,18 @@ class Source:
         checkpoint.check(wanted | ({} if self._imported is None else self._imported.wanted()))
 
     def plan(self, recipe: Recipe, bits: Mapping[str, int] | None = None) -> list[MatrixPlan]:
-        """Decide about every matrix, in the order in which the model uses them.
+        """Plan every matrix, in the model's order of use.
 
         Parameters
         ----------
         recipe : Recipe
         bits : mapping, optional
-            Of single matrices, by name, in place of the recipe's.
+            Bits of single matrices by name, which override the recipe.
 
         Raises
         ------
         QvlError
-            When a quantized source is to have other bits.
+            If a quantized source would need other bits.
         """
         specs = [spec for spec in self.specs if isinstance(spec, MatrixSpec)]
         return [self._plan(spec, recipe, (bits or {}).get(spec.name, recipe.bits_of(spec.part))) for spec in specs]
@@ -150,7 +150,7 @@ class Source:
         if bits == 16:
             method = "fp16"
         else:
-            # 8 bits lose too little for a calibration of the ViT or the head to be worth hours
+            # at 8 bits the error is too small for hours of calibration of the ViT or the head
             calibrated = spec.part == "decoder" or (bits == 4 and spec.part != "embedding")
             method = recipe.method if calibrated else "rtn"
         return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias)
@@ -175,20 +175,20 @@ class Source:
         )
 
     def weight(self, spec: MatrixSpec) -> np.ndarray:
-        """The published weight of a matrix that is not imported: ``[n, k]``, in the dtype it has."""
+        """Return the published weight of an unquantized matrix: ``[n, k]``, in its dtype."""
         return published.matrix(self.checkpoint, spec)
 
     def bias(self, spec: MatrixSpec) -> np.ndarray | None:
-        """The published bias of a matrix, float32 ``[n]``."""
+        """Return the published bias of a matrix, float32 ``[n]``."""
         return published.bias(self.checkpoint, spec)
 
     def matrix(self, plan: MatrixPlan) -> Matrix:
-        """Make a matrix by itself: imported, rounded to nearest, or kept at 16 bits.
+        """Convert a single matrix: import it, round it to nearest, or store 16 bits.
 
         Raises
         ------
         QvlError
-            When a weight is not finite or out of range.
+            If a weight is not finite or out of range.
         """
         spec = plan.spec
         if plan.method == "gptq":
@@ -205,12 +205,12 @@ class Source:
 
 
 def to_half(weight: np.ndarray, name: str) -> np.ndarray:
-    """Round a matrix to fp16, a few rows at a time.
+    """Round a matrix to fp16, in slices of rows.
 
     Raises
     ------
     QvlError
-        When a value is not finite or beyond fp16's range of 65504.
+        If a value is not finite or beyond fp16's range of 65504.
     """
     half = np.empty(weight.shape, np.float16)
     rows = max(1, ROW_CHUNK // weight.shape[1])
@@ -224,6 +224,6 @@ def to_half(weight: np.ndarray, name: str) -> np.ndarray:
 
 
 def _at_16_bits(matrix: Matrix) -> Matrix:
-    """The dequantized weight, rounded to fp16 as the published code does."""
+    """Dequantize a weight to fp16 as the published code does."""
     half = matrix.dequantize().astype(np.float16)
     return Matrix(n=matrix.n, k=matrix.k, bits=16, group_size=BLOCK, weight=half, bias=matrix.bias)

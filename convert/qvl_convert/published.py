@@ -1,4 +1,4 @@
-"""The matrices of a model, put together from the tensors of its published checkpoint."""
+"""Assembles the matrices of a model from the tensors of its published checkpoint."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qvl_runtime.families.specs import MatrixSpec, TensorSpec, VectorSpec
 
 
 class Tensors(Protocol):
-    """What holds published tensors: a `Checkpoint`."""
+    """A source of published tensors: a `Checkpoint`."""
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, read-only."""
+        """Return a tensor, read-only."""
 
     def vector(self, name: str) -> np.ndarray:
-        """A tensor as float32."""
+        """Return a tensor as float32."""
 
 
 def published_shapes(specs: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the published, unquantized checkpoint of a model."""
+    """Return name and shape of every tensor of a model's unquantized checkpoint."""
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
         if isinstance(spec, VectorSpec):
@@ -38,9 +38,9 @@ def published_shapes(specs: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 
 def matrix(tensors: Tensors, spec: MatrixSpec) -> np.ndarray:
-    """The weight of a matrix, ``[n, k]``, in the published dtype.
+    """Return the weight of a matrix, ``[n, k]``, in the published dtype.
 
-    Only what has to be is copied: a matrix that is published as it is stays mapped.
+    It is only copied if the published layout differs; else it stays memory-mapped.
     """
     parts = [_source(tensors.tensor(source), spec, count) for source, count in spec.sources.items()]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -48,7 +48,7 @@ def matrix(tensors: Tensors, spec: MatrixSpec) -> np.ndarray:
 
 
 def bias(tensors: Tensors, spec: MatrixSpec) -> np.ndarray | None:
-    """The bias of a matrix, float32 ``[n]``, or None."""
+    """Return the bias of a matrix, float32 ``[n]``, or None."""
     if not spec.bias:
         return None
     counts = spec.sources.values()
@@ -58,12 +58,12 @@ def bias(tensors: Tensors, spec: MatrixSpec) -> np.ndarray | None:
 
 
 def _source(weight: np.ndarray, spec: MatrixSpec, count: int) -> np.ndarray:
-    """One source of a matrix, ``[count, k]``."""
+    """Return one source of a matrix, ``[count, k]``."""
     if spec.transposed:
         weight = np.ascontiguousarray(weight.T)
     return weight.reshape(len(weight), -1)[spec.first_row : spec.first_row + count]
 
 
 def rows_by_head(spec: MatrixSpec) -> np.ndarray:
-    """Published rows ``[3, heads, d]`` in the order ``[heads, 3, d]``."""
+    """Return the indices of published rows ``[3, heads, d]`` in the order ``[heads, 3, d]``."""
     return np.arange(spec.n).reshape(3, spec.heads, -1).swapaxes(0, 1).ravel()

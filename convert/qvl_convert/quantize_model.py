@@ -1,7 +1,7 @@
-"""GPTQ over a whole model, layer by layer, each calibrated with the already quantized layers in front of it.
+"""GPTQ of a whole model, layer by layer. Each layer is calibrated with the output of the quantized layers before it.
 
-Nothing but the unfinished file is kept of a run: taken up again, the finished layers are run once more from it, which
-gives the remaining ones the same inputs and so the same bytes.
+The unfinished file is the only state: a resumed run computes the finished layers again from it, so that the remaining
+layers get the same inputs and have the same bytes.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from qvl_runtime.families.weights import Tensors, Weights
 log = logging.getLogger(__name__)
 
 Finished = Callable[[MatrixPlan], Matrix]
-"""Reads a matrix that is in the file already."""
+"""Reads a finished matrix from the file."""
 
 
 class Watch:
-    """A backend that adds up the Hessians of the products it is asked for.
+    """A backend that accumulates the Hessians of matrix products.
 
     Parameters
     ----------
     ops : Ops
-        What computes.
+        The backend that computes.
     wanted : set of str
         Names of the matrices to watch.
 
     Attributes
     ----------
     hessians : dict
-        `Hessian` by matrix name; matrices that are given the same input share one.
+        `Hessian` by matrix name; matrices with the same input share one.
     """
 
     def __init__(self, ops: Ops, wanted: set[str]):
@@ -56,11 +56,11 @@ class Watch:
         return getattr(self._ops, name)
 
     def as_ops(self) -> Ops:
-        """Itself: it has every operation of its backend."""
+        """Return self, typed as `Ops`: it has every operation of its backend."""
         return cast(Ops, self)
 
     def name(self, weight: Weight, name: str) -> None:
-        """Say which matrix a weight is."""
+        """Register the name of a weight."""
         self._names[id(weight)] = name
 
     def linear(self, x: Array, w: Weight, *, norm: Norm | None = None, **rest: Any) -> None:
@@ -85,7 +85,7 @@ class Watch:
 
 
 class WatchedWeights(Weights):
-    """Weights that tell a `Watch` their names."""
+    """Weights that register their names with a `Watch`."""
 
     def __init__(self, tensors: Tensors, watch: Watch):
         super().__init__(tensors, watch.as_ops())
@@ -98,7 +98,7 @@ class WatchedWeights(Weights):
 
 
 class InFile:
-    """The part of a blob that is written already, for `Weights`."""
+    """The finished part of a blob, for `Weights`."""
 
     def __init__(self, source: Source, plans: list[MatrixPlan], finished: Finished):
         self.source, self.config = source, source.checkpoint.config
@@ -118,11 +118,11 @@ class Calibrated:
     ----------
     samples : list of Sample
     device : str
-        Runs the layers; the algorithm itself runs on the processor.
+        Device of the layers; GPTQ itself runs on the CPU.
     spill : bool
-        Keep the activations in a temporary folder instead of memory.
+        Store the activations in a temporary folder, not in memory.
     damp : float
-        Share of the mean of a Hessian's diagonal.
+        Damping as a share of the mean of a Hessian's diagonal.
     """
 
     def __init__(self, samples: list[Sample], *, device: str = "auto", spill: bool = False, damp: float = 0.01):
@@ -131,7 +131,7 @@ class Calibrated:
     def __call__(
         self, source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
-        """Make the pending matrices."""
+        """Produce the missing matrices."""
         with tempfile.TemporaryDirectory(prefix="qvl-") if self._spill else nullcontext() as folder:
             yield from self._layers(source, plans, pending, finished, None if folder is None else Path(folder))
 
@@ -161,7 +161,7 @@ class Calibrated:
                 walk.run(stage, Weights(quantized, ops))
 
     def hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
-        """Of the wanted matrices of a stage, with the original weights in it."""
+        """Compute the Hessians of the wanted matrices of a stage with its original weights."""
         wanted = wanted & set(stage.matrices)
         if stage.kind == "norm":
             walk.run(stage, Weights(published, walk.ops))
@@ -178,12 +178,12 @@ class Calibrated:
     def quantize(
         self, source: Source, plans: list[MatrixPlan], hessians: dict[str, Hessian]
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
-        """The matrices of a stage, of which those with the same input should follow one another."""
+        """Quantize the matrices of a stage; those with the same input should be adjacent."""
         factors: dict[int, Factor] = {}
         for plan in plans:
             started, hessian = time.perf_counter(), hessians[plan.spec.name]
             if id(hessian) not in factors:
-                # one factor at a time: the largest takes three times a Hessian
+                # one factor at a time: it takes three times the memory of a Hessian
                 factors = {id(hessian): factorize(hessian.mean(), damp=self._damp, name=plan.spec.name)}
             factor = factors[id(hessian)]
             codes, scales, zeros = gptq(

@@ -1,4 +1,4 @@
-"""Round-to-nearest group quantization, straight into the packed layout.
+"""Round-to-nearest group quantization to the packed layout.
 
 Symmetric: ``scale = max|w| / qmax`` over a group of columns (qmax 7 or 127), ``q = round(w / scale)``. Asymmetric:
 ``scale = (max - min) / (2^bits - 1)`` with 0 inside the range, ``zero = round(-min / scale)``. Scales are rounded to
@@ -21,7 +21,7 @@ FP16_MAX = 65504.0
 def group_scales(
     low: np.ndarray, high: np.ndarray, bits: int, *, asymmetric: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and zero points for the ranges of groups.
+    """Compute scales and zero points for the ranges of groups.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ def group_scales(
     Returns
     -------
     scales : ndarray
-        fp16; infinite where a group's range is beyond fp16.
+        fp16; infinite if a group's range is beyond fp16.
     zeros : ndarray
-        uint8, in stored integers.
+        uint8, as stored integers.
     """
     levels = 2**bits - 1
     if not asymmetric:
@@ -62,23 +62,23 @@ def quantize(
     bias: np.ndarray | None = None,
     name: str = "the matrix",
 ) -> Matrix:
-    """Quantize a matrix by rounding each weight to the nearest step of its group.
+    """Quantize a matrix by rounding each weight to nearest.
 
     Parameters
     ----------
     weight : ndarray
-        ``[n, k]``, bfloat16, float16 or float32; read a few rows at a time.
+        ``[n, k]``, bfloat16, float16 or float32; read in slices of rows.
     bits, group_size : int
         4 or 8; 32, 64 or 128.
     bias : ndarray, optional
-        float32 ``[n]``, put into the result.
+        float32 ``[n]``, part of the result.
     name : str
-        What errors call the matrix.
+        Name of the matrix for errors.
 
     Raises
     ------
     QvlError
-        When a weight is not finite, or too large for an fp16 scale.
+        If a weight is not finite, or too large for an fp16 scale.
     """
     n, k = weight.shape
     shapes = packed_shapes(n, k, bits, group_size, zeros=asymmetric)
@@ -113,7 +113,7 @@ def quantize(
 
 @jit()
 def _ranges(weight, group_size, low, high):
-    """Smallest and largest value of each group; infinite if one of its values is not finite."""
+    """Compute smallest and largest value of each group; infinite if a value is not finite."""
     n, k = weight.shape
     for row in numba.prange(n):
         for group in range(low.shape[1]):

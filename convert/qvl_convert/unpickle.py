@@ -1,9 +1,9 @@
-"""Reading PyTorch's pickle shards without running them.
+"""Reading PyTorch's pickle shards without executing them.
 
 A pickle is a program for a stack machine. This module interprets the few instructions that `torch.save` writes for a
-dictionary of tensors, on plain Python values: a name the pickle asks for is looked up in a table of tensor builders,
-never imported, and any other name or instruction is refused. The tensors' bytes lie uncompressed in the zip file
-around the pickle, so they are mapped, not copied.
+dictionary of tensors, on plain Python values. Names are looked up in a table of tensor builders and never imported;
+other names and instructions are refused. The tensors' bytes are stored uncompressed in the zip file around the pickle,
+so they are mapped, not copied.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DICTIONARY, TENSOR, PARAMETER = (
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
 )
-# Of one shard's pickle; Qwen-VL's largest has 0.2 MB and 20,000 instructions.
+# Limits of one shard's pickle. Qwen-VL's largest has 0.2 MB and 20,000 instructions.
 MAX_PICKLE = 8 << 20
 MAX_INSTRUCTIONS = 1 << 20
 MAX_DIRECTORY = 8 << 20
@@ -48,16 +48,16 @@ REMEDY = "only files that hold nothing but tensors are read; take the model's sa
 
 @dataclasses.dataclass(frozen=True)
 class PickledTensor:
-    """Where a tensor lies in a shard.
+    """The location of a tensor in a shard.
 
     Attributes
     ----------
     start, stop : int
-        Its storage's bytes in the file.
+        Byte range of the storage in the file.
     offset : int
-        First element, counted from `start`.
+        Index of the first element from `start`.
     strides : tuple of int
-        In elements.
+        Strides in elements.
     """
 
     dtype: np.dtype
@@ -69,7 +69,7 @@ class PickledTensor:
 
 
 class PickleFile:
-    """A pickle shard as `torch.save` has written it since PyTorch 1.6.
+    """A pickle shard in the format of `torch.save` since PyTorch 1.6.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class PickleFile:
     Raises
     ------
     QvlError
-        When the file is missing, damaged, of the older layout, or asks for anything but tensors.
+        If the file is missing, damaged, of the older format, or contains anything but tensors.
     """
 
     def __init__(self, path: Path):
@@ -93,19 +93,19 @@ class PickleFile:
                 pickle, self._storages = _read_archive(file)
         except QvlError:
             raise
-        # zipfile documents no complete list of what a damaged archive makes it raise.
+        # zipfile does not document all exceptions for damaged archives.
         except Exception as error:
             raise QvlError(f"{path}: cannot be read ({error!s:.300}); download it again") from None
         try:
             self.entries = _Interpreter(self._storages).run(pickle)
         except _Refused as error:
             raise QvlError(f"{path}: {error}; {REMEDY}") from None
-        # What a damaged pickle makes the interpreter raise: popping an empty stack, a wrong operand.
+        # Exceptions of the interpreter for a damaged pickle: an empty stack, a wrong operand.
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise QvlError(f"{path}: its pickle is malformed ({error!s:.300}); download it again") from None
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor, mapped for as long as the array lives; copied only when it is not contiguous."""
+        """Return a tensor, memory-mapped; it is only copied if it is not contiguous."""
         entry = self.entries[name]
         if 0 in entry.shape:
             return np.empty(entry.shape, entry.dtype)
@@ -118,15 +118,15 @@ class PickleFile:
 def map_bytes(path: Path, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
     """Map bytes ``[start, stop)`` of a file as a flat read-only array.
 
-    Every array has its own mapping, which goes with it: mapped pages count as used memory, and a shard is larger than
-    a conversion may use.
+    Every array has its own mapping, which is released with it: mapped pages count as used memory, and a shard exceeds
+    the memory limit of a conversion.
     """
     if start == stop:
         return np.empty(0, dtype)
     with open_regular(path) as file:
         try:
             raw = np.asarray(np.memmap(file, np.uint8, "r", start, (stop - start,)))
-        except (OSError, ValueError) as error:  # ValueError: it was cut short meanwhile
+        except (OSError, ValueError) as error:  # ValueError: it was truncated meanwhile
             raise QvlError(f"{path}: cannot be read ({error}); download it again") from None
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
@@ -134,7 +134,7 @@ def map_bytes(path: Path, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
 
 
 class _SmallReads:
-    """A file as `zipfile` may use it: it would read a directory of any length at once, and make objects of it."""
+    """Limits the reads of `zipfile`, which would parse a directory of any length into objects."""
 
     def __init__(self, file: BinaryIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
@@ -146,12 +146,12 @@ class _SmallReads:
 
 
 def _read_archive(file: BinaryIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickle of a shard, and where each storage lies: ``{key: (start, stop)}``."""
+    """Return the pickle of a shard, and the location of each storage: ``{key: (start, stop)}``."""
     with zipfile.ZipFile(_SmallReads(file)) as archive:
         records = archive.infolist()
         names = [r.filename for r in records]
         if len(set(names)) != len(names):
-            raise ValueError("a record stands in it twice")
+            raise ValueError("it has a duplicate record")
         pickles = [name for name in names if name.endswith("data.pkl") and name.count("/") <= 1]
         if len(pickles) != 1:
             raise ValueError("it holds no data.pkl")
@@ -173,14 +173,14 @@ def _read_archive(file: BinaryIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
 
 
 def _span(file: BinaryIO, record: zipfile.ZipInfo, size: int) -> tuple[int, int]:
-    """Where the bytes of an uncompressed record lie."""
+    """Return the byte range of an uncompressed record."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 or record.compress_size != record.file_size:
         raise ValueError(f"its record {record.filename!r} is compressed or encrypted")
     file.seek(record.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
         raise ValueError(f"its record {record.filename!r} has no header")
-    # The local header's name and extra field may be longer than the directory says: PyTorch pads there.
+    # The local header's extra field may be longer than in the directory: PyTorch pads it.
     start = (
         record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     )
@@ -190,7 +190,7 @@ def _span(file: BinaryIO, record: zipfile.ZipInfo, size: int) -> tuple[int, int]
 
 
 class _Refused(Exception):
-    """The pickle asks for something that is no tensor."""
+    """The pickle contains something other than tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Mark:
 
 
 def _program(pickle: bytes) -> Iterator[tuple[str, Any]]:
-    """The instructions of a pickle with their operands, one at a time: a byte can be one, and a tuple of it 100."""
+    """Yield the instructions of a pickle with operands. A list of them would take 100 bytes per byte of the file."""
     for count, (instruction, operand, _) in enumerate(pickletools.genops(pickle), 1):
         if count > MAX_INSTRUCTIONS:
             raise ValueError(f"it has more than {MAX_INSTRUCTIONS} instructions")
@@ -218,7 +218,7 @@ def _program(pickle: bytes) -> Iterator[tuple[str, Any]]:
 
 
 class _Interpreter:
-    """Runs the instructions of one pickle; the only values it makes are those of this module and plain data."""
+    """Interprets the instructions of one pickle; the only values are types of this module and plain data."""
 
     def __init__(self, storages: dict[str, tuple[int, int]]):
         self.storages = storages
@@ -226,7 +226,7 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> dict[str, PickledTensor]:
-        # Named before anything else is refused: what a hostile file calls is what its reader wants to know.
+        # Check names first: the error should show what a hostile file tries to call.
         for name, operand in _program(pickle):
             if name in ("GLOBAL", "INST"):
                 _known(operand)
@@ -291,7 +291,7 @@ class _Interpreter:
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     self._set(key, value)
             case "BUILD":
-                # A state dict carries version numbers as its state; nothing here needs them.
+                # A state dict has version numbers as its state; they are not needed.
                 stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise _Refused("its pickle sets the state of an object")
@@ -309,7 +309,7 @@ class _Interpreter:
         if not isinstance(target, dict) or not isinstance(key, str):
             raise ValueError("an item outside a dictionary")
         if key in target:
-            raise ValueError(f"{key!r} stands in it twice")
+            raise ValueError(f"the key {key!r} is duplicate")
         target[key] = value
 
     def _storage(self, identity: Any) -> _Storage:

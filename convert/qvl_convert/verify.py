@@ -1,9 +1,8 @@
-"""How far a `.qvl` file is from the model it was made from: in probabilities, in answers, and in boxes.
+"""Comparison of a `.qvl` file with the original model: probabilities, answers, and boxes.
 
-The original runs layer by layer from its own files (`walk`), so a laptop can verify what it can convert.
-
-Every figure stands beside the noise floor: the original with every result rounded to bfloat16, as it was published to
-be run, against the same in full precision.
+The original runs layer by layer from its own files (`walk`), so the memory for a conversion also suffices to verify it.
+Every figure has a noise floor: the original with every result rounded to bfloat16, as published, compared with the
+original in full precision.
 """
 
 from __future__ import annotations
@@ -31,25 +30,24 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.model import Model as Runtime
 
 MAX_KL, MAX_FEATURE_ERROR = 1.0, 1.0
-"""Limits in nats and as a share: int4 models have less than a tenth of either, models that do not belong together
-more."""
+"""Limits in nats and as a share. Matching int4 models have less than a tenth of either, other models more."""
 
 BIN = 32
-"""Positions whose KL divergence is averaged in `Report.kl_by_position`."""
+"""Positions per bin of `Report.kl_by_position`."""
 
 
 @dataclasses.dataclass
 class Divergence:
-    """What separates two models over the same tokens.
+    """Differences of two models over the same tokens.
 
     Attributes
     ----------
     kl_mean, kl_median, kl_p90, kl_p99 : float
         Kullback-Leibler divergence KL(reference || model) of the next token, in nats, over `judged_positions`.
     same_top : float
-        Share of positions whose most likely token is the same.
+        Share of positions with the same most likely token.
     perplexity : float
-        Of the model, at the same positions.
+        Perplexity of the model at the same positions.
     features : float or None
         Relative error of the pictures' features, ``|a - b| / |b|``.
     """
@@ -73,11 +71,11 @@ class Report:
     reference_perplexity : float
     model, floor : Divergence
     layers : list of (str, float)
-        Relative error of what leaves each stage of the model.
+        Relative error of the output of each stage of the model.
     floor_layers : list of float
-        The noise floor's, in the same order.
+        Noise floor of `layers`, in the same order.
     kl_by_position, floor_by_position : list of (int, float)
-        First position of each bin and the mean KL divergence in it; the noise floor's.
+        First position and mean KL divergence of each bin; the same for the noise floor.
     answers : Answers or None
     """
 
@@ -93,11 +91,11 @@ class Report:
     answers: Answers | None
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON types."""
+        """Return the report as JSON types."""
         return dataclasses.asdict(self)
 
     def failures(self) -> list[str]:
-        """What lies beyond `MAX_KL` and `MAX_FEATURE_ERROR`: such a file does not answer as its original."""
+        """List figures beyond `MAX_KL` and `MAX_FEATURE_ERROR`: such a file does not match the original."""
         found, model = [], self.model
         figures = [v for part in (model, self.floor) for v in dataclasses.asdict(part).values() if v is not None]
         if not np.isfinite([*figures, *(error for _, error in self.layers)]).all():
@@ -132,14 +130,14 @@ class Bf16Ops:
 
 
 def open_reference(path: str | Path, lora: str | Path | None = None) -> Blob | Published:
-    """The original: a Hugging Face folder (with the adapter that was merged), or a `.qvl` file of higher precision."""
+    """Open the original: a Hugging Face folder (with the merged adapter), or a `.qvl` file of higher precision."""
     if Path(path).is_file():
         return Blob(path)
     return Published(Source(Checkpoint(path) if lora is None else Merged(path, lora)))
 
 
 def mismatch(blob: Blob, reference: Blob | Published) -> str | None:
-    """Why a file was not made from this reference, as far as the files' fingerprints tell; None where it was."""
+    """Return why the fingerprints of file and reference do not match; None if they do."""
     told = blob.metadata["source"].get("files")
     if isinstance(reference, Blob):
         found = reference.metadata["source"].get("files")
@@ -172,18 +170,18 @@ def verify(
     ----------
     model : qvl_runtime.Model
     reference : Tensors
-        From `open_reference`.
+        The result of `open_reference`.
     samples : sequence of Sample
-        At best not those the model was calibrated with.
+        Preferably not the calibration samples.
     max_new_tokens : int
-        Of the answers compared; 0 compares none.
+        Length of the compared answers; 0 compares none.
     progress : callable
-        Told a stage's name, stages done and all stages.
+        Called with a stage's name, the finished stages, and the number of stages.
 
     Raises
     ------
     QvlError
-        When the two are different models.
+        If they are different models.
     """
     config, family = model.config, model.blob.family
     if reference.config != config:
@@ -209,7 +207,7 @@ def verify(
     progress("logits", len(plan), len(plan))
     features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
     judged = [judged_positions(sample, model.tokenizer) for sample in samples]
-    if not any(map(len, judged)):  # pictures without captions, say: no answer is known
+    if not any(map(len, judged)):  # for example pictures without captions: there are no answers
         judged = [text_positions(sample) for sample in samples]
     nll, scores = _scores(walks, [w.matrix(family.decoder_names(config).head) for w in weights], samples, judged)
     answers = None
@@ -230,7 +228,7 @@ def verify(
 
 
 def text_positions(sample: Sample) -> np.ndarray:
-    """The positions whose next token is no part of a picture."""
+    """Return the positions whose next token is not part of a picture."""
     pictures = np.zeros(len(sample.ids), bool)
     for slot in sample.slots:
         pictures[slot.start : slot.end] = True
@@ -238,9 +236,9 @@ def text_positions(sample: Sample) -> np.ndarray:
 
 
 def judged_positions(sample: Sample, tokenizer: Tokenizer) -> np.ndarray:
-    """The positions whose next token counts: those of the answers in a chat, else of all text.
+    """Return the positions whose next token is compared: answers in a chat, else all text.
 
-    A chat model was trained on its answers alone; what it would have asked itself is noise.
+    A chat model was trained on answers only; its predictions of questions are noise.
     """
     ids = sample.ids
     following = np.array(ids[1:])
@@ -258,15 +256,15 @@ def judged_positions(sample: Sample, tokenizer: Tokenizer) -> np.ndarray:
 def _scores(
     walks: list[Walk], heads: list[Weight], samples: Sequence[Sample], judged: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Of every judged position.
+    """Compute scores of every judged position.
 
     Returns
     -------
     nll : ndarray
-        The reference's, ``[positions]``.
+        Negative log likelihood of the reference, ``[positions]``.
     scores : list of ndarray
-        Of each other walk ``[4, positions]``: position, KL divergence, whether the top is the same, negative log
-        likelihood.
+        For each other walk ``[4, positions]``: position, KL divergence, whether the most likely token is the same,
+        negative log likelihood.
     """
     nll: list[np.ndarray] = []
     scores: list[list[np.ndarray]] = [[] for _ in walks[1:]]

@@ -1,4 +1,4 @@
-"""The picture of a `Report`: the divergence by position and the error by layer, each beside its noise floor."""
+"""Plot of a `Report`: divergence by position and error by layer, each with its noise floor."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ INK, GRID, LINE, FLOOR = (30, 30, 34), (224, 224, 228), (36, 84, 214), (150, 150
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse a name under which no picture can be written, before hours of work.
+    """Refuse a path that cannot be written as a picture, before hours of work.
 
     Raises
     ------
     QvlError
-        An ending of no image format, or a folder that is missing or not writable.
+        For an unknown extension, or a folder that is missing or not writable.
     """
     path = as_path(path)
     Image.init()
@@ -34,12 +34,12 @@ def check_path(path: str | Path) -> None:
 
 
 def plot(report: Report, path: str | Path, *, title: str) -> None:
-    """Draw a report with its noise floor into an image file, its format by its ending.
+    """Plot a report with its noise floor to an image file; the extension selects the format.
 
     Raises
     ------
     QvlError
-        When the file cannot be written.
+        If the file cannot be written.
     """
     check_path(path)
     image = Image.new("RGB", SIZE, "white")
@@ -61,7 +61,7 @@ def plot(report: Report, path: str | Path, *, title: str) -> None:
 
 
 def round_ticks(largest: float, most: int = 6) -> list[float]:
-    """Up to `most` multiples of 1, 2 or 5 times a power of ten, from 0 to the first that is not below `largest`."""
+    """Return at most `most` multiples of 1, 2 or 5 times a power of ten, from 0 to at least `largest`."""
     if not 0 < largest < math.inf:
         return [0.0, 1.0]
     exponent = math.floor(math.log10(largest))
@@ -79,7 +79,7 @@ def _panel(
     values: Sequence[float],
     floor: Sequence[float],
 ) -> None:
-    """One chart of two lines with its axis from 0; values that are not finite leave gaps."""
+    """Draw a chart of two lines with an axis from 0; values that are not finite are gaps."""
     left, right, bottom = MARGIN[0], SIZE[0] - 30, top + height
     ticks = round_ticks(max((v for v in (*values, *floor) if math.isfinite(v)), default=0))
     font = ImageFont.load_default(16)

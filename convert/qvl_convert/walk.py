@@ -1,7 +1,7 @@
-"""Many prompts through a model, one layer at a time: memory holds one layer and the activations.
+"""Runs many prompts through a model layer by layer: memory holds one layer and the activations.
 
-The layers are the runtime's own; only the order of the loops differs: all prompts pass a layer before the next layer
-is read. So a model far larger than memory can be run from its original files.
+The layers are those of the runtime; only the order of the loops differs: all prompts pass a layer before the next layer
+is read. A model larger than memory can therefore run from its original files.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ PICTURE_STAGES = ("patches", "vision", "adapter")
 
 
 class Published:
-    """A checkpoint as it was published, seen as a blob of fp16 weights."""
+    """A published checkpoint with the interface of a blob of fp16 weights."""
 
     def __init__(self, source: Source):
         self.source, self.config = source, source.checkpoint.config
         self._plans = {plan.spec.name: plan for plan in source.plan(Recipe(bits=16, vision_bits=16, head_bits=16))}
 
     def matrix(self, name: str) -> Matrix:
-        """A weight."""
+        """Return a weight."""
         return self.source.matrix(self._plans[name])
 
     def vector(self, name: str) -> np.ndarray:
-        """A float32 tensor."""
+        """Return a float32 tensor."""
         return self.source.checkpoint.vector(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of a model that all prompts pass before the next is read.
+    """A part of a model that all prompts pass before the next one is read.
 
     Attributes
     ----------
     kind : str
         "patches", "vision", "adapter", "embedding", "decoder" or "norm".
     index : int
-        Of a layer of ViT or decoder.
+        Index of a layer of ViT or decoder.
     matrices : tuple of str
         Base names of its matrices.
     """
@@ -65,12 +65,12 @@ class Stage:
 
 
 def stages(family: Family, config: Config) -> list[Stage]:
-    """The stages of a model, in order; "norm" leaves what the output head reads."""
+    """Return the stages of a model, in order; the output of "norm" is the input of the output head."""
     groups: dict[tuple[str, int], list[str]] = {}
     for spec in family.tensors(config):
         if isinstance(spec, MatrixSpec):
             groups.setdefault(family.stage_of(spec), []).append(spec.name)
-    groups.setdefault(("norm", 0), [])  # a tied head has no matrix of its own
+    groups.setdefault(("norm", 0), [])  # a tied head has no matrix
     return [Stage(kind, index, tuple(names)) for (kind, index), names in groups.items()]
 
 
@@ -85,31 +85,31 @@ class Prompted(Protocol):
 
 
 Steps = tuple[Callable[[int], Array], list[np.ndarray]]
-"""What computes the i-th result of a stage, and where the results belong."""
+"""A function for the i-th result of a stage, and the arrays of the results."""
 
 
 class Walk:
-    """Prompts on their way through a model.
+    """The state of prompts between the layers of a model.
 
     Parameters
     ----------
     ops : Ops
-        Of the weights that `run` is given, or the backend behind them.
+        The backend of the weights passed to `run`, or the one they wrap.
     family : Family
     config : Config
     prompts : sequence
-        With `ids` and `slots`. Pictures are decoded when they are needed.
+        Objects with `ids` and `slots`. Pictures are decoded when needed.
     reader : PictureReader, optional
-        Decodes them; needed if there are any.
+        Decodes pictures; required if there are any.
     spill : Path, optional
-        Folder for the activations, which else stay in memory.
+        Folder for the activations; by default they are in memory.
 
     Attributes
     ----------
     patches, features, hidden : list of ndarray
-        float32: of each picture (in order of the prompts) ``[rows, width]`` inside the ViT, and
-        ``[levels * tokens, hidden_size]``; of each prompt ``[T, hidden_size]``, after "norm" what the output head
-        reads.
+        float32: for each picture (in order of the prompts) ``[rows, width]`` in the ViT, and
+        ``[levels * tokens, hidden_size]``; for each prompt ``[T, hidden_size]``, after "norm" the input of the output
+        head.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Walk:
         self.features = self._room("features", rows)
 
     def run(self, stage: Stage, weights: Weights, *, keep: bool = True) -> None:
-        """Take all prompts through a stage; without `keep` only to see what its products are given."""
+        """Run all prompts through a stage; without `keep` the results are discarded."""
         step, target = self._steps(stage, weights)
         for i, array in enumerate(target):
             out = step(i)
@@ -147,15 +147,15 @@ class Walk:
         return self._decoder(weights, stage.index) if stage.kind == "decoder" else self._norm(weights)
 
     def outputs(self, stage: Stage) -> list[np.ndarray]:
-        """The arrays that a stage writes."""
+        """Return the arrays that a stage writes."""
         if stage.kind in ("patches", "vision"):
             return self.patches
         return self._level(stage.index) if stage.kind == "adapter" else self.hidden
 
     def logits(self, head: Weight, prompt: int, first: int = 0, rows: int = 64) -> Iterator[np.ndarray]:
-        """After "norm": a prompt's logits from a position on, float32 ``[rows, vocab]`` at a time.
+        """Yield a prompt's logits from a position on, float32 ``[rows, vocab]`` at a time; call it after "norm".
 
-        `head` is the output head; it is large, so the caller fetches it once.
+        `head` is the output head. It is large, so the caller loads it once.
         """
         for start in range(first, len(self.hidden[prompt]), rows):
             normed = self.hidden[prompt][start : start + rows].astype(self.ops.activation_dtype)
@@ -171,7 +171,7 @@ class Walk:
         return np.split(whole, np.cumsum([rows for rows, _ in shapes])[:-1])
 
     def _level(self, index: int) -> list[np.ndarray]:
-        """The rows of the features that one stage "adapter" makes."""
+        """Return the rows of the features that one stage "adapter" computes."""
         spans = ((index * picture.tokens, (index + 1) * picture.tokens) for picture in self._pictures)
         return [features[first:last] for features, (first, last) in zip(self.features, spans)]
 
@@ -183,11 +183,11 @@ class Walk:
         return lambda i: compute(self.patches[i], self._pixels(i)), self.outputs(stage)
 
     def _pixels(self, index: int) -> Pixels:
-        assert self._reader is not None, "pictures take a reader"
+        assert self._reader is not None, "pictures need a reader"
         return self._reader.decode(self._pictures[index].content)
 
     def _placed(self, prompt: int) -> list[Features]:
-        """The features of a prompt's pictures."""
+        """Return the features of a prompt's pictures."""
         before = sum(len(other.slots) for other in self.prompts[:prompt])
         return [
             Features(slot.start, slot.picture.tokens, self.ops.upload(self.features[before + i]))
@@ -232,7 +232,7 @@ class Walk:
         return step, self.hidden
 
     def _sequence(self, prompt: int) -> SequenceState:
-        """A cache of one layer, which every layer overwrites, set to the positions of a prompt."""
+        """Create a cache of one layer, which every layer overwrites, with the positions of a prompt."""
         if self._cache is None:
             longest = max(len(x) for x in self.hidden)
 
@@ -246,7 +246,7 @@ class Walk:
 
 
 def relative_error(arrays: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
-    """``|a - b| / |b|`` over all arrays; 0 where there is nothing."""
+    """Compute ``|a - b| / |b|`` over all arrays; 0 without values."""
     change, energy = (
         sum(float(np.square(x, dtype=np.float64).sum()) for x in values)
         for values in ((a - b for a, b in zip(arrays, reference)), reference)

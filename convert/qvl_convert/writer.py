@@ -1,7 +1,7 @@
-"""Writing a `.qvl` file: its whole layout is known first, then each tensor goes to its place, in any order.
+"""Writing a `.qvl` file: the layout is planned first, then tensors are written in any order.
 
-The file grows under a temporary name. Its header holds a hash per tensor, of fixed length, which is filled in as the
-tensor is written: so the header of an unfinished file says what is done, and `resume` needs no other journal.
+The file has a temporary name until it is complete. Its header has a hash of fixed length per tensor, which is set when
+the tensor is written: the header of an unfinished file lists the finished tensors, and `resume` needs no other journal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qvl_runtime.file.tensorfile import DTYPES
 DATA_ALIGNMENT = 4096
 PIECE = 16 << 20
 NO_HASH = "0" * 64
-# Wide and even sizes first, so that every tensor is naturally aligned without gaps, which safetensors forbids.
+# Wide and even sizes first, so that every tensor is aligned without gaps, which safetensors forbids.
 SUFFIX_ORDER = ("qweight", "scales")
 DTYPE_ORDER = ("float32", "int32", "float16", "uint8")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -39,7 +39,7 @@ def _order(name: str, dtype: np.dtype) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """What a file is called until it is finished."""
+    """Return the temporary name of an unfinished file."""
     return path.with_name(path.name + ".partial")
 
 
@@ -49,24 +49,24 @@ class BlobWriter:
     Parameters
     ----------
     path : Path
-        The finished file; until then ``path.partial``.
+        The finished file; its temporary name is ``path.partial``.
     layout : dict
-        Shape and dtype of every tensor, in the order in which the model uses them.
+        Shape and dtype of every tensor, in the model's order of use.
     metadata : dict of str to str
         The header's metadata, without `hashes`.
     resume : bool
-        Take up an unfinished file, if there is one.
+        Resume an unfinished file, if there is one.
     force : bool
-        Replace a finished file, or begin an unfinished one anew.
+        Replace a finished file, and discard an unfinished one.
 
     Raises
     ------
     QvlError
-        When the file exists, the unfinished one was made from something else, or the disk is full.
+        If the file exists, the unfinished file has other settings, or the disk is full.
 
     Notes
     -----
-    As a context manager: an error of the input (`QvlError`) removes the unfinished file, anything else leaves it.
+    As a context manager: invalid input (`QvlError`) removes the unfinished file; other exceptions leave it.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
@@ -155,23 +155,23 @@ class BlobWriter:
         return digest.hexdigest()
 
     def done(self, name: str) -> bool:
-        """Whether a tensor is in the file already."""
+        """Whether a tensor is finished."""
         return name in self._done
 
     @property
     def written(self) -> int:
-        """Bytes of the file that are done."""
+        """Number of finished bytes of the file."""
         return len(self._header) + sum(stop - start for start, stop in (self._spans[name] for name in self._done))
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor to its place."""
+        """Write a tensor at its offset."""
         shape, dtype = self._layout[name]
         if array.shape != shape or array.dtype != dtype:
             raise RuntimeError(f"{name}: planned {dtype} {shape}, made {array.dtype} {array.shape}")
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._file.seek(self._spans[name][0])
         self._file.write(data)
-        # The tensor must be in the file before its hash says so.
+        # The tensor must be written before its hash.
         self._file.flush()
         self._file.seek(self._hash_at[name])
         self._file.write(hashlib.sha256(data).hexdigest().encode())
@@ -179,19 +179,19 @@ class BlobWriter:
         self._done.add(name)
 
     def write_matrix(self, name: str, matrix: Matrix) -> None:
-        """Write the arrays of a matrix to their places."""
+        """Write the arrays of a matrix."""
         for suffix, array in matrix_arrays(matrix).items():
             self.write(f"{name}.{suffix}", array)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor that was written."""
+        """Read a finished tensor."""
         array = np.empty(*self._layout[name])
         self._file.seek(self._spans[name][0])
         self._file.readinto(array.reshape(-1).view(np.uint8).data)
         return array
 
     def finish(self) -> None:
-        """Give the complete file its name."""
+        """Rename the complete file."""
         if missing := [name for name in self._layout if name not in self._done]:
             raise RuntimeError(f"{self.path}: {missing[0]} was never written")
         os.fsync(self._file.fileno())
@@ -213,7 +213,7 @@ class BlobWriter:
 
 
 def matrix_arrays(matrix: Matrix) -> dict[str, np.ndarray]:
-    """The arrays of a matrix by the suffix they have in the file."""
+    """Return the arrays of a matrix by suffix in the file."""
     arrays = {
         "weight" if matrix.bits == 16 else "qweight": matrix.weight,
         "scales": matrix.scales,
