@@ -2,7 +2,8 @@
 
     python bench/batch_job.py speed --rows 2000      rows a second, side by side and one at a time, in turns
     python bench/batch_job.py kills --count 20       killed at random moments, and gone on with
-    python bench/batch_job.py ray                    three machines of a Ray cluster, one of which is lost, and a worker
+    python bench/batch_job.py ray --count 20         three machines of a Ray cluster; workers, machines, the command are
+                                                     killed at random moments, and at last the head
 
 `kills` and `ray` compare every byte with an undisturbed run, and end with status 1 where one differs. The last line is
 JSON.
@@ -19,8 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ from qvl_runtime.demo.scenes import draw, random_scene
 
 ROWS_A_PICTURE = 4
 BAD = 0.01
+SMALL = {"object_store_memory": 80 << 20}
+"""Of each machine of a cluster, all of which are this one."""
+SETTINGS = {
+    # A machine that stands still for a while, as a busy one does, is not lost.
+    "RAY_health_check_timeout_ms": "120000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+}
+VICTIMS = ("worker", "machine", "command")
 
 
 def main() -> None:
@@ -124,43 +134,98 @@ def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"kills": arguments.count, "in_the_middle": resumed, "differing": differing, "equal": not differing}
 
 
+class Machines:
+    """A Ray cluster whose machines are processes here: a head, and two more."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SMALL})
+        self._others = [self._cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
+        self.address = self._cluster.address
+
+    def lose(self, victim: str, rng: random.Random) -> bool:
+        """Kill a worker, another machine (a new one takes its place), or the head; whether there was one."""
+        if victim == "worker":
+            found = list(workers())
+            if found:
+                os.kill(rng.choice(found), signal.SIGKILL)
+            return bool(found)
+        lost = self._cluster.head_node
+        if victim == "machine":
+            lost = self._others.pop(rng.randrange(len(self._others)))
+            self._others.append(self._cluster.add_node(num_cpus=1, **SMALL))
+        self._cluster.remove_node(lost, allow_graceful=False)
+        return True
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
 def lost(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from ray.cluster_utils import Cluster
-
+    os.environ |= SETTINGS
     whole, _ = undisturbed(folder)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    out = folder / "out"
-    job = subprocess.Popen(command(folder, out, "--ray", cluster.address, "--ship-model"), stdout=subprocess.DEVNULL)
-    killed = []
+    rng, out, machines = random.Random(arguments.seed), folder / "out", Machines()
+    victims = [VICTIMS[i % len(VICTIMS)] for i in range(arguments.count)]
+    rng.shuffle(victims)
+    kills, in_the_middle, differing, finished = Counter[str](), 0, 0, 0
 
-    def disturb() -> None:
-        for victim in ("worker", "machine"):
-            before = len(parts(out)) if out.exists() else 0
-            while job.poll() is None and (not out.exists() or len(parts(out)) < before + 3):
-                time.sleep(0.1)
-            if job.poll() is None:
-                if victim == "worker":
-                    os.kill(next(workers()), signal.SIGKILL)
-                else:
-                    cluster.remove_node(nodes[0], allow_graceful=False)
-                killed.append(victim)
-                print(f"a {victim} was lost at {len(parts(out))} of {len(whole)} files", flush=True)
+    def started() -> subprocess.Popen[bytes]:
+        ray = ["--ray", machines.address, "--ship-model"]
+        return subprocess.Popen(command(folder, out, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    code = job.wait()
-    thread.join()
-    cluster.shutdown()
-    equal = code == 0 and parts(out) == whole and killed == ["worker", "machine"]
-    return {"lost": killed, "status": code, "equal": equal}
+    def ended(job: subprocess.Popen[bytes]) -> None:
+        nonlocal differing, finished
+        told = job.communicate()[1]
+        finished += 1
+        if job.returncode or parts(out) != whole:
+            differing += 1
+            print(f"status {job.returncode}: {told.decode()[-2000:]}", flush=True)
+        shutil.rmtree(out)
+
+    job = started()
+    for victim in [*victims, "head"]:
+        while True:
+            after, until = len(written(out)) + rng.randrange(4), time.monotonic() + rng.uniform(0, 4)
+            while job.poll() is None and (len(written(out)) < after or time.monotonic() < until):
+                time.sleep(0.05)
+            if job.poll() is not None:
+                ended(job)
+                job = started()
+            elif victim == "command":
+                job.kill()
+                break
+            elif machines.lose(victim, rng):
+                break
+        kills[victim] += 1
+        there = written(out)
+        in_the_middle += 0 < len(there) < len(whole)
+        differing += any(whole.get(name) != content for name, content in there.items())
+        print(f"a {victim} was lost at {len(there)} of {len(whole)} files; {differing} differ so far", flush=True)
+        if victim == "head":
+            print(f"the command ended with status {job.wait()}")
+            machines.close()
+            machines = Machines()
+        if victim in ("head", "command"):
+            job.communicate()
+            job = started()
+    ended(job)
+    machines.close()
+    told = {"in_the_middle": in_the_middle, "jobs": finished, "differing": differing, "equal": not differing}
+    return {"lost": dict(kills), **told}
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """What a job has done so far, without what it is writing."""
+    found = parts(out) if out.exists() else {}
+    return {name: content for name, content in found.items() if not name.startswith(".")}
 
 
 def workers() -> Iterator[int]:
     """Processes of Ray that compute rows."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"ray::" in path.read_bytes() and b"Worker" in path.read_bytes():
+            if b"_RayWorker" in path.read_bytes():
                 yield int(path.parent.name)
         except OSError:
             continue

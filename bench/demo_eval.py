@@ -52,8 +52,13 @@ def table(documents: dict[str, dict]) -> str:
                 text += f" ({low:+.1f} to {high:+.1f})"
             cells.append(text)
         lines.append(f"| {task} | {document['metric']} | " + " | ".join(cells) + " |")
-    models = next(iter(documents.values()))["models"]
-    lines.append("| file | | " + " | ".join(f"{model['size'] / 1e6:.1f} MB" for model in models) + " |")
+    by_model = list(zip(*(document["models"] for document in documents.values())))
+    for name, cell in (
+        ("time", lambda tasks: f"{sum(task['seconds'] for task in tasks):.0f} s"),
+        ("memory", lambda tasks: f"{max(task['peak_memory'] or 0 for task in tasks) / 1e6:.0f} MB"),
+        ("file", lambda tasks: f"{tasks[0]['size'] / 1e6:.1f} MB"),
+    ):
+        lines.append(f"| {name} | | " + " | ".join(map(cell, by_model)) + " |")
     return "\n".join(lines)
 
 

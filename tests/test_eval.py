@@ -92,7 +92,9 @@ def test_the_bench_makes_one_table(monkeypatch, world, demo, tmp_path):
     monkeypatch.setattr(demo_tasks, "TASKS", ("nocaps", "vqav2", "docvqa", "refcoco_val"))
     documents = demo_eval.run(tmp_path, 1, 5, "calm digits", ["int8"], "cpu")
     lines = demo_eval.table(documents).splitlines()
-    assert len(lines) == 7 and lines[0].endswith("| demo |") and "| vqav2 | VQA accuracy | 100.0 |" in lines
+    assert len(lines) == 9 and lines[0].endswith("| demo |") and "| vqav2 | VQA accuracy | 100.0 |" in lines
+    last = [line.split("|")[1].strip() for line in lines[-3:]]
+    assert last == ["time", "memory", "file"] and f" {demo.stat().st_size / 1e6:.1f} MB " in lines[-1]
 
 
 class Stopped(Exception):
