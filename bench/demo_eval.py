@@ -69,9 +69,11 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="keep files and answers here, and go on with those that are there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        documents = run(Path(folder), args.count, args.seed, args.level, args.kinds, args.device)
+        kept = args.folder or Path(folder)
+        documents = run(kept, args.count, args.seed, args.level, args.kinds, args.device)
     print(f"{args.count} questions a task; in brackets the 95% interval of the difference from {args.kinds[0]}")
     print(table(documents))
     print(json.dumps({"bench": "demo_eval", "count": args.count, "seed": args.seed, "tasks": documents}))

@@ -176,8 +176,9 @@ def columns(paths: list[Path], kinds: list[str], level: str, folder: Path) -> It
             convert(path, out := folder / f"{path.name}.qvl", bits=16)
             yield path.name, out
     for kind in [] if paths else kinds:
-        recipe = KINDS[kind] | (calibrated(folder / "known", level) if kind.endswith("GPTQ") else {})
-        convert(checkpoint_folder(), out := folder / f"{kind}.qvl", **recipe)
+        if not (out := folder / f"{kind}.qvl").exists():
+            recipe = KINDS[kind] | (calibrated(folder / "known", level) if kind.endswith("GPTQ") else {})
+            convert(checkpoint_folder(), out, **recipe)
         yield kind, out
 
 

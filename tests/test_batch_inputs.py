@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from qvl_runtime.batch import jsonl, on_ray
+from qvl_runtime.batch import jsonl, on_ray, shards
 from qvl_runtime.batch.answers import located
 from qvl_runtime.batch.processes import memory_nodes
 from qvl_runtime.batch.sources import open_source
@@ -108,21 +108,21 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
         open_source(tmp_path)
 
 
-def test_samples_of_tar_files(tmp_path):
-    def add(tar, name, content):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+def add(tar, name, content=b"x", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(content))
 
+
+def test_samples_of_tar_files(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         add(tar, "x/001.png", b"picture")
         add(tar, "x/001.txt", "问题".encode())
         add(tar, "x/002.left.jpg", b"left")
         add(tar, "x/002.right.jpg", b"right")
         add(tar, "x/002.json", json.dumps({"id": "two", "prompt": "Which?"}).encode())
-        link = tarfile.TarInfo("x/003.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
     with tarfile.open(tmp_path / "1.tar", "w") as tar:
         add(tar, "003.png", b"third")
         add(tar, "004.json", b"[1]")
@@ -137,6 +137,65 @@ def test_samples_of_tar_files(tmp_path):
     (tmp_path / "2.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(QvlError, match="cannot be read as a tar file"):
         open_source(tmp_path)
+
+
+def test_what_is_no_file_in_a_tar_is_a_bad_row(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "x", b"", type=tarfile.DIRTYPE)
+        add(tar, "x/._001.png", b"of macOS")
+        add(tar, "x/001.png", b"one")
+        add(tar, "x/002.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "x/003.png", b"", type=tarfile.LNKTYPE, linkname="x/001.png")
+        add(tar, "/etc/004.png", b"four")
+        add(tar, "../005.png", b"five")
+        add(tar, "006.png", b"six")
+        add(tar, "006.png", b"another")
+        add(tar, "007.png", b"", type=tarfile.FIFOTYPE)
+        add(tar, "008.txt", b"y" * (shards.MAX_TEXT + 1))
+    source = open_source(tmp_path / "in.tar")
+    rows = source.rows(0, len(source))
+    assert [(row.id, row.pictures) for row in rows if row.error is None] == [
+        ("x/001", (b"one",)), ("/etc/004", (b"four",)), ("../005", (b"five",)),
+    ]  # fmt: skip
+    told = {row.id: row.error for row in rows if row.error is not None}
+    assert list(told) == ["x/002", "x/003", "006", "007", "008"]
+    assert all("put the file itself" in told[key] for key in ("x/002", "x/003", "007"))
+    assert "two files '006.png'" in told["006"] and "more than 1 MiB" in told["008"]
+
+
+@pytest.mark.parametrize("size", [-1, -1536, -(1 << 62), 1 << 62, 1 << 20])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
+def test_impossible_sizes_in_a_tar_are_refused(tmp_path, size, kind):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "001.png", b"p" * 600)
+        add(tar, "002.png", b"p" * 600)
+    content = bytearray((tmp_path / "in.tar").read_bytes())
+    header = content[1536:2048]
+    header[124:136], header[156:157] = tarfile.itn(size, 12, tarfile.GNU_FORMAT), kind
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    content[1536:2048] = header
+    (tmp_path / "in.tar").write_bytes(content)
+    with pytest.raises(QvlError, match="cannot be read as a tar file"):
+        open_source(tmp_path / "in.tar")
+
+
+def test_a_tar_that_is_cut_off_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        add(tar, "001.png", b"p" * 600)
+    content = (tmp_path / "whole.tar").read_bytes()
+    for length in (511, 700, 1200):
+        (tmp_path / "in.tar").write_bytes(content[:length])
+        with pytest.raises(QvlError, match="cannot be read as a tar file"):
+            open_source(tmp_path / "in.tar")
+
+
+def test_another_prompt_of_the_same_length_is_another_input(tmp_path):
+    found = []
+    for prompt in (b"What is red?", b"What is blu?"):
+        with tarfile.open(tmp_path / "in.tar", "w") as tar:
+            add(tar, "001.txt", prompt)
+        found.append(open_source(tmp_path / "in.tar").fingerprint())
+    assert found[0] != found[1]
 
 
 def test_rows_of_parquet_files(tmp_path):
@@ -155,12 +214,39 @@ def test_rows_of_parquet_files(tmp_path):
         ("a", "1", (b"x",)), ("b", None, (b"y",)), ("c", "3", ()), ("d", None, (b"z",)),
     ]  # fmt: skip
     assert source.rows(1, 3) == rows[1:3]
+    other = tables[0].set_column(1, "prompt", pa.array(["2", None, "3"]))
+    pyarrow.parquet.write_table(other, tmp_path / "0.parquet", row_group_size=2)
+    assert source.fingerprint() != open_source(tmp_path).fingerprint()
     pyarrow.parquet.write_table(tables[0], tmp_path / "2.parquet")
     with pytest.raises(QvlError, match=r"2.parquet: row 1 has the id 'a' of"):
         open_source(tmp_path)
     pyarrow.parquet.write_table(pa.table({"name": ["a"]}), tmp_path / "2.parquet")
     with pytest.raises(QvlError, match="has no column id"):
         open_source(tmp_path)
+
+
+def test_parquet_files_that_are_broken_are_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "in.parquet"
+    table = pa.table({"id": [f"{i:04d}" for i in range(50)], "image": [b"%04d" % i for i in range(50)]})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="zstd")
+    content, read = path.read_bytes(), 0
+    for place in range(0, len(content), 23):
+        path.write_bytes(
+            content[:place] + bytes(255 - byte for byte in content[place : place + 7]) + content[place + 7 :]
+        )
+        try:
+            source = open_source(path)
+            source.rows(0, len(source))
+            read += 1
+        except QvlError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert read < len(content) // 46
+    path.write_bytes(content[:-1])
+    with pytest.raises(QvlError, match="cannot be read as Parquet"):
+        open_source(path)
 
 
 def test_pictures_stay_below_their_folder(tmp_path):
@@ -170,6 +256,10 @@ def test_pictures_stay_below_their_folder(tmp_path):
     assert located("a/b.png", tmp_path / "in") == (tmp_path / "in/a/b.png").resolve()
     assert located("data:image/png;base64,", tmp_path) == "data:image/png;base64,"
     for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "/etc/passwd"):
+        with pytest.raises(QvlError, match="is not below"):
+            located(name, tmp_path / "in")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    for name in ("a\0b.png", "\ud800.png", "loop", "loop/a.png"):
         with pytest.raises(QvlError, match="is not below"):
             located(name, tmp_path / "in")
 

@@ -35,7 +35,7 @@ class PictureFolder:
         ids = Ids()
         size = 0
         for name in self._names:
-            ids.add(name, name)
+            ids.add(Row(0, name), name)
             size += (self.root / name).stat().st_size
         return {"pictures": len(self), "bytes": size, "names": ids.hexdigest()}
 

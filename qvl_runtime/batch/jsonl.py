@@ -32,7 +32,7 @@ class JsonLines:
                 if count % INDEX_EVERY == 0:
                     offsets.append((offset, number))
                 digest.update(line if line is not None else b"-")
-                ids.add(self._row(count, number, line).id, f"{path}: line {number}")
+                ids.add(self._row(count, number, line), f"{path}: line {number}")
                 count += 1
         self._count, self._offsets = count, np.array(offsets, np.int64).reshape(-1, 2)
         self._fingerprint = {"lines": count, "sha256": digest.hexdigest()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,10 +50,11 @@ class ParquetFiles:
                     self._groups.append((index, group))
                     self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
                 place = 0
-                for batch in file.iter_batches(SCAN_ROWS, columns=["id"]):
-                    for value in batch.column(0).to_pylist():
+                columns = [name for name in ("id", "prompt") if name in file.schema_arrow.names]
+                for batch in file.iter_batches(SCAN_ROWS, columns=columns):
+                    for fields in batch.to_pylist():
                         place += 1
-                        ids.add(row_of_fields(0, {"id": value}).id, f"{path}: row {place}")
+                        ids.add(row_of_fields(0, fields), f"{path}: row {place}")
         self._ids = ids.hexdigest()
 
     def __len__(self) -> int:
@@ -79,14 +81,19 @@ class ParquetFiles:
                     number += 1
 
 
-def _opened(path: Path) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     arrow = pyarrow()
     if not path.is_file():
         raise QvlError(f"{path}: no such file, or no regular one; name the input")
     try:
-        return arrow.parquet.ParquetFile(path)
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise QvlError(f"{path}: cannot be read as Parquet ({error}); check the file") from None
+        with arrow.parquet.ParquetFile(path) as file:
+            yield file
+    except QvlError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise QvlError(f"{path}: cannot be read as Parquet ({reason}); check the file") from None
 
 
 def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:

@@ -62,31 +62,32 @@ class Source(Protocol):
 
 
 class Ids:
-    """The ids of an input, which must be unique."""
+    """The ids of an input, which must be unique, and a hash of its ids and prompts."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, str] = {}
         self._digest = hashlib.sha256()
 
-    def add(self, row_id: str | None, where: str) -> None:
-        """Add the next row's id; `where` is its place for errors.
+    def add(self, row: Row, where: str) -> None:
+        """Add the next row; `where` is its place for errors.
 
         Raises
         ------
         QvlError
             If an earlier row has the same id.
         """
-        written = b"-" if row_id is None else b"+" + row_id.encode("utf-8", "surrogatepass")
-        self._digest.update(len(written).to_bytes(8, "little") + written)
-        if row_id is None:
+        for text in (row.id, row.prompt):
+            written = b"-" if text is None else b"+" + text.encode("utf-8", "surrogatepass")
+            self._digest.update(len(written).to_bytes(8, "little") + written)
+        if row.id is None:
             return
-        key = hashlib.blake2b(written, digest_size=16).digest()
+        key = hashlib.blake2b(row.id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key in self._seen:
-            raise QvlError(f"{where} has the id {row_id[:80]!r} of {self._seen[key]}; give each row an id of its own")
+            raise QvlError(f"{where} has the id {row.id[:80]!r} of {self._seen[key]}; give each row an id of its own")
         self._seen[key] = where
 
     def hexdigest(self) -> str:
-        """Return a hash of all ids in order."""
+        """Return a hash of all ids and prompts in order."""
         return self._digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """WebDataset tar files as rows: members with the same name up to the first dot are one row.
 
-``000.jpg`` and ``000.txt`` are a picture and its prompt; ``000.json`` may give "id" and "prompt" instead.
+``000.jpg`` and ``000.txt`` are a picture and its prompt; ``000.json`` may give "id" and "prompt" instead. Nothing is
+unpacked, and no link is followed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from qvl_runtime.batch.folder import SUFFIXES
 from qvl_runtime.batch.rows import Ids, Row, row_of_fields
@@ -25,11 +26,13 @@ MAX_TEXT = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """The location of a file in a shard."""
+    """The location of a file in a shard; `error` says why it cannot be read."""
 
+    name: str
     suffix: str
     offset: int
     size: int
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class TarShards:
         self._samples = [sample for shard, path in enumerate(paths) for sample in _samples(shard, path)]
         ids = Ids()
         for number, sample in enumerate(self._samples):
-            ids.add(self._row(number).id, f"{self._paths[sample.shard]}: {sample.key}")
+            ids.add(self._row(number), f"{self._paths[sample.shard]}: {sample.key}")
         self._ids = ids.hexdigest()
 
     def __len__(self) -> int:
@@ -68,6 +71,8 @@ class TarShards:
         fields: dict[str, Any] = {"id": sample.key, "images": []}
         with open_regular(self._paths[sample.shard]) as file:
             for member in sample.members:
+                if member.error is not None:
+                    return Row(number, sample.key, error=member.error)
                 limit = MAX_FILE_BYTES if member.suffix in SUFFIXES else MAX_TEXT
                 if member.size > limit:
                     return Row(number, sample.key, error=f"a file {member.suffix} has more than {limit >> 20} MiB")
@@ -89,28 +94,53 @@ class TarShards:
 
 
 def _samples(shard: int, path: Path) -> Iterator[Sample]:
-    key, members = "", list[Member]()
-    for name, offset, size in _members(path):
-        whole = PurePosixPath(name)
+    key, members = "", dict[str, Member]()
+    for member in _members(path):
+        whole = PurePosixPath(member.name)
         stem, dot, _ = whole.name.partition(".")
         here = os.fspath(whole.parent / stem)
-        if not dot:
+        if not dot or not stem:  # macOS adds a file ._NAME to many
             continue
         if here != key and members:
-            yield Sample(shard, key, tuple(members))
-            members = []
+            yield Sample(shard, key, tuple(members.values()))
+            members = {}
         key = here
-        members.append(Member(whole.suffix.lower(), offset, size))
+        if member.name in members:
+            member = dataclasses.replace(member, error=f"there are two files {member.name[:200]!r}")
+        members[member.name] = member
     if members:
-        yield Sample(shard, key, tuple(members))
+        yield Sample(shard, key, tuple(members.values()))
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+class _Headers:
+    """A tar file that only headers are read of. Their sizes are not believed: memory would be taken for them."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_TEXT:
+            raise tarfile.ReadError("a header in it has an impossible size")
+        return self._file.read(size)
+
+
+def _members(path: Path) -> Iterator[Member]:
     try:
-        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
+            size, before = os.fstat(file.fileno()).st_size, -1
             for member in tar:
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
+                # Sizes below zero would lead back to the same members for ever.
+                if member.size < 0 or not before < tar.offset <= size:  # type: ignore[attr-defined]
+                    raise tarfile.ReadError("a file in it has an impossible size")
+                before = tar.offset  # type: ignore[attr-defined]
+                if not member.isdir():
+                    suffix = PurePosixPath(member.name).suffix.lower()
+                    error = None
+                    if not member.isreg() or member.issparse():
+                        error = f"{member.name[:200]!r} is a link or no plain file; put the file itself into the tar"
+                    yield Member(member.name, suffix, member.offset_data, member.size, error)
                 tar.members = []  # type: ignore[attr-defined]  # It would keep them all.
-    except tarfile.TarError as error:
+    except QvlError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise QvlError(f"{path}: cannot be read as a tar file ({error}); unpack .tar.gz and others first") from None

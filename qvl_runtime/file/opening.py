@@ -96,8 +96,11 @@ def as_path(value: str | os.PathLike) -> Path:
 
 
 def below(folder: Path, name: str | os.PathLike) -> Path | None:
-    """Resolve `name` against `folder`, following links; None if the result lies outside `folder`."""
-    path = Path(folder, name).resolve()
+    """Resolve `name` against `folder`, following links; None if the result lies outside, or no file can have the name."""
+    try:
+        path = Path(folder, name).resolve()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a link to itself
+        return None
     return path if path.is_relative_to(folder.resolve()) else None
 
 
