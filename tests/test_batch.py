@@ -1,7 +1,9 @@
 """A batch job: every row once, the same bytes whatever happens in between."""
 
 import base64
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -61,6 +63,20 @@ def worker(folder, spec):
 
 
 @pytest.fixture(scope="module")
+def known(worker):
+    """`worker`, which computes a task once and then knows it."""
+    seen = {}
+
+    def run(tasks, on_computed):
+        for task in tasks:
+            if task not in seen:
+                worker([task], lambda computed: seen.update({computed.task: computed}))
+            on_computed(seen[task])
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def undisturbed(job, worker, tmp_path_factory):
     """The bytes of a job that ran through."""
     out = tmp_path_factory.mktemp("whole") / "out"
@@ -102,7 +118,8 @@ def test_a_bad_row_costs_nothing_else(undisturbed):
 
 
 @pytest.mark.parametrize("stopped", [0, 1, 3])
-def test_a_stopped_job_goes_on_to_the_same_bytes(job, worker, undisturbed, tmp_path, stopped):
+def test_a_stopped_job_goes_on_to_the_same_bytes(job, worker, known, undisturbed, tmp_path, stopped):
+    runner = worker if stopped == 1 else known
     calls = []  # one before the first block, and one after each, in whatever order they end
 
     def stop(progress):
@@ -111,13 +128,13 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(job, worker, undisturbed, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        job(tmp_path / "out").run(worker, on_progress=stop)
+        job(tmp_path / "out").run(runner, on_progress=stop)
     (tmp_path / "out" / ".part-000002.jsonl.0123.partial").write_bytes(b"half")
     asked = []
 
     def counted(tasks, on_computed):
         asked.extend(task.block for task in tasks)
-        worker(tasks, on_computed)
+        runner(tasks, on_computed)
 
     assert job(tmp_path / "out").run(counted).rows == ROWS
     assert len(asked) == -(-ROWS // BLOCK) - stopped
@@ -129,14 +146,14 @@ def test_blocks_may_come_in_any_order(job, worker, undisturbed, tmp_path):
     assert parts(tmp_path / "out") == undisturbed
 
 
-def test_only_failed_rows_are_asked_again(job, worker, undisturbed, tmp_path, folder):
+def test_only_failed_rows_are_asked_again(job, known, undisturbed, tmp_path, folder):
     out = tmp_path / "out"
-    job(out).run(worker)
+    job(out).run(known)
     asked = []
 
     def counted(tasks, on_computed):
         asked.extend(tasks)
-        worker(tasks, on_computed)
+        known(tasks, on_computed)
 
     (folder / "missing.png").write_bytes((folder / "a.png").read_bytes())
     try:
@@ -149,13 +166,13 @@ def test_only_failed_rows_are_asked_again(job, worker, undisturbed, tmp_path, fo
     assert [i for i in range(ROWS) if before[i] != after[i]] == [4] and after[4]["text"]
 
 
-def test_too_many_failures_stop_a_job(job, worker, tmp_path):
+def test_too_many_failures_stop_a_job(job, known, tmp_path):
     with pytest.raises(QvlError, match=r"2 of 11 rows failed, more than a share of 0.1.*is not below"):
-        job(tmp_path / "out", max_failures=0.1).run(worker)
+        job(tmp_path / "out", max_failures=0.1).run(known)
     assert len(parts(tmp_path / "out")) > 1  # what was done stays
 
 
-def test_a_folder_belongs_to_one_job(job, worker, tmp_path):
+def test_a_folder_belongs_to_one_job(job, tmp_path):
     out = tmp_path / "out"
     job(out).run(lambda tasks, on_computed: None)
     for changes in ({"block": 4}, {"asked": options(seed=1)}, {"source": "."}):
@@ -176,6 +193,81 @@ def test_two_jobs_do_not_write_to_one_folder(job, tmp_path):
             job(out).run(lambda tasks, on_computed: None)
 
     job(out).run(another)
+
+
+def test_rows_of_any_kind_end_no_job(spec, folder, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+
+    images = [
+        "a\0.png",
+        "\ud800.png",
+        "loop",
+        "rows.jsonl",
+        ".",
+        "http://127.0.0.1:1/a.png",
+        "data:,x",
+        None,
+        "x" * 5000,
+    ]
+    rows = [{"prompt": QUESTIONS[0], "image": image} for image in images]
+    rows += [{"prompt": "\ud800", "image": "a.png"}, {"prompt": "x" * 60_000}, {"prompt": 3}, {"images": ["a.png"]}]
+    lines = [json.dumps({"id": f"\ud800{i}", **row}) for i, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(["{", *lines]) + "\n")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a.png").write_bytes((folder / "a.png").read_bytes())
+    source, asked = open_source(tmp_path / "rows.jsonl"), options(generate={"max_new_tokens": 2})
+    found = {}
+    for form in ("jsonl", "parquet"):
+        out = tmp_path / form
+        assert (
+            Job(spec, source, out, asked, block=64, form=form, max_failures=1).run(Worker(spec, source, asked)).failed
+            == 12
+        )
+        found[form] = parts(out)[f"part-000000.{form}"]
+    records = [json.loads(line) for line in found["jsonl"].splitlines()]
+    assert pa.parquet.read_table(pa.BufferReader(found["parquet"])).to_pylist() == records
+    assert [record["row"] for record in records if not is_failed(record)] == [8, 10] and records[8]["id"] == "?7"
+
+
+def test_answers_to_openais_lines_are_no_table(job, tmp_path):
+    pytest.importorskip("pyarrow")
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(QvlError, match="no place for the answers to OpenAI's lines"):
+        job(tmp_path / "out", source=tmp_path / "in.jsonl", form="parquet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_whole_blocks(job, known, undisturbed, tmp_path, monkeypatch):
+    left, sync = [4], os.fsync
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    work = job(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        work.run(known)
+    monkeypatch.undo()
+    there = parts(tmp_path / "out")
+    assert 1 < len(there) < len(undisturbed) and there.items() < undisturbed.items()
+    job(tmp_path / "out").run(known)
+    assert parts(tmp_path / "out") == undisturbed
+
+
+def test_a_folder_of_another_kind_is_refused(job, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((QvlError, OSError)):
+        job(tmp_path / "file")
+    for content in (b"", b"[]", b"{}", b"\xff", b'{"qvl": 1}'):
+        out = tmp_path / f"out{content.hex()}"
+        out.mkdir()
+        (out / "job.json").write_bytes(content)
+        with pytest.raises(QvlError, match="take another folder"):
+            job(out)
 
 
 def test_processes_give_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
@@ -236,13 +328,25 @@ def test_the_command(demo_model, folder, tmp_path, capsys):
     assert drawn == {f"{row['row']:06d}-{row['id']}.png" for row in found if row["boxes"]} and drawn
 
 
-def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys):
+def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys, monkeypatch):
     command = ["batch", str(demo_model.blob.path), str(folder / "rows.jsonl"), str(tmp_path / "out")]
     for more, told in ((["--max-failures", "2"], "a share"), (["--format", "csv"], "csv"), (["--ship-model"], "--ray")):
         with pytest.raises(SystemExit) as left:
             main(command + more)
         assert left.value.code == 1 and told in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    inside = [*command[:2], str(folder), command[3], "--prompt", "x", "--draw", str(folder / "drawn")]
+    with pytest.raises(SystemExit) as left:
+        main(inside)
+    assert left.value.code == 1 and "is in the input" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (folder / "drawn").exists()
+
+    def interrupted(self, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "_question", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 130 and list(parts(tmp_path / "out")) == ["job.json"]
 
 
 def test_ray_gives_the_same_bytes(job, undisturbed, tmp_path, spec, folder):

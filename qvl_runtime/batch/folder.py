@@ -16,6 +16,8 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", "
 class PictureFolder:
     """The pictures below a folder, sorted by path; the paths are the ids. See `Source`."""
 
+    openai = False
+
     def __init__(self, path: Path):
         self.root = path
         self._names: list[str] = []

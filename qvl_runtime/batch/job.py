@@ -175,6 +175,8 @@ class Job:
     ):
         self._source, self._block, self._max_failures, self._drawings = source, block, max_failures, drawings
         self._options = options
+        if source.openai and form != "jsonl":
+            raise QvlError(f"--format {form} has no place for the answers to OpenAI's lines; take jsonl")
         self._parts = Parts(out, form, -(-len(source) // block))
         blob = Blob(model.path)
         self._upright = blob.family.upright

@@ -25,14 +25,16 @@ class JsonLines:
     """Lines of ``{"id", "prompt", "image" or "images"}``, or of OpenAI's batch format; see `Source`."""
 
     def __init__(self, path: Path, root: Path):
-        self.path, self.root = path, root
+        self.path, self.root, self.openai = path, root, False
         ids, offsets, count, digest = Ids(), [], 0, hashlib.sha256()
         with open_regular(path, remedy="name the input") as file:
             for offset, number, line in _lines(file):
                 if count % INDEX_EVERY == 0:
                     offsets.append((offset, number))
                 digest.update(line if line is not None else b"-")
-                ids.add(self._row(count, number, line), f"{path}: line {number}")
+                row = self._row(count, number, line)
+                self.openai |= row.body is not None
+                ids.add(row, f"{path}: line {number}")
                 count += 1
         self._count, self._offsets = count, np.array(offsets, np.int64).reshape(-1, 2)
         self._fingerprint = {"lines": count, "sha256": digest.hexdigest()}

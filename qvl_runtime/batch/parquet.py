@@ -35,6 +35,8 @@ def pyarrow() -> Any:
 class ParquetFiles:
     """Columns "id", "prompt", and "image" or "images" of some Parquet files; see `Source`."""
 
+    openai = False
+
     def __init__(self, paths: Sequence[Path], root: Path):
         self.root, self._paths = root, list(paths)
         self._groups: list[tuple[int, int]] = []

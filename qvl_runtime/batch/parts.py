@@ -52,7 +52,9 @@ class Parts:
 
     def write(self, block: int, records: Sequence[Record]) -> None:
         """Write a block atomically."""
-        content = to_parquet(records) if self._form == "parquet" else _to_lines(records)
+        content = _to_lines(records)
+        if self._form == "parquet":  # with the characters that lines would have: half of one is none
+            content = to_parquet([json.loads(line) for line in content.splitlines()])
         with replacing(self.path(block), private=False, durable=True) as file:
             file.write(content)
 

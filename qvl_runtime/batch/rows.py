@@ -47,9 +47,12 @@ class Source(Protocol):
     ----------
     root : Path
         Only pictures below this folder are opened.
+    openai : bool
+        Whether any row is a line of OpenAI's batch format.
     """
 
     root: Path
+    openai: bool
 
     def __len__(self) -> int:
         """Number of rows."""

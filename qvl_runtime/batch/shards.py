@@ -47,6 +47,8 @@ class Sample:
 class TarShards:
     """The samples of some tar files; see `Source`."""
 
+    openai = False
+
     def __init__(self, paths: Sequence[Path], root: Path):
         self.root, self._paths = root, list(paths)
         self._samples = [sample for shard, path in enumerate(paths) for sample in _samples(shard, path)]

@@ -86,6 +86,8 @@ def batch(
         raise QvlError(f"--max-failures is {max_failures:g}; it must be a share from 0 to 1")
     if ship_model and ray is None:
         raise QvlError("--ship-model needs --ray: without it no model is sent")
+    if draw is not None and rows.is_dir() and draw.resolve().is_relative_to(rows.resolve()):
+        raise QvlError(f"--draw {draw}: is in the input, whose pictures it would add to; take another folder")
     source = open_source(rows, images)
     generate = {
         "max_new_tokens": max_new_tokens,

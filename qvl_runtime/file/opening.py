@@ -96,7 +96,7 @@ def as_path(value: str | os.PathLike) -> Path:
 
 
 def below(folder: Path, name: str | os.PathLike) -> Path | None:
-    """Resolve `name` against `folder`, following links; None if the result lies outside, or no file can have the name."""
+    """Resolve `name` against `folder`, following links; None if the result lies outside `folder`, or cannot exist."""
     try:
         path = Path(folder, name).resolve()
     except (OSError, ValueError, RuntimeError):  # RuntimeError: a link to itself
