@@ -132,9 +132,9 @@ def _members(path: Path) -> Iterator[Member]:
             size, before = os.fstat(file.fileno()).st_size, -1
             for member in tar:
                 # Sizes below zero would lead back to the same members for ever.
-                if member.size < 0 or not before < tar.offset <= size:  # type: ignore[attr-defined]
+                if member.size < 0 or not before < tar.offset <= size:
                     raise tarfile.ReadError("a file in it has an impossible size")
-                before = tar.offset  # type: ignore[attr-defined]
+                before = tar.offset
                 if not member.isdir():
                     suffix = PurePosixPath(member.name).suffix.lower()
                     error = None
