@@ -122,7 +122,7 @@ def run_tests(folder: Path, tests: list[str], cache: Path, output: Path) -> int 
             sys.path[:0] = places
             import pytest
 
-            options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-rf"]
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-rfE"]
             names = [f"tests/{test}" if test.endswith(".py") else test for test in tests]
             status = int(pytest.main([*options, *names]))
             sys.stdout.flush()

@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 from evaluation_files import choice, make, mme, put, qa
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_runtime.cli import main
+from qvl_runtime.cli.eval import table
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.evaluation import runner
 from qvl_runtime.evaluation.answers import AnswerFile
+from qvl_runtime.evaluation.comparison import Row
 from qvl_runtime.evaluation.data import Sample
-from qvl_runtime.evaluation.evaluate import evaluate
+from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
 from qvl_runtime.evaluation.prompts import wording
 from qvl_runtime.evaluation.tasks import TASKS
 
@@ -317,3 +320,17 @@ def test_newer_families_are_asked_in_turns_with_their_pictures_before():
     base = SimpleNamespace(blob=model.blob, is_chat=False)
     with pytest.raises(qvl.QvlError, match="is a base model, and this task is asked in chat turns"):
         wording(base, "question")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_shows_every_figure(width):
+    rows = [
+        Row("fp16", 63.84, (61.12, 66.23), None, None, {"OCR": 120.25, "count": 98.75}, 61.5, 881_000_000, 20_100_000),
+        Row("int4", 62.95, (60.31, 65.47), -0.89, (-1.76, 0.13), {"OCR": 118.5, "count": 97.5}, 42.5, None, 5_420_000),
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(Evaluation(TASKS["vqav2"], rows, [], 500, "", {})))
+    text = "".join(console.file.getvalue().split()).replace("│", "")
+    assert "…" not in text
+    for figure in ("63.84", "62.95", "-0.89", "120.25", "97.50", "61.5s", "881MB", "5.42MB", "78.80"):
+        assert figure in text, (figure, console.file.getvalue())

@@ -85,26 +85,26 @@ def eval(
 
 
 def table(found: Evaluation) -> Table:
-    """Format a comparison as a table."""
+    """Format a comparison as a table with a column for each model, which fits narrow terminals."""
     task = found.task
-    made = Table(title=f"{task.title}: {task.metric}, {found.questions} questions", title_justify="left")
-    for heading in ("model", "score", "95%", "difference", "95%", "time", "memory", "file"):
-        made.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    made = Table(
+        title=f"{task.title}: {task.metric}, {found.questions} questions", title_justify="left", caption_justify="left"
+    )
+    made.add_column("", overflow="fold")
     for row in found.rows:
-        made.add_row(
-            row.name,
-            f"{row.score:.2f}",
-            "{:.2f} to {:.2f}".format(*row.interval),
-            "" if row.difference is None else f"{row.difference:+.2f}",
-            "" if row.difference_interval is None else "{:+.2f} to {:+.2f}".format(*row.difference_interval),
-            duration(row.seconds),
-            "" if row.peak_memory is None else size(row.peak_memory),
-            size(row.size),
-        )
-        for part, value in row.parts.items():
-            made.add_row(f"  {part}", f"{value:.2f}")
-    for name, score in task.published.items():
-        made.add_row(f"{name}, published" + (f" ({task.split})" if task.split else ""), f"{score:.2f}")
-    if found.note:
-        made.caption = found.note
+        made.add_column(row.name, justify="right", overflow="fold")
+    made.add_row("score", *(f"{row.score:.2f}" for row in found.rows))
+    made.add_row("95%", *("{:.2f} to {:.2f}".format(*row.interval) for row in found.rows))
+    if len(found.rows) > 1:
+        made.add_row("difference", *("" if row.difference is None else f"{row.difference:+.2f}" for row in found.rows))
+        intervals = [row.difference_interval for row in found.rows]
+        made.add_row("95%", *("" if one is None else "{:+.2f} to {:+.2f}".format(*one) for one in intervals))
+    for part in found.rows[0].parts:
+        made.add_row(part, *(f"{row.parts[part]:.2f}" for row in found.rows))
+    made.add_row("time", *(duration(row.seconds) for row in found.rows))
+    made.add_row("memory", *("" if row.peak_memory is None else size(row.peak_memory) for row in found.rows))
+    made.add_row("file", *(size(row.size) for row in found.rows))
+    published = ", ".join(f"{name} {score:.2f}" for name, score in task.published.items())
+    split = f" ({task.split})" if task.split else ""
+    made.caption = "\n".join(filter(None, [published and f"published: {published}{split}", found.note])) or None
     return made
