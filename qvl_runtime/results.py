@@ -95,7 +95,11 @@ class Stream(Iterator[Piece]):
         """
         self._job.cancel()
 
-    close = __del__ = cancel
+    close = cancel
+
+    def __del__(self) -> None:
+        if hasattr(self, "_job"):  # an interrupt may prevent that it is set
+            self.cancel()
 
 
 def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:

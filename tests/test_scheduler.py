@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -305,6 +306,79 @@ def test_a_reader_that_waits_is_woken_by_cancel(make):
         stream.cancel()
     reader.join(20)
     assert not reader.is_alive() and read == []
+
+
+@pytest.fixture
+def computed_by(make, monkeypatch):
+    """A model, and the names of the threads that have computed a tick."""
+    model, names = make(), []
+    tick = model._scheduler._tick
+
+    def ticking():
+        names.append(threading.current_thread().name)
+        tick()
+
+    monkeypatch.setattr(model._scheduler, "_tick", ticking)
+    return model, names
+
+
+def test_an_answer_alone_is_computed_by_the_thread_that_reads_it(computed_by, monkeypatch):
+    model, names = computed_by
+    monkeypatch.setattr("qvl_runtime.engine.scheduler.LOOK_SECONDS", 60)
+    wanted = model.generate(IDS[:9], max_new_tokens=8).token_ids
+    pieces = list(model.stream(IDS[:9], max_new_tokens=8))
+    assert [token for piece in pieces for token in piece.token_ids] == wanted
+    assert set(names) == {threading.current_thread().name}
+    names.clear()
+    both = [model.stream(IDS[i : i + 9], max_new_tokens=8) for i in range(2)]
+    assert both[0].result().token_ids == wanted and both[1].result().token_ids
+    assert "qvl-engine" in names, "a second one ends it"
+
+
+def test_an_answer_that_nobody_reads_is_computed_by_the_engine(computed_by):
+    model, names = computed_by
+    stream = model.stream(IDS[:9], max_new_tokens=30, speculate=False)
+    next(stream)
+    deadline = time.monotonic() + 60
+    while model._scheduler.load != (0, 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(stream.result().token_ids) > 3 and names[-1] == "qvl-engine"
+
+
+def test_who_is_called_at_the_end_need_not_wait(computed_by, monkeypatch):
+    model, names = computed_by
+    monkeypatch.setattr("qvl_runtime.engine.scheduler.LOOK_SECONDS", 60)
+    ended = threading.Event()
+    model.stream(IDS[:9], max_new_tokens=8).when_ended(ended.set)
+    assert ended.wait(30) and set(names) == {"qvl-engine"}
+
+
+@pytest.mark.parametrize("where", ["_drop_ended", "_forget", "_decode", "_compute_slice", "give"])
+def test_ctrl_c_in_the_midst_of_a_tick_leaves_nothing_behind(make, monkeypatch, where):
+    model = make()
+    engine, struck = model._scheduler, []
+    owner = engine.sessions if where == "give" else engine
+    wanted = model.generate(IDS[:9], max_new_tokens=8).token_ids
+    original = getattr(owner, where)
+
+    def interrupted(*args):
+        if threading.current_thread() is threading.main_thread() and not struck and engine.ticks > 3:
+            struck.append(where)
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, where, interrupted)
+    engine.ticks = 0
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            assert model.generate(IDS[:9], max_new_tokens=8).token_ids == wanted
+    assert struck
+    deadline = time.monotonic() + 60
+    while engine._busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not engine.sessions._busy
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

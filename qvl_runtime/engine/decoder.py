@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -108,7 +109,7 @@ class Captured:
 
     def of(self, arrays: Sequence[Any]) -> bool:
         """Whether the steps were captured with these arrays."""
-        return len(arrays) == len(self.arrays) and all(a is b for a, b in zip(arrays, self.arrays))
+        return len(arrays) == len(self.arrays) and all(map(operator.is_, arrays, self.arrays))
 
 
 class DecodeStep:
@@ -157,7 +158,7 @@ class DecodeStep:
                 members[0].captured[self] = known
             else:
                 self._members, self._together = members, known
-        counts = tuple(span.rows for span in spans)
+        counts = tuple([span.rows for span in spans])
         if counts not in known.replays:
             known.replays[counts] = self.ops.capture(partial(self._step, spans, rows))
         return known.replays[counts]

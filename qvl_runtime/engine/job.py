@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from qvl_runtime.engine.session import Leave, Session, Slice
 from qvl_runtime.errors import QvlError
@@ -22,19 +22,27 @@ class Cancelled(Exception):
     """The job was cancelled."""
 
 
+class Owner(Protocol):
+    """The scheduler of a job."""
+
+    def attend(self, job: Job, ready: Callable[[], bool]) -> None: ...
+
+    def unattended(self, job: Job) -> None: ...
+
+
 class Job(Iterator[Any]):
     """A submitted computation, and an iterator over its results. Thread-safe.
 
     Parameters
     ----------
     work : generator
-        See `Work`; only the engine's thread runs it.
+        See `Work`; one thread at a time runs it, the engine's or one that waits for its results.
     length : int
         Tokens of the prompt.
     nbytes : int
         Memory reserved until it ends.
-    owner : object
-        An object to keep alive until it ends.
+    owner : Owner
+        Kept alive until it ends.
 
     Attributes
     ----------
@@ -47,13 +55,13 @@ class Job(Iterator[Any]):
     begun, cancelled : bool
     """
 
-    def __init__(self, work: Work, length: int, nbytes: int, owner: object):
+    def __init__(self, work: Work, length: int, nbytes: int, owner: Owner):
         self.nbytes, self.results, self.cancelled = nbytes, list[Any](), False
         self.begun = False
         self.slice: Slice | None = Slice(False, length)
         self.session: Session | None = None
         self._work: Work | None = work
-        self._owner: object = owner
+        self._owner: Owner | None = owner
         self._error: BaseException | None = None
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._tell: list[Callable[[], object]] = []
@@ -67,6 +75,7 @@ class Job(Iterator[Any]):
         if self.cancelled:
             raise StopIteration
         try:
+            self._attend(self._told)
             item = self._ready.get()
         except BaseException:
             self.cancel()
@@ -88,6 +97,7 @@ class Job(Iterator[Any]):
         """
         self._check_process()
         try:
+            self._attend(self._over)
             with self._ended:
                 pass
         except BaseException:
@@ -100,23 +110,41 @@ class Job(Iterator[Any]):
         return self.results
 
     def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` when the job ends, in the engine's thread; at once if it has ended."""
+        """Call `tell` when the job ends, in the thread that computes it; at once if it has ended."""
         with self._telling:
-            if self._work is not None:
+            waits = self._work is not None
+            if waits:
                 self._tell.append(tell)
-                return
-        tell()
+        if not waits:
+            tell()
+        elif (owner := self._owner) is not None:
+            owner.unattended(self)
 
     def cancel(self) -> None:
         """End the job at the next slice. Thread-safe."""
         if self._work is not None:
             self.cancelled = True
 
+    def _attend(self, ready: Callable[[], bool]) -> None:
+        if (owner := self._owner) is not None:
+            owner.attend(self, ready)
+
+    def _told(self) -> bool:
+        return not self._ready.empty()
+
+    def _over(self) -> bool:
+        return not self._ended.locked()
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise QvlError("this answer belongs to the parent process of this fork; ask again in this process")
 
-    # for the engine's thread
+    # for the thread that computes it
+    @property
+    def ended(self) -> bool:
+        """Whether the computation is over."""
+        return self._work is None
+
     def advance(self, leave: Leave | None = None) -> bool:
         """Run until the job waits again; return False if it ended. Results and the end are published."""
         work = self._work
@@ -138,7 +166,7 @@ class Job(Iterator[Any]):
         return False
 
     def fail(self, error: BaseException) -> None:
-        """End the job with an error."""
+        """End the job with an error. If it has ended, complete what an interrupt left undone."""
         work = self._work
         if work is not None:
             try:
@@ -146,6 +174,8 @@ class Job(Iterator[Any]):
             except BaseException as other:
                 error = other
             self._end(error)
+        elif not self._over():
+            self._end(self._error)
 
     def check(self, *_: Any) -> None:
         """A `Trace` that stops the computation of a cancelled job."""
@@ -153,11 +183,13 @@ class Job(Iterator[Any]):
             raise Cancelled
 
     def _end(self, error: BaseException | None) -> None:
-        self.slice = self.session = self._owner = None
+        self.slice = self.session = None
+        self._error = error
         with self._telling:
             self._work = None
-        self._error = error
         self._ready.put(self)
-        self._ended.release()
+        if not self._over():
+            self._ended.release()
         for tell in self._tell:
             tell()
+        self._owner = None

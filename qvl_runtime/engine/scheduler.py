@@ -1,4 +1,7 @@
-"""Scheduling of concurrent answers: one thread owns the device.
+"""Scheduling of concurrent answers: one thread at a time uses the device.
+
+This is the engine's thread or, for an only answer, the thread that reads it: its tokens then need no hand-over between
+threads.
 
 A tick computes the next token of all running answers, in products of up to `FEW_ROWS` rows, then at most one slice of
 a prompt or of a picture. Rows of answers and of prompts are never in one product, and the cuts between slices do not
@@ -12,6 +15,8 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from qvl_kernels.locks import make_lock
@@ -29,12 +34,16 @@ SLICE_ROWS = 64
 IDLE_SECONDS = 5.0
 """Idle time after which the thread ends."""
 
+LOOK_SECONDS = 0.02
+"""Interval at which the thread checks whether the reader of an only answer still computes it."""
+
 
 class Scheduler:
     """Runs jobs in a thread.
 
     The thread starts with the first job, and ends when it is idle or the scheduler is deleted. It does not keep the
-    process alive. A forked child starts its own.
+    process alive. A forked child starts its own. A job submitted while there is no other is run by the thread that
+    waits for its results, until another is submitted or no thread waits.
 
     Parameters
     ----------
@@ -47,17 +56,17 @@ class Scheduler:
     Attributes
     ----------
     device : threading.RLock
-        Held by the thread during a tick. Other threads that use the device take `gate`, then `device`.
+        Held during a tick. Other threads that use the device take `gate`, then `device`.
     gate : threading.RLock
-        Taken and released by the thread between ticks, so that other threads can take `device`.
-    steps, slices : int
+        Taken and released between ticks, so that other threads can take `device`.
+    ticks, steps, slices : int
         Numbers since the start.
     """
 
     def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int):
         self.sessions, self.max_batch, self.room = sessions, max_batch, room
         self.gate, self.device = make_lock(), make_lock()
-        self.steps = self.slices = 0
+        self.ticks = self.steps = self.slices = 0
         self._step, self._page_bytes = DecodeStep(sessions.decoder), sessions.page_bytes()
         self._lock = make_lock()
         self._reset()
@@ -66,36 +75,64 @@ class Scheduler:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._bell: SimpleQueue[bool] = SimpleQueue()  # True: there is work; False: end
+        self._inbox: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._alone: Job | None = None  # run by its reader
         self._encoding: Job | None = None
         self._oldest_next, self._stopped = True, False
-        weakref.finalize(self, self._inbox.put, None).atexit = False
+        weakref.finalize(self, self._bell.put, False).atexit = False
 
     @property
     def load(self) -> tuple[int, int]:
         """The numbers of running and of waiting jobs."""
-        return len(self._running), len(self._waiting) + self._inbox.qsize()
+        return len(self._running), len(self._waiting) + len(self._inbox)
 
     def submit(self, work: Work, length: int, capacity: int) -> Job:
         """Submit a computation with a prompt of `length` tokens that needs a session of `capacity` positions."""
         job = Job(work, length, -(-capacity // PAGE) * self._page_bytes, self)
         with self._lock:
             if self._pid != os.getpid():
-                self.sessions.release()
                 self._reset()
-            self._inbox.put(job)
-            if self._thread is None:
-                arguments = (weakref.ref(self), self._inbox)
-                self._thread = threading.Thread(target=_serve, args=arguments, name="qvl-engine", daemon=True)
-                self._thread.start()
+            if self._busy:
+                self._inbox.append(job)
+                self._alone = None
+            else:
+                self.sessions.release()  # an interrupt may have prevented `give`
+                self._alone = job
+                self._waiting.append(job)
+            self._ring()
         return job
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._inbox or self._waiting or self._running)
+
+    def _ring(self) -> None:
+        self._bell.put(True)
+        if self._thread is None:
+            arguments = (weakref.ref(self), self._bell)
+            self._thread = threading.Thread(target=_serve, args=arguments, name="qvl-engine", daemon=True)
+            self._thread.start()
+
+    def attend(self, job: Job, ready: Callable[[], bool]) -> None:
+        """Run an only job in the calling thread, until `ready` or until there is another job."""
+        while self._alone is job and not ready() and not self._stopped:
+            with self.gate, self.device:
+                if self._alone is job:
+                    self._tick()
+
+    def unattended(self, job: Job) -> None:
+        """Run a job in the engine's thread: no thread waits for its results."""
+        if self._alone is job:
+            self._alone = None
+            self._bell.put(True)
 
     def retire(self) -> bool:
         """Whether the thread may end: nothing was submitted meanwhile."""
         with self._lock:
-            if self._inbox.empty():
+            if self._bell.empty():
                 self._thread = None
             return self._thread is None
 
@@ -104,27 +141,47 @@ class Scheduler:
         self._stopped = True
         for job in [*self._running, *self._waiting]:
             job.cancel()
-        if self._thread is not None and self._pid == os.getpid():
-            self._inbox.put(None)
-            self._thread.join(IDLE_SECONDS)
+        if self._pid == os.getpid():
+            if self.device.acquire(timeout=IDLE_SECONDS):
+                self.device.release()
+            if self._thread is not None:
+                self._bell.put(False)
+                self._thread.join(IDLE_SECONDS)
 
-    # for the scheduler's thread
-    def run(self, job: Job) -> None:
-        """Run until there are no more jobs."""
-        self._waiting.append(job)
-        while (self._waiting or self._running) and not self._stopped:
+    # for the engine's thread
+    def run(self) -> bool:
+        """Run until there are no more jobs; return False after `stop`."""
+        while self._busy and not self._stopped:
+            if self._alone is not None:
+                self._look()
+                continue
             with self.gate:
                 pass
             with self.device:
-                self._tick()
-            while not self._inbox.empty():
-                submitted = self._inbox.get()
-                if submitted is not None:
-                    self._waiting.append(submitted)
-        self._step.forget()
+                if self._alone is None:
+                    self._collect()
+                    self._tick()
+        with self.device:
+            self._step.forget()
+        return not self._stopped
+
+    def _look(self) -> None:
+        """Wait, and take over an only job whose reader has not computed it meanwhile."""
+        ticks = self.ticks
+        with suppress(Empty):
+            self._bell.get(timeout=LOOK_SECONDS)  # rung where another comes
+            return
+        if self.ticks == ticks and self.device.acquire(blocking=False):
+            self._alone = None
+            self.device.release()
+
+    def _collect(self) -> None:
+        while self._inbox:
+            self._waiting.append(self._inbox[0])
+            self._inbox.popleft()  # not before: the next job would count as the only one
 
     def _tick(self) -> None:
-        self._drop_cancelled()
+        self._drop_ended()
         self._admit()
         decoding = [job for job in self._running if job.session is not None]
         if decoding:
@@ -133,10 +190,12 @@ class Scheduler:
         if job is not None:
             self.slices += 1
             self._compute_slice(job, SLICE_ROWS if decoding else PREFILL_ROWS)
+        self.ticks += 1
 
-    def _drop_cancelled(self) -> None:
+    def _drop_ended(self) -> None:
+        """Remove cancelled jobs, and those whose removal an interrupt prevented."""
         for job in [*self._running, *self._waiting]:
-            if job.cancelled:
+            if job.cancelled or job.ended:
                 self._end(job)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
@@ -158,7 +217,8 @@ class Scheduler:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
                 return
-            self._running.append(self._waiting.popleft())
+            self._running.append(self._waiting[0])
+            self._waiting.popleft()
 
     def _decode(self, jobs: list[Job]) -> None:
         """Compute the next token of each job, in steps of up to `FEW_ROWS` rows."""
@@ -229,11 +289,11 @@ def _stop_all() -> None:
         scheduler.stop()
 
 
-def _serve(owner: weakref.ref[Scheduler], inbox: SimpleQueue[Job | None]) -> None:
+def _serve(owner: weakref.ref[Scheduler], bell: SimpleQueue[bool]) -> None:
     """The thread's main loop. While idle it holds no reference to the model."""
     while True:
         try:
-            job = inbox.get(timeout=IDLE_SECONDS)
+            work = bell.get(timeout=IDLE_SECONDS)
         except Empty:
             scheduler = owner()
             if scheduler is None or scheduler.retire():
@@ -241,7 +301,6 @@ def _serve(owner: weakref.ref[Scheduler], inbox: SimpleQueue[Job | None]) -> Non
             del scheduler
             continue
         scheduler = owner()
-        if job is None or scheduler is None:
+        if not work or scheduler is None or not scheduler.run():
             return
-        scheduler.run(job)
-        del scheduler, job
+        del scheduler

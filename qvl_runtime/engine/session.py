@@ -349,8 +349,9 @@ class Sessions:
         return len(found.keys)
 
     def release(self) -> None:
-        """Drop the busy sessions after a fork: their answers belong to the parent process."""
-        self._busy.clear()
+        """Drop the busy sessions: their answers were interrupted, or belong to the parent process of a fork."""
+        with self._lock:
+            self._busy.clear()
 
     def clear(self) -> None:
         """Free all idle sessions."""
