@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import random
 import resource
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -31,11 +33,14 @@ from qvl_convert.checkpoint import Checkpoint, read_json
 from qvl_convert.convert import convert
 from qvl_convert.lora import Merged
 from qvl_convert.unpickle import PickleFile
+from qvl_runtime.batch.sources import open_source
 from qvl_runtime.blob import Blob
 from qvl_runtime.cli.conversation import SETTINGS
 from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.engine import kv_file
 from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.runner import questions
+from qvl_runtime.evaluation.tasks import TASKS
 from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.images import load_image
@@ -135,6 +140,44 @@ def read_blob(path: Path) -> None:
     blob.family.tokenizer(blob.ranks, blob.config)
 
 
+def read_rows(path: Path) -> None:
+    source = open_source(path)
+    assert len(source.rows(0, len(source))) == len(source)
+
+
+def with_sums(content: bytes) -> bytes:
+    """A tar file whose blocks have the check sums of headers."""
+    made = bytearray(content)
+    for at in range(0, len(made) - 511, 512):
+        if made[at + 257 : at + 262] == b"ustar":
+            made[at + 148 : at + 156] = b" " * 8
+            made[at + 148 : at + 156] = b"%06o\0 " % sum(made[at : at + 512])
+    return bytes(made)
+
+
+def make_tar(form: int) -> bytes:
+    """Two rows with names and texts in every kind of header."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=form) as tar:
+        for name, text in (("x" * 120 + ".txt", b"What?"), ("a.json", b'{"id": "b"}'), ("a.png", b"P6 1 1 255 abc")):
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            member.pax_headers = {"size": str(len(text)), "comment": name}
+            tar.addfile(member, io.BytesIO(text))
+    return made.getvalue()
+
+
+def make_parquet() -> bytes:
+    """Three rows in two row groups."""
+    import pyarrow
+    import pyarrow.parquet
+
+    made = io.BytesIO()
+    rows = [{"id": f"r{i}", "prompt": "What?", "image": {"bytes": b"P6 1 1 255 abc", "path": "a"}} for i in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), made, row_group_size=2, compression="none")
+    return made.getvalue()
+
+
 def make_past() -> bytes:
     """A past as the runtime writes it, of no model."""
     import numpy as np
@@ -177,7 +220,15 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
     parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image", "url": "data:,"}]}
     data = [{"id": "x", "conversations": said}, {"messages": [parts]}, {"text": "Words."}]
     adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_rslora": True, "rank_pattern": {}}
-    speaker = Checkpoint(vl)
+    speaker, family = Checkpoint(vl), Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
+    asked = Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
+    for path in (GOLDEN / "families/ckpt/q3-tied").iterdir():
+        (family / path.name).symlink_to(path)
+    question = {"question_id": 1, "image": "data/a.png", "question": "What?"}
+    people = {"annotations": [{"question_id": 1, "answers": [{"answer": "x"}]}]}
+    (asked / "textvqa").mkdir()
+    (asked / "a.png").write_bytes(b"P6 1 1 255 abc")
+    (asked / "textvqa/textvqa_val_annotations.json").write_text(json.dumps(people))
     shards = [(ckpt / "tiny-q7-gptq-asym/model-00001-of-00001.safetensors").read_bytes()]
 
     def read_config(path: Path) -> None:
@@ -185,8 +236,26 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
         (linked / "config.json").write_bytes(path.read_bytes())
         Checkpoint(linked)
 
-    def read_adapter(path: Path) -> None:
-        Merged(vl, path.parent)
+    def read_family(name: str) -> Callable[[Path], None]:
+        def read(path: Path) -> None:
+            good = (family / name).resolve()
+            (family / name).unlink()
+            (family / name).symlink_to(path)
+            try:
+                checkpoint = Checkpoint(family)
+                _ = checkpoint.tokenizer, checkpoint.reader, checkpoint.prompts
+            finally:
+                (family / name).unlink()
+                (family / name).symlink_to(good)
+
+        return read
+
+    def read_questions(path: Path) -> None:
+        (asked / "textvqa/textvqa_val.jsonl").write_bytes(path.read_bytes())
+        questions(TASKS["textvqa"], asked)
+
+    def of_family(name: str) -> Target:
+        return Target([(family / name).read_bytes()], "x.json", read_family(name))
 
     makers: dict[str, Callable[[], Target]] = {
         "tensors": lambda: Target(shards, "x.safetensors", read_tensors, with_length),
@@ -205,6 +274,16 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
         "ranks": lambda: Target(
             [speaker.ranks], "x", lambda path: speaker.family.tokenizer(path.read_bytes(), speaker.config)
         ),
+        "config3": lambda: of_family("config.json"),
+        "tokenizer3": lambda: of_family("tokenizer.json"),
+        "pictures3": lambda: of_family("preprocessor_config.json"),
+        "answers3": lambda: of_family("generation_config.json"),
+        "tar": lambda: Target(
+            [make_tar(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)], "x.tar", read_rows, with_sums
+        ),
+        "parquet": lambda: Target([make_parquet()], "x.parquet", read_rows),
+        "rows": lambda: Target([json.dumps({"id": 1, "images": ["a"]}).encode()], "x.jsonl", read_rows),
+        "questions": lambda: Target([json.dumps(question).encode()], "x.jsonl", read_questions),
         "data": lambda: Target([json.dumps(data).encode()], "x.json", lambda path: calibration.load(path, speaker)),
     }
     return {name: makers[name]() for name in wanted or makers}

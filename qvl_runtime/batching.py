@@ -22,6 +22,8 @@ def answer_all(
 ) -> list[Any]:
     """See `Asking.generate_batch`."""
     results: dict[int, Any] = {}
+    if not isinstance(requests, Iterable) or isinstance(requests, str | Mapping):
+        raise QvlError(f"requests is {requests!r:.40}; expected dicts of options, one for each answer")
     running: dict[int, Asked] = {}
     ended: SimpleQueue[int] = SimpleQueue()
 

@@ -134,9 +134,15 @@ def test_samples_of_tar_files(tmp_path):
         ("003", None, (b"third",)),
     ]
     assert rows[3].error and len(rows) == 4
-    (tmp_path / "2.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(QvlError, match="cannot be read as a tar file"):
-        open_source(tmp_path)
+    sparse = tarfile.TarInfo("a.txt")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    cut = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    cut[482] = 1  # the list of pieces goes on in a block that is missing
+    cut[148:156] = b"%06o\0 " % (sum(cut) - sum(cut[148:156]) + 8 * ord(" "))
+    for content in (b"no tar" * 200, bytes(cut)):
+        (tmp_path / "2.tar").write_bytes(content)
+        with pytest.raises(QvlError, match="cannot be read as a tar file"):
+            open_source(tmp_path)
 
 
 def test_what_is_no_file_in_a_tar_is_a_bad_row(tmp_path):

@@ -207,6 +207,7 @@ def test_touchstone(folder):
         (json.dumps(qa(answer="x") | {"image": "../secret.png"}), "does not lie below"),
         (json.dumps(qa(answer="x") | {"image": "/etc/passwd"}), "does not lie below"),
         (json.dumps(qa(answer="x") | {"image": ""}), "does not lie below"),
+        (json.dumps(qa(answer="x", question="\ud800")), "which no file can hold"),
         (json.dumps(qa(answer="x") | {"image": "data/../../secret.png"}), "does not lie below"),
     ],
 )
@@ -228,6 +229,9 @@ def test_no_link_leads_out_of_the_folder(folder, tmp_path):
 def test_missing_pictures_and_files_are_named(folder):
     put(folder, "gqa/testdev_balanced.jsonl", *(qa(f"{i}.png", answer="x") for i in range(5)))
     with pytest.raises(qvl.QvlError, match=r"5 pictures are missing: .*0.png \(.*line 1\), .*2.png .* and 2 more"):
+        questions(TASKS["gqa"], folder)
+    put(folder, "gqa/testdev_balanced.jsonl", qa("a" * 5000, answer="x"))
+    with pytest.raises(qvl.QvlError, match=r"1 pictures are missing: .*…a{20} \(.*line 1\)"):
         questions(TASKS["gqa"], folder)
     with pytest.raises(qvl.QvlError, match=r"test.jsonl: no such file; download it there"):
         questions(TASKS["ai2d"], folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,14 @@ def test_sizes_are_limited(tmp_path):
     with path.open("wb") as file:
         file.truncate(20 << 20)
     refused(lambda: read_regular(path, limit=16 << 20), "larger than the 16 MiB")
+
+
+def test_a_small_file_takes_little_memory_whatever_its_limit(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    tracemalloc.start()
+    try:
+        assert read_regular(path, limit=4 << 30) == b"abc"
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -52,6 +52,8 @@ def test_a_batch_gives_results_in_order_and_errors_in_their_place(make, in_golde
         assert isinstance(results[i], qvl.QvlError) and said in str(results[i])
     with pytest.raises(qvl.QvlError, match="max_batch is 0"):
         model.generate_batch([], max_batch=0)
+    with pytest.raises(qvl.QvlError, match="requests is None; expected dicts"):
+        model.generate_batch(None)
 
 
 def test_what_is_cached_is_used_only_with_its_salt(make, in_golden):

@@ -144,5 +144,5 @@ def _members(path: Path) -> Iterator[Member]:
                 tar.members = []  # type: ignore[attr-defined]  # It would keep them all.
     except QvlError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise QvlError(f"{path}: cannot be read as a tar file ({error}); unpack .tar.gz and others first") from None

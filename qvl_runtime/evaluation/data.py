@@ -15,7 +15,7 @@ from typing import Any
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
-from qvl_runtime.file.opening import below, read_regular
+from qvl_runtime.file.opening import below, read_regular, shown
 
 MAX_FILE = 4 << 30
 """Largest file of a task in bytes. VQAv2's annotations have 200 MB; MMBench's table contains its pictures."""
@@ -76,6 +76,8 @@ class Line(dict):
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise self.wrong(f"{key!r} is {value!r:.60}, expected {names}")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self.wrong(f"{key!r} is {value!r:.60}, which no file can hold as UTF-8")
         return value
 
     def text(self, key: str) -> str:
@@ -192,7 +194,7 @@ class Data:
         inside = [place for place in places if place is not None]
         if len(inside) < len(places):
             raise QvlError(f"{where}: picture {source!r:.200} does not lie below {self.folder}; move it there")
-        return next((place for place in inside if place.exists()), inside[0])
+        return next((place for place in inside if os.path.exists(place)), inside[0])
 
     def relative(self, picture: Path) -> str:
         """Return a picture's path relative to the folder."""
@@ -227,7 +229,7 @@ def check_pictures(samples: list[Sample]) -> list[tuple[Path, int]]:
                 try:
                     sizes[picture] = picture.stat().st_size
                 except OSError:
-                    missing.append(f"{picture} ({sample.where})")
+                    missing.append(f"{shown(picture)} ({sample.where})")
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise QvlError(

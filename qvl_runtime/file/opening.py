@@ -13,6 +13,7 @@ from qvl_runtime.errors import QvlError
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 # A clone without Git-LFS has this in place of each large file.
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+PIECE = 1 << 20
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -73,12 +74,15 @@ def read_regular(path: str | os.PathLike, *, limit: int, remedy: str = "check th
     """
     with open_regular(path, limit=limit, remedy=remedy) as file:
         try:
-            content = file.read(limit + 1)  # files in /proc report no size, and a file may grow
+            # By pieces: files in /proc report no size, a file may grow, and read() allocates all it is asked for.
+            content = bytearray()
+            while len(content) <= limit and (piece := file.read(min(PIECE, limit + 1 - len(content)))):
+                content += piece
         except OSError as error:
             raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
     if len(content) > limit:
         raise _too_large(path, limit, remedy)
-    return content
+    return bytes(content)
 
 
 def as_path(value: str | os.PathLike) -> Path:
