@@ -151,7 +151,7 @@ def _read_archive(file: BinaryIO) -> tuple[bytes, dict[str, tuple[int, int]]]:
         records = archive.infolist()
         names = [r.filename for r in records]
         if len(set(names)) != len(names):
-            raise ValueError("it has a duplicate record")
+            raise ValueError("a record appears in it twice")
         pickles = [name for name in names if name.endswith("data.pkl") and name.count("/") <= 1]
         if len(pickles) != 1:
             raise ValueError("it holds no data.pkl")
@@ -309,7 +309,7 @@ class _Interpreter:
         if not isinstance(target, dict) or not isinstance(key, str):
             raise ValueError("an item outside a dictionary")
         if key in target:
-            raise ValueError(f"the key {key!r} is duplicate")
+            raise ValueError(f"the key {key!r} appears twice")
         target[key] = value
 
     def _storage(self, identity: Any) -> _Storage:
