@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qvl_convert import answers as answers_module
 from qvl_convert import calibration, verify_plot
-from qvl_convert.answers import compare_answers, edit_distance, iou
+from qvl_convert.answers import compare_answers, iou
 from qvl_convert.verify import Bf16Ops, judged_positions, mismatch, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
@@ -23,7 +23,9 @@ from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.main import _app
 from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.metrics.text import edit_distance
 from qvl_runtime.families.weights import Weights
+from qvl_runtime.plotting import check_path
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32}
@@ -166,7 +168,7 @@ def test_the_plot_is_a_picture_and_a_bad_name_an_error(report, tmp_path):
     plot(broken, tmp_path / "x.png", title="x.qvl")
     for name in ("nowhere/x.png", "x.unknown", "x", ""):
         with pytest.raises(QvlError, match=r"cannot be written"):
-            verify_plot.check_path(tmp_path / name)
+            check_path(tmp_path / name)
 
 
 @pytest.mark.parametrize(

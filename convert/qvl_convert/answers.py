@@ -16,6 +16,7 @@ from qvl_convert.calibration import Sample
 from qvl_convert.walk import PICTURE_STAGES, Walk, stages
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
+from qvl_runtime.evaluation.metrics.text import edit_distance
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.prompt import Slot
 from qvl_runtime.model import Model
@@ -204,13 +205,3 @@ def iou(a: Box, b: Box) -> float:
     shared = max(0, min(ax2, bx2) - max(ax1, bx1)) * max(0, min(ay2, by2) - max(ay1, by1))
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
     return shared / union if union else 0.0
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Compute the Levenshtein distance in characters."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from qvl_convert.verify import Report
-from qvl_runtime.errors import QvlError
-from qvl_runtime.file.opening import as_path, shown
+from qvl_runtime.plotting import save
 
 SIZE, MARGIN, GAP = (1200, 940), (90, 90), 90
 INK, GRID, LINE, FLOOR = (30, 30, 34), (224, 224, 228), (36, 84, 214), (150, 150, 158)
-
-
-def check_path(path: str | Path) -> None:
-    """Refuse a path that cannot be written as a picture, before hours of work.
-
-    Raises
-    ------
-    QvlError
-        For an unknown extension, or a folder that is missing or not writable.
-    """
-    path = as_path(path)
-    Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
-    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
-        raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
 
 
 def plot(report: Report, path: str | Path, *, title: str) -> None:
@@ -41,7 +23,6 @@ def plot(report: Report, path: str | Path, *, title: str) -> None:
     QvlError
         If the file cannot be written.
     """
-    check_path(path)
     image = Image.new("RGB", SIZE, "white")
     pen, height = ImageDraw.Draw(image), (SIZE[1] - 2 * MARGIN[1] - GAP) // 2
     pen.text((MARGIN[0], 40), title, fill=INK, font=ImageFont.load_default(24), anchor="ls")
@@ -52,12 +33,7 @@ def plot(report: Report, path: str | Path, *, title: str) -> None:
     _panel(pen, MARGIN[1], height, "KL divergence by position, nats", [str(a) for a in at], kl, floor)
     names, errors = zip(*report.layers)
     _panel(pen, MARGIN[1] + height + GAP, height, "relative error by layer", names, errors, report.floor_layers)
-    try:
-        image.save(path)
-    except (OSError, ValueError) as error:
-        raise QvlError(
-            f"{shown(path)}: cannot be written ({error}); name a .png file in a folder that exists"
-        ) from None
+    save(image, path)
 
 
 def round_ticks(largest: float, most: int = 6) -> list[float]:

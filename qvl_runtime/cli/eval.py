@@ -14,11 +14,12 @@ from rich.table import Table
 
 from qvl_runtime.cli.loading import Activations, Device, KVCache
 from qvl_runtime.cli.text import duration, size
-from qvl_runtime.evaluation import plot as plotting
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
+from qvl_runtime.evaluation.plot import draw
 from qvl_runtime.evaluation.tasks import TASKS
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
+from qvl_runtime.plotting import check_path
 
 WIDTH = 120
 """Columns of a table that is not shown on a terminal."""
@@ -54,7 +55,7 @@ def eval(
     if name.endswith(".qvl") or not models:
         raise typer.BadParameter("name at least one .qvl file, and a task as the last word")
     if plot is not None:
-        plotting.check_path(plot)
+        check_path(plot)
     own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -80,7 +81,7 @@ def eval(
         Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
     if plot is not None and found.rows:
         title = f"{found.task.title}: {found.task.metric}"
-        plotting.draw(found.rows, plot, title=title, published=found.task.published)
+        draw(found.rows, plot, title=title, published=found.task.published)
     print(json.dumps(found.document))
 
 

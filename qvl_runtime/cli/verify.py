@@ -15,10 +15,10 @@ import qvl_runtime as qvl
 from qvl_convert import calibration
 from qvl_convert.verify import Report, mismatch, open_reference
 from qvl_convert.verify import verify as run
-from qvl_convert.verify_plot import check_path
 from qvl_convert.verify_plot import plot as draw
 from qvl_runtime.cli.loading import Device
 from qvl_runtime.errors import QvlError
+from qvl_runtime.plotting import check_path
 
 
 def verify(

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.comparison import Row
-from qvl_runtime.file.opening import shown
+from qvl_runtime.plotting import save
 
 WIDTH, ROW, TOP, LEFT, RIGHT, BOTTOM = 1000, 56, 90, 260, 60, 60
 INK, GRID, BAR, SPREAD, PUBLISHED = (30, 30, 34), (224, 224, 228), (120, 150, 226), (20, 40, 110), (190, 60, 30)
 TICKS = 5
-
-
-def check_path(path: Path) -> None:
-    """Refuse a path that cannot be written as a picture, before hours of work."""
-    Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
-    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
-        raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str, published: Mapping[str, float]) -> None:
@@ -34,7 +23,6 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, published: Mapping[str,
     QvlError
         If the file cannot be written.
     """
-    check_path(path)
     height = TOP + ROW * len(rows) + BOTTOM
     image = Image.new("RGB", (WIDTH, height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
@@ -58,7 +46,4 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, published: Mapping[str,
         x = LEFT + score * scale
         pen.line((x, TOP - 6, x, base), fill=PUBLISHED, width=2)
         pen.text((x, TOP - 10), f"{name}, published", fill=PUBLISHED, font=font, anchor="ms")
-    try:
-        image.save(path)
-    except (OSError, ValueError) as error:
-        raise QvlError(f"{shown(path)}: cannot be written ({error}); name a .png file elsewhere") from None
+    save(image, path)

@@ -1,1 +1,1 @@
-"""The published metrics, with the quirks that their digits depend on."""
+"""The published metrics, including the peculiarities of their implementations."""

@@ -1,4 +1,4 @@
-"""Boxes: how much of them overlaps."""
+"""Overlap of boxes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 SIDE = 999
-"""What Qwen-VL's evaluation divides coordinates by; its chat code divides by 1000."""
+"""Divisor of coordinates in Qwen-VL's evaluation; its chat code divides by 1000."""
 
 LEAST = 0.5
 _CORNERS = re.compile(r"\((.*?)\),\((.*?)\)")
@@ -18,7 +18,7 @@ Corners = Sequence[float]
 
 
 def first_box(text: str, width: float, height: float) -> list[float]:
-    """The first box of a Qwen-VL answer in pixels; zeros where there is none, or a number of it is none."""
+    """Return the first box of a Qwen-VL answer in pixels; zeros if there is none or it is malformed."""
     found = _CORNERS.search(text)
     try:
         if found is None or "," not in found[1] or "," not in found[2]:
@@ -31,7 +31,7 @@ def first_box(text: str, width: float, height: float) -> list[float]:
 
 
 def iou(a: Corners, b: Corners) -> float:
-    """Intersection over union, in float32 as the published evaluation computes it."""
+    """Compute the intersection over union, in float32 as in the published evaluation."""
     first, second = np.asarray(a, np.float32), np.asarray(b, np.float32)
     sides = np.clip(np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2]), 0, None)
     shared = sides[0] * sides[1]
@@ -40,5 +40,5 @@ def iou(a: Corners, b: Corners) -> float:
 
 
 def hit(found: Corners, true: Corners) -> float:
-    """1 for a box that overlaps the true one by at least a half, else 0."""
+    """Return 1 if the IoU with the reference is at least 0.5, else 0."""
     return float(iou(found, true) >= LEAST)

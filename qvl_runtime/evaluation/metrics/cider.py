@@ -11,28 +11,28 @@ from qvl_runtime.evaluation.metrics.tokens import java_tokens, own_tokens
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, str]:
-    """CIDEr of every picture's caption; the score of a task is their mean.
+    """Compute CIDEr of every picture's caption; the score of a task is the mean.
 
-    How much a word counts follows from all references given, so a caption's score depends on the other pictures.
+    The weights of words derive from all references, so a caption's score depends on the other pictures.
 
     Parameters
     ----------
     answers : sequence of str
-        One a picture.
+        One per picture.
     references : sequence of sequence of str
-        People's captions of every picture.
+        Human captions of every picture.
 
     Returns
     -------
     numpy.ndarray
         float64 ``[pictures]``.
     str
-        "Stanford PTB" or "qvl": who cut the captions into words.
+        The tokenizer: "Stanford PTB" or "qvl".
 
     Raises
     ------
     QvlError
-        When pycocoevalcap is not installed.
+        If pycocoevalcap is not installed.
     """
     try:
         from pycocoevalcap.cider.cider import Cider

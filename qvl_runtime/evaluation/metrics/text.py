@@ -9,7 +9,7 @@ RELAXED = 0.05
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements of a character."""
+    """Compute the Levenshtein distance in characters."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         diagonal, row[0] = row[0], i
@@ -19,10 +19,10 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def anls(answer: str, right: Sequence[str]) -> float:
-    """Average normalized Levenshtein similarity of one question (Biten et al. 2019), as DocVQA's judge computes it.
+    """Compute the normalized Levenshtein similarity of one question (Biten et al. 2019), as in DocVQA's judge.
 
-    The distance is that of the texts in lower case with white space collapsed; the length it is divided by, that of
-    the longer one in upper case as it was given.
+    The distance is that of lower-case texts with collapsed white space. It is divided by the length of the longer
+    original text in upper case.
     """
 
     def similarity(true: str) -> float:
@@ -38,12 +38,12 @@ def _collapsed(text: str) -> str:
 
 
 def relaxed_match(answer: str, right: Sequence[str]) -> float:
-    """ChartQA's accuracy of one question: within 5% of a number, or else the same text."""
+    """Compute ChartQA's accuracy of one question: within 5% of a number, or the same text."""
     return float(max(_relaxed(answer.strip(), true) for true in right))
 
 
 def _relaxed(given: str, true: str) -> bool:
-    # The published code passes the answer for the target, and the target for the answer: 5% are of the answer.
+    # The published code swaps answer and target: the 5% refer to the answer.
     number, target = _number(true), _number(given)
     if number is not None and target:
         return abs(number - target) / abs(target) <= RELAXED
@@ -58,12 +58,12 @@ def _number(text: str) -> float | None:
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 where the answer is one of the right ones, but for case and white space around."""
+    """Return 1 if the answer is one of the references, ignoring case and outer white space."""
     return float(any(answer.strip().lower() == true.strip().lower() for true in right))
 
 
 def short_answer(answer: str) -> str:
-    """What the published evaluation of GQA keeps of an answer: the core of its first clause."""
+    """Shorten an answer as the published evaluation of GQA does: the core of its first clause."""
     core = answer.strip()
     for mark in ".,!":
         core = core.split(mark)[0]
@@ -75,6 +75,6 @@ def short_answer(answer: str) -> str:
 
 
 def says(answer: str) -> str:
-    """ "yes", "no" or "other", as MME's judge reads the first four characters of an answer."""
+    """Classify an answer as "yes", "no" or "other" by its first four characters, as MME's judge does."""
     head = answer.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"

@@ -1,7 +1,7 @@
-"""Words of a caption as Stanford's PTB tokenizer cuts them: by that program where Java is, or else by rules of our own.
+"""Words of a caption as in Stanford's PTB tokenizer: with that program if Java is installed, else with our own rules.
 
-The rules know what captions hold: contractions, hyphens, numbers, abbreviations, brackets. What they cut differently is
-measured in `docs/evaluation.md`.
+The rules cover captions: contractions, hyphens, numbers, abbreviations, brackets. `docs/evaluation.md` lists measured
+differences.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from qvl_runtime.errors import QvlError
 
 JAR = "stanford-corenlp-3.4.1.jar"
 TIMEOUT = 600
-"""Seconds that Java may take."""
+"""Timeout of Java in seconds."""
 
 PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-"""Tokens that the published evaluation drops. It would also drop -LRB- and the like, which come in lower case."""
+"""Tokens dropped by the published evaluation. It would also drop -LRB- and the like, but these are in lower case."""
 
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 TWO_WORDS = {
@@ -47,14 +47,14 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 LETTER_APOSTROPHE = "\u02bc"
-"""An apostrophe that counts as a letter: o'clock is one word."""
+"""Matches an apostrophe that counts as a letter: o'clock is one word."""
 
 _PARTS = re.compile(r"(?<=\w)(?=n't\b)|(?<=\w)(?='(?:s|re|ve|ll|d|m)\b)|(?<=\by')(?=all\b)")
 _JOINED = re.compile(r"\b([oy])'(?=\w|\s*all\b)")
 
 
 def java_tokens(texts: Sequence[str]) -> list[str] | None:
-    """The texts as Stanford's tokenizer cuts them, lower case and with spaces between; None where Java is not there."""
+    """Tokenize texts with Stanford's tokenizer, to lower-case words with spaces; None if Java is not installed."""
     java, jar = shutil.which("java"), _jar()
     if java is None or jar is None:
         return None
@@ -71,7 +71,7 @@ def java_tokens(texts: Sequence[str]) -> list[str] | None:
 
 
 def own_tokens(texts: Sequence[str]) -> list[str]:
-    """As `java_tokens`, by the rules of this module."""
+    """Tokenize texts with the rules of this module; see `java_tokens`."""
     return [_kept(_cut(text)) for text in texts]
 
 

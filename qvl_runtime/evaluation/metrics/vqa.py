@@ -1,4 +1,4 @@
-"""VQA accuracy (Antol et al. 2015), as the published evaluation computes it."""
+"""VQA accuracy (Antol et al. 2015), as in the published evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS_COMMA = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
 MOST_PERIODS = 32
-"""The published code passes a flag whose value is 32 where a count belongs."""
+"""The published code passes a flag with the value 32 as a count."""
 
 CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
@@ -29,12 +29,12 @@ wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you'
 
 
 def _contractions() -> dict[str, str]:
-    """Contractions by what they become when one apostrophe is left out."""
+    """Return contractions by their spelling without one apostrophe."""
     found = {}
     for word in CONTRACTED.split():
         for place in (i for i, character in enumerate(word) if character == "'"):
             found[word[:place] + word[place + 1 :]] = word
-    found["somebody'd"] = "somebodyd"  # the wrong way round there
+    found["somebody'd"] = "somebodyd"  # reversed in the published code
     return found
 
 
@@ -42,7 +42,7 @@ CONTRACTIONS = _contractions()
 
 
 def without_punctuation(text: str) -> str:
-    """Punctuation becomes a space, or nothing where it stands beside a space or the text has a number with a comma."""
+    """Replace punctuation by a space; remove it beside a space, or if the text has a number with a comma."""
     out = text
     for mark in PUNCTUATION:
         beside = f"{mark} " in text or f" {mark}" in text or DIGITS_COMMA.search(text) is not None
@@ -51,16 +51,16 @@ def without_punctuation(text: str) -> str:
 
 
 def without_articles(text: str) -> str:
-    """Lower case, words for numbers as digits, no articles, contractions with their apostrophes."""
+    """Convert to lower case, number words to digits, remove articles, and restore apostrophes of contractions."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(answer: str, people: Sequence[Mapping[str, Any]]) -> float:
-    """How far an answer agrees with those of people, from 0 to 1.
+    """Compute the agreement of an answer with human answers, from 0 to 1.
 
-    For each of them, a third for each of the others who gave this answer, at most 1; then the mean. What people said is
-    freed of punctuation only where they differ, and never of articles.
+    For each human answer: a third for each other person who gave this answer, at most 1; then the mean. Punctuation of
+    human answers is only removed if they differ, articles never.
 
     Parameters
     ----------
