@@ -60,7 +60,7 @@ def memory(driver: Driver) -> None:
     driver.to_host(result, b)
     assert (result.view(np.uint8) == 7).all()
     assert driver.seconds(driver.mark(), driver.mark()) == 0.001
-    raises("out of memory: 1099.51 GB asked for, 8.59 GB free", lambda: driver.allocate(1 << 40))
+    raises("out of memory: 1099.51 GB requested, 8.59 GB free", lambda: driver.allocate(1 << 40))
     raises("the driver reports", lambda: driver.free(12345))
     driver.free(a)
     driver.free(b)

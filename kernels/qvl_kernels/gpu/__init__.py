@@ -1,10 +1,10 @@
-"""The GPU backend: Triton kernels compiled ahead of time, launched through cuda-core. Neither PyTorch nor Triton.
+"""The GPU backend: Triton kernels compiled ahead of time and launched with cuda-core, without PyTorch and Triton.
 
-signatures.py  kernels/  build.py     what the kernels are, their sources, how they are compiled
-driver.py                             the NVIDIA driver: the only module that talks to it
-arrays.py  memory.py  weights.py  cache.py     what lies on the device
-launcher.py  graph.py  loader.py  bundle.py     compiled kernels, and the order in which they run
-ops.py                                the `Ops` protocol, on top of all these
+signatures.py  kernels/  build.py     the kernels: signatures, sources, compilation
+driver.py                             the only interface to the NVIDIA driver
+arrays.py  memory.py  weights.py  cache.py     data on the device
+launcher.py  graph.py  loader.py  bundle.py     compiled kernels, and their execution
+ops.py                                the `Ops` protocol
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def available() -> tuple[bool, str]:
-    """Whether a usable GPU is there, and which; or why not, on one line."""
+    """Return whether there is a usable GPU, and its name or the reason in one line."""
     from qvl_kernels.gpu import loader
     from qvl_kernels.gpu.driver import Driver
 
@@ -34,12 +34,12 @@ def available() -> tuple[bool, str]:
 
 
 def facts() -> dict[str, str]:
-    """What would be used: `gpu`, its `capability`, the CUDA version of its `driver`, and the `kernels`, in words.
+    """Describe the GPU: `gpu`, `capability`, CUDA version of the `driver`, and `kernels`, as text.
 
     Raises
     ------
     DeviceError
-        There is no usable GPU, or no kernels for it.
+        If there is no usable GPU, or there are no kernels for it.
     """
     from qvl_kernels.gpu import loader
     from qvl_kernels.gpu.driver import Driver
@@ -56,7 +56,7 @@ def facts() -> dict[str, str]:
 
 
 def absent() -> bool:
-    """Whether this computer has no NVIDIA driver at all, so that nobody expects a GPU to be used."""
+    """Whether this computer has no NVIDIA driver, so that no GPU is expected."""
     import ctypes
     import sys
 

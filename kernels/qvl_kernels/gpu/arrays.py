@@ -9,16 +9,16 @@ import numpy as np
 
 
 class DeviceArray:
-    """A contiguous array on the GPU, or a slice of one's leading dimension.
+    """A contiguous array on the GPU, or a slice of its leading dimension.
 
     Attributes
     ----------
     address : int
-        Of the first value.
+        Address of the first value.
     shape : tuple of int
     dtype : numpy dtype
     owner : object
-        Keeps the memory; a slice shares its array's.
+        Owner of the memory; shared by slices.
     """
 
     __slots__ = ("address", "dtype", "owner", "shape")
@@ -39,7 +39,7 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> DeviceArray:
-        """Rows ``i:j`` of the leading dimension, in the same memory."""
+        """Return rows ``i:j`` of the leading dimension as a view."""
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise TypeError(f"a device array takes slices a[i:j] of its leading dimension, not {rows!r}")
         start, stop, _ = rows.indices(self.shape[0])
@@ -47,7 +47,7 @@ class DeviceArray:
         return DeviceArray(self.address + start * row, (max(stop - start, 0), *self.shape[1:]), self.dtype, self.owner)
 
     def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
-        """The same values in another shape, in the same memory."""
+        """Return a view with another shape."""
         if math.prod(shape) != self.size:
             raise ValueError(f"{self} cannot have the shape {list(shape)}")
         return DeviceArray(self.address, shape, self.dtype, self.owner)

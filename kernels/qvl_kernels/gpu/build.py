@@ -1,13 +1,12 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m qvl_kernels.gpu.build [OUT.zip] [--arch 86]…``.
 
-The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for GPUs that none was made for, which
-their driver compiles, and manifest.json (see bundle.py). The PTX for sm_75 is there so that what turing.py writes can
-be checked on a newer GPU (bench/gpu.py does). It is a product of the sources, so it is not kept beside them: the build
-of a wheel runs this, where Triton is installed, and the wheel takes kernels.zip along. An installation without it
-compiles what its own GPU needs, once, into the user's cache.
+The bundle is one zip: cubins for `signatures.ARCHITECTURES`, PTX of version 7.5 for other GPUs, whose driver compiles
+it, and manifest.json (see bundle.py). The PTX for sm_75 serves to check turing.py on a newer GPU (bench/gpu.py). The
+bundle is not under version control: the build of a wheel runs this module if Triton is installed, and the wheel
+contains kernels.zip. An installation without it compiles the kernels of its GPU once, into the user's cache.
 
-Triton is a build-time dependency. Version 3.6.0 is asked for: its cubins have an ABI that drivers from CUDA 12 on read,
-and a launch of its kernels takes the arguments that launcher.py gives.
+Triton is a build-time dependency. Version 3.6.0 is required: its cubins have an ABI that drivers from CUDA 12 on
+support, and launcher.py passes the arguments of its kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from qvl_kernels.ops import DeviceError
 _WITH_PTX = (75, PTX_ARCHITECTURE)
 
 _MULTIPLES_OF_16 = {"rows"}
-"""Integer arguments that always are, which the compiler is told."""
+"""Integer arguments that are always multiples of 16; the compiler uses this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Compiled:
     ----------
     cubin, ptx : bytes
     symbol : str
-        The kernel's name inside them.
+        Name of the kernel in them.
     warps, shared : int
-        Warps of a program, and its shared memory in bytes.
+        Warps per program, and its shared memory in bytes.
     constants : dict
-        What it was compiled with.
+        Compile-time constants.
     """
 
     cubin: bytes
@@ -64,7 +63,7 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
     Raises
     ------
     DeviceError
-        The installed Triton is another version, or none.
+        If Triton is not installed, or has another version.
     """
     triton = _triton()
     from triton.backends.compiler import GPUTarget
@@ -102,7 +101,7 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
         )
     meta = result.metadata
     if meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1 or meta.launch_pdl:
-        raise RuntimeError(f"{name} for sm_{architecture} wants more of a launch than launcher.py gives: {meta}")
+        raise RuntimeError(f"{name} for sm_{architecture} needs more launch parameters than launcher.py passes: {meta}")
     return Compiled(result.asm["cubin"], result.asm["ptx"].encode(), meta.name, meta.num_warps, meta.shared, fixed)
 
 
@@ -111,9 +110,9 @@ def build(
     architectures: Sequence[int] = ARCHITECTURES,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Path:
-    """Compile all kernels for `architectures` into a bundle at `path`, which is replaced when all is done.
+    """Compile all kernels for `architectures` to a bundle at `path`, which is replaced at the end.
 
-    `progress` is called with the number of compilations done, that of all, and the name of the next; "" at the end.
+    `progress` is called with the number of finished compilations, the total, and the next name; "" at the end.
     """
     work = [(name, architecture) for architecture in architectures for name in names()]
     entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
@@ -158,7 +157,7 @@ def _triton() -> ModuleType:
 
 @contextlib.contextmanager
 def _compiler_settings(architecture: int) -> Iterator[None]:
-    """No line numbers, which would make the code three times as long; a cache of its own, which sees no old hook."""
+    """Disable line numbers, which triple the code's size, and use an empty cache, without code of other hooks."""
     from triton import knobs
 
     from qvl_kernels.gpu import turing
@@ -173,12 +172,12 @@ def _compiler_settings(architecture: int) -> Iterator[None]:
 
 
 def _add(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Without the time of day: the same sources give the same bytes."""
+    """Add a file without a timestamp, so that the same sources give the same bytes."""
     bundle.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def _current(path: Path) -> bool:
-    """Whether a bundle of these sources is there."""
+    """Whether there is a bundle of the current sources."""
     try:
         return Bundle(path, PTX_ARCHITECTURE, "cubin").sources == source_hash()
     except DeviceError:
@@ -186,14 +185,14 @@ def _current(path: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qvl_kernels.gpu.build", description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, default=BUNDLE, help="the bundle to write (%(default)s)")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only these; may be repeated")
-    parser.add_argument("--missing", action="store_true", help="only if the bundle is not of these sources")
+    parser.add_argument("--missing", action="store_true", help="only if the bundle is missing or outdated")
     options = parser.parse_args(arguments)
     if options.missing and _current(options.out):
-        print(f"{options.out}: is there")
+        print(f"{options.out}: is up to date")
         return 0
 
     def show(done: int, total: int, name: str) -> None:

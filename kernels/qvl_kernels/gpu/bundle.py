@@ -1,11 +1,11 @@
-"""A bundle of compiled kernels: what `build` writes and `loader` finds.
+"""A bundle of compiled kernels, written by `build` and found by `loader`.
 
 It is a zip of cubins and PTX with a manifest.json::
 
     {"triton": "3.6.0", "sources": "<hash>", "kernels": {name: {architecture: {
         "symbol": str, "warps": int, "shared": int, "constants": {...}, "cubin": path in the zip, "ptx": the same}}}}
 
-`ptx` is there for the architecture whose PTX stands in on GPUs that no cubin was made for, and for sm_75.
+`ptx` exists for `PTX_ARCHITECTURE`, which serves GPUs without a cubin, and for sm_75.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from qvl_kernels.ops import DeviceError
 TRITON_VERSION = "3.6.0"
 
 BUNDLE = Path(__file__).with_name("kernels.zip")
-"""Where the bundle lies when it ships with the package."""
+"""Path of the bundle in the package."""
 
 PTX_ARCHITECTURE = 80
-"""Whose PTX stands in on GPUs that no cubin was made for."""
+"""The architecture whose PTX serves GPUs without a cubin."""
 
 ALSO_SOURCES = ("signatures.py", "tiles.json", "build.py", "bundle.py", "turing.py")
-"""Files besides kernels/ that the compiled kernels depend on."""
+"""Further files that the compiled kernels depend on, besides kernels/."""
 
 
 class Bundle(Mapping[str, Image]):
-    """The kernels of one architecture, read from a bundle as they are asked for.
+    """The kernels of one architecture, read lazily from a bundle.
 
     Attributes
     ----------
     architecture : int
-        What they were compiled for.
+        The architecture of the code.
     kind : str
         "cubin" or "ptx".
     sources : str
-        Hash of what they were compiled from.
+        Hash of the sources.
 
-    `file`, open already, is read in place of the one at `path`, and checked to its end.
+    If `file` is given, it is read instead of `path` and checked completely.
     """
 
     def __init__(self, path: Path, architecture: int, kind: str, file: BinaryIO | None = None):
@@ -79,7 +79,7 @@ class Bundle(Mapping[str, Image]):
 
 
 def source_hash() -> str:
-    """A hash of everything the compiled kernels depend on."""
+    """Return a hash of everything the compiled kernels depend on."""
     here = Path(__file__).parent
     digest = hashlib.sha256(TRITON_VERSION.encode())
     for file in [*sorted((here / "kernels").glob("*.py")), *(here / n for n in ALSO_SOURCES)]:

@@ -17,20 +17,20 @@ from qvl_kernels.packing import round_up
 CACHE_DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 
 _STRIDE = 64
-"""Rows of the arrays are padded to this many positions, which aligns every head of every layer."""
+"""Rows of the arrays are padded to a multiple of this, which aligns every head of every layer."""
 
 
 def cache_bytes(layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
-    """Bytes of a cache, as the driver allocates them."""
+    """Return the bytes of a cache as allocated by the driver."""
     positions = 2 * kv_heads * round_up(capacity, _STRIDE)
     scales = rounded(positions * 2) if dtype == "int8" else 0
     return layers * (rounded(positions * head_dim * CACHE_DTYPES[dtype].itemsize) + scales)
 
 
 class CudaCache:
-    """Keys and values: of each layer ``[2, kv_heads, capacity, head_dim]`` in fp16 or int8.
+    """Keys and values: ``[2, kv_heads, capacity, head_dim]`` per layer, in fp16 or int8.
 
-    int8 has one fp16 scale a position and head, ``[2, kv_heads, capacity]``.
+    int8 has one fp16 scale per position and head, ``[2, kv_heads, capacity]``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CudaCache:
         self.arrays = [self._layer() for _ in range(layers)]
 
     def _layer(self) -> list[DeviceArray]:
-        """Arrays of a layer: values, and scales if there are."""
+        """Allocate the arrays of a layer: values, and scales for int8."""
         shape = (2, self.kv_heads, self.stride)
         found = [self.memory.array((*shape, self.head_dim), CACHE_DTYPES[self.dtype])]
         if self.dtype == "int8":
@@ -66,14 +66,14 @@ class CudaCache:
         return cache_bytes(self.layers, self.kv_heads, self.head_dim, self.capacity, self.dtype)
 
     def layer(self, index: int) -> tuple:
-        """Launch arguments of one layer: keys, values, and their scales."""
+        """Return the launch arguments of one layer: keys, values, and their scales."""
         halves = [half for array in self.arrays[index] for half in (array[:1], array[1:])]
         return tuple(halves + [None] * (4 - len(halves)))
 
     def resized(self, capacity: int, length: int, *, keep: bool = False) -> CudaCache:
-        """See `KVCache`. Layer by layer, so that there are never two caches unless both are to be kept.
+        """Resize layer by layer, so that there are not two whole caches unless `keep`; see `KVCache`.
 
-        A step that was captured on a void cache must not be repeated: its memory is given back.
+        A step that was captured on the invalid cache must not be replayed: the memory is freed.
         """
         other = CudaCache(self.memory, self.launch, 0, self.kv_heads, self.head_dim, capacity, self.dtype)
         other.layers = self.layers

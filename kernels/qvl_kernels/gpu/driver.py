@@ -1,7 +1,7 @@
-"""The NVIDIA driver through cuda-core: the one place that talks to it.
+"""The interface to the NVIDIA driver, through cuda-core.
 
-`Driver` is the seam: the modules above it use nothing else, and a test can put another object in its place.
-Memory comes from plain `cuMemAlloc`, whose sizes are exactly those asked for, so that a plan made beforehand holds.
+Other modules only use `Driver`, which tests replace. Memory is allocated with `cuMemAlloc`, whose sizes are
+predictable, so that the memory plan is exact.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import numpy as np
 from qvl_kernels.ops import DeviceError
 
 MINIMUM_DRIVER = (12, 0)
-"""The CUDA version a driver must support: that of the format of the kernels we ship."""
+"""The CUDA version that a driver must support: that of the compiled kernels' format."""
 
 MINIMUM_CAPABILITY = (7, 5)
-"""Turing: the oldest GPUs with the matrix instructions the kernels use."""
+"""Turing: the oldest GPUs with the matrix instructions of the kernels."""
 
 STICKY = (700, 702, 709, 714, 715, 716, 717, 718, 719)
-"""Errors after which the driver refuses everything in this process: faults of kernels (CUDA driver API, CUresult)."""
+"""Errors that make the driver unusable in this process: faults of kernels (CUDA driver API, CUresult)."""
 
 STATIC_SHARED_LIMIT = 48 * 1024
-"""Shared memory a kernel may use without asking (CUDA C programming guide, dynamic shared memory)."""
+"""Shared memory that needs no opt-in (CUDA C programming guide, dynamic shared memory)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel on the device: what a launch needs to know of it."""
+    """A loaded kernel with its launch parameters."""
 
     handle: Any
     name: str
@@ -44,7 +44,7 @@ class Kernel:
 
 
 class Mark:
-    """A point in a stream, as `Driver.mark` makes it."""
+    """A point in a stream, created by `Driver.mark`."""
 
     __slots__ = ("__weakref__", "event")
 
@@ -54,7 +54,7 @@ class Mark:
 
 
 class Graph:
-    """A captured graph, ready to be launched."""
+    """A captured graph that can be launched."""
 
     __slots__ = ("__weakref__", "handle")
 
@@ -64,7 +64,7 @@ class Graph:
 
 
 class _EntryPoints:
-    """cuda-bindings' functions, where one that the installed driver lacks is an error like the others."""
+    """Functions of cuda-bindings; a function missing in the installed driver raises a DeviceError."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -78,7 +78,7 @@ class _EntryPoints:
         def call(*arguments: Any) -> Any:
             try:
                 return found(*arguments)
-            except RuntimeError as e:  # cuda-bindings' own class for it is private
+            except RuntimeError as e:  # cuda-bindings' exception class is private
                 raise DeviceError(f"the NVIDIA driver has no {name} ({e}): update it, or use the CPU") from e
 
         setattr(self, name, call)
@@ -91,17 +91,17 @@ class Driver:
     Attributes
     ----------
     name : str
-        As the driver calls the GPU.
+        The GPU's name.
     capability : tuple of int
         Compute capability, (major, minor).
     shared_limit : int
-        Most bytes of shared memory a block may use.
+        Largest shared memory of a block in bytes.
     multiprocessors : int
 
     Raises
     ------
     DeviceError
-        There is no driver, no GPU, or one that is too old; or the packages that talk to it are not installed.
+        If there is no driver or GPU, one of them is too old, or the GPU packages are not installed.
     """
 
     name = "NVIDIA driver"
@@ -148,34 +148,34 @@ class Driver:
     # memory
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and bytes there are."""
+        """Return the free and the total bytes."""
         self._enter()
         free, total = self._ok(self._api.cuMemGetInfo())
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
-        """The address of `nbytes` bytes of device memory."""
+        """Allocate `nbytes` bytes of device memory; return the address."""
         self._enter()
         status, address = self._api.cuMemAlloc(nbytes)
         if status == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise DeviceError(
-                f"{self.name} is out of memory: {nbytes / 1e9:.2f} GB asked for, {self.memory()[0] / 1e9:.2f} GB free; "
+                f"{self.name} is out of memory: {nbytes / 1e9:.2f} GB requested, {self.memory()[0] / 1e9:.2f} GB free; "
                 "close other programs that use it, or take an int8 KV cache or a shorter context"
             )
         return int(self._ok((status, address)))
 
     def free(self, address: int) -> None:
-        """Give memory back; waits until nothing uses it. A forked process has none to give."""
+        """Free memory after pending work. A forked process owns no memory."""
         if self._pid != os.getpid():
             return
         self._enter()
-        if self._capturing:  # the collector does not wait, and a capture does not survive it
+        if self._capturing:  # the garbage collector may run any time; freeing would invalidate a capture
             self._freed.append(address)
         else:
             self._ok(self._api.cuMemFree(address))
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Page-locked host memory, uint8 [nbytes], which the device reads while the host goes on. Never freed."""
+        """Allocate page-locked host memory, uint8 [nbytes], for asynchronous copies. Never freed."""
         self._enter()
         address = int(self._ok(self._api.cuMemHostAlloc(nbytes, 0)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
@@ -183,14 +183,14 @@ class Driver:
     def to_device(self, address: int, values: np.ndarray) -> None:
         """Copy contiguous `values` to the device, in order with everything else.
 
-        They may be changed or go away only after `wait` on a later `mark`, or `synchronize`: some systems let the GPU
-        read pageable memory, too, in its own time.
+        Do not change or free them before `wait` on a later `mark`, or `synchronize`: some systems also read pageable
+        memory asynchronously.
         """
         self._enter()
         self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._raw_stream))
 
     def to_host(self, target: np.ndarray, address: int) -> None:
-        """Fill contiguous `target` from the device; returns when it is there."""
+        """Copy from the device to contiguous `target`, synchronously."""
         self._enter()
         self._ok(self._api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, self._raw_stream))
         self.synchronize()
@@ -221,19 +221,19 @@ class Driver:
             kernel = self._api.CUkernel(int(handle.handle))
             device = self._ok(self._api.cuDeviceGet(self._device.device_id))
             self._ok(self._api.cuKernelSetAttribute(attribute, shared, kernel, device))
-        # a kernel that is first touched while a stream is captured cannot be loaded then
+        # lazy loading is not possible while a stream is captured
         self._ok(self._api.cuKernelGetFunction(self._api.CUkernel(int(handle.handle))))
         return Kernel(handle, name, threads, shared)
 
     def spilled(self, kernel: Kernel) -> int:
-        """Bytes a thread keeps in memory because it has too few registers."""
+        """Return the bytes of spilled registers per thread."""
         attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
         device = self._ok(self._api.cuDeviceGet(self._device.device_id))
         handle = self._api.CUkernel(int(kernel.handle.handle))
         return int(self._ok(self._api.cuKernelGetAttribute(attribute, handle, device)))
 
     def launch(self, kernel: Kernel, grid: tuple[int, int, int], args: Sequence[np.generic]) -> None:
-        """Run `kernel` over `grid`; `args` are numpy scalars of the widths it declares, pointers uint64."""
+        """Launch `kernel` on `grid`; `args` are numpy scalars of the declared widths, pointers are uint64."""
         self._enter()
         key = (grid, kernel.threads, kernel.shared)
         config = self._configs.get(key)
@@ -243,7 +243,7 @@ class Driver:
         with self._errors(f"does not run kernel {kernel.name}"):
             self._core.launch(self._stream, config, kernel.handle, *args)
 
-    # order and time
+    # synchronization and timing
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -251,7 +251,7 @@ class Driver:
         self._ok(self._api.cuStreamSynchronize(self._raw_stream))
 
     def mark(self) -> Mark:
-        """A point in the stream."""
+        """Record a point in the stream."""
         self._enter()
         mark = Mark(self._ok(self._api.cuEventCreate(0)), self._api.cuEventDestroy)
         self._ok(self._api.cuEventRecord(mark.event, self._raw_stream))
@@ -263,7 +263,7 @@ class Driver:
         self._ok(self._api.cuEventSynchronize(mark.event))
 
     def seconds(self, begin: Mark, end: Mark) -> float:
-        """Time the device took from one mark to another."""
+        """Return the device time between two marks."""
         self.wait(end)
         milliseconds = ctypes.c_float()
         status = self._elapsed(ctypes.byref(milliseconds), int(begin.event), int(end.event))
@@ -272,15 +272,15 @@ class Driver:
 
     @functools.cached_property
     def _elapsed(self) -> Callable:
-        """`cuEventElapsedTime` as CUDA 12.0 has it: what cuda-bindings 13 calls came with 12.8."""
+        """`cuEventElapsedTime` of CUDA 12.0; cuda-bindings 13 calls a version that needs 12.8."""
         address, _ = self._ok(self._api.cuGetProcAddress(b"cuEventElapsedTime", 12000, 0))
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p)
         return kind(int(address))
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """A graph of what `work` asks of the stream, which is not carried out.
+        """Record the stream operations of `work` as a graph, without executing them.
 
-        Plain driver calls: cuda-core's graphs need entry points that came with CUDA 12.3.
+        Uses driver calls, because cuda-core's graphs need CUDA 12.3.
         """
         self._enter()
         api = self._api
@@ -300,12 +300,12 @@ class Driver:
             api.cuGraphDestroy(graph)
 
     def replay(self, graph: Graph) -> None:
-        """Carry out a captured graph."""
+        """Launch a captured graph."""
         self._enter()
         self._ok(self._api.cuGraphLaunch(graph.handle, self._raw_stream))
 
     def _enter(self) -> None:
-        """Make the GPU current in this thread, where another library may have made another one current."""
+        """Make the GPU current in this thread; another library may have changed it."""
         if self._pid != os.getpid():
             raise DeviceError(
                 f"{self.name} cannot be used in a forked process: load the model there, or start it with 'spawn'"
@@ -316,7 +316,7 @@ class Driver:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """cuda-core's errors as ours."""
+        """Convert exceptions of cuda-core to DeviceError."""
         try:
             yield
         except DeviceError:
@@ -341,7 +341,7 @@ def _dots(version: tuple[int, ...]) -> str:
 
 
 def _import() -> tuple[Any, Any]:
-    # cuda-core warns of drivers older than its bindings; `Driver` checks for what is used here
+    # cuda-core warns of drivers older than its bindings; `Driver` checks what is needed
     os.environ.setdefault("CUDA_PYTHON_DISABLE_MAJOR_VERSION_WARNING", "1")
     try:
         import cuda.core as core

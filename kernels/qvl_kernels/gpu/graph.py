@@ -1,4 +1,4 @@
-"""The order of work: carried out at once, or put on a tape that becomes a CUDA graph."""
+"""The queue of device work: executed at once, or recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qvl_kernels.gpu.memory import Memory
 
 
 class Queue:
-    """Where everything that runs on the device passes through.
+    """All work on the device passes through this queue.
 
-    While `capture` records, nothing runs: kernels are loaded and memory is taken as the calls come in, and only the
-    finished tape is shown to the driver, which allows neither within a capture.
+    While `capture` records, nothing runs. Kernels are loaded and memory is allocated during recording; only the
+    finished recording is captured by the driver, which allows neither within a capture.
     """
 
     def __init__(self, driver: Driver, memory: Memory):
@@ -24,10 +24,10 @@ class Queue:
         self._keep: list[Any] = []
 
     def __call__(self, action: Callable, *args: Any, keep: Iterable[Any] = ()) -> None:
-        """Do ``action(*args)``, a call of the driver, now or at every replay.
+        """Run ``action(*args)``, a driver call, now or at every replay.
 
-        The memory of the arrays in `keep` (or of pairs that begin with one) lives as long as that may be. What was
-        made within the captured step is `Memory.scratch`'s: it is used again as soon as the step lets go of it.
+        The memory of arrays in `keep` (or of pairs that begin with one) lives as long as the replay. Arrays allocated
+        within the captured step belong to `Memory.scratch` and are reused when the step frees them.
         """
         if self._tape is None:
             action(*args)
@@ -36,12 +36,12 @@ class Queue:
             self._keep += _owners(keep)
 
     def host_access(self, what: str) -> None:
-        """Refuse what only makes sense at once."""
+        """Raise an error during recording: host transfers cannot be captured."""
         if self._tape is not None:
             raise RuntimeError(f"{what} moves data between host and GPU: not possible within a captured step")
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """Record what `step` does."""
+        """Record the work of `step`."""
         if self._tape is not None:
             raise RuntimeError("a captured step cannot capture another")
         with self.memory.scratch.record():
@@ -63,7 +63,7 @@ class Queue:
 
 
 def _owners(values: Iterable[Any]) -> Iterator[Any]:
-    """What keeps the memory of arrays that were not made within the captured step."""
+    """Yield the owners of arrays that were not allocated within the captured step."""
     for value in values:
         array = value[0] if isinstance(value, tuple) else value
         if isinstance(array, DeviceArray) and not array.owner.scratch:
@@ -71,7 +71,7 @@ def _owners(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Replay:
-    """A captured step: call it to repeat the step."""
+    """A captured step; call it to replay."""
 
     def __init__(self, driver: Driver, graph: Any, keep: Any):
         self._driver, self._graph, self._keep = driver, graph, keep

@@ -1,4 +1,4 @@
-"""From a kernel's name and its arguments to a launch."""
+"""Launching kernels by name with checked arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qvl_kernels.gpu.signatures import KERNELS, tile
 from qvl_kernels.ops import Array, DeviceError
 
 ALIGNMENT = 16
-"""Of every pointer: kernels are compiled for it."""
+"""Alignment of every pointer in bytes; kernels are compiled for it."""
 
 Argument = Array | tuple[Array, int] | int | float | None
-"""Of a kernel: a pointer (an array, an array and an offset in bytes, or None for one that is not read) or a number."""
+"""Argument of a kernel: a pointer (an array, an array with a byte offset, or None if not read) or a number."""
 
 _SCALARS = {"i32": np.int32, "fp32": np.float32}
 _NULL = np.uint64(0)
@@ -33,11 +33,11 @@ class Image:
     kind : str
         "cubin" or "ptx".
     symbol : str
-        Its name inside `code`.
+        Name of the kernel in `code`.
     warps, shared : int
-        Warps of a program, and its shared memory in bytes.
+        Warps per program, and its shared memory in bytes.
     constants : dict
-        What it was compiled with: tile shapes and the like.
+        Compile-time constants such as tile shapes.
     """
 
     code: bytes
@@ -57,7 +57,7 @@ class Images(Protocol):
 
 
 class Launcher:
-    """Loads kernels when they are first asked for and launches them."""
+    """Loads kernels on first use and launches them."""
 
     def __init__(self, driver: Driver, queue: Queue, images: Images):
         self.driver, self.queue, self.images = driver, queue, images
@@ -66,11 +66,11 @@ class Launcher:
         self._tiles: dict[str, dict[str, int]] = {}
 
     def constants(self, name: str) -> dict[str, int | bool]:
-        """What kernel `name` was compiled with."""
+        """Return the compile-time constants of kernel `name`."""
         return self._image(name).constants
 
     def replace(self, name: str, image: Image) -> None:
-        """Launch another image under a name from now on: for trying tile shapes."""
+        """Replace the image of a kernel, for tuning tile shapes."""
         self._replaced[name] = image
         self._kernels.pop(name, None)
         self._tiles.pop(name, None)
@@ -79,14 +79,14 @@ class Launcher:
         return self._replaced.get(name) or self.images[name]
 
     def tile(self, name: str) -> dict[str, int]:
-        """What tiles.json says about kernel `name`."""
+        """Return the entry of kernel `name` in tiles.json."""
         found = self._tiles.get(name)
         if found is None:
             found = self._tiles[name] = tile(name, self.images.architecture)
         return found
 
     def __call__(self, name: str, grid: tuple[int, ...], *args: Argument) -> None:
-        """Launch kernel ``family.variant`` with the arguments its signature lists."""
+        """Launch kernel ``family.variant`` with the arguments of its signature."""
         kernel = self._kernels.get(name)
         if kernel is None:
             image = self._image(name)

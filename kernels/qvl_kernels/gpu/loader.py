@@ -1,4 +1,4 @@
-"""Finding compiled kernels: the bundle that ships with the package, or one made once on this computer."""
+"""Finding compiled kernels: the bundle of the package, or one compiled on this computer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qvl_kernels.ops import DeviceError
 log = logging.getLogger(__name__)
 
 EXACT_FROM = 90
-"""From this architecture on code uses features of exactly one GPU; before, a cubin runs on all later minor versions."""
+"""From this architecture on, code uses features of one GPU only. Older cubins run on all later minor versions."""
 
 
 def choose(capability: tuple[int, int]) -> tuple[int, str]:
-    """The architecture whose code runs on a GPU, and which form of it: "cubin", or "ptx", which the driver compiles."""
+    """Return the architecture whose code runs on a GPU, and its kind: "cubin", or "ptx", which the driver compiles."""
     own = 10 * capability[0] + capability[1]
     for architecture in sorted(ARCHITECTURES, reverse=True):
         older = architecture // 10 == own // 10 and architecture <= own and architecture < EXACT_FROM
@@ -33,23 +33,23 @@ def choose(capability: tuple[int, int]) -> tuple[int, str]:
 
 
 def locate(capability: tuple[int, int]) -> Bundle | None:
-    """The kernels for a GPU of a compute capability that are there already, if any."""
+    """Return existing kernels for a compute capability, or None."""
     architecture, kind = choose(capability)
     bundles = [Bundle(BUNDLE, architecture, kind)] if BUNDLE.exists() else []
     made = _made(cache_folder.find().path, architecture)
     if made and (file := cache_folder.open_private(made)):
-        with contextlib.suppress(DeviceError):  # damaged: made again
+        with contextlib.suppress(DeviceError):  # damaged files are compiled again
             bundles.append(Bundle(made, architecture, kind, file))
     return next((bundle for bundle in bundles if bundle.sources == source_hash() and len(bundle)), None)
 
 
 def find(capability: tuple[int, int]) -> Bundle:
-    """The kernels for a GPU of a compute capability; compiled now, with a warning logged, if there are none.
+    """Return the kernels for a compute capability. If there are none, compile them and log a warning.
 
     Raises
     ------
     DeviceError
-        There are none and the Triton they are compiled with is not installed.
+        If there are none, and the required Triton is not installed.
     """
     if bundle := locate(capability):
         return bundle
@@ -58,7 +58,7 @@ def find(capability: tuple[int, int]) -> Bundle:
     folder = cache_folder.find()
     log.warning("qvl: compiling the GPU kernels for sm_%d, %s", architecture, folder.notice)
     with tempfile.TemporaryDirectory(prefix="qvl-") as scratch:
-        # Read into memory: there may be no folder to keep them in, or no room in it.
+        # Read into memory: the cache folder may be missing or full.
         code = build.build(Path(scratch) / "kernels.zip", [architecture], _log_progress).read_bytes()
     made = _made(folder.path, architecture)
     if made:
@@ -67,7 +67,7 @@ def find(capability: tuple[int, int]) -> Bundle:
 
 
 def check_compiler() -> None:
-    """Raise a DeviceError where kernels could not be compiled; does not import Triton, which takes a while."""
+    """Raise a DeviceError if kernels cannot be compiled. Does not import Triton, which is slow."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def check_compiler() -> None:
     if version != TRITON_VERSION:
         found = f"Triton {version}" if version else "no Triton"
         remedy = f"pip install triton=={TRITON_VERSION}, or use the CPU"
-        if sys.platform == "win32":  # where there is no Triton
+        if sys.platform == "win32":  # Triton does not support Windows
             remedy = "install qvl-runtime from a wheel, which has them, or use the CPU"
         raise DeviceError(
             f"this installation came without compiled GPU kernels, and {found} is installed to compile them with: "

@@ -1,4 +1,4 @@
-"""Device memory: what will fit, said before anything is loaded; blocks; and getting weights up there."""
+"""Device memory: the plan before loading, allocation, and uploads."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.ops import DeviceError
 
 RESERVE = 256 << 20
-"""Bytes left alone: the driver's own, and the kernels'."""
+"""Bytes reserved for the driver and the kernels."""
 
 ALIGNMENT = 256
-"""Of every block, as `cuMemAlloc` aligns."""
+"""Alignment of blocks, as in `cuMemAlloc`."""
 
 POOL_LIMIT = 128 << 20
-"""Most bytes of freed blocks kept for the next request of their size."""
+"""Limit of freed blocks that are cached for the next request of the same size, in bytes."""
 
 PAGE = 2 << 20
-"""`cuMemAlloc` takes blocks of more than half of this in multiples of it."""
+"""`cuMemAlloc` rounds blocks of more than half of this up to multiples of it."""
 
 ARENA = 64 << 20
-"""Most bytes of an arena. An array of a quarter of it or more has one of its own, whose end others may use."""
+"""Largest arena in bytes. An array of at least a quarter of it gets its own arena, whose rest others may use."""
 
 _USEFUL_CONTEXT, _CONTEXT_STEP = 1024, 256
-"""Tokens: an image and a few turns; and the steps in which a context is offered."""
+"""Smallest context that is suggested (a picture and a few turns), and the step of suggestions, in tokens."""
 
 STAGE, SMALL_STAGE = 32 << 20, 64 << 10
-"""Bytes of the page-locked buffers that uploads go through."""
+"""Bytes of the page-locked buffers for uploads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where the memory of a GPU goes, in bytes.
+    """The use of a GPU's memory, in bytes.
 
     Attributes
     ----------
     weights, cache, workspace : int
-        What the model needs; `reserve` is left to the driver.
+        Needs of the model; `reserve` is for the driver.
     free : int
-        What the GPU has to give.
+        Free memory of the GPU.
     """
 
     weights: int
@@ -82,28 +82,28 @@ def plan(
     context: int | None = None,
     vision_bytes: int = 0,
 ) -> Plan:
-    """Decide before loading whether a model fits.
+    """Check before loading whether a model fits.
 
     Parameters
     ----------
     weights_bytes : int
-        All weights that go to the GPU, as they lie in the blob.
+        All weights on the GPU.
     cache_bytes, workspace_bytes : int
-        KV cache at its full capacity; activations and scratch.
+        KV cache at full capacity; activations and scratch memory.
     free_bytes : int
-        As `Driver.memory` tells.
+        The result of `Driver.memory`.
     int8_cache_bytes : int, optional
-        Size of the same cache in int8, when it is not int8 already: offered as a way out.
+        Size of the same cache in int8, if it is not int8; for a suggestion.
     context : int, optional
-        Tokens the cache holds: with it a shorter context can be offered.
+        Capacity of the cache in tokens; for suggesting a shorter context.
     vision_bytes : int
-        The part of `weights_bytes` that could run on the CPU instead.
+        The part of `weights_bytes` that could run on the CPU.
 
     Raises
     ------
     DeviceError
-        When it does not fit, with all sizes and what would: an int8 cache, fewer tokens of context, vision on the
-        CPU, or these together; or that nothing would.
+        If it does not fit; with all sizes and suggestions: an int8 cache, a shorter context, vision on the CPU, or a
+        combination; or that nothing fits.
     """
     whole = Plan(weights_bytes, cache_bytes, workspace_bytes, free_bytes)
     if whole.fits:
@@ -113,7 +113,7 @@ def plan(
 
 
 def _remedy(whole: Plan, int8_cache: int | None, context: int | None, vision: int) -> str:
-    """The mildest change that makes it fit."""
+    """Return the mildest change that makes it fit."""
     int8, off = "an int8 KV cache", "vision on the CPU"
     options = []
     if int8_cache is not None:
@@ -134,26 +134,26 @@ def _remedy(whole: Plan, int8_cache: int | None, context: int | None, vision: in
 
 
 def _tokens(option: Plan, context: int) -> int:
-    """How long a context there is room for."""
+    """Return the context that fits, in tokens."""
     room = option.free - (option.needed - option.cache)
     return context * room // option.cache // _CONTEXT_STEP * _CONTEXT_STEP
 
 
 def rounded(nbytes: int) -> int:
-    """Bytes the driver takes for an allocation."""
+    """Return the bytes that the driver uses for an allocation."""
     unit = ALIGNMENT if nbytes <= PAGE // 2 else PAGE
     return max(-(-nbytes // unit), 1) * unit
 
 
 class Memory:
-    """Blocks of device memory, given back when the last array in them is gone.
+    """Blocks of device memory, freed with their last array.
 
-    Work runs in the order of one stream, so a block may be handed out again while what last used it still runs.
+    Work runs in the order of one stream, so a block may be reused while its previous user still runs.
 
     Attributes
     ----------
     in_use, peak : int
-        Bytes in live arrays now, and the most there were.
+        Bytes of live arrays now, and their maximum.
     """
 
     def __init__(self, driver: Driver):
@@ -172,7 +172,7 @@ class Memory:
         return array
 
     def constant(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
-        """An uninitialized array that a step being captured takes for one made before it."""
+        """Allocate an uninitialized array that is not scratch memory of the step being captured."""
         recording, self.scratch.recording = self.scratch.recording, False
         try:
             return self.array(shape, dtype)
@@ -180,9 +180,9 @@ class Memory:
             self.scratch.recording = recording
 
     def weight(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
-        """An uninitialized array that stays as long as the model: hundreds of them share a few allocations.
+        """Allocate an uninitialized array for the lifetime of the model; hundreds of them share a few allocations.
 
-        An arena is as large as all before it together, so that a small model takes little.
+        An arena is as large as all earlier ones together, so that a small model wastes little.
         """
         array = DeviceArray(0, shape, dtype, None)
         fitting = [arena for arena in self._arenas if arena.room >= array.nbytes]
@@ -197,7 +197,7 @@ class Memory:
         return array
 
     def take(self, nbytes: int) -> int:
-        """The address of a block."""
+        """Allocate a block; return the address."""
         if self._pool[nbytes]:
             address = self._pool[nbytes].pop()
             self._pooled -= nbytes
@@ -214,19 +214,19 @@ class Memory:
         return address
 
     def give(self, address: int, nbytes: int) -> None:
-        """Take a block back."""
+        """Free a block."""
         self.in_use -= nbytes
         if self._pooled + nbytes <= POOL_LIMIT:
             self._pool[nbytes].append(address)
             self._pooled += nbytes
         else:
-            # After a fault the driver refuses this, too; whoever runs into the fault is told, not the collector.
+            # After a fault this fails, too. The fault is reported where it occurs, not in the garbage collector.
             with contextlib.suppress(DeviceError):
                 self.driver.free(address)
 
     def trim(self) -> None:
-        """Give the blocks kept for later back to the driver."""
-        # a block may come back at any moment: the collector decides
+        """Free the cached blocks."""
+        # the garbage collector may free a block at any moment
         pool, self._pool, self._pooled = self._pool, collections.defaultdict(list), 0
         for addresses in pool.values():
             for address in addresses:
@@ -234,10 +234,10 @@ class Memory:
 
 
 class Scratch:
-    """Blocks that steps made and let go of again while they were captured.
+    """Blocks that captured steps allocated and freed during recording.
 
-    Steps run one after another and leave nothing for each other in such blocks, so that all share them: they are taken
-    again within a step, and by the next one that is captured. They stay as long as any of the steps does.
+    Steps run one after another and share no data in these blocks, so all of them reuse the same blocks. These live as
+    long as any of the steps.
     """
 
     def __init__(self, memory: Memory):
@@ -248,7 +248,7 @@ class Scratch:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Blocks taken within belong to a captured step, which `release` ends."""
+        """Assign blocks allocated within the context to a captured step, until `release`."""
         self._steps += 1
         self.recording = True
         try:
@@ -260,7 +260,7 @@ class Scratch:
             self.recording = False
 
     def release(self) -> None:
-        """A captured step is gone."""
+        """Note that a captured step was deleted."""
         self._steps -= 1
         if self._steps == 0:
             free, self._free = self._free, collections.defaultdict(list)
@@ -269,11 +269,11 @@ class Scratch:
                     self._memory.give(address, nbytes)
 
     def take(self, nbytes: int) -> int:
-        """As `Memory.take`."""
+        """Allocate a block; see `Memory.take`."""
         return self._free[nbytes].pop() if self._free[nbytes] else self._memory.take(nbytes)
 
     def give(self, address: int, nbytes: int) -> None:
-        """As `Memory.give`."""
+        """Free a block; see `Memory.give`."""
         if self._steps:
             self._free[nbytes].append(address)
         else:
@@ -281,13 +281,13 @@ class Scratch:
 
 
 class Block:
-    """One allocation; it lives as long as an array refers to it.
+    """One allocation, freed with the last array that refers to it.
 
     Attributes
     ----------
     address : int
     scratch : bool
-        Whether it was made within a captured step.
+        Whether it was allocated within a captured step.
     """
 
     __slots__ = ("__weakref__", "address", "release", "scratch")
@@ -298,17 +298,17 @@ class Block:
         home = memory.scratch if self.scratch else memory
         self.address = home.take(nbytes)
         self.release = weakref.finalize(self, home.give, self.address, nbytes)
-        """Gives the memory back at once, whoever still refers to it."""
+        """Frees the memory at once, even if arrays refer to it."""
         self.release.atexit = False
 
 
 class Arena(Block):
-    """One allocation that several arrays share; it lives as long as one of them.
+    """One allocation shared by several arrays, freed with the last of them.
 
     Attributes
     ----------
     nbytes, room : int
-        Its size, and what no array has yet.
+        Its size, and the unused rest.
     """
 
     __slots__ = ("nbytes", "room")
@@ -318,16 +318,16 @@ class Arena(Block):
         self.nbytes = self.room = nbytes
 
     def part(self, nbytes: int) -> int:
-        """The address of the next `nbytes` bytes."""
+        """Reserve the next `nbytes` bytes; return the address."""
         address = self.address + self.nbytes - self.room
         self.room = max(self.room - max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT, 0)
         return address
 
 
 class Uploader:
-    """Copies host arrays to the device through page-locked buffers: some fill while others travel.
+    """Copies host arrays to the device through page-locked buffers, which overlaps filling and transfer.
 
-    What is small goes through small buffers, so that it does not wait for what is large.
+    Small arrays use separate small buffers, so that they do not wait for large ones.
     """
 
     def __init__(self, driver: Driver, progress: Callable[[int], None]):
@@ -335,7 +335,7 @@ class Uploader:
         self._small, self._large = _Stages(driver, 8, SMALL_STAGE), _Stages(driver, 2, STAGE)
 
     def __call__(self, values: np.ndarray, target: DeviceArray) -> None:
-        """Copy `values`, of any layout, into `target`; `progress` is told of the bytes as they leave."""
+        """Copy `values`, of any layout, to `target`; call `progress` with the bytes sent."""
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         stages = self._small if len(data) <= SMALL_STAGE else self._large
         for first in range(0, len(data), stages.nbytes):
@@ -345,7 +345,7 @@ class Uploader:
 
 
 class _Stages:
-    """Page-locked buffers that are filled in turn, each when the device has read it."""
+    """A ring of page-locked buffers; each is reused when the device has read it."""
 
     def __init__(self, driver: Driver, count: int, nbytes: int):
         self.driver, self.count, self.nbytes = driver, count, nbytes
@@ -354,7 +354,7 @@ class _Stages:
         self._next = 0
 
     def send(self, data: np.ndarray, address: int) -> None:
-        """Copy bytes to the device; `data` may be changed at once."""
+        """Copy bytes to the device; `data` may be changed immediately."""
         if not self._buffers:
             memory = self.driver.pinned(self.count * self.nbytes)
             self._buffers = [memory[i * self.nbytes : (i + 1) * self.nbytes] for i in range(self.count)]

@@ -22,14 +22,14 @@ from qvl_kernels.packing import Matrix
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 
 _COUNTERS = 1 << 16
-"""Tiles of one product that may be split along k."""
+"""Largest number of tiles of a product that is split along k."""
 
 _MAX_SPLIT, _WAVES = 16, 2
 
 _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_GELU}
 
 _CONSTANTS = 8
-"""Arrays made of a call's numbers that are kept for the next call."""
+"""Number of cached arrays of segment boundaries."""
 
 
 class CudaOps:
@@ -38,23 +38,23 @@ class CudaOps:
     Parameters
     ----------
     driver : Driver, optional
-        The first GPU by default.
+        By default the first GPU.
     images : mapping of str to Image, optional
-        Compiled kernels; those found by `loader.find` by default.
+        Compiled kernels; by default those of `loader.find`.
     progress : callable
-        Told the number of bytes of every upload, as they leave.
+        Called with the bytes of every upload.
 
     Raises
     ------
     qvl_kernels.ops.DeviceError
-        There is no usable GPU, or no kernels for it.
+        If there is no usable GPU, or there are no kernels for it.
     """
 
     name = "cuda"
     activation_dtype = _HALF
     score_cache_dtype = "fp16"
     row_cost = 0.1
-    """Not measured: a small batch is the reading of the weights, which all rows share."""
+    """Not measured: the time of a small batch is that of reading the weights, which all rows share."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class CudaOps:
         self.launch(name, grid, *operands, m, gate.n, gate.rows, gate.blocks, gate.group_shift, flags)
 
     def _prepare(self, x: DeviceArray, w: DeviceMatrix, norm: Norm | None) -> DeviceArray:
-        """The activations as a product wants them: fp16, in the weight's order of columns, padded with zeros."""
+        """Convert activations for a product: fp16, in the weight's column order, zero-padded."""
         if x.shape[1] != w.k:
             raise ValueError(f"a product of x {list(x.shape)} with a weight of {w.k} columns")
         if norm is None and x.dtype == _HALF and w.perm is None and w.padded == w.k:
@@ -165,10 +165,9 @@ class CudaOps:
         return h
 
     def _tiles(self, family: str, w: DeviceMatrix, m: int) -> tuple[str, tuple[int, int], DeviceArray | None]:
-        """Kernel, grid, and scratch of a product over `m` rows.
+        """Return kernel, grid, and scratch memory of a product of `m` rows.
 
-        Few tiles leave multiprocessors idle: then several programs share the columns of one, `waves` for each
-        multiprocessor in all.
+        With few tiles, several programs share the columns of one, about `waves` programs per multiprocessor in total.
         """
         name = f"{family}.{w.kind}.small"
         if m > self.launch.tile(name).get("max_m", self.launch.constants(name)["BM"]):
@@ -228,9 +227,9 @@ class CudaOps:
         self._attention((qkv, qkv, qkv), bounds, rows, rows, heads, 3, d, out)
 
     def _row_bounds(self, segments: Sequence[int], rows: int) -> DeviceArray:
-        """int32 ``[2, rows]``: the first row of each row's segment, and the end of it.
+        """Return int32 ``[2, rows]``: first row and end of each row's segment.
 
-        Blocks of one picture ask for the same ones: they are uploaded once, outside of what a captured step repeats.
+        All blocks of a picture use the same bounds: they are uploaded once, outside of captured steps.
         """
         key = tuple(map(int, segments))
         found = self._bounds.pop(key, None)
@@ -297,17 +296,17 @@ class CudaOps:
 
 
 def _flags(*conditions: tuple) -> int:
-    """The sum of the flags whose condition is an array or True."""
+    """Return the sum of the flags whose condition is an array or True."""
     return sum(flag for condition, flag in conditions if condition is not None and condition is not False)
 
 
 def _alike(a: DeviceMatrix, b: DeviceMatrix) -> bool:
-    """Whether one kernel can read both weights side by side."""
+    """Whether one kernel can read both weights together."""
     return (a.n, a.k, a.kind, a.group_shift, a.order) == (b.n, b.k, b.kind, b.group_shift, b.order)
 
 
 def _head_norm(norm: Norm | None, d: int) -> tuple[Array | None, float]:
-    """Weight and eps of the RMSNorm of each head."""
+    """Return weight and eps of the RMSNorm of each head."""
     if norm is None:
         return None, 0.0
     if norm.bias is not None:

@@ -3,13 +3,13 @@
 A kernel is compiled once for each variant and architecture under the name ``family.variant``. Tile shapes, warps and
 pipeline stages are data (tiles.json); everything else that is fixed at compile time is listed here.
 
-Conventions every launch keeps
-------------------------------
+Conventions of every launch
+---------------------------
 * Arrays are contiguous and every base pointer is a multiple of 16 bytes wherever its row length is a multiple of
   16 elements. A pointer of type ``*fp32`` named in a flag's description may point at fp16: the flag says so.
-* Pointers that a flag switches off are never read: pass 0.
-* `counters` is int32, zeroed once; every launch that uses it leaves it zero again. Kernels that may run at the same
-  time need counters of their own. `partials` is scratch without a state.
+** Pointers disabled by a flag are never read: pass 0.
+** `counters` is int32, zeroed once; every launch resets it to zero. Kernels that may run concurrently need separate
+  counters. `partials` is scratch memory without state.
 * Padded sizes: ``rows = round_up(n, 128)`` of a weight on the device, ``blocks = ceil(k / 128)``. The `x` of a
   product is fp16 ``[m, 128 * blocks]`` with zeros in the padding columns (`norm` and `gather` write them).
 
@@ -47,19 +47,19 @@ HAS_ZEROS = 1
 LOGN, Q_NORM, K_NORM = 1, 2, 4
 
 DECODE_SPLITS = 16
-"""Programs that share the positions of one tile in `decode_attention`."""
+"""Number of programs per tile in `decode_attention`; each has a part of the positions."""
 
 DECODE_ROWS = 16
-"""Up to so many tokens `decode_attention` takes, and more than these `cached_attention`."""
+"""Largest number of tokens for `decode_attention`; more use `cached_attention`."""
 
 ARGMAX_PARTS = 64
-"""Programs that share one row in `argmax`."""
+"""Number of programs per row in `argmax`."""
 
 ELEMENTS = 1024
-"""Elements a program of the elementwise kernels handles."""
+"""Elements per program of the elementwise kernels."""
 
 ROPE_HEADS = 8
-"""Heads a program of `rope_append` handles."""
+"""Heads per program of `rope_append`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Kernel:
     variants : dict
         Variant name -> compile-time constants, without those in tiles.json.
     grid : str
-        How many programs to launch, in words the runtime follows: BM, BN and the like are the variant's constants.
+        Documentation of the grid; BM, BN and the like are the variant's constants.
     """
 
     source: str
@@ -117,7 +117,7 @@ _HEADS = {
     "128": (128, 128),
     "any": (0, 128),
 }
-"""The width of a head, and the pieces it is computed in."""
+"""Head sizes, and the widths of the pieces for their computation."""
 
 
 def _head(d: int, w0: int, w1: int = 0, w2: int = 0, *, segments: bool) -> dict[str, int | bool]:
@@ -291,11 +291,11 @@ KERNELS: dict[str, Kernel] = {
 }
 
 ARCHITECTURES = (75, 80, 90, 120)
-"""Compute capabilities kernels are built for; code for 80 also runs on 86, 87 and 89."""
+"""Compute capabilities of the bundle; code for 80 also runs on 86, 87 and 89."""
 
 
 def types(name: str) -> dict[str, str]:
-    """Triton type of every launch argument of a kernel, in order."""
+    """Return the Triton type of every launch argument of a kernel, in order."""
     family, variant = name.split(".", 1)
     kernel = KERNELS[family]
     cache = "*i8" if kernel.variants[variant].get("INT8") else "*fp16"
@@ -303,7 +303,7 @@ def types(name: str) -> dict[str, str]:
 
 
 def names() -> list[str]:
-    """All kernels, as ``family.variant``."""
+    """List all kernels as ``family.variant``."""
     return [f"{family}.{variant}" for family, kernel in KERNELS.items() for variant in kernel.variants]
 
 
@@ -313,10 +313,10 @@ def _tiles() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def tile(name: str, architecture: int) -> dict[str, int]:
-    """What tiles.json says about a kernel: `warps`, `stages`, compile-time constants, and for products `waves`, the
-    programs for each multiprocessor a split aims at.
+    """Return a kernel's entry in tiles.json: `warps`, `stages`, compile-time constants, and for products `waves`, the
+    target number of programs per multiprocessor of a split.
 
-    The longest matching prefix of `name` (in whole dotted parts) counts, first under the architecture, then under
+    The longest matching prefix of `name` (in whole dotted parts) is used, first under the architecture, then under
     "default".
     """
     parts = name.split(".")
@@ -330,7 +330,7 @@ def tile(name: str, architecture: int) -> dict[str, int]:
 
 
 def constants(name: str, architecture: int) -> dict[str, int | bool]:
-    """All compile-time constants of a kernel on an architecture."""
+    """Return all compile-time constants of a kernel on an architecture."""
     family, variant = name.split(".", 1)
     shapes = {key: value for key, value in tile(name, architecture).items() if key.isupper()}
     return KERNELS[family].variants[variant] | shapes

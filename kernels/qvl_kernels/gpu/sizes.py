@@ -1,4 +1,4 @@
-"""What things take on a GPU."""
+"""Sizes on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CudaSizes:
     reserve = RESERVE
 
     def weight(self, n: int, k: int, bits: int, group_size: int, *, zeros: bool, perm: bool, bias: bool) -> int:
-        """As it is laid out there; zero points lie beside the scales."""
+        """Return the size in the device layout; zero points are packed with the scales."""
         return device_bytes(n, k, bits, group_size) + (4 * k if perm else 0) + (4 * n if bias else 0)
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
@@ -21,7 +21,7 @@ class CudaSizes:
         return cache_bytes(layers, kv_heads, head_dim, capacity, dtype)
 
     def workspace(self, values: int) -> int:
-        """Float32 at most, and as much again for padded fp16 copies and the partial sums of split products."""
+        """Return the size in float32, doubled for padded fp16 copies and partial sums of split products."""
         return 8 * values
 
 

@@ -1,7 +1,7 @@
-"""Tensor cores on sm_75, for which Triton's compiler (from 3.3 on) emits none.
+"""Tensor cores on sm_75, which Triton's compiler does not use from version 3.3 on.
 
-The optimiser runs as for sm_80, which leaves mma.m16n8k16 in the PTX; the code generator runs for sm_75; and each such
-instruction is then written as two of the m16n8k8 that Turing has. The halves of k of the operands lie in separate
+The optimizer runs for sm_80 and emits mma.m16n8k16 to the PTX; the code generator runs for sm_75. Each of these
+instructions is then replaced by two m16n8k8, which Turing supports. The halves of k of the operands are in separate
 registers (PTX ISA, "Matrix fragments for mma.m16n8k16"), so that only registers are regrouped. There is no asynchronous
 copy on sm_75: `num_stages` must be 1.
 """
@@ -19,7 +19,7 @@ _HALF_MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 
 def split_mma(ptx: str) -> str:
-    """PTX with every m16n8k16 product written as two of m16n8k8."""
+    """Replace every m16n8k16 product of PTX by two of m16n8k8."""
 
     def halves(match: re.Match) -> str:
         out, a, b, acc = match[1], *(re.split(r"\s*,\s*", match[i].strip()) for i in (2, 3)), match[4]
@@ -34,7 +34,7 @@ def split_mma(ptx: str) -> str:
 def stages(
     backend: Any, stages: dict | None = None, options: Any = None, language: Any = None, capability: int | None = None
 ) -> tuple[str, str] | None:
-    """Triton's hook on the stages of a compilation; without `stages`, the key and hash for its cache."""
+    """Triton's hook for the stages of a compilation; without `stages` it returns the key and hash for the cache."""
     if stages is None:
         return "turing-mma", "turing-mma-1"
     stages["ttgir"] = lambda source, metadata: backend.make_ttgir(source, metadata, options, 80)

@@ -1,4 +1,4 @@
-"""Packed matrices on the device: the blob's bytes, reordered there for the tensor cores.
+"""Packed matrices on the device: the blob's bytes, reordered on the device for the tensor cores.
 
 `signatures` describes the layout.
 """
@@ -20,14 +20,14 @@ from qvl_kernels.gpu.signatures import ELEMENTS, HAS_ZEROS, ROW_PADDING
 from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, round_up
 
 STAGE = 32 << 20
-"""Bytes of the blob that wait on the device to be reordered."""
+"""Size of the device's buffer for bytes before reordering."""
 
 _MAX_GRID = 65535
-"""Programs in the second dimension of a grid (CUDA C programming guide, compute capabilities)."""
+"""Largest second dimension of a grid (CUDA C programming guide, compute capabilities)."""
 
 
 class Device(Protocol):
-    """What putting a matrix on the device takes."""
+    """The part of a backend that uploads need."""
 
     driver: Driver
     memory: Memory
@@ -43,15 +43,15 @@ class DeviceMatrix:
     Attributes
     ----------
     kind : str
-        The variant of the kernels that read it: "int4", "int8", "fp16", with "_fine" for groups under 128.
+        Variant of the kernels: "int4", "int8", "fp16", with "_fine" for groups under 128.
     rows, blocks : int
-        Padded sizes: rows, and blocks of 128 columns.
+        Padded sizes: rows, and number of blocks of 128 columns.
     group_shift : int
         log2(group_size / 32).
     codes : DeviceArray
     scales, perm, bias : DeviceArray or None
     order : bytes
-        Identifies `perm`: equal for weights that share an order of columns.
+        Identifies `perm`: equal for weights with the same column order.
     """
 
     n: int
@@ -68,18 +68,18 @@ class DeviceMatrix:
 
     @property
     def padded(self) -> int:
-        """Columns of the activations it multiplies."""
+        """Number of columns of padded activations."""
         return self.blocks * BLOCK
 
 
 def device_bytes(n: int, k: int, bits: int, group_size: int) -> int:
-    """Bytes an ``[n, k]`` matrix takes on the device, without bias and column order."""
+    """Return the bytes of an ``[n, k]`` matrix on the device, without bias and column order."""
     rows, columns = round_up(n, ROW_PADDING), round_up(k, BLOCK)
     return rows * columns * bits // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
 
 
 def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
-    """Upload a matrix, in pieces that the device reorders."""
+    """Upload a matrix in pieces, which the device reorders."""
     device.queue.host_access("a weight")
     m, rows, blocks = matrix, round_up(matrix.n, ROW_PADDING), round_up(matrix.k, BLOCK) // BLOCK
     fine = m.bits != 16 and m.group_size < BLOCK
@@ -115,7 +115,7 @@ def _copy(device: Device, values: np.ndarray) -> DeviceArray:
 
 
 def _pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Pairs of a first row and `values` from it on, of at most `STAGE` bytes each."""
+    """Yield slices of `values` of at most `STAGE` bytes, with their first row."""
     step = min(max(STAGE // values[:1].nbytes, 1), _MAX_GRID)
     for first in range(0, len(values), step):
         yield first, values[first : first + step]
@@ -154,6 +154,6 @@ def _pad_rows(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
 
 
 def _clear(device: Device, array: DeviceArray, padded: bool) -> None:
-    """Rows that the upload does not write hold zeros, not what the memory held before."""
+    """Zero rows that the upload does not write."""
     if padded:
         device.queue(device.driver.fill, array.address, 0, array.nbytes, keep=(array,))

@@ -1,1 +1,1 @@
-"""Triton sources, one file a subject. `qvl_kernels.gpu.signatures` lists their arguments and variants."""
+"""Triton sources, one file per subject. `qvl_kernels.gpu.signatures` lists arguments and variants."""

@@ -1,8 +1,7 @@
-"""Flash attention (Dao 2023): scores of a tile of queries never leave the chip.
+"""Flash attention (Dao 2023): scores of a tile of queries stay on the chip.
 
 Softmax runs in base 2, so `scale` is multiplied by log2(e) once. `cached_attention` is causal and reads keys and values
-from the cache alone; `attention` sees everything, or each row its own segment, and reads them where the products left
-them.
+from the cache only; `attention` is full or within segments, and reads the outputs of products directly.
 """
 
 import triton
@@ -44,7 +43,7 @@ def cached_attention(
     qkv, k, v, k_scale, v_scale, start, out, t, heads, kv_heads, capacity, d, scale,
     INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # the longest rows first: short ones fill the gaps at the end
+    # the longest rows first, for balance
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     rm = tile * BM + tl.arange(0, BM)
@@ -68,7 +67,7 @@ def cached_attention(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, 128), tl.float32)
-    # first the keys that every query of the tile sees, then those that need a mask
+    # first the keys visible to every query of the tile, then those that need a mask
     n_open = 0
     if EXACT:
         n_open = (begin + tile * BM + 1) // BN * BN
@@ -85,7 +84,7 @@ def cached_attention(
 
 @triton.jit
 def _columns(base, row, seen, width, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """fp16 [rows, WIDTH]: columns from FIRST on of rows that begin at ``base + row``."""
+    """Load fp16 [rows, WIDTH]: columns from FIRST on of rows that begin at ``base + row``."""
     column = FIRST + tl.arange(0, WIDTH)
     at = base + row[:, None] + column[None, :]
     if D == 0 or FIRST + WIDTH > D:
@@ -137,7 +136,7 @@ def attention(
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A head is computed in pieces of W0, W1 and W2 columns, so that little of it is padding: 104 = 64 + 32 + 8."""
+    """Compute a head in pieces of W0, W1 and W2 columns, to reduce padding: 104 = 64 + 32 + 8."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     head = tl.program_id(1)
     if D == 0:
@@ -169,7 +168,7 @@ def attention(
     low = rm
     high = rm
     if SEGMENTS:
-        # int32 [2, q_rows]: the first row each row sees, and the end of them
+        # int32 [2, q_rows]: first visible row and end for each row
         low = tl.load(bounds + rm, mask=inside, other=k_rows)
         high = tl.load(bounds + q_rows + rm, mask=inside, other=0)
         first = tl.min(low, 0) // BN * BN

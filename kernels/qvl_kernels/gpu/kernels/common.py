@@ -1,4 +1,4 @@
-"""What several kernels share: arrays whose type a flag decides, packed scales, and meeting of programs."""
+"""Shared code of kernels: arrays whose type depends on a flag, packed scales, and synchronization of programs."""
 
 import triton
 import triton.language as tl
@@ -26,13 +26,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def to_half(x):
-    """float32 to fp16; what is too large becomes the largest number instead of infinity."""
+    """Convert float32 to fp16; overflow saturates to the largest number."""
     return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit
 def load_as_float(base, first, offsets, mask, is_half):
-    """float32 values at ``first + offsets`` of an array that is fp16 if `is_half`.
+    """Load float32 values at ``first + offsets`` of an array that is fp16 if `is_half`.
 
     `first` is a scalar and may be int64; the offsets from it then fit int32, which saves registers.
     """
@@ -54,7 +54,7 @@ def store_float(base, first, offsets, value, mask, is_half):
 
 @triton.jit
 def unpack_scale(packed):
-    """Scale and zero, fp16, of int32 words that hold them in their low and high half."""
+    """Unpack scale and zero, fp16, from the low and high halves of int32 words."""
     scale = (packed & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     zero = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return scale, zero
@@ -62,9 +62,9 @@ def unpack_scale(packed):
 
 @triton.jit
 def last_to_arrive(counter, parts):
-    """Whether this program is the last of `parts` to come here; it then sees what the others stored before.
+    """Whether this program is the last of `parts` to arrive; it then sees the stores of the others.
 
-    The barriers make one thread's atomic speak for all threads of its program. The counter ends at zero.
+    The barriers extend one thread's atomic operation to all threads of its program. The counter ends at zero.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
@@ -76,7 +76,7 @@ def last_to_arrive(counter, parts):
 
 @triton.jit
 def as_half(tile, INT8: tl.constexpr):
-    """fp16 of fp16 or int8: bytes go into the mantissa of 1024, which is cheaper than converting them."""
+    """Convert fp16 or int8 to fp16: bytes are placed in the mantissa of 1024, which is cheaper than a conversion."""
     if INT8:
         bits = (tile.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int16) | 0x6400
         return bits.to(tl.float16, bitcast=True) - 1152.0
@@ -86,9 +86,9 @@ def as_half(tile, INT8: tl.constexpr):
 
 @triton.jit
 def weigh(scores, largest, total, BLIND: tl.constexpr):
-    """One step of the running softmax: weights of these keys, and what the sums so far must be scaled by.
+    """Compute one step of the online softmax: weights of these keys, and the rescaling of earlier sums.
 
-    BLIND: there may be rows that have not seen a key yet.
+    BLIND: rows may not have seen a key yet.
     """
     new = tl.maximum(largest, tl.max(scores, 1))
     origin = new

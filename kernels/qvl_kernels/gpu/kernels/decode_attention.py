@@ -1,8 +1,8 @@
-"""Attention of a few new tokens over the cache, the positions split between programs (flash decoding).
+"""Attention of a few new tokens over the cache, with positions split among programs (flash decoding).
 
-The queries of one head of keys, those of all tokens and of all heads that share it, are the rows of one tile: each key
-is read once for them. The length is read on the device, so a recorded launch serves every step. The programs of a tile
-meet in `partials`; the last to arrive merges them, always in the same order.
+The queries of one head of keys, of all tokens and all heads of its group, are the rows of one tile: each key is read
+once. The length is read on the device, so a captured launch serves every step. The programs of a tile write `partials`;
+the last one merges them in a fixed order.
 """
 
 import triton

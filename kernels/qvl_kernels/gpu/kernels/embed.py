@@ -1,4 +1,4 @@
-"""Rows of a packed table, dequantized."""
+"""Dequantized rows of a packed table."""
 
 import triton
 import triton.language as tl

@@ -1,12 +1,11 @@
 """Products with packed weights: fused dequantization, bias, GELU, residual, SwiGLU, and a split along k.
 
 The weight is the left operand, ``acc [BN, BM] = W [BN, k] @ x.T [k, BM]``: a tile of it is one contiguous block and,
-unpacked in registers, goes to the tensor cores without passing through shared memory on Hopper. Nibble j of all
-words of a 128-column block is one contiguous run of 16 columns, so that nothing is shuffled between unpacking and the
-dot.
+unpacked in registers, is passed to the tensor cores without shared memory on Hopper. Nibble j of all words of a
+128-column block is a contiguous run of 16 columns, so that no shuffles are needed between unpacking and the dot.
 
 Codes become fp16 by placing them in the mantissa of 1024 (or, four bits higher, of 1024 = 16 * 64): the subtraction
-of 1024 + zero is then exact, and the scale is multiplied in after it. Folding 1024 into a scaled constant would not be.
+of 1024 + zero is then exact, and the scale is applied after it. Folding 1024 into a scaled constant is not exact.
 """
 
 import triton
@@ -26,10 +25,10 @@ from qvl_kernels.gpu.kernels.common import (
 )
 
 SCALED_SUMS = tl.constexpr(32)
-"""Up to so many rows of x the sums are scaled, above it the weights."""
+"""Up to this number of rows of x the sums are scaled, above it the weights."""
 
 TILES_ALONG_M = tl.constexpr(8)
-"""Programs that follow each other share weights: so many tiles along m before the next ones along n."""
+"""Number of tiles along m before the next tiles along n: consecutive programs share weights."""
 
 
 @triton.jit
@@ -101,14 +100,14 @@ def _odd(tile, zero):
 
 @triton.jit
 def _quarter(scales, rn, block, quarter: tl.constexpr, rows, group_shift):
-    """Scale [BN, 1] and zero [BN] of the columns from 32 quarter on of a block."""
+    """Load scale [BN, 1] and zero [BN] of a quarter of a block's columns."""
     scale, zero = unpack_scale(tl.load(scales + ((4 * block + quarter) >> group_shift) * rows + rn))
     return scale[:, None], zero
 
 
 @triton.jit
 def _x_tiles(x_rows, block, COLUMNS: tl.constexpr):
-    """A block's 128 columns of x: fp16 [COLUMNS, BM] each, eight or four of them."""
+    """Load a block's 128 columns of x: eight or four tiles fp16 [COLUMNS, BM]."""
     at = x_rows + block * 128 + tl.arange(0, COLUMNS)[:, None]
     if COLUMNS == 16:
         return (
@@ -127,9 +126,9 @@ def _x_tiles(x_rows, block, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _int4_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.constexpr, BM: tl.constexpr):
-    """acc + the product of a block's 128 columns.
+    """Return acc + the product of a block's 128 columns.
 
-    With few rows of x it is cheaper to scale the sums than the weights; then the weights are exact in fp16, too.
+    With few rows of x, scaling the sums is cheaper than scaling the weights; the weights are then also exact in fp16.
     """
     i = tl.arange(0, 16)
     words = tl.load(codes + (block * rows + rn)[:, None] * 16 + i[None, :], eviction_policy="evict_first")
@@ -157,7 +156,7 @@ def _int4_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.co
 
 @triton.jit
 def _int8_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.constexpr, BM: tl.constexpr):
-    """As `_int4_block`."""
+    """Return acc + the product of a block's 128 columns; see `_int4_block`."""
     i = tl.arange(0, 32)
     words = tl.load(codes + (block * rows + rn)[:, None] * 32 + i[None, :], eviction_policy="evict_first")
     w = unpack_bytes(words)
@@ -181,7 +180,7 @@ def _int8_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.co
 
 @triton.jit
 def _place(m, rows, BM: tl.constexpr, BN: tl.constexpr):
-    """First row of x and of the weight this program works on."""
+    """Return this program's first row of x and of the weight."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(m, BM)
     width = TILES_ALONG_M * (rows // BN)
@@ -192,7 +191,7 @@ def _place(m, rows, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _share(blocks):
-    """The blocks of 128 columns this program works on."""
+    """Return this program's blocks of 128 columns."""
     share = tl.cdiv(blocks, tl.num_programs(1))
     low = tl.program_id(1) * share
     return low, tl.minimum(low + share, blocks)
@@ -200,14 +199,14 @@ def _share(blocks):
 
 @triton.jit
 def _slot(partials, part, index: tl.constexpr, count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Where a tile of partial sums lies: [tiles, split, count, BN, BM]."""
+    """Return the address of a tile of partial sums: [tiles, split, count, BN, BM]."""
     tile = (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * count + index
     return partials + tile * (BM * BN) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
 
 
 @triton.jit
 def _sum_parts(partials, index: tl.constexpr, count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Partial sums of all programs of this tile, always added in the same order."""
+    """Add the partial sums of all programs of this tile in a fixed order."""
     acc = tl.zeros((BN, BM), tl.float32)
     for part in range(tl.num_programs(1)):
         acc += tl.load(_slot(partials, part, index, count, BM, BN), cache_modifier=".cg")

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of float32 rows, written as the next product wants them: fp16, gathered, padded."""
+"""RMSNorm and LayerNorm of float32 rows, in the format of the next product's input: fp16, gathered, padded."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Loading: from the order of the file (see qvl_kernels/packing.py) to the order the products read."""
+"""Conversion of weights from the file's layout (see qvl_kernels/packing.py) to the layout of products."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ ELEMENTS = tl.constexpr(1024)
 
 @triton.jit
 def reorder(source, codes, first, rows, blocks, BITS: tl.constexpr):
-    """One block of 32 rows and 128 columns: words [32 / (8 / BITS), 32 rows] -> words [32 rows, 4 * BITS]."""
+    """Reorder one block of 32 rows and 128 columns: words [32 / (8 / BITS), 32 rows] -> words [32 rows, 4 * BITS]."""
     block = tl.program_id(0)
     piece = tl.program_id(1)
     WORDS: tl.constexpr = 4 * BITS

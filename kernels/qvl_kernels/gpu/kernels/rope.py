@@ -1,4 +1,4 @@
-"""Norm and rotary embedding of q and k, and appending k and v to the cache; and rotation of patches."""
+"""Norm and rotary embedding of q and k, appending k and v to the cache, and rotation of patches."""
 
 import triton
 import triton.language as tl
@@ -8,12 +8,12 @@ from qvl_kernels.gpu.kernels.common import K_NORM, LOGN, Q_NORM, to_half
 HEADS = tl.constexpr(8)
 HALF = tl.constexpr(64)
 ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to an integer, halves to even."""
+"""1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to an integer, ties to even."""
 
 
 @triton.jit
 def _store_int8(base, scales, first, offset, row, half, low, high, mask):
-    """One scale a vector, rounded to fp16 before it is used: the rounding of the reference's `quantize_kv`."""
+    """Store int8 with one scale per vector, rounded to fp16 first as in the reference's `quantize_kv`."""
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     scale = to_half(tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)))
     divisor = tl.where(scale == 0, 1.0, scale.to(tl.float32))[:, None] + tl.zeros(low.shape, tl.float32)
@@ -26,7 +26,7 @@ def _store_int8(base, scales, first, offset, row, half, low, high, mask):
 
 @triton.jit
 def _angles(rope, position, d):
-    """Cosines and sines [1, HALF] of a row of the table."""
+    """Load cosines and sines [1, HALF] of a row of the table."""
     half = d // 2
     i = tl.arange(0, HALF)
     cos = tl.load(rope + position * d + i, mask=i < half, other=0.0)
@@ -36,13 +36,13 @@ def _angles(rope, position, d):
 
 @triton.jit
 def _factor(a, b, d, eps):
-    """What RMSNorm multiplies each head with, [HEADS, 1]."""
+    """Return the RMSNorm factor of each head, [HEADS, 1]."""
     return tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / d + eps)[:, None]
 
 
 @triton.jit
 def _weighted(a, b, factor, weight, half, normed):
-    """Heads of which some, [HEADS, 1], are normalized."""
+    """Normalize the heads selected by `normed`, [HEADS, 1]."""
     i = tl.arange(0, HALF)
     low = tl.load(weight + i, mask=i < half, other=0.0)[None, :]
     high = tl.load(weight + half + i, mask=i < half, other=0.0)[None, :]
@@ -57,7 +57,7 @@ def rope_append(
     token = tl.program_id(0)
     position = tl.load(start) + token
     half = d // 2
-    # heads of queries, then those of keys, as they lie in a row
+    # heads of queries, then those of keys, in the order of a row
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
     is_q = head < heads
@@ -101,7 +101,7 @@ def rope_append(
 
 @triton.jit
 def rotate(qkv, rope, heads, d):
-    """Rotate q and k of patches in place: of each head q, k and v lie side by side."""
+    """Rotate q and k of patches in place; q, k and v of a head are adjacent."""
     row = tl.program_id(0)
     half = d // 2
     part = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

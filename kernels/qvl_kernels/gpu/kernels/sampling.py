@@ -1,4 +1,4 @@
-"""Choosing the next token on the device."""
+"""Selection of the next token on the device."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,9 @@ NOWHERE = tl.constexpr(2147483647)
 
 @triton.jit
 def argmax(logits, out, values, indices, counters, size):
-    """Each program finds the first of the largest in its share of a row; the last to arrive compares the shares.
+    """Find the first of the largest values in each program's part of a row; the last program compares the parts.
 
-    What is not finite counts as infinity, and a row with infinity has no largest: -1.
+    NaN counts as infinity, and the result of a row with infinity is -1.
     """
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -48,14 +48,14 @@ def _store_first(best, where, value, index):
 
 @triton.jit
 def _keys(x):
-    """int32 in the order of the floats they stand for."""
+    """Map floats to int32 keys of the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _mass(logits, size, key, best, sharpness, COUNT: tl.constexpr):
-    """Sum of the unnormalized probabilities (or the number) of logits from `key` up."""
+    """Return the sum of unnormalized probabilities (or the number) of logits from `key` up."""
     total = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, size, CHUNK):
         i = first + tl.arange(0, CHUNK)
@@ -70,7 +70,7 @@ def _mass(logits, size, key, best, sharpness, COUNT: tl.constexpr):
 
 @triton.jit
 def _threshold(logits, size, low, best, sharpness, wanted, COUNT: tl.constexpr):
-    """The highest key from which up the mass exceeds `wanted`, by bisection; from `low` up it is known to."""
+    """Find the highest key from which up the mass exceeds `wanted`, by bisection from `low`, where it does."""
     high = _keys(best) + 1
     while high - 1 > low:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
@@ -83,10 +83,10 @@ def _threshold(logits, size, low, best, sharpness, wanted, COUNT: tl.constexpr):
 
 @triton.jit
 def sample(logits, settings, top_k, out, size):
-    """Draw as `qvl_runtime.engine.sampling.Sampler` does, without sorting: thresholds are found by bisection.
+    """Sample as `qvl_runtime.engine.sampling.Sampler` does, without sorting: thresholds are found by bisection.
 
-    The kept tokens are those above the threshold and as many of those at it, in order, as top_p needs. The draw walks
-    through them in order of their index until their mass exceeds the random number's share.
+    Candidates are the tokens above the threshold and, in order, as many at it as top_p needs. The draw accumulates
+    their mass in index order until it exceeds the random number's share.
     """
     sharpness = 1.0 / tl.maximum(tl.load(settings), 1e-6)
     top_p = tl.load(settings + 1)
@@ -135,5 +135,5 @@ def sample(logits, settings, top_k, out, size):
 
 @triton.jit
 def _float(key):
-    """Inverse of `_keys`."""
+    """Invert `_keys`."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
