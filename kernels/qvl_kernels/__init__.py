@@ -1,4 +1,4 @@
-"""Kernels for quantized transformers: packed matrices and the operations a model is made of.
+"""Kernels for quantized transformers: packed matrices and the operations of a model.
 
-Knows arrays and numbers; no model, no file.
+This package deals with arrays only; it does not depend on models or files.
 """

@@ -1,4 +1,4 @@
-"""Locks that a forked child finds free."""
+"""Locks that are free in a forked child."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _locks: weakref.WeakSet[threading.RLock] = weakref.WeakSet()
 
 
 def make_lock() -> threading.RLock:
-    """A re-entrant lock that is free in a forked child, unless the thread that forks holds it.
+    """Create a re-entrant lock that is free in a forked child, unless the forking thread holds it.
 
-    Another thread that holds it does not run in the child, where nobody would give it back. What the lock guards has
-    to be usable wherever that thread was.
+    Other threads do not exist in the child and could never release it. The guarded data must therefore be valid at
+    every point of a critical section.
     """
     lock = threading.RLock()
     _locks.add(lock)

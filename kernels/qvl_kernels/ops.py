@@ -1,11 +1,11 @@
-"""The operations a Qwen-VL is made of: the one interface between the model and a backend.
+"""The operations of a model: the only interface between the models and a backend.
 
-Every operation writes into arrays its caller owns, so that a sequence of them has fixed addresses and can be
+Every operation writes into arrays of its caller, so that a sequence of them has fixed addresses and can be
 captured once and replayed (`Ops.capture`): a CUDA graph on a GPU, one parallel region on a CPU. What changes from
 token to token (ids, the position) therefore lives in arrays, too.
 
-A backend computes on arrays and weights that its own `empty`, `upload` and `weight` made, and on no others. The model
-asks of them only what `Array` and `Weight` state.
+A backend only accepts arrays and weights of its own `empty`, `upload` and `weight`. Models only use the attributes of
+`Array` and `Weight`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Array(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: slice, /) -> Array:
-        """Rows ``i:j`` of the leading dimension, in the same memory."""
+        """Return rows ``i:j`` of the leading dimension as a view."""
 
     def reshape(self, shape: tuple[int, ...], /) -> Array:
-        """The same values in another shape, in the same memory."""
+        """Return a view with another shape."""
 
 
 class Weight(Protocol):
-    """A backend's form of a `Matrix` ``[n, k]``, made by `Ops.weight`."""
+    """A backend's representation of a `Matrix` ``[n, k]``, created by `Ops.weight`."""
 
     @property
     def n(self) -> int: ...
@@ -52,12 +52,12 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 class DeviceError(RuntimeError):
-    """A device is missing, unsupported or too small: one line that says what to do."""
+    """A device is missing, unsupported or too small. The one-line message has a remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Norm:
-    """Parameters of a normalization over the last dimension: RMSNorm without `bias`, LayerNorm with it.
+    """Parameters of a normalization over the last dimension: RMSNorm without `bias`, LayerNorm with `bias`.
 
     RMSNorm: ``x * rsqrt(mean(x^2) + eps) * weight``. LayerNorm: ``(x - mean) * rsqrt(var + eps) * weight + bias``.
     """
@@ -68,7 +68,7 @@ class Norm:
 
 
 class KVCache(Protocol):
-    """Keys and values of all layers, in the backend's own layout."""
+    """Keys and values of all layers, in the backend's layout."""
 
     layers: int
     kv_heads: int
@@ -79,16 +79,16 @@ class KVCache(Protocol):
     def nbytes(self) -> int: ...
 
     def resized(self, capacity: int, length: int, *, keep: bool = False) -> KVCache:
-        """A cache of another capacity that holds the first `length` positions of this one.
+        """Return a cache of `capacity` with the first `length` positions.
 
-        This one may be void then, unless `keep`.
+        The original becomes invalid unless `keep`.
         """
 
     def saved(self, layer: int, length: int) -> list[np.ndarray]:
-        """The first `length` positions of a layer, for `restore`: contiguous, in the backend's own layout."""
+        """Return the first `length` positions of a layer for `restore`: contiguous arrays in the backend's layout."""
 
     def restore(self, layer: int, length: int, arrays: Sequence[np.ndarray]) -> None:
-        """Put back what `saved` gave, into a cache of the same layers, heads and dtype and any capacity.
+        """Load arrays of `saved` into a cache of the same layers, heads and dtype, and any capacity.
 
         Raises
         ------
@@ -98,12 +98,12 @@ class KVCache(Protocol):
 
 
 def query_heads(width: int, cache: KVCache) -> int:
-    """Heads of queries in a row of `width` columns that also holds the keys and values of `cache`'s heads.
+    """Return the number of query heads in a row of `width` columns with the keys and values of `cache`'s heads.
 
     Raises
     ------
     ValueError
-        If they are not a multiple of the cache's heads.
+        If the number is not a multiple of the cache's heads.
     """
     heads = width // cache.head_dim - 2 * cache.kv_heads
     if width % cache.head_dim or heads < 1 or heads % cache.kv_heads:
@@ -114,7 +114,7 @@ def query_heads(width: int, cache: KVCache) -> int:
 
 
 def check_segments(segments: Sequence[int], rows: int) -> None:
-    """Refuse boundaries of segments that do not go from 0 to `rows` without a step back.
+    """Check that boundaries of segments go from 0 to `rows` and do not decrease.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def check_segments(segments: Sequence[int], rows: int) -> None:
 
 
 def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    """`arrays`, if they are of these shapes and types: what `KVCache.restore` checks first.
+    """Check the shapes and types of `arrays` for `KVCache.restore`.
 
     Raises
     ------
@@ -148,12 +148,12 @@ class Ops(Protocol):
     name : str
         "reference", "cpu" or "cuda".
     activation_dtype : numpy dtype
-        Of the arrays between a product and the next: float32, or float16 on a GPU. The residual stream, norms'
-        inputs and logits are always float32.
+        Type of the arrays between products: float32, or float16 on a GPU. The residual stream, norms' inputs and
+        logits are always float32.
     score_cache_dtype : str
         The most precise cache ("fp32" or "fp16"), for scoring.
     row_cost : float
-        Time of each further row of a small batch, in passes of one row: what a draft of one more token costs.
+        Time of each further row of a small batch, relative to one row: the cost of an additional drafted token.
     """
 
     name: str
@@ -163,30 +163,30 @@ class Ops(Protocol):
 
     # memory
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> Array:
-        """An uninitialized array."""
+        """Allocate an uninitialized array."""
 
     def upload(self, values: np.ndarray) -> Array:
-        """A copy of `values` on the device (the same memory where that is possible)."""
+        """Copy `values` to the device, or share the memory if possible."""
 
     def write(self, target: Array, values: np.ndarray) -> None:
-        """Overwrite `target`, keeping its address."""
+        """Overwrite `target` in place."""
 
     def download(self, array: Array) -> np.ndarray:
-        """The values as a numpy array of the caller's own."""
+        """Return the values as a new numpy array."""
 
     def copy(self, source: Array, target: Array) -> None:
         """Copy `source` into `target` of the same shape, converting between float32 and float16."""
 
     def weight(self, matrix: Matrix) -> Weight:
-        """Prepare a matrix for the products below."""
+        """Prepare a matrix for products."""
 
     def coarse(self, weight: Weight) -> bool:
-        """Whether products of more than 16 rows are computed with fewer bits than those of up to 16."""
+        """Whether products of more than 16 rows use fewer bits than those of up to 16."""
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
-        """A cache of `capacity` positions, for `kv_heads` heads of keys and values.
+        """Allocate a cache of `capacity` positions, for `kv_heads` heads of keys and values.
 
-        `dtype`: "fp16", "int8" (a scale a position and head), or `score_cache_dtype`.
+        `dtype`: "fp16", "int8" (one scale per position and head), or `score_cache_dtype`.
         """
 
     # products
@@ -209,7 +209,7 @@ class Ops(Protocol):
         """
 
     def gate_up(self, x: Array, gate: Weight, up: Weight, *, out: Array, norm: Norm) -> None:
-        """SwiGLU: ``h = norm(x)``, ``out [T, F] = silu(h @ gate.T) * (h @ up.T)`` (biases added when present)."""
+        """SwiGLU: ``h = norm(x)``, ``out [T, F] = silu(h @ gate.T) * (h @ up.T)`` (biases are added if present)."""
 
     # elementwise
     def normalize(self, x: Array, norm: Norm, *, out: Array) -> None:
@@ -236,15 +236,15 @@ class Ops(Protocol):
         Parameters
         ----------
         qkv : Array
-            ``[P, heads * 3 * d]``, each head's q, k, v side by side. With `rope`, q and k are unspecified afterwards.
+            ``[P, heads * 3 * d]``: q, k, v of each head are adjacent. With `rope`, q and k are unspecified afterwards.
         out : Array
             ``[P, heads * d]``.
         rope : Array, optional
             float32 ``[P, d]``: cos in the first half of a row, sin in the second, for a half-split rotation of q and
             k over the whole head, in float32.
         segments : sequence of int, optional
-            0 ... P, not decreasing, on the host: row i attends to the rows between the two boundaries it lies
-            between. By default to all.
+            Boundaries 0 ... P, not decreasing, on the host: a row attends to the rows of its segment. By default to
+            all rows.
         """
 
     def cross_attention(self, q: Array, k: Array, v: Array, heads: int, *, out: Array) -> None:
@@ -271,7 +271,7 @@ class Ops(Protocol):
             parts are unspecified. `kv_heads` and d are the cache's; `heads` is a multiple of `kv_heads`.
         rope : Array
             float32 ``[capacity, d]``: cos in the first half of a row, sin in the second. Row t of `qkv` takes row
-            ``start[0] + t``, the one it is given in the cache. The rotation is half-split (neox):
+            ``start[0] + t``, its position in the cache. The rotation is half-split (neox):
             ``[a, b] -> [a cos - b sin, b cos + a sin]``.
         logn : Array or None
             float32 ``[capacity]``: a factor for the rotated q of each row of the cache.
@@ -285,22 +285,22 @@ class Ops(Protocol):
         """Causal attention of the q part of `qkv` over positions 0 .. ``start[0] + t`` of the cache.
 
         Grouped queries: of ``heads`` heads of q, head i reads head ``i // (heads / kv_heads)`` of keys and values,
-        which are read from the cache alone, as it rounds them. So an answer does not depend on how its prompt was cut
-        into pieces. out ``[T, heads * d]``.
+        which are read from the cache only, rounded. The result therefore does not depend on how a prompt was cut into
+        slices. out ``[T, heads * d]``.
         """
 
     # choosing
     def argmax(self, logits: Array, *, out: Array) -> None:
-        """``out [T] int32``: index of the largest of each row of logits [T, V], the first if tied.
+        """``out [T] int32``: index of the largest value of each row of logits [T, V], the first of ties.
 
-        -1 for a row that holds a value that is not finite.
+        -1 for a row with a value that is not finite.
         """
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Record the operations `step` calls and return a function that repeats them on the same arrays.
+        """Record the operations of `step` and return a function that repeats them on the same arrays.
 
-        `step` itself is run at most once, while recording; its results are not to be relied on.
+        `step` runs at most once, while recording; its results are undefined.
         """
 
     def synchronize(self) -> None:
-        """Wait until everything asked for is done."""
+        """Wait until all operations are complete."""

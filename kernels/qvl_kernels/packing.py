@@ -1,6 +1,6 @@
-"""Packed matrices: the order in which a weight lies in the file, in memory, and under the kernels.
+"""Packed matrices: the layout of a weight in the file and in memory.
 
-A matrix ``W [N, K]`` multiplies activations ``x [K]`` into ``y [N] = W @ x``. Quantized, its rows are padded to a
+A matrix ``W [N, K]`` computes ``y [N] = W @ x`` of activations ``x [K]``. Quantized, its rows are padded to a
 multiple of `ROWS` and its columns to a multiple of `BLOCK`, and one step of a kernel reads `ROWS` rows of four
 consecutive columns::
 
@@ -9,7 +9,7 @@ consecutive columns::
 
 so that every 32-bit lane belongs to one row: no horizontal sums, one contiguous stream, and the same bytes for
 AVX-512 VNNI, AVX2 and NEON. Scales are fp16 ``[N/32, K/group, 32]`` and zero points, if any, uint8 of that shape:
-``w = scale * (q - zero)``, with zero = 8 (int4) or 128 (int8, on the stored byte) when there are none. At 16 bits
+``w = scale * (q - zero)``, with zero = 8 (int4) or 128 (int8, on the stored byte) if there are none. At 16 bits
 the weight is plain fp16 ``[N, K]``.
 """
 
@@ -26,12 +26,12 @@ SYMMETRIC_ZERO = {4: 8, 8: 128}
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `n`."""
+    """Return the smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
 
 
 def packed_shapes(n: int, k: int, bits: int, group_size: int = BLOCK, *, zeros: bool = False) -> dict:
-    """Shapes and dtypes of the arrays that hold an ``[n, k]`` matrix.
+    """Return shapes and dtypes of the arrays of an ``[n, k]`` matrix.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def packed_shapes(n: int, k: int, bits: int, group_size: int = BLOCK, *, zeros: 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight ``[n, k]`` as it lies in a blob, with the bias that belongs to it.
+    """A weight ``[n, k]`` in the layout of a blob, with its bias.
 
     Attributes
     ----------
@@ -88,11 +88,11 @@ class Matrix:
         return sum(a.nbytes for a in arrays if a is not None)
 
     def codes(self) -> np.ndarray:
-        """The stored integers, uint8 ``[n, k]``, in packed column order."""
+        """Return the stored integers, uint8 ``[n, k]``, in packed column order."""
         return unpack_codes(self.weight, self.n, self.k, self.bits)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """Dequantized rows: float32 ``[len(index), k]``."""
+        """Return dequantized rows: float32 ``[len(index), k]``."""
         index = np.asarray(index)
         if self.bits == 16:
             return self.weight[index].astype(np.float32)
@@ -106,11 +106,11 @@ class Matrix:
         return self._unpermute(values[:, : self.k])
 
     def dequantize(self) -> np.ndarray:
-        """The matrix as float32 ``[n, k]``, columns in their original order."""
+        """Return the matrix as float32 ``[n, k]``, columns in the original order."""
         return self.rows(np.arange(self.n))
 
     def _spread(self, groups: np.ndarray, block: np.ndarray, lane: np.ndarray) -> np.ndarray:
-        """Per-group values of the chosen rows, repeated over the columns of their group."""
+        """Repeat per-group values of the chosen rows over the columns of the groups."""
         return np.repeat(groups[block, :, lane].astype(np.float32), self.group_size, axis=1)
 
     def _unpermute(self, values: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def unpack_codes(weight: np.ndarray, n: int, k: int, bits: int) -> np.ndarray:
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack stored integers, uint8 ``[n, k]``, into the layout of the module; padding is the symmetric zero."""
+    """Pack stored integers, uint8 ``[n, k]``, to the layout above; padding is the symmetric zero."""
     n, k = codes.shape
     rows, cols = round_up(n, ROWS), round_up(k, BLOCK)
     padded = np.full((rows, cols), SYMMETRIC_ZERO[bits], np.uint8)
@@ -175,7 +175,7 @@ def pack(
     codes : ndarray
         Stored integers, uint8 ``[n, k]``: 0..15 (int4) or ``q + 128`` (int8).
     scales, zeros : ndarray
-        ``[n, ceil(k / group_size)]``; `zeros` counts in stored integers, 0..255.
+        ``[n, ceil(k / group_size)]``; `zeros` are stored integers, 0..255.
     """
     n, k = codes.shape
     return Matrix(

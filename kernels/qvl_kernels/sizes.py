@@ -1,4 +1,4 @@
-"""What things take on a backend, in bytes, before they are made."""
+"""Sizes of weights, caches and work space of a backend in bytes, before allocation."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ class Sizes(Protocol):
     Attributes
     ----------
     reserve : int
-        What the device's driver takes besides.
+        Memory of the device's driver.
     """
 
     reserve: int
 
     def weight(self, n: int, k: int, bits: int, group_size: int, *, zeros: bool, perm: bool, bias: bool) -> int:
-        """A matrix ``[n, k]``, with zero points, an order of columns and a bias where it has them."""
+        """Return the size of a matrix ``[n, k]``, with optional zero points, column order and bias."""
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
-        """`Ops.kv_cache` of these arguments."""
+        """Return the size of `Ops.kv_cache` with these arguments."""
 
     def workspace(self, values: int) -> int:
-        """The arrays of a step that writes this many values, captured or not, and what its products make of them."""
+        """Return the size of the arrays of a step that writes this many values, including temporary copies."""
 
 
 class MappedSizes:
-    """What backends have in common that read weights where the file is mapped."""
+    """Sizes of backends that read weights from the mapped file."""
 
     reserve = 0
 
     def weight(self, n: int, k: int, bits: int, group_size: int, *, zeros: bool, perm: bool, bias: bool) -> int:
-        """As in the file."""
+        """Return the size in the file."""
         total = (4 * k if perm else 0) + (4 * n if bias else 0)
         for shape, dtype in packed_shapes(n, k, bits, group_size, zeros=zeros).values():
             size = dtype.itemsize
@@ -44,5 +44,5 @@ class MappedSizes:
         return total
 
     def workspace(self, values: int) -> int:
-        """Activations in float32, and as much again for their quantized copies."""
+        """Return the size of float32 activations, doubled for quantized copies."""
         return 8 * values

@@ -1,4 +1,4 @@
-"""The truth: every operation in plain numpy and float32, short enough to be checked by reading."""
+"""The reference backend: every operation in plain numpy and float32, written for readability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE_DTYPES = ("fp32", "fp16", "int8")
 
 
 class ReferenceCache:
-    """Keys and values as float32 ``[layers, 2, kv_heads, capacity, head_dim]``, each rounded as `dtype` would."""
+    """Keys and values as float32 ``[layers, 2, kv_heads, capacity, head_dim]``, rounded to `dtype`."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
@@ -163,7 +163,7 @@ class ReferenceSizes(MappedSizes):
     """`Sizes` of `ReferenceOps`."""
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
-        """Float32 whatever it is rounded to."""
+        """Return the size in float32, independent of `dtype`."""
         return 8 * layers * kv_heads * head_dim * capacity
 
 

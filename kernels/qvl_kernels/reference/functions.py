@@ -11,7 +11,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 QUERIES = 1024
-"""Queries whose scores are held at once."""
+"""Number of queries per block of scores."""
 
 
 def erf_gelu(x: np.ndarray) -> np.ndarray:
@@ -22,7 +22,7 @@ def erf_gelu(x: np.ndarray) -> np.ndarray:
 def erf(x: np.ndarray) -> np.ndarray:
     """The error function in float64: a table of exact values and a third-order Taylor step.
 
-    numpy has none and `math.erf` takes a call a value. With knots 1/512 apart the error is below 1e-11.
+    numpy has no erf, and `math.erf` needs one call per value. With knots 1/512 apart the error is below 1e-11.
     """
     a = np.minimum(np.abs(x.astype(np.float64)), 6.0)
     i = np.rint(a * 512).astype(np.int64)
@@ -55,7 +55,7 @@ def quick_gelu(x: np.ndarray) -> np.ndarray:
 
 
 ACTIVATIONS = {"gelu": erf_gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
-"""By the names of `qvl_kernels.ops.Activation`."""
+"""Functions by name of `qvl_kernels.ops.Activation`."""
 
 
 def rotate(x: np.ndarray, rope: np.ndarray) -> np.ndarray:
