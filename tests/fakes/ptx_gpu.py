@@ -22,12 +22,16 @@ def _kernel(text: bytes) -> ptx.Kernel:
 
 
 class PtxDriver(FakeDriver):
-    """Stands in for `qvl_kernels.gpu.driver.Driver`; memory is watched, and what is never written cannot be read."""
+    """Stands in for `qvl_kernels.gpu.driver.Driver`; memory is watched, and what is never written cannot be read.
+
+    `turns`: of the blocks of one launch that meet; see `ptx.launch`.
+    """
 
     shared_limit = SHARED_LIMITS[ARCHITECTURE]
 
-    def __init__(self, total: int = 1 << 33, seed: int = 0):
+    def __init__(self, total: int = 1 << 33, seed: int = 0, turns: int = ptx.launch.TURNS):
         super().__init__(total)
+        self.turns = turns
         self.ptx_memory = ptx.DeviceMemory()
         self.rng = np.random.default_rng(seed)
         self.observer = None
@@ -69,4 +73,5 @@ class PtxDriver(FakeDriver):
 
     def _run(self, launch: Launch, kernel: gpu_driver.Kernel, args: list[np.generic]) -> None:
         super()._run(launch, kernel, args)
-        kernel.handle.launch(launch.grid, kernel.threads, kernel.shared, args, self.ptx_memory, self.rng, self.observer)
+        watched = (self.ptx_memory, self.rng, self.observer, self.turns)
+        kernel.handle.launch(launch.grid, kernel.threads, kernel.shared, args, *watched)

@@ -148,7 +148,7 @@ def _shift(instruction: Instruction, match: re.Match) -> Executor:
     def compute(group: Group) -> np.ndarray:
         by = count(group)
         shifted = shift(value(group), np.minimum(by, bits - 1).astype(dtype))
-        if (by < bits).all():
+        if not np.count_nonzero(by >= bits):
             return shifted
         beyond = shifted if dtype.kind == "i" and match[1] == "shr" else dtype.type(0)
         return np.where(by < bits, shifted, beyond)
@@ -187,7 +187,7 @@ def _permute(instruction: Instruction, match: re.Match) -> Executor:
     def compute(group: Group) -> np.ndarray:
         both = low(group).astype(np.uint64) | (high(group).astype(np.uint64) << np.uint64(32))
         chosen, result = selector(group).astype(np.uint64), np.uint64(0)
-        if (chosen & np.uint64(0x8888)).any():
+        if np.count_nonzero(chosen & np.uint64(0x8888)):
             raise PtxError("prmt that spreads a sign is not known")
         for i in range(4):
             at = ((chosen >> np.uint64(4 * i)) & np.uint64(7)) * np.uint64(8)
@@ -227,7 +227,7 @@ _FLOAT: dict[str, tuple[int, Function]] = {
 def _flushed(x: np.ndarray) -> np.ndarray:
     """Numbers below the least normal one become zeros of their sign."""
     small = np.abs(x) < _LEAST_NORMAL
-    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.count_nonzero(small) else x
 
 
 @opcode(

@@ -111,7 +111,7 @@ class Group:
 
     def set_undefined(self, slot: int, lanes: np.ndarray) -> None:
         """Note where a register means nothing: bool, or halves as in `undefined`."""
-        if lanes.any():
+        if np.count_nonzero(lanes):
             self.undefined[slot] = lanes * np.uint8(WHOLE) if lanes.dtype == bool else lanes.astype(np.uint8)
         else:
             self.undefined.pop(slot, None)
@@ -125,7 +125,7 @@ class Group:
                 found = lanes != 0 if found is None else found | (lanes != 0)
         if found is not None and mask is not None:
             found = found & mask
-        return found if found is not None and found.any() else None
+        return found if found is not None and np.count_nonzero(found) else None
 
     def observe(self, kind: str, addresses: np.ndarray, nbytes: int, lanes: np.ndarray | slice) -> None:
         """Tell the observer, if there is one, of an access."""

@@ -25,7 +25,7 @@ LANES = 1024
 """Threads that advance together, at least one block's."""
 
 TURNS = 4
-"""Groups under way at the same time, where blocks meet."""
+"""Groups under way at the same time, where blocks meet, unless a launch says otherwise."""
 
 MOST_STEPS = 3_000_000
 """Instructions of a group, before it is said not to end."""
@@ -64,6 +64,7 @@ class Kernel:
         memory: DeviceMemory,
         rng: np.random.Generator,
         observer: Callable | None = None,
+        turns: int = TURNS,
     ) -> None:
         """Run all blocks.
 
@@ -74,6 +75,8 @@ class Kernel:
             Threads of a block; its dynamic shared memory in bytes.
         arguments : sequence of numpy scalars
             In the order and of the widths the kernel declares.
+        turns : int
+            Groups under way at the same time, where blocks meet.
 
         Raises
         ------
@@ -93,13 +96,13 @@ class Kernel:
         order = rng.permutation(int(np.prod(grid)))
         size = max(1, LANES // threads)
         if self._meets:
-            size = min(size, -(-len(order) // TURNS))
+            size = min(size, -(-len(order) // turns))
         meeting = Meeting(len(order), memory) if self._meets else None
         waiting = [order[i : i + size] for i in range(0, len(order), size)]
         running: list[_Run] = []
         with np.errstate(all="ignore"):
             while waiting or running:
-                while waiting and len(running) < (TURNS if self._meets else 1):
+                while waiting and len(running) < (turns if self._meets else 1):
                     group = Group(program, bytes(packed), self._offsets, waiting.pop(), grid, memory, meeting)
                     group.shared = SharedMemory(len(group.grid_block), shared, self._granule, group.block, group.thread)
                     group.observer = observer
@@ -160,7 +163,7 @@ class _Run:
     def _run(self, at: int, active: np.ndarray, budget: int) -> None:
         """Until the threads part, meet others, or the budget is used up."""
         group, code, labels = self.group, self._code, self._labels
-        together = bool(active.all())
+        together = np.count_nonzero(active) == group.lanes
         written = group.products.written_since_fence if group.products is not None else None
         last = self._steps + budget
         while self._steps < last:
@@ -174,14 +177,14 @@ class _Run:
                 chosen = group.registers[slot]
                 chosen = ~chosen if instruction.negated else chosen
                 chosen = chosen if together else chosen & active
-                mask = None if together and chosen.all() else chosen
+                mask = None if together and np.count_nonzero(chosen) == group.lanes else chosen
             if execute is None:
                 stays = self._control(instruction, at, active, mask)
                 if stays is None:
                     return
                 at = stays
             else:
-                if mask is None or mask.any():
+                if mask is None or np.count_nonzero(mask):
                     if group.observer is not None:
                         group.observer(instruction.opcode, mask, 0, active)
                     try:
@@ -202,9 +205,9 @@ class _Run:
             group.observer(instruction.opcode, mask, 0, active)
         if instruction.opcode.startswith("bra"):
             target = self._targets[at]
-            if mask is None or (mask == active).all():
+            if mask is None or not np.count_nonzero(mask != active):
                 return target
-            if not mask.any():
+            if not np.count_nonzero(mask):
                 return at + 1
             self._at[active] = at + 1
             self._at[mask] = target

@@ -57,10 +57,10 @@ class Meeting:
             granules = (rows * (nbytes // _GRANULE))[:, None] + np.arange(max(nbytes // _GRANULE, 1))
             writer, by, when = (array[granules] for array in self._of(region))
             mine = writer == block[which][:, None]
-            if (mine & (by != thread[which][:, None]) & (when == epoch[which][:, None])).any():
+            if np.count_nonzero(mine & (by != thread[which][:, None]) & (when == epoch[which][:, None])):
                 raise PtxError("race: global memory is read that another thread wrote since the last barrier")
             others = (writer >= 0) & ~mine
-            if (others & (when >= self._seen[block[which][:, None], np.maximum(writer, 0)])).any():
+            if np.count_nonzero(others & (when >= self._seen[block[which][:, None], np.maximum(writer, 0)])):
                 raise PtxError("race: global memory is read that another block wrote and did not release")
 
     def release(self, address: int, block: int, epoch: int) -> None:

@@ -94,7 +94,7 @@ class DeviceMemory:
 
     def parts(self, addresses: np.ndarray, nbytes: int) -> Iterator[tuple[Region, np.ndarray | slice, np.ndarray]]:
         """Accesses of `nbytes` bytes each by the allocation they are in: it, which they are, and their row in it."""
-        if (addresses % nbytes).any():
+        if np.count_nonzero(addresses & (nbytes - 1)):
             raise PtxError(f"misaligned access of {nbytes} bytes")
         first, last = int(addresses.min()), int(addresses.max())
         region = self.region(first, nbytes)
@@ -118,7 +118,7 @@ class DeviceMemory:
         """
         result = np.empty((len(addresses), nbytes), np.uint8)
         for region, which, rows in self.parts(addresses, nbytes):
-            if (region.items("written", nbytes)[rows] != _all_written(nbytes)).any():
+            if np.count_nonzero(region.items("written", nbytes)[rows] != _all_written(nbytes)):
                 raise PtxError("uninitialized global memory is read")
             values = region.items("data", nbytes)[rows]
             result[which] = values.reshape(len(values), -1).view(np.uint8)

@@ -125,8 +125,8 @@ def _reduce(instruction: Instruction, match: re.Match) -> Executor:
 def whole_warps(group: Group, mask: Mask) -> None:
     """Instructions of a whole warp: all its threads take part, or none."""
     if mask is not None:
-        rows = mask.reshape(-1, WARP)
-        if (rows.any(1) != rows.all(1)).any():
+        rows = np.count_nonzero(mask.reshape(-1, WARP), axis=1)
+        if np.count_nonzero(rows) != np.count_nonzero(rows == WARP):
             raise PtxError("some threads of a warp are missing")
 
 
@@ -264,7 +264,7 @@ def _copy(instruction: Instruction, match: re.Match) -> Executor:
     def run(group: Group, mask: Mask) -> None:
         lanes = np.arange(group.lanes)[group.selected(mask)]
         count = spread(taken(group), group.lanes)[lanes]
-        if not ((count == 0) | (count == nbytes)).all():
+        if np.count_nonzero((count != 0) & (count != nbytes)):
             raise PtxError("a copy of a part is not known")
         values, filled = np.zeros((len(lanes), nbytes), np.uint8), count > 0
         addresses = origin(group)[lanes][filled]

@@ -57,7 +57,7 @@ class SharedMemory:
 
     def places(self, addresses: np.ndarray, lanes: np.ndarray | slice, nbytes: int) -> np.ndarray:
         """Index into `data` of accesses by lanes, checked."""
-        if (addresses % nbytes).any():
+        if np.count_nonzero(addresses & (nbytes - 1)):
             raise PtxError(f"misaligned shared access of {nbytes} bytes")
         if len(addresses) and (addresses.min() < 0 or addresses.max() + nbytes > self.nbytes):
             raise PtxError(f"shared access out of bounds: {addresses.max()} + {nbytes} of {self.nbytes}")
@@ -70,10 +70,10 @@ class SharedMemory:
     def read(self, places: np.ndarray, lanes: np.ndarray | slice, nbytes: int, epoch: np.ndarray) -> np.ndarray:
         """uint8 ``[n, nbytes]``; `epoch` counts the barriers of every block."""
         granules = self.granules(places, nbytes)
-        if not self._written[granules].all():
+        if np.count_nonzero(self._written[granules]) != granules.size:
             arriving = self._arriving[granules].any()
             raise PtxError("a copy is read that has not arrived" if arriving else "uninitialized shared memory is read")
-        if self._arriving[granules].any():
+        if np.count_nonzero(self._arriving[granules]):
             raise PtxError("a copy is read that has not arrived")
         now, thread = epoch[self._block[lanes]][:, None], self._thread[lanes][:, None]
         if self._conflicts(granules, self._write_epoch, self._writer, self._write_warp_epoch, now, thread, lanes):
@@ -100,11 +100,11 @@ class SharedMemory:
     ) -> bool:
         """Whether another thread did the same with no barrier since."""
         found = (epoch[granules] == now) & (who[granules] != thread)
-        if self._warps_meet and found.any():
+        if self._warps_meet and np.count_nonzero(found):
             other = who[granules]
             same_warp = np.where(other >= 0, other // _WARP, -2 - other) == thread // _WARP
             found &= ~(same_warp & (warp_epoch[granules] < self._warp_epoch[lanes][:, None]))
-        return bool(found.any())
+        return np.count_nonzero(found) > 0
 
     def _rows(self, places: np.ndarray, nbytes: int) -> np.ndarray:
         unit = min(nbytes, 8)
@@ -114,14 +114,16 @@ class SharedMemory:
         return values.reshape(-1, nbytes // unit)[places // nbytes].view(np.uint8)
 
     def _note_read(self, granules: np.ndarray, now: np.ndarray, thread: np.ndarray) -> None:
-        other, warp = self._reader[granules], thread // _WARP
-        before = (self._read_epoch[granules] == now) & (other != thread)
-        same_warp = np.where(other >= 0, other // _WARP, -2 - other) == warp
-        reader = np.where(before, np.where(same_warp, -2 - warp, _SEVERAL), thread)
+        warp, before = thread // _WARP, self._read_epoch[granules] == now
+        reader = thread
+        if np.count_nonzero(before):
+            other = self._reader[granules]
+            same_warp = np.where(other >= 0, other // _WARP, -2 - other) == warp
+            reader = np.where(before & (other != thread), np.where(same_warp, -2 - warp, _SEVERAL), thread)
         self._read_epoch[granules] = now
         self._reader[granules] = reader
         overwritten = self._reader[granules] != reader  # several threads of this instruction
-        if overwritten.any():
+        if np.count_nonzero(overwritten):
             one_warp = warp == np.where(
                 self._reader[granules] >= 0, self._reader[granules] // _WARP, -2 - self._reader[granules]
             )
@@ -142,9 +144,9 @@ class SharedMemory:
     def _begin_write(self, places: np.ndarray, lanes: np.ndarray | slice, nbytes: int, epoch: np.ndarray) -> np.ndarray:
         granules = self.granules(places, nbytes)
         now, thread = epoch[self._block[lanes]][:, None], self._thread[lanes][:, None]
-        if self._arriving[granules].any():
+        if np.count_nonzero(self._arriving[granules]):
             raise PtxError("shared memory is overwritten that a copy is on its way to")
-        if self._in_use[granules].any():
+        if np.count_nonzero(self._in_use[granules]):
             raise PtxError("shared memory is overwritten that a tensor instruction may still read")
         if self._conflicts(granules, self._read_epoch, self._reader, self._read_warp_epoch, now, thread, lanes):
             raise PtxError("race: shared memory is overwritten that another thread read since the last barrier")
@@ -183,7 +185,7 @@ class SharedMemory:
         left = []
         for copy in self._copies:
             done = waiting[copy.lanes] & (copy.group < self._commits[copy.lanes] - most)
-            if done.any():
+            if np.count_nonzero(done):
                 self._arrive(copy, done, epoch)
             if not done.all():
                 parts = (array[~done] for array in (copy.lanes, copy.group, copy.places, copy.values))

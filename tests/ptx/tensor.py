@@ -29,6 +29,8 @@ def _parts(operand: Operand) -> tuple[Register, ...]:
 
 def _scatter(group: Group, warps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values ``[warps, 32]`` of those that take part, spread over all lanes."""
+    if len(warps) * WARP == group.lanes:
+        return values.reshape(-1)
     result = np.zeros((group.lanes // WARP, WARP), values.dtype)
     result[warps] = values
     return result.reshape(-1)
@@ -91,7 +93,9 @@ def _halves(group: Group, registers: Sequence[Register], warps: np.ndarray) -> l
     """Each register's fragment as float32 ``[warps, 8, 8]``: row ``lane // 4``, columns from ``2 (lane % 4)`` on."""
     found = []
     for register in registers:
-        words = np.ascontiguousarray(group.registers[register.slot].reshape(-1, WARP)[warps])
+        words = np.ascontiguousarray(group.registers[register.slot])
+        if len(warps) * WARP != group.lanes:
+            words = words.reshape(-1, WARP)[warps]
         found.append(words.view(np.float16).reshape(-1, 8, 8).astype(np.float32))
     return found
 
