@@ -25,7 +25,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from qvl_convert import gptq
-from qvl_convert.gptq import Hessian, dequantize, factorize, output_error
+from qvl_convert.gptq import dequantize, output_error
+from qvl_convert.hessian import Hessian, factorize
 
 DAMP = 0.01
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qvl_convert import gptq
+from qvl_convert.hessian import Hessian, factorize
 from qvl_runtime.errors import QvlError
 
 
@@ -12,7 +13,7 @@ def problem(n=70, k=200, tokens=2000, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, k)) @ (np.eye(k) + 0.3 * rng.standard_normal((k, k)) / np.sqrt(k) * 3)
     x *= np.exp(rng.standard_normal(k))
-    h = gptq.Hessian(k)
+    h = Hessian(k)
     for part in np.array_split(x, 3):
         h.add(part.reshape(1, -1, k))
     return (rng.standard_normal((n, k)) * 0.05).astype(np.float32), h.mean(), x
@@ -46,7 +47,7 @@ def test_hessian_is_the_mean_outer_product_of_the_inputs():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_pass_chooses_what_the_papers_algorithm_chooses(bits, sym, act_order):
     w, h, _ = problem()
-    factor = gptq.factorize(h, act_order=act_order)
+    factor = factorize(h, act_order=act_order)
     scales, zeros = gptq.search_scales(w, factor.price, bits, 64, sym)
     want = paper_gptq(w, factor.hessian, scales, zeros, bits, 64, factor.order)
     codes, got_scales, got_zeros = gptq.gptq(w, factor, bits=bits, group_size=64, sym=sym, sweeps=0)
@@ -61,7 +62,7 @@ def test_the_pass_chooses_what_the_papers_algorithm_chooses(bits, sym, act_order
 @pytest.mark.parametrize(("n", "k", "group_size"), [(1, 32, 32), (70, 200, 64), (33, 129, 128), (40, 300, 32)])
 def test_each_step_lowers_the_output_error(n, k, group_size, sym):
     w, h, x = problem(n, k)
-    factor = gptq.factorize(h)
+    factor = factorize(h)
     scales, zeros = gptq.search_scales(w, factor.price, 4, group_size, sym)
     nearest = gptq.dequantize(round_to_nearest(w, scales, zeros, 4, group_size), scales, zeros, group_size)
     errors = [np.square((w - nearest) @ x.T).sum()]
@@ -89,9 +90,9 @@ def test_a_scale_is_fitted_to_its_integers(rng):
 
 def test_columns_are_visited_by_falling_energy():
     _, hessian, _ = problem(3, 64)
-    energy = np.diagonal(hessian)[gptq.factorize(hessian).order]
+    energy = np.diagonal(hessian)[factorize(hessian).order]
     assert (np.diff(energy) <= 0).all() and energy[0] > energy[-1]
-    assert (gptq.factorize(hessian, act_order=False).order == np.arange(64)).all()
+    assert (factorize(hessian, act_order=False).order == np.arange(64)).all()
 
 
 def test_output_error_is_measured_on_the_output():
@@ -103,7 +104,7 @@ def test_output_error_is_measured_on_the_output():
 
 def test_rows_do_not_depend_on_their_neighbours(monkeypatch):
     w, h, _ = problem(100, 200)
-    factor = gptq.factorize(h)
+    factor = factorize(h)
     whole = gptq.gptq(w, factor, group_size=64)
     monkeypatch.setattr(gptq, "CHUNK", 32)
     parts = gptq.gptq(w, factor, group_size=64)
@@ -127,7 +128,7 @@ def test_dead_columns_and_zero_rows_stay_finite_and_are_rounded_to_nearest(bits)
     w, h, _ = problem()
     w[3] = 0
     h[:, 5] = h[5] = 0
-    factor = gptq.factorize(h)
+    factor = factorize(h)
     assert factor.dead == 1
     codes, scales, _ = gptq.gptq(w, factor, bits=bits, group_size=64)
     q = gptq.dequantize(codes, scales, 2 ** (bits - 1), 64)
@@ -141,7 +142,7 @@ def test_outlier_channels_survive():
     w, h, x = problem()
     x[:, 7] *= 1000
     h = (x.T @ x / len(x)).astype(np.float32)
-    codes, scales, _ = gptq.gptq(w, gptq.factorize(h), group_size=64)
+    codes, scales, _ = gptq.gptq(w, factorize(h), group_size=64)
     q = gptq.dequantize(codes, scales, 8, 64)
     assert np.isfinite(q).all() and gptq.output_error(w, q, h) < 1e-4
 
@@ -150,7 +151,7 @@ def test_a_singular_hessian_is_damped_more_and_said(caplog):
     w, _, x = problem()
     few = x[:20]
     h = few.T @ few / 20
-    factor = gptq.factorize(h - 2e-3 * np.diagonal(h).mean() * np.eye(len(h)), damp=1e-6, name="h.0.mlp.w1")
+    factor = factorize(h - 2e-3 * np.diagonal(h).mean() * np.eye(len(h)), damp=1e-6, name="h.0.mlp.w1")
     assert factor.damp > 1e-6 and "h.0.mlp.w1" in caplog.text
     codes, scales, _ = gptq.gptq(w, factor, group_size=64)
     assert gptq.output_error(w, gptq.dequantize(codes, scales, 8, 64), h) < 0.01
@@ -158,14 +159,14 @@ def test_a_singular_hessian_is_damped_more_and_said(caplog):
 
 def test_an_unusable_hessian_is_an_error_that_names_the_matrix():
     with pytest.raises(QvlError, match=r"h\.0\.attn.*finite"):
-        gptq.factorize(np.full((4, 4), np.nan), name="h.0.attn")
+        factorize(np.full((4, 4), np.nan), name="h.0.attn")
     with pytest.raises(QvlError, match=r"h\.0\.attn.*singular"):
-        gptq.factorize(np.array([[1.0, 9.0], [9.0, 1.0]]), name="h.0.attn")
+        factorize(np.array([[1.0, 9.0], [9.0, 1.0]]), name="h.0.attn")
 
 
 def test_no_activation_at_all_means_round_to_nearest():
     w, h, _ = problem()
-    factor = gptq.factorize(np.zeros_like(h))
+    factor = factorize(np.zeros_like(h))
     codes, scales, _ = gptq.gptq(w, factor, group_size=64, sweeps=0)
     zeros = np.full(scales.shape, 8)
     np.testing.assert_array_equal(codes, round_to_nearest(w, scales.astype(np.float32), zeros, 4, 64))

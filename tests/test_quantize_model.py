@@ -12,7 +12,8 @@ import qvl_runtime as qvl
 from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
-from qvl_convert.gptq import dequantize, factorize, gptq, output_error
+from qvl_convert.gptq import dequantize, gptq, output_error
+from qvl_convert.hessian import factorize
 from qvl_convert.plan import Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights
 from qvl_convert.rtn import quantize

@@ -17,7 +17,8 @@ from typing import Any, cast
 import numpy as np
 
 from qvl_convert.calibration import Sample
-from qvl_convert.gptq import Factor, Hessian, factorize, gptq
+from qvl_convert.gptq import gptq
+from qvl_convert.hessian import Factor, Hessian, factorize
 from qvl_convert.plan import MatrixPlan, Source
 from qvl_convert.walk import Published, Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight

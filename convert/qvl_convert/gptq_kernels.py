@@ -1,0 +1,282 @@
+"""The loops of `gptq`, compiled: what is done to each row by itself."""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from qvl_convert.jit import jit
+
+PASSES = 3
+"""Rounds of `descend` over a group's integers, with one scale."""
+
+HOPELESS = 2
+"""How much worse than the best scale one is behind which `search` looks no further."""
+
+LANES = 32
+"""Rows that `round_block` takes side by side: the columns of a block depend on one another, the rows do not."""
+
+
+@numba.njit(inline="always")
+def _half(x):
+    """Round `x` to a nonzero float16 value."""
+    exponent = max(math.frexp(x)[1], -13)
+    steps = np.rint(math.ldexp(x, 11 - exponent))
+    return np.float32(math.ldexp(steps if steps != 0 else 1.0, exponent - 11))
+
+
+@numba.njit(inline="always")
+def _nearest(x, low, high):
+    return min(max(np.rint(x), low), high)
+
+
+@numba.njit(fastmath=True)
+def _loss(w, price, scale, low, high):
+    inverse, loss = np.float32(1) / scale, np.float32(0)
+    for i in range(len(w)):
+        d = w[i] - scale * _nearest(w[i] * inverse, low, high)
+        loss += price[i] * d * d
+    return loss
+
+
+@jit()
+def search(w, price, top, group_size, middle, scales, zeros):
+    """`gptq.search_scales`; `middle`: the zero point of symmetric codes, or -1."""
+    n, k = w.shape
+    top = np.float32(top)
+    for row in numba.prange(n):
+        for group in range(scales.shape[1]):
+            begin, end = group * group_size, min((group + 1) * group_size, k)
+            part, cost = w[row, begin:end], price[begin:end]
+            low, high = np.float32(0), np.float32(0)
+            for x in part:
+                low, high = min(low, x), max(high, x)
+            span = 2 * max(high, -low) if middle >= 0 else high - low
+            best, best_scale, best_zero = np.float32(np.inf), _half(0.0), np.float32(max(middle, 1))
+            for attempt in range(60 if span > 0 else 0):
+                size, least = span * np.float32(1.05 - 0.0125 * attempt), np.float32(np.inf)
+                for option in range(2 if middle >= 0 else 3):
+                    if middle >= 0:
+                        scale = _half(size / (top + 1) if option == 0 else -size / (top + 1))
+                        zero = np.float32(middle)
+                    else:
+                        scale = _half(size / top)
+                        zero = np.rint(-low * (size / span) / scale) + (option - 1)
+                        zero = min(max(zero, np.float32(1)), top)
+                    loss = _loss(part, cost, scale, -zero, top - zero)
+                    least = min(least, loss)
+                    if loss < best:
+                        best, best_scale, best_zero = loss, scale, zero
+                # by then large values are clipped, and a still smaller scale clips more of them
+                if least > HOPELESS * best:
+                    break
+            scales[row, group], zeros[row, group] = best_scale, np.int32(best_zero)
+
+
+@numba.njit(fastmath={"contract"})
+def _add(y, factor, x):
+    for i in range(len(y)):
+        y[i] += factor * x[i]
+
+
+@numba.njit(fastmath={"contract"})
+def _add_row(y, factor, matrix, row):
+    for i in range(len(y)):
+        y[i] += factor * matrix[np.uint64(row), np.uint64(i)]
+
+
+@numba.njit(fastmath={"contract"})
+def _push(target, mistake, inner, i):
+    """Push the errors of a block's column onto the later ones."""
+    width, lanes = target.shape
+    for j in range(i + 1, width):
+        factor = inner[i, j]
+        for lane in range(lanes):
+            target[np.uint64(j), np.uint64(lane)] += factor * mistake[np.uint64(i), np.uint64(lane)]
+
+
+@numba.njit(fastmath={"contract"})
+def _round(target, weight, scale, zero, top):
+    """Replace a column's targets by codes, and its weights by what they lack."""
+    for i in range(len(target)):
+        code = _nearest(target[i] / scale[i], -zero[i], top - zero[i])
+        weight[i] -= scale[i] * code
+        target[i] = code + zero[i]
+
+
+@jit(fastmath={"contract"})
+def round_block(w, ahead, inner, columns, scales, zeros, top, group_size, error, codes):
+    """Round a block's columns one after another, each error pushed onto the columns to come.
+
+    `ahead` and `error`, float32 ``[N, width]``: what the blocks before push onto these columns, and the errors made
+    here, both in visiting order.
+    """
+    n, width = ahead.shape
+    top = np.float32(top)
+    for tile in numba.prange((n + LANES - 1) // LANES):
+        first = tile * LANES
+        count = min(LANES, n - first)
+        target, weight = np.empty((width, count), np.float32), np.empty((width, count), np.float32)
+        scale, zero = np.empty(count, np.float32), np.empty(count, np.float32)
+        for lane in range(count):
+            for i in range(width):
+                x = w[first + lane, columns[i]]
+                weight[i, lane] = x
+                target[i, lane] = x + ahead[first + lane, i]
+        for i in range(width):
+            column = columns[i]
+            group = column // group_size
+            for lane in range(count):
+                scale[lane], zero[lane] = scales[first + lane, group], np.float32(zeros[first + lane, group])
+            _round(target[i], weight[i], scale, zero, top)
+            for lane in range(count):
+                codes[first + lane, column] = np.uint8(target[i, lane])
+            _push(target, weight, inner, i)
+        for lane in range(count):
+            for i in range(width):
+                error[first + lane, i] = weight[i, lane]
+
+
+@jit(fastmath={"contract"})
+def errors(w, codes, scales, zeros, group_size, error):
+    """``w`` less what the codes stand for."""
+    n, k = w.shape
+    for row in numba.prange(n):
+        for group in range(scales.shape[1]):
+            begin, end = group * group_size, min((group + 1) * group_size, k)
+            scale, zero = scales[row, group], np.float32(zeros[row, group])
+            part, code, out = w[row, begin:end], codes[row, begin:end], error[row, begin:end]
+            for i in range(len(part)):
+                out[i] = part[i] - scale * (np.float32(code[i]) - zero)
+
+
+@numba.njit(fastmath=True)
+def _dot(x, y):
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
+
+
+@numba.njit(fastmath={"contract"})
+def _wish(code, slope, relax, inverse, low, high, wish):
+    for i in range(len(code)):
+        wish[i] = _nearest(code[i] + slope[i] * relax[i] * inverse, low, high)
+
+
+@jit(fastmath={"contract"})
+def centered(codes, zeros, start, group_size, out):
+    """The integers of a block, less their zero points, as float32 ``[N, width]``."""
+    n, width = out.shape
+    for row in numba.prange(n):
+        for begin in range(0, width, group_size):
+            end = min(begin + group_size, width)
+            zero = np.float32(zeros[row, (start + begin) // group_size])
+            code, to = codes[row, start + begin : start + end], out[row, begin:end]
+            for i in range(len(to)):
+                to[i] = np.float32(code[i]) - zero
+
+
+@numba.njit(fastmath={"contract"})
+def _copy(x, y):
+    for i in range(len(x)):
+        y[i] = x[i]
+
+
+@numba.njit(fastmath={"contract"})
+def _sum(x, y, out):
+    for i in range(len(x)):
+        out[i] = x[i] + y[i]
+
+
+@numba.njit(fastmath={"contract"})
+def _settle(w, scale, chosen, low, codes, error, last, moved):
+    """Write what a group has become, and by how much its errors changed in this sweep and in the last two."""
+    for i in range(len(chosen)):
+        codes[i] = np.uint8(chosen[i] - low)
+        new = w[i] - scale * chosen[i]
+        change = new - error[i]
+        error[i] = new
+        moved[i] = last[i] + change
+        last[i] = change
+
+
+@jit(fastmath={"contract"})
+def descend(w, codes, scales, zeros, error, slopes, last, moved, ahead, inner, spreads, integers, start, top, group):
+    """Coordinate descent inside one block of columns, which begins at `start`.
+
+    A change ``d`` of the block's errors costs ``2 d . slope + d . inner . d``.
+
+    Parameters
+    ----------
+    w, codes, scales, zeros : ndarray
+        As in `gptq.refine`.
+    error : ndarray
+        float32 ``[N, K]``, `w` less what the codes stand for.
+    slopes : ndarray
+        float32 ``[N, K]``, ``error @ H`` of a block as it was when the block was left.
+    last, moved : ndarray
+        float32 ``[N, K]``: how much the errors changed in a block's last sweep, and in its last two.
+    ahead : ndarray
+        float32 ``[N, width]``: what the other blocks added to the slopes since then.
+    inner : ndarray
+        float32 ``[width, width]``, H of the block.
+    spreads : ndarray
+        float32 ``[groups, N, width]``: the integers of each group times its rows of `inner`.
+    integers : ndarray
+        float32 ``[N, width]``, from `centered`.
+    """
+    n, width = ahead.shape
+    top = np.float32(top)
+    diagonal = np.diag(inner).copy()
+    relax = np.float32(1) / diagonal
+    for row in numba.prange(n):
+        buffers = np.empty((6, width), np.float32)
+        trial, wish, code, best_code, best_slope = buffers[0], buffers[1], buffers[2], buffers[3], buffers[4]
+        slope = buffers[5]
+        _sum(slopes[row, start : start + width], ahead[row], slope)
+        for begin in range(0, width, group):
+            end = min(begin + group, width)
+            index = (start + begin) // group
+            scale, low = scales[row, index], -np.float32(zeros[row, index])
+            high = top + low
+            now, spread = integers[row, begin:end], spreads[begin // group, row]
+            mine, here, want, chosen = code[begin:end], trial[begin:end], wish[begin:end], best_code[begin:end]
+            ease, bent = relax[begin:end], diagonal[begin:end]
+            # with the integers fixed the objective is a parabola in the scale, its minimum at scale + up / bend
+            up, bend = _dot(now, slope[begin:end]), _dot(now, spread[begin:end])
+            fitted = _half(scale + up / bend) if bend > 0 else scale
+            best, best_scale = np.float32(np.inf), scale
+            for attempt in range(1 if fitted == scale else 2):
+                candidate = fitted if attempt == 0 else scale
+                step, inverse = scale - candidate, np.float32(1) / candidate
+                gain = 2 * step * up + step * step * bend
+                _copy(slope, trial)
+                _add(trial, step, spread)
+                _copy(now, mine)
+                for _ in range(PASSES):
+                    _wish(mine, here, ease, inverse, low, high, want)
+                    for i in range(end - begin):
+                        if want[i] == mine[i]:
+                            continue
+                        wanted = _nearest(mine[i] + here[i] * ease[i] * inverse, low, high)
+                        d = candidate * (mine[i] - wanted)
+                        change = d * (2 * here[i] + d * bent[i])
+                        if change < 0:
+                            gain += change
+                            mine[i] = wanted
+                            _add_row(trial, d, inner, begin + i)
+                if gain < best:
+                    best, best_scale = gain, candidate
+                    _copy(mine, chosen)
+                    _copy(trial, best_slope)
+            _copy(best_slope, slope)
+            scales[row, index] = best_scale
+            here_too = slice(start + begin, start + end)
+            _settle(
+                w[row, here_too], best_scale, chosen, low, codes[row, here_too], error[row, here_too],
+                last[row, here_too], moved[row, here_too],
+            )  # fmt: skip
+        _copy(slope, slopes[row, start : start + width])

@@ -1,0 +1,162 @@
+"""What a layer's inputs tell about its weights: the Hessian of its output's error, and the factors of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from qvl_runtime.errors import QvlError
+
+log = logging.getLogger(__name__)
+
+MAX_DAMP = 1.0
+
+ROWS = 4096
+"""Inputs that are added to a Hessian at once: the more, the less it costs to mirror the product."""
+
+PANEL = 256
+"""Columns that `cholesky` factorizes at a time."""
+
+
+class Hessian:
+    """Running ``sum of x x^T`` of a layer's inputs.
+
+    Parameters
+    ----------
+    k : int
+        Number of inputs of the layer.
+    dtype : numpy dtype
+        Type of the sum; products are always float32.
+    """
+
+    def __init__(self, k: int, dtype: np.typing.DTypeLike = np.float32) -> None:
+        self._sum = np.zeros((k, k), dtype)
+        self._waiting = np.empty((0, k), np.float32)
+        self._rows = 0
+        self.count = 0
+
+    def add(self, x: np.ndarray) -> None:
+        """Add a batch of activations, ``[..., K]``."""
+        x = np.asarray(x, np.float32).reshape(-1, len(self._sum))
+        self.count += len(x)
+        if len(self._waiting) == 0:
+            self._waiting = np.empty((ROWS, len(self._sum)), np.float32)
+        while len(x):
+            part = x[: ROWS - self._rows]
+            self._waiting[self._rows : self._rows + len(part)] = part
+            self._rows += len(part)
+            x = x[len(part) :]
+            if self._rows == ROWS:
+                self._flush()
+
+    def _flush(self) -> None:
+        rows = self._waiting[: self._rows]
+        self._sum += rows.T @ rows
+        self._rows = 0
+
+    @property
+    def sum(self) -> np.ndarray:
+        """The sum so far, ``[K, K]``."""
+        if self._rows:
+            self._flush()
+        self._waiting = self._waiting[:0].copy()
+        return self._sum
+
+    def mean(self) -> np.ndarray:
+        """``H / tokens``, of the sum's dtype ``[K, K]``."""
+        return self.sum / max(self.count, 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """The factorized Hessian, shared by matrices with the same input.
+
+    Attributes
+    ----------
+    hessian : ndarray
+        float32 ``[K, K]``, damped.
+    upper : ndarray
+        float32 ``[K, K]``, the strictly upper part of U in visiting order.
+    price : ndarray
+        float32 ``[K]``, D: cost of a squared rounding error in a column after compensation by later columns.
+    order : ndarray
+        int ``[K]``: visiting order of the columns.
+    damp : float
+        Damping used, as a share of the mean diagonal.
+    dead : int
+        Number of columns with zero calibration inputs; they are rounded to nearest.
+    """
+
+    hessian: np.ndarray
+    upper: np.ndarray
+    price: np.ndarray
+    order: np.ndarray
+    damp: float
+    dead: int
+
+
+def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True, name: str = "matrix") -> Factor:
+    """Damp and factorize a Hessian ``[K, K]``.
+
+    While the factorization fails, `damp` (a share of the mean diagonal) is multiplied by ten and a warning is logged.
+
+    Raises
+    ------
+    QvlError
+        If the Hessian is not finite, or stays singular up to a damping of 1.
+    """
+    energy = np.diagonal(hessian).astype(np.float64)
+    if not np.isfinite(hessian).all():
+        raise QvlError(f"{name}: the calibration activations are not finite; check the checkpoint's weights")
+    unit = energy.mean() if energy.any() else 1.0
+    order = np.argsort(-energy, kind="stable") if act_order else np.arange(len(energy))
+    asked = damp
+    while True:
+        # the factor of H taken from its last column backwards is upper triangular
+        lower = hessian[np.ix_(order[::-1], order[::-1])].astype(np.float64)
+        lower[np.diag_indices_from(lower)] += damp * unit
+        try:
+            cholesky(lower)
+            break
+        except np.linalg.LinAlgError:
+            damp = max(damp * 10, 1e-4)
+            if damp > MAX_DAMP:
+                raise QvlError(
+                    f"{name}: its Hessian is singular even at damping {MAX_DAMP}; use more calibration data"
+                ) from None
+    if damp != asked:
+        log.warning("%s: its Hessian is singular at damping %g; used %g", name, asked, damp)
+    diagonal = np.diagonal(lower)[::-1].copy()
+    # a Hessian of 11008 columns takes a gigabyte in double precision: limit the number of copies
+    upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    del lower
+    upper /= diagonal.astype(np.float32)
+    upper = np.triu(upper, 1)
+    price = np.empty(len(order), np.float32)
+    price[order] = diagonal**2
+    damped = hessian.astype(np.float32)
+    damped[np.diag_indices_from(damped)] += np.float32(damp * unit)
+    return Factor(damped, upper, price, order, damp, int((energy == 0).sum()))
+
+
+def cholesky(a: np.ndarray) -> None:
+    """Replace the lower triangle of `a`, symmetric float64 ``[K, K]``, by its Cholesky factor.
+
+    `numpy.linalg.cholesky` runs on one thread and in small pieces; here nearly all is products of large matrices. What
+    lies above the diagonal blocks stays as it was.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        If `a` is not positive definite.
+    """
+    for start in range(0, len(a), PANEL):
+        stop = min(start + PANEL, len(a))
+        panel = a[start:, start:stop]
+        panel -= a[start:, :start] @ a[start:stop, :start].T
+        corner = np.linalg.cholesky(panel[: stop - start])
+        panel[: stop - start] = corner
+        if stop < len(a):
+            panel[stop - start :] = panel[stop - start :] @ np.linalg.inv(corner).T
