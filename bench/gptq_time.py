@@ -22,9 +22,31 @@ from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.plan import Recipe, Source
 from qvl_convert.quantize_model import Calibrated
+from qvl_convert.sequential import Missing, products
 from qvl_convert.walk import Published, Walk, stages
+from qvl_kernels.packing import Matrix
 from qvl_runtime.backends import make_ops
 from qvl_runtime.families.weights import Weights
+
+
+class Made:
+    """A checkpoint whose matrices are those made so far."""
+
+    def __init__(self, published: Published, made: dict[str, Matrix]):
+        self.config, self.vector, self.matrix = published.config, published.vector, made.__getitem__
+
+
+class Clock:
+    """Adds the time since the last stop to a step."""
+
+    def __init__(self, steps: dict[str, dict[str, float]]):
+        self._steps, self._wall, self._processor = steps, time.perf_counter(), time.process_time()
+
+    def stop(self, name: str) -> None:
+        wall, processor = time.perf_counter(), time.process_time()
+        self._steps[name]["wall"] += wall - self._wall
+        self._steps[name]["processor"] += processor - self._processor
+        self._wall, self._processor = wall, processor
 
 
 def main() -> None:
@@ -38,7 +60,7 @@ def main() -> None:
     checkpoint = source.checkpoint
     samples = calibration.load("builtin", checkpoint, count=args.samples)
     plans = {plan.spec.name: plan for plan in source.plan(Recipe(vision_bits=4, head_bits=4, method="gptq"))}
-    ops, published = make_ops(args.device, "int16"), Published(source)
+    ops, published = make_ops(args.device), Published(source)
     family, config = checkpoint.family, checkpoint.config
     walk, maker = Walk(ops, family, config, samples, checkpoint.reader), Calibrated(samples, device=args.device)
     walk.run(stages(family, config)[0], Weights(published, ops))
@@ -50,31 +72,20 @@ def main() -> None:
     results = {}
     for kind in args.kinds:
         stage = next(s for s in stages(family, config) if s.kind == kind)
-        steps, made = {}, {}
-
-        def timed(name, call, steps=steps):
-            wall, processor = time.perf_counter(), time.process_time()
-            result = call()
-            steps[name] = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
-            print(
-                f"  {name:<10} wall {steps[name]['wall']:7.1f} s   processor {steps[name]['processor']:7.1f} s",
-                flush=True,
-            )
-            return result
-
-        print(kind)
-        hessians = timed("hessians", lambda s=stage: maker.hessians(walk, s, published, set(s.matrices)))
-        for plan, matrix in timed(
-            "quantize", lambda s=stage, h=hessians: list(maker.quantize(source, [plans[n] for n in s.matrices], h))
-        ):
-            made[plan.spec.name] = matrix
-        del hessians
-
-        class Made:
-            config, vector = published.config, published.vector
-            matrix = made.__getitem__
-
-        timed("run again", lambda s=stage, m=Made: walk.run(s, Weights(m, ops)))
+        steps = {name: {"wall": 0.0, "processor": 0.0} for name in ("layer and Hessians", "quantize")}
+        made, missing = {}, {name: Missing(name, plans[name].spec.n, plans[name].spec.k) for name in stage.matrices}
+        tensors = Made(published, made)
+        clock = Clock(steps)
+        for names, hessian in products(walk, stage, tensors, missing, None):
+            clock.stop("layer and Hessians")
+            todo = [plans[name] for name in stage.matrices if name in names]
+            for plan, matrix in maker.quantize(source, todo, dict.fromkeys(names, hessian)):
+                made[plan.spec.name] = matrix
+            del hessian
+            clock.stop("quantize")
+        clock.stop("layer and Hessians")
+        for name, step in steps.items():
+            print(f"  {name:<18} wall {step['wall']:7.1f} s   processor {step['processor']:7.1f} s", flush=True)
         layers = config.visual.layers if kind == "vision" else config.num_hidden_layers
         total = {key: sum(step[key] for step in steps.values()) for key in ("wall", "processor")}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,5 +1,6 @@
 """GPTQ over whole models: what comes out, that it is better than rounding, and that an interruption changes nothing."""
 
+import itertools
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from conftest import GOLDEN
 from helpers import sha256
 
 import qvl_runtime as qvl
-from qvl_convert import calibration
+from qvl_convert import calibration, quantize_model
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.gptq import dequantize, gptq, output_error
@@ -136,13 +137,13 @@ def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
 
 
 def test_a_layer_is_calibrated_behind_the_quantized_ones(source, samples, whole, monkeypatch, tmp_path):
-    seen, original = {}, Calibrated.hessians
+    seen, original = {}, quantize_model.products
 
-    def spy(self, walk, stage, *rest):
+    def spy(walk, stage, *rest):
         seen[stage.kind, stage.index] = [x.copy() for x in walk.outputs(stage)]
-        return original(self, walk, stage, *rest)
+        return original(walk, stage, *rest)
 
-    monkeypatch.setattr(Calibrated, "hessians", spy)
+    monkeypatch.setattr(quantize_model, "products", spy)
     convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=3)
     ops, blob = make_ops("reference"), Blob(whole)
     walk = _walk(source, ops, calibration.load("builtin", source.checkpoint, count=3))
@@ -194,6 +195,14 @@ def test_the_command_calibrates_and_ends_with_a_comparison(whole, tmp_path):
     shown = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
     assert "MB" in shown.stdout and "KL divergence, mean" in shown.stdout and "answers" not in shown.stdout
     assert sha256(tmp_path / "out.qvl") == sha256(whole)
+
+
+def test_the_work_that_is_reported_grows_to_the_whole(tmp_path):
+    reports = []
+    convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=1, effort=lambda *work: reports.append(work))
+    done, whole = zip(*reports)
+    assert len(reports) > 20 and len(set(whole)) == 1
+    assert done[0] > 0 and all(a < b for a, b in itertools.pairwise(done)) and done[-1] == pytest.approx(whole[-1])
 
 
 def test_other_calibration_data_are_not_mixed_into_an_unfinished_file(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from qvl_convert import calibration
 from qvl_convert.allocation import allocate, parse_size
 from qvl_convert.checkpoint import Checkpoint
+from qvl_convert.effort import Report
 from qvl_convert.lora import Merged
 from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Finished
@@ -54,6 +55,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = lambda name, done, total: None,
+    effort: Report = lambda done, whole: None,
     produce: Producer | None = None,
 ) -> None:
     """Convert the folder of a Hugging Face model into one file.
@@ -89,6 +91,8 @@ def convert(
         Replace `out` if it exists, and discard an unfinished conversion.
     progress : callable
         Called with the name of each finished tensor, the finished bytes of the file, and its size.
+    effort : callable
+        Called with the work of the calibration that is done and all of it, estimated in seconds on some machine.
     produce : callable
         Produces the missing matrices; by default according to `method`.
 
@@ -129,7 +133,7 @@ def convert(
         produce = each_by_itself
     if any(plan.method == "gptq" for plan in plans):
         samples = _samples(source, calibration_data, calibration_samples)
-        produce = Calibrated(samples, device=device, spill=spill)
+        produce = Calibrated(samples, device=device, spill=spill, report=effort)
         used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)
     writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)

@@ -17,9 +17,11 @@ from typing import Any, cast
 import numpy as np
 
 from qvl_convert.calibration import Sample
+from qvl_convert.effort import Effort, Report
 from qvl_convert.gptq import gptq
 from qvl_convert.hessian import Factor, Hessian, factorize
 from qvl_convert.plan import MatrixPlan, Source
+from qvl_convert.sequential import SEQUENTIAL_STAGES, Missing, products
 from qvl_convert.walk import Published, Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_kernels.packing import Matrix, pack
@@ -124,10 +126,20 @@ class Calibrated:
         Store the activations in a temporary folder, not in memory.
     damp : float
         Damping as a share of the mean of a Hessian's diagonal.
+    report : callable
+        Receives the work done and the whole work, in seconds on some machine.
     """
 
-    def __init__(self, samples: list[Sample], *, device: str = "auto", spill: bool = False, damp: float = 0.01):
-        self.samples, self._device, self._spill, self._damp = samples, device, spill, damp
+    def __init__(
+        self,
+        samples: list[Sample],
+        *,
+        device: str = "auto",
+        spill: bool = False,
+        damp: float = 0.01,
+        report: Report = lambda done, whole: None,
+    ):
+        self.samples, self._device, self._spill, self._damp, self._report = samples, device, spill, damp, report
 
     def __call__(
         self, source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
@@ -146,20 +158,51 @@ class Calibrated:
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
         todo = {plan.spec.name: plan for plan in pending}
         calibrated = {name for name, plan in todo.items() if plan.method == "gptq"}
-        ops = make_ops(self._device, "int16")
+        ops = make_ops(self._device)
         checkpoint = source.checkpoint
         walk = Walk(ops, checkpoint.family, checkpoint.config, self.samples, checkpoint.reader, folder)
         published, quantized = Published(source), InFile(source, plans, finished)
-        for stage in stages(checkpoint.family, checkpoint.config):
+        steps = stages(checkpoint.family, checkpoint.config)
+        effort, specs = Effort(self._report, self.samples), {plan.spec.name: plan.spec for plan in plans}
+        later = set(calibrated)
+        for stage in steps:
+            effort.expect(sum(effort.matrix(stage, todo[name]) for name in later.intersection(stage.matrices)))
+            later.difference_update(stage.matrices)
+            if later:
+                effort.expect(effort.layer(stage, specs))
+        for stage in steps:
             names = [name for name in stage.matrices if name in todo]
-            hessians = {}
+            wanted = calibrated.intersection(names)
+            yield from ((todo[name], source.matrix(todo[name])) for name in names if name not in wanted)
+            for plan, matrix in self._stage(walk, stage, published, quantized, wanted, calibrated != wanted, todo):
+                yield plan, matrix
+                del matrix
+                effort.finish(effort.matrix(stage, plan))
+            calibrated -= wanted
             if calibrated:
-                hessians = self.hessians(walk, stage, published, calibrated)
-            yield from ((todo[name], source.matrix(todo[name])) for name in names if name not in calibrated)
-            yield from self.quantize(source, [todo[n] for n in names if n in calibrated], hessians)
-            calibrated -= set(names)
-            if calibrated and stage.kind != "norm":
-                walk.run(stage, Weights(quantized, ops))
+                effort.finish(effort.layer(stage, specs))
+
+    def _stage(
+        self,
+        walk: Walk,
+        stage: Stage,
+        published: Published,
+        quantized: InFile,
+        wanted: set[str],
+        run: bool,
+        todo: dict[str, MatrixPlan],
+    ) -> Iterator[tuple[MatrixPlan, Matrix]]:
+        """Quantize the wanted matrices of a stage; with `run` the prompts pass it."""
+        if wanted and stage.kind in SEQUENTIAL_STAGES:
+            missing = {name: Missing(name, todo[name].spec.n, todo[name].spec.k) for name in wanted}
+            for together, hessian in products(walk, stage, quantized, missing, walk.spill):
+                together_plans = [todo[name] for name in stage.matrices if name in together]
+                yield from self.quantize(quantized.source, together_plans, dict.fromkeys(together, hessian))
+            return
+        hessians = self.hessians(walk, stage, published, wanted) if wanted else {}
+        yield from self.quantize(quantized.source, [todo[n] for n in stage.matrices if n in wanted], hessians)
+        if run and stage.kind != "norm":
+            walk.run(stage, Weights(quantized, walk.ops))
 
     def hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
         """Compute the Hessians of the wanted matrices of a stage with its original weights."""

@@ -124,7 +124,7 @@ class Walk:
         self.ops, self.family, self.config, self.prompts = ops, family, config, prompts
         self._names = family.decoder_names(config)
         self._pictures = [slot.picture for prompt in prompts for slot in prompt.slots]
-        self._reader, self._spill = reader, spill
+        self._reader, self.spill = reader, spill
         self._cache: SequenceState | None = None
         self.hidden = self._room("hidden", [(len(prompt.ids), config.hidden_size) for prompt in prompts])
         self.patches: list[np.ndarray] = []
@@ -133,13 +133,14 @@ class Walk:
 
     def run(self, stage: Stage, weights: Weights, *, keep: bool = True) -> None:
         """Run all prompts through a stage; without `keep` the results are discarded."""
-        step, target = self._steps(stage, weights)
+        step, target = self.steps(stage, weights)
         for i, array in enumerate(target):
             out = step(i)
             if keep:
                 array[...] = self.ops.download(out)
 
-    def _steps(self, stage: Stage, weights: Weights) -> Steps:
+    def steps(self, stage: Stage, weights: Weights) -> Steps:
+        """Load a stage; return what computes its i-th result, and the arrays of the results."""
         if stage.kind in PICTURE_STAGES:
             return self._vision(stage, weights)
         if stage.kind == "embedding":
@@ -165,9 +166,9 @@ class Walk:
 
     def _room(self, name: str, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
         total = sum(rows for rows, _ in shapes)
-        if self._spill is None or total == 0:
+        if self.spill is None or total == 0:
             return [np.empty(shape, np.float32) for shape in shapes]
-        whole = np.memmap(self._spill / f"{name}.float32", np.float32, "w+", shape=(total, shapes[0][1]))
+        whole = np.memmap(self.spill / f"{name}.float32", np.float32, "w+", shape=(total, shapes[0][1]))
         return np.split(whole, np.cumsum([rows for rows, _ in shapes])[:-1])
 
     def _level(self, index: int) -> list[np.ndarray]:

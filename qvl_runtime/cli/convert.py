@@ -10,10 +10,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from qvl_convert.convert import Progress as Report
+from qvl_convert.convert import Progress as Tensors
 from qvl_convert.convert import convert as run
+from qvl_convert.effort import Report
 from qvl_convert.writer import partial_path
 from qvl_runtime.cli.text import size
 
@@ -57,7 +66,7 @@ def convert(
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
     try:
-        with _bar() as report:
+        with _bar(by_effort=method == "gptq") as (tensors, effort):
             run(
                 src,
                 out,
@@ -74,7 +83,8 @@ def convert(
                 spill=spill,
                 resume=resume,
                 force=force,
-                progress=report,
+                progress=tensors,
+                effort=effort,
             )
     except KeyboardInterrupt:
         if (partial := partial_path(out)).exists():
@@ -90,10 +100,28 @@ def convert(
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
-    """Show a progress bar on a terminal, nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+def _bar(*, by_effort: bool) -> Iterator[tuple[Tensors, Report]]:
+    """Show a progress bar on a terminal, nothing in a pipe.
+
+    A calibration's bar and the time that remains go by its work, not by the bytes that are written.
+    """
+    console, name = Console(stderr=True), TextColumn("{task.description}")
+    amount: ProgressColumn = TaskProgressColumn() if by_effort else DownloadColumn()
+    columns = (name, BarColumn(), amount, TimeRemainingColumn())
+    # the speed is that since the beginning: steps differ, and take minutes
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=1e9
+    ) as bar:
         task = bar.add_task("reading", total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+        def tensors(name: str, done: int, total: int) -> None:
+            if by_effort:
+                bar.update(task, description=name)
+            else:
+                bar.update(task, description=name, completed=done, total=total)
+
+        def effort(done: float, whole: float) -> None:
+            if by_effort:
+                bar.update(task, completed=done, total=whole)
+
+        yield tensors, effort
