@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from qvl_kernels import cache_folder
-from qvl_kernels.cpu import CpuOps, cache
+from qvl_kernels.cpu import CpuOps, build, bundle, cache, features
 
 POSIX = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes as on POSIX")
 
@@ -25,14 +26,15 @@ def code() -> bytes:
     """The kernels' machine code."""
     CpuOps(threads=1)
     folder = cache_folder.find().path
-    return (folder and cache._read(folder / f"cpu-kernels-{cache.key()}.bin")) or cache._compile()
+    return (folder and cache._read(folder / f"cpu-kernels-{cache.key()}.bin")) or bundle.compile_kernels()
 
 
 @pytest.fixture
-def compiled(code, monkeypatch):
+def compiled(code, tmp_path, monkeypatch):
     """``compiled()`` loads the kernels anew, and tells whether they were compiled (which takes no time here)."""
     count = []
-    monkeypatch.setattr(cache, "_compile", lambda: count.append(1) or code)
+    monkeypatch.setattr(bundle, "compile_kernels", lambda level="": count.append(1) or code)
+    monkeypatch.setattr(bundle, "BUNDLE", tmp_path / "kernels.zip")
 
     def load() -> int:
         before = len(count)
@@ -194,11 +196,11 @@ def test_compiling_runs_nothing_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}")
     monkeypatch.setenv("QVL_PLANTED", str(log))
     # Every import the compiler makes, without the compilation.
-    only_imports = cache.BUILD.replace(
-        "main()", "import os; from qvl_kernels.cpu import build; build.prepare(); os.write(1, b'imported')"
+    only_imports = bundle.BUILD.replace(
+        "emit(level)", "import os; from qvl_kernels.cpu import build; build.prepare(); os.write(1, b'imported')"
     )
-    monkeypatch.setattr(cache, "BUILD", only_imports)
-    assert cache._compile() == b"imported"
+    monkeypatch.setattr(bundle, "BUILD", only_imports)
+    assert bundle.compile_kernels() == b"imported"
     assert not log.exists()
 
 
@@ -214,9 +216,9 @@ def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
         if install == "target folder":
             (root / "typing.py").write_text("raise SystemExit('a module that replaces one of the standard library')")
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from qvl_kernels.cpu import cache; del sys.path[0];"
-        "cache.BUILD = cache.BUILD.replace('main()', 'import qvl_kernels, typing; print(qvl_kernels.__file__)');"
-        "print(cache._compile().decode(), end='')"
+        "import sys; sys.path.insert(0, sys.argv[1]); from qvl_kernels.cpu import bundle; del sys.path[0];"
+        "bundle.BUILD = bundle.BUILD.replace('emit(level)', 'import qvl_kernels, typing; print(qvl_kernels.__file__)');"
+        "print(bundle.compile_kernels().decode(), end='')"
     )
     if install == "target folder":
         script = "import typing, " + script.removeprefix("import ")
@@ -227,9 +229,54 @@ def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
 
 
 def test_failed_compilation_is_one_line(monkeypatch):
-    monkeypatch.setattr(cache, "BUILD", "raise ValueError('two\\nlines')")
-    with pytest.raises(cache.DeviceError, match=r"could not be compiled \(lines\); try QVL_CPU=plain"):
-        cache._compile()
+    monkeypatch.setattr(bundle, "BUILD", "raise ValueError('two\\nlines')")
+    with pytest.raises(bundle.DeviceError, match=r"could not be compiled \(lines\); try QVL_CPU=plain"):
+        bundle.compile_kernels()
+
+
+# ------------------------------------------------------------------------------------------------ code that ships
+def test_shipped_code_is_neither_compiled_nor_kept(folder, compiled, capfd):
+    assert build.main([str(bundle.BUNDLE)]) == 0
+    capfd.readouterr()
+    assert compiled() == 0
+    assert not folder.exists() and capfd.readouterr() == ("", "")
+
+
+def test_bundle_has_every_level_of_this_machine_and_those_of_others(compiled, monkeypatch):
+    """The same sources give the same bytes; code of other sources goes."""
+    other = f"plan9-mips-plain-{bundle.source_hash()}.bin"
+    with zipfile.ZipFile(bundle.BUNDLE, "w") as file:
+        file.writestr(other, b"theirs")
+        file.writestr("plan9-mips-plain-0123456789abcdef0123.bin", b"older")
+    monkeypatch.setattr(bundle, "compile_kernels", lambda level: level.encode())
+    assert build.main([str(bundle.BUNDLE)]) == 0
+    assert all(bundle.shipped(level) == level.encode() for level in bundle.levels())
+    before = bundle.BUNDLE.read_bytes()
+    assert build.main([str(bundle.BUNDLE)]) == 0
+    assert bundle.BUNDLE.read_bytes() == before
+    with zipfile.ZipFile(bundle.BUNDLE) as file:
+        assert sorted(file.namelist()) == sorted([*map(bundle.entry, bundle.levels()), other])
+        assert file.read(other) == b"theirs"
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "no zip", "other sources", "no kernels"])
+def test_bundle_that_does_not_serve_is_passed_over(how, folder, compiled, monkeypatch):
+    assert build.main([str(bundle.BUNDLE)]) == 0
+    whole, name = bundle.BUNDLE.read_bytes(), bundle.entry(features.selected().name)
+    if how == "cut":
+        bundle.BUNDLE.write_bytes(whole[: len(whole) // 2])
+    elif how == "changed":
+        middle = whole.index(name.encode()) + 5000
+        bundle.BUNDLE.write_bytes(whole[:middle] + bytes(100) + whole[middle + 100 :])
+    elif how == "no zip":
+        bundle.BUNDLE.write_bytes(b"kernels")
+    elif how == "other sources":
+        monkeypatch.setattr(bundle, "source_hash", lambda: "0123456789abcdef0123")
+    else:
+        with zipfile.ZipFile(bundle.BUNDLE, "w") as file:
+            file.writestr(name, b"\x01\0\0\0 of no kernels")
+    assert compiled() == 1
+    assert how == "no kernels" or bundle.shipped(features.selected().name) is None
 
 
 # ------------------------------------------------------------------------------------------------ Numba's own

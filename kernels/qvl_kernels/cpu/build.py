@@ -1,20 +1,30 @@
-"""Compile every kernel into one piece of machine code.
+"""Compile the kernels, for this processor or for a package: ``python -m qvl_kernels.cpu.build [OUT.zip]``.
 
-`cache` runs this in a process of its own, so that Numba and LLVM's optimizer (150 MB) never enter the one that answers.
+The command makes the bundle that ships (see `bundle`), for every level of this kind of machine, and keeps what a run
+on another kind of machine has put there, so that a wheel can serve several. Run it before a wheel is built, which takes
+the bundle along. Without one, as in a checkout, each machine compiles what it needs, once, into the user's cache.
+
+`emit` runs in a process of its own, so that Numba and LLVM's optimizer (150 MB) never enter the one that answers.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import multiprocessing
 import os
 import struct
 import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from qvl_kernels.cpu import features
+from qvl_kernels.atomic import replacing
+from qvl_kernels.cpu import bundle, features
+from qvl_kernels.ops import DeviceError
 
 
 def _library(function) -> tuple[str, llvm.ModuleRef]:
@@ -116,10 +126,54 @@ def compile_kernels() -> bytes:
     return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
 
 
-def main() -> None:
-    """Write `compile_kernels` to standard output; whatever else would be printed there goes to standard error."""
+def emit(level: str = "") -> None:
+    """Write `compile_kernels` to standard output; whatever else would be printed there goes to standard error.
+
+    `level` is as in `bundle.compile_kernels`.
+    """
+    if level:
+        features.compile_for(level)
     out = os.dup(1)
     os.dup2(2, 1)
     code = compile_kernels()
     with os.fdopen(out, "wb") as file:
         file.write(code)
+
+
+def build(path: Path) -> list[str]:
+    """Compile every level of this kind of machine into the bundle at `path`, and return the names of all it holds."""
+    entries = _of_other_machines(path)
+    entries |= {bundle.entry(level): bundle.compile_kernels(level) for level in bundle.levels()}
+    with replacing(path, private=False) as out, zipfile.ZipFile(out, "w") as file:
+        for name, code in sorted(entries.items()):
+            # Without the time of day: the same sources give the same bytes.
+            file.writestr(zipfile.ZipInfo(name), code, zipfile.ZIP_DEFLATED, compresslevel=9)
+    return sorted(entries)
+
+
+def _of_other_machines(path: Path) -> dict[str, bytes]:
+    """The objects of these sources in a bundle that were not made on this kind of machine."""
+    if not path.exists():
+        return {}
+    own = f"{sys.platform}-{bundle.machine()}-"
+    with zipfile.ZipFile(path) as file:
+        names = [name for name in file.namelist() if name.endswith(f"-{bundle.source_hash()}.bin")]
+        return {name: file.read(name) for name in names if not name.startswith(own)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qvl_kernels.cpu.build", description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=bundle.BUNDLE, help="the bundle to write (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        names = build(options.out)
+    except (DeviceError, OSError, zipfile.BadZipFile) as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(f"{options.out}: {', '.join(names)}, {options.out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

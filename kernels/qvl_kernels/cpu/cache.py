@@ -1,4 +1,4 @@
-"""The compiled kernels: found in the cache folder, made if missing, loaded as C functions."""
+"""The compiled kernels: those that ship with the package or lie in the cache folder, else compiled; as C functions."""
 
 from __future__ import annotations
 
@@ -9,66 +9,24 @@ import itertools
 import logging
 import platform
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
-import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
 from qvl_kernels import cache_folder
-from qvl_kernels.cpu import features
+from qvl_kernels.cpu import bundle, features
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
 log = logging.getLogger(__name__)
 
-HOST = {"__init__.py", "arrays.py", "batched.py", "cache.py", "measure.py", "ops.py", "runner.py", "sizes.py"}
-"""Sources that only call kernels."""
-
-REMEDY = "try QVL_CPU=plain or device='reference'"
-
-BUILD = """
-import sys
-root, *folders = sys.argv[1:]
-sys.path.insert(0, root)
-import qvl_kernels
-sys.path.remove(root)
-sys.path += folders
-from qvl_kernels.cpu.build import main
-main()
-"""
-"""What the compiling process runs. This installation's package comes first, and its folder no earlier than the
-standard library for everything else."""
-
 
 def key() -> str:
-    """A hash of everything the machine code depends on."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        if source.parent == Path(__file__).parent and source.name in HOST:
-            continue
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    """A hash of everything that machine code compiled here depends on."""
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    digest.update(repr((versions, platform.machine(), features.selected().name, features.target())).encode())
-    return digest.hexdigest()[:20]
-
-
-def _compile() -> bytes:
-    """The machine code of all kernels, from a process of its own.
-
-    That process is isolated (``-I``) and starts in this package's folder: neither the user's current folder, which may
-    be a downloaded one, nor ``PYTHONPATH`` can replace a module it imports. The folders that this process has its
-    libraries from are passed on.
-    """
-    root = str(Path(__file__).parents[2])
-    folders = dict.fromkeys([root, *(str(Path(str(module.__file__)).parents[1]) for module in (llvmlite, np))])
-    done = subprocess.run([sys.executable, "-I", "-c", BUILD, root, *folders], cwd=root, capture_output=True)
-    if done.returncode:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise DeviceError(f"the CPU kernels could not be compiled ({last}); {REMEDY}")
-    return done.stdout
+    known = (bundle.source_hash(), versions, platform.machine(), features.selected().name, features.target())
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:20]
 
 
 def _digest(path: Path, code: bytes) -> bytes:
@@ -114,15 +72,18 @@ _loading = make_lock()
 def _engine() -> llvm.ExecutionEngine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    engine = _load(bundle.shipped(features.selected().name))
+    if engine is not None:
+        return engine
     folder = cache_folder.find()
     path = folder.path and folder.path / f"cpu-kernels-{key()}.bin"
     engine = _load(_read(path)) if path else None
     if engine is None:
         log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
-        code = _compile()
+        code = bundle.compile_kernels()
         engine = _load(code)
         if engine is None:
-            raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {REMEDY}")
+            raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {bundle.REMEDY}")
         if path:
             cache_folder.store(path, _digest(path, code) + code)
     return engine

@@ -31,7 +31,10 @@ class Level:
     needs : tuple of str
         LLVM features that must all be present.
     cpu, features : str
-        LLVM's processor model and features to compile for when the level is forced.
+        LLVM's processor model and features to compile for when the level is forced, and for machine code that ships
+        (`bundle`). They switch on nothing that `needs` does not name.
+    machines : tuple of str
+        Kinds of machine that pick the level by themselves, as `bundle` names them.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Level:
     needs: tuple[str, ...]
     cpu: str
     features: str
+    machines: tuple[str, ...]
 
     @property
     def byte_bias(self) -> int:
@@ -47,17 +51,21 @@ class Level:
         return 128 if self.product == "sdot" else 0
 
 
+V3 = ("sse4.2", "popcnt", "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+V4 = (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+"""What LLVM may use for x86-64-v3 and -v4, the levels of the System V ABI for x86-64."""
 VNNI = ("avx512vnni", "avx512vl")
 LEVELS = {
     level.name: level
     for level in (
-        Level("avx512", "vnni", 16, (*VNNI, "avx512bw", "avx512dq", "f16c"), "cascadelake", ""),
-        Level("avxvnni", "vnni", 8, ("avxvnni", "avx2", "fma", "f16c"), "alderlake", ""),
+        # Registers of 512 bits are preferred, as LLVM does by itself on the processor the tiles were chosen on (Zen 4).
+        Level("avx512", "vnni", 16, (*V4, *VNNI), "x86-64-v4", "+avx512vnni,-prefer-256-bit", ("x86_64",)),
+        Level("avxvnni", "vnni", 8, (*V3, "avxvnni"), "x86-64-v3", "+avxvnni", ("x86_64",)),
         # The blocking and the byte products of `avxvnni`, in the encoding of AVX-512.
-        Level("vnni256", "vnni", 8, (*VNNI, "avx2", "fma", "f16c"), "haswell", "+" + ",+".join(VNNI)),
-        Level("avx2", "maddubs", 8, ("avx2", "fma", "f16c"), "haswell", ""),
-        Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod"),
-        Level("plain", "shifts", 4, (), "generic", ""),
+        Level("vnni256", "vnni", 8, (*V4, *VNNI), "x86-64-v3", "+" + ",+".join(VNNI), ()),
+        Level("avx2", "maddubs", 8, V3, "x86-64-v3", "", ("x86_64",)),
+        Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod", ("aarch64",)),
+        Level("plain", "shifts", 4, (), "generic", "", ("x86_64", "aarch64")),
     )
 }
 """Best first."""
@@ -86,9 +94,21 @@ def host_features() -> frozenset[str]:
     return frozenset(found)
 
 
+_compiled_for: list[Level] = []
+
+
+def compile_for(name: str) -> None:
+    """Compile for a level in this process, whatever this processor has, and run none of it."""
+    _compiled_for[:] = [LEVELS[name]]
+    selected.cache_clear()
+    target.cache_clear()
+
+
 @functools.cache
 def selected() -> Level:
     """The best level this processor has, or the one ``QVL_CPU`` names."""
+    if _compiled_for:
+        return _compiled_for[0]
     name = os.environ.get("QVL_CPU", "")
     if not name:
         return next(level for level in LEVELS.values() if host_features().issuperset(level.needs))
@@ -104,7 +124,7 @@ def selected() -> Level:
 def target() -> tuple[str, str]:
     """LLVM's processor model and feature string to compile for."""
     level = selected()
-    if os.environ.get("QVL_CPU"):
+    if _compiled_for or os.environ.get("QVL_CPU"):
         return level.cpu, level.features
     # LLVM may know the model and still not switch on what a hypervisor hides, so each feature is stated.
     return llvm.get_host_cpu_name(), ",".join("+" + name for name in sorted(host_features()))
