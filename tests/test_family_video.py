@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import shutil
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from families import GOLDEN, config, read
 from PIL import Image
+from rich.console import Console
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_runtime.cli.conversation import Conversation
+from qvl_runtime.cli.screen import Screen
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.positions import position_ids
 from qvl_runtime.families.qwen2_vl.preprocessing import VideoLimits
@@ -211,3 +215,17 @@ def test_refused(part, message, model):
 def test_frames_obey_the_access_of_pictures(model):
     with pytest.raises(QvlError, match="no file is opened here"):
         model("q3-tied").generate(asked(["images/land.png"]), max_new_tokens=1, allow_paths=False)
+
+
+@pytest.mark.parametrize("about", [{"fps": 4.0}, {"times": np.array([0.0, 0.5, 2.0])}])
+def test_a_saved_conversation_holds_a_video(about, model, tmp_path):
+    talk, other = (Conversation(model("q3-tied"), Screen(Console(file=io.StringIO()))) for _ in range(2))
+    talk.settings = other.settings = {"temperature": 0, "max_new_tokens": 3}
+    query = [{"type": "video", "video": frames(3), **about}, {"type": "text", "text": "when?"}]
+    talk.history = talk.model.chat(query, temperature=0, max_new_tokens=3).history
+    talk.take(f"/save {tmp_path}/talk.json")
+    other.take(f"/load {tmp_path}/talk.json")
+    assert len(other.history) == 1 and not talk.failed and not other.failed
+    for one in (talk, other):
+        one.take("And then?")
+    assert other.history[-1] == talk.history[-1] and not other.failed

@@ -16,14 +16,16 @@ GOOD = {
     "settings": {"temperature": 0.5, "seed": 3, "max_new_tokens": 9},
     "history": [["Hi", "Hello"], [[{"image": "a.png"}, {"ref": "it", "box": [1, 2, 3, 4]}, {"text": "?"}], None]],
 }
+VIDEO = {"type": "video", "video": ["a.png", "b.png"], "times": [0, 0.5]}
 
 
 def test_what_was_saved_is_read(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(GOOD))
+    good = GOOD | {"history": [*GOOD["history"], [[VIDEO, {"video": ["a.png"], "fps": 2}], "a cat"]]}
+    path.write_text(json.dumps(good))
     saved = read_saved(path, SETTINGS)
     assert saved.settings == GOOD["settings"] and saved.system == GOOD["system"]
-    assert [list(turn) for turn in saved.history] == GOOD["history"]
+    assert [list(turn) for turn in saved.history] == good["history"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,10 @@ def test_what_was_saved_is_read(tmp_path):
         ({"history": [[[{}], "b"]]}, "question of turn 1"),
         ({"history": [[[{"image": 7}], "b"]]}, "question of turn 1"),
         ({"history": [[[{"open": "/etc/passwd"}], "b"]]}, "question of turn 1"),
+        ({"history": [[[{"video": "a.mp4"}], "b"]]}, "question of turn 1"),
+        ({"history": [[[VIDEO | {"video": [7]}], "b"]]}, "question of turn 1"),
+        ({"history": [[[VIDEO | {"times": ["0"]}], "b"]]}, "question of turn 1"),
+        ({"history": [[[{"video": ["a.png"], "fps": "2"}], "b"]]}, "question of turn 1"),
         ({"history": [["a", 7]]}, "answer of turn 1"),
     ],
 )

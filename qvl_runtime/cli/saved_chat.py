@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, NamedTuple
 
 from qvl_runtime.engine.sampling import Sampler
@@ -12,8 +13,10 @@ from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
 
 FORMAT = "qvl conversation 1"
-PIECES = ("text", "image", "ref", "box", "type", "url", "image_url")
+PIECES = ("text", "image", "ref", "box", "type", "url", "image_url", "video", "times", "fps")
 """Allowed keys of a query's pieces."""
+LISTS: dict[str, type | UnionType] = {"video": str, "times": int | float}
+"""Keys of lists, and what they hold."""
 
 
 class SavedChat(NamedTuple):
@@ -91,4 +94,12 @@ def _history(document: Mapping[str, Any]) -> list[tuple[Any, str | None]]:
 def _is_piece(piece: Any) -> bool:
     if not isinstance(piece, dict) or not piece or not set(piece) <= set(PIECES):
         return False
-    return all(isinstance(value, str) or key in ("box", "image_url") for key, value in piece.items())
+    return all(_fits(key, value) for key, value in piece.items())
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in LISTS:
+        return isinstance(value, list) and all(isinstance(element, LISTS[key]) for element in value)
+    if key == "fps":
+        return isinstance(value, int | float)
+    return isinstance(value, str) or key in ("box", "image_url")

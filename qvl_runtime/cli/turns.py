@@ -44,12 +44,22 @@ def _source(value: Any) -> ImageSource | None:
 def portable(query: Any) -> Any:
     """Convert a turn to JSON types that do not depend on the working directory.
 
-    Paths become absolute; a picture without a path becomes a ``data:`` URL.
+    Paths become absolute; a picture or a frame without a path becomes a ``data:`` URL.
     """
     if isinstance(query, str):
         parts = _split(query)
         return "".join(f"<img>{_portable(part)}</img>" if i % 2 else part for i, part in enumerate(parts))
-    return [{key: _portable(value) if key in SOURCE_KEYS else value for key, value in p.items()} for p in query]
+    return [{key: _portable_value(key, value) for key, value in piece.items()} for piece in query]
+
+
+def _portable_value(key: str, value: Any) -> Any:
+    if key in SOURCE_KEYS:
+        return _portable(value)
+    if key == "video":
+        return [_portable(frame) for frame in value]
+    if key == "times":
+        return [float(time) for time in value]
+    return float(value) if key == "fps" else value
 
 
 def _portable(source: Any) -> Any:
