@@ -12,7 +12,7 @@ from qvl_runtime.engine.constraints import Form
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Prompts
+from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access
@@ -33,6 +33,11 @@ class Asking:
     def is_chat(self) -> bool:
         """Whether the model is a chat model."""
         return self.generation_config.is_chat
+
+    @property
+    def grounding(self) -> Grounding:
+        """How the model writes boxes."""
+        return self.blob.family.grounding
 
     @named_options
     def generate(

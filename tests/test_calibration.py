@@ -90,6 +90,13 @@ def test_the_builtin_set_is_bilingual_has_pictures_and_is_always_the_same(tokeni
     assert all(s.ids.count(tokenizer.img_start_id) == len(s.images) for s in samples)
 
 
+def test_boxes_of_the_builtin_set_are_qwen_vls_own(chat):
+    reader = chat.reader.read(np.zeros((448, 448, 3), np.uint8))
+    said = "<ref>a cat</ref><box>(10,20),(370,990)</box><ref>it</ref><box>(0,0),(520,510)</box>"
+    for text in (said, "Is <ref>it</ref> in <box>(120,70),(990,980)</box>?", "nothing"):
+        assert calibration._with_boxes(text, chat.grounding, reader) == text
+
+
 def test_a_model_without_eyes_gets_text_alone(golden):
     ckpt = Checkpoint(golden / "ckpt" / "tiny-q7-gptq-asym")
     samples = calibration.load("builtin", ckpt, count=4)

@@ -14,6 +14,7 @@ from shards import all_tensors
 
 import qvl_runtime as qvl
 from qvl_convert import answers, calibration
+from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.export import export
 from qvl_convert.verify import open_reference, verify
@@ -127,6 +128,27 @@ def test_calibration_helps_as_verify_sees_it(tmp_path):
         samples = calibration.load("builtin", model, count=2, max_tokens=300, seed=1)
         errors.append(verify(model, open_reference(source), samples, max_new_tokens=2).model.kl_mean)
     assert 0 < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["q2-tied", "q25-tied", "q3-tied"])
+def test_the_builtin_samples_have_the_boxes_of_the_family(name):
+    """What the model would write itself, on the same places of the picture."""
+    speaker = Checkpoint(GOLDEN / "ckpt" / name)
+    samples = calibration.load("builtin", speaker, count=3)
+    texts = [speaker.tokenizer.decode(sample.ids) for sample in samples]
+    assert not any("<ref>" in text or "<box>" in text for text in texts)
+    picture = samples[0].slots[0].picture
+    found = [box for text in texts for box in speaker.grounding.parse(text, [picture])]
+    assert found and all(box.ref for box in found)
+
+    said = "<ref>a cat</ref><box>(10,20),(370,990)</box><ref>it</ref><box>(0,0),(520,510)</box>"
+    cat, it = speaker.grounding.parse(calibration._with_boxes(said, speaker.grounding, picture), [picture])
+    assert (cat.ref, it.ref) == ("a cat", "it")
+    assert cat.to_pixels(1000, 1000) == pytest.approx((10, 20, 370, 990), abs=2)
+    assert it.to_pixels(1000, 1000) == pytest.approx((0, 0, 520, 510), abs=2)
+    asked = calibration._with_boxes("What is <box>(10,20),(370,990)</box>?", speaker.grounding, picture)
+    assert asked.startswith("What is ") and asked.endswith("?") and "<box>" not in asked
+    assert len(speaker.grounding.parse(asked, [picture])) == 1
 
 
 def test_an_answer_with_a_placeholder_ends_the_comparison_of_it():

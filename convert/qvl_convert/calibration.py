@@ -13,7 +13,8 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,13 +24,13 @@ import numpy as np
 from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Prompts
+from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.config import Config
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, read_regular
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource
-from qvl_runtime.inputs.pictures import LOCAL
+from qvl_runtime.inputs.pictures import LOCAL, Picture
 from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
@@ -41,6 +42,9 @@ MAX_BAD = 10
 MAX_DATA, MAX_CAPTION = 256 << 20, 1 << 20
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+SIDE = 448
+"""Pixels along each side of a drawn picture."""
+BOX = re.compile(r"(?:<ref>([^<]*)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
 WORDS = ("OPEN", "EXIT", "Hello", "Coffee", "Sale 50%", "Platform 9", "No. 12", "Paris", "STOP", "Menu", "Bus 42")
 
 Content = str | list[dict[str, Any]]
@@ -61,6 +65,9 @@ class Speaker(Protocol):
 
     @property
     def prompts(self) -> Prompts: ...
+
+    @property
+    def grounding(self) -> Grounding: ...
 
     @property
     def is_chat(self) -> bool: ...
@@ -117,7 +124,7 @@ def load(
             raise QvlError(f"{name} is {value!r}; expected 1 or more")
     max_tokens = min(max_tokens, speaker.config.max_position_embeddings)
     if str(source) == BUILTIN:
-        found = _builtin(rng, count, pictures=speaker.config.sees)
+        found = _builtin(rng, count, speaker)
     else:
         found = list(_read(source))
         found = [found[i] for i in rng.permutation(len(found))]
@@ -225,29 +232,47 @@ def _read_folder(folder: Path) -> Iterator[Found]:
         yield str(path), turns
 
 
-def _builtin(rng: np.random.Generator, count: int, *, pictures: bool) -> list[Found]:
+def _builtin(rng: np.random.Generator, count: int, speaker: Speaker) -> list[Found]:
     """Create samples: two with pictures for each of text."""
+    picture = None
+    if speaker.config.sees:
+        blank = np.zeros((SIDE, SIDE, 3), np.uint8)
+        picture = speaker.prompts.build([{"image": blank}], None, LOCAL).slots[0].picture
     passages = (files(__package__) / "passages.txt").read_text(encoding="utf-8").strip().split("\n\n")
     order = rng.permutation(len(passages))
     found: list[Found] = []
     for i in range(count):
-        if pictures and i % 3 != 2:
-            found.append((f"builtin picture {i}", _drawn(rng, 1 + (i % 6 == 4))))
+        if picture is not None and i % 3 != 2:
+            turns = _drawn(rng, 1 + (i % 6 == 4), lambda text: _with_boxes(text, speaker.grounding, picture))
+            found.append((f"builtin picture {i}", turns))
         else:
             chosen = [passages[order[(3 * i + j) % len(passages)]] for j in range(3)]
             found.append((f"builtin text {i}", "\n\n".join(chosen)))
     return found
 
 
-def _drawn(rng: np.random.Generator, pictures: int) -> list[Turn]:
+def _drawn(rng: np.random.Generator, pictures: int, noted: Callable[[str], str]) -> list[Turn]:
     scenes = [random_scene(rng, words=WORDS, shares=(0.3, 0.2, 0.5, 0.0)) for _ in range(pictures)]
     exchanges = [exchange for _ in range(40) if (exchange := ask(rng, scenes)) is not None][:8]
     if pictures == 1 and (last := ask(rng, scenes, ("find", "ground")[int(rng.integers(2))])) is not None:
         exchanges[-1] = last
     spoken = [turn for exchange in exchanges for turn in exchange.turns]
-    turns: list[Turn] = [turn for q, answer in spoken for turn in (("user", q), ("assistant", answer))]
-    turns[0] = "user", [*({"image": draw(scene, 448)} for scene in scenes), {"text": turns[0][1]}]
+    turns: list[Turn] = [turn for q, answer in spoken for turn in (("user", noted(q)), ("assistant", noted(answer)))]
+    turns[0] = "user", [*({"image": draw(scene, SIDE)} for scene in scenes), {"text": turns[0][1]}]
     return turns
+
+
+def _with_boxes(text: str, grounding: Grounding, picture: Picture) -> str:
+    """A text of the drawn scenes, whose boxes are written as Qwen-VL does, in a family's own notation."""
+
+    def corners(found: re.Match[str]) -> list[float]:
+        # The middle of a thousandth, which rounding leaves in it.
+        return [(int(n) + 0.5) / 1000 * side for n, side in zip(found.group(2, 3, 4, 5), picture.size * 2)]
+
+    found = list(BOX.finditer(text))
+    if found and all(match[1] for match in found) and not BOX.sub("", text):
+        return grounding.write([(match[1], corners(match)) for match in found], picture)
+    return BOX.sub(lambda match: (match[1] or "") + grounding.mark(corners(match), picture), text)
 
 
 def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:

@@ -15,7 +15,7 @@ from qvl_convert import fp8
 from qvl_convert.unpickle import PickledTensor, PickleFile, map_bytes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families import family_of
-from qvl_runtime.families.base import Prompts
+from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.config import Config
 from qvl_runtime.families.reading import read_json
 from qvl_runtime.file.opening import as_path, open_regular, shown
@@ -153,6 +153,10 @@ class Checkpoint:
     @property
     def is_chat(self) -> bool:
         return self.generation_config.is_chat
+
+    @property
+    def grounding(self) -> Grounding:
+        return self.family.grounding
 
     @property
     def names(self) -> list[str]:

@@ -109,6 +109,10 @@ class TaggedGrounding:
         x1, y1, x2, y2 = (min(999, max(0, int(v / side * 1000))) for v, side in zip(corners, picture.size * 2))
         return f"{self.box_start}({x1},{y1}),({x2},{y2}){self.box_end}"
 
+    def write(self, things: Sequence[tuple[str, Sequence[float]]], picture: Picture) -> str:
+        """Write an answer with boxes."""
+        return "".join(f"{self.ref_start}{ref}{self.ref_end}{self.mark(corners, picture)}" for ref, corners in things)
+
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
         """Constrain the answer to one or more phrases with their boxes, always complete.
 

@@ -55,10 +55,18 @@ class JsonGrounding:
 
     def mark(self, corners: Sequence[float], picture: Picture) -> str:
         """Write a box for a question. `corners` are in pixels of the original picture."""
+        return json.dumps({"bbox_2d": self._numbers(corners, picture)})
+
+    def write(self, things: Sequence[tuple[str, Sequence[float]]], picture: Picture) -> str:
+        """Write an answer with boxes."""
+        items = [{"bbox_2d": self._numbers(corners, picture), "label": label} for label, corners in things]
+        return HEAD + ",\n\t".join(json.dumps(item, ensure_ascii=False) for item in items) + TAIL
+
+    def _numbers(self, corners: Sequence[float], picture: Picture) -> list[int]:
         scale = self.scale([picture])
         assert scale is not None
         sides = zip(corners, picture.size * 2, scale * 2)
-        return json.dumps({"bbox_2d": [min(most, max(0, int(v / side * most))) for v, side, most in sides]})
+        return [min(most, max(0, int(v / side * most))) for v, side, most in sides]
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
         """Constrain the answer to a fenced list of boxes that is always complete within `limit` tokens.
