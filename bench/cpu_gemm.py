@@ -22,8 +22,7 @@ import numpy as np
 from cpu_kernels import FFN, HEADS, HIDDEN, LAYERS, Weights, interleave, report
 
 from qvl_kernels.cpu import CpuOps, features
-from qvl_kernels.cpu.arrays import address
-from qvl_kernels.cpu.runner import Program, aligned
+from qvl_kernels.cpu.measure import products_per_second
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import pack
 from qvl_kernels.reference import ReferenceOps
@@ -56,15 +55,9 @@ def timed(ops: CpuOps, call: Callable[[], object], factor: float = 1) -> Callabl
     return run
 
 
-def peak(ops: CpuOps) -> Callable[[], float]:
-    """The seconds of 1e12 operations at the peak."""
-    program, operands, result = Program(), aligned(4096), aligned(4096 * ops.threads)
-    operands[:] = 1
-    program.keep(operands, result)
-    rounds = 1_000_000
-    program.add("multiply_bytes", address(operands), rounds, address(result))
-    operations = rounds * 12 * features.selected().lanes * 8 * ops.threads
-    return timed(ops, lambda: ops.run(program), 1e12 / operations)
+def peak(ops: CpuOps, bits: int) -> Callable[[], float]:
+    """The seconds of 1e12 operations at the peak of products with such weights."""
+    return lambda: 1e12 / products_per_second(ops, min(bits, 8), rounds=500_000)
 
 
 def bench_products(threads: int, rounds: int, rows: list[dict]) -> None:
@@ -73,7 +66,7 @@ def bench_products(threads: int, rounds: int, rows: list[dict]) -> None:
         w = ops.weight(Weights(n * k * bits // 8 + n * k // 32 + (1 << 20)).matrix(n, k, bits))
         x, out = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32), ops.empty((m, n))
         call = ops.capture(lambda ops=ops, x=x, w=w, out=out: ops.linear(x, w, out=out))
-        seconds = interleave({"peak": peak(ops), "product": timed(ops, call)}, rounds)
+        seconds = interleave({"peak": peak(ops, bits), "product": timed(ops, call)}, rounds)
         rate = 2e-9 * m * n * k / seconds["product"]
         report(rows, {
             "bench": "product", "threads": threads, "weights": label, "activations": activations, "m": m, "n": n,
@@ -110,7 +103,7 @@ def bench_prompt(threads: int, rounds: int, rows: list[dict], tokens: int = 512)
 
     factor = LAYERS / TIMED_LAYERS
     calls = {"prompt": timed(ops, ops.capture(layers), factor), "attention": timed(ops, ops.capture(attend), factor)}
-    seconds = interleave({"peak": peak(ops), **calls}, rounds)
+    seconds = interleave({"peak": peak(ops, 4), **calls}, rounds)
     operations = 2 * tokens * LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
     report(rows, {
         "bench": "prompt", "threads": threads, "tokens": tokens, "seconds": seconds["prompt"],
@@ -145,7 +138,7 @@ def bench_image(threads: int, rounds: int, rows: list[dict]) -> None:
 
     factor = VISION_LAYERS / TIMED_LAYERS
     calls = {"image": timed(ops, ops.capture(layers), factor), "attention": timed(ops, ops.capture(attend), factor)}
-    seconds = interleave({"peak": peak(ops), **calls}, rounds)
+    seconds = interleave({"peak": peak(ops, 8), **calls}, rounds)
     operations = 2 * PATCHES * VISION_LAYERS * (4 * VISION * VISION + 2 * VISION * VISION_FFN)
     report(rows, {
         "bench": "image", "threads": threads, "seconds": seconds["image"], "of it attention": seconds["attention"],

@@ -24,7 +24,7 @@ import numpy as np
 
 from qvl_kernels.cpu import CpuOps, features
 from qvl_kernels.cpu.arrays import CpuCache
-from qvl_kernels.cpu.measure import byte_products_per_second, read_seconds
+from qvl_kernels.cpu.measure import products_per_second, read_seconds
 from qvl_kernels.cpu.runner import aligned
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, packed_shapes
@@ -226,8 +226,8 @@ def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
 
 def bench_gemm(ops: CpuOps, rows: list[dict]) -> None:
     """Many rows by int4 and int8 weights, in operations a second against the peak out of registers."""
-    peak = byte_products_per_second(ops)
     for label, bits in (("int4", 4), ("int8", 8)):
+        peak = products_per_second(ops, bits)
         for activations in ("int8", "int16"):
             own = CpuOps(activations=activations, threads=ops.threads)
             for m, n, k in ((64, 2 * FFN, HIDDEN), (256, 2 * FFN, HIDDEN), (512, HIDDEN, FFN)):

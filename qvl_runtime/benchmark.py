@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.ops import Ops
 from qvl_runtime.budget import cache_bytes
 from qvl_runtime.engine.decoder import DecodeStep
 from qvl_runtime.engine.session import Session, step
@@ -40,7 +39,7 @@ class Speeds:
     bandwidth : float or None
         Memory read bandwidth in bytes a second; None if the backend cannot measure it.
     int8_peak : float or None
-        int8 multiply and add operations a second.
+        Multiplications and additions a second of int8 by weights of the decoder's bits.
     decode_share, prefill_share : float or None
         ``decode * bytes_per_token / bandwidth`` and the prefill's products over `int8_peak`.
     peak_memory : int or None
@@ -81,7 +80,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
 
     once(None)  # Warms the caches and faults in the pages of the file.
     peak = peak_memory()
-    limits = _Limits(model.ops, decode_bytes) if model.ops.name == "cpu" else None
+    limits = _Limits(model, decode_bytes) if model.ops.name == "cpu" else None
     found = [once(limits) for _ in range(rounds)]
     seen = {name: np.array([taken[name] for taken in found]) for name in found[0]}
     median = {name: float(np.median(values)) for name, values in seen.items()}
@@ -105,16 +104,18 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
 class _Limits:
     """Measures the machine's limits with the backend's threads."""
 
-    def __init__(self, ops: Ops, nbytes: int):
+    def __init__(self, model: Model, nbytes: int):
         from qvl_kernels.cpu import CpuOps, measure
         from qvl_kernels.cpu.runner import aligned
 
+        ops, names = model.ops, model.blob.family.decoder_names(model.config)
         assert isinstance(ops, CpuOps)
+        self._bits = model.blob.bits(f"{names.layer}.0.{names.gate}")[0]
         self._ops, self._measure, self._memory = ops, measure, aligned(min(nbytes, 1 << 30))
         self._memory[:] = 1
 
     def int8_peak(self) -> float:
-        return self._measure.byte_products_per_second(self._ops)
+        return self._measure.products_per_second(self._ops, self._bits)
 
     def bandwidth(self) -> float:
         return self._measure.bandwidth(self._ops, self._memory)

@@ -60,7 +60,7 @@ class Grounding(Protocol):
         """Write a box for a question. `corners` are in pixels of the original picture."""
 
     def write(self, things: Sequence[tuple[str, Sequence[float]]], picture: Picture) -> str:
-        """An answer with boxes: what each thing is, and its corners as `mark` takes them."""
+        """Write an answer with boxes: what each thing is, and its corners as `mark` takes them."""
 
     def parse(self, text: str, pictures: Sequence[Picture]) -> list[Box]:
         """Return all well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""

@@ -23,7 +23,7 @@ SMALL_WIDTH = 591
 LARGE = 4 << 20
 """Bytes of a result that is written past the caches: it would not be found there by the one who reads it."""
 BYTE_BIAS = features.selected().byte_bias
-PAIRS = features.selected().product == "vnni"
+PAIRS = features.selected().product in ("vnni", "maddubs")
 """Whether pairs of int16 are multiplied faster than float32."""
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "quick_gelu")
 """In the order of the kernels' numbers (`epilogue`)."""
@@ -102,7 +102,7 @@ def pack(to: Recorder, x: np.ndarray, w: CpuWeight, norm: tuple[int, ...]) -> Pa
     rows, k = x.shape
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(k))
     span = columns_a_scale(w)
-    sizes = tiles.int8_bytes(rows, k, w.group_size, span)
+    sizes = tiles.int8_bytes(rows, k, w.bits, w.group_size, span)
     packed = to.memory("packed", sum(sizes))
     parts = (packed, packed + sizes[0], packed + sizes[0] + sizes[1])
     center = 1 if w.zeros else 8 if w.bits == 4 else 128 - BYTE_BIAS

@@ -11,7 +11,7 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS
+from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS
 
 CACHE_BYTES = 400 << 10
 """Of packed activations that stay in the second-level cache beside the weights."""
@@ -27,17 +27,17 @@ def prefetch_rows(rows, row, count, block, n):
 
 
 def _make(bits: int):
-    tile_kernel, block_bytes = (tile4, 2048) if bits == 4 else (tile8, 4096)
+    tile_kernel, block_bytes, value = (tile4, 2048, 1) if bits == 4 else (tile8, 4096, BYTE_VALUES)
 
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
          gated, past, scratch) = unpack(args, 19)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
-        tile_bytes = columns * TOKENS
+        tile_bytes = columns * TOKENS * value
         tile_scales, tile_sums = 4 * (columns // span) * TOKENS, 4 * (columns // group) * TOKENS
         tiles = (total + TOKENS - 1) // TOKENS
-        held = min(HELD_TILES, CACHE_BYTES // (PIECE * TOKENS))
+        held = min(HELD_TILES, CACHE_BYTES // (PIECE * TOKENS * value))
         parts = (tiles + held - 1) // held
         for turn in range(threads):
             owner = (thread + turn) % threads
@@ -63,7 +63,7 @@ def _make(bits: int):
                         for i in range(0, 32, WIDTH):
                             tile_kernel(
                                 bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0,
-                                x + tile * tile_bytes + column * TOKENS,
+                                x + tile * tile_bytes + column * TOKENS * value,
                                 xs + tile * tile_scales + 4 * (column // span) * TOKENS,
                                 sums + tile * tile_sums + 4 * (column // group) * TOKENS,
                                 count // group, group // span, span // 4, ty + 4 * i, column == 0,

@@ -1,9 +1,11 @@
 """8-bit activations for the matrix-matrix products: tiles of `TOKENS` rows, in the order the kernels read them.
 
 A row is cut into spans of 32 columns (or 128, for int8 weights with groups of 128), each with a scale: ``x = s q``
-with q in -127..127::
+with q in -127..127, or -32767..32767::
 
     packed  int8 [tiles, spans, span / 4, TOKENS, 4]
+            or, for int8 weights where `BYTE_VALUES` is 2, int16 [tiles, spans, 2, span / 4, TOKENS, 2]: columns
+            0 and 2 of each four first, all behind them 1 and 3
     scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
 
@@ -40,30 +42,44 @@ from qvl_kernels.cpu.simd import (
     to_f32,
     zeros,
 )
-from qvl_kernels.cpu.simd.emit import I8, I32, join, pointer, take
-from qvl_kernels.cpu.tiles import TOKENS
+from qvl_kernels.cpu.simd.emit import I8, I16, I32, join, pointer, take
+from qvl_kernels.cpu.tiles import BYTE_VALUES, TOKENS
 
 zero, none, no_sums = zeros("f32", 16), zeros("i32", 16, TOKENS), zeros("f32", TOKENS)
 tile_rows, spread = rows("f32", 16, TOKENS), spreads("f32", 16, TOKENS)
 LIMIT = float32(127)
+WORD_LIMIT = float32(32767)
 HIGH_SCALE = float32(1 / (1 << HIGH_SHIFT))
 
 
-@intrinsic
-def store_steps(typing, addr, v):
-    """Write 16 int8 (as i32) of each row of a tile: four steps of four columns, in each row after row."""
+def _store_steps(element: ir.Type, columns: tuple[int, ...]):
+    """An intrinsic that writes integers (16 as i32) of each row of a tile, those columns of every four."""
 
-    def codegen(context, b, sig, args):
-        four = ir.VectorType(I32, 4)
-        narrow = [b.trunc(take(b, args[1], m), ir.VectorType(I8, 16)) for m in range(v.m)]
-        whole = join(b, [b.bitcast(x, four) for x in narrow])
-        order = [4 * m + step for step in range(4) for m in range(v.m)]
-        lanes = ir.Constant(ir.VectorType(I32, len(order)), order)
-        steps = b.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), lanes)
-        b.store(steps, pointer(b, args[0], whole.type), align=1)
-        return context.get_dummy_value()
+    @intrinsic
+    def f(typing, addr, v):
+        def codegen(context, b, sig, args):
+            order = [4 * at + column for at in range(4) for column in columns]
+            within = ir.Constant(ir.VectorType(I32, len(order)), order)
+            steps = []
+            for m in range(v.m):
+                x = take(b, args[1], m)
+                x = b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), within)
+                x = b.trunc(x, ir.VectorType(element, len(order)))
+                steps.append(b.bitcast(x, ir.VectorType(I32, 4)))
+            whole = join(b, steps)
+            order = [4 * m + at for at in range(4) for m in range(v.m)]
+            lanes = ir.Constant(ir.VectorType(I32, len(order)), order)
+            whole = b.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), lanes)
+            b.store(whole, pointer(b, args[0], whole.type), align=1)
+            return context.get_dummy_value()
 
-    return types.none(addr, v), codegen
+        return types.none(addr, v), codegen
+
+    return f
+
+
+store_bytes = _store_steps(I8, (0, 1, 2, 3))
+store_even, store_odd = _store_steps(I16, (0, 2)), _store_steps(I16, (1, 3))
 
 
 @routine
@@ -87,27 +103,32 @@ def prepare_row(x, k, columns, weight, bias, eps, perm, target, spare):
 
 
 @routine
-def quantize_span(x, row, span, target, scale_at, factor, inverses):
+def quantize_span(x, row, span, words, target, scale_at, factor, inverses):
     """Quantize `span` columns of a tile's rows, `row` bytes apart; returns their sums."""
     largest = absolute(tile_rows(x, row))
     for i in range(16, span, 16):
         largest = maximum(largest, absolute(tile_rows(x + 4 * i, row)))
     top = max_each(largest)
-    scale = top * (float32(1) / LIMIT)
+    limit = WORD_LIMIT if words else LIMIT
+    scale = top * (float32(1) / limit)
     store(scale_at, scale * factor)
-    store(inverses, choose_gt(top, float32(1e-30), LIMIT / top, float32(0)))
+    store(inverses, choose_gt(top, float32(1e-30), limit / top, float32(0)))
     inverse, total = spread(inverses, 4), none()
     for i in range(0, span, 16):
         q = rint(tile_rows(x + 4 * i, row) * inverse)
         total = total + q
-        store_steps(target + i * TOKENS, q)
+        if words:
+            store_even(target + i * TOKENS, q)
+            store_odd(target + (span + i) * TOKENS, q)
+        else:
+            store_bytes(target + i * TOKENS, q)
     return to_f32(sum_each(total)) * scale
 
 
 @kernel
 def pack_int8(args, thread, threads):
     x, total, k, weight, bias, eps, perm, bits, group, center, span, packed, scales, sums, scratch = unpack(args, 15)
-    columns = (k + 127) // 128 * 128
+    columns, value = (k + 127) // 128 * 128, BYTE_VALUES if bits == 8 else 1
     inverses = scratch + thread * (4 * columns * (TOKENS + 1) + 64)
     held = inverses + 64
     spare = held + 4 * columns * TOKENS
@@ -119,14 +140,15 @@ def pack_int8(args, thread, threads):
                 prepare_row(source + row * m, k, columns, weight, bias, as_f32(eps), perm, held + 4 * columns * m,
                             spare)  # fmt: skip
             source, row = held, 4 * columns
-        target = packed + tile * columns * TOKENS
+        target = packed + tile * columns * TOKENS * value
         scale_at = scales + 4 * tile * (columns // span) * TOKENS
         sum_at = sums + 4 * tile * (columns // group) * TOKENS
         so_far = no_sums()
         for column in range(0, columns, span):
             factor = HIGH_SCALE if bits == 4 and column % 128 >= 64 else float32(1)
-            so_far = so_far + quantize_span(source + 4 * column, row, span, target, scale_at, factor, inverses)
-            target += span * TOKENS
+            so_far = so_far + quantize_span(source + 4 * column, row, span, value == 2, target, scale_at, factor,
+                                            inverses)  # fmt: skip
+            target += span * TOKENS * value
             scale_at += 4 * TOKENS
             if (column + span) % group == 0:
                 store(sum_at, so_far * float32(-center))

@@ -22,6 +22,7 @@ from qvl_kernels.cpu.simd import (
     SUM_EL,
     SUM_PER_LANE,
     UNSHIFTED,
+    WORDS,
     bytes_,
     dot,
     dot_bytes,
@@ -37,7 +38,8 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
-from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs
+from qvl_kernels.cpu.tiles import BYTE_VALUES, FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 """Rows of weights in a vector: twice this many by `TOKENS` sums of a span, of a group and of all fit the registers."""
@@ -98,8 +100,21 @@ prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
 """Bring a line of weights into the second-level cache; bring a line that will be written into the first."""
 
 
+@routine
+def step_of_bytes(a, b, source, second, x):
+    u = weights(source)
+    return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
+
+
+@routine
+def step_of_words(a, b, source, second, x):
+    u = bytes_of_pairs(weights(source), second)
+    return dot_pairs(a, b, piece(u, 0), piece(u, 1), x, 4)
+
+
 def _make_tile(bits: int):
     none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
+    passes = 1 if bits == 4 else BYTE_VALUES
 
     if bits == 4:
 
@@ -109,8 +124,8 @@ def _make_tile(bits: int):
             return w + (span >> 2) * 2048 + (span & 1) * 1024
 
         @routine
-        def step(a, b, source, span, x):
-            u = nibble(weights(source), span & 2)
+        def step(a, b, source, second, x):
+            u = nibble(weights(source), second)
             return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
 
     else:
@@ -119,10 +134,7 @@ def _make_tile(bits: int):
         def locate(w, span, steps):
             return w + span * steps * 128
 
-        @routine
-        def step(a, b, source, span, x):
-            u = weights(source)
-            return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
+        step = step_of_words if WORDS else step_of_bytes
 
     @routine
     def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, fresh, ahead):
@@ -146,12 +158,13 @@ def _make_tile(bits: int):
                 q = q * (to_f32(byte(zero_points + LANES)) - bias)
                 zero_points += 32
             for _ in range(spans):
-                source = locate(w, span, steps)
                 a, b = none(), none()
-                for _ in range(steps):
-                    a, b = step(a, b, source, span, x)
-                    source += 128
-                    x += TOKEN_BYTES
+                for second in range(passes):
+                    source = locate(w, span, steps)
+                    for _ in range(steps):
+                        a, b = step(a, b, source, span & 2 if bits == 4 else second, x)
+                        source += 128
+                        x += TOKEN_BYTES
                 scale = spread(xs, 4)
                 p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
                 xs += TOKEN_BYTES

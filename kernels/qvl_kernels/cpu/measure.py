@@ -10,6 +10,7 @@ from qvl_kernels.cpu import features
 from qvl_kernels.cpu.arrays import address
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.cpu.runner import Program, aligned
+from qvl_kernels.cpu.tiles import BYTE_VALUES
 
 
 def _seconds(ops: CpuOps, program: Program) -> float:
@@ -31,11 +32,12 @@ def bandwidth(ops: CpuOps, array: np.ndarray) -> float:
     return array.nbytes / min(read_seconds(ops, array) for _ in range(3))
 
 
-def byte_products_per_second(ops: CpuOps, rounds: int = 2_000_000) -> float:
-    """Multiplications and additions of int8 a second out of registers: the peak of a matrix product."""
+def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> float:
+    """Multiplications and additions a second out of registers, of int4 or int8 weights: the peak of their products."""
     program, operands, result = Program(), aligned(4096), aligned(4096 * ops.threads)
     operands[:] = 1
     program.keep(operands, result)
-    program.add("multiply_bytes", address(operands), rounds, address(result))
-    lanes = features.selected().lanes
-    return rounds * 12 * lanes * 4 * 2 * ops.threads / min(_seconds(ops, program) for _ in range(3))
+    program.add("multiply_nibbles" if bits == 4 else "multiply_bytes", address(operands), rounds, address(result))
+    a_lane = 4 if bits == 4 else 4 // BYTE_VALUES
+    products = rounds * 12 * features.selected().lanes * a_lane * ops.threads
+    return 2 * products / min(_seconds(ops, program) for _ in range(3))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from qvl_kernels.cpu.registry import kernel, share, unpack
-from qvl_kernels.cpu.simd import LANES, SUM_EL, SUM_PER_LANE, dot, loads, store, zeros
+from qvl_kernels.cpu.simd import LANES, SUM_EL, SUM_PER_LANE, WORDS, dot, dot_bytes, loads, store, zeros
+from qvl_kernels.cpu.simd.pairs import dot_pairs_narrow
 
 line, block, none = loads("i32", 16, 8), loads("i8", 4 * LANES), zeros("i32", 16, 8)
-sums = zeros(SUM_EL, LANES * SUM_PER_LANE, 12)
+words = loads("i32", LANES)
+sums, any_sums = zeros(SUM_EL, LANES * SUM_PER_LANE, 12), zeros("i32", LANES, 12)
 
 
 @kernel
@@ -21,10 +23,24 @@ def read_memory(args, thread, threads):
 
 
 @kernel
-def multiply_bytes(args, thread, threads):
-    """`rounds` times 12 independent products of a register of bytes with a broadcast word of `x`."""
+def multiply_nibbles(args, thread, threads):
+    """`rounds` times 12 independent products of a register of nibbles with a broadcast word of `x`."""
     x, rounds, result = unpack(args, 3)
-    total, u = sums(), block(x)
-    for _ in range(rounds):
-        total = dot(total, u, x + 64, 4)
+    total = sums()
+    for i in range(rounds):
+        # Other operands every time: the same ones would be multiplied, or spread, before the loop.
+        total = dot(total, block(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
+    store(result + 4096 * thread, total)
+
+
+@kernel
+def multiply_bytes(args, thread, threads):
+    """As `multiply_nibbles`, of bytes: with `WORDS`, of half as many as pairs of 16 bits."""
+    x, rounds, result = unpack(args, 3)
+    total = any_sums()
+    for i in range(rounds):
+        if WORDS:
+            total = dot_pairs_narrow(total, words(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
+        else:
+            total = dot_bytes(total, block(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
     store(result + 4096 * thread, total)

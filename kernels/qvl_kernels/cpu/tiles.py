@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from qvl_kernels.cpu import features
+
 TOKENS = 4
 """Rows of quantized activations in a tile."""
+BYTE_VALUES = 2 if features.selected().product == "maddubs" else 1
+"""Bytes of an activation that is multiplied with int8 weights (`simd.bytes.WORDS`)."""
 PIECE = 2048
 """Columns of packed weights that are multiplied with many tiles, one after another."""
 HELD_TILES = 128
@@ -24,10 +28,10 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def int8_bytes(rows: int, k: int, group: int, span: int) -> tuple[int, int, int]:
+def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:
     """Bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
     values = _up(rows, TOKENS) * _up(k, 128)
-    return values, values // span * 4, values // group * 4
+    return values * (1 if bits == 4 else BYTE_VALUES), values // span * 4, values // group * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:

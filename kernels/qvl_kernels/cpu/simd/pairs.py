@@ -6,17 +6,35 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from qvl_kernels.cpu.simd.bytes import NARROW_OPERANDS, UNSHIFTED
-from qvl_kernels.cpu.simd.emit import I16, addresses, call, constant, pointer, spread, take
+from qvl_kernels.cpu.simd.bytes import LEVEL, NARROW_OPERANDS
+from qvl_kernels.cpu.simd.emit import (
+    I16,
+    I32,
+    addresses,
+    broadcast,
+    call,
+    constant,
+    cut,
+    each,
+    join,
+    pointer,
+    spread,
+    take,
+)
 
 
 def _multiply(b, total, x, y):
     """Emit ``total + x . y``."""
     wide = total.type
-    if UNSHIFTED:
+    if LEVEL.product == "vnni":
         operand = ir.VectorType(I16, 2 * wide.count) if NARROW_OPERANDS else wide
         name = f"llvm.x86.avx512.vpdpwssd.{32 * wide.count}"
         return call(b, name, wide, [total, b.bitcast(x, operand), b.bitcast(y, operand)])
+    if LEVEL.product == "maddubs":
+        x, y = (b.bitcast(v, ir.VectorType(I16, 2 * wide.count)) for v in (x, y))
+        one = ir.VectorType(I32, 8)
+        cuts = [[cut(b, v, i, 16) for v in (x, y)] for i in range(0, 2 * wide.count, 16)]
+        return b.add(total, join(b, [call(b, "llvm.x86.avx2.pmadd.wd", one, operands) for operands in cuts]))
     sixteen = constant(wide, 16)
     low = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
     return b.add(total, b.add(low, b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))))
@@ -49,6 +67,24 @@ def dot_pairs_narrow(typing, p, u, addr, stride):
         return p_
 
     return p(p, u, addr, stride), codegen
+
+
+@intrinsic
+def bytes_of_pairs(typing, v, second):
+    """The first or, if `second` is not 0, the second byte of each pair of i8, as int16 in i32 vectors."""
+    result = v.of("i32", v.n // 4)
+
+    def codegen(context, b, sig, args):
+        wide = ir.VectorType(I16, v.n // 2)
+        taken = b.icmp_signed("!=", args[1], ir.Constant(args[1].type, 0))
+        amount = broadcast(b, b.select(taken, ir.Constant(I16, 8), ir.Constant(I16, 0)), wide)
+
+        def choose(x):
+            return b.bitcast(b.and_(b.lshr(b.bitcast(x, wide), amount), constant(wide, 255)), result.vector)
+
+        return each(b, v.m, choose, args[0])
+
+    return result(v, second), codegen
 
 
 @intrinsic
