@@ -142,12 +142,12 @@ class Theirs:
         llama_cpp.llama_backend_init()
         how = llama_cpp.llama_model_default_params()
         how.use_extra_bufts = not mapped
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), how)
-        if not self._model:
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), how)
+        if not self.model:
             raise OSError(f"{path}: llama.cpp does not load it")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = 1024, PROMPT, PROMPT
-        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        self._context = llama_cpp.llama_init_from_model(self.model, settings)
         self._memory = llama_cpp.llama_get_memory(self._context)
 
     def threads(self, count: int) -> None:
