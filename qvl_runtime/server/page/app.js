@@ -210,7 +210,7 @@ async function run() {
     turn.answer.state = "done";
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
     if (usage) {
-      turn.answer.note ||= t("spent", seconds, usage.completion_tokens);
+      turn.answer.note ||= t(usage.completion_tokens === 1 ? "spentOne" : "spent", seconds, usage.completion_tokens);
       const used = usage.prompt_tokens + usage.completion_tokens;
       if (model.window) turn.answer.detail = t("window", used, model.window);
     }
