@@ -1,9 +1,13 @@
 """Tokens a second of the whole engine at 1, 4, 8 and 16 answers at once, beside what its bare steps allow.
 
     python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
+    python bench/throughput.py MODEL.qvl --gap 2000
 
 Bare: the same prompts' slices and the same number of steps of as many rows, by the decoder alone: no scheduler, no
 sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
+
+`--gap` starts an answer, and while it runs a prompt of so many tokens and a picture: the longest time between two of
+its tokens, and the slices of others computed in it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import json
 import time
 from datetime import date
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +57,47 @@ def bare(model: qvl.Model, run: DecodeStep, sessions: list[Session], prompts: li
     return time.perf_counter() - begin
 
 
+def gap(model: qvl.Model, length: int) -> dict[str, float]:
+    """The longest gap between two tokens of an answer while a long prompt and a picture arrive."""
+    engine, rng, slices = model._scheduler, np.random.default_rng(0), list[int]()
+    compute = engine._compute_slice
+
+    def computing(*arguments: Any) -> None:
+        slices.append(engine.steps)  # the step it follows
+        compute(*arguments)
+
+    def tokens(count: int) -> list[int]:
+        return rng.integers(300, 900, count).tolist()
+
+    stream, times = model.stream(tokens(64), max_new_tokens=4000, speculate=False), []
+    alone = 4
+    for _ in range(alone):
+        next(stream)
+        times.append(time.perf_counter())
+    engine._compute_slice = computing
+    others = [model.stream(tokens(length), max_new_tokens=1)]
+    if model.pictures is not None:
+        image = rng.integers(0, 256, (448, 448, 3), np.uint8)
+        others.append(model.stream("What is this?", [image], max_new_tokens=1))
+    left = [len(others)]
+    for other in others:
+        other.when_ended(lambda: left.append(left[-1] - 1))
+    while left[-1]:
+        next(stream)
+        times.append(time.perf_counter())
+    stream.cancel()
+    engine._compute_slice = compute
+    gaps = np.diff(times)
+    return {
+        "prompt": length,
+        "slices": len(slices),
+        "slices_in_a_gap": max(slices.count(step) for step in slices),
+        "longest_gap": float(gaps[alone - 1 :].max()),
+        "median_gap": float(np.median(gaps[alone - 1 :])),
+        "gap_alone": float(np.median(gaps[: alone - 1])),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -59,15 +105,25 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gap", type=int, metavar="TOKENS")
     options = parser.parse_args()
     model = qvl.load(options.model, device="cpu", conversations=0, kv_cache_bytes=1 << 40)
     model._answering._stop_ids = frozenset()  # all answers are as long
+    told = {"date": date.today().isoformat(), "machine": machine(), "threads": model.ops.threads}
+    if options.gap:
+        found = gap(model, options.gap)
+        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        print(json.dumps({**told, **found}))
+        return
     run, rng, rows = DecodeStep(model.decoder), np.random.default_rng(0), []
     most = max(options.answers)
     sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
+    warm = rng.integers(300, 900, (2, options.prompt)).tolist()
+    whole(model, warm, 2)
+    bare(model, run, sessions[:2], warm, 2)
     for count in options.answers:
         found = []
-        for turn in range(options.rounds + 1):
+        for turn in range(options.rounds):
             prompts = rng.integers(300, 900, (count, options.prompt)).tolist()
             seconds = {}
             for which in ("bare", "whole") if turn % 2 else ("whole", "bare"):
@@ -75,14 +131,12 @@ def main() -> None:
                     seconds[which] = bare(model, run, sessions[:count], prompts, options.tokens)
                 else:
                     seconds[which] = whole(model, prompts, options.tokens)
-            if turn:  # the first warms
-                found.append((seconds["bare"], seconds["whole"]))
+            found.append((seconds["bare"], seconds["whole"]))
         done = count * options.tokens
         medians = np.median(np.array(found), axis=0)
         ratio = float(np.median([b / w for b, w in found]))
         rows.append({"answers": count, "tokens/s": done / medians[1], "bare": done / medians[0], "ratio": ratio})
         print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-    told = {"date": date.today().isoformat(), "machine": machine(), "threads": model.ops.threads}
     print(json.dumps({**told, "prompt": options.prompt, "tokens": options.tokens, "rows": rows}))
 
 
