@@ -19,7 +19,7 @@ MIXED = np.random.default_rng(2).integers(0, 4, 120).tolist()
 class Chain:
     """A session whose logits depend on the last two tokens only: a toy that can be enumerated."""
 
-    room, spare = 10**6, MAX_DRAFT
+    room, spare, beside = 10**6, MAX_DRAFT, 0
 
     def __init__(self, start: list[int]):
         self.logits_after = np.random.default_rng(4).normal(0, 1.5, (4, 4, 4)).astype(np.float32)
@@ -171,3 +171,27 @@ def test_the_models_answer_is_the_same(kv_cache, options, blob):
         assert drafted.logprobs == plain.logprobs
     assert drafted.timings.draft_tokens > drafted.timings.accepted_drafts > 5
     assert len(drafted.token_ids) == 100
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_drafts_in_a_batch_change_no_answer(count, blob):
+    path = blob("tiny-vl", bits=4)
+    together, alone = (qvl.load(path, device="cpu", conversations=0) for _ in range(2))
+    together.ops.row_cost = 0.05
+    prompt = [60 + token for token in MIXED]
+    asked = [
+        {"prompt": prompt[3 * i :], "temperature": 0.5 * (i % 2), "seed": i, "constraint": FewWords()}
+        for i in range(count)
+    ]
+    results = together.generate_batch([{**one, "max_new_tokens": 60} for one in asked])
+    for one, result in zip(asked, results):
+        assert result.token_ids == alone.generate(**one, max_new_tokens=60, speculate=False).token_ids
+    accepted = sum(result.timings.accepted_drafts for result in results)
+    assert sum(result.timings.draft_tokens for result in results) > accepted > 5
+    assert together._scheduler.steps < 60, "several tokens a step"
+
+
+def test_drafts_pay_less_beside_other_answers():
+    lookup = PromptLookup([1, 2, 3] * 3, 0.4)
+    lengths = [len(lookup.draft(15, beside)) for beside in (0, 1, 3, 12)]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[1] > 0 == lengths[3]

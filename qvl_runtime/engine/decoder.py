@@ -82,6 +82,10 @@ FEW_ROWS = 16
 depend on the other rows: an answer is the same alone and in a batch."""
 
 
+MOST_CAPTURED = 64
+"""Captured steps kept of the same sequences: drafts of several answers make many sets of rows."""
+
+
 class Outcome:
     """The result of a step: row i predicts the successor of the i-th token fed. Valid until the next step."""
 
@@ -160,6 +164,8 @@ class DecodeStep:
                 self._members, self._together = members, known
         counts = tuple([span.rows for span in spans])
         if counts not in known.replays:
+            if len(known.replays) >= MOST_CAPTURED:
+                known.replays.clear()
             known.replays[counts] = self.ops.capture(partial(self._step, spans, rows))
         return known.replays[counts]
 

@@ -47,14 +47,17 @@ class PromptLookup:
         self._tokens.append(token)
         self._rate += 0.01 * (PRIOR - self._rate)
 
-    def draft(self, most: int) -> list[int]:
-        """Draft at most `most` tokens; none if the text is new or drafting would not save time."""
+    def draft(self, most: int, beside: int = 0) -> list[int]:
+        """Draft at most `most` tokens; none if the text is new or drafting would not save time.
+
+        `beside` is the number of other answers that get a token in the same step.
+        """
         start = self._followed_at.get(tuple(self._tokens[-MATCHED:]))
         if start is None:
             return []
         drafted: list[int] = []
         period = len(self._tokens) - start
-        for i in range(self._worthwhile(min(most, MAX_DRAFT))):
+        for i in range(self._worthwhile(min(most, MAX_DRAFT), beside)):
             drafted.append(self._tokens[start + i] if i < period else drafted[i - period])
         return drafted
 
@@ -63,11 +66,13 @@ class PromptLookup:
         for right in [True] * accepted + [False] * (accepted < drafted):
             self._rate += 0.15 * (right - self._rate)
 
-    def _worthwhile(self, most: int) -> int:
-        """Return the draft length with the highest expected speed at the observed acceptance rate."""
-        tokens, best, speed = 1.0, 0, 1.0
+    def _worthwhile(self, most: int, beside: int) -> int:
+        """Return the draft length with the highest expected speed of a step at the observed acceptance rate."""
+        tokens, seconds, best = 1.0 + beside, 1.0 + self._row_cost * beside, 0
+        speed = tokens / seconds
         for count in range(1, most + 1):
             tokens += self._rate**count
-            if tokens / (1 + self._row_cost * count) > speed:
-                best, speed = count, tokens / (1 + self._row_cost * count)
+            seconds += self._row_cost
+            if tokens / seconds > speed:
+                best, speed = count, tokens / seconds
         return best

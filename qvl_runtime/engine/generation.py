@@ -176,7 +176,7 @@ def generate_step(
             session.truncate(session.length - len(draft) + row)
             drafts.learn(len(draft), row)
         most = min(session.room - 1, limit - made - 1, session.spare)
-        draft = drafts.draft(most) if drafts is not None else []
+        draft = drafts.draft(most, session.beside) if drafts is not None else []
         row = 0
         timings.draft_tokens += len(draft)
         session.feed(choice.token, *draft)

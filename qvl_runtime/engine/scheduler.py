@@ -222,7 +222,7 @@ class Scheduler:
 
     def _decode(self, jobs: list[Job]) -> None:
         """Compute the next token of each job, in steps of up to `FEW_ROWS` rows."""
-        spare = FEW_ROWS - 1 if len(jobs) == 1 else 0
+        beside, spare = len(jobs) - 1, FEW_ROWS // len(jobs) - 1
         while jobs:
             together: list[Job] = []
             sessions: list[Session] = []
@@ -243,7 +243,7 @@ class Scheduler:
                     self._end(job, error)
                 continue
             for job, session in zip(together, sessions):
-                session.spare = spare
+                session.beside, session.spare = beside, spare
                 if not job.advance():
                     self._forget(job)
 

@@ -93,12 +93,14 @@ class Session:
         Tokens to feed in the next step.
     spare : int
         Rows of the next step that drafts may use.
+    beside : int
+        Other answers in the next step, about.
     """
 
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
-        self.busy, self.pending, self.spare = False, tuple[int, ...](), FEW_ROWS - 1
+        self.busy, self.pending, self.spare, self.beside = False, tuple[int, ...](), FEW_ROWS - 1, 0
         self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
         # Length of the last prompt, and the logits after it, for another answer to the same prompt.
