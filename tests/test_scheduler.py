@@ -348,6 +348,23 @@ def test_an_answer_that_nobody_reads_is_computed_by_the_engine(computed_by):
     assert len(stream.result().token_ids) > 3 and names[-1] == "qvl-engine"
 
 
+def test_another_thread_gets_the_device_between_two_ticks(make):
+    model = make()
+    engine, stream = model._scheduler, model.stream(IDS[:9], max_new_tokens=8000, min_new_tokens=8000)
+    reader = threading.Thread(target=lambda: list(stream))
+    reader.start()
+    waited = []
+    for _ in range(5):
+        begun = engine.ticks
+        with engine.gate, engine.device:
+            waited.append(engine.ticks - begun)
+        while engine.ticks < begun + 5:
+            time.sleep(0.001)
+    stream.cancel()
+    reader.join(20)
+    assert not reader.is_alive() and max(waited) <= 3
+
+
 def test_who_is_called_at_the_end_need_not_wait(computed_by, monkeypatch):
     model, names = computed_by
     monkeypatch.setattr("qvl_runtime.engine.scheduler.LOOK_SECONDS", 60)

@@ -119,7 +119,9 @@ class Scheduler:
     def attend(self, job: Job, ready: Callable[[], bool]) -> None:
         """Run an only job in the calling thread, until `ready` or until there is another job."""
         while self._alone is job and not ready() and not self._stopped:
-            with self.gate, self.device:
+            with self.gate:
+                pass
+            with self.device:
                 if self._alone is job:
                     self._tick()
 
