@@ -43,6 +43,7 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "120000",
     "RAY_health_check_period_ms": "1000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    "RAY_raylet_start_wait_time_s": "300",
 }
 VICTIMS = ("worker", "machine", "command")
 

@@ -35,6 +35,7 @@ def load(
     vision_device: str | None = None,
     conversations: int = 1,
     max_batch: int = MAX_BATCH,
+    prompts_first: bool = False,
     kv_cache_bytes: int | None = None,
     image_cache_bytes: int = MEMORY_BYTES,
     cache_dir: str | os.PathLike | None = None,
@@ -70,6 +71,8 @@ def load(
         a prefix with one of them computes only the rest. 0 disables the prefix cache.
     max_batch : int
         Largest number of concurrent answers, up to 16; others wait.
+    prompts_first : bool
+        Compute whole prompts before the next tokens of running answers: more answers a second, at uneven speed.
     kv_cache_bytes : int, optional
         Limit for the keys and values of concurrent answers, at their full length. Other requests wait in order. A
         single answer may exceed the limit. By default half of the memory that is free beside the model.
@@ -134,7 +137,12 @@ def load(
     return Model(
         blob,
         family.tokenizer(blob.ranks, config),
-        Scheduler(Sessions(decoder, kv_cache, conversations), max_batch=max_batch, room=kv_cache_bytes),
+        Scheduler(
+            Sessions(decoder, kv_cache, conversations),
+            max_batch=max_batch,
+            room=kv_cache_bytes,
+            prompts_first=prompts_first,
+        ),
         pictures,
         window=window,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),

@@ -161,6 +161,18 @@ def test_slices_end_where_it_does_not_show():
         assert (cuts[-1] == length and all(16 < size <= rows + 32 for size in sizes)) or length - first <= 16
 
 
+def test_prompts_may_go_first(make):
+    """As jobs have it, where nobody reads along: then the most answers are computed together."""
+    requests = [{"prompt": f"{i} " * 40, "max_new_tokens": 8} for i in range(4)]
+    steps, found = [], []
+    for first in (False, True):
+        model = make(conversations=0, prompts_first=first)
+        found.append([result.token_ids for result in model.generate_batch(requests)])
+        steps.append(model._scheduler.steps)
+    assert found[0] == found[1] and max(map(len, found[0])) == 8
+    assert steps[1] <= 8 < steps[0]
+
+
 def test_a_picture_goes_in_slices_and_ends_between_its_layers(watched, golden):
     model, done = watched
     layers = model.config.vision.layers

@@ -90,7 +90,9 @@ class Worker:
     def __init__(self, model: ModelSpec, source: Source, options: Options):
         # Without a prefix cache an answer does not depend on earlier rows, at any precision.
         self._source = source
-        self._answer = Answerer(load(model.path, conversations=0, **model.load), source.root, options)
+        self._answer = Answerer(
+            load(model.path, conversations=0, prompts_first=True, **model.load), source.root, options
+        )
 
     def __call__(
         self,

@@ -52,6 +52,9 @@ class Scheduler:
         Largest number of concurrent answers, up to `MAX_BATCH`.
     room : int
         Limit for the keys and values of concurrent answers, in bytes. A single answer may exceed it.
+    prompts_first : bool
+        Compute prompts whole, and no next token of an answer as long as there is one: more answers a second, but those
+        that have begun wait.
 
     Attributes
     ----------
@@ -63,8 +66,8 @@ class Scheduler:
         Numbers since the start.
     """
 
-    def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int):
-        self.sessions, self.max_batch, self.room = sessions, max_batch, room
+    def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int, prompts_first: bool = False):
+        self.sessions, self.max_batch, self.room, self._prompts_first = sessions, max_batch, room, prompts_first
         self.gate, self.device = make_lock(), make_lock()
         self.ticks = self.steps = self.slices = 0
         self._step, self._page_bytes = DecodeStep(sessions.decoder), sessions.page_bytes()
@@ -186,12 +189,12 @@ class Scheduler:
         self._drop_ended()
         self._admit()
         decoding = [job for job in self._running if job.session is not None]
-        if decoding:
+        if decoding and not (self._prompts_first and self._able()):
             self._decode(decoding)
         job = self._next_slice()
         if job is not None:
             self.slices += 1
-            self._compute_slice(job, SLICE_ROWS if decoding else PREFILL_ROWS)
+            self._compute_slice(job, SLICE_ROWS if decoding and not self._prompts_first else PREFILL_ROWS)
         self.ticks += 1
 
     def _drop_ended(self) -> None:
