@@ -1,9 +1,9 @@
-"""The CPU backend: `CpuOps`, and how its kernels are written, compiled and run.
+"""The CPU backend: `CpuOps`; how its kernels are written, compiled and run.
 
 Every operation is one or a few *instructions*. An instruction is a row of int64: the address of a compiled kernel and
 its arguments (addresses of arrays, sizes, float32 bits). A `runner.Program` is a list of them; all threads of the
 `runner.Pool` walk through it together, with a barrier after each instruction, outside the GIL. An eager operation runs
-a program of its own; `CpuOps.capture` records a whole token and replays it with one call.
+a separate program; `CpuOps.capture` records a whole token and replays it with one call.
 
 A kernel is a Python function in one of the modules `kernels.MODULES` names::
 
@@ -25,11 +25,10 @@ A float argument is passed as ``runner.float_word(value)`` and read by ``registr
 raw addresses, allocate nothing and raise nothing. Scratch memory comes from the caller as an address. Long kernels take
 their work in steps with `atomics.claim`, so that a thread that is held up does not hold up the others.
 
-Numba only writes machine code: `build` compiles all kernels into one file the first time (in a process of its
-own, with one line on standard error), `cache` keeps it in the user's cache folder under a name that holds a hash of
-these sources, the versions of Numba and llvmlite, and the processor; afterwards llvmlite loads it in milliseconds and
-Numba is not even imported. Choose a variant (per head size, per type) by making several kernels from one factory.
-"""
+Numba only generates machine code: `build` compiles all kernels to one file on first use (in a separate process), and
+`cache` stores it in the user's cache folder under a name with a hash of these sources, the versions of Numba and
+llvmlite, and the processor. Later llvmlite loads it in milliseconds, and Numba is not imported. Choose a variant (per
+head size, per type) by making several kernels from one factory."""
 
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.cpu.sizes import SIZES

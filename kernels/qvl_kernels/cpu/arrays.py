@@ -1,4 +1,4 @@
-"""What the kernels read besides plain arrays: prepared weights and the KV cache. Everything is checked here."""
+"""Checked inputs of kernels: arrays, prepared weights and the KV cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CACHE_DTYPES: dict[str, np.dtype] = {
 
 
 def address(array: np.ndarray | None) -> int:
-    """Where an array lies; 0 for none."""
+    """Return the address of an array; 0 for None."""
     return 0 if array is None else array.ctypes.data
 
 
 def check(name: str, array: Array, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
-    """Refuse anything but a C-contiguous numpy array of this type and shape (None: any length)."""
+    """Check that `array` is a C-contiguous numpy array of this type and shape (None: any length)."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name}: expected a numpy array, got {type(array).__name__}")
     fits = len(array.shape) == len(shape) and all(want in (None, got) for got, want in zip(array.shape, shape))
@@ -36,7 +36,7 @@ def check(name: str, array: Array, dtype: np.typing.DTypeLike, shape: tuple[int 
 
 
 class CpuWeight:
-    """A `Matrix` whose arrays are known to be what the kernels expect; nothing is copied."""
+    """A `Matrix` with checked arrays; nothing is copied."""
 
     def __init__(self, matrix: Matrix):
         self.matrix = matrix
@@ -58,12 +58,12 @@ class CpuWeight:
 
     @property
     def blocks(self) -> int:
-        """Blocks of 128 columns."""
+        """Number of blocks of 128 columns."""
         return round_up(self.k, 128) // 128
 
 
 class CpuCache:
-    """Keys and values of all layers, laid out as `cached_attention` describes."""
+    """Keys and values of all layers; `cached_attention` describes the layout."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str):
         if dtype not in CACHE_DTYPES:
@@ -75,7 +75,7 @@ class CpuCache:
         self.depth, self.width = round_up(head_dim, 4), round_up(head_dim, 16)
         self.padded = round_up(capacity, 16)
         kind = CACHE_DTYPES[dtype]
-        # Zeroed, because padding is multiplied by zero and must be finite; the system hands the pages out when used.
+        # Zeroed: padding is multiplied by zero and must be finite. The system allocates pages on first use.
         self.keys = _zeros((layers, kv_heads, self.padded // 16, self.depth * 16), kind)
         self.values = _zeros((layers, kv_heads, self.padded, self.width), kind)
         scales = (layers, 2, kv_heads, self.padded) if dtype == "int8" else (layers, 2, 0, 0)
@@ -86,7 +86,7 @@ class CpuCache:
         return self.keys.nbytes + self.values.nbytes + self.scales.nbytes
 
     def addresses(self, layer: int) -> tuple[int, int, int, int]:
-        """Keys, values, key scales and value scales of a layer."""
+        """Return the addresses of keys, values, key scales and value scales of a layer."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer {layer} of a cache of {self.layers}")
         keys, values = self.keys[layer], self.values[layer]
@@ -101,12 +101,12 @@ class CpuCache:
         parts = {"keys": np.s_[:, :, :blocks], "values": np.s_[:, :, :length], "scales": np.s_[..., :length]}
         for name, filled in parts.items():
             getattr(other, name)[filled] = getattr(self, name)[filled]
-            if not keep:  # so that keys and values do not both lie in memory twice
+            if not keep:  # so that not both keys and values are in memory twice
                 delattr(self, name)
         return other
 
     def _filled(self, layer: int, length: int) -> list[np.ndarray]:
-        """The part of a layer's arrays that holds the first `length` positions."""
+        """Return the part of a layer's arrays with the first `length` positions."""
         blocks = round_up(length, 16) // 16
         arrays = [self.keys[layer, :, :blocks], self.values[layer, :, :length]]
         return [*arrays, self.scales[layer, :, :, :length]] if self.dtype == "int8" else arrays
@@ -130,5 +130,5 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """An uninitialized array that starts on a cache line."""
+    """Allocate an uninitialized array, aligned to a cache line."""
     return aligned(int(np.prod(shape)), dtype).reshape(shape)

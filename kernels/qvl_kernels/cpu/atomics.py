@@ -1,4 +1,4 @@
-"""Memory that several threads change, and work they take from one another."""
+"""Atomic memory operations, and dynamic work distribution."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def write(typing, addr, value):
 
 @routine
 def claim(counters, owner, threads, n, step):
-    """The next `step` of the items 0..n that are `owner`'s share, as a range; an empty one when none are left.
+    """Take the next `step` items of `owner`'s share of 0..n, as a range; empty if none are left.
 
-    `counters`: a line of 64 bytes for each thread, zero at the beginning of every instruction (`runner.Pool.counters`).
-    A kernel goes through its own share first, front to back as one stream of memory, and then helps the others::
+    `counters`: one line of 64 bytes per thread, zero at the beginning of every instruction (`runner.Pool.counters`).
+    A kernel processes its own share first, sequentially in memory, and then helps the other threads::
 
         for turn in range(threads):
             owner = (thread + turn) % threads

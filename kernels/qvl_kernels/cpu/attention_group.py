@@ -1,8 +1,8 @@
 """Grouped-query attention of a few queries over the cache: every key and value is read once for all heads of its group.
 
 A task is one query row, one head of keys and a part of the positions. `LINES` heads at a time share each key and value
-after its conversion to float32. The arithmetic is that of `attention_prefill`, in the same order: where the positions
-are in one part the result is the same to the last bit.
+after its conversion to float32. The arithmetic and its order are those of `attention_prefill`: with one part the result
+is bit-identical.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ words, signed = loads("i32", 16), bytes_(16, True)
 
 @routine
 def layout(scratch, lines, padded):
-    """Where queries, scores, outputs and the lines' maxima and sums lie."""
+    """Return the addresses of queries, scores, outputs and the lines' maxima and sums."""
     scores = scratch + lines * ROW
     out = scores + lines * ROW
     tops = out + 4 * lines * padded
@@ -44,7 +44,7 @@ def layout(scratch, lines, padded):
 
 @routine
 def begin(q, group, lines, d, factor, queries, out, tops, totals):
-    """Copy the scaled queries of a group, zeros up to `lines`, and clear what is accumulated."""
+    """Copy the scaled queries of a group, with zeros up to `lines`, and clear the accumulators."""
     padded = (d + 15) // 16 * 16
     for i in range(lines):
         for c in range(0, padded, 16):

@@ -1,10 +1,10 @@
-"""Attention of every query over every key in 16-bit integers, twice as fast as float32 where there is VNNI.
+"""Attention of every query over every key in 16-bit integers, twice as fast as float32 with VNNI.
 
 As `attention_prefill`, but queries, keys, weights and values are rounded and multiplied in pairs into int32, which
 never overflows: the lengths of a query and of a key stay below the root of 2**31 (Cauchy and Schwarz), and a row's sum
-of weights times the largest value below 2**31. A query, a key and a row of weights have a scale each, the values one a
-column, all for a block of keys. The mean of the keys is taken off first: it adds the same to all scores of a query,
-which softmax does not see, and it is where keys have their outliers (Zhang et al. 2024, "SageAttention"). Relative
+of weights times the largest value below 2**31. Queries, keys and rows of weights have one scale each, values one per
+column, for each block of keys. The mean of the keys is subtracted first: it adds a constant to all scores of a query,
+which does not change the softmax, and it contains the outliers of keys (Zhang et al. 2024, "SageAttention"). Relative
 error 2e-4 to 4e-4.
 """
 
@@ -49,7 +49,7 @@ from qvl_kernels.cpu.tiles import KEYS, PAIR_QUERIES, PAIR_TOKENS
 LENGTH_LIMIT, LIMIT, VALUE_LIMIT, WEIGHTS_LIMIT = float32(46000), float32(32767), float32(4095), float32(524000)
 ROW, WEIGHT_ROW = 4 * KEYS, 2 * KEYS
 AHEAD = 8
-"""Rows of queries, keys and values that are fetched before they are wanted."""
+"""Prefetch distance for queries, keys and values, in rows."""
 
 load, part, zero, splat = loads("f32", 16), parts(16), zeros("f32", 16), splats("f32", 16)
 words = rows("i32", 16, 16)
@@ -61,7 +61,7 @@ out_rows = rows("f32", LANES, PAIR_TOKENS)
 
 @routine
 def layout(scratch, d):
-    """Where everything lies in a thread's scratch memory."""
+    """Return the addresses of all arrays in a thread's scratch memory."""
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     queries = scratch
     keys = queries + 4 * PAIR_QUERIES * pairs
@@ -76,7 +76,7 @@ def layout(scratch, d):
 
 @routine
 def round_row(x, mean, d, factor, target):
-    """int16 of ``(x - mean) * factor`` (mean 0: none), in whole vectors with zeros behind; returns the scale.
+    """Round ``(x - mean) * factor`` to int16 (mean 0: none), zero-padded to whole vectors; return the scale.
 
     The scale is never 0: `weigh` multiplies the score that hides a padding key by it.
     """
@@ -98,7 +98,7 @@ def round_row(x, mean, d, factor, target):
 
 @routine
 def prefetch_row(x, row, d):
-    """Bring what lies `AHEAD` rows on: rows are pages apart, where the processor does not look ahead by itself."""
+    """Prefetch the row `AHEAD` rows further: rows are pages apart, beyond the hardware prefetcher."""
     x += AHEAD * row
     for c in range(0, 4 * d, 64):
         prefetch_read(x + c)
@@ -106,7 +106,7 @@ def prefetch_row(x, row, d):
 
 @routine
 def turned(x, angles, index, d, buffer):
-    """Where row `index` of rotated rows is: in `buffer`, or x itself without `angles`."""
+    """Rotate row `index` into `buffer` and return its address; x itself without `angles`."""
     if angles == 0:
         return x
     rotate(x, angles + 4 * index * d, d // 2, float32(1), buffer)
@@ -188,13 +188,13 @@ def multiply_narrow(w, w_step, x, x_row, count):
 
 @routine
 def total_of(v):
-    """The sum of a block of four vectors."""
+    """Return the sum of a block of four vectors."""
     return (piece(v, 0) + piece(v, 1)) + (piece(v, 2) + piece(v, 3))
 
 
 @routine
 def highest(scores, held, limit):
-    """The largest of a row's scores; what follows them up to `limit` is made invisible."""
+    """Return the largest of a row's scores; mask the following ones up to `limit`."""
     for j in range(held, limit):
         put_f32(scores + 4 * j, LOWEST)
     best = four(scores)
@@ -205,7 +205,7 @@ def highest(scores, held, limit):
 
 @routine
 def weigh(scores, limit, scale, top):
-    """A row's scores to weights of at most 1; returns their sum.
+    """Convert a row's scores to weights of at most 1; return their sum.
 
     The product is rounded before `top` is subtracted, because `top` is a rounded product. A fused multiply-add would
     leave a difference above 0 at the largest score, and 32767 times a weight above 1 overflows int16.
@@ -220,7 +220,7 @@ def weigh(scores, limit, scale, top):
 
 @routine
 def round_weights(scores, limit, scale, weights):
-    """A row's weights to int16; returns their sum."""
+    """Round a row's weights to int16; return their sum."""
     total = no_four_i32()
     for i in range(0, limit, 64):
         p = rint(four(scores + 4 * i) * scale)
@@ -231,10 +231,10 @@ def round_weights(scores, limit, scale, weights):
 
 @routine
 def weigh_tile(scores, held, query_scales, tops, totals, weights, weight_scales, factors, sums):
-    """Scores of a tile, over their queries' scales, to int16 weights and `weight_scales`.
+    """Convert scores of a tile, divided by the queries' scales, to int16 weights and `weight_scales`.
 
-    `factors`: what to multiply the rows' weighted values with, as their maxima rise. Every step is done for all rows
-    before the next: the processor works on one row while another's sum is still on its way through the lanes.
+    `factors`: rescaling of the rows' weighted values when their maxima rise. Each step processes all rows before the
+    next step, so that the latency of one row's reduction overlaps with other rows.
     """
     limit = (held + 63) // 64 * 64
     for m in range(PAIR_TOKENS):
@@ -253,7 +253,7 @@ def weigh_tile(scores, held, query_scales, tops, totals, weights, weight_scales,
         put_f32(sums + 4 * m, total)
     scale = float32(1) / load(weight_scales)
     store(weight_scales, scale)
-    # Of the rounded weights: what all of them lost is not missing from the mean.
+    # The sum of the rounded weights, so that rounding errors cancel in the mean.
     store_part(totals, fma(part(totals, PAIR_TOKENS), factor, load(sums) * scale), PAIR_TOKENS)
 
 
@@ -265,7 +265,7 @@ def add_values(sums, scale, factor, y, value_scales, padded):
 
 @routine
 def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
-    """All queries of a task over the `held` keys and values in scratch."""
+    """Process all queries of a task over the `held` keys and values in scratch memory."""
     queries, keys, values, scores, weights, out, tops, totals, query_scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     weight_scales, factors, sums = row_scales, row_scales + 64, row_scales + 128
@@ -293,7 +293,7 @@ def attend(scratch, d, count, held, key_scales, value_scales, row_scales):
 
 @routine
 def begin(scratch, q, row, angles, count, d, factor, buffer):
-    """Round the queries (zeros up to whole tiles) and clear what is summed."""
+    """Round the queries (zero-padded to whole tiles) and clear the accumulators."""
     queries, _, _, _, _, out, tops, totals, scales = layout(scratch, d)
     padded, pairs = (d + 15) // 16 * 16, (d + 31) // 32 * 16
     for i in range((count + PAIR_TOKENS - 1) // PAIR_TOKENS * PAIR_TOKENS):
@@ -308,9 +308,9 @@ def begin(scratch, q, row, angles, count, d, factor, buffer):
 
 @kernel
 def block_attention_int16(args, thread, threads):
-    """Blocks of queries over the keys of their segment, see ``attention_prefill.block_attention``.
+    """Compute blocks of queries over the keys of their segment, see ``attention_prefill.block_attention``.
 
-    Rows `q_row` and `k_row` float32 apart, heads `q_head` and `k_head` apart, out ``[rows, heads * d]``.
+    Strides in float32: `q_row` and `k_row` of rows, `q_head` and `k_head` of heads. out ``[rows, heads * d]``.
     """
     (counters, q, q_row, q_head, blocks, block_count, heads, d, k, v, angles, k_row, k_head, out, factor, scratch,
      scratch_bytes) = unpack(args, 17)  # fmt: skip

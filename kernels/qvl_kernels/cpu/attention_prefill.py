@@ -1,7 +1,7 @@
-"""Attention of many queries at a time: blocked, with an online softmax (Dao et al. 2022, "FlashAttention").
+"""Attention of many queries: blocked, with an online softmax (Dao et al. 2022, "FlashAttention").
 
-A task is one head and up to `QUERIES` queries. Keys and values are gone through `KEYS` at a time: converted to float32
-in this thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 16),
+A task is one head and up to `QUERIES` queries. Keys and values are processed `KEYS` at a time: converted to float32
+in the thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 16),
 then used by all of the task's queries, `FLOAT_TOKENS` at a time: scores, weights, weighted values, all in float32.
 """
 
@@ -50,7 +50,7 @@ zero, blank, splat, square = zeros("f32", 16), zeros("f32", WIDTH), splats("f32"
 # ------------------------------------------------------------------------------------------------ a task's memory
 @routine
 def layout(scratch, d):
-    """Where queries, keys, values, scores, outputs and the rows' maxima and sums lie in a thread's scratch memory."""
+    """Return the addresses of queries, keys, values, scores, outputs, maxima and sums in a thread's scratch memory."""
     padded = (d + 15) // 16 * 16
     keys = scratch + QUERIES * ROW
     values = keys + 4 * KEYS * d
@@ -63,7 +63,7 @@ def layout(scratch, d):
 # ------------------------------------------------------------------------------------------------ what is accumulated
 @routine
 def clear(top, total, out, padded):
-    """Nothing seen yet: a row's maximum and sum of weights, and its weighted values."""
+    """Reset a row's maximum, sum of weights, and weighted values."""
     for c in range(0, padded, 16):
         store(out + 4 * c, zero())
     put_f32(top, LOWEST)
@@ -87,9 +87,9 @@ def end(totals, out, d, count, target, row):
 # ------------------------------------------------------------------------------------------------ a task
 @routine
 def begin(q, row, angles, count, d, factor, queries, out, tops, totals):
-    """Copy `count` scaled queries (zeros up to whole tiles) and clear what is accumulated.
+    """Copy `count` scaled queries (zero-padded to whole tiles) and clear the accumulators.
 
-    They are rotated by `angles`, a row for each, if that is not 0.
+    They are rotated by `angles`, one row for each, if that is not 0.
     """
     padded = (d + 15) // 16 * 16
     for i in range((count + FLOAT_TOKENS - 1) // FLOAT_TOKENS * FLOAT_TOKENS):
@@ -103,7 +103,7 @@ def begin(q, row, angles, count, d, factor, queries, out, tops, totals):
 
 @routine
 def weigh(scores, visible, limit, top_at, total_at, out, padded):
-    """Scores of one row to weights, 0 from `visible` to `limit`; rescales what the row has accumulated."""
+    """Convert scores of one row to weights, 0 from `visible` to `limit`; rescale the row's accumulators."""
     best = splat(LOWEST)
     for i in range(0, visible, 16):
         if visible - i < 16:
@@ -124,7 +124,7 @@ def weigh(scores, visible, limit, top_at, total_at, out, padded):
             p = exp2(load(scores + 4 * i) - top)
             store(scores + 4 * i, p)
             if visible - i < 16:
-                # `exp2` ends at 2**-126, and a sum that is 0 so far would show it.
+                # `exp2` is at least 2**-126, which would show in a sum that is still 0.
                 for j in range(visible - i, 16):
                     put_f32(scores + 4 * (i + j), float32(0))
                 p = load(scores + 4 * i)
@@ -136,7 +136,7 @@ def weigh(scores, visible, limit, top_at, total_at, out, padded):
 
 @routine
 def attend(scratch, d, count, held, visible, step):
-    """All queries of a task over the `held` keys and values in scratch; query i sees ``visible + i * step`` of them."""
+    """Process all queries of a task over the `held` keys and values; query i sees ``visible + i * step`` of them."""
     queries, keys, values, scores, out, tops, totals = layout(scratch, d)
     padded = (d + 15) // 16 * 16
     for first in range(0, count, FLOAT_TOKENS):
@@ -167,7 +167,7 @@ ROWS, INT8, FP16, FP32 = 0, 1, 2, 4
 
 @routine
 def cached_keys(kind, source, scales, d, target):
-    """16 positions of one head to float32 ``[d, 32]``, half of it."""
+    """Convert 16 positions of one head to float32, half of ``[d, 32]``."""
     if kind == FP32:
         for i in range(d):
             store(target + 128 * i, load(source + 64 * i))
@@ -179,7 +179,7 @@ def cached_keys(kind, source, scales, d, target):
         for i in range(0, d, 4):
             w = words(source + 16 * i)
             for j in range(min(4, d - i)):
-                # A byte is u + 128: moved to the top it loses the 128 to the wrap-around.
+                # A byte is u + 128: shifted to the top, the 128 is lost by overflow.
                 store(target + 128 * (i + j), to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale)
 
 
@@ -198,7 +198,7 @@ def cached_values(kind, source, scale, width, target):
 
 @routine
 def row_keys(source, row, lines, d, target):
-    """Up to 16 float32 rows, transposed."""
+    """Transpose up to 16 float32 rows."""
     whole = d // 16 * 16 if lines == 16 else 0
     for c in range(0, whole, 16):
         store_rows(target + 128 * c, transpose(square(source + 4 * c, row)), 128)
@@ -218,9 +218,9 @@ def hold(
     kind, keys, values, key_scales, value_scales, angles, depth, width, length, head, first, held, d, key_target,
     value_target, turned,
 ):  # fmt: skip
-    """Positions first .. first + held of one head, as `attend` wants them.
+    """Convert positions first .. first + held of one head for `attend`.
 
-    Rows of keys are rotated by `angles`, if that is not 0, in `turned`, memory for 16 of them.
+    Rows of keys are rotated by `angles`, if that is not 0, in `turned`, a buffer of 16 rows.
     """
     padded = (d + 15) // 16 * 16
     for i in range(0, held, 16):
@@ -245,12 +245,12 @@ def hold(
 
 @kernel
 def block_attention(args, thread, threads):
-    """Attention of blocks of queries, over the keys of their segment or (`start`, the first query's position) the past.
+    """Compute attention of blocks of queries over the keys of their segment, or causally from position `start` on.
 
-    A block is four int32: first query, queries, first key, end of the keys (of no account with `start`). Queries and
-    `ROWS` of keys: float32 rows `q_row` and `depth` numbers apart, heads `q_head` and `width` apart, rotated by
-    `angles`, ``[rows, d]``, if they are not 0; else `depth` and `width` are the cache's. `group` heads in turn share
-    one of keys. `length` is the cache's capacity.
+    A block is four int32: first query, number of queries, first key, end of the keys (ignored with `start`). Strides
+    in float32 of queries are `q_row` and `q_head`, of keys of kind `ROWS` `depth` and `width`; both are rotated by
+    `angles`, ``[rows, d]``, if not 0. For cached keys `depth` and `width` are those of the cache. `group` query heads
+    share one head of keys. `length` is the cache's capacity.
     """
     (counters, q, q_row, q_head, blocks, count, heads, group, d, kind, keys, values, key_scales, value_scales, angles,
      depth, width, length, start, out, factor, scratch, scratch_bytes) = unpack(args, 23)  # fmt: skip

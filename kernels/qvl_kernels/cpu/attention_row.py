@@ -1,4 +1,4 @@
-"""Attention of one query over the cache, equal to `attention_prefill` to the last bit.
+"""Attention of one query over the cache, bit-identical to `attention_prefill`.
 
 `attention_prefill` converts keys and values to float32 in memory, for many queries. This kernel reads them from the
 cache (layout: `cached_attention`) and converts them in registers. It adds in the same order: a score from the first

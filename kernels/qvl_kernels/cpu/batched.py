@@ -1,4 +1,4 @@
-"""Products of many rows with 8-bit activations, and attention of many queries: which kernels, and their memory."""
+"""Products of many rows with 8-bit activations, and attention of many queries: kernels and scratch memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from qvl_kernels.cpu.runner import Program
 from qvl_kernels.ops import Activation
 
 FEW = 16
-"""Up to so many rows a product is the reading of its weights, and 16-bit activations cost nothing."""
+"""Up to this number of rows a product is limited by reading the weights, and 16-bit activations cost no time."""
 SMALL = 1 << 20
-"""Weights, or values of keys, below which the more exact product costs nothing that matters."""
+"""Number of weights, or of values of keys, below which the exact product is cheap."""
 SMALL_WIDTH = 591
-"""Heads times head size below which a model's matrix of queries, keys and values has fewer weights than `SMALL`."""
+"""Heads times head size below which the matrix of queries, keys and values has fewer weights than `SMALL`."""
 LARGE = 4 << 20
-"""Bytes of a result that is written past the caches: it would not be found there by the one who reads it."""
+"""Results of at least this many bytes use non-temporal stores: they would be evicted before they are read."""
 BYTE_BIAS = features.selected().byte_bias
 PAIRS = features.selected().product in ("vnni", "maddubs")
-"""Whether pairs of int16 are multiplied faster than float32."""
+"""Whether int16 pair products are faster than float32."""
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "quick_gelu")
-"""In the order of the kernels' numbers (`epilogue`)."""
+"""Activations in the order of their numbers in the kernels (`epilogue`)."""
 ROWS_KIND, CACHE_KINDS = 0, {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """A program that instructions are added to, and what they need: ``memory(purpose, nbytes)`` gives an address."""
+    """Adds instructions to a program; ``memory(purpose, nbytes)`` returns the address of scratch memory."""
 
     program: Program
     memory: Callable[[str, int], int]
@@ -45,32 +45,32 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Activations in the form the products of a matrix take: addresses, and columns with one scale."""
+    """Packed activations for products with a matrix: addresses, and columns per scale."""
 
     parts: tuple[int, ...]
     span: int
 
 
 def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
-    """Whether `w` multiplies so many rows of activations in 8 bits, by the kernels here; else in 16, by `gemv`."""
+    """Whether products of `w` with `rows` rows use 8-bit activations (the kernels here) or 16-bit ones (`gemv`)."""
     if rows <= FEW or w.bits == 16:
         return False
     return activations == "int8" or (activations == "auto" and w.n * w.k >= SMALL)
 
 
 def attends_alone(width: int, rows: int, activations: str) -> bool:
-    """Whether so many queries, `width` columns of all heads, go over the cache by a kernel for a few.
+    """Whether attention of `rows` queries of `width` columns uses the kernels for few queries.
 
-    Those are the fastest, and add up otherwise than `attention_prefill`.
+    They are the fastest, but their order of summation differs from `attention_prefill`.
 
-    Where products are exact `cached_attention` is taken always, so that a row's result is the same among any others.
+    With exact products `cached_attention` is always used, so that a row's result does not depend on other rows.
     """
     exact = activations == "int16" or (activations == "auto" and width < SMALL_WIDTH)
     return rows <= FEW and not exact
 
 
 def activation_code(activation: Activation | None) -> int:
-    """What the kernels call an activation.
+    """Return the number of an activation in the kernels.
 
     Raises
     ------
@@ -83,22 +83,22 @@ def activation_code(activation: Activation | None) -> int:
 
 
 def columns_a_scale(w: CpuWeight) -> int:
-    """Columns of 8-bit activations with one scale.
+    """Return the columns per scale of 8-bit activations.
 
     With a scale for 32 columns the relative error of a product is 0.5% for normal activations and 1.2% with channels
-    a hundred times as large; int8 weights in groups of 128 have a scale for 128 (0.65% and 2.4%), which is a seventh
-    faster.
+    a hundred times as large. int8 weights in groups of 128 use one scale per 128 columns (0.65% and 2.4%), which is a
+    seventh faster.
     """
     return 128 if w.bits == 8 and w.group_size == 128 else 32
 
 
 def same_activations(a: CpuWeight, b: CpuWeight) -> bool:
-    """Whether two matrices of one shape can take the same packed activations."""
+    """Whether two matrices of the same shape can share packed activations."""
     return (a.bits, a.group_size, a.zeros == 0, a.perm, b.perm) == (b.bits, b.group_size, b.zeros == 0, 0, 0)
 
 
 def pack(to: Recorder, x: np.ndarray, w: CpuWeight, norm: tuple[int, ...]) -> Packed:
-    """Bring x into the form `product` takes; `norm`: addresses of weight and bias, and eps as a word, or zeros."""
+    """Pack x for `product`. `norm`: addresses of weight and bias, and eps as a word; or zeros."""
     rows, k = x.shape
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(k))
     span = columns_a_scale(w)
@@ -120,10 +120,10 @@ def product(
     residual: np.ndarray | None = None,
     gated: bool = False,
 ) -> None:
-    """``out = activation?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
+    """Add ``out = activation?(x @ w.T + bias) + residual?``, or with `gated` ``silu(out) * (x @ w.T + bias)``."""
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
-    past = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
-    after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(past), scratch)
+    streaming = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
+    after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(streaming), scratch)
     to.add(
         f"gemm{w.bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out), x.span,
         *after,
@@ -133,7 +133,7 @@ def product(
 def cached_attention(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
-    """`Ops.cached_attention`, of one query as among many; `factor`: what turns q . k into a power of two, as a word."""
+    """Add `Ops.cached_attention`; results do not depend on other queries. `factor`: the softmax scale, as a word."""
     d, group = cache.head_dim, out.shape[1] // (cache.kv_heads * cache.head_dim)
     if len(qkv) == 1 and group > 1:
         group_attention(to, qkv, cache, layer, start, out, factor, 1)
@@ -145,7 +145,7 @@ def cached_attention(
             cache.depth, cache.width, cache.padded, address(start), address(out), factor, *scratch,
         )  # fmt: skip
         return
-    # The longest first, so that no thread is left with one at the end.
+    # The longest blocks first, for balanced threads.
     blocks = query_blocks([0, len(qkv)], lambda queries: tiles.QUERIES)[::-1].copy()
     to.program.keep(blocks)
     to.add(
@@ -158,7 +158,7 @@ def cached_attention(
 def attention_of_a_few(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
-    """`Ops.cached_attention` where `attends_alone` holds: positions are split among threads that would be idle."""
+    """Add `Ops.cached_attention` if `attends_alone`: positions are split among threads that would be idle."""
     d, heads = cache.head_dim, out.shape[1] // cache.head_dim
     splits = _splits(cache.kv_heads, to.threads)
     if heads != cache.kv_heads:
@@ -184,7 +184,7 @@ def group_attention(
     factor: int,
     splits: int,
 ) -> int:
-    """Add the kernel for groups; returns where it leaves its partial sums, if there are `splits`."""
+    """Add the kernel for groups; return the address of its partial sums, if there are `splits`."""
     d, heads = cache.head_dim, out.shape[1] // cache.head_dim
     group, partial = heads // cache.kv_heads, _partial(to, len(qkv) * heads, splits, cache.width)
     scratch = _attention_scratch(to, d, tiles.group_attention_scratch_bytes(d, group))
@@ -197,9 +197,9 @@ def group_attention(
 
 
 def _splits(kv_heads: int, threads: int) -> int:
-    """Parts the positions of each query and head are cut into, so that no thread waits long for another.
+    """Return the number of parts of the positions of each query and head, for balanced threads.
 
-    They do not depend on how many queries there are: each is added up as it would be alone.
+    It does not depend on the number of queries, so that a query's result does not either.
     """
     if kv_heads % threads == 0 or kv_heads >= 8 * threads:
         return 1
@@ -211,9 +211,9 @@ def _partial(to: Recorder, items: int, splits: int, width: int) -> int:
 
 
 def query_blocks(segments: Sequence[int], most: Callable[[int], int]) -> np.ndarray:
-    """Blocks of rows that attend together, int32 ``[blocks, 4]``: first row, rows, first key, end of the keys.
+    """Return blocks of rows for attention, int32 ``[blocks, 4]``: first row, rows, first key, end of the keys.
 
-    `segments`: where they begin, and the end; `most`: rows of a block, for the rows of a segment.
+    `segments`: boundaries of segments; `most`: returns the rows per block for the rows of a segment.
     """
     blocks = []
     for begin, end in itertools.pairwise(map(int, segments)):
@@ -235,10 +235,10 @@ def full_attention(
     rope: np.ndarray | None = None,
     segments: Sequence[int] | None = None,
 ) -> None:
-    """Every query over every key (of its segment), in float32 or (unless `activations` is "int16") 16-bit integers.
+    """Add full attention (within segments), in float32 or, unless `activations` is "int16", 16-bit integers.
 
-    `query`: address, float32 in a row, float32 from head to head, rows; `key`: addresses of keys and of values, then
-    the same.
+    `query`: address, row stride and head stride in float32, rows; `key`: addresses of keys and of values, then the
+    same.
     """
     q, q_row, q_head, queries = query
     k, v, k_row, k_head, keys = key
@@ -263,14 +263,14 @@ def full_attention(
 
 
 def _paired_queries(heads: int, threads: int, queries: int) -> int:
-    """Of a block: many, since each brings the keys and values into form anew, but enough blocks for all threads."""
+    """Return the queries per block: many, as each block converts all keys, but enough blocks for all threads."""
     blocks = max(-(-queries // tiles.PAIR_QUERIES), -(-4 * threads // heads))
     whole_tiles = -(-queries // tiles.PAIR_TOKENS)
     return max(1, -(-whole_tiles // blocks)) * tiles.PAIR_TOKENS
 
 
 def _attention_scratch(to: Recorder, d: int, nbytes: int) -> tuple[int, int]:
-    """Address, and bytes for each thread."""
+    """Return the address, and the bytes per thread."""
     if d > tiles.KEYS:
         raise ValueError(f"heads of {d}: at most {tiles.KEYS}")
     return to.memory("attend", to.threads * nbytes), nbytes

@@ -28,7 +28,7 @@ from qvl_kernels.ops import DeviceError
 
 
 def _library(function) -> tuple[str, llvm.ModuleRef]:
-    """Symbol and optimized module of a kernel, in Numba's calling convention."""
+    """Return symbol and optimized module of a kernel, in Numba's calling convention."""
     import numba
 
     from qvl_kernels.cpu.registry import ENTRY
@@ -40,9 +40,9 @@ def _library(function) -> tuple[str, llvm.ModuleRef]:
 
 
 def _only_optimize() -> None:
-    """Keep Numba from emitting machine code of every routine by itself, to be called from Python.
+    """Prevent Numba from emitting machine code of every routine for calls from Python.
 
-    Nothing is called from Python here. Numba only wants some distinct built-in function to file each routine under.
+    Nothing is called from Python here. Numba only needs a distinct built-in function as a key of each routine.
     """
     from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
     from numba.core.cpu import CPUContext
@@ -57,7 +57,7 @@ def _only_optimize() -> None:
 
 
 def _entry(name: str, symbol: str) -> str:
-    """IR of the C function `name` around a Numba function, which returns a status and takes two result pointers."""
+    """Return the IR of a C function `name` that wraps a Numba function (with a status and two result pointers)."""
     return f"""
 declare i32 @"{symbol}"(ptr, ptr, i64, i64, i64)
 define void @{name}(i64 %args, i64 %thread, i64 %threads) {{
@@ -69,7 +69,7 @@ define void @{name}(i64 %args, i64 %thread, i64 %threads) {{
 
 
 def compile_kernel(name: str) -> bytes:
-    """The object file of one kernel: the symbol ``qvl_NAME`` and nothing else that is visible."""
+    """Return the object file of one kernel; its only visible symbol is ``qvl_NAME``."""
     from qvl_kernels.cpu.registry import KERNELS
 
     symbol, text = _library(KERNELS[name])
@@ -88,7 +88,7 @@ def compile_kernel(name: str) -> bytes:
         codemodel="jitdefault",
         jit=True,
     )
-    # Routines that were inlined everywhere would be emitted once more by themselves.
+    # Routines that were inlined everywhere would also be emitted separately.
     passes = llvm.create_new_module_pass_manager()
     passes.add_global_dead_code_eliminate_pass()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(0)))
@@ -97,7 +97,7 @@ def compile_kernel(name: str) -> bytes:
 
 
 def prepare() -> list[str]:
-    """Import the kernels, set Numba up for `features.target`, and return the kernels' names."""
+    """Import the kernels, configure Numba for `features.target`, and return the kernels' names."""
     import numba
 
     gc.disable()
@@ -113,9 +113,9 @@ def prepare() -> list[str]:
 
 
 def compile_kernels() -> bytes:
-    """All kernels, as `cache` reads them: a uint32 count, that many uint32 sizes, and the object files."""
+    """Compile all kernels to the format of `cache`: a uint32 count, the uint32 sizes, and the object files."""
     names = prepare()
-    # Children share what the parent has imported; elsewhere than on Linux a forked child may not use system libraries.
+    # Forked children share the parent's imports. Other systems than Linux restrict libraries after a fork.
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
     if workers > 1:
         with multiprocessing.get_context("fork").Pool(workers) as pool:

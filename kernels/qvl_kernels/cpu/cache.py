@@ -30,12 +30,12 @@ def key() -> str:
 
 
 def _digest(path: Path, code: bytes) -> bytes:
-    """Of the code and of what it is for, which the file's name holds a hash of."""
+    """Return a digest of the code and of the file's name, which contains the key."""
     return hashlib.sha256(path.name.encode() + b"\0" + code).digest()
 
 
 def _read(path: Path) -> bytes | None:
-    """The machine code in a file, or None: damaged code, and code that others can have written, must not run."""
+    """Read machine code from a file; None if it is damaged or another user may have written it."""
     file = cache_folder.open_private(path)
     if file is None:
         return None
@@ -45,7 +45,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _objects(code: bytes) -> list[bytes]:
-    """The object files that `build.compile_kernels` has put together; none if they are not whole."""
+    """Split the result of `build.compile_kernels` into object files; empty if it is incomplete."""
     count = int.from_bytes(code[:4], "little")
     start = 4 + 4 * count
     if not count or len(code) < start:
@@ -56,7 +56,7 @@ def _objects(code: bytes) -> list[bytes]:
 
 
 def _load(code: bytes | None) -> llvm.ExecutionEngine | None:
-    """Machine code made executable, or None if it is not that of the kernels."""
+    """Load machine code; None if it is not that of the kernels."""
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     for data in _objects(code or b""):
@@ -91,7 +91,7 @@ def _engine() -> llvm.ExecutionEngine:
 
 @functools.cache
 def address(name: str) -> int:
-    """The address of a kernel, ``void (int64 args, int64 thread, int64 threads)``."""
+    """Return the address of a kernel, ``void (int64 args, int64 thread, int64 threads)``."""
     with _loading:
         found = _engine().get_function_address(f"qvl_{name}")
     if not found:

@@ -1,9 +1,9 @@
-"""The KV cache: appending rotated keys and values, and decode attention over it.
+"""The KV cache: appending rotated keys and values, and decode attention.
 
-Of each layer, head-major: keys ``[heads, capacity/16, depth, 16]`` (one load holds one dimension of 16 positions; int8:
-``[heads, capacity/16, depth/4, 16, 4]`` bytes, stored + 128, for the dot product of bytes) and values
+Layout of a layer, head-major: keys ``[heads, capacity/16, depth, 16]`` (one load holds one dimension of 16 positions;
+int8: ``[heads, capacity/16, depth/4, 16, 4]`` bytes, stored + 128, for the dot product of bytes) and values
 ``[heads, capacity, width]``, with `depth` the head size rounded up to 4 and `width` to 16; the padding is zero. int8
-caches have a scale a position and head, float32 ``[heads, capacity]`` (rounded to fp16 values).
+caches have one scale per position and head, float32 ``[heads, capacity]`` (rounded to fp16 values).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from qvl_kernels.cpu.simd import (
 )
 
 CHUNK = 128
-"""Positions whose scores are held at once."""
+"""Positions per block of scores."""
 LOWEST = float32(-1e30)
 
 load, splat, spread = loads("f32", 16), splats("f32", 16), spreads("f32", 16)
@@ -65,7 +65,7 @@ def largest(x, n):
 
 @routine
 def int8_scale(x, n, scratch):
-    """The scale of n float32 as an fp16 value (what `reference.functions.quantize_kv` computes), and its divisor."""
+    """Return the scale of n float32 as an fp16 value, as in `reference.functions.quantize_kv`, and its divisor."""
     put_f16(scratch, largest(x, n) / float32(127))
     scale = get_f16(scratch)
     return scale, scale if scale > 0 else float32(1)
@@ -155,7 +155,7 @@ for _kind in ("fp32", "fp16", "int8"):
 
 # ------------------------------------------------------------------------------------------------ attention
 def _make_attention(kind: str, vectors: int):
-    """Attention of one query and head; values are summed `vectors` * 16 columns at a time."""
+    """Create the attention of one query and head; values are summed `vectors` * 16 columns at a time."""
     size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
     floats = rows("f16" if kind == "fp16" else "f32", 16, 1)
     values_f = rows("f16" if kind == "fp16" else "f32", 16, vectors)
@@ -166,7 +166,7 @@ def _make_attention(kind: str, vectors: int):
 
         @routine
         def scores(query, keys, key_scales, depth):
-            """Scores of 16 positions; `query` holds the sum, the scale and two planes."""
+            """Compute scores of 16 positions; `query` holds the sum, the scale and two planes."""
             high, low = none_i32(), word(query, 0)
             for i in range(0, depth, 4):
                 k = keys_i8(keys + 16 * i)
@@ -198,9 +198,9 @@ def _make_attention(kind: str, vectors: int):
 
     @routine
     def attend(query, keys, values, key_scales, value_scales, depth, width, begin, end, weights, out):
-        """Online softmax over positions begin (a multiple of 16) .. end.
+        """Compute the online softmax over positions begin (a multiple of 16) .. end.
 
-        Writes the unnormalized sum, float32 ``[width]``, and behind it the maximum and the sum of weights.
+        Writes the unnormalized sum, float32 ``[width]``, then the maximum and the sum of weights.
         """
         top, total = LOWEST, none()
         for i in range(0, width, 16 * vectors):
@@ -242,7 +242,7 @@ def _make_attention(kind: str, vectors: int):
 
         @routine
         def prepare(q, n, depth, factor, query):
-            """Two planes of ``q * factor``: int32 -128 * sum, float32 scale, then int8 [depth] high and low."""
+            """Quantize ``q * factor`` to two planes: int32 -128 * sum, float32 scale, int8 [depth] high and low."""
             top = largest(q, n)
             inverse = float32(32512) / top if top > float32(1e-30) else float32(0)
             total = none_i32()
@@ -296,7 +296,7 @@ def _make_attention(kind: str, vectors: int):
 
 @routine
 def merge(partial, record, splits, width, head_dim, out):
-    """Join the partial sums of one query and head."""
+    """Merge the partial sums of one query and head."""
     top = LOWEST
     for i in range(splits):
         top = max(top, get_f32(partial + i * record + 4 * width))
@@ -323,7 +323,7 @@ def weight_of(x):
 
 @kernel
 def attention_merge(args, thread, threads):
-    """Second step of a split attention: `items` queries and heads of `splits` records each."""
+    """Run the second step of a split attention: `items` queries and heads of `splits` records each."""
     partial, items, splits, width, head_dim, out = unpack(args, 6)
     record = 4 * (width + 16)
     first, last = share(items, thread, threads)

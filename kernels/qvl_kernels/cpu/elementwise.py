@@ -1,4 +1,4 @@
-"""Elementwise kernels, table look-up and choosing."""
+"""Elementwise kernels, embedding lookup and argmax."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def gather_rows(args, thread, threads):
 
 @kernel
 def copy(args, thread, threads):
-    """``out = x``, n values each of 2 (fp16) or 4 (float32) bytes."""
+    """``out = x``: n values of 2 (fp16) or 4 (float32) bytes."""
     x, x_size, out, out_size, n = unpack(args, 5)
     first, last = share((n + 15) // 16, thread, threads)
     for i in range(first, last):
@@ -82,7 +82,7 @@ def copy(args, thread, threads):
 
 @kernel
 def embed(args, thread, threads):
-    """``out [count, k] = table[ids]``; ids int32. Rows past the table are clamped, so nothing is read outside."""
+    """``out [count, k] = table[ids]``; ids int32. Ids are clamped to the table."""
     ids, count, w, scales, zeros, perm, bits, group, n, k, out = unpack(args, 11)
     blocks = (k + 127) // 128
     groups = 128 // group
@@ -113,10 +113,10 @@ def embed(args, thread, threads):
 
 @routine
 def first_largest(x, n):
-    """Index of the largest of n float32, the first if tied; -1 if one is not finite."""
+    """Return the index of the largest of n float32, the first of ties; -1 if one is not finite."""
     whole = n // 16 * 16
     top = get_f32(x)
-    # Zero times what is not finite is no number, and stays none in a sum.
+    # Zero times NaN or infinity is NaN, and remains NaN in a sum.
     best, zero, broken = lowest(top), lowest(float32(0)), lowest(float32(0))
     for i in range(0, whole, 16):
         v = load(x + 4 * i)

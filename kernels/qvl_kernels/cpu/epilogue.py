@@ -1,4 +1,4 @@
-"""What follows a product while its result is still in the cache: bias, activation, residual, SwiGLU."""
+"""The epilogue of a product: bias, activation, residual, SwiGLU, while the result is in the cache."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from numba import float32
 
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import choose_gt, exp2, fma, maximum, minimum, rows, store_part, store_past, store_rows
+from qvl_kernels.cpu.simd import choose_gt, exp2, fma, maximum, minimum, rows, store_part, store_rows, store_streaming
 from qvl_kernels.cpu.tiles import TOKENS
 
 LOG2_E = float32(1.4426950408889634)
 ROW = 128
-"""Bytes of a row of results, 32 float32."""
+"""Bytes of a row of results: 32 float32."""
 GELU, GELU_TANH, QUICK_GELU = 1, 2, 3
-"""Numbers of the activations; 0 is none."""
+"""Numbers of the activations; 0 is no activation."""
 GELU_END = float32(3.6 * 2**0.5)
 QUICK = float32(-1.702 * 1.4426950408889634)
 LINEAR = float32(-2 * 0.7978845608028654 * 1.4426950408889634)
@@ -22,9 +22,9 @@ CUBIC = float32(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.044715)
 
 @routine
 def gelu_exact(x):
-    """``x (1 + erf(x / sqrt(2))) / 2``, the bracket with an error of 6e-7.
+    """``x (1 + erf(x / sqrt(2))) / 2``; the error of the parenthesis is 6e-7.
 
-    Beyond `GELU_END` erf is the sign, before it x times a polynomial of x squared, brought to -1..1: a minimax fit of
+    Beyond `GELU_END` erf is the sign; else x times a polynomial of x squared, clamped to -1..1: a minimax fit of
     ``erf(x) / x``, weighted with x.
     """
     end = minimum(maximum(x, -GELU_END), GELU_END)
@@ -41,13 +41,13 @@ def gelu_exact(x):
     p = fma(p, s, float32(0.0508476279))
     p = fma(p, s, float32(-0.0691156503))
     p = fma(p, s, float32(0.13884467))
-    # Not an fma: the product is rounded to a half, and far out the bracket is 0 or 1.
+    # Not an fma: far from 0 the rounded product makes the parenthesis exactly 0 or 1.
     return x * (p * end + float32(0.5))
 
 
 @routine
 def gate(x, power):
-    """``x / (1 + 2**power)``; the exponent is kept where `exp2` is defined."""
+    """``x / (1 + 2**power)``; the exponent is clamped to the domain of `exp2`."""
     return x / (exp2(choose_gt(power, float32(126), float32(126), power)) + float32(1))
 
 
@@ -70,7 +70,7 @@ def gelu_tanh(x):
 
 
 def _make_finish(m: int):
-    """A routine for `m` rows at a time; more than one only where there are all 16 columns."""
+    """Create a routine for `m` rows at a time; more than one only with all 16 columns."""
     block = rows("f32", 16, m)
 
     if m == 1:
@@ -86,7 +86,7 @@ def _make_finish(m: int):
             return block(x, row)
 
     @routine
-    def finish(y, out, bias, activation, residual, gated, row, column, n, past):
+    def finish(y, out, bias, activation, residual, gated, row, column, n, streaming):
         at, count = 4 * (row * n + column), n - column
         v = block(y, ROW)
         if bias != 0:
@@ -101,8 +101,8 @@ def _make_finish(m: int):
             v = v + get(residual + at, 4 * n, count)
         if gated:
             v = v * silu(get(out + at, 4 * n, count))
-        if past:
-            store_past(out + at, v, 4 * n)
+        if streaming:
+            store_streaming(out + at, v, 4 * n)
         elif m > 1 or count >= 16:
             store_rows(out + at, v, 4 * n)
         else:
@@ -115,27 +115,27 @@ finish_tile, finish_row = _make_finish(TOKENS), _make_finish(1)
 
 
 @routine
-def finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, past):
+def finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, streaming):
     """As `finish`, for tiles of fewer rows than `TOKENS`."""
     column = 32 * line
     for m in range(count):
-        finish_row(y + ROW * m, out, bias, activation, residual, gated, row + m, column, n, past)
+        finish_row(y + ROW * m, out, bias, activation, residual, gated, row + m, column, n, streaming)
         if n - column > 16:
-            finish_row(y + ROW * m + 64, out, bias, activation, residual, gated, row + m, column + 16, n, past)
+            finish_row(y + ROW * m + 64, out, bias, activation, residual, gated, row + m, column + 16, n, streaming)
 
 
 @routine
-def finish(y, out, bias, activation, residual, gated, row, count, line, n, past):
+def finish(y, out, bias, activation, residual, gated, row, count, line, n, streaming):
     """``out[row:row+count, 32*line:][:32] = activation?(y + bias?) + residual?``.
 
     `gated`: ``silu(out) * (y + bias?)``. `y` is float32 ``[count, 32]``, `out` and `residual` float32 ``[rows, n]``;
-    absent things are 0. With `past`, results go past the caches: `out` then begins with a line of memory, and n is a
-    multiple of 16.
+    absent arrays are 0. With `streaming`, results use non-temporal stores: `out` must then be aligned to a cache line,
+    and n a multiple of 16.
     """
     column = 32 * line
     if count == TOKENS and n - column >= 32:
-        # Not in a loop: LLVM would take its constants out of it and keep them, all of them, on the stack.
-        finish_tile(y, out, bias, activation, residual, gated, row, column, n, past)
-        finish_tile(y + 64, out, bias, activation, residual, gated, row, column + 16, n, past)
+        # Not in a loop: LLVM would hoist its constants and spill all of them to the stack.
+        finish_tile(y, out, bias, activation, residual, gated, row, column, n, streaming)
+        finish_tile(y + 64, out, bias, activation, residual, gated, row, column + 16, n, streaming)
     else:
-        finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, past)
+        finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, streaming)

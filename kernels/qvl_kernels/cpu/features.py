@@ -1,8 +1,8 @@
-"""Which instructions the kernels are written for, settled before anything is compiled.
+"""Selection of the instruction set, before compilation.
 
-A wrong choice kills the process, so it is taken from what LLVM reports of this processor. ``QVL_CPU`` overrides it
-(for tests, or to get around a broken report) with one of `LEVELS`; the code is then compiled for that level's own
-processor model, so that nothing newer slips in.
+An unsupported instruction kills the process, so the selection follows LLVM's report of this processor. ``QVL_CPU``
+overrides it with one of `LEVELS` (for tests, or if the report is wrong); the code is then compiled for that level's
+processor model, so that it contains no newer instructions.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import llvmlite.binding as llvm
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One way to multiply bytes.
+    """A method of multiplying bytes.
 
     Attributes
     ----------
     name : str
         The value of ``QVL_CPU`` that selects it.
     product : str
-        How four bytes are multiplied and summed: "vnni", "maddubs", "sdot", or "shifts" and plain multiplications.
+        Instruction for the dot product of four bytes: "vnni", "maddubs", "sdot", or "shifts" with multiplications.
     lanes : int
-        32-bit lanes of a register.
+        Number of 32-bit lanes of a register.
     needs : tuple of str
-        LLVM features that must all be present.
+        Required LLVM features.
     cpu, features : str
         LLVM's processor model and features to compile for when the level is forced, and for machine code that ships
         (`bundle`). They switch on nothing that `needs` does not name.
@@ -47,7 +47,7 @@ class Level:
 
     @property
     def byte_bias(self) -> int:
-        """Arbitrary bytes are multiplied less this: `sdot` knows only signed ones."""
+        """Subtracted from arbitrary bytes before multiplication: `sdot` only supports signed bytes."""
         return 128 if self.product == "sdot" else 0
 
 
@@ -61,22 +61,22 @@ LEVELS = {
         # Registers of 512 bits are preferred, as LLVM does by itself on the processor the tiles were chosen on (Zen 4).
         Level("avx512", "vnni", 16, (*V4, *VNNI), "x86-64-v4", "+avx512vnni,-prefer-256-bit", ("x86_64",)),
         Level("avxvnni", "vnni", 8, (*V3, "avxvnni"), "x86-64-v3", "+avxvnni", ("x86_64",)),
-        # The blocking and the byte products of `avxvnni`, in the encoding of AVX-512.
+        # The blocking and byte products of `avxvnni` in AVX-512 encoding.
         Level("vnni256", "vnni", 8, (*V4, *VNNI), "x86-64-v3", "+" + ",+".join(VNNI), ()),
         Level("avx2", "maddubs", 8, V3, "x86-64-v3", "", ("x86_64",)),
         Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod", ("aarch64",)),
         Level("plain", "shifts", 4, (), "generic", "", ("x86_64", "aarch64")),
     )
 }
-"""Best first."""
+"""Levels in order of preference."""
 
 
 AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20
-"""Of Linux on AArch64: which word of the auxiliary vector holds the features, and the dot product's bit in it."""
+"""Linux on AArch64: index of the feature word in the auxiliary vector, and its bit for the dot product."""
 
 
 def _has_arm_dot_product() -> bool:
-    """Every Mac has it; LLVM's own list leaves it out there and, in older releases, on Linux."""
+    """Whether the dot product is supported. LLVM's list omits it on macOS and, in older releases, on Linux."""
     if platform.system() == "Linux":
         return bool(ctypes.CDLL(None).getauxval(ctypes.c_ulong(AT_HWCAP)) & HWCAP_ASIMDDP)
     return platform.system() == "Darwin"
@@ -84,7 +84,7 @@ def _has_arm_dot_product() -> bool:
 
 @functools.cache
 def host_features() -> frozenset[str]:
-    """LLVM's names of the instruction sets of this processor."""
+    """Return LLVM's names of this processor's instruction sets."""
     try:
         found = {name for name, present in llvm.get_host_cpu_features().items() if present}
     except RuntimeError:
@@ -106,7 +106,7 @@ def compile_for(name: str) -> None:
 
 @functools.cache
 def selected() -> Level:
-    """The best level this processor has, or the one ``QVL_CPU`` names."""
+    """Return the level of ``QVL_CPU``, else the best one of this processor."""
     if _compiled_for:
         return _compiled_for[0]
     name = os.environ.get("QVL_CPU", "")
@@ -122,9 +122,9 @@ def selected() -> Level:
 
 @functools.cache
 def target() -> tuple[str, str]:
-    """LLVM's processor model and feature string to compile for."""
+    """Return LLVM's processor model and feature string."""
     level = selected()
     if _compiled_for or os.environ.get("QVL_CPU"):
         return level.cpu, level.features
-    # LLVM may know the model and still not switch on what a hypervisor hides, so each feature is stated.
+    # A hypervisor may hide features of the model, so each feature is listed.
     return llvm.get_host_cpu_name(), ",".join("+" + name for name in sorted(host_features()))

@@ -1,8 +1,8 @@
 """Matrix-matrix products: ``out [M, N] = x [M, K] @ w.T`` for many rows of 8-bit activations, see `gemm_pack`.
 
-Threads take one 32-row block of the weights after another. A piece of a block, `PIECE` columns, is multiplied with as
-many tiles of activations as fit the second-level cache, so that weights come from memory once for all of them, and the
-next piece is fetched meanwhile.
+Threads take 32-row blocks of the weights dynamically. A piece of a block, `PIECE` columns, is multiplied with as many
+tiles of activations as fit the L2 cache, so that weights are read from memory once for all of them. The next piece is
+prefetched meanwhile.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS
 
 CACHE_BYTES = 400 << 10
-"""Of packed activations that stay in the second-level cache beside the weights."""
+"""Bytes of packed activations that fit the L2 cache beside the weights."""
 
 
 @routine
 def prefetch_rows(rows, row, count, block, n):
-    """Lines that `finish` will want, before it does."""
+    """Prefetch the lines that `finish` will access."""
     for m in range(row, row + count):
         line = rows + 4 * (m * n + 32 * block)
         prefetch_write(line)
@@ -31,7 +31,7 @@ def _make(bits: int):
 
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
-         gated, past, scratch) = unpack(args, 19)  # fmt: skip
+         gated, streaming, scratch) = unpack(args, 19)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS * value
@@ -56,7 +56,7 @@ def _make(bits: int):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW
                         complete = column + count == columns
-                        if complete and (not past or gated):
+                        if complete and (not streaming or gated):
                             prefetch_rows(out, row, rows_left, block, n)
                         elif complete and residual != 0:
                             prefetch_rows(residual, row, rows_left, block, n)
@@ -71,7 +71,7 @@ def _make(bits: int):
                             )  # fmt: skip
                         ahead += count // group * 64
                         if complete:
-                            finish(ty, out, bias, activation, residual, gated, row, rows_left, block, n, past)
+                            finish(ty, out, bias, activation, residual, gated, row, rows_left, block, n, streaming)
                 item, stop = claim(counters, owner, threads, parts * blocks, 1)
 
     gemm.__name__ = f"gemm{bits}"

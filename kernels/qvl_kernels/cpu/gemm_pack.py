@@ -1,6 +1,6 @@
-"""8-bit activations for the matrix-matrix products: tiles of `TOKENS` rows, in the order the kernels read them.
+"""8-bit activations for matrix-matrix products: tiles of `TOKENS` rows, in the order of access.
 
-A row is cut into spans of 32 columns (or 128, for int8 weights with groups of 128), each with a scale: ``x = s q``
+A row is divided into spans of 32 columns (or 128, for int8 weights with groups of 128), each with a scale: ``x = s q``
 with q in -127..127, or -32767..32767::
 
     packed  int8 [tiles, spans, span / 4, TOKENS, 4]
@@ -9,11 +9,11 @@ with q in -127..127, or -32767..32767::
     scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
 
-`center` is the zero point of symmetric codes, or 1 where the matrix has zero points of its own. Scales of the columns
+`center` is the zero point of symmetric codes, or 1 if the matrix has zero points. Scales of the columns
 that lie in high nibbles are divided by ``2**HIGH_SHIFT``. K is rounded up to 128.
 
-The normalization before a product and the column order of its matrix are applied on the way. Rows beyond the last hold
-anything: nothing that is computed from them is stored.
+The normalization before a product and the column order of its matrix are applied during packing. Rows beyond the last
+are undefined: results of them are not stored.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The inner kernels of the matrix-matrix products: a tile of `TOKENS` rows times two vectors of weights.
+"""The inner kernels of matrix-matrix products: a tile of `TOKENS` rows times two vectors of weights.
 
-Each is one description for all processors: the vectors are as wide as `WIDTH` says, and `simd.dot` becomes what the
-processor has. The sums of a span of columns are integers; scaled by the activations' scale they are added up in
-float32 over a group of the weights, then scaled by the weights' scale and added to the tile.
+Each is one description for all processors: `WIDTH` is the vector width, and `simd.dot` emits the processor's
+instructions. The sums of a span of columns are integers. They are scaled by the activations' scale, summed in float32
+over a group of the weights, scaled by the weights' scale and added to the tile.
 
-Loop counts are arguments even where they are always 8 or 32: LLVM would unroll them, keep the weights of several steps
-in registers that are not there, and spill.
+Loop counts are arguments even if they are always 8 or 32: otherwise LLVM unrolls the loops, keeps the weights of
+several steps in registers, and spills.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs
 from qvl_kernels.cpu.tiles import BYTE_VALUES, FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
-"""Rows of weights in a vector: twice this many by `TOKENS` sums of a span, of a group and of all fit the registers."""
+"""Rows of weights per vector: all accumulators of two vectors by `TOKENS` rows fit the registers."""
 WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
@@ -56,7 +56,7 @@ vector = loads("f32", LANES)
 
 @intrinsic
 def nibble(typing, v, upper):
-    """Low nibbles of i8 or, if `upper` is not 0, high ones as `simd.high` gives them."""
+    """Return low nibbles of i8 or, if `upper` is not 0, high nibbles as `simd.high` does."""
 
     def codegen(context, b, sig, args):
         wide = ir.VectorType(ir.IntType(16), v.n // 2)
@@ -97,7 +97,7 @@ def _prefetch(write: int, locality: int):
 
 
 prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
-"""Bring a line of weights into the second-level cache; bring a line that will be written into the first."""
+"""Prefetch a line of weights to the L2 cache; prefetch a line for writing to the L1 cache."""
 
 
 @routine
@@ -120,7 +120,7 @@ def _make_tile(bits: int):
 
         @routine
         def locate(w, span, steps):
-            """Where the bytes of a span begin; spans 2 and 3 of 128 columns are the high nibbles of 0 and 1."""
+            """Return the address of a span; spans 2 and 3 of 128 columns are the high nibbles of 0 and 1."""
             return w + (span >> 2) * 2048 + (span & 1) * 1024
 
         @routine
@@ -140,8 +140,8 @@ def _make_tile(bits: int):
     def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, fresh, ahead):
         """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
 
-        What y holds does not count if it is `fresh`. A line at `ahead` is fetched with every group: so few at a time
-        never hold up the loads that are waited for.
+        If `fresh`, y is overwritten. One line at `ahead` is prefetched per group, so that prefetches do not delay
+        the loads.
         """
         span = 0
         if fresh:
@@ -199,7 +199,7 @@ def fma_spread(typing, p, q, u, v, addr, stride):
 
 
 def make_float_tile(x_step: int, x_row: int):
-    """A routine for x[m, i] at ``x + i * x_step + m * x_row``: constants, or every row would need a register."""
+    """Create a routine for x[m, i] at ``x + i * x_step + m * x_row``. Constant strides save a register per row."""
 
     @routine
     def tile(w, w_step, x, count, y, y_row):
@@ -216,7 +216,7 @@ def make_float_tile(x_step: int, x_row: int):
 
 
 def make_narrow_tile(x_step: int, x_row: int):
-    """As `make_float_tile`, half as wide."""
+    """Create a routine of half the width; see `make_float_tile`."""
 
     @routine
     def tile(w, w_step, x, count, y, y_row):

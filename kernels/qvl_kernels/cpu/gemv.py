@@ -1,8 +1,8 @@
 """Packed matrix times vectors: int4 and int8 weights, 16-bit activations in two planes.
 
-One pass over the weights serves all vectors: a block of 32 rows (some 70 KB) stays in the cache while the vectors
-are taken `TOKENS` at a time. Integer sums are exact, and the scaled sums of the groups are added from left to right,
-so a vector's result is the same whatever the number of vectors.
+One pass over the weights serves all vectors: a block of 32 rows (about 70 KB) stays in the cache while the vectors are
+processed `TOKENS` at a time. Integer sums are exact, and the scaled sums of the groups are added from left to right, so
+a vector's result does not depend on the number of vectors.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from qvl_kernels.cpu.simd import (
 
 WIDTH = max(2 * LANES, 16)
 TOKENS = 2 if LANES == 16 else 1
-"""Rows of a block and vectors taken at once: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. A block's
-rows are read side by side, as they lie in memory, which counts more than further vectors to share the unpacking."""
+"""Rows and vectors per tile: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. Reading the rows of a
+block in memory order matters more than sharing the unpacking among more vectors."""
 STEP_BYTES = 256 << 10
-"""Of weights a thread takes at once for one vector: some 10 microseconds."""
+"""Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
 
 
 def _make_tile(bits: int, group: int, width: int, tokens: int):
-    """A routine: `width` of a block's rows by `tokens` vectors."""
+    """Create a routine for `width` rows of a block by `tokens` vectors."""
     weights = loads("i8", 4 * width)
     none, none_i32, none_f32 = (
         zeros(SUM_EL, width * SUM_PER_LANE, tokens),
@@ -61,12 +61,12 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
 
     @routine
     def join(upper, lower):
-        """The two planes' sums as one."""
+        """Combine the sums of the two planes."""
         return shl(upper, 8) + lower
 
     @routine
     def nibble_sums(w, xh, xl, stride):
-        """Sums of low and of high nibbles over `steps` steps."""
+        """Return sums of low and of high nibbles over `steps` steps."""
         lows, highs = none_i32(), none_i32()
         for _ in range(rounds):
             lh, ll, hh, hl = none(), none(), none(), none()
@@ -169,7 +169,7 @@ def _make(bits: int, group: int):
 
     @routine
     def multiply(w, scales, zeros_, xh, xl, xs, sums, blocks, rows, y):
-        """A block of 32 weight rows by one vector or `TOKENS`: y float32 ``[rows, 32]``."""
+        """Multiply a block of 32 weight rows by one vector or `TOKENS`: y float32 ``[rows, 32]``."""
         for i in range(0, 32, WIDTH):
             z = zeros_ + i if zeros_ != 0 else 0
             if rows == 1:

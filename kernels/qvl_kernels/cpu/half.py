@@ -1,7 +1,7 @@
-"""fp16 weights ``[N, K]`` times float32 activations: a row of weights with a row of activations, in float32.
+"""fp16 weights ``[N, K]`` times float32 activations, in float32.
 
-Whatever rows and vectors are taken together, a lane adds up every 16th column from left to right, so that a vector's
-result is the same whatever the number of vectors.
+A lane always sums every 16th column from left to right, so that a vector's result does not depend on the number of
+vectors.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import fma, get_f16, get_f32, loads, piece, put_f32, rows, store, sum_all, zeros
 
 ONE_STREAM = 4096
-"""Columns of activations that stay in the first-level cache. With more, eight rows share each load of activations; with
-fewer, one row after the other is the faster way through memory."""
+"""Columns of activations that fit the L1 cache. With more columns, eight rows share each load of activations; with
+fewer, sequential rows are faster."""
 
 
 @routine
 def rest(w, x, count, total):
-    """`total` and the columns after the last whole vector."""
+    """Add the columns after the last whole vector to `total`."""
     for i in range(count):
         total += get_f16(w + 2 * i) * get_f32(x + 4 * i)
     return total
 
 
 def _make_tile(lines: int, tokens: int):
-    """A routine: `lines` (1 or 4) rows by `tokens` (1 or 4) vectors."""
+    """Create a routine for `lines` (1 or 4) rows by `tokens` (1 or 4) vectors."""
     load_w, load_x, none = rows("f16", 16, lines), rows("f32", 16, tokens), zeros("f32", 16, tokens)
 
     if tokens == 1:
@@ -81,7 +81,7 @@ eight, load, none_of_eight = rows("f16", 16, 8), loads("f32", 16), zeros("f32", 
 
 @routine
 def tile_8x1(w, x, k, y, scratch):
-    """Eight rows by one vector; `scratch`: 512 bytes."""
+    """Multiply eight rows by one vector; `scratch`: 512 bytes."""
     a, whole = none_of_eight(), k // 16 * 16
     for i in range(0, whole, 16):
         a = fma(load(x + 4 * i), eight(w + 2 * i, 2 * k), a)
@@ -93,7 +93,7 @@ def tile_8x1(w, x, k, y, scratch):
 
 @routine
 def multiply(w, x, k, lines, tokens, y):
-    """`lines` rows of weights by 1 or 4 vectors: y float32 ``[tokens, 32]``, with scratch behind it."""
+    """Multiply `lines` rows of weights by 1 or 4 vectors: y float32 ``[tokens, 32]``, followed by scratch memory."""
     line = 0
     while line < lines:
         by = y + 4 * line
@@ -115,7 +115,7 @@ def multiply(w, x, k, lines, tokens, y):
 
 @kernel
 def gemv16(args, thread, threads):
-    """As the packed `gemv` kernels, 32 rows at a time."""
+    """Multiply 32 rows at a time, as the packed `gemv` kernels."""
     counters, w, n, k, x, rows, out, bias, activation, residual, gated, scratch = unpack(args, 12)
     y = scratch + thread * 1024
     lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k * rows))

@@ -1,4 +1,4 @@
-"""The machine's own limits, measured with the backend's threads (`roofline`), to hold speeds against."""
+"""Measures the machine's limits with the backend's threads (`roofline`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _seconds(ops: CpuOps, program: Program) -> float:
 
 
 def read_seconds(ops: CpuOps, array: np.ndarray) -> float:
-    """Seconds to read an array once, every thread its own contiguous part."""
+    """Return the seconds to read an array once, each thread a contiguous part."""
     program, result = Program(), aligned(512 * ops.threads)
     program.keep(array, result)
     program.add("read_memory", address(array), array.nbytes // 512 * 512, address(result))
@@ -28,7 +28,7 @@ def read_seconds(ops: CpuOps, array: np.ndarray) -> float:
 
 
 def bandwidth(ops: CpuOps, array: np.ndarray) -> float:
-    """Bytes a second of reading an array, the best of three, since a short reading is easily disturbed."""
+    """Return the read bandwidth in bytes a second: the best of three, because short measurements are noisy."""
     return array.nbytes / min(read_seconds(ops, array) for _ in range(3))
 
 

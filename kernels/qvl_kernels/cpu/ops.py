@@ -26,31 +26,31 @@ class CpuOps:
     Parameters
     ----------
     threads : int, optional
-        Threads to compute with; by default ``QVL_THREADS``, else all processors this process may use.
+        Number of threads; by default ``QVL_THREADS``, else all processors available to this process.
     activations : {"auto", "int16", "int8"}
-        How activations enter products of quantized weights with more than 16 rows at once. "int16": two int8 planes
-        with a scale for 128 columns, relative error below 1e-4. "int8": a scale for 32 columns, relative error 0.5 to
-        1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and vision attention in 16-bit integers,
-        below 0.05%, where the processor is fast at it. "auto": int16 for matrices (and exact attention for keys) below
-        a million values, int8 for others. Up to 16 rows are int16 always: their cost is reading the weights.
+        Precision of activations in products of quantized weights with more than 16 rows. "int16": two int8 planes
+        with one scale per 128 columns, relative error below 1e-4. "int8": one scale per 32 columns, relative error 0.5
+        to 1.3% (for int8 weights in groups of 128, 128 columns and 0.6 to 2.5%), and vision attention in 16-bit
+        integers, below 0.05%, if that is fast on the processor. "auto": int16 for matrices (and exact attention for
+        keys) below a million values, else int8. Up to 16 rows always use int16: their cost is reading the weights.
 
     Notes
     -----
-    With 16-bit activations a row's result is the same, to the last bit, whatever rows are computed with it: products,
-    also of fp16 weights, and attention over the cache add up in one order. A prompt may then be cut anywhere, and a
-    continued conversation equals one computed anew. With 8-bit activations it may not, where two tokens are nearly
+    With 16-bit activations a row's result does not depend on other rows, bit for bit: products, also of fp16 weights,
+    and attention over the cache have a fixed order of summation. A prompt may then be cut anywhere, and a continued
+    conversation equals one that is computed again. With 8-bit activations they may differ if two tokens are nearly
     equal: up to 16 rows, such as the tokens of an earlier answer, are computed with 16 bits.
 
-    Constructing it compiles the kernels if this machine has not done so before. Several Python threads may share one
-    instance: their operations (and replayed captures) follow one another.
+    The constructor compiles the kernels if they are not cached. An instance is thread-safe: operations and replayed
+    captures of several threads run one after another.
     """
 
     name = "cpu"
     activation_dtype = F32
     score_cache_dtype = "fp32"
     row_cost = 0.4
-    """Measured on two cores: 2, 8 and 16 rows take 1.4, 4.4 and 6.4 times as long as one. More cores wait for memory
-    more, so that a row costs less."""
+    """Measured on two cores: 2, 8 and 16 rows take 1.4, 4.4 and 6.4 times as long as one. With more cores, memory is
+    the bottleneck and a row costs less."""
 
     def __init__(self, *, activations: str = "auto", threads: int | None = None):
         if activations not in ACTIVATIONS:
@@ -63,7 +63,7 @@ class CpuOps:
     # ---------------------------------------------------------------------------------------------- programs
     @contextlib.contextmanager
     def _program(self) -> Iterator[Program]:
-        """The program being recorded by this thread, or one that is run at once."""
+        """Yield the program being recorded by this thread, or a new one that then runs."""
         recording = getattr(self._local, "recording", None)
         if recording is not None:
             yield recording
@@ -77,9 +77,9 @@ class CpuOps:
         self._pool.run(program)
 
     def _memory(self, program: Program, purpose: str, nbytes: int) -> int:
-        """Scratch that is free again after the program's next operation.
+        """Return scratch memory that is valid until the program's next operation.
 
-        Programs run one at a time, so they share it; one that outgrows it leaves the old memory to those that hold it.
+        Programs run one at a time, so they share it. When it grows, existing programs keep the old memory.
         """
         block = self._scratch.get(purpose)
         if block is None or block.nbytes < nbytes:
@@ -171,7 +171,7 @@ class CpuOps:
         return batched.Recorder(program, memory, self.threads, self._pool.counters)
 
     def _multiplier(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> Callable[..., None]:
-        """Bring x into the form the products of `w` take; returns what adds such a product."""
+        """Convert x for products with `w`; return a function that adds such a product."""
         if not batched.takes_int8(w, len(x), self.activations):
             return functools.partial(self._product, program, self._activations(program, x, w, norm))
         recorder = self._recorder(program)
@@ -179,7 +179,7 @@ class CpuOps:
         return functools.partial(batched.product, recorder, batched.pack(recorder, x, w, parameters))
 
     def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
-        """Bring x into the form the products of `w` take: for fp16 weights float32, else two planes."""
+        """Convert x for products with `w`: float32 for fp16 weights, else two planes."""
         rows, k = x.shape
         source, parameters = address(x), (0, 0, 0)
         if norm is not None:
@@ -294,7 +294,7 @@ class CpuOps:
             )  # fmt: skip
 
     def _head_norm(self, program: Program, norm: Norm | None, d: int) -> tuple[int, int]:
-        """Weight and eps of the RMSNorm of each head, or zeros."""
+        """Return weight and eps of the RMSNorm of each head, or zeros."""
         if norm is None:
             return 0, 0
         if norm.bias is not None:
@@ -313,7 +313,7 @@ class CpuOps:
             attention(self._recorder(program), qkv, cache, layer, start, out, factor)
 
     def _check_cached(self, qkv: np.ndarray, cache: CpuCache, start: np.ndarray) -> int:
-        """Heads of queries in `qkv`."""
+        """Check the arguments; return the number of query heads in `qkv`."""
         check("qkv", qkv, F32, (None, None))
         heads = query_heads(qkv.shape[1], cache)
         check("start", start, I32, (None,))
@@ -333,5 +333,5 @@ class CpuOps:
 
 
 def _softmax_scale(d: int) -> int:
-    """The factor that turns ``q . k`` into a power of two for softmax."""
+    """Return the scale of ``q . k`` for a softmax in base 2."""
     return float_word(math.log2(math.e) / math.sqrt(d))

@@ -1,8 +1,7 @@
-"""Activations as 16-bit integers in two int8 planes: ``x = scale * (256 high + low)``, a scale for 128 columns.
+"""Activations as 16-bit integers in two int8 planes: ``x = scale * (256 high + low)``, one scale per 128 columns.
 
 Planes int8 ``[M, K]`` with K rounded up to 128, scales float32 ``[M, K/128]``, and the sums of the integers over each
-of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalization before a product is done on the
-way.
+of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalization before a product is applied, too.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LIMIT = float32(32512)  # 127 * 256: the high plane never rounds up to 128
 
 @routine
 def take(x, count):
-    """16 float32, or the `count` there are and zeros."""
+    """Load 16 float32, or `count` of them and zeros."""
     if count >= 16:
         return load(x)
     return part(x, count)
@@ -46,7 +45,7 @@ def take(x, count):
 
 @routine
 def row_statistics(x, k, layer, eps):
-    """Mean (0 for RMSNorm) and reciprocal deviation of a row."""
+    """Return mean (0 for RMSNorm) and reciprocal deviation of a row."""
     total = zero()
     mean = float32(0)
     if layer:
@@ -67,7 +66,7 @@ def row_statistics(x, k, layer, eps):
 
 @routine
 def normal(x, weight, bias, count, mean, scale):
-    """16 normalized values (`weight` 0: as they are)."""
+    """Return 16 normalized values (unchanged if `weight` is 0)."""
     v = take(x, count)
     if weight == 0:
         return v

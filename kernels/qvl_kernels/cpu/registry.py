@@ -1,4 +1,4 @@
-"""What is compiled: kernels, and the routines they are made of."""
+"""Registration of kernels and routines for compilation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENTRY = types.void(types.int64, types.int64, types.int64)
 
 
 def routine(function: Callable) -> Callable:
-    """A function for kernels to call: compiled into them, with neither wrappers nor Python exceptions."""
+    """Decorate a function that kernels call: it is compiled into them, without wrappers and Python exceptions."""
     options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return numba.njit(function, nogil=True, error_model="numpy", **options)
 
@@ -31,7 +31,7 @@ def kernel(function: Callable) -> Callable:
 
 @intrinsic(prefer_literal=True)
 def unpack(typing, args, count):
-    """The first `count` (a literal) arguments of an instruction, as a tuple of int64."""
+    """Return the first `count` (a literal) arguments of an instruction as a tuple of int64."""
     if not isinstance(count, types.IntegerLiteral):
         return None
     result = types.UniTuple(types.int64, count.literal_value)
@@ -46,7 +46,7 @@ def unpack(typing, args, count):
 
 @intrinsic
 def as_f32(typing, word):
-    """The float32 that travels in an argument (`qvl_kernels.cpu.runner.float_word`)."""
+    """Decode a float32 argument (`qvl_kernels.cpu.runner.float_word`)."""
 
     def codegen(context, b, sig, values):
         return b.bitcast(b.trunc(values[0], ir.IntType(32)), ir.FloatType())
@@ -56,5 +56,5 @@ def as_f32(typing, word):
 
 @routine
 def share(n, thread, threads):
-    """The range of 0..n that is this thread's: neighbors, sizes differing by at most one."""
+    """Return this thread's contiguous range of 0..n; sizes differ by at most one."""
     return n * thread // threads, n * (thread + 1) // threads

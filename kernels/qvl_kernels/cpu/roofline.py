@@ -1,4 +1,4 @@
-"""What the machine can do at best: reading memory, and multiplying bytes out of registers."""
+"""Kernels that measure the machine's limits: memory bandwidth, and byte products from registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sums, any_sums = zeros(SUM_EL, LANES * SUM_PER_LANE, 12), zeros("i32", LANES, 12
 
 @kernel
 def read_memory(args, thread, threads):
-    """Add up n bytes (a multiple of 512), each thread one contiguous part."""
+    """Sum n bytes (a multiple of 512), each thread a contiguous part."""
     x, n, result = unpack(args, 3)
     first, last = share(n // 512, thread, threads)
     total = none()

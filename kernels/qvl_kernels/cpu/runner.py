@@ -1,4 +1,4 @@
-"""Programs of instructions and the threads that execute them."""
+"""Programs of instructions, and the threads that execute them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
 WORDS = 32
-"""int64 words of an instruction: the kernel's address and up to 31 arguments."""
+"""Number of int64 words of an instruction: the kernel's address and up to 31 arguments."""
 
 
 def float_word(value: float) -> int:
-    """A float32 as an argument of an instruction (`registry.as_f32` reads it)."""
+    """Encode a float32 as an argument of an instruction (`registry.as_f32` decodes it)."""
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
 def aligned(count: int, dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
-    """An uninitialized vector that starts on a cache line (a page, if it is large)."""
+    """Allocate an uninitialized vector, aligned to a cache line (a page, if it is large)."""
     dtype = np.dtype(dtype)
     boundary = 64 if count * dtype.itemsize < 1 << 20 else 4096
     buffer = np.empty(count * dtype.itemsize + boundary, np.uint8)
@@ -36,7 +36,7 @@ def aligned(count: int, dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
 
 
 def default_threads() -> int:
-    """``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the processors this process may run on.
+    """Return ``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the processors available to this process.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def default_threads() -> int:
 
 
 class Program:
-    """Instructions, and the arrays whose addresses they hold."""
+    """Instructions, and the arrays that they refer to."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, ...]] = []
@@ -72,11 +72,11 @@ class Program:
         self._words = None
 
     def keep(self, *owners: Any) -> None:
-        """Keep objects alive for as long as the program."""
+        """Keep objects alive as long as the program."""
         self._keep.extend(owners)
 
     def words(self) -> np.ndarray:
-        """int64 ``[instructions, WORDS]``."""
+        """Return the instructions, int64 ``[instructions, WORDS]``."""
         if self._words is None:
             words = np.zeros((len(self._rows), WORDS), np.int64)
             for row, values in zip(words, self._rows):
@@ -90,14 +90,14 @@ def _pointer(function: Any) -> int:
 
 
 def _yield_address() -> int:
-    """The system's "let others run", of a library that stays loaded."""
+    """Return the address of the system's yield function."""
     if platform.system() == "Windows":
         return _pointer(ctypes.windll.kernel32.SwitchToThread)  # type: ignore[attr-defined]
     return _pointer(ctypes.CDLL(None).sched_yield)
 
 
 class _Lock:
-    """A lock that native code takes and gives back without the GIL: the one CPython's own are made of."""
+    """A lock that native code acquires and releases without the GIL: CPython's low-level lock."""
 
     _allocate = ctypes.PYFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", ctypes.pythonapi))
     _free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(("PyThread_free_lock", ctypes.pythonapi))
@@ -116,16 +116,16 @@ class _Lock:
 
 _NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)
 HEAD = 32
-"""Words of a control block before the counters of `atomics.claim` (`sync` describes it)."""
+"""Words of a control block before the counters of `atomics.claim`; see `sync`."""
 
 
 def _serve(work: Any, index: int, wake: _Lock, control: np.ndarray, *owners: Any) -> None:
-    """What a worker thread runs; it keeps alive what the native loop uses."""
+    """Run the native loop in a worker thread, and keep its objects alive."""
     work(control.ctypes.data, index, wake.address)
 
 
 def _stop(pid: int, execute: Any, control: np.ndarray, *owners: Any) -> None:
-    """End the workers of a pool that is gone (a forked child has none)."""
+    """Stop the workers of a deleted pool (a forked child has none)."""
     if pid == os.getpid():
         execute(control.ctypes.data, 0, -1)
 
@@ -133,13 +133,12 @@ def _stop(pid: int, execute: Any, control: np.ndarray, *owners: Any) -> None:
 class Pool:
     """`threads` - 1 sleeping daemon threads that, with the caller, execute one program at a time.
 
-    Any thread may call `run`; programs then follow one another.
+    `run` is thread-safe; programs run one after another.
 
     Notes
     -----
-    Everything that a program changes, it changes inside one foreign call. An exception in the calling thread (Ctrl-C,
-    or one that another thread has sent) is raised before that call or after it, so it cannot leave the workers with a
-    part of a program or a lock with nobody to give it back.
+    A program runs inside one foreign call. An exception in the calling thread (Ctrl-C, or one sent by another thread)
+    is raised before or after that call, so it cannot interrupt a program or leave a lock held.
     """
 
     def __init__(self, threads: int):
@@ -151,11 +150,11 @@ class Pool:
 
     @property
     def counters(self) -> int:
-        """The address `atomics.claim` wants, for instructions this pool will run."""
+        """The address of the counters for `atomics.claim`, for instructions of this pool."""
         return self._control.ctypes.data + 8 * HEAD
 
     def _start(self) -> None:
-        """Set the control block up (recorded programs hold its address, so it stays where it is) and start workers."""
+        """Initialize the control block, at a fixed address because recorded programs refer to it, and start workers."""
         lock, wake = _Lock(held=False), [_Lock(held=True) for _ in range(self.threads - 1)]
         addresses = np.array([lock.address for lock in wake], np.int64)
         self._control[:] = 0
@@ -171,7 +170,7 @@ class Pool:
         self._pid = pid
 
     def run(self, program: Program) -> None:
-        """Execute a program and return when it is done."""
+        """Execute a program and wait for its end."""
         words = program.words()
         if self._pid != os.getpid():
             with self._restart:  # a forked child has no workers

@@ -1,4 +1,4 @@
-"""What things take on the CPU."""
+"""Sizes on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class CpuSizes(MappedSizes):
     """`Sizes` of `CpuOps`."""
 
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> int:
-        """Padded as `CpuCache` pads; int8 has a float32 scale for every vector."""
+        """Return the size with the padding of `CpuCache`; int8 has a float32 scale per vector."""
         vectors = layers * kv_heads * round_up(capacity, 16)
         scales = 2 * 4 if dtype == "int8" else 0
         return vectors * ((round_up(head_dim, 4) + round_up(head_dim, 16)) * ITEM[dtype] + scales)

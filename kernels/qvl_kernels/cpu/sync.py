@@ -1,19 +1,19 @@
-"""All threads walk through a program together.
+"""Synchronized execution of a program by all threads.
 
-The state they share lies in the pool's `control` block, int64 words on cache lines of 8:
+The shared state is the pool's `control` block, int64 words on cache lines of 8:
 
 ====================  =======================================================================================
 words                 contents
 ====================  =======================================================================================
-0, 1, 2               address of the program, its instructions (`STOP`: workers return), words of an instruction
+0, 1, 2               address of the program, number of instructions (`STOP`: workers return), words per instruction
 3, 4, 5               addresses of the system's yield, of ``PyThread_acquire_lock`` and of ``PyThread_release_lock``
 6, 7, 8               the lock that `execute` holds, the address of the workers' locks, the number of threads
 16, 24                the barrier: threads that have arrived, and its generation
-32, 40, ...           the counters of `atomics.claim`, a line for each thread
+32, 40, ...           the counters of `atomics.claim`, one line per thread
 ====================  =======================================================================================
 
 A caller enters with one foreign call, `execute`, and a worker never leaves `work`: neither returns to Python while a
-program runs, so that an exception raised by a signal handler finds a program finished or not begun.
+program runs, so that an exception of a signal handler cannot interrupt a program.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import get_i64
 
 STOP = -1
-"""A number of instructions that ends the workers."""
+"""The number of instructions that stops the workers."""
 THREADS, ARRIVED, GENERATION, COUNTERS = 64, 128, 192, 256
 """Byte offsets in `control`."""
 SPINS = 4000
-"""Looks at the barrier (some 40 us) before giving the core to others between looks."""
+"""Number of spins at the barrier (about 40 us) before yielding the core."""
 
 
 @intrinsic
@@ -97,9 +97,9 @@ def _release(typing, function, lock):
 
 @routine
 def barrier(arrived, generation, counters, threads, give_way):
-    """Wait until all threads are here, and set the counters of `atomics.claim` back.
+    """Wait for all threads, and reset the counters of `atomics.claim`.
 
-    `arrived` and `generation` are addresses on cache lines of their own.
+    `arrived` and `generation` are addresses on separate cache lines.
     """
     if threads == 1:
         write(counters, 0)
@@ -121,7 +121,7 @@ def barrier(arrived, generation, counters, threads, give_way):
 
 @routine
 def walk(control, thread):
-    """One thread's part of the program in `control`."""
+    """Execute one thread's part of the program in `control`."""
     program, count, words, give_way = unpack(control, 4)
     threads = get_i64(control + THREADS)
     for _ in range(count):
@@ -132,7 +132,7 @@ def walk(control, thread):
 
 @kernel
 def execute(control, program, count):
-    """Run a program with all threads, after those of other callers."""
+    """Run a program with all threads, after programs of other callers."""
     acquire, release, lock, wake, threads = unpack(control + 32, 5)
     _acquire(acquire, lock)
     write(control, program)
@@ -145,7 +145,7 @@ def execute(control, program, count):
 
 @kernel
 def work(control, thread, lock):
-    """Take part in every program until told to stop, and sleep on `lock` in between."""
+    """Take part in every program until stopped, and sleep on `lock` in between."""
     acquire = get_i64(control + 32)
     while True:
         _acquire(acquire, lock)

@@ -1,27 +1,27 @@
-"""Sizes the matrix-matrix and prefill kernels agree on, and how much memory they need (no Numba here)."""
+"""Tile sizes of the matrix-matrix and prefill kernels, and their scratch memory (without Numba)."""
 
 from __future__ import annotations
 
 from qvl_kernels.cpu import features
 
 TOKENS = 4
-"""Rows of quantized activations in a tile."""
+"""Rows of quantized activations per tile."""
 BYTE_VALUES = 2 if features.selected().product == "maddubs" else 1
 """Bytes of an activation that is multiplied with int8 weights (`simd.bytes.WORDS`)."""
 PIECE = 2048
-"""Columns of packed weights that are multiplied with many tiles, one after another."""
+"""Columns of packed weights that are multiplied with a sequence of tiles."""
 HELD_TILES = 128
-"""Such tiles at most."""
+"""Largest number of these tiles."""
 FLOAT_TOKENS = 6
-"""Queries in a tile of attention in float32."""
+"""Queries per tile of float32 attention."""
 PAIR_TOKENS, PAIR_QUERIES = 6, 1056
-"""Queries in a tile, and in a task, of attention in 16-bit integers."""
+"""Queries per tile, and per task, of 16-bit integer attention."""
 LINES = 4
 """Heads of a group that share each key and value in `attention_group`."""
 QUERIES = 192
-"""Queries of an attention task."""
+"""Queries per attention task."""
 KEYS = 256
-"""Keys and values converted at a time, and the largest head size."""
+"""Keys and values per conversion, and the largest head size."""
 
 
 def _up(n: int, multiple: int) -> int:
@@ -29,29 +29,29 @@ def _up(n: int, multiple: int) -> int:
 
 
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:
-    """Bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
+    """Return the bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
     values = _up(rows, TOKENS) * _up(k, 128)
     return values * (1 if bits == 4 else BYTE_VALUES), values // span * 4, values // group * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:
-    """Scratch memory a thread needs for the pack and gemm kernels."""
+    """Return the scratch bytes per thread of the pack and gemm kernels."""
     return max(4 * _up(k, 128) * (TOKENS + 1) + 64, 128 * HELD_TILES * TOKENS)
 
 
 def attention_scratch_bytes(head_dim: int) -> int:
-    """Scratch memory a thread needs for the prefill attention kernels."""
+    """Return the scratch bytes per thread of the prefill attention kernels."""
     padded = _up(head_dim, 16)
     return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS) + 16 * padded)
 
 
 def group_attention_scratch_bytes(head_dim: int, group: int) -> int:
-    """Scratch memory a thread needs for ``attention_group``."""
+    """Return the scratch bytes per thread of ``attention_group``."""
     return 4 * _up(group, LINES) * (2 * KEYS + _up(head_dim, 16) + 2) + 64
 
 
 def int16_attention_scratch_bytes(head_dim: int) -> int:
-    """Scratch memory a thread needs for ``attention_int16.block_attention_int16``."""
+    """Return the scratch bytes per thread of ``attention_int16.block_attention_int16``."""
     padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
     a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
     held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * a_key

@@ -1,10 +1,10 @@
 """Vectors for Numba: a value type and intrinsics that emit LLVM vector instructions.
 
-One description serves every processor. A `Vec` holds `m` vectors of `n` elements; LLVM cuts them into whatever
-registers there are, so elementwise code is written for 16 lanes everywhere. What differs, the product of four bytes
-(`dot`, `dot_bytes`), is emitted here for the selected `features.Level`. Operations loop over the `m` vectors while
-the code is emitted, which is how register-blocked kernels are unrolled without generated source text: keep `m`
-accumulators in one variable, and LLVM puts each in a register.
+One description serves every processor. A `Vec` holds `m` vectors of `n` elements; LLVM splits them into the available
+registers, so elementwise code always uses 16 lanes. The product of four bytes (`dot`, `dot_bytes`) depends on the
+processor and is emitted for the selected `features.Level`. Operations loop over the `m` vectors while the code is
+emitted, which unrolls register-blocked kernels without generated source text: hold `m` accumulators in one variable,
+and LLVM puts each in a register.
 
 Everything works on raw addresses (int64). ``+ - * /`` work on vectors of one shape, on an ``m = 1`` vector against an
 ``m > 1`` one, and against a scalar. Names follow the element types "i8", "i16", "i32", "f32".
@@ -14,7 +14,7 @@ factory (call at module level)         makes
 =====================================  =================================================================
 ``zeros(el, n, m=1)``                  ``f()``: all zero
 ``splats(el, n)``                      ``f(x)``: a scalar in every lane
-``loads(el, n, m=1)``                  ``f(addr)``: `m` vectors, one behind the other
+``loads(el, n, m=1)``                  ``f(addr)``: `m` adjacent vectors
 ``rows(el, n, m)``                     ``f(addr, stride)``: vector i from ``addr + i * stride``; "f16" becomes f32
 ``spreads(el, n, m=1)``                ``f(addr, stride)``: vector i holds the scalar at ``addr + i * stride``
 ``parts(n)``                           ``f(addr, count)``: the first `count` float32, the rest 0
@@ -23,8 +23,8 @@ factory (call at module level)         makes
 =====================================  =================================================================
 
 Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``store_part(addr, v, count)``,
-``store_past(addr, v, stride)``, ``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b, c)``,
-``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``,
+``store_streaming(addr, v, stride)``, ``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b,
+c)``, ``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``,
 ``sar(v, k)``, ``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector),
 ``sum_each(v)`` (i32), ``max_each(v)`` (f32; of every vector, as a vector of m); ``transpose(v)`` (m = n); ``low(v)``,
 ``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in
@@ -69,8 +69,8 @@ from qvl_kernels.cpu.simd.memory import (
     store_bytes,
     store_half,
     store_part,
-    store_past,
     store_rows,
+    store_streaming,
     zeros,
 )
 from qvl_kernels.cpu.simd.vector import (
@@ -142,8 +142,8 @@ __all__ = [
     "store_bytes",
     "store_half",
     "store_part",
-    "store_past",
     "store_rows",
+    "store_streaming",
     "sum_all",
     "sum_each",
     "to_f32",

@@ -1,4 +1,4 @@
-"""Products of bytes and nibbles, the one thing every processor does in its own way."""
+"""Products of bytes and nibbles, which depend on the processor."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ LANES = LEVEL.lanes
 
 NARROW_OPERANDS = llvm.llvm_version_info[0] >= 22
 """LLVM 22 changed the operands of the VNNI intrinsics from vectors of i32 to vectors of bytes or shorts."""
-# What the kernels must know about `dot` on this processor.
+# Properties of `dot` on this processor that kernels need.
 UNSHIFTED = LEVEL.product == "vnni"
 HIGH_SHIFT = 4 if UNSHIFTED else 0
-"""`high` leaves its nibble times 2**HIGH_SHIFT."""
+"""`high` returns the nibble times 2**HIGH_SHIFT."""
 BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
 WORDS = LEVEL.product == "maddubs"
 """Whether bytes are multiplied with activations of 16 bits: twice as fast as `dot_bytes` where that takes four
 multiplications for 32 bytes, two for each half of their range."""
 SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
-"""Element of a `dot` accumulator; ``widen`` turns it into i32."""
+"""Element type of a `dot` accumulator; ``widen`` converts it to i32."""
 SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
 SUM_STEPS = 8 if SUM_EL == "i16" else 16
-"""Products of nibbles an accumulator holds before it must be widened (8 * 2 * 15 * 127 < 2**15)."""
+"""Number of nibble products per accumulator before it must be widened (8 * 2 * 15 * 127 < 2**15)."""
 
 
 @intrinsic
@@ -115,7 +115,7 @@ def _dot_any(b, acc, u, s):
 
 
 def _dot(emit):
-    """An intrinsic ``f(acc, u, addr, stride)``, cut into registers of `LANES` lanes."""
+    """Create an intrinsic ``f(acc, u, addr, stride)``, split into registers of `LANES` lanes."""
 
     @intrinsic
     def f(typing, acc, u, addr, stride):
@@ -146,16 +146,16 @@ def _dot(emit):
 
 
 dot = _dot(_dot_nibbles)
-"""``acc[i] += u . s_i``: bytes u (at most 127, or a nibble as `low` and `high` give it) by the four int8 at
-``addr + i * stride``; each lane of four products is summed into its lane of `acc` (`SUM_EL`)."""
+"""``acc[i] += u . s_i``: bytes u (at most 127, or a nibble of `low` or `high`) times the four int8 at
+``addr + i * stride``; the four products of a lane are added to that lane of `acc` (`SUM_EL`)."""
 
 dot_bytes = _dot(_dot_any)
-"""As `dot` with any bytes less `BYTE_BIAS`, into an i32 accumulator."""
+"""As `dot`, with arbitrary bytes minus `BYTE_BIAS`, and an i32 accumulator."""
 
 
 @intrinsic
 def widen(typing, acc):
-    """A `dot` accumulator as i32."""
+    """Convert a `dot` accumulator to i32."""
     if acc.el == "i32":
         return acc(acc), lambda context, b, sig, args: args[0]
     result = acc.of("i32", acc.n // 2)

@@ -1,4 +1,4 @@
-"""Pieces of LLVM IR the intrinsics are made of."""
+"""Building blocks of LLVM IR for the intrinsics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ELEMENTS = {"i8": I8, "i16": I16, "i32": I32, "f32": F32}
 
 
 def take(b, value, i):
-    """Vector i of a block (of itself, if it is only one)."""
+    """Return vector i of a block (the vector itself, if there is only one)."""
     return b.extract_value(value, i) if isinstance(value.type, ir.ArrayType) else value
 
 
@@ -25,7 +25,7 @@ def gather(b, vectors):
 
 
 def each(b, m, emit, *blocks):
-    """`emit` applied to every vector of the blocks."""
+    """Apply `emit` to every vector of the blocks."""
     return gather(b, [emit(*(take(b, block, i) for block in blocks)) for i in range(m)])
 
 
@@ -36,7 +36,7 @@ def pointer(b, address, pointee, offset=0):
 
 
 def word(b, value):
-    """An integer as int64."""
+    """Convert an integer to int64."""
     return b.sext(value, I64) if value.type.width < 64 else value
 
 
@@ -66,7 +66,7 @@ def spread(b, address, vector):
 
 
 def cut(b, value, start, count):
-    """Elements start .. start + count of a vector."""
+    """Return elements start .. start + count of a vector."""
     if count == value.type.count:
         return value
     mask = ir.Constant(ir.VectorType(I32, count), list(range(start, start + count)))
@@ -74,7 +74,7 @@ def cut(b, value, start, count):
 
 
 def join(b, pieces):
-    """Vectors of one length, side by side."""
+    """Concatenate vectors of the same length."""
     while len(pieces) > 1:
         n = pieces[0].type.count
         mask = ir.Constant(ir.VectorType(I32, 2 * n), list(range(2 * n)))

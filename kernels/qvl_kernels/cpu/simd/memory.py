@@ -1,4 +1,4 @@
-"""Vectors and scalars from and to memory."""
+"""Loads and stores of vectors and scalars."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def parts(n):
 
 
 def _half_to_float(b, bits):
-    """fp16 as i16 bits to f32 without a conversion instruction; infinities and NaN come out finite."""
+    """Convert fp16 as i16 bits to f32 without a conversion instruction; infinities and NaN become finite."""
     n = bits.type.count
     integers, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
     wide = b.zext(bits, integers)
@@ -135,7 +135,7 @@ def _half_to_float(b, bits):
 
 
 def _float_to_half(b, value):
-    """f32 to fp16 bits, ties to even, too large values to infinity (after Giesen's float_to_half_fast3_rtne)."""
+    """Convert f32 to fp16 bits, ties to even, overflow to infinity (after Giesen's float_to_half_fast3_rtne)."""
     n = value.type.count
     integers, floats = ir.VectorType(I32, n), ir.VectorType(F32, n)
     bits = b.bitcast(value, integers)
@@ -199,7 +199,7 @@ def _nothing(context):
 
 @intrinsic
 def store(typing, addr, v):
-    """Write the vectors one behind the other."""
+    """Write the vectors to adjacent memory."""
     size = v.n * int(v.el[1:]) // 8
 
     def codegen(context, b, sig, args):
@@ -211,10 +211,10 @@ def store(typing, addr, v):
 
 
 @intrinsic
-def store_past(typing, addr, v, stride):
-    """Write vector i, of 64 bytes, to the line of memory at ``addr + i * stride``, past the caches.
+def store_streaming(typing, addr, v, stride):
+    """Write vector i, of 64 bytes, to the line at ``addr + i * stride`` with a non-temporal store.
 
-    Other threads see it after the barrier that ends an instruction, not before.
+    It is visible to other threads after the barrier at the end of an instruction.
     """
 
     def codegen(context, b, sig, args):

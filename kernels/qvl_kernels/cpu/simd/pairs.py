@@ -89,7 +89,7 @@ def bytes_of_pairs(typing, v, second):
 
 @intrinsic
 def store_shorts(typing, addr, v):
-    """Write i32 vectors, one behind the other, as their low halves."""
+    """Write the low halves of i32 vectors to adjacent memory."""
 
     def codegen(context, b, sig, args):
         half = ir.VectorType(I16, v.n)
@@ -102,7 +102,7 @@ def store_shorts(typing, addr, v):
 
 @intrinsic
 def pair(typing, low, high):
-    """The low halves of two i32 vectors in one."""
+    """Combine the low halves of two i32 vectors."""
 
     def codegen(context, b, sig, args):
         low_half = b.and_(args[0], constant(low.vector, 0xFFFF))

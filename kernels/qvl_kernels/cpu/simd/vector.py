@@ -32,7 +32,7 @@ class Vec(types.Type):
         return self.vector if self.m == 1 else ir.ArrayType(self.vector, self.m)
 
     def of(self, el: str | None = None, n: int | None = None, m: int | None = None) -> Vec:
-        """This type with something changed."""
+        """Return this type with some attributes replaced."""
         return Vec(el or self.el, n or self.n, m or self.m)
 
 
@@ -43,7 +43,7 @@ class _VecModel(models.PrimitiveModel):
 
 
 def as_element(b, value, numba_type, element):
-    """A Numba number as an element of a vector."""
+    """Convert a Numba number to an element of a vector."""
     if isinstance(numba_type, types.Integer):
         if element == F32:
             return b.sitofp(value, F32)
@@ -54,7 +54,7 @@ def as_element(b, value, numba_type, element):
 
 
 def operands(b, sig, args, like):
-    """Arguments with the scalars among them broadcast to the vector type of `like`."""
+    """Broadcast scalar arguments to the vector type of `like`."""
     return [
         a if isinstance(t, Vec) else broadcast(b, as_element(b, a, t, ELEMENTS[like.el]), like.vector)
         for a, t in zip(args, sig.args)
@@ -62,7 +62,7 @@ def operands(b, sig, args, like):
 
 
 def _common(*args):
-    """The type of an elementwise result, or None if the arguments do not fit."""
+    """Return the type of an elementwise result, or None if the arguments do not match."""
     vectors = [a for a in args if isinstance(a, Vec)]
     if not vectors or not all(isinstance(a, (Vec, types.Number)) for a in args):
         return None
@@ -72,7 +72,7 @@ def _common(*args):
 
 
 def _elementwise(emit):
-    """An intrinsic of any number of vectors or scalars; ``emit(b, *vectors)``."""
+    """Create an intrinsic of any number of vectors or scalars; ``emit(b, *vectors)``."""
 
     def lower(result):
         def codegen(context, b, sig, args):
@@ -158,7 +158,7 @@ root = _unary("sqrt")
 
 
 def _with_element(a, el, emit):
-    """Signature and code of a conversion of every vector of `a` to elements `el`."""
+    """Return signature and code of a conversion of every vector of `a` to elements `el`."""
     result = a.of(el)
     return result(a), lambda context, b, sig, args: each(b, a.m, lambda v: emit(b, v, result.vector), args[0])
 
@@ -177,8 +177,8 @@ def _nearest(b, v):
 def rint(typing, a):
     """f32 of less than 2**22 to i32, ties to even.
 
-    Added to 1.5 * 2**23, a number is rounded to the last bits of the mantissa: cheaper than a conversion, and free of
-    the subtraction where only the low bytes are kept.
+    Adding 1.5 * 2**23 rounds a number to the last bits of the mantissa. This is cheaper than a conversion, and needs no
+    subtraction if only the low bytes are used.
     """
 
     def emit(b, v, vector):
@@ -210,7 +210,7 @@ shl, sar = _shift("shl"), _shift("ashr")
 
 @intrinsic
 def exp2(typing, a):
-    """``2**a`` of f32, relative error 2e-7 or so; below -126 it is 2**-126 (0 to any sum), above 127 undefined.
+    """``2**a`` of f32, relative error about 2e-7; below -126 it is 2**-126 (0 to any sum), above 127 undefined.
 
     Round, then a polynomial of the remainder (minimax on [-0.5, 0.5]), then add to the exponent.
     """
@@ -254,7 +254,7 @@ sum_all, max_all = _reduction("fadd", "add"), _reduction("fmax", "smax")
 
 
 def _halves(b, x, y, rows):
-    """The first and the second halves of the `rows` pieces x and y consist of, side by side."""
+    """Return the first and the second halves of the `rows` pieces of x and y, adjacent."""
     width = x.type.count // rows
     starts = range(0, (2 if y is not x else 1) * x.type.count, width)
     for begin in (0, width // 2):
@@ -263,7 +263,7 @@ def _halves(b, x, y, rows):
 
 
 def _reduction_of_each(emit):
-    """An intrinsic that turns a block of m vectors, m a power of two, into a vector of m."""
+    """Create an intrinsic that reduces a block of m vectors, m a power of two, to a vector of m."""
 
     @intrinsic
     def f(typing, a):
@@ -290,7 +290,7 @@ max_each = _reduction_of_each(_larger)
 
 @intrinsic(prefer_literal=True)
 def piece(typing, v, i):
-    """Vector `i` of a block."""
+    """Return vector `i` of a block."""
     if not isinstance(i, types.IntegerLiteral):
         return None
     return v.of(m=1)(v, i), lambda context, b, sig, args: take(b, args[0], i.literal_value)
@@ -298,7 +298,7 @@ def piece(typing, v, i):
 
 @intrinsic
 def transpose(typing, v):
-    """Swap rows and columns of a block of n vectors of n elements, n a power of two."""
+    """Transpose a block of n vectors of n elements, n a power of two."""
 
     def codegen(context, b, sig, args):
         vectors = [b.extract_value(args[0], i) for i in range(v.n)]
