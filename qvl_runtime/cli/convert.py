@@ -54,8 +54,8 @@ def convert(
 ) -> None:
     """Make a .qvl file out of a Hugging Face model.
 
-    Reads Qwen-VL, Qwen-VL-Chat and Qwen-7B from safetensors or PyTorch files, and imports their 4-bit AutoGPTQ
-    versions unchanged. No code of the model is run.
+    Reads Qwen3-VL, Qwen2.5-VL, Qwen2-VL, Qwen-VL and Qwen-7B from safetensors or PyTorch files. AutoGPTQ and AWQ
+    versions are imported unchanged, FP8 versions are converted. No code of the model is run.
 
     \b
     Examples:
