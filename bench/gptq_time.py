@@ -1,11 +1,12 @@
 """Time and memory of GPTQ at the true shapes of Qwen-VL: one ViT layer and one decoder layer, projected to all of them.
 
     python bench/synthetic.py TRUE
-    python bench/gptq_time.py TRUE [--samples 32] [--device cpu]
+    OPENBLAS_THREAD_TIMEOUT=4 python bench/gptq_time.py TRUE [--samples 32] [--device cpu]
 
 The calibration set is the built-in one; the layers' inputs are random numbers, as are the weights: neither changes the
 time. `wall` is elapsed time; `processor` counts the work of all threads, and so does not suffer from other programs.
-A table, then one JSON document as the last line.
+The variable lets OpenBLAS' idle threads give the cores back at once, as the command `qvl` does by itself. A table, then
+one JSON document as the last line.
 """
 
 from __future__ import annotations

@@ -258,6 +258,22 @@ def test_output_made_by_another_meanwhile_is_kept(tmp_path):
     assert out.read_bytes() == b"precious"
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
+    """Written pages are small; read again, they are large ones."""
+    calls, size = [], []
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
+
+    def advise(file, offset, length, advice):
+        calls.append((offset, length, advice))
+        size.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    convert(GOLDEN / "ckpt" / "tiny-vl", tmp_path / "out.qvl")
+    assert calls == ["fsync", (0, 0, os.POSIX_FADV_DONTNEED)]
+    assert size == [(tmp_path / "out.qvl").stat().st_size]
+
+
 def test_impossible_outputs(tmp_path):
     (tmp_path / "folder").mkdir()
     conversion_refused(BIN, tmp_path / "folder", "is a folder")

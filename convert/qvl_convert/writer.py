@@ -195,6 +195,9 @@ class BlobWriter:
         if missing := [name for name in self._layout if name not in self._done]:
             raise RuntimeError(f"{self.path}: {missing[0]} was never written")
         os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            # out of the page cache, so that it comes back in large pages when it is mapped
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
         self._refuse_existing()
         os.replace(self.partial, self.path)
