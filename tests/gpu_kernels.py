@@ -131,22 +131,26 @@ class OnDevice:
             launch("gather.any", (ceil(self.padded, s.ELEMENTS), m), x, None, perm, out, k, self.padded,
                    flags(PERMUTED=perm is not None, X_HALF=x.dtype == HALF, OUT_HALF=True))  # fmt: skip
         else:
-            launch("norm.1024", (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
+            launch("norm.any", (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
                    flags(PERMUTED=perm is not None, LAYER_NORM=norm.bias is not None, OUT_HALF=True))  # fmt: skip
         return out
 
 
-def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None):
+NO_NORM = (None, None, None, 0, 0.0, 0)
+
+
+def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, then=NO_NORM):
+    """`then`: weight, order and target of the norm of `out`; its padded columns, eps and flags."""
     name = f"linear.{w.kind}.{tile}"
     shape = constants(name)
     m, n = x.shape[0], w.matrix.n
     tiles = ceil(m, shape["BM"]) * (w.rows // shape["BN"])
-    partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
+    partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles + 1, np.int32)
     launch(name, (tiles, split), w.prepare(x, norm), w.codes, w.scales, w.matrix.bias, residual, out, partials,
-           counters, m, n, w.rows, w.blocks, w.shift,
+           counters, *then[:3], m, n, w.rows, w.blocks, w.shift,
            flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, OUT_HALF=out.dtype == HALF,
                  GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
-                 QUICK_GELU=activation == "quick_gelu"))  # fmt: skip
+                 QUICK_GELU=activation == "quick_gelu"), *then[3:])  # fmt: skip
     assert not counters.any()
 
 

@@ -25,6 +25,9 @@ from qvl_kernels.gpu.signatures import ARCHITECTURES
 SAMPLE = {
     "few rows": lambda rng: products.test_linear("int4", "split", rng),
     "many rows": lambda rng: products.test_linear("int4", "large tile, split", rng),
+    "norm at the end": lambda rng: products.test_a_product_normalizes_its_row_as_the_norm_does(
+        "int4", 200, 300, 3, True, rng
+    ),
     "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
     "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
     "gate and up": lambda rng: products.test_gate_up(5, 65, 640, "small", 3, np.float32, False, rng),

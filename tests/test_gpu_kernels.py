@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -17,10 +15,10 @@ from qvl_kernels.packing import round_up
 from qvl_kernels.reference.functions import silu
 
 
-@pytest.mark.parametrize("variant, m, k", [("1024", 3, 104), ("1024", 1, 1024), ("4096", 2, 1664), ("8192", 1, 5000)])
+@pytest.mark.parametrize("m, k", [(3, 104), (2, 2048), (1, 5000)])
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, HALF])
-def test_norm(variant, m, k, layer, dtype, rng):
+def test_norm(m, k, layer, dtype, rng):
     x = activations(rng, m, k) + 3
     x[0, k // 3] *= 1000
     norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32),
@@ -29,7 +27,7 @@ def test_norm(variant, m, k, layer, dtype, rng):
     expected, padded = poisoned((m, k)), round_up(k, 128) if dtype == HALF else k
     reference.normalize(x, norm, out=expected)
     out = poisoned((m, padded), dtype)
-    launch(f"norm.{variant}", (m,), x, norm.weight, norm.bias, perm, out, k, padded, norm.eps,
+    launch("norm.any", (m,), x, norm.weight, norm.bias, perm, out, k, padded, norm.eps,
            flags(LAYER_NORM=layer, PERMUTED=perm is not None, OUT_HALF=dtype == HALF))  # fmt: skip
     close(out[:, :k], expected if perm is None else expected[:, perm], 1e-3 if dtype == HALF else 1e-6)
     np.testing.assert_array_equal(out[:, k:], 0)
@@ -88,47 +86,6 @@ def test_argmax(size, rng):
         launch("argmax.any", (s.ARGMAX_PARTS, 4), logits, out, values, indices, counters, size)
         np.testing.assert_array_equal(out, [0, -1, 0, -1])
     assert not counters.any()
-
-
-def sample(logits, temperature, top_k, top_p, uniform):
-    out = poisoned(1, np.int32)
-    settings = np.array([temperature, top_p, uniform], np.float32)
-    launch("sample.any", (1,), logits, settings, np.array([top_k], np.int32), out, len(logits))
-    return int(out[0])
-
-
-@pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1, 0, 1), (0.7, 2, 1), (1.3, 0, 0.5), (0.8, 40, 0.9), (1, 0, 0)]
-)
-def test_sample_draws_what_the_host_would(temperature, top_k, top_p, rng):
-    """The same steps, in float64, with the same uniform number; numbers too near a border are passed over."""
-    logits = (3 * rng.standard_normal(1500)).astype(np.float32)
-    logits[100:110] = np.sort(logits)[-3]  # ties, through which top_k and top_p cut
-    probabilities = kept_probabilities(logits, temperature, top_k, top_p)
-    borders = np.cumsum(probabilities)
-    for uniform in rng.uniform(size=4).astype(np.float32):
-        if np.abs(borders - uniform).min() > 1e-5:
-            assert sample(logits, temperature, top_k, top_p, uniform) == np.searchsorted(borders, uniform, side="right")
-
-
-def kept_probabilities(logits, temperature, top_k, top_p):
-    x = logits.astype(np.float64) / temperature
-    if top_k:
-        x = np.where(x >= np.sort(x)[-top_k], x, -np.inf)
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    if top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        kept = order[: np.searchsorted(np.cumsum(p[order]), top_p, side="right") + 1]
-        p = np.where(np.isin(np.arange(len(p)), kept), p, 0)
-    return p / p.sum()
-
-
-def test_sample_keeps_what_the_golden_cases_keep(golden):
-    for case in json.loads((golden / "sampling.json").read_text())["cases"]:
-        logits, kept = np.array(case["logits"], np.float32), set(case["kept"])
-        drawn = {sample(logits, case["temperature"], case["top_k"], case["top_p"], u) for u in (0, 0.5, 0.999)}
-        assert drawn <= kept, case
 
 
 # moving ----------------------------------------------------------------------------------------------------------

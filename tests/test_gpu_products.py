@@ -23,6 +23,7 @@ from gpu_kernels import (
 )
 
 from qvl_kernels.ops import Norm
+from qvl_kernels.packing import round_up
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -109,6 +110,30 @@ def test_a_norm_tames_what_fp16_could_not_hold(rng):
     reference.linear(x, w, out=expected, norm=norm)
     linear(x, OnDevice(w), out, norm=norm)
     close(out, expected, 4e-3)
+
+
+@pytest.mark.parametrize("kind, n, k, split, permuted", [
+    ("int4", 200, 300, 3, True), ("int8", 33, 128, 1, False), ("int4 in 64s", 130, 64, 1, False),
+    ("int8 in 32s", 2100, 32, 1, True),
+])  # fmt: skip
+def test_a_product_normalizes_its_row_as_the_norm_does(kind, n, k, split, permuted, rng):
+    """Bit for bit: what follows does not depend on how many rows are computed at once."""
+    bits, group = KINDS[kind]
+    w, x, residual = OnDevice(matrix(rng, n, k, bits, group)), activations(rng, 1, k), activations(rng, 1, n) * 100
+    weight = rng.uniform(0.5, 2, n).astype(np.float32)
+    perm = rng.permutation(n).astype(np.int32) if permuted else None
+    padded, state = round_up(n, 128), flags(PERMUTED=permuted, OUT_HALF=True)
+    plain, out = poisoned((1, n)), poisoned((1, n))
+    expected, normed = poisoned((1, padded), HALF), poisoned((1, padded), HALF)
+    linear(x, w, plain, split=split, residual=residual)
+    launch("norm.any", (1,), plain, weight, None, perm, expected, n, padded, 1e-6, state)
+    linear(x, w, out, split=split, residual=residual, then=(weight, perm, normed, padded, 1e-6, state))
+    np.testing.assert_array_equal(out, plain)
+    np.testing.assert_array_equal(normed, expected)
+    exact = poisoned((1, n))
+    reference.normalize(plain, Norm(weight, None, 1e-6), out=exact)
+    close(normed[:, :n], exact if perm is None else exact[:, perm], 1e-3)
+    np.testing.assert_array_equal(normed[:, n:], 0)
 
 
 @pytest.mark.parametrize("m, n, k, tile, split, dtype", [

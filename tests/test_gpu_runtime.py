@@ -81,8 +81,8 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
     order = np.random.default_rng(0).permutation(128)
     for gate, up, names in (
-        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.1024", "gate_up.int4.small"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.small"]),
+        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.any", "gate_up.int4.small"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.any", "gate_up.int4.small"]),
         (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), None),
         (matrix(64, 128, 4), matrix(64, 128, 4, 32), None),
         (matrix(64, 128, 8), matrix(64, 128, 8), None),
@@ -189,8 +189,6 @@ def test_wrong_calls_are_refused(ops):
         ops.linear(ops.empty((2, 64)), w, out=ops.empty((2, 64)))
     with pytest.raises(ValueError, match="expected"):
         ops.linear(ops.empty((2, 128)), w, out=ops.empty((2, 60)))
-    with pytest.raises(ValueError, match="at most"):
-        ops.normalize(ops.empty((1, 20000)), Norm(ops.empty((20000,)), None, 1e-6), out=ops.empty((1, 20000)))
     with pytest.raises(ValueError, match="head_dim 130"):
         ops.kv_cache(1, 1, 130, 64, "fp16")
     with pytest.raises(ValueError, match="fp32"):

@@ -35,6 +35,16 @@ class Queue:
             self._tape.append((action, args))
             self._keep += _owners(keep)
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Identifies the action recorded last; None while nothing is."""
+        return None if self._tape is None else (id(self._tape), len(self._tape))
+
+    def take_back(self) -> None:
+        """Forget the action recorded last, for another to take its place."""
+        assert self._tape, "only what is recorded can be taken back"
+        self._tape.pop()
+
     def host_access(self, what: str) -> None:
         """Raise an error during recording: host transfers cannot be captured."""
         if self._tape is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,17 @@ _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_
 
 _CONSTANTS = 8
 """Number of cached arrays of segment boundaries."""
+
+
+class _Product(NamedTuple):
+    """A `linear` that was recorded: its place on the tape, and its launch."""
+
+    place: tuple[int, int]
+    name: str
+    grid: tuple[int, int]
+    operands: tuple[DeviceArray | None, ...]
+    sizes: tuple[int, ...]
+    out: DeviceArray
 
 
 class CudaOps:
@@ -73,6 +85,7 @@ class CudaOps:
         self.uploader = Uploader(self.driver, progress)
         self._counters = self.empty((_COUNTERS,), np.int32)
         self.driver.fill(self._counters.address, 0, self._counters.nbytes)
+        self._latest: _Product | None = None
         self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
     # memory
@@ -129,11 +142,15 @@ class CudaOps:
         if residual is not None:
             _expect(residual, out.shape, _FLOAT)
         h = self._prepare(x, w, norm)
+        self._latest = None
         flags = _flags((w.bias, s.BIAS), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
         flags |= 0 if activation is None else _ACTIVATIONS[activation]
         name, grid, partials = self._tiles("linear", w, x.shape[0])
         operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
-        self.launch(name, grid, *operands, x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
+        sizes = (x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
+        self.launch(name, grid, *operands, None, None, None, *sizes, 0, 0.0, 0)
+        if residual is not None and self.queue.place is not None and out.shape[0] == 1 and grid[0] < _COUNTERS:
+            self._latest = _Product(self.queue.place, name, grid, operands, sizes, out)
 
     def gate_up(self, x, gate, up, *, out, norm):
         m = x.shape[0]
@@ -189,13 +206,25 @@ class CudaOps:
 
     def _norm(self, x: DeviceArray, norm: Norm, perm: DeviceArray | None, out: DeviceArray, padded: int) -> None:
         _expect(x, x.shape, _FLOAT)
-        variant = next((v for v, c in s.KERNELS["norm"].variants.items() if c["BLOCK"] >= padded), None)
-        if variant is None:
-            most = max(c["BLOCK"] for c in s.KERNELS["norm"].variants.values())
-            raise ValueError(f"a norm of {padded} columns: the GPU kernels take at most {most}")
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
+        if norm.bias is None and self._ends_latest(norm, x, perm, out, padded, flags):
+            return
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
-        self.launch(f"norm.{variant}", (x.shape[0],), *arguments)
+        self.launch("norm.any", (x.shape[0],), *arguments)
+
+    def _ends_latest(self, norm: Norm, x: DeviceArray, perm, out: DeviceArray, padded: int, flags: int) -> bool:
+        """Let the product recorded just before, of one row, which is `x`, normalize it: one launch instead of two."""
+        latest, self._latest = self._latest, None
+        if latest is None or latest.place != self.queue.place or latest.out.dtype != _FLOAT:
+            return False
+        if latest.out.address != x.address or latest.out.shape != x.shape or out.dtype != _HALF:
+            return False
+        if not self.launch.constants(latest.name)["NORM"]:
+            return False
+        self.queue.take_back()
+        arrays = (*latest.operands, norm.weight, perm, out)
+        self.launch(latest.name, latest.grid, *arrays, *latest.sizes, padded, norm.eps, flags)
+        return True
 
     def gather(self, x, index, *, out):
         _expect(index, index.shape[:1], np.dtype(np.int32))
@@ -289,7 +318,10 @@ class CudaOps:
         self.launch("argmax.any", (s.ARGMAX_PARTS, t), logits, out, values, indices, self._counters, size)
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        return self.queue.capture(step)
+        try:
+            return self.queue.capture(step)
+        finally:
+            self._latest = None
 
     def synchronize(self):
         self.driver.synchronize()

@@ -95,11 +95,12 @@ _TILES = ("small", "large")
 def _linear_variants(tiles: tuple[str, ...]) -> dict[str, dict[str, int | bool]]:
     variants = {}
     for tile in tiles:
-        variants[f"int4.{tile}"] = {"BITS": 4, "FINE": False}
-        variants[f"int4_fine.{tile}"] = {"BITS": 4, "FINE": True}
-        variants[f"int8.{tile}"] = {"BITS": 8, "FINE": False}
-        variants[f"int8_fine.{tile}"] = {"BITS": 8, "FINE": True}
-        variants[f"fp16.{tile}"] = {"BITS": 16, "FINE": False}
+        norm = tile == "small"
+        variants[f"int4.{tile}"] = {"BITS": 4, "FINE": False, "NORM": norm}
+        variants[f"int4_fine.{tile}"] = {"BITS": 4, "FINE": True, "NORM": norm}
+        variants[f"int8.{tile}"] = {"BITS": 8, "FINE": False, "NORM": norm}
+        variants[f"int8_fine.{tile}"] = {"BITS": 8, "FINE": True, "NORM": norm}
+        variants[f"fp16.{tile}"] = {"BITS": 16, "FINE": False, "NORM": False}
     return variants
 
 
@@ -130,13 +131,15 @@ KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
     # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
-    # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and QUICK_GELU,
-    # RESIDUAL, OUT_HALF (out is fp16).
+    # arrive: the same bits every time. `counters`: one a tile, and one more. flags: BIAS, one of GELU, GELU_TANH and
+    # QUICK_GELU, RESIDUAL, OUT_HALF (out is fp16). norm_flags, for variants with NORM: 0, or those of `norm` of the one
+    # row that out is, float32, into normed; the bits are those of `norm`, whose warps are as many.
     "linear": Kernel(
         "matmul.linear",
         _arguments(
             "x:*fp16 codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 "
-            "m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+            "norm_weight:*fp32 norm_perm:*i32 normed:*fp32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32 "
+            "padded:i32 eps:fp32 norm_flags:i32"
         ),
         _linear_variants(_TILES),
         "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
@@ -164,11 +167,11 @@ KERNELS: dict[str, Kernel] = {
     ),
     # rows -------------------------------------------------------------------------------------------------------
     # out [m, padded] = norm(x [m, k]) with columns gathered by perm (int32 [k]) and zeros from column k on; padded is k
-    # or a product's 128 * blocks, and at most BLOCK. flags: LAYER_NORM (bias is read), PERMUTED, OUT_HALF.
+    # or a product's 128 * blocks. flags: LAYER_NORM (bias is read), PERMUTED, OUT_HALF.
     "norm": Kernel(
         "norm.norm",
         _arguments("x:*fp32 weight:*fp32 bias:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 eps:fp32 flags:i32"),
-        {"1024": {"BLOCK": 1024}, "4096": {"BLOCK": 4096}, "8192": {"BLOCK": 8192}},
+        {"any": {}},
         "(m,)",
     ),
     # The same without a norm: cast, pad and permute, of the rows index (int32 [m]) names. A plain copy of any shape is
@@ -250,14 +253,6 @@ KERNELS: dict[str, Kernel] = {
         _arguments("logits:*fp32 out:*i32 values:*fp32 indices:*i32 counters:*i32 size:i32"),
         {"any": {}},
         "(ARGMAX_PARTS, t)",
-    ),
-    # out [1] int32: a draw from softmax(logits [size] / temperature) cut by top_k (0: off), then top_p.
-    # settings float32 [3]: temperature, top_p, a uniform number in [0, 1); top_k int32 [1]. One program.
-    "sample": Kernel(
-        "sampling.sample",
-        _arguments("logits:*fp32 settings:*fp32 top_k:*i32 out:*i32 size:i32"),
-        {"any": {}},
-        "(1,)",
     ),
     # loading: bring bytes of the blob (see packing.py) into the layout above. A launch takes `count` of the matrix's
     # 32-row blocks from `first` on, whose bytes lie at `source`: large matrices are uploaded in pieces --------------

@@ -1,4 +1,4 @@
-"""Products with packed weights: fused dequantization, bias, GELU, residual, SwiGLU, and a split along k.
+"""Products with packed weights: fused dequantization, bias, GELU, residual, norm, SwiGLU, and a split along k.
 
 The weight is the left operand, ``acc [BN, BM] = W [BN, k] @ x.T [k, BM]``: a tile of it is one contiguous block and,
 unpacked in registers, is passed to the tensor cores without shared memory on Hopper. Nibble j of all words of a
@@ -23,6 +23,7 @@ from qvl_kernels.gpu.kernels.common import (
     store_float,
     unpack_scale,
 )
+from qvl_kernels.gpu.kernels.norm import norm_row
 
 SCALED_SUMS = tl.constexpr(32)
 """Up to this number of rows of x the sums are scaled, above it the weights."""
@@ -243,14 +244,21 @@ def linear(
     out,
     partials,
     counters,
+    norm_weight,
+    norm_perm,
+    normed,
     m,
     n,
     rows,
     blocks,
     group_shift,
     flags,
+    padded,
+    eps,
+    norm_flags,
     BITS: tl.constexpr,
     FINE: tl.constexpr,
+    NORM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -292,6 +300,12 @@ def linear(
         if flags & QUICK_GELU:
             acc /= 1.0 + tl.exp(-1.702 * acc)
         _finish(acc, residual, out, m0, n0, m, n, flags, BM, BN)
+        if NORM and norm_flags != 0:
+            # the last tile of all: the row is complete. m is 1, but a compiler that knew it would order the sum
+            # otherwise than in `norm`
+            tiles = tl.num_programs(0)
+            if last_to_arrive(counters + tiles, tiles):
+                norm_row(out, m - 1, norm_weight, norm_weight, norm_perm, normed, n, padded, eps, norm_flags)
 
 
 @triton.jit
