@@ -1,4 +1,6 @@
-"""Count the launches of one token on the GPU, without a GPU: at true sizes, on a driver of addresses alone.
+"""Count what one token takes on the GPU, without a GPU, and what time that should be (gpu_roofline.py).
+
+Launches are those of true sizes, on a driver of addresses alone; what programs do is counted in the PTX interpreter.
 
 python bench/gpu_counts.py
 """
@@ -9,6 +11,7 @@ import collections
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import gpu_roofline
 import published_vl
 from fakes.addresses import AddressDriver, TrueSizes
 from fakes.gpu import Images, Launch
@@ -48,27 +52,51 @@ class Ordered(TrueSizes):
         return dataclasses.replace(matrix, perm=np.zeros(matrix.k, np.int32)) if ordered else matrix
 
 
-def launches(sizes: TrueSizes) -> collections.Counter:
-    """Of one token, by family of kernels."""
+CONTEXT = 1024
+"""Positions that a token attends to, for the expected times."""
+
+
+def launches(sizes: TrueSizes, multiprocessors: int = 128) -> list[Launch]:
+    """Of one token."""
     driver = Recorder(1 << 40)
+    driver.multiprocessors = multiprocessors
     ops = CudaOps(driver, Images())
     ops.uploader = lambda values, target: None
     decoder = Decoder(Weights(sizes, ops), sizes.family.decoder_names(sizes.config), sizes.family.rotary)
     step, sequence = DecodeStep(decoder), decoder.sequence("fp16", 256)
     driver.launches.clear()
     step([(sequence, [1])])
-    return collections.Counter(launch.name.partition(".")[0] for launch in driver.launches)
+    return driver.launches
+
+
+def families(found: list[Launch]) -> collections.Counter:
+    """How many of each family of kernels."""
+    return collections.Counter(launch.name.partition(".")[0] for launch in found)
 
 
 def main() -> None:
-    """Print a table and a JSON document."""
-    found = {}
+    """Print tables and a JSON document."""
+    found: dict[str, Any] = {}
     print("| model | launches a token | with activation order |\n|---|---|---|")
     for name, config in CONFIGS.items():
         plain, ordered = launches(TrueSizes(config)), launches(Ordered(config))
-        found[name] = {"plain": plain, "ordered": ordered}
-        print(f"| {name} | {plain.total()} | {ordered.total()} |")
-    print(json.dumps(found))
+        found[name] = {"plain": families(plain), "ordered": families(ordered)}
+        print(f"| {name} | {len(plain)} | {len(ordered)} |")
+    print("\n| kernel (sm_80) | warp instructions | products | sectors | shared wavefronts |\n|---|---|---|---|---|")
+    for kernel in gpu_roofline.RUNS:
+        base, step = (dataclasses.astuple(counts) for counts in gpu_roofline.counted(kernel))
+        print(f"| {kernel} | " + " | ".join(f"{a:.0f} + {b:.0f}" for a, b in zip(base, step)) + " |")
+        found[kernel] = {"program": base, "step": step}
+    models = ("qwen-vl-chat", "qwen3-vl-4b")
+    sizes = {name: TrueSizes(CONFIGS[name]) for name in models}
+    tables = {name: gpu_roofline.expected(partial(launches, sizes[name]), CONTEXT) for name in models}
+    print(
+        "\n| GPU | " + " | ".join(f"{name}, ms a token | of copying" for name in models) + " |\n|---|---|---|---|---|"
+    )
+    for device in gpu_roofline.DEVICES:
+        cells = [f"{tables[name][device.name]['ms']:.2f} | {tables[name][device.name]['share']:.0%}" for name in models]
+        print(f"| {device.name} | " + " | ".join(cells) + " |")
+    print(json.dumps(found | {"expected": tables}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ SAMPLE = {
     "rope": lambda rng: attention.test_rope_append(True, "norms", rng),
     "decode": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 9, rng),
     "one token": lambda rng: attention.test_decode_attention(False, 1, 7, 1, 128, 40, rng),
+    "rotated token": lambda rng: attention.test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(
+        True, 8, 1, 128, 64, True, rng
+    ),
     "prompt": lambda rng: attention.test_cached_attention(False, 3, 2, 2, 128, 70, rng),
     "picture": lambda rng: attention.test_vision_attention("104", 104, 75, rng),
     "windows": lambda rng: attention.test_vision_attention_within_segments("any", 20, [0, 16, 17, 33], rng),

@@ -146,9 +146,40 @@ def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
     tiles = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"])
     partials, counters = poisoned(t * heads * s.DECODE_SPLITS * 129), np.zeros(tiles, np.int32)
     launch(name, (tiles, s.DECODE_SPLITS), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
-           t, heads, kv_heads, begin + t + 3, d, d**-0.5)  # fmt: skip
+           None, None, None, None, t, heads, kv_heads, begin + t + 3, d, d**-0.5, 0.0, 0.0, 0)  # fmt: skip
     assert not counters.any()
     close(out, causal(qkv, cache, heads, begin), 1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, d, begin, normed", [
+    (1, 1, 128, 0, False), (8, 1, 128, 64, True), (6, 2, 24, 31, True), (14, 2, 80, 1030, False),
+])  # fmt: skip
+def test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(int8, heads, kv_heads, d, begin, normed, rng):
+    """Bit for bit: the cache, and what is attended to."""
+    capacity = begin + 4
+    rope, logn = rope_tables(rng, capacity, d)
+    weights = [rng.uniform(0.5, 2, d).astype(np.float32) if normed else None for _ in range(2)]
+    flags_ = flags(LOGN=not normed, Q_NORM=normed, K_NORM=normed)
+    qkv, found = activations(rng, 1, (heads + 2 * kv_heads) * d).astype(HALF), []
+    kind, start = "int8" if int8 else "fp16", np.array([begin], np.int32)
+    name = f"decode_attention.{kind}.{'128' if d == 128 else 'any'}"
+    seed, sizes = rng.integers(1 << 30), (heads, kv_heads, capacity, d)
+    for fused in (False, True):
+        layer = kv_heads, capacity, d, int8
+        cache = filled_cache(np.random.default_rng(seed), *layer, begin) if begin else Cache(*layer)
+        row, out, counters = qkv.copy(), poisoned((1, heads * d), HALF), np.zeros(kv_heads, np.int32)
+        partials, tables = poisoned(heads * s.DECODE_SPLITS * 129), (rope, logn, *weights)
+        if not fused:
+            grid = 1, ceil(heads + kv_heads, s.ROPE_HEADS)
+            launch(f"rope_append.{kind}", grid, row, *tables, *cache.arguments, start, *sizes, 1e-6, 1e-5, flags_)
+            tables = (None,) * 4
+        launch(name, (kv_heads, s.DECODE_SPLITS), row, *cache.arguments, start, out, partials, counters, *tables, 1,
+               *sizes, d**-0.5, 1e-6, 1e-5, flags_ | s.ROPE if fused else 0)  # fmt: skip
+        assert not counters.any()
+        found.append([out, *(array[:, begin] for array in cache.arguments if array is not None)])
+    for one, other in zip(*found):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("variant, d", [("64", 64), ("72", 72), ("80", 80), ("104", 104), ("128", 128), ("any", 104),

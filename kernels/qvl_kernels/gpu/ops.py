@@ -44,6 +44,19 @@ class _Product(NamedTuple):
     out: DeviceArray
 
 
+class _Rotation(NamedTuple):
+    """A `rope_append` of one row that was recorded: its place on the tape, what it works on, and its launch."""
+
+    place: tuple[int, int] | None
+    where: tuple
+    operands: tuple[DeviceArray | None, ...]
+    epsilons: tuple[float, ...]
+    flags: int
+
+
+_NO_ROTATION = _Rotation(None, (), (None,) * 4, (0.0, 0.0), 0)
+
+
 class CudaOps:
     """One GPU.
 
@@ -86,6 +99,7 @@ class CudaOps:
         self._counters = self.empty((_COUNTERS,), np.int32)
         self.driver.fill(self._counters.address, 0, self._counters.nbytes)
         self._latest: _Product | None = None
+        self._rotation: _Rotation | None = None
         self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
     # memory
@@ -294,6 +308,9 @@ class CudaOps:
         flags = _flags((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM))
         sizes = (heads, cache.kv_heads, cache.stride, cache.head_dim, *epsilons, flags)
         self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *cache.layer(layer), start, *sizes)
+        if self.queue.place is not None and qkv.shape[0] == 1:
+            operands, where = (rope, logn, *weights), (qkv.address, cache, layer, start.address)
+            self._rotation = _Rotation(self.queue.place, where, operands, epsilons, flags | s.ROPE)
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
         t, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
@@ -306,7 +323,14 @@ class CudaOps:
         if t <= s.DECODE_ROWS:
             partials = self.empty((t * heads, s.DECODE_SPLITS, 128 + 1))
             grid = (kv_heads * -(-t * (heads // kv_heads) // rows), s.DECODE_SPLITS)
-            self.launch(name, grid, *arguments, partials, self._counters, *sizes)
+            rotation, self._rotation = self._rotation, None
+            found = self.queue.place, (qkv.address, cache, layer, start.address)
+            if rotation is not None and rotation[:2] == found and heads // kv_heads < rows:
+                self.queue.take_back()
+            else:
+                rotation = _NO_ROTATION
+            operands = (*arguments, partials, self._counters, *rotation.operands)
+            self.launch(name, grid, *operands, *sizes, *rotation.epsilons, rotation.flags)
         else:
             self.launch(name, (-(-t // rows), heads), *arguments, *sizes)
 
@@ -321,7 +345,7 @@ class CudaOps:
         try:
             return self.queue.capture(step)
         finally:
-            self._latest = None
+            self._latest = self._rotation = None
 
     def synchronize(self):
         self.driver.synchronize()

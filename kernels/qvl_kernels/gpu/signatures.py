@@ -43,8 +43,8 @@ BIAS_UP = 2
 # flags of `norm`, `gather`, `add`, `swiglu`, `embed`, `pack_scales` (OUT_HALF as above)
 LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
 HAS_ZEROS = 1
-# flags of `rope_append`
-LOGN, Q_NORM, K_NORM = 1, 2, 4
+# flags of `rope_append`, `decode_attention`
+LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
 
 DECODE_SPLITS = 16
 """Number of programs per tile in `decode_attention`; each has a part of the positions."""
@@ -223,12 +223,13 @@ KERNELS: dict[str, Kernel] = {
         "(ceil(t / BM), heads)",
     ),
     # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once.
-    # partials: float32 [t * heads, DECODE_SPLITS, 128 + 1]; counters: one a tile.
+    # partials: float32 [t * heads, DECODE_SPLITS, 128 + 1]; counters: one a tile. flags, for one token and fewer heads
+    # than BM a head of keys: ROPE, and `rope_append`'s: what it does is done first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
-            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 t:i32 heads:i32 kv_heads:i32 capacity:i32 "
-            "d:i32 scale:fp32"
+            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 rope:*fp32 logn:*fp32 q_norm:*fp32 "
+            "k_norm:*fp32 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         _CACHE_VARIANTS,
         "(kv_heads * ceil(t * heads / kv_heads / BM), DECODE_SPLITS)",

@@ -20,6 +20,7 @@ HAS_ZEROS = tl.constexpr(1)
 LOGN = tl.constexpr(1)
 Q_NORM = tl.constexpr(2)
 K_NORM = tl.constexpr(4)
+ROPE = tl.constexpr(8)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

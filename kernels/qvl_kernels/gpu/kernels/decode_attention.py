@@ -8,14 +8,16 @@ the last one merges them in a fixed order.
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, as_half, last_to_arrive, to_half, weigh
+from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, last_to_arrive, to_half, weigh
+from qvl_kernels.gpu.kernels.rope import append, rotated
 
 SPLITS = tl.constexpr(16)
 
 
 @triton.jit
 def decode_attention(
-    qkv, k, v, k_scale, v_scale, start, out, partials, counters, t, heads, kv_heads, capacity, d, scale,
+    qkv, k, v, k_scale, v_scale, start, out, partials, counters, rope, logn, q_norm, k_norm,
+    t, heads, kv_heads, capacity, d, scale, q_eps, k_eps, flags,
     INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -41,12 +43,31 @@ def decode_attention(
     share = tl.cdiv(tl.cdiv(end, BN), SPLITS) * BN
     low = part * share
     high = tl.minimum(low + share, end)
+    slot = (kv_head * (t * group) + row) * SPLITS
+    if flags & ROPE:
+        # of one token: every program rotates the queries for itself, one of them appends
+        which = tl.where(row < group, head, tl.where(row == group, heads + kv_head, heads + kv_heads))
+        at, first, second, gain = rotated(
+            qkv, rope, logn, q_norm, k_norm, begin - begin, begin, which, heads, kv_heads, width, q_eps, k_eps, flags
+        )
+        chosen = (row == group) & (low <= begin) & (begin < high)
+        append(at, first, second, k, v, k_scale, v_scale, chosen, which - heads, begin, kv_heads, capacity, width, INT8)
+        # the queries pass through the part of `partials` that is this program's own
+        own = partials.to(tl.pointer_type(tl.float16)) + (slot + part)[:, None] * 256
+        half = width // 2
+        i = tl.arange(0, 64)
+        q_mask = inside[:, None] & (i < half)[None, :]
+        tl.store(own + i[None, :], to_half(first * gain), mask=q_mask)
+        tl.store(own + half + i[None, :], to_half(second * gain), mask=q_mask)
+        tl.debug_barrier()
+        q = tl.load(own + rd[None, :], mask=mask, other=0.0)
+    else:
+        q_at = token * ((heads + 2 * kv_heads) * width) + head * width
+        q = tl.load(qkv + q_at[:, None] + rd[None, :], mask=mask, other=0.0)
     base = kv_head.to(tl.int64) * capacity
     k += base * width
     v += base * width
     scale *= LOG2_E
-    q_at = token * ((heads + 2 * kv_heads) * width) + head * width
-    q = tl.load(qkv + q_at[:, None] + rd[None, :], mask=mask, other=0.0)
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, 128), tl.float32)
@@ -67,7 +88,6 @@ def decode_attention(
 
     # [t * heads, SPLITS, 128] sums, then [t * heads, SPLITS] logarithms (base 2) of their totals
     logs = partials + t * heads * (SPLITS * 128)
-    slot = (kv_head * (t * group) + row) * SPLITS
     share_of = tl.where(total > 0, total, 1.0)
     tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc / share_of[:, None], mask=inside[:, None])
     tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)

@@ -50,21 +50,16 @@ def _weighted(a, b, factor, weight, half, normed):
 
 
 @triton.jit
-def rope_append(
-    qkv, rope, logn, q_norm, k_norm, k, v, k_scale, v_scale, start, heads, kv_heads, capacity, d, q_eps, k_eps, flags,
-    INT8: tl.constexpr,
+def rotated(
+    qkv, rope, logn, q_norm, k_norm, token, position, head, heads, kv_heads, d, q_eps, k_eps, flags,
 ):  # fmt: skip
-    token = tl.program_id(0)
-    position = tl.load(start) + token
+    """Where some heads of a row begin, of queries, then of keys, as they lie there; halves of them; a factor for q."""
     half = d // 2
-    # heads of queries, then those of keys, in the order of a row
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
     is_q = head < heads
     is_k = (head >= heads) & (head < heads + kv_heads)
-    in_head = (i < half)[None, :]
     at = qkv + token.to(tl.int64) * ((heads + 2 * kv_heads) * d) + head[:, None] * d + i[None, :]
-    mask = (is_q | is_k)[:, None] & in_head
+    mask = (is_q | is_k)[:, None] & (i < half)[None, :]
     a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
     if flags & (Q_NORM | K_NORM):
@@ -79,24 +74,49 @@ def rope_append(
     gain = 1.0
     if flags & LOGN:
         gain = tl.load(logn + position)
-    q_mask = is_q[:, None] & in_head
-    tl.store(at, to_half(low * gain), mask=q_mask)
-    tl.store(at + half, to_half(high * gain), mask=q_mask)
+    return at, low, high, gain
 
-    k_mask = is_k[:, None] & in_head
-    row = (head - heads).to(tl.int64) * capacity + position
+
+@triton.jit
+def append(
+    at, low, high, k, v, k_scale, v_scale, chosen, kv_head, position, kv_heads, capacity, d, INT8: tl.constexpr
+):  # fmt: skip
+    """Put rotated heads of keys that are `chosen`, and the values that belong to them, into the cache."""
+    half = d // 2
+    i = tl.arange(0, HALF)
+    mask = chosen[:, None] & (i < half)[None, :]
+    row = kv_head.to(tl.int64) * capacity + position
     offset = row[:, None] * d + i[None, :]
     v_at = at + kv_heads * d
     if INT8:
-        _store_int8(k, k_scale, is_k, offset, row, half, low, high, k_mask)
-        low = tl.load(v_at, mask=k_mask, other=0.0).to(tl.float32)
-        high = tl.load(v_at + half, mask=k_mask, other=0.0).to(tl.float32)
-        _store_int8(v, v_scale, is_k, offset, row, half, low, high, k_mask)
+        _store_int8(k, k_scale, chosen, offset, row, half, low, high, mask)
+        low = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(v_at + half, mask=mask, other=0.0).to(tl.float32)
+        _store_int8(v, v_scale, chosen, offset, row, half, low, high, mask)
     else:
-        tl.store(k + offset, to_half(low), mask=k_mask)
-        tl.store(k + offset + half, to_half(high), mask=k_mask)
-        tl.store(v + offset, tl.load(v_at, mask=k_mask), mask=k_mask)
-        tl.store(v + offset + half, tl.load(v_at + half, mask=k_mask), mask=k_mask)
+        tl.store(k + offset, to_half(low), mask=mask)
+        tl.store(k + offset + half, to_half(high), mask=mask)
+        tl.store(v + offset, tl.load(v_at, mask=mask), mask=mask)
+        tl.store(v + offset + half, tl.load(v_at + half, mask=mask), mask=mask)
+
+
+@triton.jit
+def rope_append(
+    qkv, rope, logn, q_norm, k_norm, k, v, k_scale, v_scale, start, heads, kv_heads, capacity, d, q_eps, k_eps, flags,
+    INT8: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    position = tl.load(start) + token
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    at, low, high, gain = rotated(
+        qkv, rope, logn, q_norm, k_norm, token, position, head, heads, kv_heads, d, q_eps, k_eps, flags
+    )
+    i = tl.arange(0, HALF)
+    q_mask = (head < heads)[:, None] & (i < d // 2)[None, :]
+    tl.store(at, to_half(low * gain), mask=q_mask)
+    tl.store(at + d // 2, to_half(high * gain), mask=q_mask)
+    is_k = (head >= heads) & (head < heads + kv_heads)
+    append(at, low, high, k, v, k_scale, v_scale, is_k, head - heads, position, kv_heads, capacity, d, INT8)
 
 
 @triton.jit
