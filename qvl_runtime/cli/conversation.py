@@ -246,7 +246,7 @@ class Conversation:
             self.screen.say(f"the last question was {_shortened(self.history[-1][0])}")
         for source in named:
             if isinstance(source, str) and not (is_url(source) or source.startswith("data:") or is_file(source)):
-                self.screen.say(f"{source}: this picture is missing; put it back before you ask")
+                self.screen.say(f"{source}: this picture is gone; put it back before you ask")
 
     # answering
 
