@@ -243,7 +243,7 @@ def test_the_plots_path_is_checked_before_anything_is_read(cli, tmp_path):
 
 
 def test_a_plot_that_fails_at_the_end_leaves_the_table(cli, tmp_path, monkeypatch):
-    def full(self, path):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
