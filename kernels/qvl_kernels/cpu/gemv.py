@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish_rows
+from qvl_kernels.cpu.gemm_tile import prefetch_read
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
@@ -25,6 +26,7 @@ from qvl_kernels.cpu.simd import (
     high,
     loads,
     low,
+    rolled,
     sar,
     shl,
     spreads,
@@ -37,13 +39,16 @@ from qvl_kernels.cpu.simd import (
 WIDTH = max(2 * LANES, 16)
 TOKENS = 2 if LANES == 16 else 1
 """Rows and vectors per tile: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. Reading the rows of a
-block in memory order matters more than sharing the unpacking among more vectors."""
+block in memory order matters more than sharing the unpacking among more vectors. Two tiles take turns, 2 or 4 KB of
+weights each, where one has half the rows of a block: each by itself would read every other cache line."""
+AHEAD = 4096
+"""Bytes of weights between a tile and what is prefetched, where two tiles take turns: chosen on Zen 3."""
 STEP_BYTES = 256 << 10
 """Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
 
 
 def _make_tile(bits: int, group: int, width: int, tokens: int):
-    """Create a routine for `width` rows of a block by `tokens` vectors."""
+    """Create a routine for a block of 32 rows, `width` at a time, by `tokens` vectors: y float32 ``[tokens, 32]``."""
     weights = loads("i8", 4 * width)
     none, none_i32, none_f32 = (
         zeros(SUM_EL, width * SUM_PER_LANE, tokens),
@@ -52,7 +57,7 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
     )
     scalars, integers = spreads("f32", width, tokens), spreads("i32", width, tokens)
     half, byte = halves(width), bytes_(width, False)
-    groups = 128 // group
+    groups, block_bytes = 128 // group, 512 * bits
     spans = 2 if bits == 4 and group == 32 else 1  # runs of steps between two scalings
     steps = (16 if bits == 4 else 32 // groups) // spans
     rounds = max(1, steps // SUM_STEPS)
@@ -70,7 +75,7 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
         lows, highs = none_i32(), none_i32()
         for _ in range(rounds):
             lh, ll, hh, hl = none(), none(), none(), none()
-            for _ in range(chunk):
+            for _ in range(rolled(chunk)):
                 v = weights(w)
                 a = low(v)
                 lh = dot(lh, a, xh, stride)
@@ -113,69 +118,61 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
     if bits == 4:
 
         @routine
-        def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
-            stride, acc = blocks * 128, none_f32()
-            for _ in range(blocks):
-                for span in range(spans):
-                    lows, highs = nibble_sums(
-                        w + span * steps * 128, xh + span * steps * 4, xl + span * steps * 4, stride
-                    )
-                    z = zeros_ + span * 32 if zeros_ != 0 else 0
-                    s, t = scales + span * 64, sums + span * 4
-                    if group == 128:
-                        acc = scaled(lows + highs, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
-                    else:
-                        acc = scaled(lows, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
-                        z = z + 16 * groups if z != 0 else 0
-                        acc = scaled(
-                            highs, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, stride * 4 // group
-                        )
-                w += 2048
-                xh += 128
-                xl += 128
-                scales += 64 * groups
-                if zeros_ != 0:
-                    zeros_ += 32 * groups
-                xs += 4
-                sums += 4 * groups
-            store_rows(y, acc, 128)
+        def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
+            stride = blocks * 128
+            for span in range(spans):
+                lows, highs = nibble_sums(w + span * steps * 128, xh + span * steps * 4, xl + span * steps * 4, stride)
+                z = zeros_ + span * 32 if zeros_ != 0 else 0
+                s, t = scales + span * 64, sums + span * 4
+                if group == 128:
+                    acc = scaled(lows + highs, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
+                else:
+                    acc = scaled(lows, acc, s, z, xs, blocks * 4, t, stride * 4 // group)
+                    z = z + 16 * groups if z != 0 else 0
+                    acc = scaled(highs, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, stride * 4 // group)
+            return acc
 
     else:
 
         @routine
-        def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
-            stride, acc = blocks * 128, none_f32()
-            for _ in range(blocks):
-                for _ in range(groups):
-                    acc = scaled(
-                        byte_sums(w, xh, xl, stride), acc, scales, zeros_, xs, blocks * 4, sums, stride * 4 // group
-                    )
-                    w += steps * 128
-                    xh += steps * 4
-                    xl += steps * 4
-                    scales += 64
-                    if zeros_ != 0:
-                        zeros_ += 32
-                    sums += 4
-                xs += 4
-            store_rows(y, acc, 128)
+        def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
+            stride = blocks * 128
+            for part in range(groups):
+                z = zeros_ + part * 32 if zeros_ != 0 else 0
+                offset = part * steps * 4
+                total = byte_sums(w + offset * 32, xh + offset, xl + offset, stride)
+                acc = scaled(total, acc, scales + part * 64, z, xs, blocks * 4, sums + part * 4, stride * 4 // group)
+            return acc
+
+    @routine
+    def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
+        first, second = none_f32(), none_f32()
+        for _ in range(blocks):
+            if width == 16:
+                for line in range(0, block_bytes, 64):
+                    prefetch_read(w + AHEAD + line)
+            first = add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, first)
+            if width == 16:
+                z = zeros_ + 16 if zeros_ != 0 else 0
+                second = add_block(w + 64, scales + 32, z, xh, xl, xs, sums, blocks, second)
+            w += block_bytes
+            xh += 128
+            xl += 128
+            xs += 4
+            scales += 64 * groups
+            if zeros_ != 0:
+                zeros_ += 32 * groups
+            sums += 4 * groups
+        store_rows(y, first, 128)
+        if width == 16:
+            store_rows(y + 64, second, 128)
 
     return tile
 
 
 def _make(bits: int, group: int):
     one, many = _make_tile(bits, group, WIDTH, 1), _make_tile(bits, group, WIDTH, TOKENS)
-    block_bytes, groups = 2048 * bits // 4, 128 // group
-
-    @routine
-    def multiply(w, scales, zeros_, xh, xl, xs, sums, blocks, rows, y):
-        """Multiply a block of 32 weight rows by one vector or `TOKENS`: y float32 ``[rows, 32]``."""
-        for i in range(0, 32, WIDTH):
-            z = zeros_ + i if zeros_ != 0 else 0
-            if rows == 1:
-                one(w + 4 * i, scales + 2 * i, z, xh, xl, xs, sums, blocks, y + 4 * i)
-            else:
-                many(w + 4 * i, scales + 2 * i, z, xh, xl, xs, sums, blocks, y + 4 * i)
+    block_bytes, groups = 512 * bits, 128 // group
 
     def gemv(args, thread, threads):
         (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, activation, residual, gated,
@@ -193,7 +190,11 @@ def _make(bits: int, group: int):
                     while row < rows:
                         o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
                         high_plane, low_plane = xh + o * 128, xl + o * 128
-                        multiply(bw, bs, bz, high_plane, low_plane, xs + 4 * o, sums + 4 * o * groups, blocks, count, y)
+                        factors, of_groups = xs + 4 * o, sums + 4 * o * groups
+                        if count == 1:
+                            one(bw, bs, bz, high_plane, low_plane, factors, of_groups, blocks, y)
+                        else:
+                            many(bw, bs, bz, high_plane, low_plane, factors, of_groups, blocks, y)
                         finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, 0)
                         row += count
                 first, last = claim(counters, owner, threads, lines, step)

@@ -46,6 +46,7 @@ from qvl_kernels.cpu.simd.bytes import (
     dot_bytes,
     high,
     low,
+    rolled,
     widen,
 )
 from qvl_kernels.cpu.simd.memory import (
@@ -132,6 +133,7 @@ __all__ = [
     "put_i8",
     "put_i32",
     "rint",
+    "rolled",
     "root",
     "rows",
     "sar",

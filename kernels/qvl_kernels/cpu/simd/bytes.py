@@ -6,6 +6,7 @@ import functools
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba.core import types
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu import features
@@ -45,6 +46,22 @@ SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
 SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
 SUM_STEPS = 8 if SUM_EL == "i16" else 16
 """Number of nibble products per accumulator before it must be widened (8 * 2 * 15 * 127 < 2**15)."""
+
+
+@intrinsic
+def rolled(typing, n):
+    """Return `n`; with 16 registers LLVM no longer knows it, and does not unroll the loop.
+
+    An unrolled loop computes all low nibbles first and keeps the bytes on the stack until the high ones.
+    """
+
+    def codegen(context, b, sig, args):
+        if SUM_EL != "i16":
+            return args[0]
+        hidden = ir.InlineAsm(ir.FunctionType(args[0].type, [args[0].type]), "", "=r,0")
+        return b.call(hidden, [args[0]])
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
