@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -286,6 +287,8 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
         "questions": lambda: Target([json.dumps(question).encode()], "x.jsonl", read_questions),
         "data": lambda: Target([json.dumps(data).encode()], "x.json", lambda path: calibration.load(path, speaker)),
     }
+    if importlib.util.find_spec("pyarrow") is None and not wanted:  # an optional package
+        del makers["parquet"]
     return {name: makers[name]() for name in wanted or makers}
 
 

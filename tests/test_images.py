@@ -94,7 +94,7 @@ BIG = png(10_000, 10_000)
         (np.full((4, 4), np.nan), "from 0 to 1"),
         (np.zeros(4, np.uint8), r"\[4\]"),
         (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "not finite"),
-        (Image.fromarray(np.full((4, 4), 70_000, np.int32)), "32 bits"),
+        (Image.fromarray(np.full((4, 4), 70_000, np.int32)), "32-bit"),
         (io.StringIO("text"), "gives str, not bytes"),
         (io.BytesIO(), "empty"),
         ("file://[::1", "no file URI"),
