@@ -22,7 +22,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from qvl_kernels.atomic import replacing
+from qvl_kernels import bundles
 from qvl_kernels.cpu import bundle, features
 from qvl_kernels.ops import DeviceError
 
@@ -144,10 +144,9 @@ def build(path: Path) -> list[str]:
     """Compile every level of this kind of machine into the bundle at `path`, and return the names of all it holds."""
     entries = _of_other_machines(path)
     entries |= {bundle.entry(level): bundle.compile_kernels(level) for level in bundle.levels()}
-    with replacing(path, private=False) as out, zipfile.ZipFile(out, "w") as file:
+    with bundles.writing(path) as add:
         for name, code in sorted(entries.items()):
-            # Without the time of day: the same sources give the same bytes.
-            file.writestr(zipfile.ZipInfo(name), code, zipfile.ZIP_DEFLATED, compresslevel=9)
+            add(name, code)
     return sorted(entries)
 
 

@@ -18,12 +18,11 @@ import importlib
 import json
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qvl_kernels.atomic import replacing
+from qvl_kernels import bundles
 from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
 from qvl_kernels.gpu.signatures import ARCHITECTURES, KERNELS, constants, names, tile, types
 from qvl_kernels.ops import DeviceError
@@ -117,23 +116,20 @@ def build(
     work = [(name, architecture) for architecture in architectures for name in names()]
     entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        replacing(path, private=False) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle,
-    ):
+    with bundles.writing(path) as add:
         for done, (name, architecture) in enumerate(work):
             progress(done, len(work), f"{name} sm_{architecture}")
             code = compile_kernel(name, architecture)
             entry = {"symbol": code.symbol, "warps": code.warps, "shared": code.shared, "constants": code.constants}
             files = {"cubin": f"sm_{architecture}/{name}.cubin"}
-            _add(bundle, files["cubin"], code.cubin)
+            add(files["cubin"], code.cubin)
             if architecture in _WITH_PTX:
                 files["ptx"] = f"sm_{architecture}/{name}.ptx"
-                _add(bundle, files["ptx"], code.ptx)
+                add(files["ptx"], code.ptx)
             entries[name][str(architecture)] = entry | files
         progress(len(work), len(work), "")
         manifest = {"triton": TRITON_VERSION, "sources": source_hash(), "kernels": entries}
-        _add(bundle, "manifest.json", json.dumps(manifest, indent=1).encode())
+        add("manifest.json", json.dumps(manifest, indent=1).encode())
     return path
 
 
@@ -169,11 +165,6 @@ def _compiler_settings(architecture: int) -> Iterator[None]:
         knobs.compilation.disable_line_info = True
         knobs.runtime.add_stages_inspection_hook = turing.stages if architecture == 75 else None
         yield
-
-
-def _add(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a file without a timestamp, so that the same sources give the same bytes."""
-    bundle.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def _current(path: Path) -> bool:
