@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from fakes.recorded import Recorded
 from helpers import sha256
 
 import qvl_runtime as qvl
@@ -76,31 +77,6 @@ def test_spilled_activations_are_the_same(source, samples, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     for a, b in zip(*results):
         np.testing.assert_array_equal(a, b)
-
-
-class Recorded:
-    """A backend that keeps what its products multiply, after the norm, by weight."""
-
-    def __init__(self, ops):
-        self.ops, self.inputs = ops, {}
-
-    def __getattr__(self, name):
-        return getattr(self.ops, name)
-
-    def linear(self, x, w, *, norm=None, **rest):
-        self.keep(x, norm, w)
-        self.ops.linear(x, w, norm=norm, **rest)
-
-    def gate_up(self, x, gate, up, *, norm, **rest):
-        self.keep(x, norm, gate, up)
-        self.ops.gate_up(x, gate, up, norm=norm, **rest)
-
-    def keep(self, x, norm, *weights):
-        seen = np.array(x)
-        if norm is not None:
-            self.ops.normalize(x, norm, out=seen)
-        for w in weights:
-            self.inputs.setdefault(id(w), []).append(seen)
 
 
 def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples):

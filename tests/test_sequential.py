@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from fakes.recorded import Recorded
 from families import GOLDEN as FAMILIES
 
 from qvl_convert import calibration
@@ -33,36 +34,16 @@ class Rounded:
         return self.source.checkpoint.vector(name)
 
 
-class Recorded:
-    """A backend that keeps what its products multiply, after the norm, by weight."""
-
-    def __init__(self, ops):
-        self.ops, self.inputs, self.weights = ops, {}, {}
-
-    def __getattr__(self, name):
-        return getattr(self.ops, name)
-
-    def linear(self, x, w, *, norm=None, **rest):
-        self.keep(x, norm, w)
-        self.ops.linear(x, w, norm=norm, **rest)
-
-    def gate_up(self, x, gate, up, *, norm, **rest):
-        self.keep(x, norm, gate, up)
-        self.ops.gate_up(x, gate, up, norm=norm, **rest)
-
-    def keep(self, x, norm, *weights):
-        seen = np.array(x)
-        if norm is not None:
-            self.ops.normalize(x, norm, out=seen)
-        for w in weights:
-            self.inputs.setdefault(self.weights[id(w)][0], []).append(seen)
-
-
 class NamedWeights(Weights):
+    """Weights that stay alive, in `made`, so that no two have the same id."""
+
+    def __init__(self, tensors, ops):
+        super().__init__(tensors, ops)
+        self.made = {}
+
     def matrix(self, name):
-        weight = super().matrix(name)
-        self.ops.weights[id(weight)] = name, weight
-        return weight
+        self.made[name] = super().matrix(name)
+        return self.made[name]
 
 
 class Counted:
@@ -103,14 +84,16 @@ def test_a_layer_is_the_same_product_by_product(name, spilled, tmp_path, monkeyp
             continue
         recorded = walks[1].ops
         recorded.inputs = {}
-        walks[1].run(stage, NamedWeights(Rounded(source, {}), recorded))
+        weights = NamedWeights(Rounded(source, {}), recorded)
+        walks[1].run(stage, weights)
         if stage.kind not in SEQUENTIAL_STAGES:
             walks[0].run(stage, Weights(Rounded(source, {}), ops))
             continue
-        missing = {name: Missing(name, 1, len(recorded.inputs[name][0].T)) for name in stage.matrices}
+        inputs = {name: recorded.inputs[id(weight)] for name, weight in weights.made.items()}
+        missing = {name: Missing(name, 1, len(inputs[name][0].T)) for name in stage.matrices}
         seen, ops.count = [], 0
         for names, hessian in products(walks[0], stage, Rounded(source, missing), missing, spill):
-            x = np.concatenate(recorded.inputs[min(names)])
+            x = np.concatenate(inputs[min(names)])
             assert hessian.count == len(x) > 0
             np.testing.assert_allclose(hessian.sum, x.T @ x, rtol=1e-5, atol=1e-5 * np.abs(hessian.sum).max())
             seen += sorted(names)
