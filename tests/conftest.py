@@ -95,3 +95,21 @@ def served(demo_model):
     """A server of the demo model, as it is started without options."""
     with serving(demo_model) as server:
         yield server
+
+
+@pytest.fixture
+def driver():
+    """The driver of a fake GPU, on which kernels are recorded and not run."""
+    from fakes.gpu import FakeDriver
+
+    return FakeDriver()
+
+
+@pytest.fixture
+def ops(driver):
+    """The GPU backend on `driver`; tests of other backends have `ops` of their own."""
+    from fakes.gpu import Images
+
+    from qvl_kernels.gpu.ops import CudaOps
+
+    return CudaOps(driver, Images())

@@ -7,21 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, Images, matrix
+from fakes.gpu import matrix
 
 from qvl_kernels.gpu import signatures
-from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.ops import Norm
-
-
-@pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
-def ops(driver) -> CudaOps:
-    return CudaOps(driver, Images())
 
 
 @pytest.mark.parametrize(("case", "names"), [

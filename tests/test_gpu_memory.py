@@ -7,26 +7,15 @@ import itertools
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, Images, matrix
+from fakes.gpu import FakeDriver, matrix
 
 from qvl_kernels.gpu import memory as gpu_memory
 from qvl_kernels.gpu.cache import cache_bytes
 from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
-from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError
 
 GB = 1_000_000_000
-
-
-@pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
-def ops(driver) -> CudaOps:
-    return CudaOps(driver, Images())
 
 
 # arrays and memory

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, Images, matrix
+from fakes.gpu import Images, matrix
 
 from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
@@ -22,16 +22,6 @@ from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.ops import DeviceError, Norm
 
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
-def ops(driver) -> CudaOps:
-    return CudaOps(driver, Images())
 
 
 # launches
