@@ -236,10 +236,26 @@ def run(arguments: argparse.Namespace) -> None:
     for threads in sorted(set(arguments.threads), reverse=True):
         row = compare(arguments.model, theirs, threads, arguments.rounds, arguments.realtime)
         rows.append(row)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    how = "mapped" if arguments.mapped else "repacked"
+        show(row)
+    conclude(theirs, arguments.mapped, {"file": os.path.basename(arguments.gguf)}, rows)
+
+
+def show(row: dict) -> None:
+    """Print a line of the table."""
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def conclude(theirs: Theirs, mapped: bool, what: dict[str, str], rows: list[dict]) -> None:
+    """Print the JSON document: the conditions, what was measured, and the rows."""
     conditions = {"date": date.today().isoformat(), "machine": machine(), "llama.cpp": theirs.api.__version__}
-    print(json.dumps({**conditions, "file": os.path.basename(arguments.gguf), "weights": how, "results": rows}))
+    print(json.dumps({**conditions, **what, "weights": "mapped" if mapped else "repacked", "results": rows}))
+
+
+def add_conditions(runner: argparse.ArgumentParser) -> None:
+    """Add the options of how is measured."""
+    runner.add_argument("--mapped", action="store_true", help="llama.cpp uses its weights as they lie in the file")
+    runner.add_argument("--rounds", type=int, default=3)
+    runner.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
 
 
 def main() -> None:
@@ -252,10 +268,8 @@ def main() -> None:
     runner = verbs.add_parser("run")
     runner.add_argument("model")
     runner.add_argument("gguf")
-    runner.add_argument("--mapped", action="store_true", help="llama.cpp uses its weights as they lie in the file")
     runner.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    runner.add_argument("--rounds", type=int, default=3)
-    runner.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    add_conditions(runner)
     runner.set_defaults(run=run)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -16,19 +16,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import published_vl
-from cpu_llama import SCALES, Ours, Theirs, compare, seconds, undisturbed
+from cpu_llama import SCALES, Ours, Theirs, add_conditions, compare, conclude, seconds, show, undisturbed
 
 from qvl_kernels.cpu.measure import products_per_second
-from qvl_runtime.benchmark import machine
 from qvl_runtime.families import family_of
 from qvl_runtime.families.qwen2_vl.vocabulary import letters, merges
 from qvl_runtime.inputs.tokenizer import read_ranks
@@ -302,10 +299,8 @@ def run(arguments: argparse.Namespace) -> None:
         row |= compare(arguments.model, theirs, THREADS, arguments.rounds, arguments.realtime)
     if "picture" in arguments.only:
         row |= pictures(arguments.model, arguments.folder, theirs, arguments.rounds, arguments.realtime)
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    how = "mapped" if arguments.mapped else "repacked"
-    conditions = {"date": date.today().isoformat(), "machine": machine(), "llama.cpp": theirs.api.__version__}
-    print(json.dumps({**conditions, "model": os.path.basename(arguments.model), "weights": how, "results": [row]}))
+    show(row)
+    conclude(theirs, arguments.mapped, {"model": os.path.basename(arguments.model)}, [row])
 
 
 def main() -> None:
@@ -319,10 +314,8 @@ def main() -> None:
     runner = verbs.add_parser("run")
     runner.add_argument("model")
     runner.add_argument("folder", type=Path)
-    runner.add_argument("--mapped", action="store_true", help="llama.cpp uses its weights as they lie in the file")
     runner.add_argument("--only", nargs="+", choices=["text", "picture"], default=["text", "picture"])
-    runner.add_argument("--rounds", type=int, default=3)
-    runner.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    add_conditions(runner)
     runner.set_defaults(run=run)
     arguments = parser.parse_args()
     arguments.run(arguments)
