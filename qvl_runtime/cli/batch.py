@@ -27,6 +27,7 @@ from qvl_runtime.cli.sampling import (
     MinP,
     PresencePenalty,
     RepetitionPenalty,
+    Stop,
     Temperature,
     TopK,
     TopP,
@@ -56,9 +57,7 @@ def batch(
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of a row derives from this and its id.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends an answer; repeat for several.")
-    ] = None,
+    stop: Stop = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Compute on this Ray cluster; local starts one here.")
     ] = None,

@@ -26,6 +26,7 @@ from qvl_runtime.cli.sampling import (
     MinP,
     PresencePenalty,
     RepetitionPenalty,
+    Stop,
     Temperature,
     TopK,
     TopP,
@@ -55,9 +56,7 @@ def generate(
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; repeat for several.")
-    ] = None,
+    stop: Stop = None,
     draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     device: Device = "auto",
