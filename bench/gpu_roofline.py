@@ -33,8 +33,10 @@ import gpu_kernels
 import test_gpu_attention as attention
 from fakes.gpu import Launch
 
+from qvl_kernels.gpu.kernels import norm
+
 COPY_SHARE, NODE, L2_CLOCKS, ISSUES = 0.92, 2.0e-6, 273, 4
-CHUNK = 1024
+CHUNK = norm.CHUNK.value
 """Columns a norm handles at a time."""
 
 
