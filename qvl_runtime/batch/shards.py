@@ -68,7 +68,7 @@ class TarShards:
         return [self._row(number, pictures=True) for number in range(start, stop)]
 
     def _row(self, number: int, *, pictures: bool = False) -> Row:
-        """Read a row; without `pictures` only the members needed for its id."""
+        """Read a row; without `pictures` only the members needed for its id and prompt."""
         sample = self._samples[number]
         fields: dict[str, Any] = {"id": sample.key, "images": []}
         with open_regular(self._paths[sample.shard]) as file:

@@ -45,7 +45,7 @@ def description(limits: Limits) -> Schema:
         "/v1/tokenize": {"post": _asking("Count tokens", tokenize, _ref("Tokens"))},
         "/v1/models": {"get": _operation("List the model", _answer("a list of one", _ref("Models")))},
         "/v1/models/{name}": {"get": _operation("Describe a model", one) | {"parameters": [name]}},
-        "/health": {"get": _operation("Check the server's state", _answer("they are", _object(status=_TEXT)))},
+        "/health": {"get": _operation("Check the server's state", _answer("the state", _object(status=_TEXT)))},
         "/metrics": {"get": _operation("Metrics for Prometheus", _content("metrics", "text/plain", _TEXT))},
     }
     return {

@@ -7,8 +7,8 @@ Conventions of every launch
 ---------------------------
 * Arrays are contiguous and every base pointer is a multiple of 16 bytes wherever its row length is a multiple of
   16 elements. A pointer of type ``*fp32`` named in a flag's description may point at fp16: the flag says so.
-** Pointers disabled by a flag are never read: pass 0.
-** `counters` is int32, zeroed once; every launch resets it to zero. Kernels that may run concurrently need separate
+* Pointers disabled by a flag are never read: pass 0.
+* `counters` is int32, zeroed once; every launch resets it to zero. Kernels that may run concurrently need separate
   counters. `partials` is scratch memory without state.
 * Padded sizes: ``rows = round_up(n, 128)`` of a weight on the device, ``blocks = ceil(k / 128)``. The `x` of a
   product is fp16 ``[m, 128 * blocks]`` with zeros in the padding columns (`norm` and `gather` write them).
