@@ -91,13 +91,13 @@ class Outcome:
 
     def __init__(self, ops: Ops, logits: Array, best: Array):
         self._ops, self._logits, self._best = ops, logits, best
-        self._read: np.ndarray | None = None
+        self._read: list[int] | None = None
 
     def best(self, row: int) -> int:
         """Return the token with the highest logit; -1 if a logit is not finite."""
         if self._read is None:
-            self._read = self._ops.download(self._best)
-        return int(self._read[row])
+            self._read = self._ops.download(self._best).tolist()
+        return self._read[row]
 
     def logits(self, row: int) -> np.ndarray:
         """float32 ``[vocab]``."""
@@ -131,43 +131,44 @@ class DecodeStep:
         self._ids = ops.empty((FEW_ROWS,), np.int32)
         self._logits = ops.empty((FEW_ROWS, decoder.vocab_size))
         self._best = ops.empty((FEW_ROWS,), np.int32)
-        self._members: list[SequenceState] = []
+        self._first = [(self._ids[:rows], self._logits[:rows], self._best[:rows]) for rows in range(FEW_ROWS + 1)]
         self._together = Captured([])
 
     def __call__(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Outcome:
         """Feed tokens to sequences, at most `FEW_ROWS` in total."""
-        spans, rows = [], 0
+        every: list[int] = []
         for sequence, tokens in fed:
             sequence.reserve(sequence.length + len(tokens))
-            spans.append(Span(sequence, len(tokens)))
-            rows += len(tokens)
-        every = [token for _, tokens in fed for token in tokens]
-        self.ops.write(self._ids[:rows], np.array(every, np.int32))
-        self._captured(spans, rows)()
-        for sequence, count in spans:
-            sequence.advance(count)
-        return Outcome(self.ops, self._logits[:rows], self._best[:rows])
+            every += tokens
+        ids, logits, best = self._first[len(every)]
+        self.ops.write(ids, np.array(every, np.int32))
+        self._captured(fed)()
+        for sequence, tokens in fed:
+            sequence.advance(len(tokens))
+        return Outcome(self.ops, logits, best)
 
     def forget(self) -> None:
         """Free the captured steps of several sequences, and their memory."""
-        self._members, self._together = [], Captured([])
+        self._together = Captured([])
 
-    def _captured(self, spans: Sequence[Span], rows: int) -> Callable[[], None]:
-        members = [span.sequence for span in spans]
-        arrays = [array for sequence in members for array in sequence.arrays]
-        known = members[0].captured.get(self) if len(members) == 1 else self._together
-        if known is None or (len(members) > 1 and members != self._members) or not known.of(arrays):
+    def _captured(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Callable[[], None]:
+        alone = len(fed) == 1
+        arrays = [array for sequence, _ in fed for array in sequence.arrays]
+        known = fed[0][0].captured.get(self) if alone else self._together
+        if known is None or not known.of(arrays):
             known = Captured(arrays)
-            if len(members) == 1:
-                members[0].captured[self] = known
+            if alone:
+                fed[0][0].captured[self] = known
             else:
-                self._members, self._together = members, known
-        counts = tuple([span.rows for span in spans])
-        if counts not in known.replays:
+                self._together = known
+        counts = tuple([len(tokens) for _, tokens in fed])
+        replay = known.replays.get(counts)
+        if replay is None:
             if len(known.replays) >= MOST_CAPTURED:
                 known.replays.clear()
-            known.replays[counts] = self.ops.capture(partial(self._step, spans, rows))
-        return known.replays[counts]
+            spans = [Span(sequence, len(tokens)) for sequence, tokens in fed]
+            replay = known.replays[counts] = self.ops.capture(partial(self._step, spans, sum(counts)))
+        return replay
 
     def _step(self, spans: Sequence[Span], rows: int) -> None:
         work, logits = self._work.rows(rows), self._logits[:rows]

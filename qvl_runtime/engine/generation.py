@@ -172,13 +172,14 @@ def generate_step(
             row += 1
             timings.accepted_drafts += 1
             continue
-        if drafts is not None and draft:
-            session.truncate(session.length - len(draft) + row)
-            drafts.learn(len(draft), row)
-        most = min(session.room - 1, limit - made - 1, session.spare)
-        draft = drafts.draft(most, session.beside) if drafts is not None else []
+        if drafts is not None:
+            if draft:
+                session.truncate(session.length - len(draft) + row)
+                drafts.learn(len(draft), row)
+            most = min(session.room - 1, limit - made - 1, session.spare)
+            draft = drafts.draft(most, session.beside)
+            timings.draft_tokens += len(draft)
         row = 0
-        timings.draft_tokens += len(draft)
         session.feed(choice.token, *draft)
         yield session
 
@@ -240,8 +241,8 @@ def stream_generate(
 
 
 def _piece(text: str, choices: Sequence[Choice], reasoning: bool = False) -> Piece:
-    logprobs = tuple(choice.logprob for choice in choices if choice.logprob is not None)
-    return Piece(text, tuple(choice.token for choice in choices), logprobs=logprobs, reasoning=reasoning)
+    logprobs = tuple([choice.logprob for choice in choices if choice.logprob is not None])
+    return Piece(text, tuple([choice.token for choice in choices]), logprobs=logprobs, reasoning=reasoning)
 
 
 class StopStrings:
@@ -253,6 +254,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """Return the text that cannot be part of a stop string."""
+        if not self.stops:
+            return text
         self.held += text
         # The string that is complete first ends the text, so the result does not depend on the parts.
         spans = [(i + len(stop), i) for stop in self.stops if (i := self.held.find(stop)) >= 0]
