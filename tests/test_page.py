@@ -222,6 +222,70 @@ def test_undo_takes_a_question_back_and_new_forgets_all(open_page):
     assert page.locator(".turn").count() == 2 and page.is_visible("#view")
 
 
+def test_settings_hold_for_every_question(open_page):
+    page = open_page()
+    requests = canned(page, "yes")
+    ask(page, "one")
+    page.wait_for_selector(".answer.done")
+    page.click("#settings")
+    page.fill("#set-system", " Be brief. ")
+    page.fill("#set-temperature", "0.5")
+    page.fill("#set-longest", "7")
+    page.check("#set-grounding")
+    page.press("#set-longest", "Enter")
+    page.reload()
+    page.wait_for_selector("#model:not(:empty)")
+    assert classes(page, "#settings") == ["quiet round on"]
+    ask(page, "two")
+    page.wait_for_selector(".answer.done")
+    for leave in ("#set-cancel", "#settings-form .primary"):  # only what is saved holds
+        page.click("#settings")
+        page.click("#set-defaults")
+        page.click(leave)
+        page.click(".actions >> text=Retry")
+        page.wait_for_selector(".answer.done")
+    plain, system = {"role": "user", "content": [{"type": "text", "text": "two"}]}, {"role": "system"}
+    known = ("temperature", "max_tokens", "grounding")
+    assert [[request.get(name) for name in known] for request in requests] == [
+        [None, None, None], [0.5, 7, True], [0.5, 7, True], [None, None, None]
+    ]  # fmt: skip
+    assert [request["messages"] for request in requests[1:]] == [
+        [system | {"content": "Be brief."}, plain], [system | {"content": "Be brief."}, plain], [plain]
+    ]  # fmt: skip
+    assert classes(page, "#settings") == ["quiet round"]
+
+
+def test_keys_take_a_question_back_and_begin_anew(open_page):
+    page = open_page()
+    canned(page, "yes")
+    ask(page, "one")
+    page.wait_for_selector(".answer.done")
+    page.press("#question", "ArrowUp")
+    assert page.input_value("#question") == "one" and page.locator(".turn").count() == 0
+    page.press("#question", "ArrowUp")  # moves in a text
+    page.press("#question", "Enter")
+    page.wait_for_selector(".answer.done")
+    page.keyboard.press("Control+Shift+O")
+    assert page.locator(".turn").count() == 0 and page.input_value("#question") == ""
+    page.click("#toast button")
+    assert answers(page) == ["yes"]
+
+
+def test_an_answer_tells_its_speed_and_the_room_left(open_page):
+    page = open_page()
+    page.wait_for_selector("#model:not(:empty)")
+    page.evaluate(CONTROLLED)
+    ask(page, "one")
+    page.wait_for_selector(".answer.waiting")
+    page.evaluate("text => feed(text)", chunk("many words"))
+    page.wait_for_selector(".answer.streaming")
+    usage = {"prompt_tokens": 7000, "completion_tokens": 100}
+    page.evaluate("text => feed(text)", f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
+    page.wait_for_selector(".answer.done")
+    assert re.fullmatch(r"[\d.]+ s · 100 tokens · \d+ tokens/s", page.locator(".actions small").inner_text())
+    assert "7,100 of 8,192 tokens" in page.locator("#device.full").inner_text()
+
+
 def test_enter_of_an_input_method_does_not_send(open_page):
     page = open_page(locale="zh-CN")
     requests = canned(page, "好")

@@ -6,10 +6,12 @@ import { apiKey, toast, wireKeyDialog, withKey } from "/dialogs.js";
 import { onFiles } from "/incoming.js";
 import { readPicture } from "/picture.js";
 import { drawScene } from "/scene.js";
+import { withSettings, wireSettings } from "/settings.js";
 import { Stage } from "/stage.js";
 import { t, translate } from "/strings.js";
 
 const $ = (id) => document.getElementById(id);
+const FEW = 8; // tokens of an answer too short to have a speed
 const touch = matchMedia("(pointer: coarse)").matches;
 
 let model = null;
@@ -200,7 +202,7 @@ async function run() {
   }, 1000);
   let usage = null;
   try {
-    const request = { model: model.id, messages: messages(turns) };
+    const request = withSettings({ model: model.id, messages: messages(turns) });
     await withKey(async () => {
       for await (const chunk of answer(request, apiKey(), control.signal)) {
         usage = chunk.usage ?? usage;
@@ -211,8 +213,9 @@ async function run() {
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
     if (usage) {
       turn.answer.note ||= t(usage.completion_tokens === 1 ? "spentOne" : "spent", seconds, usage.completion_tokens);
-      const used = usage.prompt_tokens + usage.completion_tokens;
-      if (model.window) turn.answer.detail = t("window", used, model.window);
+      const speed = (usage.completion_tokens - 1) / ((performance.now() - turn.answer.began) / 1000);
+      if (usage.completion_tokens >= FEW) turn.answer.note = t("speed", turn.answer.note, speed.toFixed(speed < 10 ? 1 : 0));
+      showRoom(usage.prompt_tokens + usage.completion_tokens);
     }
     if (!turn.answer.text) turn.answer.note = t("empty");
   } catch (problem) {
@@ -244,7 +247,9 @@ function take(turn, choice) {
   if (!content && !reasoning && !boxes?.length) return;
   turn.answer.text += content ?? "";
   turn.answer.reasoning += reasoning ?? "";
-  if (turn.answer.state === "waiting" && (content || reasoning)) Object.assign(turn.answer, { state: "streaming", note: "" });
+  if (turn.answer.state === "waiting" && (content || reasoning)) {
+    Object.assign(turn.answer, { state: "streaming", note: "", began: performance.now() });
+  }
   take.frame ??= requestAnimationFrame(() => draw(turn));
 }
 
@@ -254,6 +259,14 @@ function draw(turn) {
   if (!turns.includes(turn)) return;
   log.update(turn, turns);
   render();
+}
+
+/** How much of the model's window a conversation takes. */
+function showRoom(used) {
+  const window = model.window.toLocaleString();
+  const room = model.window && (used ? t("window", used.toLocaleString(), window) : t("room", window));
+  $("device").textContent = [model.device, room].filter(Boolean).join(" · ");
+  $("device").classList.toggle("full", model.window && used > 0.8 * model.window);
 }
 
 function stop() {
@@ -289,6 +302,7 @@ function newConversation() {
   draft = { pictures: [], boxes: [] };
   examples = null;
   write("");
+  showRoom(0);
   log.render(turns);
   render();
   $("question").focus();
@@ -330,6 +344,10 @@ function wire() {
     ask(field.value);
   });
   field.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowUp" && !field.value && turns.length) {
+      event.preventDefault();
+      undo();
+    }
     // An input method takes Enter to choose a word; Safari tells it by the code 229 alone.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
@@ -346,9 +364,14 @@ function wire() {
   $("new").addEventListener("click", newConversation);
   $("download").addEventListener("click", download);
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running && !$("ask-key").open) stop();
+    if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) stop();
+    if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      if (!$("new").disabled) newConversation();
+    }
   });
   wireKeyDialog();
+  wireSettings();
 }
 
 /** Learns what is served; where that fails, it can be tried again. */
@@ -362,8 +385,7 @@ async function connect() {
   log.render(turns);
   document.title = `${model.title} · qvl`;
   $("model").textContent = model.title;
-  const room = model.window && t("room", model.window.toLocaleString());
-  $("device").textContent = [model.device, room].filter(Boolean).join(" · ");
+  showRoom(0);
   const toy = model.id === "demo";
   $("draw").hidden = !toy;
   const note = toy ? "toy" : !model.pictures ? "blind" : !model.chat ? "base" : null;

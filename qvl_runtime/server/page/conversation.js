@@ -196,9 +196,7 @@ export class Log {
       row.append(button("retry", t("retry"), t("retryLong"), this.act.retry));
       row.append(button("undo", t("undo"), t("undoLong"), this.act.undo));
     }
-    const note = make("small", "", answer.note ?? "");
-    note.title = answer.detail ?? "";
-    row.append(note);
+    row.append(make("small", "", answer.note ?? ""));
     return row;
   }
 

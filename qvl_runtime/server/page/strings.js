@@ -1,9 +1,18 @@
 // What the page says, in English and Chinese; the browser's language decides.
 
 const EN = {
-  newChat: "New conversation",
+  newChat: "New conversation (Ctrl+Shift+O)",
   newChatShort: "New",
   theme: "Switch between light and dark",
+  settings: "Settings",
+  settingsText: "They hold for every question. What is left empty is as the model's file says.",
+  setSystem: "System message",
+  setTemperature: "Temperature",
+  setLongest: "Max tokens",
+  setGrounding: "Answer in phrases with boxes only",
+  setDefault: "default",
+  setDefaults: "Defaults",
+  save: "Save",
   stage: "Picture",
   conversation: "Conversation",
   dropTitle: "Drop a picture here",
@@ -45,7 +54,7 @@ const EN = {
   retry: "Retry",
   retryLong: "Ask the last question again",
   undo: "Undo",
-  undoLong: "Take the last question back",
+  undoLong: "Take the last question back to change it (↑ in the empty field)",
   copy: "Copy",
   copyLong: "Copy the answer as the model wrote it",
   copied: "Copied",
@@ -59,6 +68,7 @@ const EN = {
   cut: "Cut off at the longest answer allowed",
   spent: "{0} s · {1} tokens",
   spentOne: "{0} s · 1 token",
+  speed: "{0} · {1} tokens/s",
   room: "{0} tokens of context",
   window: "{0} of {1} tokens of context used",
   cleared: "A new conversation.",
@@ -86,9 +96,18 @@ const EN = {
 };
 
 const ZH = {
-  newChat: "新对话",
+  newChat: "新对话（Ctrl+Shift+O）",
   newChatShort: "新对话",
   theme: "切换浅色与深色",
+  settings: "设置",
+  settingsText: "对每个问题都有效；留空的以模型文件为准。",
+  setSystem: "系统消息",
+  setTemperature: "温度",
+  setLongest: "最多词元数",
+  setGrounding: "只用带框的短语回答",
+  setDefault: "默认",
+  setDefaults: "恢复默认",
+  save: "保存",
   stage: "图片",
   conversation: "对话",
   dropTitle: "把图片拖到这里",
@@ -130,7 +149,7 @@ const ZH = {
   retry: "重试",
   retryLong: "重新回答上一个问题",
   undo: "撤回",
-  undoLong: "撤回上一个问题",
+  undoLong: "撤回上一个问题以便修改（输入框为空时按 ↑）",
   copy: "复制",
   copyLong: "复制模型的原文",
   copied: "已复制",
@@ -144,6 +163,7 @@ const ZH = {
   cut: "已达到回答的最大长度",
   spent: "{0} 秒 · {1} 个词元",
   spentOne: "{0} 秒 · 1 个词元",
+  speed: "{0} · 每秒 {1} 个词元",
   room: "上下文 {0} 词元",
   window: "上下文已用 {0} / {1} 个词元",
   cleared: "已开始新对话。",
@@ -186,4 +206,5 @@ export function translate(root) {
     element.setAttribute("aria-label", t(element.dataset.tLabel));
     if (element.localName === "button") element.title = t(element.dataset.tLabel);
   }
+  for (const element of root.querySelectorAll("[data-t-hint]")) element.placeholder = t(element.dataset.tHint);
 }
