@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,6 +17,27 @@ from qvl_kernels.packing import Matrix
 
 ACTIVATIONS = ("auto", "int16", "int8")
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
+
+
+_NOTHING = np.empty(0, np.uint8), 0
+"""Scratch memory before its first use."""
+
+
+class _Recording:
+    """A context whose value is the program `outer`, or without one a new program, which then runs."""
+
+    __slots__ = ("_ops", "_outer", "_program")
+
+    def __init__(self, ops: CpuOps, outer: Program | None):
+        self._ops, self._outer = ops, outer
+        self._program = Program() if outer is None else outer
+
+    def __enter__(self) -> Program:
+        return self._program
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._outer is None and kind is None:
+            self._ops.run(self._program)
 
 
 class CpuOps:
@@ -58,19 +78,12 @@ class CpuOps:
         self.activations, self.threads = activations, threads or default_threads()
         self._pool = Pool(self.threads)
         self._local = threading.local()
-        self._scratch: dict[str, np.ndarray] = {}
+        self._scratch: dict[str, tuple[np.ndarray, int]] = {}
 
     # ---------------------------------------------------------------------------------------------- programs
-    @contextlib.contextmanager
-    def _program(self) -> Iterator[Program]:
-        """Yield the program being recorded by this thread, or a new one that then runs."""
-        recording = getattr(self._local, "recording", None)
-        if recording is not None:
-            yield recording
-            return
-        program = Program()
-        yield program
-        self.run(program)
+    def _program(self) -> _Recording:
+        """Return a context: the program being recorded by this thread, or a new one that then runs."""
+        return _Recording(self, getattr(self._local, "recording", None))
 
     def run(self, program: Program) -> None:
         """Execute a program with this backend's threads."""
@@ -81,11 +94,13 @@ class CpuOps:
 
         Programs run one at a time, so they share it. When it grows, existing programs keep the old memory.
         """
-        block = self._scratch.get(purpose)
-        if block is None or block.nbytes < nbytes:
-            block = self._scratch[purpose] = aligned(nbytes * 5 // 4 + 4096)
+        block, place = self._scratch.get(purpose, _NOTHING)
+        if block.nbytes < nbytes:
+            block = aligned(nbytes * 5 // 4 + 4096)
+            place = address(block)
+            self._scratch[purpose] = block, place
         program.keep(block)
-        return address(block)
+        return place
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         program = Program()

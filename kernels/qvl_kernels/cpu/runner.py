@@ -135,6 +135,11 @@ class Pool:
 
     `run` is thread-safe; programs run one after another.
 
+    Attributes
+    ----------
+    counters : int
+        The address of the counters for `atomics.claim`, for instructions of this pool.
+
     Notes
     -----
     A program runs inside one foreign call. An exception in the calling thread (Ctrl-C, or one sent by another thread)
@@ -144,14 +149,11 @@ class Pool:
     def __init__(self, threads: int):
         self.threads = threads
         self._control = aligned(HEAD + 8 * threads, np.int64)
+        self._address = self._control.ctypes.data
+        self.counters = self._address + 8 * HEAD
         self._execute, self._work = (_NATIVE(cache.address(name)) for name in ("execute", "work"))
         self._restart = make_lock()
         self._start()
-
-    @property
-    def counters(self) -> int:
-        """The address of the counters for `atomics.claim`, for instructions of this pool."""
-        return self._control.ctypes.data + 8 * HEAD
 
     def _start(self) -> None:
         """Initialize the control block, at a fixed address because recorded programs refer to it, and start workers."""
@@ -177,4 +179,4 @@ class Pool:
                 if self._pid != os.getpid():
                     self._start()
         if len(words):
-            self._execute(self._control.ctypes.data, words.ctypes.data, len(words))
+            self._execute(self._address, words.ctypes.data, len(words))
