@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -13,7 +14,7 @@ from qvl_runtime.batch.answers import Answerer, is_failed
 from qvl_runtime.batch.job import Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
 from qvl_runtime.batch.options import ModelSpec, Options
-from qvl_runtime.batch.processes import in_processes
+from qvl_runtime.batch.processes import in_processes, memory_nodes
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.main import main
@@ -21,6 +22,7 @@ from qvl_runtime.demo.scenes import draw, random_scene
 from qvl_runtime.errors import QvlError
 
 ROWS, BLOCK, NEW = 11, 3, 32
+MINE = memory_nodes()[0][:1]
 QUESTIONS = ("What color is the circle?", "Describe the picture with boxes.", "How many circles are there?")
 
 
@@ -272,8 +274,28 @@ def test_a_folder_of_another_kind_is_refused(job, tmp_path):
 
 def test_processes_give_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
     source = open_source(folder / "rows.jsonl")
-    job(tmp_path / "out").run(lambda *work: in_processes([[0]], spec, source, options(), *work))
+    job(tmp_path / "out").run(lambda *work: in_processes([MINE, MINE], spec, source, options(), *work))
     assert parts(tmp_path / "out") == undisturbed
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_lost_ends_a_job(job, worker, undisturbed, tmp_path, spec, folder):
+    def lose(progress):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    source = open_source(folder / "rows.jsonl")
+    with pytest.raises(QvlError, match="ended early"):
+        job(tmp_path / "out").run(lambda *work: in_processes([MINE], spec, source, options(), *work), on_progress=lose)
+    assert 0 < len(parts(tmp_path / "out")) < len(undisturbed)
+    job(tmp_path / "out").run(worker)
+    assert parts(tmp_path / "out") == undisturbed
+
+
+def test_an_error_in_a_process_ends_a_job(job, tmp_path, folder):
+    source, none = open_source(folder / "rows.jsonl"), ModelSpec(tmp_path / "none.qvl", {})
+    with pytest.raises(QvlError, match=r"none\.qvl"):
+        job(tmp_path / "out").run(lambda *work: in_processes([MINE], none, source, options(), *work))
 
 
 def test_lines_of_openai(demo_model, folder):

@@ -8,9 +8,10 @@ import tarfile
 
 import pytest
 
-from qvl_runtime.batch import jsonl, on_ray, shards
+from qvl_runtime.batch import jsonl, on_ray, processes, shards
 from qvl_runtime.batch.answers import located
-from qvl_runtime.batch.processes import memory_nodes
+from qvl_runtime.batch.job import Task
+from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.errors import QvlError
 
@@ -282,8 +283,31 @@ def test_memory_nodes(tmp_path, monkeypatch):
     for name, cpus in {"node10": "8-9\n", "node2": "0-1,4\n", "node3": "\n", "node4": "5-7\n"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpulist").write_text(cpus)
-    assert memory_nodes(tmp_path) == [[0, 1], [9]]
-    assert memory_nodes(tmp_path / "none") == [[0, 1, 2, 9]]
+    assert processes.memory_nodes(tmp_path) == [[0, 1], [9]]
+    assert processes.memory_nodes(tmp_path / "none") == [[0, 1, 2, 9]]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "max_batch", "expected"),
+    [
+        (processes.SMALL, 2000, 16, [[0, 2], [1], [4, 6], [5]]),  # two processes a node
+        (processes.SMALL, 2000, 1, [[0, 1, 2], [4, 5, 6]]),
+        (processes.SMALL, 50, 16, [[0, 1, 2], [4, 5, 6]]),
+        (processes.SMALL + 1, 2000, 16, [[0, 1, 2], [4, 5, 6]]),
+    ],
+)
+def test_a_small_model_has_more_processes(tmp_path, monkeypatch, size, rows, max_batch, expected):
+    monkeypatch.setattr(processes, "memory_nodes", lambda: [[0, 1, 2], [4, 5, 6]])
+    monkeypatch.setattr(processes, "WORTH", 1000)
+    seen = []
+    monkeypatch.setattr(processes, "in_processes", lambda *arguments: seen.append(arguments[0]))
+    path = tmp_path / "model.qvl"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    options = Options(None, {}, 0, max_batch, allow_urls=False)
+    tasks = [Task(0, tuple(range(rows)))]
+    processes.on_this_machine(ModelSpec(path, {}), None, options, None, tasks, None)
+    assert seen == [expected]
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners and modes as on POSIX")

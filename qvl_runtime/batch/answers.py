@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import below
-from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.inputs.images import ImageSource, is_url
+from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 from qvl_runtime.server.answers import Whole, box_fields, described, sources_of, with_pictures
@@ -128,13 +127,13 @@ class Answerer:
             "allow_paths": False,
             **self._options.generate,
         }
-        size = pictures[-1].size if pictures else None
+        size = next((picture.size for picture in pictures[-1:] if isinstance(picture, Picture)), None)
         return Question(arguments, lambda results: record(row, results[0], size))
 
-    def _picture(self, source: str | bytes) -> Image.Image:
-        return load_image(
-            located(source, self._root), allow_urls=self._options.allow_urls, exif=self._model.blob.family.upright
-        )
+    def _picture(self, source: str | bytes) -> Picture | ImageSource:
+        """Return a picture for a prompt. Rows with the same picture decode it once."""
+        place, encoder = located(source, self._root), self._model.pictures
+        return place if encoder is None else encoder.reader.read(place, Access(urls=self._options.allow_urls))
 
     def _openai(self, row: Row, row_id: str) -> Question:
         own, body = self._model.generation_config, row.body or {}

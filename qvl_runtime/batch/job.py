@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,41 +96,43 @@ class Worker:
 
     def __call__(
         self,
-        tasks: Sequence[Task],
+        tasks: Iterable[Task],
         on_computed: Callable[[Computed], None],
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Compute tasks; call `on_computed` with each completed task, `on_record` with every record."""
-        for batch in _batches(tasks):
-            self._run(batch, on_computed, on_record)
+        """Compute tasks; call `on_computed` with each completed task, `on_record` with every record.
+
+        A task is taken when there is room for its rows beside those in progress.
+        """
+        left = iter(tasks)
+        for first in left:
+            self._run(_some(first, left), on_computed, on_record)
 
     def _run(
-        self, tasks: Sequence[Task], on_computed: Callable[[Computed], None], on_record: Callable[[Record], None]
+        self, tasks: Iterable[Task], on_computed: Callable[[Computed], None], on_record: Callable[[Record], None]
     ) -> None:
-        pictures: dict[int, int] = {}
+        begun: dict[int, tuple[Task, int]] = {}
 
         def blocks() -> Iterator[list[Row]]:
             for index, task in enumerate(tasks):
                 rows = rows_of(self._source, task)
-                pictures[index] = sum(len(row.pictures) for row in rows)
+                begun[index] = task, sum(len(row.pictures) for row in rows)
                 yield rows
 
         def complete(index: int, records: list[Record]) -> None:
-            on_computed(Computed(tasks[index], records, pictures.pop(index)))
+            task, pictures = begun.pop(index)
+            on_computed(Computed(task, records, pictures))
 
         self._answer(blocks(), complete, on_record)
 
 
-def _batches(tasks: Sequence[Task]) -> Iterator[list[Task]]:
-    """Group tasks to about `ROWS_AT_ONCE` rows."""
-    batch: list[Task] = []
-    for task in tasks:
-        batch.append(task)
-        if sum(len(task.rows) for task in batch) >= ROWS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _some(first: Task, left: Iterator[Task]) -> Iterator[Task]:
+    """Yield a task, and those left until there are about `ROWS_AT_ONCE` rows."""
+    yield first
+    rows = len(first.rows)
+    while rows < ROWS_AT_ONCE and (task := next(left, None)) is not None:
+        rows += len(task.rows)
+        yield task
 
 
 def rows_of(source: Source, task: Task) -> list[Row]:

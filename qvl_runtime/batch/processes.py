@@ -1,21 +1,28 @@
-"""Computing a job on one machine, with one process per memory node."""
+"""Computing a job on one machine: one process per memory node, or several for a small model."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.job import Computed, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
 
 NODES = Path("/sys/devices/system/node")
+
+SMALL = 32 << 20
+"""Size of a model that stays in a processor's cache. Its kernels are too short for threads to share, and Python between
+them takes as long: a process a processor computes more rows a second than one for all."""
+
+WORTH = 64
+"""Least number of rows of a job for each such process, which takes a second to start."""
 
 
 def memory_nodes(folder: Path = NODES) -> list[list[int]]:
@@ -40,15 +47,35 @@ def _numbers(text: str) -> set[int]:
     return found
 
 
+def on_this_machine(
+    model: ModelSpec,
+    source: Source,
+    options: Options,
+    on_record: Callable[[Record], None],
+    tasks: Sequence[Task],
+    on_computed: Callable[[Computed], None],
+) -> None:
+    """Compute tasks on the CPU, in this process if one is enough; `on_record` is called in that case only."""
+    nodes, each = memory_nodes(), 1
+    if model.path.stat().st_size <= SMALL:
+        rows = sum(len(task.rows) for task in tasks)
+        each = max(1, min(len(nodes[0]), rows // WORTH)) if options.max_batch > 1 else 1
+    processes = [node[i::each] for node in nodes for i in range(min(each, len(node)))]
+    if len(processes) == 1:
+        Worker(model, source, options)(tasks, on_computed, on_record)
+        return
+    in_processes(processes, model, source, options, tasks, on_computed)
+
+
 def in_processes(
-    nodes: Sequence[Sequence[int]],
+    processes: Sequence[Sequence[int]],
     model: ModelSpec,
     source: Source,
     options: Options,
     tasks: Sequence[Task],
     on_computed: Callable[[Computed], None],
 ) -> None:
-    """Compute tasks in one process per node, pinned to the node's processors.
+    """Compute tasks in processes, each pinned to its processors. A process asks for a task when it has room for it.
 
     Raises
     ------
@@ -56,47 +83,54 @@ def in_processes(
         If a process ends early, usually for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
-    pools = [
-        ProcessPoolExecutor(1, context, _begin, (list(processors), model, source, options)) for processors in nodes
-    ]
-    left, running = list(reversed(tasks)), dict[Future[Computed], ProcessPoolExecutor]()
-
-    def give(pool: ProcessPoolExecutor) -> None:
-        if left:
-            running[pool.submit(_compute, left.pop())] = pool
-
+    left, missing = list(reversed(tasks)), len(tasks)
+    children, connections = [], []
     try:
-        for pool in pools:
-            give(pool)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                pool = running.pop(future)
-                give(pool)
-                on_computed(future.result())
-    except BrokenProcessPool:
+        for processors in processes:
+            mine, theirs = context.Pipe()
+            arguments = (theirs, list(processors), model, source, options)
+            children.append(context.Process(target=_work, args=arguments, daemon=True))
+            children[-1].start()
+            theirs.close()  # the child has the only one: its end is an `EOFError` here
+            connections.append(mine)
+        while missing:
+            for connection in wait(connections):
+                assert isinstance(connection, Connection)
+                told = connection.recv()
+                if isinstance(told, Exception):
+                    raise told
+                if told is None:
+                    connection.send(left.pop() if left else None)
+                else:
+                    missing -= 1
+                    on_computed(told)
+    except (EOFError, ConnectionError):
         raise QvlError("a process of the job ended early; is there enough memory? Run again to go on") from None
     finally:
-        for child in multiprocessing.active_children() if running else ():
+        for child in children:
             child.terminate()
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+        for child in children:
+            child.join()
 
 
-_worker: Worker | None = None
-"""The worker of a child process."""
-
-
-def _begin(processors: list[int], model: ModelSpec, source: Source, options: Options) -> None:
-    """Initialize a child before any thread starts: threads inherit the processor affinity."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the job
+def _work(connection: Connection, processors: list[int], model: ModelSpec, source: Source, options: Options) -> None:
+    """Compute tasks in a child, until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the job
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, processors)
-    _worker = Worker(model, source, options)
+        os.sched_setaffinity(0, processors)  # before any thread starts: threads inherit it
 
+    def given() -> Iterator[Task]:
+        while True:
+            connection.send(None)
+            task = connection.recv()
+            if task is None:
+                return
+            yield task
 
-def _compute(task: Task) -> Computed:
-    assert _worker is not None
-    found: list[Computed] = []
-    _worker([task], found.append)
-    return found[0]
+    try:
+        Worker(model, source, options)(given(), connection.send)
+        connection.recv()
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:
+        connection.send(error)

@@ -18,7 +18,7 @@ from qvl_runtime.backends import backend
 from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.job import Computed, Job, Progress, Runner, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
-from qvl_runtime.batch.processes import in_processes, memory_nodes
+from qvl_runtime.batch.processes import on_this_machine
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels
@@ -46,7 +46,7 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer failed rows again.")] = False,
     max_failures: Annotated[float, typer.Option(help="Stop when more than this share of the rows failed.")] = 0.1,
     block: Annotated[int, typer.Option(help="Rows per output file.", min=1)] = 64,
-    max_batch: Annotated[int, typer.Option(help="Rows to compute concurrently.", min=1)] = 16,
+    max_batch: Annotated[int, typer.Option(help="Rows that a process computes concurrently.", min=1)] = 16,
     status: Annotated[bool, typer.Option("--status", help="Print a line of JSON after every block.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 512,
     temperature: Temperature = 0.0,
@@ -147,9 +147,8 @@ def _runner(
         from qvl_runtime.batch.on_ray import on_ray
 
         return partial(on_ray, ray, ship_model, spec, source, options)
-    nodes = memory_nodes()
-    if len(nodes) > 1 and backend(device)[0] == "cpu":
-        return partial(in_processes, nodes, spec, source, options)
+    if backend(device)[0] == "cpu":
+        return partial(on_this_machine, spec, source, options, on_record)
 
     def here(tasks: list[Task], on_computed: Callable[[Computed], None]) -> None:
         Worker(spec, source, options)(tasks, on_computed, on_record)

@@ -147,14 +147,18 @@ class PictureReader:
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = make_lock()
 
-    def read(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Picture:
+    def read(self, source: ImageSource | FramePair | Picture, access: Access = LOCAL) -> Picture:
         """Read a picture or two frames; decode them unless the same bytes were decoded before.
+
+        The result of an earlier call is returned as it is.
 
         Raises
         ------
         QvlError
             If the source cannot be read, or `access` does not allow it.
         """
+        if isinstance(source, Picture):
+            return source
         content = _content(source, access)
         salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
         digest = _digest(content, salted)
