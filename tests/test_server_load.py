@@ -274,6 +274,16 @@ def test_no_thread_and_no_task_is_left(demo_model):
     wait_for(lambda: threading.active_count() <= before)
 
 
+def test_an_upload_does_not_hold_up_the_end_of_the_server(demo_model, monkeypatch):
+    monkeypatch.setattr("qvl_runtime.server.body.DROP_SECONDS", 0.1)
+    with serving(demo_model, limits=Limits(body_seconds=5)) as server:
+        channel = server.connect()
+        channel.sendall(request()[:-5])
+        wait_for(lambda: server.service.admission.inside == 1)
+    with channel:
+        assert channel.recv(65536).startswith(b"HTTP/1.1 503")
+
+
 def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
     command = [sys.executable, "-m", "qvl_runtime", "serve", str(demo_model.blob.path), "--port", "0", "--running", "1"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -281,7 +291,7 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
         url = re.search(r"http://\S+", server.stdout.readline())[0]
-        body = {"messages": [{"role": "user", "content": "hi"}], **LONG, "max_tokens": 150}
+        body = {"messages": [{"role": "user", "content": "hi"}], **LONG, "max_tokens": 1500}
         told: list = []
 
         def wait_in_line() -> None:

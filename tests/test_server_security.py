@@ -223,7 +223,7 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize("size", [(4001, 4000), (13377, 13377), (40000, 40000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(4001, 4000), (13377, 13377), (1, 65536), (65536, 1), (2**31 - 1, 2**31 - 1)])
 def test_a_picture_of_too_many_pixels_is_not_decoded(served, size):
     began = time.perf_counter()
     response = served.chat([image_part(bomb(*size)), {"type": "text", "text": "?"}])

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from qvl_runtime.server.errors import ApiError, unavailable
 from qvl_runtime.server.limits import Limits
@@ -28,6 +28,7 @@ class Admission:
     def __init__(self, limits: Limits):
         self._limits = limits
         self._line: deque[asyncio.Future[None]] = deque()
+        self._reading: set[asyncio.Timeout] = set()
         self._held = 0
         self._mean = 1.0
         self.inside = 0
@@ -57,6 +58,28 @@ class Admission:
             yield
         finally:
             self.inside -= 1
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Limit the time of reading a request.
+
+        Raises
+        ------
+        ApiError
+            408 if it takes too long, 503 if the server stops meanwhile.
+        """
+        seconds = self._limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds) as end:
+                self._reading.add(end)
+                try:
+                    yield
+                finally:
+                    self._reading.discard(end)
+        except TimeoutError:
+            if self.stopping:
+                raise unavailable(STOPPING) from None
+            raise ApiError(408, f"the request did not arrive within {seconds:g} seconds") from None
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Held]:
@@ -104,8 +127,11 @@ class Admission:
         self.running -= 1
 
     def stop(self) -> None:
-        """Admit no more requests, and refuse those that wait."""
+        """Admit no more requests, and refuse those that arrive or wait."""
         self.stopping = True
+        for end in self._reading:
+            if not end.expired():
+                end.reschedule(0)
         for called in self._line:
             if not called.done():
                 called.set_exception(unavailable(STOPPING))

@@ -35,7 +35,8 @@ async def with_body(
         try:
             stack.enter_context(admission.place())
             held = stack.enter_context(admission.holding())
-            body = await read_body(scope, receive, held, limits)
+            async with admission.reading():
+                body = await read_body(scope, receive, held, limits)
         except ClientGone:
             return
         except ApiError as error:
@@ -69,7 +70,7 @@ async def read_body(scope: Scope, receive: Receive, held: Held, limits: Limits) 
     Raises
     ------
     ApiError
-        413 if the body is too large, 408 if it takes too long, 429 if all bodies together are too large.
+        413 if the body is too large, 429 if all bodies together are too large.
     ClientGone
     """
     too_large = ApiError(413, f"the request has more than {limits.body_bytes} bytes", code="request_too_large")
@@ -77,20 +78,16 @@ async def read_body(scope: Scope, receive: Receive, held: Held, limits: Limits) 
     if length.isdigit() and (len(length) > 18 or int(length) > limits.body_bytes):
         raise too_large
     body = bytearray()  # a list of one-byte chunks would take forty times the memory
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk, more = message.get("body", b""), message.get("more_body", False)
-                held.add(len(chunk))
-                body += chunk
-                if held.bytes > limits.body_bytes:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        held.add(len(chunk))
+        body += chunk
+        if held.bytes > limits.body_bytes:
+            raise too_large
     return body
 
 

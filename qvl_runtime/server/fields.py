@@ -105,8 +105,10 @@ class Fields:
         value = self._data.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise refused(f"{self.name(name)} must be a number, not {describe(value)}", self.name(name))
+        if not -math.inf < value < math.inf:
+            raise refused(f"{self.name(name)} is too large", self.name(name))
         return value
 
     def _in_range(self, name: str, value: float, low: float, high: float) -> float:

@@ -25,16 +25,24 @@ def from_json(body: bytes | bytearray, values: int) -> dict[str, Any]:
         raise ValueError(f"has more than {values} values")
     try:
         data = json.loads(body.decode("utf-8"), parse_constant=_refuse)
+    except _NoJson:
+        raise
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error}") from None
+    except ValueError:  # Python's limit on the digits of an int
+        raise ValueError("holds a number of too many digits") from None
     if not isinstance(data, dict):
         raise ValueError("must be a JSON object")
     return data
 
 
+class _NoJson(ValueError):
+    pass
+
+
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"holds {constant}, which is no JSON")
+    raise _NoJson(f"holds {constant}, which is no JSON")

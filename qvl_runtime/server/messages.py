@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,4 +153,4 @@ def _box(part: Any, name: str) -> BoxPart:
 
 
 def _is_coordinate(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and -math.inf < value < 1e9
+    return not isinstance(value, bool) and isinstance(value, int | float) and -1e9 < value < 1e9

@@ -24,6 +24,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 SCANS = 100
 """Largest number of scans of a JPEG. Progressive files have ten; a scan of a hundred bytes can cost a full pass."""
 
+SIDE = 65_535
+"""Largest width or height of a picture, which is JPEG's. Pillow shrinks longer ones in hundreds of megabytes."""
+
 HEAD_LENGTH = 200
 _HEAD = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _SIDEWAYS = (5, 6, 7, 8)
@@ -96,6 +99,8 @@ def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> S
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
+            if max(width, height) > SIDE:
+                raise refused(f"{label} has {width} x {height} pixels, more than {SIDE} on a side: cut it")
             if width * height > limits.pixels:
                 raise refused(f"{label} has {width} x {height} pixels, more than {limits.pixels}: shrink it first")
             # Reading the orientation decodes a PNG, so the size is checked first.
