@@ -1,4 +1,4 @@
-"""Packed matrix times vectors: int4 and int8 weights, 16-bit activations in two planes.
+"""Packed matrix times vectors: int4 and int8 weights, 16-bit activations in two planes (or words, see `quantize`).
 
 One pass over the weights serves all vectors: a block of 32 rows (about 70 KB) stays in the cache while the vectors are
 processed `TOKENS` at a time. Integer sums are exact, and the scaled sums of the groups are added from left to right, so
@@ -18,6 +18,7 @@ from qvl_kernels.cpu.simd import (
     SUM_EL,
     SUM_PER_LANE,
     SUM_STEPS,
+    WORDS,
     bytes_,
     dot,
     dot_bytes,
@@ -26,29 +27,34 @@ from qvl_kernels.cpu.simd import (
     high,
     loads,
     low,
-    rolled,
     sar,
     shl,
     spreads,
+    step_end,
     store_rows,
     to_f32,
     widen,
     zeros,
 )
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow
 
-WIDTH = max(2 * LANES, 16)
 TOKENS = 2 if LANES == 16 else 1
-"""Rows and vectors per tile: twice `WIDTH` by `TOKENS` by two accumulators fit the registers. Reading the rows of a
-block in memory order matters more than sharing the unpacking among more vectors. Two tiles take turns, 2 or 4 KB of
-weights each, where one has half the rows of a block: each by itself would read every other cache line."""
-AHEAD = 4096
-"""Bytes of weights between a tile and what is prefetched, where two tiles take turns: chosen on Zen 3."""
+"""Vectors per tile: all accumulators fit the registers. Reading the rows of a block in memory order matters more than
+sharing the unpacking among more vectors."""
+AHEAD = 2048
+"""Bytes of weights between a tile and what is prefetched, without 32 registers: chosen on Zen 3."""
 STEP_BYTES = 256 << 10
 """Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
 
 
-def _make_tile(bits: int, group: int, width: int, tokens: int):
-    """Create a routine for a block of 32 rows, `width` at a time, by `tokens` vectors: y float32 ``[tokens, 32]``."""
+def _make_tile(bits: int, group: int, tokens: int):
+    """Create a routine for a block of 32 rows by `tokens` vectors: y float32 ``[tokens, 32]``.
+
+    The rows are one tile if its accumulators fit the registers. Else two tiles take turns, 2 or 4 KB of weights each:
+    one by itself would read every other cache line.
+    """
+    merged = bits == 4 and group == 128 and WORDS
+    width = 32 if LANES == 16 or (bits == 8 and WORDS) else 16
     weights = loads("i8", 4 * width)
     none, none_i32, none_f32 = (
         zeros(SUM_EL, width * SUM_PER_LANE, tokens),
@@ -63,6 +69,14 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
     rounds = max(1, steps // SUM_STEPS)
     chunk = steps // rounds
     symmetric = 8 if bits == 4 else 128
+    value = 2 if bits == 8 and WORDS else 1  # bytes of an activation at `xh`
+
+    @routine
+    def prefetch(w):
+        """Prefetch what a later step reads. One step at a time: many at once would wait for each other."""
+        if LANES < 16:
+            for line in range(0, 4 * width, 64):
+                prefetch_read(w + AHEAD + line)
 
     @routine
     def join(upper, lower):
@@ -75,7 +89,8 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
         lows, highs = none_i32(), none_i32()
         for _ in range(rounds):
             lh, ll, hh, hl = none(), none(), none(), none()
-            for _ in range(rolled(chunk)):
+            for _ in range(chunk):
+                prefetch(w)
                 v = weights(w)
                 a = low(v)
                 lh = dot(lh, a, xh, stride)
@@ -86,14 +101,55 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
                 w += 128
                 xh += 4
                 xl += 4
+                step_end()
             lows = lows + join(widen(lh), widen(ll))
             highs = highs + sar(join(widen(hh), widen(hl)), HIGH_SHIFT)
         return lows, highs
 
     @routine
-    def byte_sums(w, xh, xl, stride):
+    def merged_step(upper, lower, w, xh, xl, stride):
+        prefetch(w)
+        v = weights(w)
+        a = low(v)
+        upper, lower = dot(upper, a, xh, stride), dot(lower, a, xl, stride)
+        c = high(v)
+        upper, lower = dot(upper, c, xh + 64, stride), dot(lower, c, xl + 64, stride)
+        step_end()
+        return upper, lower
+
+    @routine
+    def merged_sums(w, xh, xl, stride):
+        """Return sums of low and high nibbles over 16 steps: four of both fit an accumulator."""
+        total = none_i32()
+        for _ in range(4):
+            upper, lower = merged_step(none(), none(), w, xh, xl, stride)
+            upper, lower = merged_step(upper, lower, w + 128, xh + 4, xl + 4, stride)
+            upper, lower = merged_step(upper, lower, w + 256, xh + 8, xl + 8, stride)
+            upper, lower = merged_step(upper, lower, w + 384, xh + 12, xl + 12, stride)
+            total = total + join(widen(upper), widen(lower))
+            w += 512
+            xh += 16
+            xl += 16
+        return total
+
+    @routine
+    def word_sums(w, x, unused, stride):
+        """Return sums of bytes with int16: 128 products of 255 and 32512 fit an accumulator."""
+        total = none_i32()
+        for _ in range(steps):
+            prefetch(w)
+            v = weights(w)
+            total = dot_pairs_narrow(total, bytes_of_pairs(v, 0), x, 2 * stride)
+            total = dot_pairs_narrow(total, bytes_of_pairs(v, 1), x + 4, 2 * stride)
+            w += 128
+            x += 8
+        return total
+
+    @routine
+    def plane_sums(w, xh, xl, stride):
         sh, sl = none_i32(), none_i32()
         for _ in range(steps):
+            prefetch(w)
             v = weights(w)
             sh = dot_bytes(sh, v, xh, stride)
             sl = dot_bytes(sl, v, xl, stride)
@@ -101,6 +157,8 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
             xh += 4
             xl += 4
         return join(sh, sl)
+
+    byte_sums = word_sums if WORDS else plane_sums
 
     @routine
     def scaled(total, acc, scales, zero, xs, xs_stride, sums, sums_stride):
@@ -115,7 +173,14 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
             total = total - s * z
         return fma(to_f32(total), scalars(xs, xs_stride) * half(scales), acc)
 
-    if bits == 4:
+    if merged:
+
+        @routine
+        def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
+            total = merged_sums(w, xh, xl, blocks * 128)
+            return scaled(total, acc, scales, zeros_, xs, blocks * 4, sums, blocks * 4)
+
+    elif bits == 4:
 
         @routine
         def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
@@ -140,7 +205,7 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
             for part in range(groups):
                 z = zeros_ + part * 32 if zeros_ != 0 else 0
                 offset = part * steps * 4
-                total = byte_sums(w + offset * 32, xh + offset, xl + offset, stride)
+                total = byte_sums(w + offset * 32, xh + value * offset, xl + offset, stride)
                 acc = scaled(total, acc, scales + part * 64, z, xs, blocks * 4, sums + part * 4, stride * 4 // group)
             return acc
 
@@ -148,15 +213,12 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
     def tile(w, scales, zeros_, xh, xl, xs, sums, blocks, y):
         first, second = none_f32(), none_f32()
         for _ in range(blocks):
-            if width == 16:
-                for line in range(0, block_bytes, 64):
-                    prefetch_read(w + AHEAD + line)
             first = add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, first)
             if width == 16:
                 z = zeros_ + 16 if zeros_ != 0 else 0
                 second = add_block(w + 64, scales + 32, z, xh, xl, xs, sums, blocks, second)
             w += block_bytes
-            xh += 128
+            xh += 128 * value
             xl += 128
             xs += 4
             scales += 64 * groups
@@ -171,8 +233,8 @@ def _make_tile(bits: int, group: int, width: int, tokens: int):
 
 
 def _make(bits: int, group: int):
-    one, many = _make_tile(bits, group, WIDTH, 1), _make_tile(bits, group, WIDTH, TOKENS)
-    block_bytes, groups = 512 * bits, 128 // group
+    one, many = _make_tile(bits, group, 1), _make_tile(bits, group, TOKENS)
+    block_bytes, groups, value = 512 * bits, 128 // group, 2 if bits == 8 and WORDS else 1
 
     def gemv(args, thread, threads):
         (counters, w, scales, zeros_, n, blocks, xh, xl, xs, sums, rows, out, bias, activation, residual, gated,
@@ -189,7 +251,7 @@ def _make(bits: int, group: int):
                     row = 0
                     while row < rows:
                         o, count = row * blocks, TOKENS if rows - row >= TOKENS else 1
-                        high_plane, low_plane = xh + o * 128, xl + o * 128
+                        high_plane, low_plane = xh + o * 128 * value, xl + o * 128
                         factors, of_groups = xs + 4 * o, sums + 4 * o * groups
                         if count == 1:
                             one(bw, bs, bz, high_plane, low_plane, factors, of_groups, blocks, y)

@@ -12,6 +12,7 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
+from qvl_kernels.cpu.tiles import BYTE_VALUES
 from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
@@ -214,7 +215,10 @@ class CpuOps:
         planes = self._memory(program, "planes", 2 * size + 4 * rows * blocks + 4 * size // 32)
         high, low, scales, sums = planes, planes + size, planes + 2 * size, planes + 2 * size + 4 * rows * blocks
         scratch = self._memory(program, "columns", 512 * self.threads)
-        program.add("quantize_planes", source, rows, k, *parameters, high, low, scales, sums, w.group_size, scratch)
+        words = int(w.bits == 8 and BYTE_VALUES == 2)
+        program.add(
+            "quantize_planes", source, rows, k, *parameters, high, low, words, scales, sums, w.group_size, scratch
+        )
         return high, low, scales, sums
 
     def _norm(self, program: Program, norm: Norm, k: int) -> tuple[int, int, int]:

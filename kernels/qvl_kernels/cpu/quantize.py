@@ -1,6 +1,7 @@
 """Activations as 16-bit integers in two int8 planes: ``x = scale * (256 high + low)``, one scale per 128 columns.
 
-Planes int8 ``[M, K]`` with K rounded up to 128, scales float32 ``[M, K/128]``, and the sums of the integers over each
+Planes int8 ``[M, K]`` with K rounded up to 128; for int8 weights where `simd.WORDS`, instead of both int16 ``[M, K]``,
+columns 0, 2, 1, 3 of every four. Scales float32 ``[M, K/128]``, and the sums of the integers over each
 of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalization before a product is applied, too.
 """
 
@@ -29,6 +30,7 @@ from qvl_kernels.cpu.simd import (
     sum_all,
     zeros,
 )
+from qvl_kernels.cpu.simd.pairs import store_fours
 
 load, part = loads("f32", 16), parts(16)
 zero, zero_i32 = zeros("f32", 16), zeros("i32", 16)
@@ -78,7 +80,7 @@ def normal(x, weight, bias, count, mean, scale):
 
 @kernel
 def quantize_planes(args, thread, threads):
-    x, rows, k, weight, bias, eps, high, low, scales, sums, group, scratch = unpack(args, 12)
+    x, rows, k, weight, bias, eps, high, low, words, scales, sums, group, scratch = unpack(args, 13)
     blocks = (k + 127) // 128
     scratch += thread * 512
     first, last = share(rows * blocks, thread, threads)
@@ -112,9 +114,12 @@ def quantize_planes(args, thread, threads):
         total, target = zero_i32(), item * 128
         for i in range(0, 128, 16):
             q = rint(load(scratch + 4 * i) * inverse)
-            h = sar(q + 128, 8)
-            store_bytes(high + target + i, h)
-            store_bytes(low + target + i, q - shl(h, 8))
+            if words:
+                store_fours(high + 2 * (target + i), q)
+            else:
+                h = sar(q + 128, 8)
+                store_bytes(high + target + i, h)
+                store_bytes(low + target + i, q - shl(h, 8))
             total = total + q
             if (i + 16) % group == 0:
                 put_i32(sums + 4 * ((target + i) // group), sum_all(total))

@@ -46,7 +46,7 @@ from qvl_kernels.cpu.simd.bytes import (
     dot_bytes,
     high,
     low,
-    rolled,
+    step_end,
     widen,
 )
 from qvl_kernels.cpu.simd.memory import (
@@ -133,13 +133,13 @@ __all__ = [
     "put_i8",
     "put_i32",
     "rint",
-    "rolled",
     "root",
     "rows",
     "sar",
     "shl",
     "splats",
     "spreads",
+    "step_end",
     "store",
     "store_bytes",
     "store_half",

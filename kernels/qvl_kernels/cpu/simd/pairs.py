@@ -16,6 +16,7 @@ from qvl_kernels.cpu.simd.emit import (
     constant,
     cut,
     each,
+    gather,
     join,
     pointer,
     spread,
@@ -62,9 +63,10 @@ def dot_pairs_narrow(typing, p, u, addr, stride):
 
     def codegen(context, b, sig, args):
         p_, u_, address, step = args
+        sums = []
         for i, where in enumerate(addresses(b, address, step, p.m)):
-            p_ = b.insert_value(p_, _multiply(b, b.extract_value(p_, i), u_, spread(b, where, p.vector)), i)
-        return p_
+            sums.append(_multiply(b, take(b, p_, i), u_, spread(b, where, p.vector)))
+        return gather(b, sums)
 
     return p(p, u, addr, stride), codegen
 
@@ -85,6 +87,21 @@ def bytes_of_pairs(typing, v, second):
         return each(b, v.m, choose, args[0])
 
     return result(v, second), codegen
+
+
+@intrinsic
+def store_fours(typing, addr, v):
+    """Write the low halves of an i32 vector, the first and third of every four before the second and fourth."""
+
+    def codegen(context, b, sig, args):
+        order = [4 * (i // 4) + (0, 2, 1, 3)[i % 4] for i in range(v.n)]
+        lanes = ir.Constant(ir.VectorType(I32, v.n), order)
+        half = b.trunc(args[1], ir.VectorType(I16, v.n))
+        half = b.shuffle_vector(half, ir.Constant(half.type, ir.Undefined), lanes)
+        b.store(half, pointer(b, args[0], half.type), align=1)
+        return context.get_dummy_value()
+
+    return types.none(addr, v), codegen
 
 
 @intrinsic
