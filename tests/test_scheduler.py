@@ -19,7 +19,7 @@ from helpers import Failing
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
-from qvl_runtime.engine.session import slice_end
+from qvl_runtime.engine.prefill import slice_end
 from qvl_runtime.inputs.pictures import LOCAL
 
 

@@ -17,6 +17,7 @@ from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.parts import Parts, check_manifest
 from qvl_runtime.batch.rows import Row, Source
 from qvl_runtime.blob import Blob
+from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 from qvl_runtime.loading import load
 
@@ -90,9 +91,9 @@ class Worker:
     def __init__(self, model: ModelSpec, source: Source, options: Options):
         # Without a prefix cache an answer does not depend on earlier rows, at any precision.
         self._source = source
-        self._answer = Answerer(
-            load(model.path, conversations=0, prompts_first=True, **model.load), source.root, options
-        )
+        most = min(options.max_batch, MAX_BATCH)
+        loaded = load(model.path, conversations=0, max_batch=most, prompts_first=True, **model.load)
+        self._answer = Answerer(loaded, source.root, options)
 
     def __call__(
         self,

@@ -22,16 +22,20 @@ class Features:
     Attributes
     ----------
     row : int
-        First row that they replace, relative to the chunk; negative if it lies before the chunk.
+        The batch's row of its first position, which may lie before the chunk, or be negative.
     count : int
         Number of rows of the picture.
     values : Array
         float32 ``[levels * count, hidden]``: the embeddings, then the levels that later layers add.
+    first, last : int
+        The chunk's rows; None for the end of the batch.
     """
 
     row: int
     count: int
     values: Array
+    first: int = 0
+    last: int | None = None
 
 
 class Span(NamedTuple):

@@ -4,8 +4,8 @@ This is the engine's thread or, for an only answer, the thread that reads it: it
 threads.
 
 A tick computes the next token of all running answers, in products of up to `FEW_ROWS` rows, then at most one slice of
-a prompt or of a picture. Rows of answers and of prompts are never in one product, and the cuts between slices do not
-affect the result: an answer is the same alone and in a batch.
+a picture, or of a prompt and of others that have room beside it. Rows of answers and of prompts are never in one
+product, and the cuts between slices do not affect the result: an answer is the same alone and in a batch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from qvl_kernels.locks import make_lock
 from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
 from qvl_runtime.engine.job import Cancelled, Job, Work
+from qvl_runtime.engine.prefill import compute_slices, mixes
 from qvl_runtime.engine.sequence import PAGE
 from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, step
 
@@ -53,8 +55,8 @@ class Scheduler:
     room : int
         Limit for the keys and values of concurrent answers, in bytes. A single answer may exceed it.
     prompts_first : bool
-        Compute prompts whole, and no next token of an answer as long as there is one: more answers a second, but those
-        that have begun wait.
+        Compute prompts whole, and no next token of an answer as long as there is one. While most of `max_batch` run,
+        begin a quarter at a time, whose prompts are computed together. More answers a second, but others wait.
 
     Attributes
     ----------
@@ -218,6 +220,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting jobs in order of arrival, while there is memory."""
+        if self._prompts_first and len(self._running) > self.max_batch // 2:
+            places = self.max_batch - len(self._running)
+            if min(len(self._waiting), places) < self.max_batch // 4:
+                return
         while self._waiting and len(self._running) < self.max_batch:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
@@ -270,11 +276,41 @@ class Scheduler:
         return min(able, key=lambda job: job.slice.left if job.slice else 0) if self._oldest_next else able[0]
 
     def _compute_slice(self, job: Job, rows: int) -> None:
-        if not job.begun:
-            self._go_on(job)  # it takes a session first; then the slice is computed
-            if job not in self._able():
-                return
-        self._go_on(job, Leave(rows, job.check))
+        for other in self._able() if self._prompts_first else [job]:
+            if other.slice is not None and not other.slice.computes:
+                self._go_on(other)  # it takes a session
+        if job in self._able():
+            together = self._prompts_beside(job, rows)
+            if len(together) > 1:
+                self._compute_prompts(together, rows)
+            else:
+                self._go_on(job, Leave(rows, job.check))
+
+    def _prompts_beside(self, job: Job, rows: int) -> list[Job]:
+        """Return a job, and others whose prompts end with its own in a slice of `rows` tokens."""
+        found: list[Job] = []
+        for other in [job, *(able for able in self._able() if able is not job)]:
+            wait = other.slice
+            if wait is not None and wait.prompt is not None and wait.left <= rows and mixes(wait.prompt):
+                found.append(other)
+                rows -= wait.left
+        return found if job in found else [job]
+
+    def _compute_prompts(self, jobs: list[Job], rows: int) -> None:
+        def check(*_: Any) -> None:
+            for job in jobs:
+                job.check()
+
+        try:
+            compute_slices([job.slice.prompt for job in jobs if job.slice and job.slice.prompt], rows, check)
+        except Cancelled:
+            return  # without those that are cancelled it is computed in the next tick
+        except BaseException as error:
+            for job in jobs:
+                self._end(job, error)
+            return
+        for job in jobs:
+            self._go_on(job)
 
     def _go_on(self, job: Job, leave: Leave | None = None) -> None:
         if not job.advance(leave):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array
 from qvl_runtime.engine import kv_file
-from qvl_runtime.engine.decoder import FEW_ROWS, Decoder, DecodeStep, Features, Outcome, Span
+from qvl_runtime.engine.decoder import FEW_ROWS, Decoder, DecodeStep, Outcome
+from qvl_runtime.engine.prefill import Unread, compute_slices
 from qvl_runtime.engine.sequence import PAGE, SequenceState
 from qvl_runtime.inputs.prompt import Key, Prompt, Slot
 from qvl_runtime.trace import Trace, no_trace
@@ -48,32 +49,28 @@ class Slice(NamedTuple):
         Approximate number of tokens still to compute.
     behind : tuple or None
         Another session and the length it must reach first, because its prefix will be reused.
+    prompt : Session or None
+        The session whose prompt is to be computed; without one, nor a picture, it takes a session.
     """
 
     picture: bool
     left: int
     behind: tuple[Session, int] | None = None
+    prompt: Session | None = None
 
     @property
     def ready(self) -> bool:
         """Whether the slice may be computed now."""
         return self.behind is None or not self.behind[0].busy or self.behind[0].length >= self.behind[1]
 
+    @property
+    def computes(self) -> bool:
+        """Whether there is something to compute."""
+        return self.picture or self.prompt is not None
+
 
 Turns = Generator[Slice, Leave | None, None]
 """A computation in slices."""
-
-
-def slice_end(first: int, length: int, rows: int) -> int:
-    """Return the end of a slice of about `rows` tokens that begins at `first`, in a prompt of `length` tokens.
-
-    Slices end at multiples of `rows`. None has `FEW_ROWS` tokens or fewer unless the whole remainder has: small
-    products may use other arithmetic than large ones, and the cuts must not affect the answer.
-    """
-    end = (first // rows + 1) * rows
-    if end - first <= FEW_ROWS:
-        end += rows
-    return length if length - end <= FEW_ROWS else end
 
 
 class Session:
@@ -95,12 +92,15 @@ class Session:
         Rows of the next step that drafts may use.
     beside : int
         Other answers in the next step, about.
+    unread : Unread or None
+        The prompt that is being computed.
     """
 
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
         self.busy, self.pending, self.spare, self.beside = False, tuple[int, ...](), FEW_ROWS - 1, 0
+        self.unread: Unread | None = None
         self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
         # Length of the last prompt, and the logits after it, for another answer to the same prompt.
@@ -167,30 +167,31 @@ class Session:
         capacity : int
             Number of positions of prompt and answer.
         """
-        ids, keys, ops = prompt.ids, prompt.keys, self.decoder.ops
+        ids, ops = prompt.ids, self.decoder.ops
         self._outcome, self._row = Outcome(ops, self._prompt_logits, self._prompt_best), 0
         if self._prompted == len(ids):
             ops.argmax(self._prompt_logits, out=self._prompt_best)
             return
         self._prompted = None
-        work: Any = None
-        size = 0
-        while self.length < len(ids):
-            leave = (yield Slice(False, len(ids) - self.length)) or Leave()
-            self.state.reserve(capacity)
-            first = self.length
-            chunk = ids[first : slice_end(first, len(ids), leave.rows)]
-            if len(chunk) > size:
-                work, size = self.decoder.workspace(len(chunk)), len(chunk)
-            rows = work.rows(len(chunk))
-            self.decoder.embed(ops.upload(np.asarray(chunk, np.int32)), rows.x)
-            pictures = [Features(slot.start - first, slot.picture.tokens, values) for slot, values in features]
-            self.decoder.forward(rows, [Span(self.state, len(chunk))], pictures, leave.check)
-            self._keys[first:] = keys[first : first + len(chunk)]
-            self.state.advance(len(chunk))
-        self.decoder.logits(rows.x[len(chunk) - 1 : len(chunk)], self._prompt_logits)
-        ops.argmax(self._prompt_logits, out=self._prompt_best)
-        self._prompted = len(ids)
+        self.unread = Unread(ids, prompt.keys, features, capacity)
+        try:
+            while (first := self.length) < len(ids):
+                leave = (yield Slice(False, len(ids) - first, prompt=self)) or Leave()
+                if self.length == first:  # otherwise it was computed beside other prompts
+                    compute_slices([self], leave.rows, leave.check)
+        finally:
+            self.unread = None
+
+    def read(self, count: int, last: Array) -> None:
+        """Mark `count` more positions of the prompt as computed; `last` is the decoder's output after them."""
+        unread, first = self.unread, self.length
+        assert unread is not None
+        self._keys[first:] = unread.keys[first : first + count]
+        self.state.advance(count)
+        if self.length == len(unread.ids):
+            self.decoder.logits(last, self._prompt_logits)
+            self.decoder.ops.argmax(self._prompt_logits, out=self._prompt_best)
+            self._prompted = self.length
 
     def feed(self, *tokens: int) -> None:
         """Append tokens in the next step; then row i of `logits` predicts the successor of ``tokens[i]``."""

@@ -183,7 +183,8 @@ def place_features(ops: Ops, pictures: Sequence[Features], level: int, x: Array)
     Level 0 replaces rows; level j + 1, if any, is added after layer j.
     """
     for picture in pictures:
-        first, last = max(picture.row, 0), min(picture.row + picture.count, x.shape[0])
+        end = x.shape[0] if picture.last is None else picture.last
+        first, last = max(picture.row, picture.first), min(picture.row + picture.count, end)
         if first >= last or (level + 1) * picture.count > picture.values.shape[0]:
             continue
         offset = level * picture.count - picture.row
