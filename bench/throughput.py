@@ -3,7 +3,7 @@
     python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
     python bench/throughput.py MODEL.qvl --gap 2000
 
-Bare: the same prompts' slices and the same number of steps of as many rows, by the decoder alone: no scheduler, no
+Bare: each prompt by itself and the same number of steps of as many rows, by the decoder alone: no scheduler, no
 sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
 
 `--gap` starts an answer, and while it runs a prompt of so many tokens and a picture: the longest time between two of
