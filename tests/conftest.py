@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import linked
-from serving import serving
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -93,6 +92,8 @@ def demo_model(tmp_path_factory) -> qvl.Model:
 @pytest.fixture(scope="session")
 def served(demo_model):
     """A server of the demo model, as it is started without options."""
+    from serving import serving  # its packages are needed by tests of the server alone
+
     with serving(demo_model) as server:
         yield server
 
