@@ -32,6 +32,7 @@ SECTIONS = {
     "kernels": ("parity.kernels", 120),
     "operations": ("parity.operations", 90),
     "golden": ("parity.golden", 120),
+    "families": ("parity.families", 120),
     "bandwidth": ("speed.bandwidth", 30),
     "matvec": ("speed.matvec", 60),
     "matmul": ("speed.matmul", 90),

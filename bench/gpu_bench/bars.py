@@ -30,7 +30,7 @@ def bars(found: dict[str, dict]) -> list[dict]:
     def rows_of(m: int) -> list[float | None]:
         return [row["faster"] for name, row in section("matmul")["rows"].items() if name.startswith(f"m={m} ")]
 
-    for name in ("kernels", "operations", "true_sizes", "golden", "true_model"):
+    for name in ("kernels", "operations", "true_sizes", "golden", "families", "true_model"):
         bar(f"{name}: failures", 0, lambda name=name: [len(section(name)["failures"])], below=True)
     bar("int4 matrix-vector: share of the copy bandwidth", 0.8, lambda: fours("of_copy"))
     bar("int4 matrix-vector: times torch int4", 1.3, lambda: fours("faster"))

@@ -241,6 +241,37 @@ def golden() -> dict:
     return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
 
 
+def families() -> dict:
+    """The golden checkpoints of the newer families through the public API: logits, and greedy ids while they are sure."""
+    sys.path.insert(0, str(TESTS))
+    import families as golden
+
+    import qvl_runtime as qvl
+    from qvl_convert.convert import convert
+
+    rows, cases = [], golden.read("lm/index.json")
+    os.chdir(golden.GOLDEN)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in golden.CHECKPOINTS:
+            path = Path(folder) / f"{name}.qvl"
+            convert(golden.GOLDEN / "ckpt" / name, path, bits=16)
+            model = qvl.load(path, device="cuda")
+            for case in (c for c in cases if c["ckpt"] == name):
+                expected, allowed = np.load(case["file"]), 1.5 * case["logits_drift"]["fp16"]
+                logits = model.logits(expected["ids"], case["images"])
+                error = float(np.abs(logits[expected["pos"]] - expected["logits"]).max())
+                same = "-"
+                if case["min_gap"] > 2 * error:
+                    wanted = expected["gen_ids"].tolist()
+                    stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
+                    got = model.generate(expected["ids"], case["images"], max_new_tokens=len(wanted)).token_ids
+                    same = "same" if got == wanted[: stops[0] if stops else None] else "differ"
+                rows.append([f"{name} {case['case']}", error, allowed, same])
+    failures = [row for row in rows if not row[1] <= row[2] or row[3] == "differ"]
+    table("Golden checkpoints of the newer families: largest error", ("case", "found", "allowed", "greedy ids"), rows)
+    return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
+
+
 def _cases(index: str) -> list[dict]:
     return json.loads((GOLDEN / index).read_text())["cases"]
 
