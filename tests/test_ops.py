@@ -55,8 +55,8 @@ def cache_backend(request):
 # ------------------------------------------------------------------------------------------------ inputs
 @dataclasses.dataclass
 class Case:
-    """One call. `inputs` are float32 arrays (uploaded, and named ``act_…`` as the backend's activation dtype), `call`
-    gets the backend, the uploaded inputs and the poisoned output."""
+    """One call. `inputs` are float32 arrays (uploaded, and named ``act_…`` as the backend's activation dtype, in which
+    they are exact), `call` gets the backend, the uploaded inputs and the poisoned output."""
 
     label: str
     limit: str
@@ -64,6 +64,11 @@ class Case:
     shape: tuple[int, ...]
     call: Callable
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, value in self.inputs.items():
+            if name.startswith("act_"):
+                self.inputs[name] = value.astype(np.float16).astype(np.float32)
 
 
 def random(label: str) -> np.random.Generator:
