@@ -2,7 +2,7 @@
 
 The time of a launch is that of its busiest resource, plus what it waits for::
 
-    NODE + trips * L2 latency + max(bytes / copy bandwidth, warp instructions / issue rate, products / their rate)
+    NODE + trips * TRIP + max(bytes / copy bandwidth, warp instructions / issue rate, products / their rate)
 
 A trip is a load or an atomic that nothing else of the launch runs beside: the first tile, a counter that programs
 meet at, parts that are added in order four at a time, a chunk of a norm. Launches of a step follow one another; of
@@ -11,9 +11,10 @@ are taken to fill the multiprocessors evenly, and an instruction of the PTX to b
 
 Device figures are from NVIDIA's data sheets and architecture papers (multiprocessors, boost clock, memory bandwidth;
 products of fp16 with float32 sums for each multiprocessor and clock: half of the fp16 rate on GeForce; for H100 those
-of mma.sync, about 60% of wgmma's). A copy is taken to reach 92% of the memory bandwidth. The 273 clocks of the L2 cache
-are from microbenchmarks (Luo et al. 2024, arXiv 2402.13499). NODE is an assumption: what a node of a CUDA graph takes
-that does nothing, from one to the next, its start and its end.
+of mma.sync, about 60% of wgmma's). A copy is taken to reach 92% of the memory bandwidth. NODE is what a node of a CUDA
+graph takes that does nothing, from one to the next: measured on an H100, where 400 nodes that add 1,024 numbers take
+1.4 us each. TRIP is fitted: with it a token of Qwen-VL takes as long as measured there (bench/README.md); elsewhere it
+may be less.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fakes.gpu import Launch
 
 from qvl_kernels.gpu.kernels import norm
 
-COPY_SHARE, NODE, L2_CLOCKS, ISSUES = 0.92, 2.0e-6, 273, 4
+COPY_SHARE, NODE, TRIP, ISSUES = 0.92, 1.1e-6, 1.0e-6, 4
 CHUNK = norm.CHUNK.value
 """Columns a norm handles at a time."""
 
@@ -149,28 +150,32 @@ def _linear(bits: int, steps: int) -> None:
     rng = np.random.default_rng(0)
     w = gpu_kernels.OnDevice(gpu_kernels.matrix(rng, 128, 128 * steps, bits))
     out = gpu_kernels.poisoned((1, 128))
-    gpu_kernels.linear(gpu_kernels.activations(rng, 1, 128 * steps), w, out)
+    gpu_kernels.linear(gpu_kernels.activations(rng, 1, 128 * steps), w, out, tile="row")
 
 
 def _gate_up(steps: int) -> None:
     rng = np.random.default_rng(0)
     gate, up = (gpu_kernels.OnDevice(gpu_kernels.matrix(rng, 128, 128 * steps, 4)) for _ in range(2))
     x, out = gpu_kernels.activations(rng, 1, 128 * steps), gpu_kernels.poisoned((1, 128))
-    programs = gate.rows // gpu_kernels.constants("gate_up.int4.small")["BN"]
-    gpu_kernels.launch("gate_up.int4.small", (programs, 1), gate.prepare(x), gate.codes, gate.scales, None, up.codes,
-                       up.scales, None, out, None, None, 1, 128, gate.rows, gate.blocks, gate.shift, 0)  # fmt: skip
+    shape = gpu_kernels.constants("gate_up.int4.row")
+    tiles = gate.rows // shape["BN"]
+    partials, counters = gpu_kernels.poisoned((tiles, 2, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
+    gpu_kernels.launch("gate_up.int4.row", (tiles, 2), gate.prepare(x), gate.codes, gate.scales, None, up.codes,
+                       up.scales, None, out, partials, counters, 1, 128, gate.rows, gate.blocks, gate.shift,
+                       0)  # fmt: skip
 
 
 def _decode(steps: int) -> None:
     """Every split takes `steps` tiles of positions."""
     tile = gpu_kernels.constants("decode_attention.fp16.128")["BN"]
-    attention.test_decode_attention(False, 1, 1, 1, 128, 16 * tile * steps - 1, np.random.default_rng(0))
+    positions = attention.SPLITS * tile * steps
+    attention.test_decode_attention(False, 1, 1, 1, 128, positions - 1, np.random.default_rng(0))
 
 
 RUNS: dict[str, Callable[[int], object]] = {
-    "linear.int4.small": functools.partial(_linear, 4),
-    "linear.int8.small": functools.partial(_linear, 8),
-    "gate_up.int4.small": _gate_up,
+    "linear.int4.row": functools.partial(_linear, 4),
+    "linear.int8.row": functools.partial(_linear, 8),
+    "gate_up.int4.row": _gate_up,
     "decode_attention.fp16.128": _decode,
 }
 
@@ -193,7 +198,7 @@ class Work:
         """By the formula above."""
         rate = device.multiprocessors * device.clock
         busy = self.nbytes / device.copy, self.counts.instructions / rate / ISSUES
-        return NODE + self.trips * L2_CLOCKS / device.clock + max(*busy, self.counts.products / rate / device.products)
+        return NODE + self.trips * TRIP + max(*busy, self.counts.products / rate / device.products)
 
 
 def work(launch: Launch, context: int) -> Work:
@@ -202,13 +207,13 @@ def work(launch: Launch, context: int) -> Work:
     if family in ("linear", "gate_up"):
         tiles, split = launch.grid[:2]
         weights, columns = 1 + (family == "gate_up"), 128 * args["blocks"]
+        split //= weights
         bits = {"int4": 4, "int8": 8, "fp16": 16}[launch.name.split(".")[1].removesuffix("_fine")]
         nbytes = weights * args["rows"] * (columns * bits // 8 + 4 * args["blocks"])
-        trips = 1 + (1 + -(-split // 4) if split > 1 else 0)
-        if args.get("norm_flags"):
-            trips += 1 + 2 * -(-args["n"] // CHUNK)
+        trips = 1 + (1 + -(-split * weights // 4) if split * weights > 1 else 0)
         base, step = counted(launch.name)
-        return Work(nbytes, trips, Counts().plus(base, tiles * split).plus(step, tiles * args["blocks"]))
+        counts = Counts().plus(base, tiles * split * weights).plus(step, tiles * args["blocks"] * weights)
+        return Work(nbytes, trips, counts)
     if family == "decode_attention":
         programs, splits = launch.grid[:2]
         nbytes = 2 * 2 * args["kv_heads"] * args["d"] * context
@@ -217,7 +222,7 @@ def work(launch: Launch, context: int) -> Work:
         trips = 10 if args.get("flags") else 7  # the rotation reads the angles and the row, and passes q on
         return Work(nbytes, trips, Counts().plus(base, programs * splits).plus(step, programs * context / tile))
     if family == "norm":
-        return Work(0, 2 * -(-args["k"] // CHUNK))
+        return Work(0, 2 * -(-args["k"] // CHUNK) - 1)
     return Work()
 
 

@@ -2,7 +2,7 @@
 
     python bench/gpu_tune.py                    all products; prints what was found
     python bench/gpu_tune.py --write            also writes it into the section of this GPU's architecture
-    python bench/gpu_tune.py --only linear.int4.small --minutes 5
+    python bench/gpu_tune.py --only linear.int4.row --minutes 5
 
 Every candidate is compiled for this GPU (by all cores), checked against the result of the shape in use, and timed over
 the model's true shapes with weights beyond the caches. A candidate that spills registers, needs too much shared memory
@@ -43,20 +43,25 @@ DECODER = ((12288, 4096), (4096, 4096), (4096, 11008))
 VISION = ((4992, 1664), (1664, 1664), (8192, 1664), (1664, 8192))
 HEAD = ((151936, 4096),)
 
-SMALL = {"BM": (16,), "BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (2, 3, 4, 5)}
-LARGE = {"BM": (64, 128, 256), "BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
+FEW = {"BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (3, 4, 5)}
+ROW, SMALL = {"BM": (8,), **FEW}, {"BM": (16,), **FEW}
+MANY = {"BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
+MEDIUM, LARGE = {"BM": (64, 128), **MANY}, {"BM": (64, 128, 256), **MANY}
 WAVES = (1, 2, 4, 8)
 """Programs for each multiprocessor that a product is split into; needs no compilation."""
 
 WORK: dict[str, tuple[tuple[tuple[int, int], ...], int, tuple[int, ...], dict]] = {
-    "linear.int4.small": (DECODER, 4, (1, 16), SMALL),
-    "linear.int4.large": (DECODER, 4, (256, 1024), LARGE),
-    "linear.int8.small": (HEAD, 8, (1,), SMALL),
-    "linear.int8.large": (VISION, 8, (1024,), LARGE),
+    "linear.int4.row": (DECODER, 4, (1,), ROW),
+    "linear.int4.small": (DECODER, 4, (16,), SMALL),
+    "linear.int4.medium": (DECODER, 4, (64,), MEDIUM),
+    "linear.int4.large": (DECODER, 4, (2048,), LARGE),
+    "linear.int8.row": (HEAD, 8, (1,), ROW),
+    "linear.int8.medium": (VISION, 8, (64,), MEDIUM),
+    "linear.int8.large": (VISION, 8, (2048,), LARGE),
     "linear.fp16.small": (DECODER, 16, (1,), SMALL),
-    "linear.fp16.large": (VISION, 16, (1024,), LARGE),
-    "gate_up.int4.small": (((11008, 4096),), 4, (1, 16), SMALL),
-    "gate_up.int4.large": (((11008, 4096),), 4, (256, 1024), LARGE),
+    "linear.fp16.large": (VISION, 16, (2048,), LARGE),
+    "gate_up.int4.row": (((11008, 4096),), 4, (1,), ROW),
+    "gate_up.int4.small": (((11008, 4096),), 4, (16,), SMALL),
 }
 """Kernel -> shapes of its weights, their bits, rows of activations, and the shapes to try."""
 

@@ -38,10 +38,11 @@ STEPS = 200_000
 """Instructions of a group of blocks after which a mutant is said not to end."""
 
 CASES: dict[str, Callable[[np.random.Generator], object]] = {
-    "linear.int4.small": lambda rng: [products.test_linear("int4", case, rng) for case in ("split", "gelu, residual")],
-    "linear.int8.small": lambda rng: products.test_linear("int8", "split", rng),
+    "linear.int4.row": lambda rng: products.test_linear("int4", "split", rng),
+    "linear.int4.small": lambda rng: products.test_linear("int4", "gelu, residual", rng),
+    "linear.int8.row": lambda rng: products.test_linear("int8", "split", rng),
     "linear.fp16.large": lambda rng: products.test_linear("fp16", "large tile, split", rng),
-    "gate_up.int4.small": lambda rng: products.test_gate_up(5, 65, 640, "small", 3, np.float32, False, rng),
+    "gate_up.int4.row": lambda rng: products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, rng),
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),
     "rotate.any": lambda rng: attention.test_rotation_of_patches(3, 2, 80, rng),
     "decode_attention.fp16.128": lambda rng: attention.test_decode_attention(False, 1, 4, 2, 128, 2100, rng),

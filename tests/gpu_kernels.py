@@ -136,21 +136,19 @@ class OnDevice:
         return out
 
 
-NO_NORM = (None, None, None, 0, 0.0, 0)
-
-
-def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, then=NO_NORM):
-    """`then`: weight, order and target of the norm of `out`; its padded columns, eps and flags."""
-    name = f"linear.{w.kind}.{tile}"
+def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, gate=None):
+    """`tile`: the next larger one for a kind of weights that does not have it."""
+    tiles = s.TILES[s.TILES.index(tile) :]
+    name = next(f"linear.{w.kind}.{t}" for t in tiles if f"{w.kind}.{t}" in s.KERNELS["linear"].variants)
     shape = constants(name)
     m, n = x.shape[0], w.matrix.n
     tiles = ceil(m, shape["BM"]) * (w.rows // shape["BN"])
-    partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles + 1, np.int32)
-    launch(name, (tiles, split), w.prepare(x, norm), w.codes, w.scales, w.matrix.bias, residual, out, partials,
-           counters, *then[:3], m, n, w.rows, w.blocks, w.shift,
-           flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, OUT_HALF=out.dtype == HALF,
-                 GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
-                 QUICK_GELU=activation == "quick_gelu"), *then[3:])  # fmt: skip
+    partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
+    launch(name, (tiles, split), w.prepare(x, norm), w.codes, w.scales, w.matrix.bias,
+           residual if gate is None else gate, out, partials, counters, m, n, w.rows, w.blocks, w.shift,
+           flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
+                 OUT_HALF=out.dtype == HALF, GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
+                 QUICK_GELU=activation == "quick_gelu"))  # fmt: skip
     assert not counters.any()
 
 

@@ -25,12 +25,10 @@ from qvl_kernels.gpu.signatures import ARCHITECTURES
 SAMPLE = {
     "few rows": lambda rng: products.test_linear("int4", "split", rng),
     "many rows": lambda rng: products.test_linear("int4", "large tile, split", rng),
-    "norm at the end": lambda rng: products.test_a_product_normalizes_its_row_as_the_norm_does(
-        "int4", 200, 300, 3, True, rng
-    ),
+    "some rows": lambda rng: products.test_a_gate_is_applied_to_the_sums("medium", rng),
     "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
     "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
-    "gate and up": lambda rng: products.test_gate_up(5, 65, 640, "small", 3, np.float32, False, rng),
+    "gate and up": lambda rng: products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, rng),
     "rope": lambda rng: attention.test_rope_append(True, "norms", rng),
     "decode": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 9, rng),
     "one token": lambda rng: attention.test_decode_attention(False, 1, 7, 1, 128, 40, rng),

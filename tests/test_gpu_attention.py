@@ -129,6 +129,8 @@ def causal(qkv, cache, heads, begin):
     return attention(q, k, v, np.arange(end) <= np.arange(begin, end)[:, None]).reshape(t, -1)
 
 
+SPLITS = 9
+
 DECODE_CASES = [
     # t, heads, kv_heads, d, begin
     (1, 1, 1, 128, 0), (1, 2, 2, 128, 63), (1, 2, 2, 128, 1030), (1, 2, 2, 64, 100), (1, 3, 3, 10, 17),
@@ -144,8 +146,8 @@ def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
     qkv, out = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF), poisoned((t, heads * d), HALF)
     name = f"decode_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
     tiles = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"])
-    partials, counters = poisoned(t * heads * s.DECODE_SPLITS * 129), np.zeros(tiles, np.int32)
-    launch(name, (tiles, s.DECODE_SPLITS), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
+    partials, counters = poisoned(t * heads * SPLITS * 129), np.zeros(tiles, np.int32)
+    launch(name, (tiles, SPLITS), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
            None, None, None, None, t, heads, kv_heads, begin + t + 3, d, d**-0.5, 0.0, 0.0, 0)  # fmt: skip
     assert not counters.any()
     close(out, causal(qkv, cache, heads, begin), 1e-3)
@@ -169,12 +171,12 @@ def test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(int8, hea
         layer = kv_heads, capacity, d, int8
         cache = filled_cache(np.random.default_rng(seed), *layer, begin) if begin else Cache(*layer)
         row, out, counters = qkv.copy(), poisoned((1, heads * d), HALF), np.zeros(kv_heads, np.int32)
-        partials, tables = poisoned(heads * s.DECODE_SPLITS * 129), (rope, logn, *weights)
+        partials, tables = poisoned(heads * SPLITS * 129), (rope, logn, *weights)
         if not fused:
             grid = 1, ceil(heads + kv_heads, s.ROPE_HEADS)
             launch(f"rope_append.{kind}", grid, row, *tables, *cache.arguments, start, *sizes, 1e-6, 1e-5, flags_)
             tables = (None,) * 4
-        launch(name, (kv_heads, s.DECODE_SPLITS), row, *cache.arguments, start, out, partials, counters, *tables, 1,
+        launch(name, (kv_heads, SPLITS), row, *cache.arguments, start, out, partials, counters, *tables, 1,
                *sizes, d**-0.5, 1e-6, 1e-5, flags_ | s.ROPE if fused else 0)  # fmt: skip
         assert not counters.any()
         found.append([out, *(array[:, begin] for array in cache.arguments if array is not None)])

@@ -69,7 +69,7 @@ def test_products_use_the_tensor_cores(architecture, bundle, tmp_path):
     """Triton replaces them by ordinary multiplications where it knows no better, without a word."""
     disassembler = Path(TRITON.origin).parent / "backends/nvidia/bin/nvdisasm"
     with zipfile.ZipFile(bundle) as archive:
-        for name in ("linear.int4.small", "linear.int8.large", "gate_up.int4.large", "attention.104"):
+        for name in ("linear.int4.small", "linear.int8.large", "linear.int4.medium", "attention.104"):
             cubin = archive.extract(f"sm_{architecture}/{name}.cubin", tmp_path)
             code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
             assert re.search(r"\b(HMMA|HGMMA|QGMMA)\b", code), name

@@ -23,7 +23,7 @@ from gpu_kernels import (
 )
 
 from qvl_kernels.ops import Norm
-from qvl_kernels.packing import round_up
+from qvl_kernels.reference.functions import silu
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -40,13 +40,15 @@ def test_a_packed_matrix_arrives_on_the_device(bits, n, k, rng):
 
 
 LINEAR_CASES = {
-    "one row, one group": {"m": 1, "n": 32, "k": 128},
+    "one row, one group": {"m": 1, "n": 32, "k": 128, "tile": "row"},
     "16 rows": {"m": 16, "n": 128, "k": 256, "dtype": HALF},
-    "off every tile": {"m": 17, "n": 130, "k": 200},
-    "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF},
+    "off every tile": {"m": 17, "n": 130, "k": 200, "tile": "medium"},
+    "off every small tile": {"m": 9, "n": 130, "k": 200, "tile": "row"},
+    "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF, "tile": "row"},
     "more programs than blocks need": {"m": 2, "n": 33, "k": 640, "split": 4},
     "outlier channel": {"m": 4, "n": 64, "k": 384, "outlier": True},
     "asymmetric, bias": {"m": 5, "n": 40, "k": 256, "asymmetric": True, "bias": True, "dtype": HALF},
+    "medium tile": {"m": 70, "n": 40, "k": 130, "bias": True, "residual": True, "tile": "medium"},
     "column order, split": {"m": 2, "n": 40, "k": 300, "asymmetric": True, "perm": True, "split": 2},
     "gelu, residual": {"m": 3, "n": 96, "k": 128, "bias": True, "activation": "gelu", "residual": True},
     "tanh gelu": {"m": 2, "n": 33, "k": 172, "bias": True, "activation": "gelu_tanh", "dtype": HALF},
@@ -72,6 +74,16 @@ def test_linear(kind, case, rng):
     reference.linear(x, w, out=expected, activation=options.get("activation"), residual=options.get("residual"))
     linear(x, OnDevice(w), out, **options)
     close(out, expected, 4e-3)
+
+
+@pytest.mark.parametrize("tile", ["row", "medium", "large"])
+def test_a_gate_is_applied_to_the_sums(tile, rng):
+    """In float32, to what the product is without."""
+    w, x, gate = OnDevice(matrix(rng, 40, 130, 4, bias=True)), activations(rng, 20, 130), 4 * activations(rng, 20, 40)
+    plain, gated = poisoned((20, 40)), poisoned((20, 40), HALF)
+    linear(x, w, plain, tile=tile)
+    linear(x, w, gated, tile=tile, gate=gate)
+    np.testing.assert_allclose(gated, plain * silu(gate), rtol=1e-3, atol=1e-6)
 
 
 def test_linear_adds_to_its_own_residual(rng):
@@ -112,35 +124,11 @@ def test_a_norm_tames_what_fp16_could_not_hold(rng):
     close(out, expected, 4e-3)
 
 
-@pytest.mark.parametrize("kind, n, k, split, permuted", [
-    ("int4", 200, 300, 3, True), ("int8", 33, 128, 1, False), ("int4 in 64s", 130, 64, 1, False),
-    ("int8 in 32s", 2100, 32, 1, True),
-])  # fmt: skip
-def test_a_product_normalizes_its_row_as_the_norm_does(kind, n, k, split, permuted, rng):
-    """Bit for bit: what follows does not depend on how many rows are computed at once."""
-    bits, group = KINDS[kind]
-    w, x, residual = OnDevice(matrix(rng, n, k, bits, group)), activations(rng, 1, k), activations(rng, 1, n) * 100
-    weight = rng.uniform(0.5, 2, n).astype(np.float32)
-    perm = rng.permutation(n).astype(np.int32) if permuted else None
-    padded, state = round_up(n, 128), flags(PERMUTED=permuted, OUT_HALF=True)
-    plain, out = poisoned((1, n)), poisoned((1, n))
-    expected, normed = poisoned((1, padded), HALF), poisoned((1, padded), HALF)
-    linear(x, w, plain, split=split, residual=residual)
-    launch("norm.any", (1,), plain, weight, None, perm, expected, n, padded, 1e-6, state)
-    linear(x, w, out, split=split, residual=residual, then=(weight, perm, normed, padded, 1e-6, state))
-    np.testing.assert_array_equal(out, plain)
-    np.testing.assert_array_equal(normed, expected)
-    exact = poisoned((1, n))
-    reference.normalize(plain, Norm(weight, None, 1e-6), out=exact)
-    close(normed[:, :n], exact if perm is None else exact[:, perm], 1e-3)
-    np.testing.assert_array_equal(normed[:, n:], 0)
-
-
 @pytest.mark.parametrize("m, n, k, tile, split, dtype", [
-    (1, 32, 128, "small", 1, HALF),
-    (5, 65, 640, "small", 3, np.float32),
-    (65, 130, 256, "large", 1, HALF),
-    (20, 40, 256, "large", 2, HALF),
+    (1, 32, 128, "row", 1, HALF),
+    (5, 65, 640, "row", 3, np.float32),
+    (16, 130, 256, "small", 1, HALF),
+    (17, 40, 300, "small", 2, HALF),
 ])  # fmt: skip
 @pytest.mark.parametrize("biased", [False, True])
 def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
@@ -151,8 +139,8 @@ def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
     g, u, name = OnDevice(gate), OnDevice(up), f"gate_up.int4.{tile}"
     shape = constants(name)
     tiles = ceil(m, shape["BM"]) * (g.rows // shape["BN"])
-    partials, counters = poisoned((tiles, split, 2 * shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    launch(name, (tiles, split), g.prepare(x, norm), g.codes, g.scales, gate.bias, u.codes, u.scales, up.bias, out,
+    partials, counters = poisoned((tiles, 2 * split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
+    launch(name, (tiles, 2 * split), g.prepare(x, norm), g.codes, g.scales, gate.bias, u.codes, u.scales, up.bias, out,
            partials, counters, m, n, g.rows, g.blocks, g.shift,
            flags(BIAS=biased, BIAS_UP=biased, OUT_HALF=dtype == HALF))  # fmt: skip
     assert not counters.any()

@@ -49,18 +49,22 @@ def test_activations_are_prepared_only_where_they_must(ops, driver):
     half, w = ops.empty((4, 256), np.float16), ops.weight(matrix(64, 256, 4))
     driver.launches.clear()
     ops.linear(half, w, out=ops.empty((4, 64)))
-    assert [launch.name for launch in driver.launches] == ["linear.int4.small"]
+    assert [launch.name for launch in driver.launches] == ["linear.int4.row"]
     assert driver.launches[0].args["x"] == half.address
     permuted = ops.weight(matrix(64, 256, 4, perm=np.arange(256)[::-1]))
     driver.launches.clear()
     ops.linear(half, permuted, out=ops.empty((4, 64), np.float16))
-    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int4.small"]
+    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int4.row"]
     assert driver.launches[0].args["perm"] == permuted.perm.address
     assert driver.launches[1].args["flags"] == signatures.OUT_HALF
 
 
-@pytest.mark.parametrize(("rows", "tile"), [(1, "small"), (16, "small"), (17, "large"), (300, "large")])
+@pytest.mark.parametrize(("rows", "tile"), [
+    (1, "row"), (8, "row"), (9, "small"), (16, "small"), (17, "medium"), (64, "medium"), (300, "medium"),
+    (1000, "large"),
+])  # fmt: skip
 def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
+    """Of many rows, the tile that leaves fewer multiprocessors without work."""
     w = ops.weight(matrix(256, 128, 8))
     ops.linear(ops.empty((rows, 128), np.float16), w, out=ops.empty((rows, 256)))
     assert driver.launches[-1].name == f"linear.int8.{tile}"
@@ -71,22 +75,28 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
     order = np.random.default_rng(0).permutation(128)
     for gate, up, names in (
-        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.any", "gate_up.int4.small"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.any", "gate_up.int4.small"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), None),
-        (matrix(64, 128, 4), matrix(64, 128, 4, 32), None),
-        (matrix(64, 128, 8), matrix(64, 128, 8), None),
+        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.any", "gate_up.int4.row"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.any", "gate_up.int4.row"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), ["norm.any", "linear.int4.row"] * 2),
+        (
+            matrix(64, 128, 4),
+            matrix(64, 128, 4, 32),
+            ["norm.any", "linear.int4.row", "norm.any", "linear.int4_fine.small"],
+        ),
+        (matrix(64, 128, 8), matrix(64, 128, 8), ["norm.any", "linear.int8.row", "linear.int8.row"]),
     ):
         weights = ops.weight(gate), ops.weight(up)
         driver.launches.clear()
         ops.gate_up(x, *weights, out=out, norm=norm)
-        launched = [launch.name for launch in driver.launches]
-        assert launched == names if names else launched[-1] == "swiglu.any" and len(launched) == 5
+        assert [launch.name for launch in driver.launches] == names
+        if names[-1].startswith("linear"):
+            gate, up = (launch.args for launch in driver.launches if launch.name.startswith("linear"))
+            assert up["flags"] == signatures.GATE | signatures.OUT_HALF and up["residual"] == gate["out"]
 
 
 def test_the_counters_of_split_products_begin_at_zero(ops, driver):
-    w = ops.weight(matrix(32, 512, 4))
-    ops.linear(ops.empty((1, 512), np.float16), w, out=ops.empty((1, 32)))
+    w = ops.weight(matrix(32, 2048, 4))
+    ops.linear(ops.empty((1, 2048), np.float16), w, out=ops.empty((1, 32)))
     launch = driver.launches[-1]
     assert launch.grid[1] > 1
     counters = np.frombuffer((ctypes.c_int32 * launch.grid[0]).from_address(launch.args["counters"]), np.int32)
@@ -113,7 +123,7 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
     assert append.args["flags"] == signatures.Q_NORM | signatures.K_NORM and append.args["logn"] == 0
     few = rows <= signatures.DECODE_ROWS
     assert attend.name == f"{'decode' if few else 'cached'}_attention.{dtype}.any"
-    assert attend.grid == ((kv_heads * -(-rows * heads // kv_heads // 16), 16, 1) if few else (1, heads, 1))
+    assert attend.grid == ((kv_heads * -(-rows * heads // kv_heads // 16), 4, 1) if few else (1, heads, 1))
     both, *both_scales = cache.arrays[layer]
     for launch in (append, attend):
         assert [launch.args[name] - both.address for name in ("k", "v")] == [0, both.nbytes // 2]
@@ -281,7 +291,7 @@ def test_a_captured_step_keeps_its_memory(ops, driver):
     ops.memory.trim()
     driver.launches.clear()
     replay()
-    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int8.small"]
+    assert [launch.name for launch in driver.launches] == ["gather.any", "linear.int8.row"]
     for launch in driver.launches:
         for name, kind in signatures.types(launch.name).items():
             if kind.startswith("*") and launch.args[name]:

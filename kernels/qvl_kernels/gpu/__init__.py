@@ -4,7 +4,7 @@ signatures.py  kernels/  build.py     the kernels: signatures, sources, compilat
 driver.py                             the only interface to the NVIDIA driver
 arrays.py  memory.py  weights.py  cache.py     data on the device
 launcher.py  graph.py  loader.py  bundle.py     compiled kernels, and their execution
-ops.py                                the `Ops` protocol
+tiles.py  ops.py                      the choice of a product's kernel, and the `Ops` protocol
 """
 
 from __future__ import annotations

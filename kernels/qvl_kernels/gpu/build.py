@@ -84,6 +84,7 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
         "num_warps": shape["warps"],
         "num_stages": 1 if architecture == 75 else shape["stages"],
         "enable_fp_fusion": True,
+        "maxnreg": shape.get("registers"),
     }
     if architecture in _WITH_PTX:
         options["ptx_version"] = 75

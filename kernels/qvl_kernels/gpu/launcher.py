@@ -57,13 +57,20 @@ class Images(Protocol):
 
 
 class Launcher:
-    """Loads kernels on first use and launches them."""
+    """Loads kernels on first use and launches them.
+
+    Attributes
+    ----------
+    replaced : int
+        Number of calls of `replace`.
+    """
 
     def __init__(self, driver: Driver, queue: Queue, images: Images):
         self.driver, self.queue, self.images = driver, queue, images
         self._kernels: dict[str, Kernel] = {}
         self._replaced: dict[str, Image] = {}
-        self._tiles: dict[str, dict[str, int]] = {}
+        self._tiles: dict[str, dict[str, Any]] = {}
+        self.replaced = 0
 
     def constants(self, name: str) -> dict[str, int | bool]:
         """Return the compile-time constants of kernel `name`."""
@@ -71,6 +78,7 @@ class Launcher:
 
     def replace(self, name: str, image: Image) -> None:
         """Replace the image of a kernel, for tuning tile shapes."""
+        self.replaced += 1
         self._replaced[name] = image
         self._kernels.pop(name, None)
         self._tiles.pop(name, None)
@@ -78,7 +86,7 @@ class Launcher:
     def _image(self, name: str) -> Image:
         return self._replaced.get(name) or self.images[name]
 
-    def tile(self, name: str) -> dict[str, int]:
+    def tile(self, name: str) -> dict[str, Any]:
         """Return the entry of kernel `name` in tiles.json."""
         found = self._tiles.get(name)
         if found is None:

@@ -16,32 +16,20 @@ from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
+from qvl_kernels.gpu.tiles import COUNTERS, Tiles
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
 from qvl_kernels.ops import Array, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 
-_COUNTERS = 1 << 16
-"""Largest number of tiles of a product that is split along k."""
-
-_MAX_SPLIT, _WAVES = 16, 2
+_SPLITS = 4, 16
+"""Fewest and most parts of the positions in attention. Merging takes half a microsecond a part on an H100."""
 
 _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_GELU}
 
 _CONSTANTS = 8
 """Number of cached arrays of segment boundaries."""
-
-
-class _Product(NamedTuple):
-    """A `linear` that was recorded: its place on the tape, and its launch."""
-
-    place: tuple[int, int]
-    name: str
-    grid: tuple[int, int]
-    operands: tuple[DeviceArray | None, ...]
-    sizes: tuple[int, ...]
-    out: DeviceArray
 
 
 class _Rotation(NamedTuple):
@@ -95,10 +83,10 @@ class CudaOps:
         self.memory = Memory(self.driver)
         self.queue = Queue(self.driver, self.memory)
         self.launch = Launcher(self.driver, self.queue, images)
+        self.tiles = Tiles(self.launch, self.driver.multiprocessors)
         self.uploader = Uploader(self.driver, progress)
-        self._counters = self.empty((_COUNTERS,), np.int32)
+        self._counters = self.empty((COUNTERS,), np.int32)
         self.driver.fill(self._counters.address, 0, self._counters.nbytes)
-        self._latest: _Product | None = None
         self._rotation: _Rotation | None = None
         self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
@@ -152,35 +140,38 @@ class CudaOps:
         self.launch(f"embed.{kind}", grid, ids, table.codes, table.scales, table.perm, out, *sizes)
 
     def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
-        _expect(out, (x.shape[0], w.n))
         if residual is not None:
             _expect(residual, out.shape, _FLOAT)
-        h = self._prepare(x, w, norm)
-        self._latest = None
-        flags = _flags((w.bias, s.BIAS), (residual, s.RESIDUAL), (out.dtype == _HALF, s.OUT_HALF))
-        flags |= 0 if activation is None else _ACTIVATIONS[activation]
-        name, grid, partials = self._tiles("linear", w, x.shape[0])
+        flags = 0 if activation is None else _ACTIVATIONS[activation]
+        self._product(self._prepare(x, w, norm), w, out, residual, flags | _flags((residual, s.RESIDUAL)))
+
+    def _product(self, h: DeviceArray, w: DeviceMatrix, out: DeviceArray, residual: DeviceArray | None, flags: int):
+        """Multiply prepared activations."""
+        _expect(out, (h.shape[0], w.n))
+        flags |= _flags((w.bias, s.BIAS), (out.dtype == _HALF, s.OUT_HALF))
+        name, tiles, split = self.tiles("linear", w, h.shape[0])
+        grid, partials = (tiles, split), self._partials(name, tiles, split if split > 1 else 0)
         operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
-        sizes = (x.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
-        self.launch(name, grid, *operands, None, None, None, *sizes, 0, 0.0, 0)
-        if residual is not None and self.queue.place is not None and out.shape[0] == 1 and grid[0] < _COUNTERS:
-            self._latest = _Product(self.queue.place, name, grid, operands, sizes, out)
+        sizes = (h.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
+        self.launch(name, grid, *operands, *sizes)
 
     def gate_up(self, x, gate, up, *, out, norm):
         m = x.shape[0]
         _expect(out, (m, gate.n))
-        if f"{gate.kind}.small" not in s.KERNELS["gate_up"].variants or not _alike(gate, up):
-            g, u = self.empty((m, gate.n)), self.empty((m, up.n))
-            self.linear(x, gate, out=g, norm=norm)
-            self.linear(x, up, out=u, norm=norm)
-            flags = _flags((out.dtype == _HALF, s.OUT_HALF))
-            self.launch("swiglu.any", (_elements(out.size),), g, u, out, out.size, flags)
-            return
+        alike = _alike(gate, up)
         h = self._prepare(x, gate, norm)
-        flags = _flags((gate.bias, s.BIAS), (up.bias, s.BIAS_UP), (out.dtype == _HALF, s.OUT_HALF))
-        name, grid, partials = self._tiles("gate_up", gate, m)
-        operands = (h, gate.codes, gate.scales, gate.bias, up.codes, up.scales, up.bias, out, partials, self._counters)
-        self.launch(name, grid, *operands, m, gate.n, gate.rows, gate.blocks, gate.group_shift, flags)
+        if gate.kind == "int4" and alike and m <= self.launch.constants("gate_up.int4.small")["BM"]:
+            name, tiles, split = self.tiles("gate_up", gate, m)
+            operands = (h, gate.codes, gate.scales, gate.bias, up.codes, up.scales, up.bias, out)
+            flags = _flags((gate.bias, s.BIAS), (up.bias, s.BIAS_UP), (out.dtype == _HALF, s.OUT_HALF))
+            sizes = (m, gate.n, gate.rows, gate.blocks, gate.group_shift, flags)
+            self.launch(
+                name, (tiles, 2 * split), *operands, self._partials(name, tiles, 2 * split), self._counters, *sizes
+            )
+            return
+        gated = self.empty((m, gate.n))
+        self._product(h, gate, gated, None, 0)
+        self._product(h if alike else self._prepare(x, up, norm), up, out, gated, s.GATE)
 
     def _prepare(self, x: DeviceArray, w: DeviceMatrix, norm: Norm | None) -> DeviceArray:
         """Convert activations for a product: fp16, in the weight's column order, zero-padded."""
@@ -195,22 +186,10 @@ class CudaOps:
             self._norm(x, norm, w.perm, h, w.padded)
         return h
 
-    def _tiles(self, family: str, w: DeviceMatrix, m: int) -> tuple[str, tuple[int, int], DeviceArray | None]:
-        """Return kernel, grid, and scratch memory of a product of `m` rows.
-
-        With few tiles, several programs share the columns of one, about `waves` programs per multiprocessor in total.
-        """
-        name = f"{family}.{w.kind}.small"
-        if m > self.launch.tile(name).get("max_m", self.launch.constants(name)["BM"]):
-            name = f"{family}.{w.kind}.large"
-        tile, constants = self.launch.tile(name), self.launch.constants(name)
-        tiles = -(-m // constants["BM"]) * (w.rows // constants["BN"])
-        wanted = tile.get("waves", _WAVES) * self.driver.multiprocessors // tiles
-        split = min(max(wanted, 1), _MAX_SPLIT, w.blocks) if tiles <= _COUNTERS else 1
-        partials = None
-        if split > 1:
-            partials = self.empty((tiles, split, constants["BM"] * constants["BN"] * (2 if family == "gate_up" else 1)))
-        return name, (tiles, split), partials
+    def _partials(self, name: str, tiles: int, slots: int) -> DeviceArray | None:
+        """Return memory for partial sums, `slots` for each tile."""
+        constants = self.launch.constants(name)
+        return self.empty((tiles, slots, constants["BM"] * constants["BN"])) if slots else None
 
     # elementwise
 
@@ -221,24 +200,8 @@ class CudaOps:
     def _norm(self, x: DeviceArray, norm: Norm, perm: DeviceArray | None, out: DeviceArray, padded: int) -> None:
         _expect(x, x.shape, _FLOAT)
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
-        if norm.bias is None and self._ends_latest(norm, x, perm, out, padded, flags):
-            return
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
         self.launch("norm.any", (x.shape[0],), *arguments)
-
-    def _ends_latest(self, norm: Norm, x: DeviceArray, perm, out: DeviceArray, padded: int, flags: int) -> bool:
-        """Let the product recorded just before, of one row, which is `x`, normalize it: one launch instead of two."""
-        latest, self._latest = self._latest, None
-        if latest is None or latest.place != self.queue.place or latest.out.dtype != _FLOAT:
-            return False
-        if latest.out.address != x.address or latest.out.shape != x.shape or out.dtype != _HALF:
-            return False
-        if not self.launch.constants(latest.name)["NORM"]:
-            return False
-        self.queue.take_back()
-        arrays = (*latest.operands, norm.weight, perm, out)
-        self.launch(latest.name, latest.grid, *arrays, *latest.sizes, padded, norm.eps, flags)
-        return True
 
     def gather(self, x, index, *, out):
         _expect(index, index.shape[:1], np.dtype(np.int32))
@@ -321,8 +284,9 @@ class CudaOps:
         name = f"{family}.{cache.dtype}.{'128' if d == 128 else 'any'}"
         rows = self.launch.constants(name)["BM"]
         if t <= s.DECODE_ROWS:
-            partials = self.empty((t * heads, s.DECODE_SPLITS, 128 + 1))
-            grid = (kv_heads * -(-t * (heads // kv_heads) // rows), s.DECODE_SPLITS)
+            splits = min(max(2 * self.driver.multiprocessors // kv_heads, _SPLITS[0]), _SPLITS[1])
+            partials = self.empty((t * heads, splits, 128 + 1))
+            grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)
             rotation, self._rotation = self._rotation, None
             found = self.queue.place, (qkv.address, cache, layer, start.address)
             if rotation is not None and rotation[:2] == found and heads // kv_heads < rows:
@@ -345,7 +309,7 @@ class CudaOps:
         try:
             return self.queue.capture(step)
         finally:
-            self._latest = self._rotation = None
+            self._rotation = None
 
     def synchronize(self):
         self.driver.synchronize()

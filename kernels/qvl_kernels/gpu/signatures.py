@@ -33,21 +33,22 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 ROW_PADDING = 128
 """Rows of a weight on the device are padded to a multiple of this."""
 
 # flags of `linear`, `gate_up`
-BIAS, GELU, RESIDUAL, OUT_HALF, GELU_TANH, QUICK_GELU = 1, 2, 4, 8, 16, 32
+BIAS, GELU, RESIDUAL, OUT_HALF, GELU_TANH, QUICK_GELU, GATE = 1, 2, 4, 8, 16, 32, 64
 BIAS_UP = 2
-# flags of `norm`, `gather`, `add`, `swiglu`, `embed`, `pack_scales` (OUT_HALF as above)
+# flags of `norm`, `gather`, `add`, `embed`, `pack_scales` (OUT_HALF as above)
 LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
 HAS_ZEROS = 1
 # flags of `rope_append`, `decode_attention`
 LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
 
-DECODE_SPLITS = 16
-"""Number of programs per tile in `decode_attention`; each has a part of the positions."""
+MOST_SPLITS = 32
+"""Largest number of programs per tile in `decode_attention`; each has a part of the positions."""
 
 DECODE_ROWS = 16
 """Largest number of tokens for `decode_attention`; more use `cached_attention`."""
@@ -89,19 +90,18 @@ def _arguments(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, kind) for name, kind in (item.split(":") for item in text.split()))
 
 
-_TILES = ("small", "large")
+TILES = ("row", "small", "medium", "large")
+"""Tiles of the products, for more and more rows of x; some kinds of weights have fewer."""
+
+_KINDS = {"int4": (4, False), "int4_fine": (4, True), "int8": (8, False), "int8_fine": (8, True), "fp16": (16, False)}
 
 
-def _linear_variants(tiles: tuple[str, ...]) -> dict[str, dict[str, int | bool]]:
-    variants = {}
-    for tile in tiles:
-        norm = tile == "small"
-        variants[f"int4.{tile}"] = {"BITS": 4, "FINE": False, "NORM": norm}
-        variants[f"int4_fine.{tile}"] = {"BITS": 4, "FINE": True, "NORM": norm}
-        variants[f"int8.{tile}"] = {"BITS": 8, "FINE": False, "NORM": norm}
-        variants[f"int8_fine.{tile}"] = {"BITS": 8, "FINE": True, "NORM": norm}
-        variants[f"fp16.{tile}"] = {"BITS": 16, "FINE": False, "NORM": False}
-    return variants
+def _linear_variants() -> dict[str, dict[str, int | bool]]:
+    return {
+        f"{kind}.{tile}": {"BITS": bits, "FINE": fine}
+        for kind, (bits, fine) in _KINDS.items()
+        for tile in (TILES if kind in ("int4", "int8") else ("small", "large"))
+    }
 
 
 _CACHE_VARIANTS: dict[str, dict[str, int | bool]] = {
@@ -131,30 +131,28 @@ KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
     # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
-    # arrive: the same bits every time. `counters`: one a tile, and one more. flags: BIAS, one of GELU, GELU_TANH and
-    # QUICK_GELU, RESIDUAL, OUT_HALF (out is fp16). norm_flags, for variants with NORM: 0, or those of `norm` of the one
-    # row that out is, float32, into normed; the bits are those of `norm`, whose warps are as many.
+    # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and
+    # QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF (out is fp16).
     "linear": Kernel(
         "matmul.linear",
         _arguments(
             "x:*fp16 codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 "
-            "norm_weight:*fp32 norm_perm:*i32 normed:*fp32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32 "
-            "padded:i32 eps:fp32 norm_flags:i32"
+            "m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
         ),
-        _linear_variants(_TILES),
+        _linear_variants(),
         "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
     ),
     # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF, for two int4 weights with groups of
-    # 128 and one order of columns (others: two `linear` into float32 and `swiglu`). partials: float32
-    # [tiles, split, 2 * BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
+    # 128 and one order of columns, and few rows (others: two `linear`, the second with GATE). Each program of a tile
+    # takes one of the weights. partials: float32 [tiles, 2 * split, BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
     "gate_up": Kernel(
         "matmul.gate_up",
         _arguments(
             "x:*fp16 gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
             "out:*fp32 partials:*fp32 counters:*i32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
         ),
-        {f"int4.{tile}": {"BITS": 4, "FINE": False} for tile in _TILES},
-        "(ceil(m / BM) * (rows // BN), split)",
+        {f"int4.{tile}": {"BITS": 4, "FINE": False} for tile in ("row", "small")},
+        "(ceil(m / BM) * (rows // BN), 2 * split)",
     ),
     # out [n_ids, d] float32 = table[ids]; perm as in `packing.Matrix`. flags: PERMUTED.
     "embed": Kernel(
@@ -189,13 +187,6 @@ KERNELS: dict[str, Kernel] = {
         {"any": {}},
         "(ceil(size / ELEMENTS),)",
     ),
-    # out = silu(gate) * up, size elements, gate and up float32. flags: OUT_HALF.
-    "swiglu": Kernel(
-        "elementwise.swiglu",
-        _arguments("gate:*fp32 up:*fp32 out:*fp32 size:i32 flags:i32"),
-        {"any": {}},
-        "(ceil(size / ELEMENTS),)",
-    ),
     # attention; qkv, q, out are fp16, scale is 1/sqrt(d) ----------------------------------------------------------
     # Rotates q in place and appends k and v at start[0] + t. `int8` quantizes the cache: k and v point at int8. flags:
     # LOGN (the rotated q times logn), Q_NORM, K_NORM (RMSNorm of each head before, weights float32 [d]).
@@ -223,7 +214,7 @@ KERNELS: dict[str, Kernel] = {
         "(ceil(t / BM), heads)",
     ),
     # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once.
-    # partials: float32 [t * heads, DECODE_SPLITS, 128 + 1]; counters: one a tile. flags, for one token and fewer heads
+    # partials: float32 [t * heads, splits, 128 + 1]; counters: one a tile. flags, for one token and fewer heads
     # than BM a head of keys: ROPE, and `rope_append`'s: what it does is done first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
@@ -232,7 +223,7 @@ KERNELS: dict[str, Kernel] = {
             "k_norm:*fp32 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         _CACHE_VARIANTS,
-        "(kv_heads * ceil(t * heads / kv_heads / BM), DECODE_SPLITS)",
+        "(kv_heads * ceil(t * heads / kv_heads / BM), splits)",
     ),
     # Attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart. parts is 3
     # for patches, whose q, k, v are all the one array that holds them side by side; 1 for separate arrays. out
@@ -304,13 +295,15 @@ def names() -> list[str]:
 
 
 @functools.cache
-def _tiles() -> dict[str, dict[str, dict[str, int]]]:
+def _tiles() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(Path(__file__).with_name("tiles.json").read_text())
 
 
-def tile(name: str, architecture: int) -> dict[str, int]:
-    """Return a kernel's entry in tiles.json: `warps`, `stages`, compile-time constants, and for products `waves`, the
-    target number of programs per multiprocessor of a split.
+def tile(name: str, architecture: int) -> dict[str, Any]:
+    """Return a kernel's entry in tiles.json: `warps`, `stages`, `registers` of a thread at most, compile-time values.
+
+    Of products also `waves`, the target number of programs per multiprocessor of a split, and `cost`, the time of a
+    multiplication relative to the largest tile.
 
     The longest matching prefix of `name` (in whole dotted parts) is used, first under the architecture, then under
     "default".

@@ -11,7 +11,7 @@ import triton.language as tl
 from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, last_to_arrive, to_half, weigh
 from qvl_kernels.gpu.kernels.rope import append, rotated
 
-SPLITS = tl.constexpr(16)
+MOST_SPLITS = tl.constexpr(32)
 
 
 @triton.jit
@@ -40,10 +40,11 @@ def decode_attention(
     begin = tl.load(start)
     end = begin + t
     position = begin + token
-    share = tl.cdiv(tl.cdiv(end, BN), SPLITS) * BN
+    splits = tl.num_programs(1)
+    share = tl.cdiv(tl.cdiv(end, BN), splits) * BN
     low = part * share
     high = tl.minimum(low + share, end)
-    slot = (kv_head * (t * group) + row) * SPLITS
+    slot = (kv_head * (t * group) + row) * splits
     if flags & ROPE:
         # of one token: every program rotates the queries for itself, one of them appends
         which = tl.where(row < group, head, tl.where(row == group, heads + kv_head, heads + kv_heads))
@@ -86,18 +87,19 @@ def decode_attention(
             weights *= tl.load(v_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(weights.to(tl.float16), as_half(values, INT8), acc * shrink[:, None])
 
-    # [t * heads, SPLITS, 128] sums, then [t * heads, SPLITS] logarithms (base 2) of their totals
-    logs = partials + t * heads * (SPLITS * 128)
+    # [t * heads, splits, 128] sums, then [t * heads, splits] logarithms (base 2) of their totals
+    logs = partials + t * heads * (splits * 128)
     share_of = tl.where(total > 0, total, 1.0)
     tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc / share_of[:, None], mask=inside[:, None])
     tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)
-    if last_to_arrive(counters + tile, SPLITS):
-        every = slot[:, None] + tl.arange(0, SPLITS)[None, :]
-        log = tl.load(logs + every, mask=inside[:, None], other=0.0, cache_modifier=".cg")
-        most = tl.max(log, 1)
+    if last_to_arrive(counters + tile, splits):
+        every = tl.arange(0, MOST_SPLITS)
+        there = inside[:, None] & (every < splits)[None, :]
+        log = tl.load(logs + slot[:, None] + every[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
+        most = tl.where(inside, tl.max(log, 1), 0.0)
         merged = tl.zeros((BM, 128), tl.float32)
         weight = tl.zeros((BM,), tl.float32)
-        for i in range(SPLITS):
+        for i in range(splits):
             this = tl.exp2(tl.load(logs + slot + i, mask=inside, other=0.0, cache_modifier=".cg") - most)
             at = partials + (slot + i)[:, None] * 128 + rd[None, :]
             merged += tl.load(at, mask=inside[:, None], other=0.0, cache_modifier=".cg") * this[:, None]

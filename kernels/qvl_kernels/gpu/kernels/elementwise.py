@@ -28,12 +28,3 @@ def add(x, y, out, size, flags):
     mask = i < size
     value = load_as_float(x, 0, i, mask, (flags & X_HALF) != 0) + load_as_float(y, 0, i, mask, (flags & Y_HALF) != 0)
     store_float(out, 0, i, value, mask, (flags & OUT_HALF) != 0)
-
-
-@triton.jit
-def swiglu(gate, up, out, size, flags):
-    i = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
-    mask = i < size
-    g = tl.load(gate + i, mask=mask, other=0.0)
-    value = g / (1.0 + tl.exp(-g)) * tl.load(up + i, mask=mask, other=0.0)
-    store_float(out, 0, i, value, mask, (flags & OUT_HALF) != 0)

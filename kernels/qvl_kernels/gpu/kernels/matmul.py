@@ -1,8 +1,8 @@
-"""Products with packed weights: fused dequantization, bias, GELU, residual, norm, SwiGLU, and a split along k.
+"""Products with packed weights: fused dequantization, bias, GELU, residual, SwiGLU, and a split along k.
 
 The weight is the left operand, ``acc [BN, BM] = W [BN, k] @ x.T [k, BM]``: a tile of it is one contiguous block and,
 unpacked in registers, is passed to the tensor cores without shared memory on Hopper. Nibble j of all words of a
-128-column block is a contiguous run of 16 columns, so that no shuffles are needed between unpacking and the dot.
+128-column block is a contiguous run of 16 columns, so that no shuffles are needed between unpacking and the product.
 
 Codes become fp16 by placing them in the mantissa of 1024 (or, four bits higher, of 1024 = 16 * 64): the subtraction
 of 1024 + zero is then exact, and the scale is applied after it. Folding 1024 into a scaled constant is not exact.
@@ -14,6 +14,7 @@ import triton.language as tl
 from qvl_kernels.gpu.kernels.common import (
     BIAS,
     BIAS_UP,
+    GATE,
     GELU,
     GELU_TANH,
     OUT_HALF,
@@ -23,10 +24,12 @@ from qvl_kernels.gpu.kernels.common import (
     store_float,
     unpack_scale,
 )
-from qvl_kernels.gpu.kernels.norm import norm_row
 
 SCALED_SUMS = tl.constexpr(32)
 """Up to this number of rows of x the sums are scaled, above it the weights."""
+
+PART = tl.constexpr(32)
+"""Columns of a tile that are finished at once."""
 
 TILES_ALONG_M = tl.constexpr(8)
 """Number of tiles along m before the next tiles along n: consecutive programs share weights."""
@@ -90,92 +93,82 @@ def unpack_bytes(words):
 
 
 @triton.jit
-def _even(tile, zero):
-    return tile - (zero + 1024.0)[:, None]
-
-
-@triton.jit
-def _odd(tile, zero):
-    return tile * 0.0625 - (zero + 64.0)[:, None]
+def _beside(a, b):
+    """Put two tiles side by side, [rows, 2 * columns]: every thread keeps what it has."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
 def _quarter(scales, rn, block, quarter: tl.constexpr, rows, group_shift):
-    """Load scale [BN, 1] and zero [BN] of a quarter of a block's columns."""
-    scale, zero = unpack_scale(tl.load(scales + ((4 * block + quarter) >> group_shift) * rows + rn))
-    return scale[:, None], zero
+    """Load scale and zero [BN] of a quarter of a block's columns."""
+    return unpack_scale(tl.load(scales + ((4 * block + quarter) >> group_shift) * rows + rn))
 
 
 @triton.jit
-def _x_tiles(x_rows, block, COLUMNS: tl.constexpr):
-    """Load a block's 128 columns of x: eight or four tiles fp16 [COLUMNS, BM]."""
-    at = x_rows + block * 128 + tl.arange(0, COLUMNS)[:, None]
-    if COLUMNS == 16:
-        return (
-            tl.load(at),
-            tl.load(at + 16),
-            tl.load(at + 32),
-            tl.load(at + 48),
-            tl.load(at + 64),
-            tl.load(at + 80),
-            tl.load(at + 96),
-            tl.load(at + 112),
-        )
+def _nibbles(even, odd, scale, zero, SCALED: tl.constexpr):
+    """Return 32 columns of weights, fp16 [BN, 32], not multiplied by the scale unless SCALED."""
+    low = even - (zero + 1024.0)[:, None]
+    high = odd * 0.0625 - (zero + 64.0)[:, None]
+    if SCALED:
+        low *= scale[:, None]
+        high *= scale[:, None]
+    return _beside(low, high)
+
+
+@triton.jit
+def _bytes(tile, scale, zero, SCALED: tl.constexpr):
+    """The same of 8-bit codes."""
+    tile -= (zero + 1024.0)[:, None]
+    if SCALED:
+        tile *= scale[:, None]
+    return tile
+
+
+@triton.jit
+def _weights(codes, scales, rn, block, rows, group_shift, BITS: tl.constexpr, FINE: tl.constexpr, SCALED: tl.constexpr):
+    """Load a block of 128 columns: two tiles fp16 [BN, 64], and the scales float32 [BN, 1] of the block."""
+    WORDS: tl.constexpr = 4 * BITS
+    i = tl.arange(0, WORDS)
+    words = tl.load(codes + (block * rows + rn)[:, None] * WORDS + i[None, :], eviction_policy="evict_first")
+    s0, z0 = _quarter(scales, rn, block, 0, rows, group_shift)
+    s1, z1, s2, z2, s3, z3 = s0, z0, s0, z0, s0, z0
+    if FINE:
+        s1, z1 = _quarter(scales, rn, block, 1, rows, group_shift)
+        s2, z2 = _quarter(scales, rn, block, 2, rows, group_shift)
+        s3, z3 = _quarter(scales, rn, block, 3, rows, group_shift)
+    if BITS == 4:
+        w = unpack_nibbles(words)
+        first = _beside(_nibbles(w[0], w[1], s0, z0, SCALED), _nibbles(w[2], w[3], s1, z1, SCALED))
+        second = _beside(_nibbles(w[4], w[5], s2, z2, SCALED), _nibbles(w[6], w[7], s3, z3, SCALED))
     else:
-        return tl.load(at), tl.load(at + 32), tl.load(at + 64), tl.load(at + 96)
+        w = unpack_bytes(words)
+        first = _beside(_bytes(w[0], s0, z0, SCALED), _bytes(w[1], s1, z1, SCALED))
+        second = _beside(_bytes(w[2], s2, z2, SCALED), _bytes(w[3], s3, z3, SCALED))
+    return first, second, s0.to(tl.float32)[:, None]
 
 
 @triton.jit
-def _int4_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.constexpr, BM: tl.constexpr):
+def _x_tiles(x_rows, block):
+    """Load a block's 128 columns of x: two tiles fp16 [64, BM]."""
+    at = x_rows + block * 128 + tl.arange(0, 64)[:, None]
+    return tl.load(at), tl.load(at + 64)
+
+
+@triton.jit
+def _add_block(
+    acc, x, codes, scales, rn, block, rows, group_shift, BITS: tl.constexpr, FINE: tl.constexpr, BM: tl.constexpr
+):
     """Return acc + the product of a block's 128 columns.
 
     With few rows of x, scaling the sums is cheaper than scaling the weights; the weights are then also exact in fp16.
+    Products of 64 columns at once: on Hopper a program waits for the end of each, as the weights are in its registers.
     """
-    i = tl.arange(0, 16)
-    words = tl.load(codes + (block * rows + rn)[:, None] * 16 + i[None, :], eviction_policy="evict_first")
-    w = unpack_nibbles(words)
-    if FINE:
-        for quarter in tl.static_range(4):
-            s, z = _quarter(scales, rn, block, quarter, rows, group_shift)
-            acc = tl.dot(_even(w[2 * quarter], z) * s, x[2 * quarter], acc)
-            acc = tl.dot(_odd(w[2 * quarter + 1], z) * s, x[2 * quarter + 1], acc)
+    SCALED: tl.constexpr = FINE or BM > SCALED_SUMS
+    first, second, scale = _weights(codes, scales, rn, block, rows, group_shift, BITS, FINE, SCALED)
+    if SCALED:
+        acc = tl.dot(second, x[1], tl.dot(first, x[0], acc))
     else:
-        s, z = unpack_scale(tl.load(scales + block * rows + rn))
-        s = s[:, None]
-        if BM <= SCALED_SUMS:
-            part = tl.zeros_like(acc)
-            for pair in tl.static_range(4):
-                part = tl.dot(_even(w[2 * pair], z), x[2 * pair], part)
-                part = tl.dot(_odd(w[2 * pair + 1], z), x[2 * pair + 1], part)
-            acc += part * s.to(tl.float32)
-        else:
-            for pair in tl.static_range(4):
-                acc = tl.dot(_even(w[2 * pair], z) * s, x[2 * pair], acc)
-                acc = tl.dot(_odd(w[2 * pair + 1], z) * s, x[2 * pair + 1], acc)
-    return acc
-
-
-@triton.jit
-def _int8_block(acc, x, codes, scales, rn, block, rows, group_shift, FINE: tl.constexpr, BM: tl.constexpr):
-    """Return acc + the product of a block's 128 columns; see `_int4_block`."""
-    i = tl.arange(0, 32)
-    words = tl.load(codes + (block * rows + rn)[:, None] * 32 + i[None, :], eviction_policy="evict_first")
-    w = unpack_bytes(words)
-    if FINE:
-        for quarter in tl.static_range(4):
-            s, z = _quarter(scales, rn, block, quarter, rows, group_shift)
-            acc = tl.dot(_even(w[quarter], z) * s, x[quarter], acc)
-    else:
-        s, z = unpack_scale(tl.load(scales + block * rows + rn))
-        s = s[:, None]
-        if BM <= SCALED_SUMS:
-            part = tl.zeros_like(acc)
-            for quarter in tl.static_range(4):
-                part = tl.dot(_even(w[quarter], z), x[quarter], part)
-            acc += part * s.to(tl.float32)
-        else:
-            for quarter in tl.static_range(4):
-                acc = tl.dot(_even(w[quarter], z) * s, x[quarter], acc)
+        acc += tl.dot(second, x[1], tl.dot(first, x[0])) * scale
     return acc
 
 
@@ -191,26 +184,26 @@ def _place(m, rows, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _share(blocks):
-    """Return this program's blocks of 128 columns."""
-    share = tl.cdiv(blocks, tl.num_programs(1))
-    low = tl.program_id(1) * share
+def _share(blocks, part, parts):
+    """Return a part's blocks of 128 columns."""
+    share = tl.cdiv(blocks, parts)
+    low = part * share
     return low, tl.minimum(low + share, blocks)
 
 
 @triton.jit
-def _slot(partials, part, index: tl.constexpr, count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the address of a tile of partial sums: [tiles, split, count, BN, BM]."""
-    tile = (tl.program_id(0) * tl.num_programs(1) + part).to(tl.int64) * count + index
+def _slot(partials, slot, slots, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the address of a tile of partial sums: [tiles, slots, BN, BM]."""
+    tile = (tl.program_id(0) * slots + slot).to(tl.int64)
     return partials + tile * (BM * BN) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
 
 
 @triton.jit
-def _sum_parts(partials, index: tl.constexpr, count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Add the partial sums of all programs of this tile in a fixed order."""
+def _sum_parts(partials, first, count, slots, BM: tl.constexpr, BN: tl.constexpr):
+    """Add partial sums of this tile, those from slot `first` on, in a fixed order."""
     acc = tl.zeros((BN, BM), tl.float32)
-    for part in range(tl.num_programs(1)):
-        acc += tl.load(_slot(partials, part, index, count, BM, BN), cache_modifier=".cg")
+    for slot in range(first, first + count):
+        acc += tl.load(_slot(partials, slot, slots, BM, BN), cache_modifier=".cg")
     return acc
 
 
@@ -222,16 +215,58 @@ def _add_bias(acc, bias, rn, n, wanted):
 
 
 @triton.jit
-def _finish(acc, residual, out, m0, n0, m, n, flags, BM: tl.constexpr, BN: tl.constexpr):
-    """Add the residual and store."""
-    rm = tl.arange(0, BM)
-    rn = n0 + tl.arange(0, BN)
-    first = m0.to(tl.int64) * n
-    offsets = rm[None, :] * n + rn[:, None]
-    mask = (m0 + rm < m)[None, :] & (rn < n)[:, None]
-    if flags & RESIDUAL:
-        acc += tl.load(residual + first + offsets, mask=mask, other=0.0)
-    store_float(out, first, offsets, acc, mask, (flags & OUT_HALF) != 0)
+def _erf(x):
+    """Error function, to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26): no branch, unlike the library's."""
+    t = 1.0 / (1.0 + 0.3275911 * tl.abs(x))
+    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    size = 1.0 - series * tl.exp(-x * x)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _activated(acc, flags):
+    if flags & GELU:
+        acc = 0.5 * acc * (1.0 + _erf(acc * 0.7071067811865476))
+    # these two are x * sigmoid(y), as (1 + tanh(y / 2)) / 2 = sigmoid(y)
+    if flags & GELU_TANH:
+        acc /= 1.0 + tl.exp(acc * (-1.5957691216057308 - 0.07135481627159632 * acc * acc))
+    if flags & QUICK_GELU:
+        acc /= 1.0 + tl.exp(-1.702 * acc)
+    return acc
+
+
+@triton.jit
+def _halves(tile):
+    """Return the left and the right half of the columns; every thread keeps what it has."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(acc, bias, residual, out, m0, n0, m, n, flags, BN: tl.constexpr):
+    """Add the bias, activate, add the residual or apply the gate, and store.
+
+    A wide tile goes in parts, which take fewer registers.
+    """
+    if acc.shape[1] > PART:
+        left, right = _halves(acc)
+        _finish(left, bias, residual, out, m0, n0, m, n, flags, BN)
+        _finish(right, bias, residual, out, m0 + acc.shape[1] // 2, n0, m, n, flags, BN)
+    else:
+        rm = tl.arange(0, acc.shape[1])
+        rn = n0 + tl.arange(0, BN)
+        first = m0.to(tl.int64) * n
+        offsets = rm[None, :] * n + rn[:, None]
+        mask = (m0 + rm < m)[None, :] & (rn < n)[:, None]
+        acc = _activated(_add_bias(acc, bias, rn, n, (flags & BIAS) != 0), flags)
+        if flags & (RESIDUAL | GATE):
+            other = tl.load(residual + first + offsets, mask=mask, other=0.0)
+            if flags & GATE:
+                acc *= other / (1.0 + tl.exp(-other))
+            else:
+                acc += other
+        store_float(out, first, offsets, acc, mask, (flags & OUT_HALF) != 0)
 
 
 @triton.jit
@@ -244,38 +279,28 @@ def linear(
     out,
     partials,
     counters,
-    norm_weight,
-    norm_perm,
-    normed,
     m,
     n,
     rows,
     blocks,
     group_shift,
     flags,
-    padded,
-    eps,
-    norm_flags,
     BITS: tl.constexpr,
     FINE: tl.constexpr,
-    NORM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     m0, n0 = _place(m, rows, BM, BN)
     rm = m0 + tl.arange(0, BM)
     rn = n0 + tl.arange(0, BN)
-    low, high = _share(blocks)
+    split = tl.num_programs(1)
+    low, high = _share(blocks, tl.program_id(1), split)
     x_rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
     acc = tl.zeros((BN, BM), tl.float32)
-    if BITS == 4:
+    if BITS < 16:
         for block in range(low, high):
-            xs = _x_tiles(x_rows, block, 16)
-            acc = _int4_block(acc, xs, codes, scales, rn, block, rows, group_shift, FINE, BM)
-    elif BITS == 8:
-        for block in range(low, high):
-            xs = _x_tiles(x_rows, block, 32)
-            acc = _int8_block(acc, xs, codes, scales, rn, block, rows, group_shift, FINE, BM)
+            x_tiles = _x_tiles(x_rows, block)
+            acc = _add_block(acc, x_tiles, codes, scales, rn, block, rows, group_shift, BITS, FINE, BM)
     else:
         k = tl.arange(0, 64)
         w_rows = codes.to(tl.pointer_type(tl.float16)) + rn.to(tl.int64)[:, None] * (128 * blocks) + k[None, :]
@@ -283,29 +308,14 @@ def linear(
             w = tl.load(w_rows + half * 64, eviction_policy="evict_first")
             acc = tl.dot(w, tl.load(x_rows + half * 64 + k[:, None]), acc)
 
-    split = tl.num_programs(1)
     done = split == 1
     if split > 1:
-        tl.store(_slot(partials, tl.program_id(1), 0, 1, BM, BN), acc)
+        tl.store(_slot(partials, tl.program_id(1), split, BM, BN), acc)
         done = last_to_arrive(counters + tl.program_id(0), split)
         if done:
-            acc = _sum_parts(partials, 0, 1, BM, BN)
+            acc = _sum_parts(partials, 0, split, split, BM, BN)
     if done:
-        acc = _add_bias(acc, bias, rn, n, (flags & BIAS) != 0)
-        if flags & GELU:
-            acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-        # these two are x * sigmoid(y), as (1 + tanh(y / 2)) / 2 = sigmoid(y)
-        if flags & GELU_TANH:
-            acc /= 1.0 + tl.exp(acc * (-1.5957691216057308 - 0.07135481627159632 * acc * acc))
-        if flags & QUICK_GELU:
-            acc /= 1.0 + tl.exp(-1.702 * acc)
-        _finish(acc, residual, out, m0, n0, m, n, flags, BM, BN)
-        if NORM and norm_flags != 0:
-            # the last tile of all: the row is complete. m is 1, but a compiler that knew it would order the sum
-            # otherwise than in `norm`
-            tiles = tl.num_programs(0)
-            if last_to_arrive(counters + tiles, tiles):
-                norm_row(out, m - 1, norm_weight, norm_weight, norm_perm, normed, n, padded, eps, norm_flags)
+        _finish(acc, bias, residual, out, m0, n0, m, n, flags, BN)
 
 
 @triton.jit
@@ -335,25 +345,25 @@ def gate_up(
     m0, n0 = _place(m, rows, BM, BN)
     rm = m0 + tl.arange(0, BM)
     rn = n0 + tl.arange(0, BN)
-    low, high = _share(blocks)
     x_rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
-    gate = tl.zeros((BN, BM), tl.float32)
-    up = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BN, BM), tl.float32)
+    # half of the programs of a tile have gate, half up: more of them fit on a multiprocessor
+    programs = tl.num_programs(1)
+    split = programs // 2
+    part = tl.program_id(1)
+    codes = gate_codes
+    scales = gate_scales
+    if part >= split:
+        codes = up_codes
+        scales = up_scales
+    low, high = _share(blocks, part % split, split)
     for block in range(low, high):
-        xs = _x_tiles(x_rows, block, 16)
-        gate = _int4_block(gate, xs, gate_codes, gate_scales, rn, block, rows, group_shift, FINE, BM)
-        up = _int4_block(up, xs, up_codes, up_scales, rn, block, rows, group_shift, FINE, BM)
-
-    split = tl.num_programs(1)
-    done = split == 1
-    if split > 1:
-        tl.store(_slot(partials, tl.program_id(1), 0, 2, BM, BN), gate)
-        tl.store(_slot(partials, tl.program_id(1), 1, 2, BM, BN), up)
-        done = last_to_arrive(counters + tl.program_id(0), split)
-        if done:
-            gate = _sum_parts(partials, 0, 2, BM, BN)
-            up = _sum_parts(partials, 1, 2, BM, BN)
-    if done:
+        x_tiles = _x_tiles(x_rows, block)
+        acc = _add_block(acc, x_tiles, codes, scales, rn, block, rows, group_shift, BITS, FINE, BM)
+    tl.store(_slot(partials, part, programs, BM, BN), acc)
+    if last_to_arrive(counters + tl.program_id(0), programs):
+        gate = _sum_parts(partials, 0, split, programs, BM, BN)
+        up = _sum_parts(partials, split, split, programs, BM, BN)
         gate = _add_bias(gate, gate_bias, rn, n, (flags & BIAS) != 0)
         up = _add_bias(up, up_bias, rn, n, (flags & BIAS_UP) != 0)
-        _finish(gate / (1.0 + tl.exp(-gate)) * up, out, out, m0, n0, m, n, flags & OUT_HALF, BM, BN)
+        _finish(gate / (1.0 + tl.exp(-gate)) * up, gate_bias, out, out, m0, n0, m, n, flags & OUT_HALF, BN)
