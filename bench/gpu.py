@@ -38,6 +38,7 @@ SECTIONS = {
     "matmul": ("speed.matmul", 90),
     "attention": ("speed.attention", 60),
     "decode": ("model.decode", 90),
+    "newer": ("model.newer", 60),
     "picture": ("model.picture", 90),
     "memory": ("model.memory", 90),
     "true_sizes": ("parity.true_sizes", 90),

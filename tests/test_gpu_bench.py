@@ -33,6 +33,8 @@ def rehearsal(monkeypatch):
     small = dataclasses.replace(config, num_hidden_layers=1, max_position_embeddings=512, visual=vision)
     monkeypatch.setattr(common, "make_ops", lambda: CudaOps(FakeDriver(), Images()))
     monkeypatch.setattr(common, "true_config", lambda *layers: small)
+    newer = json.loads((Path(__file__).parent / "golden/families/ckpt/q3-tied/config.json").read_text())
+    monkeypatch.setattr(common, "newer_configs", lambda: {"tiny": newer})
     for module in (common, model, setup, speed):
         monkeypatch.setattr(module, "torch_or_none", lambda: None)
     monkeypatch.setattr(common, "BEYOND_CACHE", 1 << 20)
@@ -45,8 +47,10 @@ def rehearsal(monkeypatch):
     monkeypatch.setattr(speed, "HEAD_SHAPE", (640, 128))
     monkeypatch.setattr(speed, "GATE_SHAPE", (256, 128))
     monkeypatch.setattr(speed, "LAYERS", 1)
+    import families
     import test_ops
 
+    monkeypatch.setattr(families, "CHECKPOINTS", ("q3-tied",))
     monkeypatch.setattr(test_ops, "CASES", test_ops.CASES[::100])
     monkeypatch.setattr(test_ops, "truth", lambda index: np.ones(test_ops.CASES[index].shape))
     monkeypatch.setattr(test_ops, "CACHES", test_ops.CACHES[-1:])
@@ -76,8 +80,8 @@ def _bench(name: str = "gpu"):
     return module
 
 
-PARITY = ["operations", "golden", "true_sizes", "true_model"]
-SPEED = ["setup", "matvec", "matmul", "attention", "decode", "picture", "memory"]
+PARITY = ["operations", "golden", "families", "true_sizes", "true_model"]
+SPEED = ["setup", "matvec", "matmul", "attention", "decode", "newer", "picture", "memory"]
 
 
 @pytest.mark.parametrize("name", PARITY + SPEED)
@@ -98,7 +102,7 @@ def test_the_summary_names_every_bar(rehearsal):
         "memory": {"smallest: picture + 2048 tokens": {"in_use": 7e9}},
     }
     rows = {row["what"]: row for row in bars(found)}
-    assert len(rows) == 17
+    assert len(rows) == 19
     share = rows["int4 matrix-vector: share of the copy bandwidth"]
     assert (share["found"], share["met"]) == (0.7, False)
     assert rows["int4 matrix-vector: times torch int4"]["met"] is True
@@ -129,8 +133,8 @@ def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch):
     from gpu_bench import common
 
     tune, ops = _bench("gpu_tune"), common.make_ops()
-    name, architecture = "linear.int4.small", ops.launch.images.architecture
-    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BM": (16,), "BN": (32, 64), "warps": (1, 4)}))
+    name, architecture = "linear.int4.row", ops.launch.images.architecture
+    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BM": (8,), "BN": (32, 64), "warps": (1, 4)}))
 
     def compiled(name, architecture, shape):
         if shape["warps"] == 1 and shape["BN"] == 64:

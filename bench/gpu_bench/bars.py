@@ -27,6 +27,9 @@ def bars(found: dict[str, dict]) -> list[dict]:
     def fours(key: str) -> list[float | None]:
         return [row[key] for name, row in section("matvec")["rows"].items() if "int4" in name or "gate" in name]
 
+    def newer() -> list[float | None]:
+        return [row["share"] for row in section("newer").values() if isinstance(row, dict)]
+
     def rows_of(m: int) -> list[float | None]:
         return [row["faster"] for name, row in section("matmul")["rows"].items() if name.startswith(f"m={m} ")]
 
@@ -44,6 +47,7 @@ def bars(found: dict[str, dict]) -> list[dict]:
             0.6,
             lambda length=length: [section("decode")[f"{kind} {length}"]["share"] for kind in ("fp16", "int8")],
         )
+    bar("decode of newer models: share of the limit", 0.6, newer)
     bar("picture (int8): of torch fp16's time", 1.2, lambda: [section("picture")["int8"]["times"]], below=True)
     for name, limit in (("picture + 2048 tokens", 7.5e9), ("8192 tokens, int8 cache", 8e9)):
         settings = "smallest"

@@ -8,12 +8,15 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import published_vl
 
 from qvl_kernels.gpu import CudaOps
 from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.packing import Matrix, packed_shapes
+from qvl_runtime.families.base import Family
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.qwen_vl import FAMILY
 from qvl_runtime.families.qwen_vl.config import ModelConfig
@@ -163,17 +166,18 @@ def matrix(n: int, k: int, bits: int) -> Matrix:
 class SyntheticBlob:
     """What `Weights` asks of a blob, with random values in the true shapes."""
 
-    config: ModelConfig
+    config: Any
     bits: tuple[tuple[str, int], ...]
+    family: Family = FAMILY
 
     def matrix(self, name: str) -> Matrix:
-        spec = next(s for s in FAMILY.tensors(self.config) if s.name == name)
+        spec = next(s for s in self.family.tensors(self.config) if s.name == name)
         assert isinstance(spec, MatrixSpec)
         plain = matrix(spec.n, spec.k, dict(self.bits)[spec.part])
         return dataclasses.replace(plain, bias=np.zeros(spec.n, np.float32) if spec.bias else None)
 
     def vector(self, name: str) -> np.ndarray:
-        shape = next(s.shape for s in FAMILY.tensors(self.config) if s.name == name)
+        shape = next(s.shape for s in self.family.tensors(self.config) if s.name == name)
         if name.endswith("bias"):
             return np.zeros(shape, np.float32)
         if name.endswith("weight"):
@@ -191,14 +195,20 @@ def true_config(layers: int | None = None, vision_layers: int | None = None) -> 
     return config
 
 
-def synthetic(ops, config: ModelConfig, bits: dict[str, int]) -> Weights:
+def newer_configs() -> dict[str, dict]:
+    """The published configs of some newer models, by name."""
+    names = ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b", "qwen2.5-vl-7b")
+    return {name: published_vl.config(name) for name in names}
+
+
+def synthetic(ops, config: Any, bits: dict[str, int], family: Family = FAMILY) -> Weights:
     """Random weights for a backend."""
-    return Weights(SyntheticBlob(config, tuple(bits.items())), ops)
+    return Weights(SyntheticBlob(config, tuple(bits.items()), family), ops)
 
 
-def decoder(weights: Weights) -> Decoder:
+def decoder(weights: Weights, family: Family = FAMILY) -> Decoder:
     """The decoder of these weights."""
-    return Decoder(weights, FAMILY.decoder_names(weights.config), FAMILY.rotary)
+    return Decoder(weights, family.decoder_names(weights.config), family.rotary)
 
 
 def clear(ops: CudaOps, cache: CudaCache) -> None:
