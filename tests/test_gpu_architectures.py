@@ -52,7 +52,7 @@ def test_the_other_architectures(architecture, case, rng, monkeypatch):
 
 def test_products_beside_the_program_are_watched(rng, monkeypatch):
     """Without the barrier before its first copies, the loop overwrites what another warpgroup's product may read."""
-    images, name = CompiledImages(90), "attention.104"
+    images, name = CompiledImages(90), "attention.64"
     monkeypatch.setattr(gpu_kernels, "images", images)
     monkeypatch.setattr(PtxDriver, "shared_limit", SHARED_LIMITS[90])
     before, products, after = images[name].code.decode().partition("wgmma.wait_group.sync.aligned")
@@ -60,5 +60,5 @@ def test_products_beside_the_program_are_watched(rng, monkeypatch):
     code = before + products + loop + rest[rest.index("\n") :]
     images[name] = dataclasses.replace(images[name], code=code.encode())
     with pytest.raises(PtxError, match="another thread read since the last barrier"):
-        attention.test_vision_attention("104", 104, 75, rng)
+        attention.test_vision_attention("64", 64, 200, rng)
     assert barrier and products
