@@ -85,7 +85,7 @@ BIG = png(10_000, 10_000)
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "known format"),
         (ODD.read_bytes()[:5000], "broken"),
         (png(16, 16), "broken"),
-        (png(0, 16), "image bytes"),
+        (png(0, 16), "image data"),
         (BIG, "pixels"),
         (png(60_000, 60_000), "pixels"),
         (Image.new("1", (10_000, 10_000)), "10000 x 10000"),

@@ -129,7 +129,7 @@ def image_label(source: ImageSource) -> str:
         return "the data: URL"
     if is_url(source):
         return f"the picture at {shown(source)}"
-    return f"image {shown(source)!r}" if isinstance(source, str | os.PathLike) else "the image bytes"
+    return f"image {shown(source)!r}" if isinstance(source, str | os.PathLike) else "the image data"
 
 
 def is_url(source: object) -> TypeGuard[str]:
