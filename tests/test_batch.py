@@ -371,8 +371,9 @@ def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys, mo
     assert left.value.code == 130 and list(parts(tmp_path / "out")) == ["job.json"]
 
 
-def test_ray_gives_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
+def test_ray_gives_the_same_bytes(job, undisturbed, tmp_path, spec, folder, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster
     source = open_source(folder / "rows.jsonl")
     try:
         job(tmp_path / "out").run(lambda *work: on_ray("local", True, spec, source, options(), *work))

@@ -18,7 +18,7 @@ from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
 
 LOCAL = "local"
-"""The address that starts a cluster on this machine."""
+"""The address that starts a cluster on this machine, whichever others run there."""
 
 
 def _ray() -> Any:
@@ -58,7 +58,7 @@ def on_ray(
     ray = _ray()
     try:
         ray.init(
-            address=None if address == LOCAL else address,
+            address=address,
             include_dashboard=False if address == LOCAL else None,
             ignore_reinit_error=True,
             log_to_driver=False,
