@@ -7,8 +7,10 @@ import csv
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +146,25 @@ def test_a_run_that_was_stopped_goes_on(gqa, base, tmp_path, monkeypatch):
     monkeypatch.setattr(qvl.Model, "generate", None)
     again = evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu")
     assert again.rows[0].score == found.rows[0].score and again.rows[0].seconds == pytest.approx(found.rows[0].seconds)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_that_was_killed_goes_on(gqa, base, tmp_path):
+    def kill(name: str, done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu", progress=kill)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    kept = tmp_path / "parts" / f"{base.stem}.jsonl"
+    assert child.exitcode == -signal.SIGKILL and len(answers(kept)) == 3
+    found = evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu")
+    whole = evaluate([base], "gqa", gqa, out=tmp_path / "whole", device="cpu")
+    assert answers(kept) == answers(tmp_path / "whole" / kept.name) and found.rows[0].score == whole.rows[0].score
 
 
 @pytest.fixture(scope="module")
