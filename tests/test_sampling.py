@@ -13,6 +13,7 @@ from qvl_runtime.engine.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    most_likely,
     softmax,
 )
 from qvl_runtime.errors import QvlError
@@ -89,6 +90,31 @@ def test_top_p_of_a_large_vocabulary(scale, p):
     assert probabilities[kept].min() == probabilities[order[:count]].min()
 
 
+@pytest.mark.parametrize("k", [1, 20, 300, 19_999])
+@pytest.mark.parametrize("kind", ["normal", "tied", "forbidden"])
+def test_the_most_likely_hold_all_that_top_k_keeps(k, kind):
+    """Drawn from these few, a token is the one drawn from all."""
+    rng = np.random.default_rng(k)
+    logits = (rng.standard_normal(20_000) * 4).astype(np.float32)
+    if kind == "tied":
+        logits = np.round(logits)
+    if kind == "forbidden":
+        logits[rng.random(20_000) < 0.999] = -np.inf
+    few = most_likely(logits, k)
+    kept = np.flatnonzero(np.isfinite(keep_top_k(logits, k)))
+    assert set(kept) <= set(few) and (np.diff(few) > 0).all()
+    if kind == "normal" and k <= 20:
+        assert len(few) < 200
+    for seed in range(5):
+        sampler = Sampler(temperature=0.7, top_k=k, top_p=0.8, seed=seed)
+        expected = keep_top_p(keep_top_k(apply_temperature(logits, 0.7), k), 0.8)
+        probabilities = softmax(expected)
+        possible = np.flatnonzero(probabilities)
+        mass = np.cumsum(probabilities[possible], dtype=np.float64)
+        drawn = np.random.default_rng(seed).random() * mass[-1]
+        assert sampler(logits, [0]) == possible[np.searchsorted(mass[:-1], drawn, side="right")]
+
+
 def test_tiny_temperature_is_greedy():
     logits = np.array([1.0, 80.0, 79.0], np.float32)
     assert set(draws(Sampler(temperature=1e-45, seed=0), logits, 50)) == {1}
@@ -150,7 +176,7 @@ def test_count_penalties_see_the_answer_and_not_the_prompt():
     sampler = Sampler(frequency_penalty=0.2, presence_penalty=0.1)
     assert sampler(logits, [0, 0, 0]) == 0
     assert sampler(logits, [0, 0, 0, 0]) == 1
-    adjusted = sampler.adjust(logits, [0, 0, 0, 0, 1, 1])
+    adjusted = sampler.penalize(logits, [0, 0, 0, 0, 1, 1])
     np.testing.assert_allclose(adjusted, [0.7, 0.4, 0.0], atol=1e-6)
 
 
