@@ -38,11 +38,16 @@ STEPS = 200_000
 """Instructions of a group of blocks after which a mutant is said not to end."""
 
 CASES: dict[str, Callable[[np.random.Generator], object]] = {
-    "linear.int4.row": lambda rng: products.test_linear("int4", "split", rng),
+    "linear.int4.row": lambda rng: [
+        products.test_linear("int4", case, rng) for case in ("split", "one row, one group", "one row, fp16")
+    ],
     "linear.int4.small": lambda rng: products.test_linear("int4", "gelu, residual", rng),
     "linear.int8.row": lambda rng: products.test_linear("int8", "split", rng),
     "linear.fp16.large": lambda rng: products.test_linear("fp16", "large tile, split", rng),
-    "gate_up.int4.row": lambda rng: products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, rng),
+    "gate_up.int4.row": lambda rng: [
+        products.test_gate_up(5, 65, 640, "row", 3, np.float32, True, rng),
+        *(products.test_gate_up(1, 32, 128, "row", 1, dtype, False, rng) for dtype in (np.float16, np.float32)),
+    ],
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),
     "rotate.any": lambda rng: attention.test_rotation_of_patches(3, 2, 80, rng),
     "decode_attention.fp16.128": lambda rng: attention.test_decode_attention(False, 1, 4, 2, 128, 2100, rng),
@@ -52,7 +57,7 @@ CASES: dict[str, Callable[[np.random.Generator], object]] = {
     "attention.any.segments": lambda rng: attention.test_vision_attention_within_segments(
         "any", 12, [0, 1, 1, 70, 75], rng
     ),
-    "norm.any": lambda rng: rows.test_norm(3, 104, True, np.float16, rng),
+    "norm.any": lambda rng: rows.test_norm(2, 4200, True, np.float16, rng),
     "gather.any": lambda rng: rows.test_gather_of_rows(rng),
     "argmax.any": lambda rng: rows.test_argmax(65, rng),
 }

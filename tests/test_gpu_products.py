@@ -41,6 +41,7 @@ def test_a_packed_matrix_arrives_on_the_device(bits, n, k, rng):
 
 LINEAR_CASES = {
     "one row, one group": {"m": 1, "n": 32, "k": 128, "tile": "row"},
+    "one row, fp16": {"m": 1, "n": 33, "k": 130, "tile": "row", "dtype": HALF},
     "16 rows": {"m": 16, "n": 128, "k": 256, "dtype": HALF},
     "off every tile": {"m": 17, "n": 130, "k": 200, "tile": "medium"},
     "off every small tile": {"m": 9, "n": 130, "k": 200, "tile": "row"},
