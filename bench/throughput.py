@@ -3,8 +3,8 @@
     python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
     python bench/throughput.py MODEL.qvl --gap 2000
 
-Bare: each prompt by itself and the same number of steps of as many rows, by the decoder alone: no scheduler, no
-sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
+Bare: the prompts in the largest slices, several in one, and the same number of steps of as many rows, by the decoder
+alone: no scheduler, no sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
 
 `--gap` starts an answer, and while it runs a prompt of so many tokens and a picture: the longest time between two of
 its tokens, and the slices of others computed in it.
@@ -23,8 +23,10 @@ import numpy as np
 import qvl_runtime as qvl
 from qvl_runtime.benchmark import machine
 from qvl_runtime.engine.decoder import DecodeStep
-from qvl_runtime.engine.session import Session, step
+from qvl_runtime.engine.prefill import compute_slices
+from qvl_runtime.engine.session import PREFILL_ROWS, Session, step
 from qvl_runtime.inputs.prompt import Prompt
+from qvl_runtime.trace import no_trace
 
 
 def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
@@ -39,15 +41,18 @@ def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
 
 
 def bare(model: qvl.Model, run: DecodeStep, sessions: list[Session], prompts: list[list[int]], tokens: int) -> float:
-    """Seconds of the same products: each prompt in slices, then steps of all rows."""
-    begin = time.perf_counter()
-    for session, ids in zip(sessions, prompts):
-        session.truncate(0)
-        prompt = Prompt(ids, [])
-        session.keep(prompt)
-        work = session.prefill(prompt, [], len(ids) + tokens)
-        for _ in work:
-            pass
+    """Seconds of the same products: prompts, as many in one slice as fit, then steps of all rows."""
+    begin, at_once = time.perf_counter(), max(PREFILL_ROWS // len(prompts[0]), 1)
+    for first in range(0, len(sessions), at_once):
+        group, unread = sessions[first : first + at_once], []
+        for session, ids in zip(group, prompts[first:]):
+            session.truncate(0)
+            prompt = Prompt(ids, [])
+            session.keep(prompt)
+            unread.append(session.prefill(prompt, [], len(ids) + tokens))
+            next(unread[-1])
+        compute_slices(group, PREFILL_ROWS, no_trace)
+        assert all(next(rest, None) is None for rest in unread), "a prompt is longer than a slice"
     for _ in range(tokens - 1):
         for session in sessions:
             session.feed(session.best(0))
