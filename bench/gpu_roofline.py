@@ -205,14 +205,13 @@ def work(launch: Launch, context: int) -> Work:
     """Of a launch of a decode step at `context` positions."""
     args, family = launch.args, launch.name.partition(".")[0]
     if family in ("linear", "gate_up"):
-        tiles, split = launch.grid[:2]
+        tiles, parts = launch.grid[:2]
         weights, columns = 1 + (family == "gate_up"), 128 * args["blocks"]
-        split //= weights
         bits = {"int4": 4, "int8": 8, "fp16": 16}[launch.name.split(".")[1].removesuffix("_fine")]
         nbytes = weights * args["rows"] * (columns * bits // 8 + 4 * args["blocks"])
-        trips = 1 + (1 + -(-split * weights // 4) if split * weights > 1 else 0)
+        trips = 1 + (1 + -(-parts // 4) if parts > 1 else 0)
         base, step = counted(launch.name)
-        counts = Counts().plus(base, tiles * split * weights).plus(step, tiles * args["blocks"] * weights)
+        counts = Counts().plus(base, tiles * parts).plus(step, tiles * args["blocks"] * weights)
         return Work(nbytes, trips, counts)
     if family == "decode_attention":
         programs, splits = launch.grid[:2]

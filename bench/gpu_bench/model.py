@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_bench import common
 from gpu_bench.common import peer, table, torch_or_none
-from gpu_bench.speed import copy_bandwidth
+from gpu_bench.speed import copy_bandwidth, weight_bytes
 from qvl_kernels.gpu.cache import cache_bytes
 from qvl_runtime.engine.decoder import DecodeStep, Features, Outcome, Span
 from qvl_runtime.engine.sequence import SequenceState
@@ -30,22 +30,12 @@ def decode() -> dict:
     ops, config = common.make_ops(), common.true_config()
     rate = copy_bandwidth(ops)
     decoder = common.decoder(common.synthetic(ops, config, common.BITS))
-    weights = sum(_bytes(w) for w in _matrices(decoder))
     rows, found = [], {}
     for kind in ("fp16", "int8"):
         for length in (512, 8000):
-            context = decoder.sequence(kind, min(length + 2 * STEPS, config.max_position_embeddings))
-            common.clear(ops, context.store)
-            context.truncate(length)
-            step = LoneStep(decoder, context)
-            graph, loop = _decode(ops, step, context, length)
-            cache = cache_bytes(config.num_hidden_layers, config.num_attention_heads, config.head_dim, length, kind)
-            limit = (weights + cache) / rate
-            found[f"{kind} {length}"] = {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
-            rows.append([f"{kind}, {length}", loop * 1e3, graph * 1e3, limit * 1e3, 1 / loop, f"{limit / loop:.0%}"])
-            del context, step
-    header = ("cache, context", "ms a token", "graph alone", "bytes / copy rate", "tokens/s", "of the limit")
-    table(f"Decode, {weights / GB:.2f} GB of weights a token", header, rows)
+            found[f"{kind} {length}"] = _decode(ops, decoder, kind, length, rate)
+            rows.append([f"{kind}, {length}", *_cells(found[f"{kind} {length}"])])
+    table(f"Decode, {_weight_bytes(decoder) / GB:.2f} GB of weights a token", ("cache, context", *FIGURES), rows)
     found["prefill"] = _prefill(ops, decoder)
     return found
 
@@ -57,32 +47,27 @@ def newer() -> dict:
         ops, family = common.make_ops(), family_of(published, name)
         config, rate = family.read_config(published, name), copy_bandwidth(ops)
         decoder = common.decoder(common.synthetic(ops, config, common.BITS, family), family)
-        context = decoder.sequence("fp16", length + 2 * STEPS)
-        common.clear(ops, context.store)
-        context.truncate(length)
-        step = LoneStep(decoder, context)
-        graph, loop = _decode(ops, step, context, length)
-        cache = cache_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, length, "fp16")
-        weights = sum(_bytes(w) for w in _matrices(decoder))
-        limit = (weights + cache) / rate
-        found[name] = {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
-        figures = loop * 1e3, graph * 1e3, limit * 1e3, 1 / loop, f"{limit / loop:.0%}"
-        rows.append([name, weights / GB, *figures])
-        del context, step, decoder, ops
+        found[name] = _decode(ops, decoder, "fp16", length, rate)
+        rows.append([name, _weight_bytes(decoder) / GB, *_cells(found[name])])
+        del decoder, ops
         gc.collect()
-    header = ("model", "GB a token", "ms a token", "graph alone", "bytes / copy rate", "tokens/s", "of the limit")
-    table(f"Decode of newer models, {length} tokens of context", header, rows)
+    table(f"Decode of newer models, {length} tokens of context", ("model", "GB a token", *FIGURES), rows)
     return found
 
 
-def _matrices(decoder: Decoder):
-    for block in decoder.blocks:
-        yield from (block.qkv, block.attention_out, block.up, block.gate, block.down)
-    yield decoder.head
+FIGURES = ("ms a token", "graph alone", "bytes / copy rate", "tokens/s", "of the limit")
 
 
-def _bytes(w) -> int:
-    return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
+def _cells(found: dict[str, float]) -> list:
+    loop = found["loop"]
+    return [loop * 1e3, found["graph"] * 1e3, found["limit"] * 1e3, 1 / loop, f"{found['share']:.0%}"]
+
+
+def _weight_bytes(decoder: Decoder) -> int:
+    """What a token reads of the weights."""
+    blocks = decoder.blocks
+    products = [w for b in blocks for w in (b.qkv, b.attention_out, b.up, b.gate, b.down)]
+    return sum(weight_bytes(w) for w in (*products, decoder.head))
 
 
 class LoneStep:
@@ -99,8 +84,14 @@ class LoneStep:
         self.sequence.captured[self._step].replays[(1,)]()
 
 
-def _decode(ops, step: LoneStep, context: SequenceState, length: int) -> tuple[float, float]:
-    """Seconds a step: of its graph alone, and as greedy generation runs it, reading each token back."""
+def _decode(ops, decoder: Decoder, kind: str, length: int, rate: float) -> dict[str, float]:
+    """Seconds a step: of its graph alone, and as greedy generation runs it, reading each token back; what copying the
+    bytes at `rate` takes, and its share."""
+    config = decoder.config
+    context = decoder.sequence(kind, min(length + 2 * STEPS, config.max_position_embeddings))
+    common.clear(ops, context.store)
+    context.truncate(length)
+    step = LoneStep(decoder, context)
     for _ in range(3):
         step(7)
     context.truncate(length)
@@ -114,7 +105,9 @@ def _decode(ops, step: LoneStep, context: SequenceState, length: int) -> tuple[f
         mark = driver.mark()
         step.replay()
         graphs.append(driver.seconds(mark, driver.mark()))
-    return float(np.median(graphs)), float(np.median(loops))
+    cache = cache_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, length, kind)
+    graph, loop, limit = float(np.median(graphs)), float(np.median(loops)), (_weight_bytes(decoder) + cache) / rate
+    return {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
 
 
 def prefill(decoder: Decoder, sequence: SequenceState, ids: list[int], images: list) -> None:

@@ -239,9 +239,7 @@ def golden() -> dict:
         for case in _cases("vis/index.json"):
             at = case["ckpt"], case["variant"], 16
             rows.append(_vision(model(*at), model(*at, device="reference"), case))
-    failures = [row for row in rows if not row[1] <= row[2] or row[3] == "differ"]
-    table("Golden checkpoints: largest error", ("case", "found", "allowed", "greedy ids"), rows)
-    return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
+    return _compared("Golden checkpoints", rows)
 
 
 def families() -> dict:
@@ -265,14 +263,24 @@ def families() -> dict:
                 error = float(np.abs(logits[expected["pos"]] - expected["logits"]).max())
                 same = "-"
                 if case["min_gap"] > 2 * error:
-                    wanted = expected["gen_ids"].tolist()
-                    stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
-                    got = model.generate(expected["ids"], case["images"], max_new_tokens=len(wanted)).token_ids
-                    same = "same" if got == wanted[: stops[0] if stops else None] else "differ"
+                    answers = _answers(model, expected["ids"], case["images"], expected["gen_ids"].tolist())
+                    same = "same" if answers else "differ"
                 rows.append([f"{name} {case['case']}", error, allowed, same])
+    return _compared("Golden checkpoints of the newer families", rows)
+
+
+def _compared(what: str, rows: list[list]) -> dict:
+    """Print rows of a name, the error found, that allowed, and whether the greedy ids differ; what failed of them."""
     failures = [row for row in rows if not row[1] <= row[2] or row[3] == "differ"]
-    table("Golden checkpoints of the newer families: largest error", ("case", "found", "allowed", "greedy ids"), rows)
+    table(f"{what}: largest error", ("case", "found", "allowed", "greedy ids"), rows)
     return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
+
+
+def _answers(model, ids, images, wanted: list[int]) -> bool:
+    """Whether greedy generation gives these ids, up to the first that ends an answer."""
+    stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
+    got = model.generate(ids, images, max_new_tokens=len(wanted)).token_ids
+    return got == wanted[: stops[0] if stops else None]
 
 
 def _cases(index: str) -> list[dict]:
@@ -305,10 +313,8 @@ def _language(tests, model, case: dict, bits: int) -> list:
         if "gen_ids" in expected:
             unsure = np.flatnonzero(expected["gen_gap"] < 2 * error)
             count = int(unsure[0]) if len(unsure) else len(expected["gen_ids"])
-            wanted = expected["gen_ids"][:count].tolist()
-            stops = [i for i, token in enumerate(wanted) if token in model.stop_ids]
-            got = model.generate(ids, images, max_new_tokens=count).token_ids
-            same, checked = same and got == wanted[: stops[0] if stops else None], True
+            answers = _answers(model, ids, images, expected["gen_ids"][:count].tolist())
+            same, checked = same and answers, True
     return [f"{case['file'][:-4]} int{bits}", error, FP16_LOGITS, ("same" if same else "differ") if checked else "-"]
 
 

@@ -40,7 +40,7 @@ def bandwidth() -> dict:
     return {"copy": rate, "upload": upload}
 
 
-def _bytes(w) -> int:
+def weight_bytes(w) -> int:
     """What a product reads of a weight."""
     return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
 
@@ -51,13 +51,13 @@ def matvec() -> dict:
     rate, rows, found = copy_bandwidth(ops), [], {}
     for n, k, bits in [(*shape, 4) for shape in DECODER_SHAPES] + [(*HEAD_SHAPE, 8)]:
         weights = [ops.weight(common.matrix(n, k, bits))]
-        weights += [ops.weight(common.matrix(n, k, bits)) for _ in range(copies(_bytes(weights[0])) - 1)]
+        weights += [ops.weight(common.matrix(n, k, bits)) for _ in range(copies(weight_bytes(weights[0])) - 1)]
         x, out = ops.upload(np.ones((1, k), np.float16)), ops.empty((1, n), np.float16)
         runs = {"ours": OurTimer(ops).prepare([lambda w=w, o=out, x=x: ops.linear(x, w, out=o) for w in weights])}
         if bits == 4:
             count = len(weights)
             runs |= peer(lambda n=n, k=k, c=count: TorchTimer(torch).prepare(_torch_int4(torch, n, k, c)))
-        rows.append(_row(f"int{bits} {n}x{k}", _bytes(weights[0]), side_by_side(runs), rate, found))
+        rows.append(_row(f"int{bits} {n}x{k}", weight_bytes(weights[0]), side_by_side(runs), rate, found))
         del weights, runs
     rows.append(_gate_up(ops, rate, found))
     header = ("weight", "us", "GB/s", "of copy", "torch int4 us", "x faster")
@@ -72,7 +72,7 @@ def _gate_up(ops, rate: float, found: dict) -> list:
         return ops.weight(common.matrix(n, k, 4)), ops.weight(common.matrix(n, k, 4))
 
     weights = [pair()]
-    nbytes = sum(map(_bytes, weights[0]))
+    nbytes = sum(map(weight_bytes, weights[0]))
     weights += [pair() for _ in range(copies(nbytes) - 1)]
     norm = Norm(ops.upload(np.ones(k, np.float32)), None, 1e-6)
     x, out = ops.upload(np.ones((1, k), np.float32)), ops.empty((1, n), np.float16)
