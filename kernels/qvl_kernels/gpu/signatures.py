@@ -47,9 +47,6 @@ HAS_ZEROS = 1
 # flags of `rope_append`, `decode_attention`
 LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
 
-MOST_SPLITS = 32
-"""Largest number of programs per tile in `decode_attention`; each has a part of the positions."""
-
 DECODE_ROWS = 16
 """Largest number of tokens for `decode_attention`; more use `cached_attention`."""
 
@@ -213,9 +210,10 @@ KERNELS: dict[str, Kernel] = {
         _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once.
-    # partials: float32 [t * heads, splits, 128 + 1]; counters: one a tile. flags, for one token and fewer heads
-    # than BM a head of keys: ROPE, and `rope_append`'s: what it does is done first, with the same bits, but qkv stays.
+    # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once, and
+    # each of its programs, at most 32, has a part of the positions. partials: float32 [t * heads, splits, 128 + 1];
+    # counters: one a tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what
+    # it does is done first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
