@@ -127,7 +127,8 @@ class Answerer:
             "allow_paths": False,
             **self._options.generate,
         }
-        size = next((picture.size for picture in pictures[-1:] if isinstance(picture, Picture)), None)
+        last = pictures[-1] if pictures else None
+        size = last.size if isinstance(last, Picture) else None
         return Question(arguments, lambda results: record(row, results[0], size))
 
     def _picture(self, source: str | bytes) -> Picture | ImageSource:
