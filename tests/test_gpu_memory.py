@@ -66,6 +66,20 @@ def test_memory_comes_back_when_its_last_array_goes(driver):
     assert driver.memory()[0] == free
 
 
+def test_what_was_freed_long_ago_makes_room_for_what_is_used_again(driver, monkeypatch):
+    """The buffers of a model's upload do not keep the arrays of its prompts out of the pool."""
+    monkeypatch.setattr(gpu_memory, "POOL_LIMIT", 1 << 16)
+    memory = Memory(driver)
+    free = driver.memory()[0]
+    for nbytes in (40 << 10, 24 << 10):
+        memory.array((nbytes,), np.uint8)
+    for _ in range(3):
+        for nbytes in (8 << 10, 16 << 10):
+            memory.array((nbytes,), np.uint8)
+    assert driver.allocations == 4, "each size once"
+    assert free - driver.memory()[0] == 48 << 10, "the block of 40 KiB went"
+
+
 def test_large_blocks_are_not_kept(driver):
     memory = Memory(driver)
     free = driver.memory()[0]

@@ -87,7 +87,7 @@ def launches(driver: Driver, library: ctypes.CDLL) -> None:
 
     library.fake_on_launch(on_launch)
     kernel = driver.load(b"\x7fELF...", "cubin", "a_kernel", 128, 60000)
-    arguments = [np.uint64(a), np.int32(-4), np.float32(0.5), np.uint64(0), np.uint64(0)]
+    arguments = [a, np.int32(-4), np.float32(0.5), 0, 0]
     assert driver.spilled(kernel) == 0
     driver.launch(kernel, (3, 2, 1), arguments)
     expected = (b"a_kernel", [3, 2, 1, 128, 1, 1, 60000], [a, -4, 0.5, 0, 0])

@@ -112,8 +112,8 @@ class FakeDriver:
         assert scratch == profile == 0 and all(n > 0 for n in grid) and max(grid[1:]) <= 65535
         named = {}
         for (name, kind), value in zip(signatures.types(kernel.name).items(), values, strict=True):
-            assert isinstance(value, {"i32": np.int32, "fp32": np.float32}.get(kind, np.uint64))
-            named[name] = value.item()
+            assert isinstance(value, {"i32": np.int32, "fp32": np.float32}.get(kind, int))
+            named[name] = value if isinstance(value, int) else value.item()
             if kind.startswith("*") and value:
                 self.check(int(value), 1)
         self._issue(self._run, Launch(kernel.name, grid, named), kernel, args)

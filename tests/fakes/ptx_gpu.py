@@ -71,7 +71,8 @@ class PtxDriver(FakeDriver):
         assert kind == "ptx" and self._tape is None
         return gpu_driver.Kernel(_kernel(image), name, threads, shared)
 
-    def _run(self, launch: Launch, kernel: gpu_driver.Kernel, args: list[np.generic]) -> None:
+    def _run(self, launch: Launch, kernel: gpu_driver.Kernel, args: list[np.generic | int]) -> None:
         super()._run(launch, kernel, args)
+        args = [np.uint64(value) if isinstance(value, int) else value for value in args]
         watched = (self.ptx_memory, self.rng, self.observer, self.turns)
         kernel.handle.launch(launch.grid, kernel.threads, kernel.shared, args, *watched)

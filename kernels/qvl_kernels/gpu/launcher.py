@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,8 +20,8 @@ ALIGNMENT = 16
 Argument = Array | tuple[Array, int] | int | float | None
 """Argument of a kernel: a pointer (an array, an array with a byte offset, or None if not read) or a number."""
 
-_SCALARS = {"i32": np.int32, "fp32": np.float32}
-_NULL = np.uint64(0)
+_SCALARS = {kind: functools.lru_cache(4096)(number) for kind, number in (("i32", np.int32), ("fp32", np.float32))}
+"""Numbers of the kernels' widths; making one takes longer than finding it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +110,18 @@ class Launcher:
         if len(args) != len(converters):
             raise TypeError(f"kernel {name} takes {len(converters)} arguments, got {len(args)}")
         values = [convert(value) for convert, value in zip(converters, args)]
-        values += [_NULL, _NULL]  # Triton's global and profile scratch, unused
+        values += [0, 0]  # Triton's global and profile scratch, unused
         shape = (*grid, 1, 1)[:3]
         self.queue(self.driver.launch, kernel, shape, values, keep=args)
 
 
-def _pointer(value: Any) -> np.uint64:
+def _pointer(value: Any) -> int:
     if value is None:
-        return _NULL
+        return 0
     address = value[0].address + value[1] if isinstance(value, tuple) else value.address
     if address % ALIGNMENT:
         raise ValueError(f"{value} is not aligned to {ALIGNMENT} bytes: rows and heads must be multiples of 8 wide")
-    return np.uint64(address)
+    return address
 
 
 _CONVERTERS: dict[str, tuple[Callable, ...]] = {

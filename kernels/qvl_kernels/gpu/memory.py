@@ -22,7 +22,10 @@ ALIGNMENT = 256
 """Alignment of blocks, as in `cuMemAlloc`."""
 
 POOL_LIMIT = 128 << 20
-"""Limit of freed blocks that are cached for the next request of the same size, in bytes."""
+"""Limit of freed blocks that are kept for the next request of the same size, in bytes.
+
+Beyond it the sizes go whose last block was freed longest ago: after loading, those of the uploads.
+"""
 
 PAGE = 2 << 20
 """`cuMemAlloc` rounds blocks of more than half of this up to multiples of it."""
@@ -160,7 +163,7 @@ class Memory:
         self.driver = driver
         self.in_use = self.peak = 0
         self.scratch = Scratch(self)
-        self._pool: dict[int, list[int]] = collections.defaultdict(list)
+        self._pool: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
         self._pooled = 0
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
@@ -198,8 +201,9 @@ class Memory:
 
     def take(self, nbytes: int) -> int:
         """Allocate a block; return the address."""
-        if self._pool[nbytes]:
-            address = self._pool[nbytes].pop()
+        kept = self._pool.get(nbytes)
+        if kept:
+            address = kept.pop()
             self._pooled -= nbytes
         else:
             try:
@@ -216,21 +220,25 @@ class Memory:
     def give(self, address: int, nbytes: int) -> None:
         """Free a block."""
         self.in_use -= nbytes
-        if self._pooled + nbytes <= POOL_LIMIT:
-            self._pool[nbytes].append(address)
-            self._pooled += nbytes
-        else:
+        self._pool.setdefault(nbytes, []).append(address)
+        self._pool.move_to_end(nbytes)
+        self._pooled += nbytes
+        if self._pooled > POOL_LIMIT:
             # After a fault this fails, too. The fault is reported where it occurs, not in the garbage collector.
             with contextlib.suppress(DeviceError):
-                self.driver.free(address)
+                self._shrink(POOL_LIMIT)
 
     def trim(self) -> None:
-        """Free the cached blocks."""
-        # the garbage collector may free a block at any moment
-        pool, self._pool, self._pooled = self._pool, collections.defaultdict(list), 0
-        for addresses in pool.values():
-            for address in addresses:
-                self.driver.free(address)
+        """Free the blocks that are kept."""
+        self._shrink(0)
+
+    def _shrink(self, limit: int) -> None:
+        """Free blocks that are kept, until `limit` bytes are left."""
+        # the garbage collector may free a block at any moment: no iteration over the pool itself
+        for nbytes, addresses in [*self._pool.items()]:
+            while addresses and self._pooled > limit:
+                self._pooled -= nbytes
+                self.driver.free(addresses.pop())
 
 
 class Scratch:
