@@ -28,16 +28,21 @@ def ops():
     return CpuOps(activations="int16", threads=2)
 
 
-def test_rows_do_not_depend_on_their_neighbours(ops):
-    """Up to 16 rows an answer is the same to the last bit."""
-    rng = random("rows")
-    for bits in (4, 8):
-        w, x = ops.weight(matrix(rng, 70, 300, bits, zeros=True)), values(rng, 16, 300)
-        together, alone = ops.empty((16, 70)), ops.empty((1, 70))
-        ops.linear(x, w, out=together)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_do_not_depend_on_their_neighbours(ops, bits, group):
+    """Up to 16 rows an answer is the same to the last bit, whatever tiles of rows the kernel has."""
+    rng = random(f"rows {bits} {group}")
+    for zeros in (False, True):
+        w, x = ops.weight(matrix(rng, 70, 300, bits, group, zeros=zeros)), values(rng, 16, 300)
+        x[3] *= 1000
+        alone = np.full((16, 70), np.nan, np.float32)
         for row in range(16):
-            ops.linear(x[row : row + 1], w, out=alone)
-            assert np.array_equal(alone[0], together[row])
+            ops.linear(x[row : row + 1], w, out=alone[row : row + 1])
+        for count in (2, 3, 7, 16):
+            together = np.full((count, 70), np.nan, np.float32)
+            ops.linear(x[:count], w, out=together)
+            assert np.array_equal(alone[:count], together)
 
 
 def test_two_python_threads_at_once(ops):

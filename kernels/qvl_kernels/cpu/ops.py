@@ -215,10 +215,10 @@ class CpuOps:
         planes = self._memory(program, "planes", 2 * size + 4 * rows * blocks + 4 * size // 32)
         high, low, scales, sums = planes, planes + size, planes + 2 * size, planes + 2 * size + 4 * rows * blocks
         scratch = self._memory(program, "columns", 512 * self.threads)
-        words = int(w.bits == 8 and BYTE_VALUES == 2)
         program.add(
-            "quantize_planes", source, rows, k, *parameters, high, low, words, scales, sums, w.group_size, scratch
-        )
+            "quantize_planes", source, rows, k, *parameters, high, low, int(_in_words(w, rows)), scales, sums,
+            w.group_size, scratch,
+        )  # fmt: skip
         return high, low, scales, sums
 
     def _norm(self, program: Program, norm: Norm, k: int) -> tuple[int, int, int]:
@@ -233,7 +233,7 @@ class CpuOps:
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
         else:
-            name = f"gemv{w.bits}_{w.group_size}"
+            name = f"gemv{w.bits}_{w.group_size}" + ("_words" if w.bits == 4 and _in_words(w, rows) else "")
             program.add(
                 name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after
             )
@@ -349,6 +349,11 @@ class CpuOps:
         with self._program() as program:
             program.keep(logits, out)
             program.add("argmax", address(logits), *logits.shape, address(out))
+
+
+def _in_words(w: CpuWeight, rows: int) -> bool:
+    """Whether the activations of a product with 16-bit activations are words, and not two planes of bytes."""
+    return BYTE_VALUES == 2 and (w.bits == 8 or rows > 1)
 
 
 def _softmax_scale(d: int) -> int:

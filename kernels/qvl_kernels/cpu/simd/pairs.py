@@ -89,6 +89,26 @@ def bytes_of_pairs(typing, v, second):
     return result(v, second), codegen
 
 
+@intrinsic(prefer_literal=True)
+def nibbles_of_pairs(typing, v, i):
+    """Nibble `i` of each pair of i8, from the lowest, as int16 in i32 vectors."""
+    if not isinstance(i, types.IntegerLiteral):
+        return None
+    result, shift = v.of("i32", v.n // 4), 4 * i.literal_value
+
+    def codegen(context, b, sig, args):
+        wide = ir.VectorType(I16, v.n // 2)
+
+        def choose(x):
+            return b.bitcast(
+                b.and_(b.lshr(b.bitcast(x, wide), constant(wide, shift)), constant(wide, 15)), result.vector
+            )
+
+        return each(b, v.m, choose, args[0])
+
+    return result(v, i), codegen
+
+
 @intrinsic
 def store_fours(typing, addr, v):
     """Write the low halves of an i32 vector, the first and third of every four before the second and fourth."""

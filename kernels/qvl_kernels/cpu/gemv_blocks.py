@@ -1,0 +1,79 @@
+"""What the products of a few vectors share, whatever the form of the activations: the walk through a block of 32 rows.
+
+Integer sums are exact, and the scaled sums of the groups are added from left to right, so a vector's result does not
+depend on the number of vectors, nor on the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qvl_kernels.cpu.gemm_tile import prefetch_read
+from qvl_kernels.cpu.registry import routine
+from qvl_kernels.cpu.simd import BYTE_BIAS, LANES, bytes_, fma, halves, spreads, store_rows, to_f32, zeros
+
+AHEAD = 2048
+"""Bytes of weights between a tile and what is prefetched, without 32 registers: chosen on Zen 3."""
+
+
+def make_prefetch(width: int) -> Callable:
+    """Create a routine that prefetches what a later step of `width` rows reads."""
+
+    @routine
+    def prefetch(w):
+        """One step at a time: many at once would wait for each other."""
+        if LANES < 16:
+            for line in range(0, 4 * width, 64):
+                prefetch_read(w + AHEAD + line)
+
+    return prefetch
+
+
+def make_scaled(bits: int, width: int, tokens: int) -> Callable:
+    """Create a routine that adds a group's sums: ``acc + scale * x_scale * (total - zero * sum)``."""
+    scalars, integers = spreads("f32", width, tokens), spreads("i32", width, tokens)
+    half, byte = halves(width), bytes_(width, False)
+    bias = BYTE_BIAS if bits == 8 else 0
+    symmetric = (8 if bits == 4 else 128) - bias
+
+    @routine
+    def scaled(total, acc, scales, zero, xs, xs_stride, sums, sums_stride):
+        s = integers(sums, sums_stride)
+        if zero == 0:
+            total = total - s * symmetric
+        else:
+            total = total - s * (byte(zero) - bias)
+        return fma(to_f32(total), scalars(xs, xs_stride) * half(scales), acc)
+
+    return scaled
+
+
+def make_tile(add_block: Callable, bits: int, group: int, width: int, tokens: int, value: int) -> Callable:
+    """Create a routine for a block of 32 rows by `tokens` vectors: y float32 ``[tokens, 32]``.
+
+    The rows are one tile if its accumulators fit the registers. Else two tiles of `width` rows take turns, 2 or 4 KB of
+    weights each: one by itself would read every other cache line. `value`: bytes of an activation at `x`.
+    """
+    none, groups, block_bytes = zeros("f32", width, tokens), 128 // group, 512 * bits
+
+    @routine
+    def tile(w, scales, zeros_, x, low, xs, sums, blocks, y):
+        first, second = none(), none()
+        for _ in range(blocks):
+            first = add_block(w, scales, zeros_, x, low, xs, sums, blocks, first)
+            if width == 16:
+                z = zeros_ + 16 if zeros_ != 0 else 0
+                second = add_block(w + 64, scales + 32, z, x, low, xs, sums, blocks, second)
+            w += block_bytes
+            x += 128 * value
+            low += 128
+            xs += 4
+            scales += 64 * groups
+            if zeros_ != 0:
+                zeros_ += 32 * groups
+            sums += 4 * groups
+        store_rows(y, first, 128)
+        if width == 16:
+            store_rows(y + 64, second, 128)
+
+    return tile

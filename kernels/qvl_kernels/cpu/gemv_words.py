@@ -1,0 +1,110 @@
+"""Packed matrix times vectors of 16-bit words, where `simd.WORDS`: int8 weights, and int4 weights by several vectors.
+
+An activation is one word instead of two planes of bytes. It takes as many multiplications, but only one accumulator, so
+that vectors can share the unpacked weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qvl_kernels.cpu.gemv_blocks import make_prefetch, make_scaled, make_tile
+from qvl_kernels.cpu.registry import routine
+from qvl_kernels.cpu.simd import loads, step_end, zeros
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow, nibbles_of_pairs
+
+
+@routine
+def add_lows(total, v, x, stride):
+    """Add the products of low nibbles and four columns."""
+    total = dot_pairs_narrow(total, nibbles_of_pairs(v, 0), x, stride)
+    return dot_pairs_narrow(total, nibbles_of_pairs(v, 2), x + 4, stride)
+
+
+@routine
+def add_highs(total, v, x, stride):
+    """Add the products of high nibbles and four columns, which are 64 behind those of the low ones."""
+    total = dot_pairs_narrow(total, nibbles_of_pairs(v, 1), x + 128, stride)
+    return dot_pairs_narrow(total, nibbles_of_pairs(v, 3), x + 132, stride)
+
+
+def make_bytes(group: int) -> Callable:
+    """Create a routine for a block of 32 rows of int8 weights by a vector; see `gemv_blocks.make_tile`."""
+    weights, none, prefetch, scaled = loads("i8", 128), zeros("i32", 32), make_prefetch(32), make_scaled(8, 32, 1)
+    groups, steps = 128 // group, group // 4
+
+    @routine
+    def byte_sums(w, x):
+        """Return sums over `steps` steps: 128 products of 255 and 32512 fit an accumulator."""
+        total = none()
+        for _ in range(steps):
+            prefetch(w)
+            v = weights(w)
+            total = dot_pairs_narrow(total, bytes_of_pairs(v, 0), x, 0)
+            total = dot_pairs_narrow(total, bytes_of_pairs(v, 1), x + 4, 0)
+            w += 128
+            x += 8
+        return total
+
+    @routine
+    def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
+        for part in range(groups):
+            z = zeros_ + part * 32 if zeros_ != 0 else 0
+            total = byte_sums(w + part * steps * 128, x + part * steps * 8)
+            acc = scaled(total, acc, scales + part * 64, z, xs, 0, sums + part * 4, 0)
+        return acc
+
+    return make_tile(add_block, 8, group, 32, 1, 2)
+
+
+def make_nibbles(group: int, tokens: int) -> Callable:
+    """Create a routine for a block of 32 rows of int4 weights by `tokens` vectors; see `gemv_blocks.make_tile`."""
+    width = 32 if tokens <= 2 else 16
+    weights, prefetch, scaled = loads("i8", 4 * width), make_prefetch(width), make_scaled(4, width, tokens)
+    none, groups, steps = zeros("i32", width, tokens), 128 // group, min(group, 64) // 4
+
+    def make_sums(low: bool, high: bool) -> Callable:
+        """Create a routine that returns sums of these nibbles over `steps` steps."""
+
+        @routine
+        def sums_of_steps(w, x, stride):
+            total = none()
+            for _ in range(steps):
+                prefetch(w)
+                v = weights(w)
+                if low:
+                    total = add_lows(total, v, x, stride)
+                if high:
+                    total = add_highs(total, v, x, stride)
+                w += 128
+                x += 8
+                step_end()
+            return total
+
+        return sums_of_steps
+
+    if group == 128:
+        all_sums = make_sums(True, True)
+
+        @routine
+        def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
+            total = all_sums(w, x, blocks * 256)
+            return scaled(total, acc, scales, zeros_, xs, blocks * 4, sums, blocks * 4)
+
+    else:
+        low_sums, high_sums = make_sums(True, False), make_sums(False, True)
+
+        @routine
+        def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
+            # groups of low and of high nibbles in turns, as in `gemv_planes`: the results are the same
+            for span in range(groups // 2):
+                offset, z = span * steps, zeros_ + span * 32 if zeros_ != 0 else 0
+                s, t = scales + span * 64, sums + span * 4
+                total = low_sums(w + offset * 128, x + offset * 8, blocks * 256)
+                acc = scaled(total, acc, s, z, xs, blocks * 4, t, blocks * groups * 4)
+                z = z + 16 * groups if z != 0 else 0
+                total = high_sums(w + offset * 128, x + offset * 8, blocks * 256)
+                acc = scaled(total, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, blocks * groups * 4)
+            return acc
+
+    return make_tile(add_block, 4, group, width, tokens, 2)
