@@ -5,9 +5,10 @@ The time of a launch is that of its busiest resource, plus what it waits for::
     NODE + trips * TRIP + max(bytes / copy bandwidth, warp instructions / issue rate, products / their rate)
 
 A trip is a load or an atomic that nothing else of the launch runs beside: the first tile, a counter that programs
-meet at, parts that are added in order four at a time, a chunk of a norm. Launches of a step follow one another; of
-those that stream weights or the cache the instructions are counted, the small others wait for memory alone. Programs
-are taken to fill the multiprocessors evenly, and an instruction of the PTX to be one of the machine.
+meet at, parts that are added in order four at a time, the parts of four heads of attention, a chunk of a norm. Launches
+of a step follow one another; of those that stream weights or the cache the instructions are counted, the small others
+wait for memory alone. Programs are taken to fill the multiprocessors evenly, and an instruction of the PTX to be one of
+the machine.
 
 Device figures are from NVIDIA's data sheets and architecture papers (multiprocessors, boost clock, memory bandwidth;
 products of fp16 with float32 sums for each multiprocessor and clock: half of the fp16 rate on GeForce; for H100 those
@@ -34,11 +35,13 @@ import gpu_kernels
 import test_gpu_attention as attention
 from fakes.gpu import Launch
 
-from qvl_kernels.gpu.kernels import norm
+from qvl_kernels.gpu.kernels import decode_attention, norm
 
 COPY_SHARE, NODE, TRIP, ISSUES = 0.92, 1.1e-6, 1.0e-6, 4
 CHUNK = norm.CHUNK.value
 """Columns a norm handles at a time."""
+MERGED = decode_attention.MERGED.value
+"""Rows whose parts attention adds at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +221,8 @@ def work(launch: Launch, context: int) -> Work:
         nbytes = 2 * 2 * args["kv_heads"] * args["d"] * context
         base, step = counted(launch.name)
         tile = gpu_kernels.constants(launch.name)["BN"]
-        trips = 10 if args.get("flags") else 7  # the rotation reads the angles and the row, and passes q on
+        # the length, a tile, the counter after what was stored, a few rows of parts; the angles and the row
+        trips = 4 + -(-args["t"] * args["heads"] // args["kv_heads"] // MERGED) + (1 if args.get("flags") else 0)
         return Work(nbytes, trips, Counts().plus(base, programs * splits).plus(step, programs * context / tile))
     if family == "norm":
         return Work(0, 2 * -(-args["k"] // CHUNK) - 1)

@@ -50,7 +50,10 @@ CASES: dict[str, Callable[[np.random.Generator], object]] = {
     ],
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),
     "rotate.any": lambda rng: attention.test_rotation_of_patches(3, 2, 80, rng),
-    "decode_attention.fp16.128": lambda rng: attention.test_decode_attention(False, 1, 4, 2, 128, 2100, rng),
+    "decode_attention.fp16.128": lambda rng: [
+        attention.test_decode_attention(False, 1, 10, 2, 128, 2100, rng),
+        attention.test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(False, 8, 1, 128, 64, True, rng),
+    ],
     "decode_attention.int8.any": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 600, rng),
     "cached_attention.fp16.128": lambda rng: attention.test_cached_attention(False, 140, 1, 1, 128, 5, rng),
     "attention.104": lambda rng: attention.test_vision_attention("104", 104, 75, rng),

@@ -145,9 +145,9 @@ def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
     cache = filled_cache(rng, kv_heads, begin + t + 3, d, int8, begin + t)
     qkv, out = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF), poisoned((t, heads * d), HALF)
     name = f"decode_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
-    tiles = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"])
-    partials, counters = poisoned(t * heads * SPLITS * 129), np.zeros(tiles, np.int32)
-    launch(name, (tiles, SPLITS), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
+    tiles, splits = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"]), SPLITS if t == 1 else s.DECODE_SPLITS
+    partials, counters = poisoned(t * heads * splits * 129), np.zeros(tiles, np.int32)
+    launch(name, (tiles, splits), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
            None, None, None, None, t, heads, kv_heads, begin + t + 3, d, d**-0.5, 0.0, 0.0, 0)  # fmt: skip
     assert not counters.any()
     close(out, causal(qkv, cache, heads, begin), 1e-3)

@@ -23,8 +23,8 @@ from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 
-_SPLITS = 4, 16
-"""Fewest and most parts of the positions in attention. Merging takes half a microsecond a part on an H100."""
+_FEWEST_SPLITS = 4
+"""Fewest parts of the positions in the attention of a few tokens."""
 
 _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_GELU}
 
@@ -284,7 +284,7 @@ class CudaOps:
         name = f"{family}.{cache.dtype}.{'128' if d == 128 else 'any'}"
         rows = self.launch.constants(name)["BM"]
         if t <= s.DECODE_ROWS:
-            splits = min(max(2 * self.driver.multiprocessors // kv_heads, _SPLITS[0]), _SPLITS[1])
+            splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
             partials = self.empty((t * heads, splits, 128 + 1))
             grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)
             rotation, self._rotation = self._rotation, None

@@ -50,6 +50,9 @@ LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
 DECODE_ROWS = 16
 """Largest number of tokens for `decode_attention`; more use `cached_attention`."""
 
+DECODE_SPLITS = 16
+"""Largest number of parts of the positions in `decode_attention`."""
+
 ARGMAX_PARTS = 64
 """Number of programs per row in `argmax`."""
 
@@ -211,9 +214,9 @@ KERNELS: dict[str, Kernel] = {
         "(ceil(t / BM), heads)",
     ),
     # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once, and
-    # each of its programs, at most 32, has a part of the positions. partials: float32 [t * heads, splits, 128 + 1];
-    # counters: one a tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what
-    # it does is done first, with the same bits, but qkv stays.
+    # each of its programs has a part of the positions. partials: float32 [t * heads, splits, 128 + 1]; counters: one a
+    # tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what it does is done
+    # first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
@@ -221,7 +224,7 @@ KERNELS: dict[str, Kernel] = {
             "k_norm:*fp32 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         _CACHE_VARIANTS,
-        "(kv_heads * ceil(t * heads / kv_heads / BM), splits)",
+        "(kv_heads * ceil(t * heads / kv_heads / BM), splits): splits <= DECODE_SPLITS",
     ),
     # Attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart. parts is 3
     # for patches, whose q, k, v are all the one array that holds them side by side; 1 for separate arrays. out

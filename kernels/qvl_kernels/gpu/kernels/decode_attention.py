@@ -11,7 +11,31 @@ import triton.language as tl
 from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, last_to_arrive, to_half, weigh
 from qvl_kernels.gpu.kernels.rope import append, rotated
 
-MOST_SPLITS = tl.constexpr(32)
+MOST_SPLITS = tl.constexpr(16)
+MERGED = tl.constexpr(4)
+"""Rows that are merged at once: all that is read for them is on its way at the same time."""
+
+
+@triton.jit
+def _merge(partials, logs, first, count, out, head, heads, group, width, splits):
+    """Weigh the parts of MERGED rows from row `first` of `count` on, and store them.
+
+    In `partials` and `logs` the rows of this head of keys lie side by side; `head` is the first of its group.
+    """
+    row = first + tl.arange(0, MERGED)
+    rd = tl.arange(0, 128)
+    part = tl.arange(0, MOST_SPLITS)
+    inside = row < count
+    slot = row[:, None] * splits + part[None, :]
+    there = inside[:, None] & (part < splits)[None, :]
+    log = tl.load(logs + slot, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(
+        partials + slot[:, :, None] * 128 + rd[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+    )
+    weight = tl.exp2(log - tl.where(inside, tl.max(log, 1), 0.0)[:, None])
+    merged = tl.sum(sums * weight[:, :, None], 1) / tl.sum(weight, 1)[:, None]
+    at = (row // group * heads + head + row % group) * width
+    tl.store(out + at[:, None] + rd[None, :], to_half(merged), mask=inside[:, None] & (rd < width)[None, :])
 
 
 @triton.jit
@@ -31,12 +55,16 @@ def decode_attention(
     head = kv_head * group + row % group
     inside = row < t * group
     rd = tl.arange(0, 128)
+    # queries and keys are in registers as two halves of 64, the way rotation leaves them
     if EXACT:
         width = 128
+        rk = rd
+        in_key = rd < width
     else:
         width = d
+        rk = rd % 64 + rd // 64 * (width // 2)
+        in_key = rd % 64 < width // 2
     in_head = rd < width
-    mask = inside[:, None] & in_head[None, :]
     begin = tl.load(start)
     end = begin + t
     position = begin + token
@@ -53,18 +81,11 @@ def decode_attention(
         )
         chosen = (row == group) & (low <= begin) & (begin < high)
         append(at, first, second, k, v, k_scale, v_scale, chosen, which - heads, begin, kv_heads, capacity, width, INT8)
-        # the queries pass through the part of `partials` that is this program's own
-        own = partials.to(tl.pointer_type(tl.float16)) + (slot + part)[:, None] * 256
-        half = width // 2
-        i = tl.arange(0, 64)
-        q_mask = inside[:, None] & (i < half)[None, :]
-        tl.store(own + i[None, :], to_half(first * gain), mask=q_mask)
-        tl.store(own + half + i[None, :], to_half(second * gain), mask=q_mask)
+        q = tl.reshape(tl.permute(tl.join(to_half(first * gain), to_half(second * gain)), (0, 2, 1)), (BM, 128))
         tl.debug_barrier()
-        q = tl.load(own + rd[None, :], mask=mask, other=0.0)
     else:
         q_at = token * ((heads + 2 * kv_heads) * width) + head * width
-        q = tl.load(qkv + q_at[:, None] + rd[None, :], mask=mask, other=0.0)
+        q = tl.load(qkv + q_at[:, None] + rk[None, :], mask=inside[:, None] & in_key[None, :], other=0.0)
     base = kv_head.to(tl.int64) * capacity
     k += base * width
     v += base * width
@@ -75,9 +96,8 @@ def decode_attention(
     for n0 in range(low, high, BN):
         rn = n0 + tl.arange(0, BN)
         seen = rn < high
-        tile_mask = seen[:, None] & in_head[None, :]
-        keys = tl.load(k + rn[:, None] * width + rd[None, :], mask=tile_mask, other=0)
-        values = tl.load(v + rn[:, None] * width + rd[None, :], mask=tile_mask, other=0)
+        keys = tl.load(k + rn[:, None] * width + rk[None, :], mask=seen[:, None] & in_key[None, :], other=0)
+        values = tl.load(v + rn[:, None] * width + rd[None, :], mask=seen[:, None] & in_head[None, :], other=0)
         scores = tl.dot(q, tl.trans(as_half(keys, INT8))) * scale
         if INT8:
             scores *= tl.load(k_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
@@ -93,17 +113,7 @@ def decode_attention(
     tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc / share_of[:, None], mask=inside[:, None])
     tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)
     if last_to_arrive(counters + tile, splits):
-        every = tl.arange(0, MOST_SPLITS)
-        there = inside[:, None] & (every < splits)[None, :]
-        log = tl.load(logs + slot[:, None] + every[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
-        most = tl.where(inside, tl.max(log, 1), 0.0)
-        merged = tl.zeros((BM, 128), tl.float32)
-        weight = tl.zeros((BM,), tl.float32)
-        for i in range(splits):
-            this = tl.exp2(tl.load(logs + slot + i, mask=inside, other=0.0, cache_modifier=".cg") - most)
-            at = partials + (slot + i)[:, None] * 128 + rd[None, :]
-            merged += tl.load(at, mask=inside[:, None], other=0.0, cache_modifier=".cg") * this[:, None]
-            weight += this
-        tl.store(
-            out + (token * heads + head)[:, None] * width + rd[None, :], to_half(merged / weight[:, None]), mask=mask
-        )
+        rows = t * group
+        at = kv_head * rows * splits
+        for first_row in range(tile % tiles * BM, tl.minimum(tile % tiles * BM + BM, rows), MERGED):
+            _merge(partials + at * 128, logs + at, first_row, rows, out, kv_head * group, heads, group, width, splits)
