@@ -140,6 +140,10 @@ def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence
     return arrays
 
 
+Move = Callable[[Sequence[Array | KVCache | None]], bool]
+"""See `Ops.movable`."""
+
+
 class Ops(Protocol):
     """A backend.
 
@@ -300,6 +304,13 @@ class Ops(Protocol):
         """Record the operations of `step` and return a function that repeats them on the same arrays.
 
         `step` runs at most once, while recording; its results are undefined.
+        """
+
+    def movable(self, replay: Callable[[], None], inputs: Sequence[Array | KVCache | None]) -> Move | None:
+        """Return a function that makes a captured step use other arrays and caches in place of `inputs`.
+
+        It takes as many as `inputs`; it changes nothing and returns False if their shapes or types differ. From now on
+        the step keeps none of them alive. None if the step cannot be changed and must be captured again.
         """
 
     def synchronize(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Ops
+from qvl_kernels.ops import Array, Move, Ops
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.trace import Trace, no_trace
 
@@ -87,7 +87,7 @@ depend on the other rows: an answer is the same alone and in a batch."""
 
 
 MOST_CAPTURED = 64
-"""Captured steps kept of the same sequences: drafts of several answers make many sets of rows."""
+"""Captured steps kept of several sequences: drafts of several answers make many sets of rows."""
 
 
 class Outcome:
@@ -110,14 +110,32 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured:
-    """Captured steps, by the rows of each sequence. Valid while the sequences have the same arrays."""
+    """Captured steps of one sequence, by the number of rows. Valid while it has the same arrays."""
 
-    arrays: list[Any]
-    replays: dict[tuple[int, ...], Callable[[], None]] = dataclasses.field(default_factory=dict)
+    arrays: Sequence[Any]
+    replays: dict[int, Callable[[], None]] = dataclasses.field(default_factory=dict)
 
-    def of(self, arrays: Sequence[Any]) -> bool:
-        """Whether the steps were captured with these arrays."""
-        return len(arrays) == len(self.arrays) and all(map(operator.is_, arrays, self.arrays))
+
+@dataclasses.dataclass(eq=False)
+class Together:
+    """A captured step of several sequences.
+
+    Attributes
+    ----------
+    replay : callable
+    move : callable or None
+        See `Ops.movable`.
+    members : int
+        Number of the set of sequences whose arrays it uses.
+    """
+
+    replay: Callable[[], None]
+    move: Move | None
+    members: int
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class DecodeStep:
@@ -136,7 +154,8 @@ class DecodeStep:
         self._logits = ops.empty((FEW_ROWS, decoder.vocab_size))
         self._best = ops.empty((FEW_ROWS,), np.int32)
         self._first = [(self._ids[:rows], self._logits[:rows], self._best[:rows]) for rows in range(FEW_ROWS + 1)]
-        self._together = Captured([])
+        self._members = 0
+        self.forget()
 
     def __call__(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Outcome:
         """Feed tokens to sequences, at most `FEW_ROWS` in total."""
@@ -153,26 +172,47 @@ class DecodeStep:
 
     def forget(self) -> None:
         """Free the captured steps of several sequences, and their memory."""
-        self._together = Captured([])
+        self._arrays, self._together = list[Any](), dict[Any, Together]()
 
     def _captured(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Callable[[], None]:
-        alone = len(fed) == 1
-        arrays = [array for sequence, _ in fed for array in sequence.arrays]
-        known = fed[0][0].captured.get(self) if alone else self._together
-        if known is None or not known.of(arrays):
-            known = Captured(arrays)
-            if alone:
-                fed[0][0].captured[self] = known
-            else:
-                self._together = known
-        counts = tuple([len(tokens) for _, tokens in fed])
-        replay = known.replays.get(counts)
+        if len(fed) > 1:
+            return self._captured_together(fed)
+        ((sequence, tokens),) = fed
+        known = sequence.captured.get(self)
+        if known is None or not _same(known.arrays, sequence.arrays):
+            known = sequence.captured[self] = Captured(sequence.arrays)
+        replay = known.replays.get(len(tokens))
         if replay is None:
-            if len(known.replays) >= MOST_CAPTURED:
-                known.replays.clear()
-            spans = [Span(sequence, len(tokens)) for sequence, tokens in fed]
-            replay = known.replays[counts] = self.ops.capture(partial(self._step, spans, sum(counts)))
+            replay = known.replays[len(tokens)] = self._capture(fed)
         return replay
+
+    def _captured_together(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Callable[[], None]:
+        """Return a step of these sequences: one captured with others of the same capacities, if it can be moved."""
+        arrays = [array for sequence, _ in fed for array in (*sequence.arrays, sequence.start)]
+        if not _same(arrays, self._arrays):
+            self._members += 1
+            self._together = {rows: step for rows, step in self._together.items() if step.move is not None}
+            self._arrays = arrays  # last: after an interrupt all this is done again
+        rows = tuple([(len(tokens), sequence.store.capacity) for sequence, tokens in fed])
+        known = self._together.get(rows)
+        if known is None or not self._moved(known):
+            if len(self._together) >= MOST_CAPTURED:
+                self._together.clear()
+            replay = self._capture(fed)
+            known = self._together[rows] = Together(replay, self.ops.movable(replay, arrays), self._members)
+        return known.replay
+
+    def _moved(self, step: Together) -> bool:
+        """Make a step use the arrays of the present members, if it can."""
+        if step.members != self._members:
+            if step.move is None or not step.move(self._arrays):
+                return False
+            step.members = self._members
+        return True
+
+    def _capture(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Callable[[], None]:
+        spans = [Span(sequence, len(tokens)) for sequence, tokens in fed]
+        return self.ops.capture(partial(self._step, spans, sum([span.rows for span in spans])))
 
     def _step(self, spans: Sequence[Span], rows: int) -> None:
         work, logits = self._work.rows(rows), self._logits[:rows]

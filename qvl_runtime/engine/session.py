@@ -226,6 +226,7 @@ class Session:
 
 def step(run: DecodeStep, sessions: Sequence[Session]) -> None:
     """Run one step with the pending tokens of sessions, at most `FEW_ROWS` in total."""
+    sessions = sorted(sessions, key=lambda session: -len(session.pending))  # fewer combinations to capture
     outcome, row = run([(session.state, session.pending) for session in sessions]), 0
     for session in sessions:
         count = len(session.pending)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.cpu.runner import aligned
-from qvl_kernels.ops import Array, restored
+from qvl_kernels.cpu.runner import Program, aligned
+from qvl_kernels.ops import Array, Move, restored
 from qvl_kernels.packing import Matrix, packed_shapes, round_up
 
 CACHE_DTYPES: dict[str, np.dtype] = {
@@ -146,3 +146,35 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """Allocate an uninitialized array, aligned to a cache line."""
     return aligned(int(np.prod(shape)), dtype).reshape(shape)
+
+
+def movable(program: Program, inputs: Sequence[np.ndarray | CpuCache | None]) -> Move | None:
+    """See `Ops.movable`. Addresses are compared with all words: no other word is as large."""
+    every, kinds = [_addresses(value) for value in inputs], [_kind(value) for value in inputs]
+    known = np.array([place for one in every for place in one], np.int64)
+    if sum(len(set(one)) for one in every) != len(np.unique(known)):
+        return None  # inputs share memory
+    places, index = program.find(known)
+    program.release(*inputs)
+
+    def move(others: Sequence[np.ndarray | CpuCache | None]) -> bool:
+        if [_kind(value) for value in others] != kinds:
+            return False
+        addresses = np.array([place for value in others for place in _addresses(value)], np.int64)
+        program.words().reshape(-1)[places] = addresses[index]
+        return True
+
+    return move
+
+
+def _addresses(value: np.ndarray | CpuCache | None) -> list[int]:
+    if isinstance(value, CpuCache):
+        return [place for layer in range(value.layers) for place in value.addresses(layer)]
+    return [] if value is None else [address(value)]
+
+
+def _kind(value: np.ndarray | CpuCache | None) -> tuple[Any, ...]:
+    """Return what must be equal for one input to replace another."""
+    if isinstance(value, CpuCache):
+        return value.layers, value.kv_heads, value.head_dim, value.capacity, value.dtype
+    return () if value is None else (value.shape, value.dtype)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
-from qvl_kernels.cpu.runner import Pool, Program, aligned, default_threads, float_word
+from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
 from qvl_kernels.cpu.tiles import BYTE_VALUES
-from qvl_kernels.ops import Norm, check_segments, query_heads
+from qvl_kernels.ops import Move, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 ACTIVATIONS = ("auto", "int16", "int8")
@@ -103,7 +103,7 @@ class CpuOps:
         program.keep(block)
         return place
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: Callable[[], None]) -> Replay:
         program = Program()
         try:
             self._local.recording = program
@@ -111,7 +111,10 @@ class CpuOps:
         finally:
             self._local.recording = None
         program.words()
-        return lambda: self._pool.run(program)
+        return Replay(self._pool, program)
+
+    def movable(self, replay: Replay, inputs: Sequence[np.ndarray | CpuCache | None]) -> Move | None:
+        return arrays.movable(replay.program, inputs)
 
     def synchronize(self) -> None:
         pass

@@ -75,6 +75,18 @@ class Program:
         """Keep objects alive as long as the program."""
         self._keep.extend(owners)
 
+    def release(self, *owners: Any) -> None:
+        """Undo `keep`."""
+        released = {id(owner) for owner in owners}
+        self._keep = [owner for owner in self._keep if id(owner) not in released]
+
+    def find(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places in `words` (flat) that hold one of `addresses`, int64 ``[n]``, and its first index."""
+        words, order = self.words().reshape(-1), np.argsort(addresses, kind="stable")
+        index = order[np.minimum(np.searchsorted(addresses, words, sorter=order), len(addresses) - 1)]
+        places = np.flatnonzero((addresses[index] == words) & (words != 0))
+        return places, index[places]
+
     def words(self) -> np.ndarray:
         """Return the instructions, int64 ``[instructions, WORDS]``."""
         if self._words is None:
@@ -180,3 +192,13 @@ class Pool:
                     self._start()
         if len(words):
             self._execute(self._address, words.ctypes.data, len(words))
+
+
+class Replay:
+    """A captured program."""
+
+    def __init__(self, pool: Pool, program: Program):
+        self._pool, self.program = pool, program
+
+    def __call__(self) -> None:
+        self._pool.run(self.program)

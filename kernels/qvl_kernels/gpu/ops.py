@@ -311,6 +311,9 @@ class CudaOps:
         finally:
             self._rotation = None
 
+    def movable(self, replay, inputs):
+        return None
+
     def synchronize(self):
         self.driver.synchronize()
 

@@ -155,6 +155,9 @@ class ReferenceOps:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
 
+    def movable(self, replay, inputs):
+        return None
+
     def synchronize(self):
         pass
 
