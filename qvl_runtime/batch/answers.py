@@ -56,6 +56,7 @@ class Answerer:
 
     def __init__(self, model: Model, root: Path, options: Options):
         self._model, self._root, self._options = model, root, options
+        self._last: tuple[tuple[str | bytes, ...], list[Picture | ImageSource]] = (), []
 
     def __call__(
         self,
@@ -119,7 +120,7 @@ class Answerer:
         prompt = self._options.prompt if row.prompt is None else row.prompt
         if prompt is None:
             raise QvlError("the row has no prompt; give it one, or all rows that of --prompt")
-        pictures = [self._picture(source) for source in row.pictures]
+        pictures = self._pictures(row.pictures)
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
         arguments = {
             "prompt": [*parts, {"type": "text", "text": prompt}],
@@ -130,6 +131,13 @@ class Answerer:
         last = pictures[-1] if pictures else None
         size = last.size if isinstance(last, Picture) else None
         return Question(arguments, lambda results: record(row, results[0], size))
+
+    def _pictures(self, sources: tuple[str | bytes, ...]) -> list[Picture | ImageSource]:
+        """Return the pictures of a row, those of the last row if its sources are the same."""
+        if self._last[0] != sources:
+            self._last = (), []  # before the next are in memory
+            self._last = sources, [self._picture(source) for source in sources]
+        return self._last[1]
 
     def _picture(self, source: str | bytes) -> Picture | ImageSource:
         """Return a picture for a prompt. Rows with the same picture decode it once."""

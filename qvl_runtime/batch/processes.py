@@ -56,6 +56,7 @@ def on_this_machine(
     on_computed: Callable[[Computed], None],
 ) -> None:
     """Compute tasks on the CPU, in this process if one is enough; `on_record` is called in that case only."""
+    model = ModelSpec(model.path, model.load | {"device": "cpu"})  # so that no process looks for a GPU again
     nodes, each = memory_nodes(), 1
     if model.path.stat().st_size <= SMALL:
         rows = sum(len(task.rows) for task in tasks)

@@ -34,11 +34,10 @@ class PromptLookup:
     """
 
     def __init__(self, tokens: Iterable[int], row_cost: float):
-        self._tokens: list[int] = []
-        self._followed_at: dict[tuple[int, ...], int] = {}
+        self._tokens = list(tokens)
+        matches = zip(*(self._tokens[i:] for i in range(MATCHED)))
+        self._followed_at = dict(zip(matches, range(MATCHED, len(self._tokens))))
         self._row_cost, self._rate = row_cost, PRIOR
-        for token in tokens:
-            self.append(token)
 
     def append(self, token: int) -> None:
         """Append a token of the text."""

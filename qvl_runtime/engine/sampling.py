@@ -146,7 +146,8 @@ class Sampler:
         seed_fits = self.seed is None or (_is_integer(self.seed) and self.seed >= 0)
         _check("seed", self.seed, seed_fits, "a whole number from 0 up, or None")
 
-        self._random = np.random.default_rng(self.seed)
+        # A greedy sampler draws nothing, and a generator takes longer to make than a token to choose.
+        self._random = np.random.default_rng(self.seed) if self.temperature > 0 else None
         self._prompt_length: int | None = None
         self._steps: list[Callable[[np.ndarray], np.ndarray]] = []
         if self.temperature > 0:
@@ -191,6 +192,7 @@ class Sampler:
         for step in self._steps:
             logits = step(logits)
         probabilities = softmax(logits)
+        assert self._random is not None, "the temperature is above 0"
         possible = np.flatnonzero(probabilities)
         mass = np.cumsum(probabilities[possible], dtype=np.float64)
         chosen = possible[np.searchsorted(mass[:-1], self._random.random() * mass[-1], side="right")]
