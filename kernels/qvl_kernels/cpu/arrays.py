@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,11 +91,12 @@ class CpuCache:
         self.values = _zeros((layers, kv_heads, self.padded, self.width), kind)
         scales = (layers, 2, kv_heads, self.padded) if dtype == "int8" else (layers, 2, 0, 0)
         self.scales = _zeros(scales, np.dtype(np.float32))
-        self._addresses = [self._parts(layer) for layer in range(layers)]
+        parts = (self.keys, self.values, self.scales)
+        firsts, strides = [address(part) for part in parts], [part.nbytes // layers for part in parts]
+        self._addresses = [self._parts(*(a + layer * b for a, b in zip(firsts, strides))) for layer in range(layers)]
 
-    def _parts(self, layer: int) -> tuple[int, int, int, int]:
-        keys, values, scales = self.keys[layer], self.values[layer], self.scales[layer]
-        return address(keys), address(values), address(scales[0]), address(scales[1])
+    def _parts(self, keys: int, values: int, scales: int) -> tuple[int, int, int, int]:
+        return keys, values, scales, scales + self.scales.nbytes // (2 * self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -137,15 +139,15 @@ class CpuCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     buffer = np.zeros(count + 64 // dtype.itemsize, dtype)
-    offset = -buffer.ctypes.data % 64 // dtype.itemsize
+    offset = -address(buffer) % 64 // dtype.itemsize
     return buffer[offset : offset + count].reshape(shape)
 
 
 def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """Allocate an uninitialized array, aligned to a cache line."""
-    return aligned(int(np.prod(shape)), dtype).reshape(shape)
+    return aligned(math.prod(shape), dtype).reshape(shape)
 
 
 def movable(program: Program, inputs: Sequence[np.ndarray | CpuCache | None]) -> Move | None:
