@@ -150,7 +150,7 @@ def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     return aligned(math.prod(shape), dtype).reshape(shape)
 
 
-def movable(program: Program, inputs: Sequence[np.ndarray | CpuCache | None]) -> Move | None:
+def movable(program: Program, inputs: Sequence[Any]) -> Move | None:
     """See `Ops.movable`. Addresses are compared with all words: no other word is as large."""
     every, kinds = [_addresses(value) for value in inputs], [_kind(value) for value in inputs]
     known = np.array([place for one in every for place in one], np.int64)
@@ -159,7 +159,7 @@ def movable(program: Program, inputs: Sequence[np.ndarray | CpuCache | None]) ->
     places, index = program.find(known)
     program.release(*inputs)
 
-    def move(others: Sequence[np.ndarray | CpuCache | None]) -> bool:
+    def move(others: Sequence[Any]) -> bool:
         if [_kind(value) for value in others] != kinds:
             return False
         addresses = np.array([place for value in others for place in _addresses(value)], np.int64)

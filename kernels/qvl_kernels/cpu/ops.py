@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from qvl_kernels.cpu import arrays, batched
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
 from qvl_kernels.cpu.tiles import BYTE_VALUES
-from qvl_kernels.ops import Move, Norm, check_segments, query_heads
+from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 ACTIVATIONS = ("auto", "int16", "int8")
@@ -113,7 +113,7 @@ class CpuOps:
         program.words()
         return Replay(self._pool, program)
 
-    def movable(self, replay: Replay, inputs: Sequence[np.ndarray | CpuCache | None]) -> Move | None:
+    def movable(self, replay, inputs):
         return arrays.movable(replay.program, inputs)
 
     def synchronize(self) -> None:
