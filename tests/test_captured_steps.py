@@ -38,12 +38,15 @@ class Attention:
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "fp32"])
 def test_a_moved_step_uses_the_other_arrays_only(ops, dtype):
-    old, new, same = Attention(ops, dtype=dtype, seed=1), Attention(ops, dtype=dtype, seed=2), None
+    new = Attention(ops, dtype=dtype, seed=2)
     qkv, out, want = ops.empty((1, 192)), ops.empty((1, 64)), ops.empty((1, 64))
-    replay = ops.capture(lambda: old.run(qkv, out))
-    move = ops.movable(replay, old.inputs)
-    gone = weakref.ref(old.cache)
-    del old
+
+    def captured():
+        old = Attention(ops, dtype=dtype, seed=1)
+        replay = ops.capture(lambda: old.run(qkv, out))
+        return replay, ops.movable(replay, old.inputs), weakref.ref(old.cache)
+
+    replay, move, gone = captured()
     gc.collect()
     assert gone() is None, "a movable step keeps its arrays alive"
     same = Attention(ops, dtype=dtype, seed=2)
