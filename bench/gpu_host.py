@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fakes.addresses import TrueSizes
 from fakes.gpu import Images
@@ -31,6 +30,7 @@ from qvl_runtime.engine.decoder import Span
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.weights import Weights
 
+ROOT = Path(__file__).parents[1]
 LAYERS, ROUNDS, MULTIPROCESSORS = 8, 50, 132
 
 
