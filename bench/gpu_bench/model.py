@@ -81,7 +81,7 @@ class LoneStep:
 
     def replay(self) -> None:
         """The graph alone."""
-        self.sequence.captured[self._step].replays[(1,)]()
+        self.sequence.captured[self._step].replays[1]()
 
 
 def _decode(ops, decoder: Decoder, kind: str, length: int, rate: float) -> dict[str, float]:
