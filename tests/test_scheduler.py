@@ -143,12 +143,26 @@ def test_a_long_prompt_delays_an_answer_by_one_slice_a_token(watched):
         third = model.stream(IDS[50:70], max_new_tokens=40, speculate=False)
     for stream in (first, second, third):
         stream.result()
-    # Three prompts of 1, 14 and 1 slices; once somebody decodes, a step stands between any two slices.
-    began = done.index("step 1")
+    # The first and the third share a slice; once somebody decodes, a step stands between any two of the second's 14.
+    began = done.index("step 2")
     assert not any(a.startswith("slice") and b.startswith("slice") for a, b in itertools.pairwise(done[began:]))
     assert {entry for entry in done[began:] if entry.startswith("slice")} == {"slice 64"}
-    assert sum(entry.startswith("slice") for entry in done) == 16
-    assert done.index("step 2") - began <= 4, "the short one does not wait for the long one"
+    assert sum(entry.startswith("slice") for entry in done) == 15
+    assert done.index("step 3") > began, "the short one does not wait for the long one"
+
+
+def test_short_prompts_share_a_slice_beside_an_answer(watched):
+    """Up to 128 tokens, so that the gap between two tokens of the answer stays short."""
+    model, done = watched
+    talking = model.stream(IDS[:10], max_new_tokens=60, speculate=False)
+    next(talking)
+    with paused(model):
+        done.clear()
+        streams = [model.stream(IDS[50 * i : 50 * i + 50], max_new_tokens=40, speculate=False) for i in range(5)]
+    for stream in (talking, *streams):
+        stream.result()
+    assert done[:6] == ["step 1", "slice 64", "step 3", "slice 64", "step 5", "slice 64"]
+    assert sum(entry.startswith("slice") for entry in done) == 3
 
 
 def test_slices_end_where_it_does_not_show():

@@ -33,6 +33,9 @@ MAX_BATCH = FEW_ROWS
 SLICE_ROWS = 64
 """Prompt tokens per slice while other answers are decoded."""
 
+SHARED_ROWS = 128
+"""Prompt tokens per slice if several prompts end in it: their answers then begin, and end, in fuller steps."""
+
 IDLE_SECONDS = 5.0
 """Idle time after which the thread ends."""
 
@@ -276,13 +279,14 @@ class Scheduler:
         return min(able, key=lambda job: job.slice.left if job.slice else 0) if self._oldest_next else able[0]
 
     def _compute_slice(self, job: Job, rows: int) -> None:
-        for other in self._able() if self._prompts_first else [job]:
+        for other in self._able():
             if other.slice is not None and not other.slice.computes:
                 self._go_on(other)  # it takes a session
         if job in self._able():
-            together = self._prompts_beside(job, rows)
+            shared = PREFILL_ROWS if self._prompts_first else SHARED_ROWS
+            together = self._prompts_beside(job, shared)
             if len(together) > 1:
-                self._compute_prompts(together, rows)
+                self._compute_prompts(together, shared)
             else:
                 self._go_on(job, Leave(rows, job.check))
 
