@@ -7,14 +7,18 @@ import logging
 
 import numpy as np
 
+from qvl_convert import gram
 from qvl_runtime.errors import QvlError
 
 log = logging.getLogger(__name__)
 
 MAX_DAMP = 1.0
 
-ROWS = 4096
-"""Inputs that are added to a Hessian at once: the more, the less it costs to mirror the product."""
+ROWS = gram.BATCH if gram.FAST else 4096
+"""Inputs that are added to a Hessian at once. In float32, the more, the less it costs to mirror the product."""
+
+TRUSTED = 0.9
+"""A factor in single precision is used if its least pivot is at least this share of the damping."""
 
 PANEL = 256
 """Columns that `cholesky` factorizes at a time."""
@@ -27,12 +31,10 @@ class Hessian:
     ----------
     k : int
         Number of inputs of the layer.
-    dtype : numpy dtype
-        Type of the sum; products are always float32.
     """
 
-    def __init__(self, k: int, dtype: np.typing.DTypeLike = np.float32) -> None:
-        self._sum = np.zeros((k, k), dtype)
+    def __init__(self, k: int) -> None:
+        self._sum = np.zeros((k, k), np.float32)
         self._waiting = np.empty((0, k), np.float32)
         self._rows = 0
         self.count = 0
@@ -53,7 +55,10 @@ class Hessian:
 
     def _flush(self) -> None:
         rows = self._waiting[: self._rows]
-        self._sum += rows.T @ rows
+        if gram.FAST:
+            gram.add_gram(rows, self._sum)
+        else:
+            self._sum += rows.T @ rows
         self._rows = 0
 
     @property
@@ -61,11 +66,13 @@ class Hessian:
         """The sum so far, ``[K, K]``."""
         if self._rows:
             self._flush()
+        if gram.FAST:
+            gram.mirror(self._sum)
         self._waiting = self._waiting[:0].copy()
         return self._sum
 
     def mean(self) -> np.ndarray:
-        """``H / tokens``, of the sum's dtype ``[K, K]``."""
+        """``H / tokens``, float32 ``[K, K]``."""
         return self.sum / max(self.count, 1)
 
 
@@ -113,14 +120,21 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
     unit = energy.mean() if energy.any() else 1.0
     order = np.argsort(-energy, kind="stable") if act_order else np.arange(len(energy))
     asked = damp
+    precision: type[np.floating] = np.float32
     while True:
         # the factor of H taken from its last column backwards is upper triangular
-        lower = hessian[np.ix_(order[::-1], order[::-1])].astype(np.float64)
-        lower[np.diag_indices_from(lower)] += damp * unit
+        lower = hessian[np.ix_(order[::-1], order[::-1])].astype(precision)
+        lower[np.diag_indices_from(lower)] += precision(damp * unit)
         try:
             cholesky(lower)
-            break
+            # no pivot is less than the damping, but for rounding
+            if precision is np.float64 or np.square(np.diagonal(lower)).min() > TRUSTED * damp * unit:
+                break
+            precision = np.float64
         except np.linalg.LinAlgError:
+            if precision is np.float32:
+                precision = np.float64
+                continue
             damp = max(damp * 10, 1e-4)
             if damp > MAX_DAMP:
                 raise QvlError(
@@ -142,7 +156,7 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
 
 
 def cholesky(a: np.ndarray) -> None:
-    """Replace the lower triangle of `a`, symmetric float64 ``[K, K]``, by its Cholesky factor.
+    """Replace the lower triangle of `a`, symmetric float ``[K, K]``, by its Cholesky factor.
 
     `numpy.linalg.cholesky` runs on one thread and in small pieces; here nearly all is products of large matrices. What
     lies above the diagonal blocks stays as it was.
@@ -156,7 +170,7 @@ def cholesky(a: np.ndarray) -> None:
         stop = min(start + PANEL, len(a))
         panel = a[start:, start:stop]
         panel -= a[start:, :start] @ a[start:stop, :start].T
-        corner = np.linalg.cholesky(panel[: stop - start])
+        corner = np.linalg.cholesky(panel[: stop - start].astype(np.float64))
         panel[: stop - start] = corner
         if stop < len(a):
-            panel[stop - start :] = panel[stop - start :] @ np.linalg.inv(corner).T
+            panel[stop - start :] = panel[stop - start :] @ np.linalg.inv(corner).T.astype(a.dtype)
