@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from qvl_convert.gptq import usual_sweeps
 from qvl_convert.plan import MatrixPlan
 from qvl_convert.walk import PICTURE_STAGES, Prompted, Stage
 from qvl_runtime.families.specs import MatrixSpec
@@ -14,9 +15,9 @@ from qvl_runtime.families.specs import MatrixSpec
 Report = Callable[[float, float], None]
 """Receives the work done and the whole work."""
 
-LAYER, PRODUCT, FACTOR, VALUES = 250e9, 120e9, 20e9, 14e6
-"""Per second: operations of a layer, of float32 products, and of a Cholesky factor; and weights that are rounded
-(2 cores of an AMD EPYC, Zen 3)."""
+LAYER, GRAM, PRODUCT, FACTOR, VALUES = 250e9, 170e9, 90e9, 75e9, 20e6
+"""Per second: operations of a layer, of a symmetric product of half that many, of float32 products, and of a Cholesky
+factor; and weights that are rounded (2 cores of an AMD EPYC, Zen 3)."""
 
 PATCHES = 4
 """Rows of a ViT for each token of a picture."""
@@ -55,7 +56,8 @@ class Effort:
     def matrix(self, stage: Stage, plan: MatrixPlan) -> float:
         """Return the work of calibrating a matrix."""
         n, k = plan.spec.n, plan.spec.k
-        return (self._rows(stage) + 5 * n) * k**2 / PRODUCT + k**3 / 3 / FACTOR + n * k / VALUES
+        products = n * k**2 * (1 + 2 * usual_sweeps(plan.group_size))
+        return self._rows(stage) * k**2 / GRAM + products / PRODUCT + k**3 / 3 / FACTOR + n * k / VALUES
 
     def _rows(self, stage: Stage) -> int:
         return self._patches if stage.kind in PICTURE_STAGES else self._tokens

@@ -8,7 +8,8 @@ A layer computes ``y = W x``. With ``H = sum of x x^T`` over calibration data, r
    et al. 2022), in the formulation of QuIP's LDLQ (Chee et al. 2023), which chooses the same integers. With ``H = U D
    U^T`` (U unit upper triangular) column k is rounded at ``w_k + sum_{j<k} (w_j - q_j) U_jk``: one Cholesky factor, no
    inverse, and a product of large matrices for all that lies before a block of columns. The cost becomes
-   ``sum of D_k r_k^2``, r the roundings alone.
+   ``sum of D_k r_k^2``, r the roundings alone. When a block has been rounded, coordinate descent lowers its part of
+   this sum before the next block sees its errors.
 3. `refine`: block coordinate descent on the same objective. Block by block, each group's scale is refitted to its
    integers and each integer to all the others; the objective never rises.
 
@@ -27,6 +28,9 @@ from qvl_kernels.packing import SYMMETRIC_ZERO
 WIDTH = 128
 """Columns of a block; each block is one product of large matrices."""
 
+TURNS = 4
+"""Rounds over the integers of a block that has just been rounded."""
+
 CHUNK = 8192
 """Rows per step; bounds the memory for an output head."""
 
@@ -38,7 +42,7 @@ def gptq(
     bits: int = 4,
     group_size: int = 128,
     sym: bool = True,
-    sweeps: int = 3,
+    sweeps: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Quantize a matrix.
 
@@ -55,7 +59,7 @@ def gptq(
         Zero points at the middle of the range (scales may be negative), else one per group in 1 .. 2**bits - 1 (0 is
         ambiguous in AutoGPTQ files).
     sweeps : int
-        Sweeps of `refine`; 0 is plain GPTQ.
+        Sweeps of `refine`; by default `usual_sweeps`.
 
     Returns
     -------
@@ -68,6 +72,7 @@ def gptq(
     """
     n, k = weight.shape
     groups = -(-k // group_size)
+    sweeps = usual_sweeps(group_size) if sweeps is None else sweeps
     codes = np.empty((n, k), np.uint8)
     scales = np.empty((n, groups), np.float16)
     zeros = np.empty((n, groups), np.uint8)
@@ -79,6 +84,11 @@ def gptq(
         refine(w, q, s, z, factor.hessian, bits=bits, group_size=group_size, sweeps=sweeps)
         codes[rows], scales[rows], zeros[rows] = q, s, z
     return codes, scales, None if sym else zeros
+
+
+def usual_sweeps(group_size: int) -> int:
+    """One sweep if groups are shorter than a block: with many scales, fitting them pays for twice the products."""
+    return int(group_size < WIDTH)
 
 
 def search_scales(
@@ -161,11 +171,19 @@ def _feedback(
 ) -> np.ndarray:
     """Run the pass with error feedback: codes uint8 ``[N, K]``."""
     n, k = w.shape
-    codes = np.empty((n, k), np.uint8)
-    error = np.empty((n, k), np.float32)
+    visited, error = np.empty((n, k), np.float32), np.empty((n, k), np.float32)
+    chosen, codes = np.empty((n, k), np.uint8), np.empty((n, k), np.uint8)
+    kernels.visit(w, factor.order, visited)
     for start in range(0, k, WIDTH):
         block = slice(start, min(start + WIDTH, k))
+        columns = factor.order[block]
         ahead = error[:, :start] @ factor.upper[:start, block]
-        inner, columns = np.ascontiguousarray(factor.upper[block, block]), factor.order[block]
-        kernels.round_block(w, ahead, inner, columns, scales, zeros, 2**bits - 1, group_size, error[:, block], codes)
+        upper = np.ascontiguousarray(factor.upper[block, block])
+        unit = upper + np.eye(len(upper), dtype=np.float32)
+        back = np.ascontiguousarray((unit * factor.price[columns]).T)
+        kernels.round_block(
+            visited[:, block], ahead, upper, back, unit @ back, columns, scales, zeros, 2**bits - 1, group_size, TURNS,
+            error[:, block], chosen[:, block],
+        )  # fmt: skip
+    kernels.leave(chosen, factor.order, codes)
     return codes

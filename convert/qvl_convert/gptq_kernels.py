@@ -15,8 +15,9 @@ PASSES = 3
 HOPELESS = 2
 """How much worse than the best scale one is behind which `search` looks no further."""
 
-LANES = 32
-"""Rows that `round_block` takes side by side: the columns of a block depend on one another, the rows do not."""
+
+RUN = 32
+"""Columns to which an error is added at once."""
 
 
 @numba.njit(inline="always")
@@ -87,56 +88,84 @@ def _add_row(y, factor, matrix, row):
         y[i] += factor * matrix[np.uint64(row), np.uint64(i)]
 
 
-@numba.njit(fastmath={"contract"})
-def _push(target, mistake, inner, i):
-    """Push the errors of a block's column onto the later ones."""
-    width, lanes = target.shape
-    for j in range(i + 1, width):
-        factor = inner[i, j]
-        for lane in range(lanes):
-            target[np.uint64(j), np.uint64(lane)] += factor * mistake[np.uint64(i), np.uint64(lane)]
+@jit()
+def visit(w, order, out):
+    """The columns of `w` in visiting order."""
+    for row in numba.prange(len(w)):
+        x, y = w[row], out[row]
+        for i in range(len(order)):
+            y[i] = x[order[i]]
+
+
+@jit()
+def leave(codes, order, out):
+    """The inverse of `visit`, of codes."""
+    for row in numba.prange(len(codes)):
+        x, y = codes[row], out[row]
+        for i in range(len(order)):
+            y[order[i]] = x[i]
 
 
 @numba.njit(fastmath={"contract"})
-def _round(target, weight, scale, zero, top):
-    """Replace a column's targets by codes, and its weights by what they lack."""
-    for i in range(len(target)):
-        code = _nearest(target[i] / scale[i], -zero[i], top - zero[i])
-        weight[i] -= scale[i] * code
-        target[i] = code + zero[i]
+def _add_to(y, factor, matrix, row, begin, end):
+    for i in range(begin, end):
+        y[np.uint64(i)] += factor * matrix[np.uint64(row), np.uint64(i)]
 
 
 @jit(fastmath={"contract"})
-def round_block(w, ahead, inner, columns, scales, zeros, top, group_size, error, codes):
-    """Round a block's columns one after another, each error pushed onto the columns to come.
+def round_block(w, ahead, upper, back, local, columns, scales, zeros, top, group_size, turns, error, codes):
+    """Round a block's columns one after another, then settle its integers among one another.
 
-    `ahead` and `error`, float32 ``[N, width]``: what the blocks before push onto these columns, and the errors made
-    here, both in visiting order.
+    A rounding error is pushed onto the columns to come. What the errors of a block then cost, given that all later
+    columns make up for them as well as they can, is ``e . local . e`` and a slope: coordinate descent lowers it.
+
+    Parameters
+    ----------
+    w, ahead : ndarray
+        float32 ``[N, width]`` in visiting order: the weights, and what the blocks before push onto them.
+    upper, back, local : ndarray
+        float32 ``[width, width]``: U of the block, ``D U^T``, and their product.
+    columns : ndarray
+        int ``[width]``: where the columns lie in a row.
+    scales, zeros : ndarray
+        As in `gptq.refine`.
+    turns : int
+        Rounds of the descent, backwards first.
+    error, codes : ndarray
+        float32 and uint8 ``[N, width]`` in visiting order: the results.
     """
     n, width = ahead.shape
     top = np.float32(top)
-    for tile in numba.prange((n + LANES - 1) // LANES):
-        first = tile * LANES
-        count = min(LANES, n - first)
-        target, weight = np.empty((width, count), np.float32), np.empty((width, count), np.float32)
-        scale, zero = np.empty(count, np.float32), np.empty(count, np.float32)
-        for lane in range(count):
-            for i in range(width):
-                x = w[first + lane, columns[i]]
-                weight[i, lane] = x
-                target[i, lane] = x + ahead[first + lane, i]
+    diagonal = np.diag(local).copy()
+    for row in numba.prange(n):
+        buffers = np.empty((5, width), np.float32)
+        target, scale, zero, code, slope = buffers[0], buffers[1], buffers[2], buffers[3], buffers[4]
         for i in range(width):
-            column = columns[i]
-            group = column // group_size
-            for lane in range(count):
-                scale[lane], zero[lane] = scales[first + lane, group], np.float32(zeros[first + lane, group])
-            _round(target[i], weight[i], scale, zero, top)
-            for lane in range(count):
-                codes[first + lane, column] = np.uint8(target[i, lane])
-            _push(target, weight, inner, i)
-        for lane in range(count):
-            for i in range(width):
-                error[first + lane, i] = weight[i, lane]
+            group = columns[i] // group_size
+            scale[i], zero[i] = scales[row, group], np.float32(zeros[row, group])
+            target[i] = w[row, i] + ahead[row, i]
+            slope[i] = 0
+        for i in range(width):
+            code[i] = _nearest(target[i] / scale[i], -zero[i], top - zero[i])
+            rest = w[row, i] - scale[i] * code[i]
+            # whole runs, so that what is loaded was stored in one piece; the zeros of `upper` and `back` add nothing
+            run = i // RUN * RUN
+            _add_to(slope, target[i] - scale[i] * code[i], back, i, 0, min(run + RUN, width))
+            _add_to(target, rest, upper, i, run, width)
+        for turn in range(turns):
+            changed = False
+            for step in range(width):
+                i = step if turn % 2 else width - 1 - step
+                wanted = _nearest(code[i] + slope[i] / (diagonal[i] * scale[i]), -zero[i], top - zero[i])
+                if wanted != code[i]:
+                    _add_to(slope, scale[i] * (code[i] - wanted), local, i, 0, width)
+                    code[i] = wanted
+                    changed = True
+            if not changed:
+                break
+        for i in range(width):
+            error[row, i] = w[row, i] - scale[i] * code[i]
+            codes[row, i] = np.uint8(code[i] + zero[i])
 
 
 @jit(fastmath={"contract"})
