@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qvl_convert import gptq
+from qvl_convert import gptq, hessian
 from qvl_convert.hessian import Hessian, factorize
 from qvl_runtime.errors import QvlError
 
@@ -119,6 +119,19 @@ def test_a_factor_in_single_precision_is_refused_where_it_is_wrong():
     want = factor.hessian[np.ix_(factor.order, factor.order)].astype(np.float64)
     got = (unit * price) @ unit.T
     assert np.abs(got - want).max() < 1e-6 * want.max() and price.min() > 0
+
+
+def test_a_factor_whose_pivots_are_too_small_is_computed_again_in_double_precision(monkeypatch):
+    _, h, _ = problem(1, 60)
+    used = []
+    cholesky = hessian.cholesky
+    monkeypatch.setattr(hessian, "cholesky", lambda a: (used.append(a.dtype), cholesky(a)))
+    single = factorize(h)
+    assert used == [np.float32]
+    monkeypatch.setattr(hessian, "TRUSTED", np.inf)
+    double = factorize(h)
+    assert used == [np.float32, np.float32, np.float64] and double.damp == single.damp
+    np.testing.assert_allclose(double.price, single.price, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sym", [True, False])
