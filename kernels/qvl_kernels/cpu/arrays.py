@@ -151,11 +151,11 @@ def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
 
 
 def movable(program: Program, inputs: Sequence[Any]) -> Move | None:
-    """See `Ops.movable`. Addresses are compared with all words: no other word is as large."""
+    """See `Ops.movable`. Addresses are found among all words of a program: no other word has more than 32 bits."""
     every, kinds = [_addresses(value) for value in inputs], [_kind(value) for value in inputs]
     known = np.array([place for one in every for place in one], np.int64)
-    if sum(len(set(one)) for one in every) != len(np.unique(known)):
-        return None  # inputs share memory
+    if sum(len(set(one)) for one in every) != len(np.unique(known)) or known.min() < 1 << 32:
+        return None  # inputs share memory, or an address looks like another word
     places, index = program.find(known)
     program.release(*inputs)
 
