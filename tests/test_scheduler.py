@@ -177,7 +177,7 @@ def test_slices_end_where_it_does_not_show():
 
 def test_prompts_may_go_first(make):
     """As jobs have it, where nobody reads along: then the most answers are computed together."""
-    requests = [{"prompt": f"{i} " * 40, "max_new_tokens": 8} for i in range(4)]
+    requests = [{"prompt": f"{i} " * 100, "max_new_tokens": 8} for i in range(4)]
     steps, found = [], []
     for first in (False, True):
         model = make(conversations=0, prompts_first=first)

@@ -34,7 +34,7 @@ SLICE_ROWS = 64
 """Prompt tokens per slice while other answers are decoded."""
 
 SHARED_ROWS = 128
-"""Prompt tokens per slice if several prompts end in it: their answers then begin, and end, in fuller steps."""
+"""The same if several prompts end in it: their answers then begin, and end, in fuller steps."""
 
 IDLE_SECONDS = 5.0
 """Idle time after which the thread ends."""
@@ -283,10 +283,9 @@ class Scheduler:
             if other.slice is not None and not other.slice.computes:
                 self._go_on(other)  # it takes a session
         if job in self._able():
-            shared = PREFILL_ROWS if self._prompts_first else SHARED_ROWS
-            together = self._prompts_beside(job, shared)
+            together = self._prompts_beside(job, max(rows, SHARED_ROWS))
             if len(together) > 1:
-                self._compute_prompts(together, shared)
+                self._compute_prompts(together, max(rows, SHARED_ROWS))
             else:
                 self._go_on(job, Leave(rows, job.check))
 
