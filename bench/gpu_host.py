@@ -1,6 +1,6 @@
 """Time that the host takes for a launch of a prompt's slice, without a GPU: cuda-core on the driver of tests/fakes.
 
-python bench/gpu_host.py [--rows 64]
+    python bench/gpu_host.py [--rows 64]
 
 Needs gcc and the packages of the `gpu` extra. The real driver's own time, and that of its allocations, come on top.
 """
@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fakes.addresses import TrueSizes
+from fakes.driver_library import compile_driver
 from fakes.gpu import Images
 
 from qvl_kernels.gpu.driver import Driver
@@ -44,10 +44,7 @@ class Cubins(Images):
 
 def fake_driver(folder: Path) -> ctypes.CDLL:
     """Compile the driver library and load it; launches do nothing."""
-    out = folder / "libcuda.so.1"
-    options = ["-shared", "-fPIC", "-O1", f"-Wl,-soname,{out.name}", "-o", out, ROOT / "tests/fakes/libcuda.c", "-ldl"]
-    subprocess.run(["gcc", *map(str, options)], check=True)
-    library = ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(compile_driver("gcc", folder)), mode=ctypes.RTLD_GLOBAL)
     library.fake_on_launch(ctypes.CDLL(None).abs)  # of the mode of a launch, 0: no error
     return library
 

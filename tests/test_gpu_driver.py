@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fakes.driver_library import compile_driver
 from fakes.gpu import Images
 
 from qvl_kernels import cache_folder, gpu
@@ -29,10 +30,7 @@ def library(tmp_path_factory) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler on Linux")
-    out = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    options = ["-shared", "-fPIC", "-O1", f"-Wl,-soname,{out.name}", "-o", out, FAKES / "libcuda.c", "-ldl"]
-    subprocess.run([compiler, *map(str, options)], check=True)
-    return out
+    return compile_driver(compiler, tmp_path_factory.mktemp("driver"))
 
 
 def _run(library: Path | str, part: str, *arguments: object, **settings: object) -> str:
