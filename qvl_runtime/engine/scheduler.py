@@ -283,9 +283,10 @@ class Scheduler:
             if other.slice is not None and not other.slice.computes:
                 self._go_on(other)  # it takes a session
         if job in self._able():
-            together = self._prompts_beside(job, max(rows, SHARED_ROWS))
+            shared = max(rows, SHARED_ROWS)
+            together = self._prompts_beside(job, shared)
             if len(together) > 1:
-                self._compute_prompts(together, max(rows, SHARED_ROWS))
+                self._compute_prompts(together, shared)
             else:
                 self._go_on(job, Leave(rows, job.check))
 
