@@ -163,9 +163,9 @@ def _gate_up(steps: int) -> None:
     shape = gpu_kernels.constants("gate_up.int4.row")
     tiles = gate.rows // shape["BN"]
     partials, counters = gpu_kernels.poisoned((tiles, 2, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    gpu_kernels.launch("gate_up.int4.row", (tiles, 2), gate.prepare(x), gate.codes, gate.scales, None, up.codes,
-                       up.scales, None, out, partials, counters, 1, 128, gate.rows, gate.blocks, gate.shift,
-                       0)  # fmt: skip
+    gpu_kernels.launch("gate_up.int4.row", (tiles, 2), gate.prepare(x), None, None, None, gate.codes, gate.scales, None,
+                       up.codes, up.scales, None, out, partials, counters, 1, 128, gate.rows, gate.blocks, gate.shift,
+                       gate.matrix.k, 0.0, 0)  # fmt: skip
 
 
 def _decode(steps: int) -> None:

@@ -39,14 +39,16 @@ STEPS = 200_000
 
 CASES: dict[str, Callable[[np.random.Generator], object]] = {
     "linear.int4.row": lambda rng: [
-        products.test_linear("int4", case, rng) for case in ("split", "one row, one group", "one row, fp16")
+        *(products.test_linear("int4", case, rng) for case in ("split", "one row, one group", "one row, fp16")),
+        *(products.test_programs_prepare_a_lone_row("int4", case, rng) for case in products.LONE_CASES),
     ],
     "linear.int4.small": lambda rng: products.test_linear("int4", "gelu, residual", rng),
     "linear.int8.row": lambda rng: products.test_linear("int8", "split", rng),
     "linear.fp16.large": lambda rng: products.test_linear("fp16", "large tile, split", rng),
     "gate_up.int4.row": lambda rng: [
-        products.test_gate_up(5, 65, 640, "row", 3, np.float32, True, rng),
-        *(products.test_gate_up(1, 32, 128, "row", 1, dtype, False, rng) for dtype in (np.float16, np.float32)),
+        products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, True, rng),
+        products.test_gate_up(1, 65, 1300, "row", 2, np.float16, True, True, rng),
+        *(products.test_gate_up(1, 32, 128, "row", 1, dtype, False, False, rng) for dtype in (np.float16, np.float32)),
     ],
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),
     "rotate.any": lambda rng: attention.test_rotation_of_patches(3, 2, 80, rng),

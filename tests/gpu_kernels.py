@@ -136,7 +136,19 @@ class OnDevice:
         return out
 
 
-def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, gate=None):
+def given(x, w: OnDevice, programs, split, norm=None, lone=False):
+    """A product's arguments for its input, the eps, and the flags; `lone`: its programs prepare the row."""
+    if not lone:
+        return (w.prepare(x, norm), None, None, None), 0.0, 0
+    prepared = poisoned((programs, 128 * ceil(w.blocks, split)), HALF)
+    known = flags(NORM=norm is not None, GATHER=norm is None, ORDERED=w.matrix.perm is not None)
+    if norm is None:
+        return (x.astype(HALF), None, w.matrix.perm, prepared), 0.0, known
+    return (x, norm.weight, w.matrix.perm, prepared), norm.eps, known
+
+
+def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, gate=None,
+           lone=False):  # fmt: skip
     """`tile`: the next larger one for a kind of weights that does not have it."""
     tiles = s.TILES[s.TILES.index(tile) :]
     name = next(f"linear.{w.kind}.{t}" for t in tiles if f"{w.kind}.{t}" in s.KERNELS["linear"].variants)
@@ -144,11 +156,12 @@ def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=
     m, n = x.shape[0], w.matrix.n
     tiles = ceil(m, shape["BM"]) * (w.rows // shape["BN"])
     partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    launch(name, (tiles, split), w.prepare(x, norm), w.codes, w.scales, w.matrix.bias,
-           residual if gate is None else gate, out, partials, counters, m, n, w.rows, w.blocks, w.shift,
-           flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
-                 OUT_HALF=out.dtype == HALF, GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
-                 QUICK_GELU=activation == "quick_gelu"))  # fmt: skip
+    source, eps, known = given(x, w, tiles * split, split, norm, lone)
+    launch(name, (tiles, split), *source, w.codes, w.scales, w.matrix.bias,
+           residual if gate is None else gate, out, partials, counters, m, n, w.rows, w.blocks, w.shift, x.shape[1],
+           eps, known | flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
+                         OUT_HALF=out.dtype == HALF, GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
+                         QUICK_GELU=activation == "quick_gelu"))  # fmt: skip
     assert not counters.any()
 
 

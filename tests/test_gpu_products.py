@@ -15,6 +15,7 @@ from gpu_kernels import (
     close,
     constants,
     flags,
+    given,
     launch,
     linear,
     matrix,
@@ -125,14 +126,42 @@ def test_a_norm_tames_what_fp16_could_not_hold(rng):
     close(out, expected, 4e-3)
 
 
-@pytest.mark.parametrize("m, n, k, tile, split, dtype", [
-    (1, 32, 128, "row", 1, HALF),
-    (5, 65, 640, "row", 3, np.float32),
-    (16, 130, 256, "small", 1, HALF),
-    (17, 40, 300, "small", 2, HALF),
+LONE_CASES = {
+    "gathered": {"n": 33, "k": 130, "tile": "row"},
+    "gathered in order": {"n": 40, "k": 1300, "split": 2, "perm": True},
+    "one block": {"n": 32, "k": 128, "norm": True, "tile": "row"},
+    "off the block": {"n": 33, "k": 200, "norm": True, "outlier": True},
+    "programs of several chunks": {"n": 40, "k": 2600, "norm": True, "tile": "row", "split": 2},
+    "more programs than blocks need": {"n": 40, "k": 640, "norm": True, "split": 4, "dtype": HALF},
+    "in order": {"n": 40, "k": 1300, "norm": True, "perm": True, "tile": "row"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", LONE_CASES)
+def test_programs_prepare_a_lone_row(kind, case, rng):
+    """As `norm` or `gather` would."""
+    options, (bits, group) = dict(LONE_CASES[case]), KINDS[kind]
+    n, k, perm = options.pop("n"), options.pop("k"), options.pop("perm", False) and bits < 16
+    w = matrix(rng, n, k, bits, group, perm=perm)
+    x = activations(rng, 1, k, outlier=options.pop("outlier", False))
+    norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 0.5) if options.pop("norm", False) else None
+    out, expected = poisoned((1, n), options.pop("dtype", np.float32)), poisoned((1, n))
+    reference.linear(x if norm else x.astype(HALF).astype(np.float32), w, out=expected, norm=norm)
+    linear(x, OnDevice(w), out, norm=norm, lone=True, **options)
+    close(out, expected, 4e-3)
+
+
+@pytest.mark.parametrize("m, n, k, tile, split, dtype, lone", [
+    (1, 32, 128, "row", 1, HALF, False),
+    (1, 65, 1300, "row", 2, HALF, True),
+    (1, 40, 300, "small", 1, np.float32, True),
+    (5, 65, 640, "row", 3, np.float32, False),
+    (16, 130, 256, "small", 1, HALF, False),
+    (17, 40, 300, "small", 2, HALF, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("biased", [False, True])
-def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
+def test_gate_up(m, n, k, tile, split, dtype, lone, biased, rng):
     gate, up = (matrix(rng, n, k, 4, asymmetric=biased, bias=biased) for _ in range(2))
     norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 1e-6)
     x, expected, out = activations(rng, m, k, outlier=True), poisoned((m, n)), poisoned((m, n), dtype)
@@ -141,9 +170,10 @@ def test_gate_up(m, n, k, tile, split, dtype, biased, rng):
     shape = constants(name)
     tiles = ceil(m, shape["BM"]) * (g.rows // shape["BN"])
     partials, counters = poisoned((tiles, 2 * split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    launch(name, (tiles, 2 * split), g.prepare(x, norm), g.codes, g.scales, gate.bias, u.codes, u.scales, up.bias, out,
-           partials, counters, m, n, g.rows, g.blocks, g.shift,
-           flags(BIAS=biased, BIAS_UP=biased, OUT_HALF=dtype == HALF))  # fmt: skip
+    source, eps, known = given(x, g, tiles * 2 * split, split, norm, lone)
+    launch(name, (tiles, 2 * split), *source, g.codes, g.scales, gate.bias, u.codes, u.scales, up.bias, out,
+           partials, counters, m, n, g.rows, g.blocks, g.shift, k, eps,
+           known | flags(BIAS=biased, BIAS_UP=biased, OUT_HALF=dtype == HALF))  # fmt: skip
     assert not counters.any()
     close(out, expected, 1e-2)
 

@@ -26,6 +26,10 @@ _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 _FEWEST_SPLITS = 4
 """Fewest parts of the positions in the attention of a few tokens."""
 
+_PREPARED_BLOCKS = 12
+"""Most blocks of columns for which the programs of `gate_up` prepare a lone row: each has few rows of the weights, and
+on an H100 a launch is faster for more."""
+
 _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_GELU}
 
 _CONSTANTS = 8
@@ -43,6 +47,26 @@ class _Rotation(NamedTuple):
 
 
 _NO_ROTATION = _Rotation(None, (), (None,) * 4, (0.0, 0.0), 0)
+
+
+class _Rows(NamedTuple):
+    """The input of a product: prepared, or a lone row that its programs prepare, as the flags say."""
+
+    x: DeviceArray
+    weight: DeviceArray | None = None
+    perm: DeviceArray | None = None
+    eps: float = 0.0
+    flags: int = 0
+
+
+class _Input(NamedTuple):
+    """The input of a product: prepared rows, or a lone row that its programs prepare, as the flags say."""
+
+    rows: DeviceArray
+    norm_weight: Array | None = None
+    perm: DeviceArray | None = None
+    eps: float = 0.0
+    flags: int = 0
 
 
 class CudaOps:
@@ -145,46 +169,60 @@ class CudaOps:
         flags = 0 if activation is None else _ACTIVATIONS[activation]
         self._product(self._prepare(x, w, norm), w, out, residual, flags | _flags((residual, s.RESIDUAL)))
 
-    def _product(self, h: DeviceArray, w: DeviceMatrix, out: DeviceArray, residual: DeviceArray | None, flags: int):
-        """Multiply prepared activations."""
-        _expect(out, (h.shape[0], w.n))
-        flags |= _flags((w.bias, s.BIAS), (out.dtype == _HALF, s.OUT_HALF))
-        name, tiles, split = self.tiles("linear", w, h.shape[0])
-        grid, partials = (tiles, split), self._partials(name, tiles, split if split > 1 else 0)
-        operands = (h, w.codes, w.scales, w.bias, residual, out, partials, self._counters)
-        sizes = (h.shape[0], w.n, w.rows, w.blocks, w.group_shift, flags)
-        self.launch(name, grid, *operands, *sizes)
+    def _product(self, x: _Input, w: DeviceMatrix, out: DeviceArray, residual: DeviceArray | None, flags: int) -> None:
+        m = x.rows.shape[0]
+        _expect(out, (m, w.n))
+        flags |= x.flags | _flags((w.bias, s.BIAS), (out.dtype == _HALF, s.OUT_HALF))
+        name, tiles, split = self.tiles("linear", w, m)
+        partials = self._partials(name, tiles, split if split > 1 else 0)
+        operands = (w.codes, w.scales, w.bias, residual, out, partials, self._counters)
+        sizes = (m, w.n, w.rows, w.blocks, w.group_shift, w.k, x.eps, flags)
+        self.launch(name, (tiles, split), *self._input(x, w, tiles * split, split), *operands, *sizes)
 
     def gate_up(self, x, gate, up, *, out, norm):
         m = x.shape[0]
         _expect(out, (m, gate.n))
         alike = _alike(gate, up)
-        h = self._prepare(x, gate, norm)
         if gate.kind == "int4" and alike and m <= self.launch.constants("gate_up.int4.small")["BM"]:
             name, tiles, split = self.tiles("gate_up", gate, m)
-            operands = (h, gate.codes, gate.scales, gate.bias, up.codes, up.scales, up.bias, out)
-            flags = _flags((gate.bias, s.BIAS), (up.bias, s.BIAS_UP), (out.dtype == _HALF, s.OUT_HALF))
-            sizes = (m, gate.n, gate.rows, gate.blocks, gate.group_shift, flags)
-            self.launch(
-                name, (tiles, 2 * split), *operands, self._partials(name, tiles, 2 * split), self._counters, *sizes
-            )
+            prepared = self._prepare(x, gate, norm, within=-(-gate.blocks // split) <= _PREPARED_BLOCKS)
+            partials = self._partials(name, tiles, 2 * split)
+            operands = (gate.codes, gate.scales, gate.bias, up.codes, up.scales, up.bias, out, partials, self._counters)
+            flags = _flags((gate.bias, s.BIAS), (up.bias, s.BIAS_UP), (out.dtype == _HALF, s.OUT_HALF)) | prepared.flags
+            sizes = (m, gate.n, gate.rows, gate.blocks, gate.group_shift, gate.k, prepared.eps, flags)
+            source = self._input(prepared, gate, tiles * 2 * split, split)
+            self.launch(name, (tiles, 2 * split), *source, *operands, *sizes)
             return
-        gated = self.empty((m, gate.n))
-        self._product(h, gate, gated, None, 0)
-        self._product(h if alike else self._prepare(x, up, norm), up, out, gated, s.GATE)
+        gated, prepared = self.empty((m, gate.n)), self._prepare(x, gate, norm)
+        self._product(prepared, gate, gated, None, 0)
+        self._product(prepared if alike else self._prepare(x, up, norm), up, out, gated, s.GATE)
 
-    def _prepare(self, x: DeviceArray, w: DeviceMatrix, norm: Norm | None) -> DeviceArray:
-        """Convert activations for a product: fp16, in the weight's column order, zero-padded."""
+    def _prepare(self, x: DeviceArray, w: DeviceMatrix, norm: Norm | None, within: bool = True) -> _Input:
+        """Convert activations for a product: fp16, in the weight's column order, zero-padded.
+
+        A lone row is left to the programs of the product, if it may be prepared `within` them.
+        """
         if x.shape[1] != w.k:
             raise ValueError(f"a product of x {list(x.shape)} with a weight of {w.k} columns")
         if norm is None and x.dtype == _HALF and w.perm is None and w.padded == w.k:
-            return x
+            return _Input(x)
+        if within and x.shape[0] == 1 and (x.dtype == _HALF if norm is None else norm.bias is None):
+            ordered = _flags((w.perm, s.ORDERED))
+            if norm is None:
+                return _Input(x, perm=w.perm, flags=s.GATHER | ordered)
+            _expect(x, x.shape, _FLOAT)
+            return _Input(x, norm.weight, w.perm, norm.eps, s.NORM | ordered)
         h = self.empty((x.shape[0], w.padded), np.float16)
         if norm is None:
             self._gather(x, None, w.perm, h, w.k, w.padded, x.shape[0])
         else:
             self._norm(x, norm, w.perm, h, w.padded)
-        return h
+        return _Input(h)
+
+    def _input(self, x: _Input, w: DeviceMatrix, programs: int, split: int) -> tuple[Array | None, ...]:
+        """Return a product's arguments for its input, with memory for what its programs prepare."""
+        prepared = self.empty((programs, 128 * -(-w.blocks // split)), np.float16) if x.flags else None
+        return x.rows, x.norm_weight, x.perm, prepared
 
     def _partials(self, name: str, tiles: int, slots: int) -> DeviceArray | None:
         """Return memory for partial sums, `slots` for each tile."""

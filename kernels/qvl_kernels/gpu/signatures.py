@@ -11,7 +11,10 @@ Conventions of every launch
 * `counters` is int32, zeroed once; every launch resets it to zero. Kernels that may run concurrently need separate
   counters. `partials` is scratch memory without state.
 * Padded sizes: ``rows = round_up(n, 128)`` of a weight on the device, ``blocks = ceil(k / 128)``. The `x` of a
-  product is fp16 ``[m, 128 * blocks]`` with zeros in the padding columns (`norm` and `gather` write them).
+  product is fp16 ``[m, 128 * blocks]`` with zeros in the padding columns (`norm` and `gather` write them). Of m = 1 it
+  may be a row that each program prepares for itself: float32 ``[k]`` (NORM, the RMSNorm of `norm_weight` and `eps`) or
+  fp16 ``[k]`` (GATHER), with columns gathered by `perm` (ORDERED). `prepared` has room for it, fp16
+  ``[programs, 128 * ceil(blocks / split)]``.
 
 The weight on the device
 ------------------------
@@ -40,6 +43,7 @@ ROW_PADDING = 128
 
 # flags of `linear`, `gate_up`
 BIAS, GELU, RESIDUAL, OUT_HALF, GELU_TANH, QUICK_GELU, GATE = 1, 2, 4, 8, 16, 32, 64
+NORM, GATHER, ORDERED = 128, 256, 512
 BIAS_UP = 2
 # flags of `norm`, `gather`, `add`, `embed`, `pack_scales` (OUT_HALF as above)
 LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
@@ -125,6 +129,8 @@ def _head(d: int, w0: int, w1: int = 0, w2: int = 0, *, segments: bool) -> dict[
     return {"D": d, "W0": w0, "W1": w1, "W2": w2, "SEGMENTS": segments}
 
 
+_INPUT = "x:*fp16 norm_weight:*fp32 perm:*i32 prepared:*fp16"
+_SIZES = "m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 k:i32 eps:fp32 flags:i32"
 _CACHE = "k:*cache v:*cache k_scale:*fp16 v_scale:*fp16 start:*i32"
 
 KERNELS: dict[str, Kernel] = {
@@ -132,24 +138,25 @@ KERNELS: dict[str, Kernel] = {
     # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
     # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and
-    # QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF (out is fp16).
+    # QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF (out is fp16), NORM or GATHER,
+    # ORDERED.
     "linear": Kernel(
         "matmul.linear",
         _arguments(
-            "x:*fp16 codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 "
-            "m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+            f"{_INPUT} codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 {_SIZES}"
         ),
         _linear_variants(),
         "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
     ),
     # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF, for two int4 weights with groups of
     # 128 and one order of columns, and few rows (others: two `linear`, the second with GATE). Each program of a tile
-    # takes one of the weights. partials: float32 [tiles, 2 * split, BM * BN]. flags: BIAS (gate), BIAS_UP, OUT_HALF.
+    # takes one of the weights. partials: float32 [tiles, 2 * split, BM * BN]. flags: BIAS (gate), BIAS_UP,
+    # OUT_HALF, NORM or GATHER, ORDERED.
     "gate_up": Kernel(
         "matmul.gate_up",
         _arguments(
-            "x:*fp16 gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
-            "out:*fp32 partials:*fp32 counters:*i32 m:i32 n:i32 rows:i32 blocks:i32 group_shift:i32 flags:i32"
+            f"{_INPUT} gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
+            f"out:*fp32 partials:*fp32 counters:*i32 {_SIZES}"
         ),
         {f"int4.{tile}": {"BITS": 4, "FINE": False} for tile in ("row", "small")},
         "(ceil(m / BM) * (rows // BN), 2 * split)",

@@ -11,7 +11,7 @@ COUNTERS = 1 << 16
 
 _MAX_SPLIT, _WAVES = 16, 2
 
-_SHARE = 8
+_SHARE = 4
 """Smallest number of blocks of 128 columns of a program of a split product, if the product has so many."""
 
 

@@ -24,6 +24,7 @@ from qvl_kernels.gpu.kernels.common import (
     store_float,
     unpack_scale,
 )
+from qvl_kernels.gpu.kernels.lone import rows_of
 
 SCALED_SUMS = tl.constexpr(32)
 """Up to this number of rows of x the sums are scaled, above it the weights."""
@@ -272,6 +273,9 @@ def _finish(acc, bias, residual, out, m0, n0, m, n, flags, BN: tl.constexpr):
 @triton.jit
 def linear(
     x,
+    norm_weight,
+    perm,
+    prepared,
     codes,
     scales,
     bias,
@@ -284,6 +288,8 @@ def linear(
     rows,
     blocks,
     group_shift,
+    k,
+    eps,
     flags,
     BITS: tl.constexpr,
     FINE: tl.constexpr,
@@ -291,22 +297,21 @@ def linear(
     BN: tl.constexpr,
 ):
     m0, n0 = _place(m, rows, BM, BN)
-    rm = m0 + tl.arange(0, BM)
     rn = n0 + tl.arange(0, BN)
     split = tl.num_programs(1)
     low, high = _share(blocks, tl.program_id(1), split)
-    x_rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
+    x_rows = rows_of(x, norm_weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, flags, BM)
     acc = tl.zeros((BN, BM), tl.float32)
     if BITS < 16:
         for block in range(low, high):
             x_tiles = _x_tiles(x_rows, block)
             acc = _add_block(acc, x_tiles, codes, scales, rn, block, rows, group_shift, BITS, FINE, BM)
     else:
-        k = tl.arange(0, 64)
-        w_rows = codes.to(tl.pointer_type(tl.float16)) + rn.to(tl.int64)[:, None] * (128 * blocks) + k[None, :]
+        i = tl.arange(0, 64)
+        w_rows = codes.to(tl.pointer_type(tl.float16)) + rn.to(tl.int64)[:, None] * (128 * blocks) + i[None, :]
         for half in range(2 * low, 2 * high):
             w = tl.load(w_rows + half * 64, eviction_policy="evict_first")
-            acc = tl.dot(w, tl.load(x_rows + half * 64 + k[:, None]), acc)
+            acc = tl.dot(w, tl.load(x_rows + half * 64 + i[:, None]), acc)
 
     done = split == 1
     if split > 1:
@@ -321,6 +326,9 @@ def linear(
 @triton.jit
 def gate_up(
     x,
+    norm_weight,
+    perm,
+    prepared,
     gate_codes,
     gate_scales,
     gate_bias,
@@ -335,6 +343,8 @@ def gate_up(
     rows,
     blocks,
     group_shift,
+    k,
+    eps,
     flags,
     BITS: tl.constexpr,
     FINE: tl.constexpr,
@@ -343,9 +353,7 @@ def gate_up(
 ):
     tl.static_assert(BITS == 4)
     m0, n0 = _place(m, rows, BM, BN)
-    rm = m0 + tl.arange(0, BM)
     rn = n0 + tl.arange(0, BN)
-    x_rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
     acc = tl.zeros((BN, BM), tl.float32)
     # half of the programs of a tile have gate, half up: more of them fit on a multiprocessor
     programs = tl.num_programs(1)
@@ -357,6 +365,7 @@ def gate_up(
         codes = up_codes
         scales = up_scales
     low, high = _share(blocks, part % split, split)
+    x_rows = rows_of(x, norm_weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, flags, BM)
     for block in range(low, high):
         x_tiles = _x_tiles(x_rows, block)
         acc = _add_block(acc, x_tiles, codes, scales, rn, block, rows, group_shift, BITS, FINE, BM)

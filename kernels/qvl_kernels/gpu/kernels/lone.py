@@ -1,0 +1,84 @@
+"""A lone row of x, which every program of a product prepares for itself, so that no launch has to."""
+
+import triton
+import triton.language as tl
+
+from qvl_kernels.gpu.kernels.common import GATHER, NORM, ORDERED, to_half
+
+CHUNK = tl.constexpr(1024)
+
+LARGEST = tl.constexpr(16)
+"""Rows of the largest tile that may be for a lone row."""
+
+
+@triton.jit
+def _source(perm, column, there, flags):
+    """Return where the columns of the weight are in x."""
+    source = column
+    if flags & ORDERED:
+        source = tl.load(perm + column, mask=there, other=0)
+    return source
+
+
+@triton.jit
+def _values(x, column, k):
+    return tl.load(x + column, mask=column < k, other=0.0)
+
+
+@triton.jit
+def _normalized(x, weight, perm, out, k, eps, first, end, flags):
+    """RMSNorm. All that the first columns need is on its way together, before anything is waited for."""
+    x = x.to(tl.pointer_type(tl.float32))
+    i = tl.arange(0, CHUNK)
+    there = first + i < tl.minimum(end, k)
+    source = _source(perm, first + i, there, flags)
+    value = tl.load(x + source, mask=there, other=0.0)
+    gain = tl.load(weight + source, mask=there, other=0.0)
+    squares = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, k, 2 * CHUNK):
+        a, b = _values(x, start + i, k), _values(x, start + CHUNK + i, k)
+        squares += a * a + b * b
+    factor = tl.rsqrt(tl.sum(squares, 0) / k + eps)
+    tl.store(out + i, to_half(value * factor * gain), mask=first + i < end)
+    for start in range(first + CHUNK, end, CHUNK):
+        there = start + i < tl.minimum(end, k)
+        source = _source(perm, start + i, there, flags)
+        value = tl.load(x + source, mask=there, other=0.0)
+        gain = tl.load(weight + source, mask=there, other=0.0)
+        tl.store(out + (start - first) + i, to_half(value * factor * gain), mask=start + i < end)
+
+
+@triton.jit
+def _lone_row(x, weight, perm, out, k, eps, low, high, flags):
+    """Prepare blocks of 128 columns as the weight has them, fp16; return the address where column 0 would be.
+
+    With NORM x is float32 and is normalized; otherwise it is fp16. From column k on there are zeros.
+    """
+    first, end = 128 * low, 128 * high
+    if flags & NORM:
+        _normalized(x, weight, perm, out, k, eps, first, end, flags)
+    else:
+        i = tl.arange(0, CHUNK)
+        for start in range(first, end, CHUNK):
+            there = start + i < tl.minimum(end, k)
+            source = _source(perm, start + i, there, flags)
+            tl.store(out + (start - first) + i, tl.load(x + source, mask=there, other=0.0), mask=start + i < end)
+    tl.debug_barrier()
+    return out - first
+
+
+@triton.jit
+def rows_of(x, weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, flags, BM: tl.constexpr):
+    """Return the addresses [1, BM] of a tile's rows of x; those below the last are again the first.
+
+    If the flags say so, this program prepares what it reads of the only row.
+    """
+    rm = m0 + tl.arange(0, BM)
+    rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
+    if BM > LARGEST:
+        return rows
+    if flags & (NORM | GATHER):
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        prepared += program * (128 * tl.cdiv(blocks, split))
+        rows = _lone_row(x, weight, perm, prepared, k, eps, low, high, flags) + tl.zeros_like(rm)[None, :]
+    return rows
