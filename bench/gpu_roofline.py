@@ -35,6 +35,7 @@ import gpu_kernels
 import test_gpu_attention as attention
 from fakes.gpu import Launch
 
+from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.kernels import decode_attention, norm
 
 COPY_SHARE, NODE, TRIP, ISSUES = 0.92, 1.1e-6, 1.0e-6, 4
@@ -213,6 +214,8 @@ def work(launch: Launch, context: int) -> Work:
         bits = {"int4": 4, "int8": 8, "fp16": 16}[launch.name.split(".")[1].removesuffix("_fine")]
         nbytes = weights * args["rows"] * (columns * bits // 8 + 4 * args["blocks"])
         trips = 1 + (1 + -(-parts // 4) if parts > 1 else 0)
+        if args["flags"] & (signatures.NORM | signatures.GATHER):
+            trips += 2  # the row, and what was prepared of it
         base, step = counted(launch.name)
         counts = Counts().plus(base, tiles * parts).plus(step, tiles * args["blocks"] * weights)
         return Work(nbytes, trips, counts)
