@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from qvl_kernels.cpu.processors import parse_list
 from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.job import Computed, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
@@ -32,19 +33,10 @@ def memory_nodes(folder: Path = NODES) -> list[list[int]]:
     mine = os.sched_getaffinity(0)
     nodes = []
     for entry in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
-        found = _numbers((entry / "cpulist").read_text())
+        found = parse_list((entry / "cpulist").read_text())
         if shared := sorted(mine & found):
             nodes.append(shared)
     return nodes or [sorted(mine)]
-
-
-def _numbers(text: str) -> set[int]:
-    """Parse a list such as ``0-3,8``."""
-    found: set[int] = set()
-    for part in text.strip().split(",") if text.strip() else ():
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
 
 
 def on_this_machine(

@@ -47,7 +47,8 @@ class CpuOps:
     Parameters
     ----------
     threads : int, optional
-        Number of threads; by default ``QVL_THREADS``, else all processors available to this process.
+        Number of threads; by default ``QVL_THREADS``, else that of the performance cores available to this
+        process.
     activations : {"auto", "int16", "int8"}
         Precision of activations in products of quantized weights with more than 16 rows. "int16": two int8 planes
         with one scale per 128 columns, relative error below 1e-4. "int8": one scale per 32 columns, relative error 0.5

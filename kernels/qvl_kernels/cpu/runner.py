@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qvl_kernels.cpu import cache
+from qvl_kernels.cpu.processors import performance_processors
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
 
@@ -36,7 +37,7 @@ def aligned(count: int, dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
 
 
 def default_threads() -> int:
-    """Return ``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the processors available to this process.
+    """Return ``QVL_THREADS``, else ``NUMBA_NUM_THREADS``, else the number of performance cores for this process.
 
     Raises
     ------
@@ -48,9 +49,7 @@ def default_threads() -> int:
             if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
                 raise DeviceError(f"{name}={text}: expected a number from 1 to 256; unset {name}")
             return int(text)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return performance_processors()
 
 
 class Program:
