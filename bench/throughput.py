@@ -4,7 +4,9 @@
     python bench/throughput.py MODEL.qvl --gap 2000
 
 Bare: the prompts in the largest slices, several in one, and the same number of steps of as many rows, by the decoder
-alone: no scheduler, no sampler, no text. Both are timed in turns; the ratio is the median of the rounds.
+alone: no scheduler, no sampler, no text. Both are timed in turns; the ratio is the median of the rounds. Of each round
+the seconds in slices of prompts, in steps, and beside them are printed too: where the machine's speed changes between
+one and the other, they show it.
 
 `--gap` starts an answer, and while it runs a prompt of so many tokens and a picture: the longest time between two of
 its tokens, and the slices of others computed in it.
@@ -13,20 +15,46 @@ its tokens, and the slices of others computed in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import qvl_runtime as qvl
 from qvl_runtime.benchmark import machine
+from qvl_runtime.engine import scheduler
 from qvl_runtime.engine.decoder import DecodeStep
 from qvl_runtime.engine.prefill import compute_slices
 from qvl_runtime.engine.session import PREFILL_ROWS, Session, step
 from qvl_runtime.inputs.prompt import Prompt
 from qvl_runtime.trace import no_trace
+
+
+@contextlib.contextmanager
+def timed(*places: tuple[Any, str]) -> Iterator[dict[str, float]]:
+    """The seconds within functions, each the attribute of a module, summed by its name."""
+    seconds: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        for module, name in places:
+            stack.enter_context(mock.patch.object(module, name, _timed(getattr(module, name), name, seconds)))
+        yield seconds
+
+
+def _timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def timing(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    return timing
 
 
 def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
@@ -112,7 +140,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gap", type=int, metavar="TOKENS")
     options = parser.parse_args()
-    model = qvl.load(options.model, device="cpu", conversations=0, kv_cache_bytes=1 << 40)
+    most = max(options.answers)
+    # Its sessions are used again, as those of the bare steps: no prompt is like another, but their memory is there.
+    model = qvl.load(options.model, device="cpu", conversations=most, kv_cache_bytes=1 << 40)
     model._answering._stop_ids = frozenset()  # all answers are as long
     told = {"date": date.today().isoformat(), "machine": machine(), "threads": model.ops.threads}
     if options.gap:
@@ -121,7 +151,6 @@ def main() -> None:
         print(json.dumps({**told, **found}))
         return
     run, rng, rows = DecodeStep(model.decoder), np.random.default_rng(0), []
-    most = max(options.answers)
     sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
     warm = rng.integers(300, 900, (2, options.prompt)).tolist()
     whole(model, warm, 2)
@@ -132,10 +161,15 @@ def main() -> None:
             prompts = rng.integers(300, 900, (count, options.prompt)).tolist()
             seconds = {}
             for which in ("bare", "whole") if turn % 2 else ("whole", "bare"):
-                if which == "bare":
-                    seconds[which] = bare(model, run, sessions[:count], prompts, options.tokens)
-                else:
-                    seconds[which] = whole(model, prompts, options.tokens)
+                module = sys.modules[__name__] if which == "bare" else scheduler
+                with timed((module, "compute_slices"), (module, "step")) as parts:
+                    if which == "bare":
+                        seconds[which] = bare(model, run, sessions[:count], prompts, options.tokens)
+                    else:
+                        seconds[which] = whole(model, prompts, options.tokens)
+                beside = seconds[which] - sum(parts.values())
+                told_parts = "  ".join(f"{name} {value:.2f} s" for name, value in (*parts.items(), ("beside", beside)))
+                print(f"  {which}: {told_parts}", flush=True)
             found.append((seconds["bare"], seconds["whole"]))
         done = count * options.tokens
         medians = np.median(np.array(found), axis=0)
