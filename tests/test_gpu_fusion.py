@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fakes.gpu import matrix
 
 from qvl_kernels.gpu import signatures
 from qvl_kernels.ops import Norm
@@ -41,3 +42,36 @@ def test_the_attention_of_a_recorded_token_rotates_and_appends(ops, driver, case
         assert (args["rope"], args["k_norm"], args["q_norm"]) == (rope.address, weight.address, 0)
     else:
         assert args["flags"] == 0
+
+
+@pytest.mark.parametrize(("case", "names", "flags"), [
+    ("norm", ["linear.int4.row"], signatures.NORM),
+    ("norm, in order", ["linear.int4.row"], signatures.NORM | signatures.ORDERED),
+    ("in order", ["linear.int4.row"], signatures.GATHER | signatures.ORDERED),
+    ("as it is", ["linear.int4.row"], 0),
+    ("two rows", ["norm.any", "linear.int4.row"], 0),
+    ("mean", ["norm.any", "linear.int4.row"], 0),
+    ("other numbers", ["gather.any", "linear.int4.row"], 0),
+])  # fmt: skip
+def test_a_lone_row_is_prepared_by_the_product(ops, driver, case, names, flags):
+    rows, k = 2 if case == "two rows" else 1, 256
+    w = ops.weight(matrix(128, k, 4, perm=np.arange(k, dtype=np.int32)[::-1].copy() if "order" in case else None))
+    normed = case in ("norm", "norm, in order", "two rows", "mean")
+    x = ops.empty((rows, k), np.float32 if normed or case == "other numbers" else np.float16)
+    norm = Norm(ops.empty((k,)), ops.empty((k,)) if case == "mean" else None, 1e-6) if normed else None
+    driver.launches.clear()
+    ops.linear(x, w, out=ops.empty((rows, 128)), norm=norm)
+    assert [launch.name for launch in driver.launches] == names
+    assert driver.launches[-1].args["flags"] == flags and bool(driver.launches[-1].args["prepared"]) == bool(flags)
+
+
+@pytest.mark.parametrize(("k", "names"), [
+    (1024, ["gate_up.int4.row"]),
+    (16384, ["norm.any", "gate_up.int4.row"]),
+])  # fmt: skip
+def test_programs_of_gate_and_up_prepare_few_columns(ops, driver, k, names):
+    gate, up = (ops.weight(matrix(128, k, 4)) for _ in range(2))
+    x, norm = ops.empty((1, k)), Norm(ops.empty((k,)), None, 1e-6)
+    driver.launches.clear()
+    ops.gate_up(x, gate, up, out=ops.empty((1, 128), np.float16), norm=norm)
+    assert [launch.name for launch in driver.launches] == names
