@@ -28,7 +28,7 @@ SAMPLE = {
     "some rows": lambda rng: products.test_a_gate_is_applied_to_the_sums("medium", rng),
     "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
     "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
-    "gate and up": lambda rng: products.test_gate_up(1, 65, 1300, "row", 2, np.float32, True, False, rng),
+    "gate and up": lambda rng: products.test_gate_up(1, 65, 1100, "row", 1, np.float32, True, False, rng),
     "rope": lambda rng: attention.test_rope_append(True, "norms", rng),
     "decode": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 9, rng),
     "one token": lambda rng: attention.test_decode_attention(False, 1, 7, 1, 128, 40, rng),
