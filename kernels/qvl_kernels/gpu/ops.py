@@ -49,16 +49,6 @@ class _Rotation(NamedTuple):
 _NO_ROTATION = _Rotation(None, (), (None,) * 4, (0.0, 0.0), 0)
 
 
-class _Rows(NamedTuple):
-    """The input of a product: prepared, or a lone row that its programs prepare, as the flags say."""
-
-    x: DeviceArray
-    weight: DeviceArray | None = None
-    perm: DeviceArray | None = None
-    eps: float = 0.0
-    flags: int = 0
-
-
 class _Input(NamedTuple):
     """The input of a product: prepared rows, or a lone row that its programs prepare, as the flags say."""
 

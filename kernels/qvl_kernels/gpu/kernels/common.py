@@ -36,6 +36,12 @@ def to_half(x):
 
 
 @triton.jit
+def load_row(x, column, k):
+    """Load columns of a row; zeros from column k on."""
+    return tl.load(x + column, mask=column < k, other=0.0)
+
+
+@triton.jit
 def load_as_float(base, first, offsets, mask, is_half):
     """Load float32 values at ``first + offsets`` of an array that is fp16 if `is_half`.
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import GATHER, NORM, ORDERED, to_half
+from qvl_kernels.gpu.kernels.common import GATHER, NORM, ORDERED, load_row, to_half
 
 CHUNK = tl.constexpr(1024)
 
@@ -21,8 +21,11 @@ def _source(perm, column, there, flags):
 
 
 @triton.jit
-def _values(x, column, k):
-    return tl.load(x + column, mask=column < k, other=0.0)
+def _weighed(x, weight, perm, column, end, k, flags):
+    """Load columns of x and of the norm's weight, in the order of the product's."""
+    there = column < tl.minimum(end, k)
+    source = _source(perm, column, there, flags)
+    return tl.load(x + source, mask=there, other=0.0), tl.load(weight + source, mask=there, other=0.0)
 
 
 @triton.jit
@@ -30,21 +33,15 @@ def _normalized(x, weight, perm, out, k, eps, first, end, flags):
     """RMSNorm. All that the first columns need is on its way together, before anything is waited for."""
     x = x.to(tl.pointer_type(tl.float32))
     i = tl.arange(0, CHUNK)
-    there = first + i < tl.minimum(end, k)
-    source = _source(perm, first + i, there, flags)
-    value = tl.load(x + source, mask=there, other=0.0)
-    gain = tl.load(weight + source, mask=there, other=0.0)
+    value, gain = _weighed(x, weight, perm, first + i, end, k, flags)
     squares = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, k, 2 * CHUNK):
-        a, b = _values(x, start + i, k), _values(x, start + CHUNK + i, k)
+        a, b = load_row(x, start + i, k), load_row(x, start + CHUNK + i, k)
         squares += a * a + b * b
     factor = tl.rsqrt(tl.sum(squares, 0) / k + eps)
     tl.store(out + i, to_half(value * factor * gain), mask=first + i < end)
     for start in range(first + CHUNK, end, CHUNK):
-        there = start + i < tl.minimum(end, k)
-        source = _source(perm, start + i, there, flags)
-        value = tl.load(x + source, mask=there, other=0.0)
-        gain = tl.load(weight + source, mask=there, other=0.0)
+        value, gain = _weighed(x, weight, perm, start + i, end, k, flags)
         tl.store(out + (start - first) + i, to_half(value * factor * gain), mask=start + i < end)
 
 

@@ -3,14 +3,9 @@
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LAYER_NORM, OUT_HALF, PERMUTED, store_float
+from qvl_kernels.gpu.kernels.common import LAYER_NORM, OUT_HALF, PERMUTED, load_row, store_float
 
 CHUNK = tl.constexpr(4096)
-
-
-@triton.jit
-def _values(x, column, k):
-    return tl.load(x + column, mask=column < k, other=0.0)
 
 
 @triton.jit
@@ -28,17 +23,17 @@ def norm(x, weight, bias, perm, out, k, padded, eps, flags):
     x += row * k
     out_half = (flags & OUT_HALF) != 0
     i = tl.arange(0, CHUNK)
-    values = _values(x, i, k)
+    values = load_row(x, i, k)
     mean = 0.0
     if flags & LAYER_NORM:
         sums = values
         for first in range(CHUNK, k, CHUNK):
-            sums += _values(x, first + i, k)
+            sums += load_row(x, first + i, k)
         mean = tl.sum(sums, 0) / k
     centred = tl.where(i < k, values - mean, 0.0)
     squares = centred * centred
     for first in range(CHUNK, k, CHUNK):
-        centred = tl.where(first + i < k, _values(x, first + i, k) - mean, 0.0)
+        centred = tl.where(first + i < k, load_row(x, first + i, k) - mean, 0.0)
         squares += centred * centred
     factor = tl.rsqrt(tl.sum(squares, 0) / k + eps)
     done = 0
@@ -51,5 +46,5 @@ def norm(x, weight, bias, perm, out, k, padded, eps, flags):
         source = column
         if flags & PERMUTED:
             source = tl.load(perm + column, mask=column < k, other=k)
-        y = _scaled(_values(x, source, k), mean, factor, weight, bias, source, k, flags)
+        y = _scaled(load_row(x, source, k), mean, factor, weight, bias, source, k, flags)
         store_float(out, row * padded, column, tl.where(column < k, y, 0.0), column < padded, out_half)
