@@ -47,7 +47,7 @@ CASES: dict[str, Callable[[np.random.Generator], object]] = {
     "linear.fp16.large": lambda rng: products.test_linear("fp16", "large tile, split", rng),
     "gate_up.int4.row": lambda rng: [
         products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, True, rng),
-        products.test_gate_up(1, 65, 1100, "row", 1, np.float16, True, True, rng),
+        products.test_gate_up(1, 65, 1100, "row", 2, np.float16, True, True, rng),
         *(products.test_gate_up(1, 32, 128, "row", 1, dtype, False, False, rng) for dtype in (np.float16, np.float32)),
     ],
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),

@@ -156,7 +156,7 @@ def test_programs_prepare_a_lone_row(kind, case, rng):
 
 @pytest.mark.parametrize("m, n, k, tile, split, dtype, lone", [
     (1, 32, 128, "row", 1, HALF, False),
-    (1, 65, 1100, "row", 1, HALF, True),
+    (1, 65, 1100, "row", 2, HALF, True),
     (5, 65, 640, "row", 3, np.float32, False),
     (16, 130, 256, "small", 1, HALF, False),
     (17, 40, 300, "small", 2, HALF, False),
