@@ -243,6 +243,17 @@ def test_only_the_wanted_verb_is_imported(blob):
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_first_start_of_the_demo_does_not_wait_for_numba(tmp_path):
+    program = (
+        "import sys; from qvl_runtime.cli.main import main\n"
+        "try: main(['demo', '--seed', '7', '--device', 'cpu', '--out', sys.argv[1]])\n"
+        "except SystemExit: print('numba' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "demo")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
 def on_terminal(command: list[str]) -> str:
     """What a command writes to standard error when that is a terminal."""
     leader, follower = pytest.importorskip("pty").openpty()

@@ -8,11 +8,12 @@ original's own answer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from qvl_convert.calibration import Sample
+from qvl_convert.progress import Progress
 from qvl_convert.walk import PICTURE_STAGES, Walk, stages
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
@@ -23,8 +24,6 @@ from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 
 MAX_ROUNDS = 12
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass

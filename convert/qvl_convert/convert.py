@@ -13,10 +13,9 @@ import numpy as np
 from qvl_convert import calibration
 from qvl_convert.allocation import allocate, parse_size
 from qvl_convert.checkpoint import Checkpoint
-from qvl_convert.effort import Report
 from qvl_convert.lora import Merged
-from qvl_convert.plan import MatrixPlan, Recipe, Source
-from qvl_convert.quantize_model import Calibrated, Finished
+from qvl_convert.plan import Finished, MatrixPlan, Recipe, Source
+from qvl_convert.progress import Progress, Report
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
@@ -26,7 +25,6 @@ from qvl_runtime.families.specs import PARTS, VectorSpec
 Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
 """Produces the missing matrices in any order. Arguments: the source, all plans, the plans of missing matrices, and a
 reader of finished matrices."""
-Progress = Callable[[str, int, int], None]
 
 
 def each_by_itself(
@@ -133,6 +131,8 @@ def convert(
         produce = each_by_itself
     if any(plan.method == "gptq" for plan in plans):
         samples = _samples(source, calibration_data, calibration_samples)
+        from qvl_convert.quantize_model import Calibrated  # imports Numba
+
         produce = Calibrated(samples, device=device, spill=spill, report=effort)
         used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)

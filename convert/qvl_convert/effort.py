@@ -5,15 +5,13 @@ Only the ratios matter: the time that remains is the work that remains, at the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from qvl_convert.gptq import usual_sweeps
 from qvl_convert.plan import MatrixPlan
+from qvl_convert.progress import Report
 from qvl_convert.walk import PICTURE_STAGES, Prompted, Stage
 from qvl_runtime.families.specs import MatrixSpec
-
-Report = Callable[[float, float], None]
-"""Receives the work done and the whole work."""
 
 LAYER, GRAM, PRODUCT, FACTOR, VALUES = 250e9, 170e9, 90e9, 75e9, 20e6
 """Per second: operations of a layer, of a symmetric product of half that many, of float32 products, and of a Cholesky

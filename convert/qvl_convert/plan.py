@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -89,6 +89,10 @@ class MatrixPlan:
         spec, weight = self.spec, arrays["weight" if self.bits == 16 else "qweight"]
         rest = {suffix: arrays.get(suffix) for suffix in ("scales", "zeros", "perm", "bias")}
         return Matrix(spec.n, spec.k, self.bits, self.group_size, weight, **rest)
+
+
+Finished = Callable[[MatrixPlan], Matrix]
+"""Reads a finished matrix from the file."""
 
 
 class Source:

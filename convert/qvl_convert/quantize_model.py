@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +17,11 @@ from typing import Any, cast
 import numpy as np
 
 from qvl_convert.calibration import Sample
-from qvl_convert.effort import Effort, Report
+from qvl_convert.effort import Effort
 from qvl_convert.gptq import gptq
 from qvl_convert.hessian import Factor, Hessian, factorize
-from qvl_convert.plan import MatrixPlan, Source
+from qvl_convert.plan import Finished, MatrixPlan, Source
+from qvl_convert.progress import Report
 from qvl_convert.sequential import SEQUENTIAL_STAGES, Missing, products
 from qvl_convert.walk import Published, Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight
@@ -29,9 +30,6 @@ from qvl_runtime.backends import make_ops
 from qvl_runtime.families.weights import Tensors, Weights
 
 log = logging.getLogger(__name__)
-
-Finished = Callable[[MatrixPlan], Matrix]
-"""Reads a finished matrix from the file."""
 
 
 class Watch:

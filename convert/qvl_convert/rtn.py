@@ -7,14 +7,16 @@ fp16 first and codes chosen for the rounded scale.
 
 from __future__ import annotations
 
-import numba
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
-from qvl_convert.jit import jit
-from qvl_kernels.packing import BLOCK, ROWS, Matrix, pack_groups, packed_shapes, round_up
+from qvl_kernels.cpu.processors import performance_processors
+from qvl_kernels.packing import ROWS, Matrix, pack_codes, pack_groups, packed_shapes, round_up
 from qvl_runtime.errors import QvlError
 
-CHUNK_VALUES = 16 << 20
+CHUNK_VALUES = 1 << 20
+"""Weights that a thread rounds at a time: they stay in the cache."""
 FP16_MAX = 65504.0
 
 
@@ -84,21 +86,25 @@ def quantize(
     shapes = packed_shapes(n, k, bits, group_size, zeros=asymmetric)
     arrays = {suffix: np.empty(*spec) for suffix, spec in shapes.items()}
     rows = max(ROWS, CHUNK_VALUES // k // ROWS * ROWS)
-    groups = -(-k // group_size)
-    for start in range(0, n, rows):
-        chunk = np.ascontiguousarray(weight[start : start + rows], np.float32)
-        low, high = np.empty((2, len(chunk), groups), np.float32)
-        _ranges(chunk, group_size, low, high)
-        scales, zeros = group_scales(low, high, bits, asymmetric=asymmetric)
+
+    def round_rows(start: int) -> bool:
+        chunk = _in_groups(weight[start : start + rows], group_size)
+        scales, zeros = group_scales(chunk.min(axis=2), chunk.max(axis=2), bits, asymmetric=asymmetric)
         if not np.isfinite(scales).all():
-            raise QvlError(
-                f"{name} holds a weight that is not finite or too large for an fp16 scale; download the model again"
-            )
+            return False
         blocks = slice(start // ROWS, start // ROWS + round_up(len(chunk), ROWS) // ROWS)
         arrays["scales"][blocks] = pack_groups(scales, k, group_size, np.float16)
         if asymmetric:
             arrays["zeros"][blocks] = pack_groups(zeros, k, group_size, np.uint8)
-        _pack(chunk, scales.astype(np.float32), zeros, group_size, bits, arrays["qweight"][blocks])
+        codes = _round(chunk, scales.astype(np.float32), zeros, 2**bits - 1)
+        arrays["qweight"][blocks] = pack_codes(codes[:, :k], bits)
+        return True
+
+    with ThreadPoolExecutor(performance_processors()) as pool:
+        if not all(pool.map(round_rows, range(0, n, rows))):
+            raise QvlError(
+                f"{name} holds a weight that is not finite or too large for an fp16 scale; download the model again"
+            )
     return Matrix(
         n=n,
         k=k,
@@ -111,47 +117,20 @@ def quantize(
     )
 
 
-@jit()
-def _ranges(weight, group_size, low, high):
-    """Compute smallest and largest value of each group; infinite if a value is not finite."""
+def _in_groups(weight: np.ndarray, group_size: int) -> np.ndarray:
+    """Copy rows to float32 ``[n, groups, group_size]``; columns are added as 0, which moves no range."""
     n, k = weight.shape
-    for row in numba.prange(n):
-        for group in range(low.shape[1]):
-            smallest = largest = weight[row, group * group_size]
-            finite = True
-            for column in range(group * group_size, min(k, (group + 1) * group_size)):
-                value = weight[row, column]
-                finite &= abs(value) < np.inf
-                smallest = min(smallest, value)
-                largest = max(largest, value)
-            low[row, group] = smallest if finite else -np.inf
-            high[row, group] = largest if finite else np.inf
+    padded = np.zeros((n, round_up(k, group_size)), np.float32)
+    padded[:, :k] = weight
+    return padded.reshape(n, -1, group_size)
 
 
-@jit()
-def _pack(weight, scales, zeros, group_size, bits, packed):
-    """Round to codes and store them in the layout of `qvl_kernels.packing`."""
-    n, k = weight.shape
-    top = 2**bits - 1
-    padding = np.uint8(top // 2 + 1)
-    for block in numba.prange(packed.shape[0]):
-        codes = np.empty(BLOCK, np.uint8)
-        for lane in range(ROWS):
-            row = block * ROWS + lane
-            for column_block in range(packed.shape[1]):
-                first = column_block * BLOCK
-                codes[:] = padding
-                if row < n:
-                    for start in range(first, min(k, first + BLOCK), group_size):
-                        scale = scales[row, start // group_size]
-                        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-                        zero = np.float32(zeros[row, start // group_size])
-                        for column in range(start, min(k, start + group_size)):
-                            code = np.rint(weight[row, column] * inverse) + zero
-                            codes[column - first] = np.uint8(min(max(code, np.float32(0)), np.float32(top)))
-                for step in range(packed.shape[2]):
-                    for byte in range(4):
-                        code = codes[4 * step + byte]
-                        if bits == 4:
-                            code |= codes[4 * step + byte + 64] << 4
-                        packed[block, column_block, step, lane, byte] = code
+def _round(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
+    """Round groups to codes, uint8 ``[n, k]``, in place of `values`."""
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    with np.errstate(over="ignore"):
+        values *= inverse[:, :, None]
+    np.rint(values, out=values)
+    values += zeros[:, :, None].astype(np.float32)
+    np.clip(values, 0, top, out=values)
+    return values.astype(np.uint8).reshape(len(values), -1)

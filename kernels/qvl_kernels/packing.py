@@ -141,8 +141,10 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     rows, cols = round_up(n, ROWS), round_up(k, BLOCK)
     padded = np.full((rows, cols), SYMMETRIC_ZERO[bits], np.uint8)
     padded[:n, :k] = codes
-    blocks = padded.reshape(rows // ROWS, ROWS, cols // BLOCK, 32, 4).transpose(0, 2, 3, 1, 4)
-    return np.ascontiguousarray(blocks if bits != 4 else blocks[:, :, :16] | (blocks[:, :, 16:] << 4))
+    # four columns at once: a shift by 4 never moves a nibble into another byte
+    blocks = padded.view(np.uint32).reshape(rows // ROWS, ROWS, cols // BLOCK, 32).transpose(0, 2, 3, 1)
+    packed = np.ascontiguousarray(blocks if bits != 4 else blocks[:, :, :16] | (blocks[:, :, 16:] << 4))
+    return packed.view(np.uint8).reshape(*packed.shape, 4)
 
 
 def pack_groups(values: np.ndarray, k: int, group_size: int, dtype: np.typing.DTypeLike) -> np.ndarray:

@@ -20,9 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from qvl_convert.convert import Progress as Tensors
 from qvl_convert.convert import convert as run
-from qvl_convert.effort import Report
+from qvl_convert.progress import Progress as Tensors
+from qvl_convert.progress import Report
 from qvl_convert.writer import partial_path
 from qvl_runtime.cli.text import size
 
