@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -178,6 +179,27 @@ def test_full_disk_leaves_nothing_behind(folder, compiled, capfd, monkeypatch):
     os.utime(old, (0, 0))
     assert compiled() == 1
     assert new.exists() and not old.exists()
+
+
+@POSIX
+def test_a_process_that_does_not_come_to_an_end_is_not_waited_for(folder, compiled, capfd, monkeypatch):
+    """And a lock does not outlive what it was taken for, not even in a child that was forked meanwhile."""
+    import fcntl
+
+    folder.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(cache_folder, "LONGEST_WAIT", 0.2)
+    with cache_folder.alone(folder):
+        assert compiled() == 1
+        assert capfd.readouterr().err.startswith("qvl: waiting for another process that is compiling kernels\n")
+        if not (child := os.fork()):
+            signal.pause()
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # ------------------------------------------------------------------------------------------------ the compiler

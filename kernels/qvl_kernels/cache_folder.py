@@ -6,6 +6,7 @@ process then compiles the kernels again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -13,6 +14,7 @@ import os
 import platform
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600
 """Age at which the temporary file of a process that was killed is removed."""
+
+LONGEST_WAIT = 300
+"""Seconds that a process waits for another one that compiles, before it compiles as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,47 @@ def open_private(path: Path) -> BinaryIO | None:
         os.close(descriptor)
         return None
     return os.fdopen(descriptor, "rb")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside for the same folder, at most `LONGEST_WAIT`.
+
+    Processes that start at the same time compile once. The lock only saves work: there is none on Windows and on file
+    systems that cannot lock a folder. It ends with its process.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        end = time.monotonic() + LONGEST_WAIT
+        if not _locked(descriptor):
+            log.warning("qvl: waiting for another process that is compiling kernels")
+            while time.monotonic() < end and not _locked(descriptor):
+                time.sleep(0.1)
+        yield
+    finally:
+        # A child forked meanwhile holds the same lock: closing the descriptor alone would not release it.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether waiting for the lock is over: it is taken, or there is none."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def store(path: Path, data: bytes) -> None:

@@ -77,15 +77,24 @@ def _engine() -> llvm.ExecutionEngine:
         return engine
     folder = cache_folder.find()
     path = folder.path and folder.path / f"cpu-kernels-{key()}.bin"
-    engine = _load(_read(path)) if path else None
+    if path is None:
+        return _compiled(folder)
+    engine = _load(_read(path))
     if engine is None:
-        log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
-        code = bundle.compile_kernels()
-        engine = _load(code)
-        if engine is None:
-            raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {bundle.REMEDY}")
-        if path:
-            cache_folder.store(path, _digest(path, code) + code)
+        with cache_folder.alone(path.parent):
+            engine = _load(_read(path)) or _compiled(folder, path)
+    return engine
+
+
+def _compiled(folder: cache_folder.CacheFolder, path: Path | None = None) -> llvm.ExecutionEngine:
+    """Compile the kernels, load them, and keep them at `path`."""
+    log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
+    code = bundle.compile_kernels()
+    engine = _load(code)
+    if engine is None:
+        raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {bundle.REMEDY}")
+    if path:
+        cache_folder.store(path, _digest(path, code) + code)
     return engine
 
 
