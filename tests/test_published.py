@@ -1,5 +1,6 @@
 """Matrices put together from published tensors: stacked, turned, and by heads."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -40,6 +41,16 @@ def test_stacked():
     stacked = [tensors.arrays[f"{name}.weight"] for name in "qkv"]
     np.testing.assert_array_equal(matrix(tensors, spec), np.concatenate(stacked))
     np.testing.assert_array_equal(bias(tensors, spec), np.concatenate([tensors.arrays[f"{n}.bias"] for n in "qkv"]))
+
+
+def test_stacked_of_different_dtypes():
+    """numpy has no common dtype of bfloat16 and float16; each of their values is a float32."""
+    tensors = Tensors(spec := MatrixSpec("qkv", "decoder", 8, 3, {"q.weight": 4, "k.weight": 2, "v.weight": 2}))
+    for name, dtype in (("q.weight", ml_dtypes.bfloat16), ("k.weight", np.float16)):
+        tensors.arrays[name] = tensors.arrays[name].astype(dtype)
+    made = matrix(tensors, spec)
+    assert made.dtype == np.float32
+    np.testing.assert_array_equal(made, np.concatenate([a.astype(np.float32) for a in tensors.arrays.values()]))
 
 
 def test_rows_by_head():

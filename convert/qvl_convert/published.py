@@ -38,11 +38,13 @@ def published_shapes(specs: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 
 def matrix(tensors: Tensors, spec: MatrixSpec) -> np.ndarray:
-    """Return the weight of a matrix, ``[n, k]``, in the published dtype.
+    """Return the weight of a matrix, ``[n, k]``, in the published dtype; float32 if its parts have different ones.
 
     It is only copied if the published layout differs; else it stays memory-mapped.
     """
     parts = [_source(tensors.tensor(source), spec, count) for source, count in spec.sources.items()]
+    if len({part.dtype for part in parts}) > 1:  # numpy knows no common dtype of bfloat16 and float16
+        parts = [part.astype(np.float32) for part in parts]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return weight if not spec.heads else weight[rows_by_head(spec)]
 
