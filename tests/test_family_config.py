@@ -186,7 +186,6 @@ REFUSED = [
     ("q3-8b", "vision_config.num_position_embeddings", 2305, "'num_position_embeddings' 2305 is no square"),
     ("q3-8b", "vision_config.deepstack_visual_indexes", [8, 16, 27], "'deepstack_visual_indexes'"),
     ("q3-8b", "vision_config.deepstack_visual_indexes", [8, 8], "'deepstack_visual_indexes'"),
-    ("q3-8b", "text_config.num_hidden_layers", 2, "feeds 3 layers, but there are 2"),
 ]
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections import defaultdict
 
 import numpy as np
 import pytest
 from conftest import BACKENDS
 from families import CHECKPOINTS, GOLDEN, read
+from helpers import linked
 from PIL import Image, ImageOps
 from rich.console import Console
+from safetensors.numpy import save_file
+from shards import all_tensors
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -104,6 +108,21 @@ def test_logits_hidden_states_and_greedy_ids(case, device, model):
     wanted = wanted[: stops[0]] if stops else wanted
     for form in forms:
         assert model.generate(form, case["images"], max_new_tokens=len(expected["gen_ids"])).token_ids == wanted
+
+
+def test_deepstack_may_have_more_levels_than_the_decoder_layers(tmp_path):
+    """The levels behind the last layer are not used, as in the published code."""
+    source, config = GOLDEN / "ckpt" / "q3-tied", read("ckpt/q3-tied/config.json")
+    assert len(config["vision_config"]["deepstack_visual_indexes"]) == 2
+    weights = (path.name for path in source.glob("*.safetensors*"))
+    folder = linked(source, tmp_path / "short", *weights, text_config=config["text_config"] | {"num_hidden_layers": 1})
+    kept = {name: x for name, x in all_tensors(source).items() if not re.search(r"\.layers\.[123]\.", name)}
+    save_file(kept, folder / "model.safetensors")
+    convert(folder, tmp_path / "short.qvl", bits=16)
+    case = next(case for case in read("lm/index.json") if (case["ckpt"], case["case"]) == ("q3-tied", "img1"))
+    expected, stages, model = np.load(GOLDEN / case["file"]), {}, qvl.load(tmp_path / "short.qvl", device="cpu")
+    model.logits(expected["ids"], case["images"], trace=lambda s, x: stages.__setitem__(s, model.ops.download(x)))
+    assert np.abs(stages["block0"][expected["hpos"]] - expected["h_block0"]).max() < HIDDEN
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -76,12 +76,3 @@ class Qwen3Config(ModelConfig):
     @classmethod
     def _tied(cls, data: Mapping[str, Any], text: Mapping[str, Any], where: str) -> bool:
         return take(data, "tie_word_embeddings", bool, where, False)
-
-    def _check(self, where: str) -> None:
-        super()._check(where)
-        levels = len(self.visual.deepstack_visual_indexes)
-        check(
-            levels <= self.num_hidden_layers,
-            where,
-            f"'deepstack_visual_indexes' feeds {levels} layers, but there are {self.num_hidden_layers}",
-        )
