@@ -27,26 +27,30 @@ def code() -> bytes:
     """The kernels' machine code."""
     CpuOps(threads=1)
     folder = cache_folder.find().path
-    return (folder and cache._read(folder / f"cpu-kernels-{cache.key()}.bin")) or bundle.compile_kernels()
+    return (folder and cache._read(folder / f"cpu-kernels-{cache.key()}-common.bin")) or bundle.compile_kernels(
+        part="common"
+    )
 
 
 @pytest.fixture
 def compiled(code, tmp_path, monkeypatch):
     """``compiled()`` loads the kernels anew, and tells whether they were compiled (which takes no time here)."""
     count = []
-    monkeypatch.setattr(bundle, "compile_kernels", lambda level="": count.append(1) or code)
+    monkeypatch.setattr(bundle, "compile_kernels", lambda level="", part="": count.append(1) or code)
     monkeypatch.setattr(bundle, "BUNDLE", tmp_path / "kernels.zip")
 
     def load() -> int:
         before = len(count)
         cache_folder._find.cache_clear()
+        cache._shipped.cache_clear()
         with monkeypatch.context() as patch:
             # As in a program that has not set up logging; pytest has.
             patch.setattr(logging.getLogger(), "handlers", [])
-            assert cache._engine.__wrapped__().get_function_address("qvl_execute")
+            assert cache._engine.__wrapped__("common").get_function_address("qvl_execute")
         return len(count) - before
 
-    return load
+    yield load
+    cache._shipped.cache_clear()
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ def test_damaged_and_foreign_files_are_compiled_again(folder, compiled):
     def signed(code: bytes, name: str = file.name) -> bytes:
         return cache._digest(Path(name), code) + code
 
-    other = signed(whole[32:], "cpu-kernels-0.bin")
+    other = signed(whole[32:], "cpu-kernels-0-common.bin")
     machine = llvm.Target.from_default_triple().create_target_machine()
     empty = machine.emit_object(llvm.parse_assembly(""))
     none = b"".join((b"\1\0\0\0", len(empty).to_bytes(4, "little"), empty))
@@ -219,7 +223,7 @@ def test_compiling_runs_nothing_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QVL_PLANTED", str(log))
     # Every import the compiler makes, without the compilation.
     only_imports = bundle.BUILD.replace(
-        "emit(level)", "import os; from qvl_kernels.cpu import build; build.prepare(); os.write(1, b'imported')"
+        "emit(level, part)", "import os; from qvl_kernels.cpu import build; build.prepare(); os.write(1, b'imported')"
     )
     monkeypatch.setattr(bundle, "BUILD", only_imports)
     assert bundle.compile_kernels() == b"imported"
@@ -239,7 +243,8 @@ def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
             (root / "typing.py").write_text("raise SystemExit('a module that replaces one of the standard library')")
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from qvl_kernels.cpu import bundle; del sys.path[0];"
-        "bundle.BUILD = bundle.BUILD.replace('emit(level)', 'import qvl_kernels, typing; print(qvl_kernels.__file__)');"
+        "emit = 'import qvl_kernels, typing; print(qvl_kernels.__file__)';"
+        "bundle.BUILD = bundle.BUILD.replace('emit(level, part)', emit);"
         "print(bundle.compile_kernels().decode(), end='')"
     )
     if install == "target folder":

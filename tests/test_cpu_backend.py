@@ -13,7 +13,8 @@ from test_ops import matrix, random
 
 from qvl_kernels.cpu import CpuOps, bundle, cache, features, runner
 from qvl_kernels.ops import DeviceError, Norm
-from qvl_kernels.packing import Matrix
+from qvl_kernels.packing import Matrix, packed_shapes
+from qvl_runtime.loading import load
 
 TESTS = Path(__file__).parent
 CHECK = """
@@ -55,18 +56,20 @@ def first_starts(tmp_path_factory):
 
 
 def test_two_first_starts_and_a_second_one(first_starts):
-    """One of the two compiles, the other waits for it; the third finds the kernels. None imports Numba."""
+    """One of the two compiles each part, the other waits for it; the third finds the kernels. None imports Numba."""
     if bundle.shipped("plain"):
         pytest.skip("this checkout has compiled kernels")
     folder, first = first_starts
     assert [lines for lines, _ in first] == [["False"], ["False"]]
-    said = sorted(err for _, err in first)
-    assert said[0].startswith("qvl: compiling kernels") and said[0].count("\n") == 1
-    assert said[1] in ("", "qvl: waiting for another process that is compiling kernels\n")
+    said = [line for _, err in first for line in err.splitlines()]
+    compiling = [line for line in said if line.startswith("qvl: compiling kernels")]
+    assert set(said) - set(compiling) <= {"qvl: waiting for another process that is compiling kernels"}
     lines, err = finish(start("plain", QVL_CACHE_DIR=str(folder)))
     assert lines == ["False"] and err == ""
-    (kept,) = folder.iterdir()
-    assert kept.name.startswith("cpu-kernels-") and kept.stat().st_mode & 0o777 == 0o600
+    kept = sorted(folder.iterdir())
+    # no product of these is large
+    assert [path.name.rpartition("-")[2] for path in kept] == ["common.bin", "rare.bin"] and len(compiling) == 2
+    assert all(path.name.startswith("cpu-kernels-") and path.stat().st_mode & 0o777 == 0o600 for path in kept)
 
 
 @pytest.mark.parametrize("level", [level for level in features.LEVELS if level != "neon"])
@@ -82,6 +85,27 @@ def test_every_operation_on_a_forced_level(level, request):
     chosen = "not 1-thread and not 3-threads and not larger_than_caches"
     done = subprocess.run([*command, *files, "-k", chosen], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_first_answer_of_a_small_model_needs_the_common_kernels_only(blob, rng, monkeypatch):
+    names, address = set(), cache.address
+    monkeypatch.setattr(cache, "address", lambda name: names.add(name) or address(name))
+    picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    model = load(blob("tiny-vl-bin"), "cpu")
+    model.generate([{"image": picture}, {"text": "What is this?"}], max_new_tokens=4, min_new_tokens=4)
+    assert len(names) > 10 and {bundle.part_of(name) for name in names} == {"common"}
+
+
+def test_kernels_of_many_rows_are_loaded_with_the_first_large_weight(monkeypatch):
+    parts, ops = [], CpuOps(threads=1)
+    monkeypatch.setattr(cache, "prepare", parts.append)
+    for n, expected in ((1000, []), (1024, ["large"])):
+        ops.weight(Matrix(n, 1024, 4, 128, *(np.zeros(*array) for array in packed_shapes(n, 1024, 4).values())))
+        assert parts == expected
+
+
+def test_every_kernel_is_in_the_part_that_it_is_known_by():
+    assert {part: bundle.part_of(name) for part, name in bundle.KNOWN.items()} == {part: part for part in bundle.PARTS}
 
 
 NEON = """

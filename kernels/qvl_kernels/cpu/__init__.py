@@ -25,7 +25,7 @@ A float argument is passed as ``runner.float_word(value)`` and read by ``registr
 raw addresses, allocate nothing and raise nothing. Scratch memory comes from the caller as an address. Long kernels take
 their work in steps with `atomics.claim`, so that a thread that is held up does not hold up the others.
 
-Numba only generates machine code: `build` compiles all kernels to one file on first use (in a separate process), and
+Numba only generates machine code: `build` compiles them on first use, in three parts and in a process of its own, and
 `cache` stores it in the user's cache folder under a name with a hash of these sources, the versions of Numba and
 llvmlite, and the processor. Later llvmlite loads it in milliseconds, and Numba is not imported. Choose a variant (per
 head size, per type) by making several kernels from one factory."""

@@ -112,9 +112,12 @@ def prepare() -> list[str]:
     return list(KERNELS)
 
 
-def compile_kernels() -> bytes:
-    """Compile all kernels to the format of `cache`: a uint32 count, the uint32 sizes, and the object files."""
-    names = prepare()
+def compile_kernels(part: str = "") -> bytes:
+    """Compile the kernels of a part, by default all.
+
+    The format is that of `cache`: a uint32 count, the uint32 sizes, and the object files.
+    """
+    names = [name for name in prepare() if part in ("", bundle.part_of(name))]
     # Forked children share the parent's imports. Other systems than Linux restrict libraries after a fork.
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
     if workers > 1:
@@ -126,16 +129,16 @@ def compile_kernels() -> bytes:
     return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
 
 
-def emit(level: str = "") -> None:
+def emit(level: str = "", part: str = "") -> None:
     """Write `compile_kernels` to standard output; whatever else would be printed there goes to standard error.
 
-    `level` is as in `bundle.compile_kernels`.
+    `level` and `part` are as in `bundle.compile_kernels`.
     """
     if level:
         features.compile_for(level)
     out = os.dup(1)
     os.dup2(2, 1)
-    code = compile_kernels()
+    code = compile_kernels(part)
     with os.fdopen(out, "wb") as file:
         file.write(code)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,15 +41,26 @@ HOST = {
 
 REMEDY = "try QVL_CPU=plain or device='reference'"
 
+PARTS = {
+    "rare": re.compile(r"gemv(16|\d_32|\d_64)|.*attention_(int8|fp32)|rope_append_(int8|fp32)|multiply_|read_memory"),
+    "large": re.compile(r"gemm|pack_int8|attention_fp16|block_attention_int16"),
+    "common": re.compile(""),
+}
+"""What is compiled together, by the names of the kernels (the first match counts): kernels of unusual weights and
+caches and of measuring, kernels of many rows of large matrices, and the rest. Each part is compiled when the first of
+its kernels is needed, so that a small model's first answer waits for a third of the work."""
+KNOWN = {"rare": "gemv16", "large": "gemm4", "common": "execute"}
+"""A kernel of each part, by which its code is recognized."""
+
 BUILD = """
 import sys
-root, level, *folders = sys.argv[1:]
+root, level, part, *folders = sys.argv[1:]
 sys.path.insert(0, root)
 import qvl_kernels
 sys.path.remove(root)
 sys.path += folders
 from qvl_kernels.cpu.build import emit
-emit(level)
+emit(level, part)
 """
 """What the compiling process runs. This installation's package comes first, and its folder no earlier than the
 standard library for everything else."""
@@ -65,8 +77,13 @@ def source_hash() -> str:
     return digest.hexdigest()[:20]
 
 
-def compile_kernels(level: str = "") -> bytes:
-    """Compile all kernels in a process of its own; see `build.compile_kernels` for the format.
+def part_of(name: str) -> str:
+    """The part that a kernel belongs to."""
+    return next(part for part, names in PARTS.items() if names.match(name))
+
+
+def compile_kernels(level: str = "", part: str = "") -> bytes:
+    """Compile kernels in a process of its own; see `build.compile_kernels` for the format.
 
     That process is isolated (``-I``) and starts in this package's folder: neither the user's current folder, which may
     be a downloaded one, nor ``PYTHONPATH`` can replace a module it imports. The folders that this process has its
@@ -76,6 +93,8 @@ def compile_kernels(level: str = "") -> bytes:
     ----------
     level : str
         One of `features.LEVELS`, for any processor that has it; "" is for this very processor.
+    part : str
+        One of `PARTS`; "" is for all.
 
     Raises
     ------
@@ -84,7 +103,7 @@ def compile_kernels(level: str = "") -> bytes:
     """
     root = str(Path(__file__).parents[2])
     folders = dict.fromkeys([root, *(str(Path(str(module.__file__)).parents[1]) for module in (llvmlite, np))])
-    command = [sys.executable, "-I", "-c", BUILD, root, level, *folders]
+    command = [sys.executable, "-I", "-c", BUILD, root, level, part, *folders]
     done = subprocess.run(command, cwd=root, capture_output=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]

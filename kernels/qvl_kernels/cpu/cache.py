@@ -55,42 +55,47 @@ def _objects(code: bytes) -> list[bytes]:
     return [code[i:j] for i, j in itertools.pairwise(ends)] if ends[-1] == len(code) else []
 
 
-def _load(code: bytes | None) -> llvm.ExecutionEngine | None:
+def _load(code: bytes | None, part: str) -> llvm.ExecutionEngine | None:
     """Load machine code; None if it is not that of the kernels."""
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     for data in _objects(code or b""):
         engine.add_object_file(llvm.ObjectFileRef.from_data(data))
     engine.finalize_object()
-    return engine if engine.get_function_address("qvl_execute") else None
+    return engine if engine.get_function_address(f"qvl_{bundle.KNOWN[part]}") else None
 
 
 _loading = make_lock()
 
 
 @functools.cache
-def _engine() -> llvm.ExecutionEngine:
+def _shipped() -> llvm.ExecutionEngine | None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    engine = _load(bundle.shipped(features.selected().name))
-    if engine is not None:
-        return engine
+    return _load(bundle.shipped(features.selected().name), "common")
+
+
+@functools.cache
+def _engine(part: str) -> llvm.ExecutionEngine:
+    shipped = _shipped()
+    if shipped is not None:
+        return shipped
     folder = cache_folder.find()
-    path = folder.path and folder.path / f"cpu-kernels-{key()}.bin"
+    path = folder.path and folder.path / f"cpu-kernels-{key()}-{part}.bin"
     if path is None:
-        return _compiled(folder)
-    engine = _load(_read(path))
+        return _compiled(part, folder)
+    engine = _load(_read(path), part)
     if engine is None:
         with cache_folder.alone(path.parent):
-            engine = _load(_read(path)) or _compiled(folder, path)
+            engine = _load(_read(path), part) or _compiled(part, folder, path)
     return engine
 
 
-def _compiled(folder: cache_folder.CacheFolder, path: Path | None = None) -> llvm.ExecutionEngine:
-    """Compile the kernels, load them, and keep them at `path`."""
+def _compiled(part: str, folder: cache_folder.CacheFolder, path: Path | None = None) -> llvm.ExecutionEngine:
+    """Compile a part of the kernels, load it, and keep it at `path`."""
     log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
-    code = bundle.compile_kernels()
-    engine = _load(code)
+    code = bundle.compile_kernels(part=part)
+    engine = _load(code, part)
     if engine is None:
         raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {bundle.REMEDY}")
     if path:
@@ -98,11 +103,17 @@ def _compiled(folder: cache_folder.CacheFolder, path: Path | None = None) -> llv
     return engine
 
 
+def prepare(part: str) -> None:
+    """Load a part of the kernels, which compiles it if need be."""
+    with _loading:
+        _engine(part)
+
+
 @functools.cache
 def address(name: str) -> int:
     """Return the address of a kernel, ``void (int64 args, int64 thread, int64 threads)``."""
     with _loading:
-        found = _engine().get_function_address(f"qvl_{name}")
+        found = _engine(bundle.part_of(name)).get_function_address(f"qvl_{name}")
     if not found:
         raise KeyError(name)
     return found

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qvl_kernels.cpu import arrays, batched
+from qvl_kernels.cpu import arrays, batched, cache
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
 from qvl_kernels.cpu.tiles import BYTE_VALUES
@@ -144,7 +144,10 @@ class CpuOps:
             program.add("copy", address(source), sizes[0], address(target), sizes[1], source.size)
 
     def weight(self, matrix: Matrix) -> CpuWeight:
-        return CpuWeight(matrix)
+        weight = CpuWeight(matrix)
+        if self.coarse(weight):
+            cache.prepare("large")  # while a model is loaded, not in its first answer
+        return weight
 
     def coarse(self, weight):
         return batched.takes_int8(weight, batched.FEW + 1, self.activations)
