@@ -9,19 +9,17 @@ package's own is served. Exit status 1 when a request got a wrong answer.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
-import platform
 import random
 import socket
 import sys
 import threading
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import harness
 from served import Process, picture_uri, running
 
 HANG = 60.0
@@ -233,7 +231,7 @@ def attack(process: Process, count: int, seed: int, clients: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -244,8 +242,7 @@ def main() -> None:
         results = attack(process, arguments.count, arguments.seed, arguments.clients)
         results |= {"before": before, "after": process.state()}
     print(f"{results['requests']} requests, {len(results['faults'])} faults, slowest {results['slowest']:.1f} s")
-    machine = platform.processor() or platform.machine()
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "seed": arguments.seed, **results}))
+    harness.print_document(seed=arguments.seed, **results)
     sys.exit(bool(results["faults"]))
 
 

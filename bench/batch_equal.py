@@ -8,15 +8,13 @@ one prompt, drafts, salts, and answers that are cancelled. Exit status 1 where o
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import harness
 import numpy as np
 
 import qvl_runtime as qvl
@@ -85,7 +83,7 @@ def differing(together: qvl.Model, alone: qvl.Model, asked: list[dict[str, Any]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -106,10 +104,10 @@ def main() -> int:
         engine = together._scheduler
         rows.append({"model": path, "kv_cache": kind, "requests": count, "different": different})
         rows[-1] |= {"steps": engine.steps, "slices": engine.slices, "seconds": time.perf_counter() - begin}
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    print(json.dumps({"requests": options.count, "different": sum(row["different"] for row in rows), "rows": rows}))
-    return 1 if any(row["different"] for row in rows) or not left else 0
+        harness.print_row(rows[-1])
+    different = sum(row["different"] for row in rows)
+    harness.print_document(requests=options.count, different=different, rows=rows)
+    return 1 if different else 0
 
 
 if __name__ == "__main__":

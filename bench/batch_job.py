@@ -28,10 +28,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 
 from qvl_convert.convert import convert
-from qvl_runtime.benchmark import machine
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import ask
 from qvl_runtime.demo.scenes import draw, random_scene
@@ -53,7 +53,7 @@ VICTIMS = ("worker", "machine", "command")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("what", choices=("speed", "kills", "ray"))
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--count", type=int, default=20, help="Kills.")
@@ -65,7 +65,7 @@ def main() -> None:
         convert(checkpoint_folder(), folder / "demo.qvl")
         write_rows(folder, arguments.rows, arguments.seed)
         found = {"speed": speed, "kills": kills, "ray": lost}[arguments.what](folder, arguments)
-    print(json.dumps({"what": arguments.what, "rows": arguments.rows, "machine": machine(), **found}))
+    harness.print_document(what=arguments.what, rows=arguments.rows, **found)
     sys.exit(not found.get("equal", True))
 
 

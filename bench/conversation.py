@@ -14,17 +14,14 @@ A table, then one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
+import harness
 import numpy as np
 from PIL import Image
 
@@ -176,7 +173,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("what", nargs="*", choices=["turn", "repeat", "long", []], help="turn and repeat by default")
     parser.add_argument("--device", default="auto")
@@ -192,8 +189,7 @@ def main() -> None:
         else:
             bench = {"turn": bench_turn, "repeat": bench_repeat}[what]
             results[what] = bench(arguments.model, options, arguments.repeats)
-    machine = platform.processor() or platform.machine()
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, **options, "results": results}))
+    harness.print_document(**options, results=results)
 
 
 if __name__ == "__main__":

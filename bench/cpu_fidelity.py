@@ -9,11 +9,10 @@ A table, then one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from collections.abc import Iterator
 
+import harness
 import numpy as np
 
 from qvl_convert.walk import relative_error
@@ -45,7 +44,7 @@ def decoder_layers(model, inputs: list[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--layers", type=int, default=2)
     arguments = parser.parse_args()
@@ -75,7 +74,7 @@ def main() -> None:
     row["features, auto against int16"] = relative_error([features["auto"]], [features["int16"]])
     for name, values in row.items():
         print(name, values if isinstance(values, float) else [float(f"{value:.3g}") for value in values])
-    print(json.dumps(row))
+    harness.print_document(**row)
 
 
 if __name__ == "__main__":

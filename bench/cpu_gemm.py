@@ -11,15 +11,13 @@ only what they take from the caches. A table, then one JSON document as the last
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import date
 
+import harness
 import numpy as np
-from cpu_kernels import FFN, HEADS, HIDDEN, LAYERS, Weights, interleave, report
+from cpu_kernels import FFN, HEADS, HIDDEN, LAYERS, Weights, report
+from harness import interleave
 
 from qvl_kernels.cpu import CpuOps, features
 from qvl_kernels.cpu.measure import products_per_second
@@ -191,7 +189,7 @@ BENCHES = {"products": bench_products, "prompt": bench_prompt, "image": bench_im
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="all by default")
     parser.add_argument("--threads", type=int, default=CpuOps().threads)
     parser.add_argument("--rounds", type=int, default=5)
@@ -199,8 +197,7 @@ def main() -> None:
     rows: list[dict] = []
     for name in arguments.what or BENCHES:
         BENCHES[name](arguments.threads, arguments.rounds, rows)
-    machine = {"processor": platform.processor() or platform.machine(), "level": features.selected().name}
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "results": rows}))
+    harness.print_document(level=features.selected().name, results=rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time the CPU kernels at the true shapes of Qwen-VL, against what the machine can read and multiply in the same run.
 
-    python bench/cpu_kernels.py [gemv] [token] [attention] [gemm] [--threads 1 2]
+    python bench/cpu_kernels.py [gemv] [token] [attention] [--threads 1 2] [--realtime]
 
 Weights are taken from a pool much larger than the caches, one matrix after another. Reading the same bytes and every
 kernel take turns, so that a change of the machine's speed hits all of them; shares are ratios of medians. A table, then
@@ -9,77 +9,19 @@ one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
-import os
-import platform
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from datetime import date
-
+import harness
 import numpy as np
+from harness import interleave, print_row
 
 from qvl_kernels.cpu import CpuOps, features
 from qvl_kernels.cpu.arrays import CpuCache
-from qvl_kernels.cpu.measure import products_per_second, read_seconds
+from qvl_kernels.cpu.measure import read_seconds
 from qvl_kernels.cpu.runner import aligned
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, packed_shapes
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 GEMV_SHAPES = ((22016, HIDDEN), (HIDDEN, FFN), (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN))
-
-
-def busy_seconds() -> float:
-    """Processor seconds everybody has used so far (0 where the system does not tell)."""
-    try:
-        with open("/proc/stat") as file:
-            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
-    except OSError:
-        return 0.0
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def undisturbed(wanted: bool) -> Iterator[None]:
-    """Let no other program take the processors from this one's threads meanwhile (Linux, root)."""
-    if not wanted:
-        yield
-        return
-    threads = [thread.native_id for thread in threading.enumerate()]
-    for thread in threads:
-        os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
-    try:
-        yield
-    finally:
-        for thread in threads:
-            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
-
-
-REALTIME = False
-
-
-def interleave(calls: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call (what it returns, if anything, else what it took), all taking turns.
-
-    ``others`` is the number of processors that other programs kept busy meanwhile: on a shared machine it says how
-    far the figures can be trusted.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    busy, own_busy, since = busy_seconds(), time.process_time(), time.perf_counter()
-    with undisturbed(REALTIME):
-        for _ in range(rounds):
-            for name, call in calls.items():
-                begin = time.perf_counter()
-                own = call()
-                seconds[name].append(time.perf_counter() - begin if own is None else own)
-    others = (busy_seconds() - busy - (time.process_time() - own_busy)) / (time.perf_counter() - since)
-    return {"others": max(others, 0.0), **{name: float(np.median(values)) for name, values in seconds.items()}}
 
 
 class Weights:
@@ -113,10 +55,7 @@ class Weights:
 
 def report(rows: list[dict], row: dict) -> None:
     rows.append(row)
-    print(
-        "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-    )
-    sys.stdout.flush()
+    print_row(row)
 
 
 def bench_gemv(ops: CpuOps, rows: list[dict], nbytes: int = 1 << 30) -> None:
@@ -224,41 +163,23 @@ def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
             })  # fmt: skip
 
 
-def bench_gemm(ops: CpuOps, rows: list[dict]) -> None:
-    """Many rows by int4 and int8 weights, in operations a second against the peak out of registers."""
-    for label, bits in (("int4", 4), ("int8", 8)):
-        peak = products_per_second(ops, bits)
-        for activations in ("int8", "int16"):
-            own = CpuOps(activations=activations, threads=ops.threads)
-            for m, n, k in ((64, 2 * FFN, HIDDEN), (256, 2 * FFN, HIDDEN), (512, HIDDEN, FFN)):
-                w = own.weight(Weights(n * k * bits // 8 + n * k // 32).matrix(n, k, bits))
-                x, out = np.ones((m, k), np.float32), own.empty((m, n))
-                seconds = interleave({"gemm": own.capture(lambda a=own, x=x, w=w, o=out: a.linear(x, w, out=o))}, 5)
-                report(rows, {
-                    "bench": "gemm", "threads": ops.threads, "weights": label, "activations": activations,
-                    "m": m, "n": n, "k": k, "GOP/s": 2e-9 * m * n * k / seconds["gemm"], "peak GOP/s": peak / 1e9,
-                    "share": 2 * m * n * k / seconds["gemm"] / peak, "others": seconds["others"],
-                })  # fmt: skip
-
-
-BENCHES = {"gemv": bench_gemv, "token": bench_token, "attention": bench_attention, "gemm": bench_gemm}
+BENCHES = {"gemv": bench_gemv, "token": bench_token, "attention": bench_attention}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="all by default")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, CpuOps().threads])
-    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    harness.add_timing(parser)
     arguments = parser.parse_args()
-    global REALTIME
-    REALTIME = arguments.realtime
+    if arguments.realtime:
+        harness.take_processors()
     rows: list[dict] = []
     for threads in sorted(set(arguments.threads)):
         ops = CpuOps(threads=threads)
         for name in arguments.what or BENCHES:
             BENCHES[name](ops, rows)
-    machine = {"processor": platform.processor() or platform.machine(), "level": features.selected().name}
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "results": rows}))
+    harness.print_document(level=features.selected().name, results=rows)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from datetime import date
+from collections.abc import Iterator
 
+import harness
 import numpy as np
+from harness import seconds
 
 from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
-from qvl_runtime.benchmark import bytes_per_token, machine
+from qvl_runtime.benchmark import bytes_per_token
 from qvl_runtime.engine.decoder import DecodeStep
 from qvl_runtime.engine.session import Session, step
 from qvl_runtime.inputs.prompt import Prompt
@@ -174,18 +174,6 @@ class Theirs:
 
 
 # ------------------------------------------------------------------------------------------------ a run
-def seconds(call: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def undisturbed() -> None:
-    """Let no other program take the processors from any thread of this one (Linux, root)."""
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
-
-
 def _turns(ours: Ours, theirs: Theirs, memory: np.ndarray) -> dict[str, list[float]]:
     """Seconds of reading a byte of memory and of a token of both sides, in turn."""
     found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
@@ -208,7 +196,7 @@ def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool
         side.answer(4)
     theirs.threads(threads)
     if realtime:
-        undisturbed()
+        harness.take_processors()
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         ours.forget_answer()
@@ -236,30 +224,24 @@ def run(arguments: argparse.Namespace) -> None:
     for threads in sorted(set(arguments.threads), reverse=True):
         row = compare(arguments.model, theirs, threads, arguments.rounds, arguments.realtime)
         rows.append(row)
-        show(row)
-    conclude(theirs, arguments.mapped, {"file": os.path.basename(arguments.gguf)}, rows)
+        harness.print_row(row)
+    conclude(theirs, arguments.mapped, rows, file=os.path.basename(arguments.gguf))
 
 
-def show(row: dict) -> None:
-    """Print a line of the table."""
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-
-
-def conclude(theirs: Theirs, mapped: bool, what: dict[str, str], rows: list[dict]) -> None:
+def conclude(theirs: Theirs, mapped: bool, rows: list[dict], **what: str) -> None:
     """Print the JSON document: the conditions, what was measured, and the rows."""
-    conditions = {"date": date.today().isoformat(), "machine": machine(), "llama.cpp": theirs.api.__version__}
-    print(json.dumps({**conditions, **what, "weights": "mapped" if mapped else "repacked", "results": rows}))
+    weights = "mapped" if mapped else "repacked"
+    harness.print_document(**{"llama.cpp": theirs.api.__version__}, **what, weights=weights, results=rows)
 
 
 def add_conditions(runner: argparse.ArgumentParser) -> None:
-    """Add the options of how is measured."""
-    runner.add_argument("--mapped", action="store_true", help="llama.cpp uses its weights as they lie in the file")
-    runner.add_argument("--rounds", type=int, default=3)
-    runner.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    """Add the options that both kinds of `run` take."""
+    runner.add_argument("--mapped", action="store_true", help="llama.cpp does not rearrange its weights")
+    harness.add_timing(runner, rounds=3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     verbs = parser.add_subparsers(required=True)
     writer = verbs.add_parser("write")
     writer.add_argument("kind", choices=["Q4_0", "Q4_K_M"])

@@ -10,31 +10,29 @@ the last line.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
-from datetime import date
 from functools import partial
 
+import harness
 import numpy as np
-from cpu_llama import seconds, undisturbed
+from harness import seconds
 
 from qvl_kernels.cpu.measure import bandwidth
 from qvl_kernels.cpu.runner import aligned
 from qvl_runtime import load
-from qvl_runtime.benchmark import bytes_per_token, machine
+from qvl_runtime.benchmark import bytes_per_token
 from qvl_runtime.engine.decoder import DecodeStep, Span
 from qvl_runtime.engine.session import PREFILL_ROWS, Session, step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--kv-cache", default="int8")
-    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    harness.add_timing(parser)
     arguments = parser.parse_args()
     os.environ["QVL_THREADS"] = str(arguments.threads)
     model, rows, room, answer = load(arguments.model, device="cpu"), PREFILL_ROWS, arguments.tokens + 32, 16
@@ -62,13 +60,13 @@ def main() -> None:
 
     piece(0)
     if arguments.realtime:
-        undisturbed()
+        harness.take_processors()
     starts = [0, rows, 3 * rows, 7 * rows, 11 * rows, arguments.tokens - rows]
     found = []
     for start in starts:
         whole, alone = seconds(partial(piece, start)), seconds(partial(attention, start))
         found.append({"start": start, "seconds": whole, "attention": alone, "rest": whole - alone})
-        print("  ".join(f"{name} {value:.3f}" for name, value in found[-1].items()), flush=True)
+        harness.print_row(found[-1])
     prompts = []
     for length in (rows, 4 * rows, arguments.tokens):
         begins = np.arange(0, length, rows)
@@ -79,7 +77,7 @@ def main() -> None:
         }
         prompts.append({"tokens": length, "all, ms a token": taken["seconds"], "attention": taken["attention"]})
         prompts[-1] |= {"rest": taken["rest"], "tokens/s": 1e3 / taken["seconds"]}
-        print("  ".join(f"{name} {value:.4g}" for name, value in prompts[-1].items()), flush=True)
+        harness.print_row(prompts[-1])
     context.truncate(0)
     context.advance(arguments.tokens)
     memory = aligned(1 << 30)
@@ -98,10 +96,9 @@ def main() -> None:
     share = float(np.median(np.array(speeds) * needed / np.array(bandwidths)))
     decode = {"tokens/s": float(np.median(speeds)), "GB a token": needed / 1e9, "share of bandwidth": share}
     decode["read GB/s"] = float(np.median(bandwidths)) / 1e9
-    print("  ".join(f"{name} {value:.4g}" for name, value in decode.items()))
-    conditions = {"date": date.today().isoformat(), "machine": machine(), "threads": arguments.threads}
-    conditions |= {"kv_cache": arguments.kv_cache}
-    print(json.dumps({**conditions, "pieces": found, "prompts": prompts, "decode": decode}))
+    harness.print_row(decode)
+    conditions = {"threads": arguments.threads, "kv_cache": arguments.kv_cache}
+    harness.print_document(**conditions, slices=found, prompts=prompts, decode=decode)
 
 
 if __name__ == "__main__":

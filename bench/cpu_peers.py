@@ -11,20 +11,17 @@ then one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable
-from datetime import date
 
+import harness
 import numpy as np
 from cpu_gemm import peak
-from cpu_kernels import FFN, HIDDEN, Weights, interleave
-from cpu_llama import undisturbed
+from cpu_kernels import FFN, HIDDEN, Weights
+from harness import interleave
 
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.cpu.measure import read_seconds
-from qvl_runtime.benchmark import machine
 
 SHAPES, COUNT, GROUP = ((2 * FFN, HIDDEN), (HIDDEN, FFN)), 6, 128
 Call = Callable[[], object]
@@ -111,10 +108,9 @@ def torch_int4(n: int, k: int, m: int, threads: int) -> Call:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    harness.add_timing(parser, rounds=7)
     arguments = parser.parse_args()
     rows, ops = [], CpuOps(threads=arguments.threads)
     memory = Weights(1 << 30).pool
@@ -127,17 +123,16 @@ def main() -> None:
                 except ImportError as error:
                     print(f"left out: {error}")
             if arguments.realtime:
-                undisturbed()
-            limit = {"read": lambda: read_seconds(ops, memory)} if m == 1 else {"peak": peak(ops)}
+                harness.take_processors()
+            limit = {"read": lambda: read_seconds(ops, memory)} if m == 1 else {"peak": peak(ops, bits=4)}
             seconds = interleave(limit | calls, arguments.rounds)
             work = COUNT * (n * k // 2 + n * k // 64 if m == 1 else 2 * m * n * k) / 1e9
             row: dict = {"m": m, "n": n, "k": k, "unit": "GB/s" if m == 1 else "GOP/s"}
             row["machine"] = memory.nbytes / seconds["read"] / 1e9 if m == 1 else 1e3 / seconds["peak"]
             row |= {name: work / seconds[name] for name in calls}
             rows.append(row)
-            print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    conditions = {"date": date.today().isoformat(), "machine": machine(), "threads": arguments.threads}
-    print(json.dumps({**conditions, "results": rows}))
+            harness.print_row(row)
+    harness.print_document(threads=arguments.threads, results=rows)
 
 
 if __name__ == "__main__":

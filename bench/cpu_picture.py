@@ -9,19 +9,15 @@ A table, then one JSON document as the last line; the ratio is the median over t
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
-from datetime import date
 
+import harness
 import numpy as np
 import torch
-from cpu_llama import undisturbed
 from synthetic import published_config
 
 from qvl_runtime import load
-from qvl_runtime.benchmark import machine
 from training import model as network
 
 
@@ -38,11 +34,10 @@ def their_tower(visual: dict) -> network.VisionTower:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--realtime", action="store_true", help="keep other programs off the processors (root)")
+    harness.add_timing(parser, rounds=3)
     arguments = parser.parse_args()
     os.environ["QVL_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
@@ -51,7 +46,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"ours": [], "torch bf16": []}
     for turn in range(arguments.rounds + 1):
         if arguments.realtime and turn == 1:
-            undisturbed()
+            harness.take_processors()
         picture = random.integers(0, 256, (side, side, 3), np.uint8)
         pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].bfloat16() / 128 - 1
         begin = time.perf_counter()
@@ -65,9 +60,9 @@ def main() -> None:
     kept = {name: np.array(values[1:]) for name, values in seconds.items()}
     row = {name: float(np.median(values)) for name, values in kept.items()}
     row["ours / torch"] = float(np.median(kept["ours"] / kept["torch bf16"]))
-    print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    conditions = {"date": date.today().isoformat(), "machine": machine(), "torch": torch.__version__}
-    print(json.dumps({**conditions, "threads": arguments.threads, "rounds": arguments.rounds, "results": row}))
+    harness.print_row(row)
+    conditions = {"torch": torch.__version__, "threads": arguments.threads, "rounds": arguments.rounds}
+    harness.print_document(**conditions, results=row)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ intervals of the differences from fp16, then one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import demo_tasks
+import harness
 from skills import columns
 
 from qvl_runtime.evaluation.evaluate import evaluate
@@ -63,7 +62,7 @@ def table(documents: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--count", type=int, default=100, help="questions of every task")
     parser.add_argument("--seed", type=int, default=60_000)
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
@@ -76,7 +75,7 @@ def main() -> None:
         documents = run(kept, args.count, args.seed, args.level, args.kinds, args.device)
     print(f"{args.count} questions a task; in brackets the 95% interval of the difference from {args.kinds[0]}")
     print(table(documents))
-    print(json.dumps({"bench": "demo_eval", "count": args.count, "seed": args.seed, "tasks": documents}))
+    harness.print_document(bench="demo_eval", count=args.count, seed=args.seed, tasks=documents)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ as those judged, drawn with another seed. A table, then one JSON document as the
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
+import harness
 from skills import INT4, SKILLS, calibrated, write_conversations
 
 import qvl_runtime as qvl
@@ -27,7 +26,7 @@ TEST_SEED = 50_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--count", type=int, default=4, help="conversations to judge by, a skill and language")
@@ -46,7 +45,7 @@ def main() -> None:
     documents = {name: report.to_dict() for name, report in reports.items()}
     for document in documents.values():
         del document["layers"], document["kl_by_position"]
-    print(json.dumps({"bench": "demo_fidelity", "level": args.level, "count": args.count, "reports": documents}))
+    harness.print_document(bench="demo_fidelity", level=args.level, count=args.count, reports=documents)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ for `qvl eval --prompts`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 
 from qvl_runtime.demo.conversations import SINGLE, Exchange, refer
@@ -139,7 +139,7 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=60_000)

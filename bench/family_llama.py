@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import published_vl
-from cpu_llama import SCALES, Ours, Theirs, add_conditions, compare, conclude, seconds, show, undisturbed
+from cpu_llama import SCALES, Ours, Theirs, add_conditions, compare, conclude
+from harness import seconds
 
 from qvl_kernels.cpu.measure import products_per_second
 from qvl_runtime.families import family_of
@@ -281,7 +283,7 @@ def pictures(path: str, folder: Path, theirs: Theirs, rounds: int, realtime: boo
     if (found, eyes.tokens) != (SIDE_TOKENS**2,) * 2:
         raise RuntimeError(f"the picture has {found} tokens of ours and {eyes.tokens} of theirs")
     if realtime:
-        undisturbed()
+        harness.take_processors()
     taken: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
         picture = pixels()
@@ -299,12 +301,12 @@ def run(arguments: argparse.Namespace) -> None:
         row |= compare(arguments.model, theirs, THREADS, arguments.rounds, arguments.realtime)
     if "picture" in arguments.only:
         row |= pictures(arguments.model, arguments.folder, theirs, arguments.rounds, arguments.realtime)
-    show(row)
-    conclude(theirs, arguments.mapped, {"model": os.path.basename(arguments.model)}, [row])
+    harness.print_row(row)
+    conclude(theirs, arguments.mapped, [row], model=os.path.basename(arguments.model))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     verbs = parser.add_subparsers(required=True)
     writer = verbs.add_parser("write")
     writer.add_argument("name", choices=[name for name in published_vl.SIZES if not name.startswith("qwen2-")])

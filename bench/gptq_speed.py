@@ -11,13 +11,12 @@ measures that. Operations are counted once for a symmetric product. The peak is 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import numpy as np
 
 from qvl_convert import gptq
@@ -66,7 +65,7 @@ def peak(rng: np.random.Generator) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--part", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--shrink", type=int, default=1, help="divide every width, for a try")
@@ -104,7 +103,7 @@ def main() -> None:
             shown = f"{rate / 1e9:6.0f} GFLOP/s, {rate / limit:4.0%} of the peak" if rate else ""
             print(f"  {name:<10}{seconds:8.2f} s{shown}")
         results[kind] = {"seconds": steps.seconds, "operations": steps.work, "layer": whole, "layers": layers}
-    print(json.dumps({"bench": "gptq_speed", "float32_peak": limit, "part": args.part, "results": results}))
+    harness.print_document(bench="gptq_speed", float32_peak=limit, part=args.part, results=results)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ one JSON document as the last line.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import time
 
+import harness
 import numpy as np
 
 from qvl_convert import calibration
@@ -51,7 +50,7 @@ class Clock:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("source")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--device", default="cpu")
@@ -101,7 +100,7 @@ def main() -> None:
             f"  one layer {total['wall']:.1f} s, processor {total['processor']:.1f} s; all {layers}: "
             f"{whole['wall']:.1f} h, processor {whole['processor']:.1f} h; peak {peak:.1f} GB"
         )
-    print(json.dumps({"bench": "gptq_time", "samples": args.samples, "tokens": tokens, "results": results}))
+    harness.print_document(bench="gptq_time", samples=args.samples, tokens=tokens, results=results)
 
 
 if __name__ == "__main__":

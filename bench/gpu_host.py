@@ -7,7 +7,6 @@ Needs gcc and the packages of the `gpu` extra. The real driver's own time, and t
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import json
@@ -16,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -51,7 +51,7 @@ def fake_driver(folder: Path) -> ctypes.CDLL:
 
 def main() -> None:
     """Print the launches and allocations of a slice, and microseconds a launch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", type=int, default=64)
     rows = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def main() -> None:
     found["microseconds"] = round(1e6 * float(np.median(seconds)) / found["launches"], 1)
     print(f"{rows} rows, {LAYERS} layers: {found['launches']} launches of {found['microseconds']} us on the host,")
     print(f"{found['allocations']} allocations by the driver")
-    print(json.dumps({"rows": rows} | found))
+    harness.print_document(rows=rows, **found)
 
 
 if __name__ == "__main__":

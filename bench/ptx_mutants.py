@@ -11,10 +11,8 @@ listed with their line. Needs Triton, and no GPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import re
 import sys
 import zlib
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -202,7 +201,7 @@ def test(name: str, architecture: int, most: int, kinds: set[str]) -> tuple[dict
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--architecture", type=int, default=80)
     parser.add_argument("--most", type=int, default=0, help="mistakes of a kind and kernel; 0 (by default): all")
     parser.add_argument("--only", action="append", default=[], help="this kind of mistake; may be repeated")
@@ -220,7 +219,7 @@ def main() -> None:
     for kind in dict.fromkeys(kind for counts in found.values() for kind in counts):
         sums = [sum(counts.get(kind, [0, 0, 0])[i] for counts in found.values()) for i in range(3)]
         print(f"| {kind} | {sums[0]} | {sums[1]} | {sums[2]} |")
-    print(json.dumps({"architecture": options.architecture, "kernels": found, "survivors": survivors}))
+    harness.print_document(architecture=options.architecture, kernels=found, survivors=survivors)
 
 
 if __name__ == "__main__":

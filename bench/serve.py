@@ -9,18 +9,16 @@ clients at once; some read slowly and some go away. Without a model the package'
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import json
-import platform
 import random
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import harness
 import httpx
 from served import Process, body, running
 
@@ -142,7 +140,7 @@ def settled(process: Process) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=32)
@@ -160,9 +158,8 @@ def main() -> None:
                 print(f"{name:12s}{value}")
         else:
             results = {"rows": throughput(process, arguments.clients, arguments.requests, arguments.tokens)}
-    machine = platform.processor() or platform.machine()
     what = "demo" if arguments.model is None else arguments.model.name
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "model": what, **results}))
+    harness.print_document(model=what, **results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ last line. Pictures with Chinese print need the font of Debian's fonts-wqy-micro
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections import defaultdict
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import harness
 import numpy as np
 from PIL import Image
 
@@ -183,7 +183,7 @@ def columns(paths: list[Path], kinds: list[str], level: str, folder: Path) -> It
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--skills", nargs="+", choices=SKILLS, default=list(SKILLS))
@@ -204,11 +204,7 @@ def main() -> None:
     for row in next(iter(results.values())):
         values = ("-" if r[row] is None else f"{r[row]:,}" for r in results.values())
         print(f"{row:30}" + "".join(f"{value:>15}" for value in values))
-    print(
-        json.dumps(
-            {"seed": args.seed, "level": args.level, "count": args.count, "device": args.device, "scores": results}
-        )
-    )
+    harness.print_document(seed=args.seed, level=args.level, count=args.count, device=args.device, scores=results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ test dependency dashscope ships. Everything is streamed: memory stays below 1 GB
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import harness
 import ml_dtypes
 import numpy as np
 import published_vl
@@ -240,7 +240,7 @@ def write_shards(folder: Path, tensors: list[Tensor], pickled: bool, layers: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--format", choices=("pickle", "safetensors"), default="pickle")
     parser.add_argument("--text-only", action="store_true")

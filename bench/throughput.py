@@ -14,20 +14,17 @@ its tokens, and the slices of others computed in it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from typing import Any
 from unittest import mock
 
+import harness
 import numpy as np
 
 import qvl_runtime as qvl
-from qvl_runtime.benchmark import machine
 from qvl_runtime.engine import scheduler
 from qvl_runtime.engine.decoder import DecodeStep
 from qvl_runtime.engine.prefill import compute_slices
@@ -132,7 +129,7 @@ def gap(model: qvl.Model, length: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--answers", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--prompt", type=int, default=64)
@@ -144,11 +141,10 @@ def main() -> None:
     # Its sessions are used again, as those of the bare steps: no prompt is like another, but their memory is there.
     model = qvl.load(options.model, device="cpu", conversations=most, kv_cache_bytes=1 << 40)
     model._answering._stop_ids = frozenset()  # all answers are as long
-    told = {"date": date.today().isoformat(), "machine": machine(), "threads": model.ops.threads}
     if options.gap:
         found = gap(model, options.gap)
-        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        print(json.dumps({**told, **found}))
+        harness.print_row(found)
+        harness.print_document(threads=model.ops.threads, **found)
         return
     run, rng, rows = DecodeStep(model.decoder), np.random.default_rng(0), []
     sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
@@ -175,8 +171,8 @@ def main() -> None:
         medians = np.median(np.array(found), axis=0)
         ratio = float(np.median([b / w for b, w in found]))
         rows.append({"answers": count, "tokens/s": done / medians[1], "bare": done / medians[0], "ratio": ratio})
-        print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-    print(json.dumps({**told, "prompt": options.prompt, "tokens": options.tokens, "rows": rows}))
+        harness.print_row(rows[-1])
+    harness.print_document(threads=model.ops.threads, prompt=options.prompt, tokens=options.tokens, rows=rows)
 
 
 if __name__ == "__main__":
