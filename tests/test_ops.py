@@ -105,6 +105,8 @@ def make_norm(arrays: dict, eps: float = 1e-6) -> Norm:
 
 KINDS = [
     *((bits, group, zeros, False) for bits in (4, 8) for group in (128, 64, 32) for zeros in (False, True)),
+    (3, 128, False, False),
+    (3, 64, True, True),
     (4, 128, True, True),
     (8, 64, False, True),
     (16, 128, False, False),
@@ -188,7 +190,7 @@ def awkward_widths() -> Iterator[Case]:
 
 def tied_heads() -> Iterator[Case]:
     """One weight that is a table for `embed` and a matrix for `linear`."""
-    for bits in (4, 8, 16):
+    for bits in (3, 4, 8, 16):
         rng = random(f"{bits}tied")
         table, ids = matrix(rng, 70, 200, bits, bias=False), rng.integers(0, 70, 5).astype(np.int32)
 

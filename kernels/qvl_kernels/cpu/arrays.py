@@ -52,6 +52,7 @@ class CpuWeight:
     def __init__(self, matrix: Matrix):
         self.matrix = matrix
         self.n, self.k, self.bits, self.group_size = matrix.n, matrix.k, matrix.bits, matrix.group_size
+        self.product_bits = max(4, matrix.bits)  # int3 is multiplied as int4
         has_zeros = matrix.zeros is not None
         for suffix, (shape, dtype) in packed_shapes(
             matrix.n, matrix.k, matrix.bits, matrix.group_size, zeros=has_zeros

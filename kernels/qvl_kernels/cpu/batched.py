@@ -13,6 +13,7 @@ from qvl_kernels.cpu import features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
 from qvl_kernels.ops import Activation
+from qvl_kernels.packing import SYMMETRIC_ZERO
 
 FEW = 16
 """Up to this number of rows a product is limited by reading the weights, and 16-bit activations cost no time."""
@@ -102,11 +103,11 @@ def pack(to: Recorder, x: np.ndarray, w: CpuWeight, norm: tuple[int, ...]) -> Pa
     rows, k = x.shape
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(k))
     span = columns_a_scale(w)
-    sizes = tiles.int8_bytes(rows, k, w.bits, w.group_size, span)
+    sizes = tiles.int8_bytes(rows, k, w.product_bits, w.group_size, span)
     packed = to.memory("packed", sum(sizes))
     parts = (packed, packed + sizes[0], packed + sizes[0] + sizes[1])
-    center = 1 if w.zeros else 8 if w.bits == 4 else 128 - BYTE_BIAS
-    to.add("pack_int8", address(x), rows, k, *norm, w.perm, w.bits, w.group_size, center, span, *parts, scratch)
+    center = 1 if w.zeros else SYMMETRIC_ZERO[w.bits] - (BYTE_BIAS if w.bits == 8 else 0)
+    to.add("pack_int8", address(x), rows, k, *norm, w.perm, w.product_bits, w.group_size, center, span, *parts, scratch)
     return Packed(parts, span)
 
 
@@ -124,9 +125,10 @@ def product(
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
     streaming = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
     after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(streaming), scratch)
+    wide = to.memory("wide", to.threads * tiles.WIDE_BYTES) if w.bits == 3 else 0
     to.add(
-        f"gemm{w.bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out), x.span,
-        *after,
+        f"gemm{w.product_bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out),
+        x.span, *after, wide,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from qvl_kernels.cpu.simd import (
     get_f32,
     get_i32,
     get_u8,
+    get_u16,
     halves,
     loads,
     max_all,
@@ -103,10 +104,18 @@ def embed(args, thread, threads):
             which = ((line * blocks + block) * groups + i // group) * 32 + lane
             if bits == 8:
                 code = get_u8(base + i // 4 * 128 + i % 4)
-            else:
+            elif bits == 4:
                 code = get_u8(base + i % 64 // 4 * 128 + i % 4)
                 code = code >> 4 if i >= 64 else code & 15
-            zero = get_u8(zeros + which) if zeros != 0 else (8 if bits == 4 else 128)
+            else:
+                step, pair = i % 64 // 4, base + i % 64 // 16 * 384 + i % 4 // 2 * 2
+                code, third = get_u16(pair + step % 4 // 2 * 128), get_u16(pair + 256)
+                if step % 2:
+                    code = code >> 1
+                else:
+                    code = code ^ (third >> 1 if step % 4 else third << 1)
+                code = code >> (i % 2 * 8 + (4 if i >= 64 else 0)) & 7
+            zero = get_u8(zeros + which) if zeros != 0 else 1 << (bits - 1)
             place = int(get_i32(perm + 4 * column)) if perm != 0 else column
             put_f32(target + 4 * place, float32(code - zero) * get_f16(scales + 2 * which))
 

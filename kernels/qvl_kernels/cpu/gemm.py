@@ -2,7 +2,7 @@
 
 Threads take 32-row blocks of the weights dynamically. A piece of a block, `PIECE` columns, is multiplied with as many
 tiles of activations as fit the L2 cache, so that weights are read from memory once for all of them. The next piece is
-prefetched meanwhile.
+prefetched meanwhile. A piece of int3 is first unpacked, to int4 in the thread's scratch memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
+from qvl_kernels.cpu.int3 import widen_blocks
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS
+from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS, WIDE_BYTES
 
 CACHE_BYTES = 400 << 10
 """Bytes of packed activations that fit the L2 cache beside the weights."""
@@ -27,11 +28,11 @@ def prefetch_rows(rows, row, count, block, n):
 
 
 def _make(bits: int):
-    tile_kernel, block_bytes, value = (tile4, 2048, 1) if bits == 4 else (tile8, 4096, BYTE_VALUES)
+    tile_kernel, value = (tile4, 1) if bits == 4 else (tile8, BYTE_VALUES)
 
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
-         gated, streaming, scratch) = unpack(args, 19)  # fmt: skip
+         gated, streaming, scratch, wide) = unpack(args, 20)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS * value
@@ -39,6 +40,9 @@ def _make(bits: int):
         tiles = (total + TOKENS - 1) // TOKENS
         held = min(HELD_TILES, CACHE_BYTES // (PIECE * TOKENS * value))
         parts = (tiles + held - 1) // held
+        block_bytes = 512 * bits
+        if wide != 0:
+            block_bytes, wide = 1536, wide + thread * WIDE_BYTES
         for turn in range(threads):
             owner = (thread + turn) % threads
             item, stop = claim(counters, owner, threads, parts * blocks, 1)
@@ -52,6 +56,9 @@ def _make(bits: int):
                     bz = zero_points + where // group * 32 if zero_points != 0 else 0
                     ahead = bw + count // 128 * block_bytes
                     limit = min(ahead + PIECE // 128 * block_bytes, w + blocks * columns // 128 * block_bytes)
+                    if wide != 0:
+                        widen_blocks(bw, wide, count // 128)
+                        bw = wide
                     for tile in range(begin, end):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW

@@ -1,4 +1,4 @@
-"""Packed matrix times a few vectors: int4 and int8 weights, 16-bit activations in two planes or words (`quantize`).
+"""Packed matrix times a few vectors: int3 to int8 weights, 16-bit activations in two planes or words (`quantize`).
 
 One pass over the weights serves all vectors: a block of 32 rows (about 70 KB) stays in the cache while the vectors are
 processed a few at a time.
@@ -14,6 +14,7 @@ from qvl_kernels.cpu.gemv_planes import TOKENS, make_planes
 from qvl_kernels.cpu.gemv_words import make_bytes, make_nibbles
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import WORDS
+from qvl_kernels.packing import group_sizes
 
 STEP_BYTES = 256 << 10
 """Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
@@ -63,9 +64,12 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
 
 
 for _group in (32, 64, 128):
-    _make(f"gemv4_{_group}", 4, _group, 1, {n: make_planes(4, _group, n) for n in {1, TOKENS}})
+    for _bits in (3, 4) if _group in group_sizes(3) else (4,):
+        _make(f"gemv{_bits}_{_group}", _bits, _group, 1, {n: make_planes(_bits, _group, n) for n in {1, TOKENS}})
+        if WORDS:
+            _tiles = {n: make_nibbles(_bits, _group, n) for n in (1, 2, 4)}
+            _make(f"gemv{_bits}_{_group}_words", _bits, _group, 2, _tiles)
     if WORDS:
-        _make(f"gemv4_{_group}_words", 4, _group, 2, {n: make_nibbles(_group, n) for n in (1, 2, 4)})
         _make(f"gemv8_{_group}", 8, _group, 2, {1: make_bytes(_group)})
     else:
         _make(f"gemv8_{_group}", 8, _group, 1, {n: make_planes(8, _group, n) for n in {1, TOKENS}})

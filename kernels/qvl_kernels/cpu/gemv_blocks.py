@@ -10,7 +10,20 @@ from collections.abc import Callable
 
 from qvl_kernels.cpu.gemm_tile import prefetch_read
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import BYTE_BIAS, LANES, bytes_, fma, halves, spreads, store_rows, to_f32, zeros
+from qvl_kernels.cpu.simd import (
+    BYTE_BIAS,
+    LANES,
+    bytes_,
+    fma,
+    halves,
+    loads,
+    spreads,
+    steps_of_int3,
+    store_rows,
+    to_f32,
+    zeros,
+)
+from qvl_kernels.packing import SYMMETRIC_ZERO
 
 AHEAD = 2048
 """Bytes of weights between a tile and what is prefetched, without 32 registers: chosen on Zen 3."""
@@ -29,12 +42,65 @@ def make_prefetch(width: int) -> Callable:
     return prefetch
 
 
+def make_fetch(bits: int, width: int) -> Callable:
+    """Create a routine that returns step `i`, a literal, of four steps at w: four lines of int4, or three of int3."""
+    if bits == 3:
+        return steps_of_int3(4 * width)
+    weights = loads("i8", 4 * width)
+
+    @routine
+    def fetch(w, i):
+        return weights(w + 128 * i)
+
+    return fetch
+
+
+def make_run(step: Callable, bits: int, width: int, value: int) -> Callable:
+    """Create a routine for `count` steps of int3 (a multiple of four) or int4.
+
+    ``step(so_far, v, x, low, stride)`` returns its sums `so_far` with those of the nibbles v of `width` rows.
+    `value`: bytes of an activation at `x`. The count is an argument: LLVM would unroll a loop of few calls.
+    """
+    fetch, prefetch, ahead = make_fetch(bits, width), make_prefetch(width), 4 * value
+
+    if bits == 3:
+
+        @routine
+        def run(so_far, w, x, low, stride, count):
+            for _ in range(count // 4):
+                prefetch(w)
+                so_far = step(so_far, fetch(w, 0), x, low, stride)
+                prefetch(w + 128)
+                so_far = step(so_far, fetch(w, 1), x + ahead, low + 4, stride)
+                prefetch(w + 256)
+                so_far = step(so_far, fetch(w, 2), x + 2 * ahead, low + 8, stride)
+                so_far = step(so_far, fetch(w, 3), x + 3 * ahead, low + 12, stride)
+                w += 384
+                x += 4 * ahead
+                low += 16
+            return so_far
+
+    else:
+
+        @routine
+        def run(so_far, w, x, low, stride, count):
+            for _ in range(count):
+                prefetch(w)
+                so_far = step(so_far, fetch(w, 0), x, low, stride)
+                w += 128
+                x += ahead
+                low += 4
+            return so_far
+
+    return run
+
+
 def make_scaled(bits: int, width: int, tokens: int) -> Callable:
     """Create a routine that adds a group's sums: ``acc + scale * x_scale * (total - zero * sum)``."""
     scalars, integers = spreads("f32", width, tokens), spreads("i32", width, tokens)
     half, byte = halves(width), bytes_(width, False)
     bias = BYTE_BIAS if bits == 8 else 0
-    symmetric = (8 if bits == 4 else 128) - bias
+    symmetric = SYMMETRIC_ZERO[bits] - bias
 
     @routine
     def scaled(total, acc, scales, zero, xs, xs_stride, sums, sums_stride):

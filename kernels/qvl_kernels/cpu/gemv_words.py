@@ -1,4 +1,4 @@
-"""Packed matrix times vectors of 16-bit words, where `simd.WORDS`: int8 weights, and int4 weights by several vectors.
+"""Packed matrix times vectors of 16-bit words, where `simd.WORDS`: int8 weights, and others by several vectors.
 
 An activation is one word instead of two planes of bytes. It takes as many multiplications, but only one accumulator, so
 that vectors can share the unpacked weights.
@@ -8,24 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvl_kernels.cpu.gemv_blocks import make_prefetch, make_scaled, make_tile
+from qvl_kernels.cpu.gemv_blocks import make_prefetch, make_run, make_scaled, make_tile
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import loads, step_end, zeros
 from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow, nibbles_of_pairs
-
-
-@routine
-def add_lows(total, v, x, stride):
-    """Add the products of low nibbles and four columns."""
-    total = dot_pairs_narrow(total, nibbles_of_pairs(v, 0), x, stride)
-    return dot_pairs_narrow(total, nibbles_of_pairs(v, 2), x + 4, stride)
-
-
-@routine
-def add_highs(total, v, x, stride):
-    """Add the products of high nibbles and four columns, which are 64 behind those of the low ones."""
-    total = dot_pairs_narrow(total, nibbles_of_pairs(v, 1), x + 128, stride)
-    return dot_pairs_narrow(total, nibbles_of_pairs(v, 3), x + 132, stride)
 
 
 def make_bytes(group: int) -> Callable:
@@ -57,29 +43,31 @@ def make_bytes(group: int) -> Callable:
     return make_tile(add_block, 8, group, 32, 1, 2)
 
 
-def make_nibbles(group: int, tokens: int) -> Callable:
-    """Create a routine for a block of 32 rows of int4 weights by `tokens` vectors; see `gemv_blocks.make_tile`."""
+def make_nibbles(bits: int, group: int, tokens: int) -> Callable:
+    """Create a routine for a block of 32 rows of int3 or int4 by `tokens` vectors; see `gemv_blocks.make_tile`."""
     width = 32 if tokens <= 2 else 16
-    weights, prefetch, scaled = loads("i8", 4 * width), make_prefetch(width), make_scaled(4, width, tokens)
-    none, groups, steps = zeros("i32", width, tokens), 128 // group, min(group, 64) // 4
+    none, scaled = zeros("i32", width, tokens), make_scaled(bits, width, tokens)
+    nibbles, groups, steps = nibbles_of_pairs(bits), 128 // group, min(group, 64) // 4
 
     def make_sums(low: bool, high: bool) -> Callable:
         """Create a routine that returns sums of these nibbles over `steps` steps."""
 
         @routine
-        def sums_of_steps(w, x, stride):
-            total = none()
-            for _ in range(steps):
-                prefetch(w)
-                v = weights(w)
-                if low:
-                    total = add_lows(total, v, x, stride)
-                if high:
-                    total = add_highs(total, v, x, stride)
-                w += 128
-                x += 8
-                step_end()
+        def step(total, v, x, unused, stride):
+            if low:
+                total = dot_pairs_narrow(total, nibbles(v, 0), x, stride)
+                total = dot_pairs_narrow(total, nibbles(v, 2), x + 4, stride)
+            if high:  # 64 columns behind
+                total = dot_pairs_narrow(total, nibbles(v, 1), x + 128, stride)
+                total = dot_pairs_narrow(total, nibbles(v, 3), x + 132, stride)
+            step_end()
             return total
+
+        run = make_run(step, bits, width, 2)
+
+        @routine
+        def sums_of_steps(w, x, stride):
+            return run(none(), w, x, 0, stride, steps)
 
         return sums_of_steps
 
@@ -100,11 +88,11 @@ def make_nibbles(group: int, tokens: int) -> Callable:
             for span in range(groups // 2):
                 offset, z = span * steps, zeros_ + span * 32 if zeros_ != 0 else 0
                 s, t = scales + span * 64, sums + span * 4
-                total = low_sums(w + offset * 128, x + offset * 8, blocks * 256)
+                total = low_sums(w + offset * 32 * bits, x + offset * 8, blocks * 256)
                 acc = scaled(total, acc, s, z, xs, blocks * 4, t, blocks * groups * 4)
                 z = z + 16 * groups if z != 0 else 0
-                total = high_sums(w + offset * 128, x + offset * 8, blocks * 256)
+                total = high_sums(w + offset * 32 * bits, x + offset * 8, blocks * 256)
                 acc = scaled(total, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, blocks * groups * 4)
             return acc
 
-    return make_tile(add_block, 4, group, width, tokens, 2)
+    return make_tile(add_block, bits, group, width, tokens, 2)

@@ -33,11 +33,11 @@ def bandwidth(ops: CpuOps, array: np.ndarray) -> float:
 
 
 def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> float:
-    """Multiplications and additions a second out of registers, of int4 or int8 weights: the peak of their products."""
+    """Multiplications and additions a second out of registers, of nibbles or bytes: the peak of their products."""
     program, operands, result = Program(), aligned(4096), aligned(4096 * ops.threads)
     operands[:] = 1
     program.keep(operands, result)
-    program.add("multiply_nibbles" if bits == 4 else "multiply_bytes", address(operands), rounds, address(result))
-    a_lane = 4 if bits == 4 else 4 // BYTE_VALUES
+    program.add("multiply_nibbles" if bits < 8 else "multiply_bytes", address(operands), rounds, address(result))
+    a_lane = 4 if bits < 8 else 4 // BYTE_VALUES
     products = rounds * 12 * features.selected().lanes * a_lane * ops.threads
     return 2 * products / min(_seconds(ops, program) for _ in range(3))

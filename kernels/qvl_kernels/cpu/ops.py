@@ -240,7 +240,7 @@ class CpuOps:
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
         else:
-            name = f"gemv{w.bits}_{w.group_size}" + ("_words" if w.bits == 4 and _in_words(w, rows) else "")
+            name = f"gemv{w.bits}_{w.group_size}" + ("_words" if w.bits < 8 and _in_words(w, rows) else "")
             program.add(
                 name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after
             )

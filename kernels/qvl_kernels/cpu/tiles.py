@@ -10,6 +10,8 @@ BYTE_VALUES = 2 if features.selected().product == "maddubs" else 1
 """Bytes of an activation that is multiplied with int8 weights (`simd.bytes.WORDS`)."""
 PIECE = 2048
 """Columns of packed weights that are multiplied with a sequence of tiles."""
+WIDE_BYTES = 16 * PIECE
+"""Bytes of a piece of 32 rows as int4."""
 HELD_TILES = 128
 """Largest number of these tiles."""
 FLOAT_TOKENS = 6

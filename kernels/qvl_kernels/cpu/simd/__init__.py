@@ -20,15 +20,17 @@ factory (call at module level)         makes
 ``parts(n)``                           ``f(addr, count)``: the first `count` float32, the rest 0
 ``halves(n)``                          ``f(addr)``: fp16 in memory as f32
 ``bytes_(n, signed, m=1)``             ``f(addr)``: 8-bit integers in memory as i32
+``steps_of_int3(n)``                   ``f(addr, i)``: a step of packed int3 as nibbles
+``masks(mask)``, ``highs(bits)``       ``f(v)``: those bits, or the high nibbles, of i8
 =====================================  =================================================================
 
 Anywhere in a kernel: ``store(addr, v)``, ``store_rows(addr, v, stride)``, ``store_part(addr, v, count)``,
 ``store_streaming(addr, v, stride)``, ``store_half(addr, v)``, ``store_bytes(addr, v)``; ``piece(v, i)``; ``fma(a, b,
 c)``, ``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ties to even), ``to_f32``, ``shl(v, k)``,
 ``sar(v, k)``, ``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector),
-``sum_each(v)`` (i32), ``max_each(v)`` (f32; of every vector, as a vector of m); ``transpose(v)`` (m = n); ``low(v)``,
-``high(v)`` (nibbles of i8), ``dot``, ``dot_bytes``, ``widen``; scalars in
-memory: ``get_f32``, ``get_f16``, ``get_i32``, ``get_u8``, ``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
+``sum_each(v)`` (i32), ``max_each(v)`` (f32; of every vector, as a vector of m); ``transpose(v)`` (m = n); ``dot``,
+``dot_bytes``, ``widen``; scalars in memory: ``get_f32``, ``get_f16``, ``get_i32``, ``get_u8``, ``get_u16``,
+``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
 `k` and `i` must be literals or names of integers imported into the kernel's module (``simd.NAME`` is no literal).
 """
 
@@ -44,9 +46,10 @@ from qvl_kernels.cpu.simd.bytes import (
     WORDS,
     dot,
     dot_bytes,
-    high,
-    low,
+    highs,
+    masks,
     step_end,
+    steps_of_int3,
     widen,
 )
 from qvl_kernels.cpu.simd.memory import (
@@ -56,6 +59,7 @@ from qvl_kernels.cpu.simd.memory import (
     get_i32,
     get_i64,
     get_u8,
+    get_u16,
     halves,
     loads,
     parts,
@@ -118,10 +122,11 @@ __all__ = [
     "get_i32",
     "get_i64",
     "get_u8",
+    "get_u16",
     "halves",
-    "high",
+    "highs",
     "loads",
-    "low",
+    "masks",
     "max_all",
     "max_each",
     "maximum",
@@ -140,6 +145,7 @@ __all__ = [
     "splats",
     "spreads",
     "step_end",
+    "steps_of_int3",
     "store",
     "store_bytes",
     "store_half",

@@ -21,6 +21,7 @@ from qvl_kernels.cpu.simd.emit import (
     each,
     gather,
     join,
+    pointer,
     spread,
     take,
 )
@@ -61,20 +62,61 @@ def step_end(typing):
     return types.none(), codegen
 
 
-@intrinsic
-def low(typing, v):
-    """Low nibbles of i8."""
-    return v(v), lambda context, b, sig, args: each(b, v.m, lambda x: b.and_(x, constant(x.type, 15)), args[0])
+@functools.cache
+def masks(mask):
+    """``f(v)``: the bits of `mask` of every byte of i8."""
+
+    @intrinsic
+    def f(typing, v):
+        return v(v), lambda context, b, sig, args: each(b, v.m, lambda x: b.and_(x, constant(x.type, mask)), args[0])
+
+    return f
 
 
-@intrinsic
-def high(typing, v):
-    """High nibbles of i8, times ``2**HIGH_SHIFT``."""
+@functools.cache
+def highs(bits):
+    """``f(v)``: the lower `bits`, 3 or 4, of the high nibbles of i8, times ``2**HIGH_SHIFT``."""
+    mask = (1 << bits) - 1
 
     def emit(b, x):
-        return b.and_(x, constant(x.type, 0xF0)) if UNSHIFTED else b.lshr(x, constant(x.type, 4))
+        if UNSHIFTED:
+            return b.and_(x, constant(x.type, mask << 4))
+        x = b.lshr(x, constant(x.type, 4))
+        return x if bits == 4 else b.and_(x, constant(x.type, mask))
 
-    return v(v), lambda context, b, sig, args: each(b, v.m, functools.partial(emit, b), args[0])
+    @intrinsic
+    def f(typing, v):
+        return v(v), lambda context, b, sig, args: each(b, v.m, functools.partial(emit, b), args[0])
+
+    return f
+
+
+@functools.cache
+def steps_of_int3(n):
+    """``f(addr, i)``: n bytes of step i, a literal from 0 to 3, of the packed int3 at `addr` (`packing.widen`).
+
+    The codes are in the lower three bits of the nibbles; the fourth is undefined.
+    """
+    result, wide = Vec("i8", n), ir.VectorType(I16, n // 2)
+
+    @intrinsic(prefer_literal=True)
+    def f(typing, addr, i):
+        if not isinstance(i, types.IntegerLiteral):
+            return None
+        step = i.literal_value
+
+        def codegen(context, b, sig, args):
+            v, one = b.load(pointer(b, args[0], wide, step // 2 * 128), align=1), constant(wide, 1)
+            if step % 2:
+                v = b.lshr(v, one)
+            else:
+                third = b.load(pointer(b, args[0], wide, 256), align=1)
+                v = b.xor(v, b.lshr(third, one) if step else b.shl(third, one))
+            return b.bitcast(v, result.vector)
+
+        return result(addr, i), codegen
+
+    return f
 
 
 def _vnni(b, acc, u, s):
@@ -160,7 +202,7 @@ def _dot(emit):
 
 
 dot = _dot(_dot_nibbles)
-"""``acc[i] += u . s_i``: bytes u (at most 127, or a nibble of `low` or `high`) times the four int8 at
+"""``acc[i] += u . s_i``: bytes u (at most 127, or a nibble of `masks` or `highs`) times the four int8 at
 ``addr + i * stride``; the four products of a lane are added to that lane of `acc` (`SUM_EL`)."""
 
 dot_bytes = _dot(_dot_any)

@@ -287,6 +287,7 @@ get_f16 = _getter(types.float32, lambda b, a: b.extract_element(_load_half(b, a,
 get_i32 = _getter(types.int32, lambda b, a: b.load(pointer(b, a, I32), align=1))
 get_i64 = _getter(types.int64, lambda b, a: b.load(pointer(b, a, I64), align=1))
 get_u8 = _getter(types.int32, lambda b, a: b.zext(b.load(pointer(b, a, I8)), I32))
+get_u16 = _getter(types.int32, lambda b, a: b.zext(b.load(pointer(b, a, I16), align=1), I32))
 
 
 def _putter(element, write=None):

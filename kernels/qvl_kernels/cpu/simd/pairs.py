@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -89,24 +91,28 @@ def bytes_of_pairs(typing, v, second):
     return result(v, second), codegen
 
 
-@intrinsic(prefer_literal=True)
-def nibbles_of_pairs(typing, v, i):
-    """Nibble `i` of each pair of i8, from the lowest, as int16 in i32 vectors."""
-    if not isinstance(i, types.IntegerLiteral):
-        return None
-    result, shift = v.of("i32", v.n // 4), 4 * i.literal_value
+@functools.cache
+def nibbles_of_pairs(bits):
+    """``f(v, i)``: `bits`, 3 or 4, of nibble i of each pair of i8, from the lowest, as int16 in i32 vectors."""
 
-    def codegen(context, b, sig, args):
-        wide = ir.VectorType(I16, v.n // 2)
+    @intrinsic(prefer_literal=True)
+    def f(typing, v, i):
+        if not isinstance(i, types.IntegerLiteral):
+            return None
+        result, shift = v.of("i32", v.n // 4), 4 * i.literal_value
 
-        def choose(x):
-            return b.bitcast(
-                b.and_(b.lshr(b.bitcast(x, wide), constant(wide, shift)), constant(wide, 15)), result.vector
-            )
+        def codegen(context, b, sig, args):
+            wide = ir.VectorType(I16, v.n // 2)
 
-        return each(b, v.m, choose, args[0])
+            def choose(x):
+                x = b.lshr(b.bitcast(x, wide), constant(wide, shift))
+                return b.bitcast(b.and_(x, constant(wide, (1 << bits) - 1)), result.vector)
 
-    return result(v, i), codegen
+            return each(b, v.m, choose, args[0])
+
+        return result(v, i), codegen
+
+    return f
 
 
 @intrinsic
