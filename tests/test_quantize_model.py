@@ -49,10 +49,23 @@ def _stages(source):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, samples):
-    path = tmp_path_factory.mktemp("gptq") / "whole.qvl"
-    convert(VL, path, **ALL_INT4, calibration_samples=3)
-    return path
+def watched(tmp_path_factory):
+    """A conversion in one run: its file, and ``{(kind, index): outputs}`` of every stage before its products."""
+    path, seen, original = tmp_path_factory.mktemp("gptq") / "whole.qvl", {}, quantize_model.products
+
+    def spy(walk, stage, *rest):
+        seen[stage.kind, stage.index] = [x.copy() for x in walk.outputs(stage)]
+        return original(walk, stage, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize_model, "products", spy)
+        convert(VL, path, **ALL_INT4, calibration_samples=3)
+    return path, seen
+
+
+@pytest.fixture(scope="module")
+def whole(watched):
+    return watched[0]
 
 
 def test_a_walk_computes_what_the_model_computes(source, samples, model):
@@ -113,15 +126,8 @@ def test_all_parts_become_int4_but_the_embedding_is_rounded(whole):
     }
 
 
-def test_a_layer_is_calibrated_behind_the_quantized_ones(source, samples, whole, monkeypatch, tmp_path):
-    seen, original = {}, quantize_model.products
-
-    def spy(walk, stage, *rest):
-        seen[stage.kind, stage.index] = [x.copy() for x in walk.outputs(stage)]
-        return original(walk, stage, *rest)
-
-    monkeypatch.setattr(quantize_model, "products", spy)
-    convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=3)
+def test_a_layer_is_calibrated_behind_the_quantized_ones(source, watched):
+    whole, seen = watched
     ops, blob = make_ops("reference"), Blob(whole)
     walk = _walk(source, ops, calibration.load("builtin", source.checkpoint, count=3))
     for stage in _stages(source):
@@ -148,21 +154,31 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 7, 14, 17, 24, 30])
-def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, after):
-    out, made = tmp_path / "out.qvl", []
+def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path):
+    """Several times, in parts of every kind; what was made is not made again."""
+    out, seen, kept = tmp_path / "out.qvl", set(), set()
 
-    def die(name, *_):
-        made.append(name)
-        if len(made) == after:
-            raise Killed
+    def run(until, **options):
+        made = []
 
-    with pytest.raises(Killed):
-        convert(VL, out, **ALL_INT4, calibration_samples=3, progress=die)
-    assert not out.exists()
-    again = []
-    convert(VL, out, **ALL_INT4, calibration_samples=3, resume=True, progress=lambda name, *_: again.append(name))
-    assert not set(again) & set(made[:-1]) and sha256(out) == sha256(whole)
+        def progress(name, *_):
+            made.append(name)
+            seen.add(name)
+            if len(seen) == until:
+                raise Killed
+
+        try:
+            convert(VL, out, **ALL_INT4, calibration_samples=3, progress=progress, **options)
+        finally:
+            assert made and kept.isdisjoint(made)
+            kept.update(made[:-1])
+
+    for until in (1, 7, 14, 17, 24, 30):
+        with pytest.raises(Killed):
+            run(until, resume=until > 1)
+        assert not out.exists()
+    run(0, resume=True)
+    assert sha256(out) == sha256(whole)
 
 
 def test_the_command_calibrates_and_ends_with_a_comparison(whole, tmp_path):
