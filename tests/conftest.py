@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,12 @@ from qvl_runtime.demo import checkpoint_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("reference", "cpu")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import numpy as np
 import ptx
@@ -18,7 +19,13 @@ SHARED_LIMITS = {75: 64 << 10, 80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 @functools.cache
 def _kernel(text: bytes) -> ptx.Kernel:
-    return ptx.Kernel(text.decode())
+    """The garbage collector need not look at a kernel's many objects, which stay until the end."""
+    gc.disable()
+    try:
+        return ptx.Kernel(text.decode())
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class PtxDriver(FakeDriver):
