@@ -92,6 +92,7 @@ def test_ranks_with_crlf(copy):
 def test_known_buffers_are_tolerated(tmp_path):
     added = {
         "transformer.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "transformer.visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32),
         "transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32),
         "transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_),
     }

@@ -27,7 +27,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), FP8)
 INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 # Buffers of some published checkpoints, which this runtime computes itself.
-BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
+BUFFERS = re.compile(r"(\.rotary_(pos_)?emb\.inv_freq|\.attn\.(bias|masked_bias)|\.logn_tensor|position_ids)$")
 
 
 def open_weights(path: Path) -> TensorFile | PickleFile:
