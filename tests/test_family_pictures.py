@@ -9,6 +9,7 @@ from helpers import sha256
 from PIL import Image, ImageOps
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen2_vl.family import FAMILY
 from qvl_runtime.families.qwen2_vl.preprocessing import Preprocessing, find_settings, resize, smart_resize
 
 PICTURES = read("preprocess.json")
@@ -59,6 +60,16 @@ def test_settings_of_a_checkpoint(name, tmp_path):
         find_settings(tmp_path)
 
 
+def test_settings_in_a_section(tmp_path):
+    """Newer versions of transformers save them in `processor_config.json`."""
+    known, path = config("q2-tied"), tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": read("ckpt/q2-tied/preprocessor_config.json")}))
+    assert FAMILY.read_preprocessing(tmp_path, known) == FAMILY.read_preprocessing(GOLDEN / "ckpt/q2-tied", known)
+    path.write_text(json.dumps({"image_processor": [1]}))
+    with pytest.raises(QvlError, match=r"processor_config\.json: 'image_processor' is \[1\]"):
+        FAMILY.read_preprocessing(tmp_path, known)
+
+
 def test_limits():
     published = Preprocessing(3136, 12845056, (0.5,) * 3, (0.5,) * 3)
     assert published.limited(None, None, 28).max_pixels == 1280 * 28 * 28
@@ -77,6 +88,7 @@ def test_limits():
         ({"do_resize": False}, "do_resize"),
         ({"resample": 2}, "resample"),
         ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"rescale_factor": "x"}, "'rescale_factor' is 'x', expected float"),
         ({"image_mean": [0.5]}, "'image_mean' has 1"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std"),
         ({"image_std": None}, "'image_std' is missing"),

@@ -120,7 +120,10 @@ class VisionConfig:
         )
         rope = data.get("rope_parameters")
         if isinstance(rope, Mapping):
-            refuse(rope, f"{where}: rope_parameters", {"rope_theta": VISION_ROPE_BASE})
+            inner = f"{where}: rope_parameters"
+            refuse(rope, inner, {"rope_theta": VISION_ROPE_BASE})
+            kind = rope.get("rope_type", "axial")
+            check(kind in ("axial", "default"), inner, f"'rope_type' is {kind!r:.80}; only 'axial' is computed")
         config = cls(**values)
         config.check(where)
         return config
@@ -130,9 +133,9 @@ class VisionConfig:
         limits = {"depth": MAX_LAYERS, "patch_size": MAX_PATCH}
         for field in dataclasses.fields(self):
             value, key = getattr(self, field.name), self.KEYS.get(field.name, field.name)
-            if isinstance(value, int):
+            if isinstance(value, int | float):
                 limit = limits.get(field.name, MAX_WIDTH)
-                check(0 < value <= limit, where, f"'{key}' is {value}, expected 1 to {limit}")
+                check(0 < value <= limit, where, f"'{key}' is {value}, expected above 0 and at most {limit}")
         check(0 < self.mlp_width <= MAX_WIDTH, where, f"the MLP is {self.mlp_width} wide, expected 1 to {MAX_WIDTH}")
         width, heads = self.width, self.num_heads
         check(width % heads == 0, where, f"the ViT's width {width} is no multiple of 'num_heads' {heads}")
@@ -258,7 +261,7 @@ class ModelConfig:
         values |= {f"{n}_token_id": take(data, f"{n}_token_id", int, where, i) for n, i in ids.items()}
         check(values["num_attention_heads"] > 0, inner, "'num_attention_heads' is below 1")
         theta = take(rope if rope.get("rope_theta") is not None else text, "rope_theta", float, inner)
-        refuse(rope, rope_where, {"mrope_interleaved": cls.INTERLEAVED})
+        refuse(rope, rope_where, {"mrope_interleaved": cls.INTERLEAVED, "partial_rotary_factor": 1.0})
         config = cls(
             **values,
             head_dim=cls._head_dim(text, inner),

@@ -13,7 +13,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Family, Grounding, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
-from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
+from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, section
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.preprocessing import (
     MAX_TOKENS,
@@ -176,7 +176,8 @@ class QwenFamily(Generic[C]):
     def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
         path = find_settings(folder)
         data = read_json(path)
-        settings = Preprocessing.from_dict(data.get("image_processor", data), config.visual, str(path)).to_dict()
+        given = section(data, "image_processor", str(path)) if "image_processor" in data else data
+        settings = Preprocessing.from_dict(given, config.visual, str(path)).to_dict()
         video = find_video_settings(folder)
         if video is None or not self.VIDEO.whole:
             return settings

@@ -136,8 +136,8 @@ class Preprocessing:
         known = {"patch_size": vision.patch_size, "merge_size": MERGE, "temporal_patch_size": FRAMES, "resample": 3}
         known |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
         refuse(data, where, known)
-        factor = data.get("rescale_factor")
-        check(factor is None or abs(factor * 255 - 1) < 1e-6, where, f"'rescale_factor' is {factor!r}, expected 1/255")
+        factor = 1 / 255 if data.get("rescale_factor") is None else take(data, "rescale_factor", float, where)
+        check(abs(factor * 255 - 1) < 1e-6, where, f"'rescale_factor' is {factor!r}, expected 1/255")
         limits = _limits(data, where)
         means = [_three(data, key, where) for key in ("image_mean", "image_std")]
         check(min(means[1]) > 0, where, f"'image_std' is {means[1]}, expected numbers above 0")

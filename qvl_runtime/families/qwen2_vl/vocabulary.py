@@ -84,7 +84,8 @@ def _from_tokenizer_json(data: Mapping[str, Any], where: str) -> Vocabulary:
         f"'normalizer' is {normalizer!r:.80}; only NFC is known",
     )
     steps = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
-    patterns = [step.get("pattern") for step in steps or () if isinstance(step, dict) and step.get("type") == "Split"]
+    steps = steps if isinstance(steps, list) else []
+    patterns = [step.get("pattern") for step in steps if isinstance(step, dict) and step.get("type") == "Split"]
     check(patterns == [{"Regex": SPLIT_PATTERN}], where, "'pre_tokenizer' splits text by another pattern than Qwen's")
     added: dict[str, int] = {}
     for token in take(data, "added_tokens", list, where):
@@ -116,7 +117,7 @@ def _read_added(folder: Path) -> dict[str, int]:
 def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
     """Add one added token."""
     form = token.get("content") if isinstance(token, dict) else None
-    if not isinstance(form, str) or form == "" or type(token_id) is not int or form in added:
+    if not isinstance(form, str) or form == "" or type(token_id) is not int or token_id < 0 or form in added:
         raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once")
     refuse(token, where, dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
     added[form] = token_id
