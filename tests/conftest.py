@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from qvl_runtime.demo import checkpoint_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("reference", "cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Divide the processors among the workers of a parallel run.
+
+    Threads that wait for each other spin for a while; with more threads than processors they hold one another up.
+    """
+    workers = getattr(config.option, "numprocesses", None)
+    if workers:
+        for name in ("QVL_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 def pytest_collection_finish() -> None:
@@ -73,12 +85,17 @@ def blob(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(blob):
-    """``model(name, variant, device=…, kv_cache=…, activations=…, **options)``: a loaded golden checkpoint."""
+    """``model(name, variant, device=…, kv_cache=…, activations=…, **options)``: a loaded golden checkpoint.
+
+    The CPU computes it with two threads.
+    """
 
     @functools.cache
     def make(name: str, variant: str = "base", device="reference", kv_cache="fp16", activations="auto", **options):
         path = blob(name, variant, **options)
-        return qvl.load(path, device=device, kv_cache=kv_cache, activations=activations)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QVL_THREADS", "2")
+            return qvl.load(path, device=device, kv_cache=kv_cache, activations=activations)
 
     return make
 

@@ -27,7 +27,7 @@ def peak(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("activations", ["int16", "int8"])
 @pytest.mark.parametrize("patches", [4096, 16384])
 def test_attention(patches, activations):
-    ops = CpuOps(activations=activations)
+    ops = CpuOps(threads=2, activations=activations)
     qkv = ops.upload(np.random.default_rng(0).normal(size=(patches, 3 * 16)).astype(ops.activation_dtype))
     out = ops.empty((patches, 16), ops.activation_dtype)
     square = patches * patches * 2

@@ -24,13 +24,13 @@ def cpu(**options):
 
 
 BACKENDS: dict[str, Callable] = {
-    "cpu": functools.partial(cpu, activations="int16"),
+    "cpu": functools.partial(cpu, activations="int16", threads=2),
     "cpu-1-thread": functools.partial(cpu, activations="int16", threads=1),
     "cpu-3-threads": functools.partial(cpu, activations="int16", threads=3),
 }
 CACHE_BACKENDS = BACKENDS | {
     # With these a few queries attend by a kernel of their own.
-    "cpu-int8": functools.partial(cpu, activations="int8"),
+    "cpu-int8": functools.partial(cpu, activations="int8", threads=2),
     "cpu-int8-3-threads": functools.partial(cpu, activations="int8", threads=3),
 }
 EXACT, PRODUCT, OUTLIER, SOFTMAX = "exact", "product", "outlier", "softmax"
