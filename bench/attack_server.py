@@ -1,10 +1,10 @@
-"""Ten thousand malformed requests to `qvl serve`: none may get a status of 500 or more, none may hang.
+"""Send malformed requests to `qvl serve`: none may get a status of 500 or more, and none may hang.
 
     python bench/attack_server.py [MODEL.qvl] [--count 10000] [--seed 0] [--clients 8]
 
-Requests are made from a description of the API: valid values of every field, of which some are replaced by values of
-other types, out of range, half characters, deep or long ones; then the bytes of some are damaged. Without a model the
-package's own is served. Exit status 1 when a request got a wrong answer.
+Requests have valid values in every field. Some values are then replaced: by another type, a number out of range, half a
+character, a deep or long value; and the bytes of some requests are damaged. Without a model the demo model is served.
+Exit status 1 if a request got a wrong answer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROUTES: dict[str, dict[str, list[Any]]] = {
     "/v1/completions": {**SAMPLING, "logprobs": [0, 2], "prompt": ["hello", [1, 2, 3]], "echo": [False]},
     "/v1/tokenize": {"prompt": ["hello"], "model": ["demo"]},
 }  # fmt: skip
-"""The fields of every route, with values that it takes."""
+"""The fields of every route, with valid values."""
 
 SCHEMAS: list[Any] = [
     {"type": "string", "pattern": "((a{1,99}){1,99}){1,99}"}, {"$ref": "#"}, {"type": ["string", "null"]},

@@ -1,9 +1,9 @@
-"""Random requests over 1 to 16 at once, each compared with the same request alone: no answer may differ.
+"""Compare answers to 1 to 16 random requests at once with the answers to the same requests alone.
 
     python bench/batch_equal.py MODEL.qvl [MODEL.qvl …] [--count 1000] [--seed 0] [--kv-cache fp16 int8]
 
 Prompts with shared beginnings, chats, pictures, constraints, seeds, stop strings, log probabilities, several answers to
-one prompt, drafts, salts, and answers that are cancelled. Exit status 1 where one differs.
+one prompt, drafts, salts, and answers that are cancelled. Exit status 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pictures(count: int = 6) -> list[np.ndarray]:
 
 
 def request(rng: random.Random, model: qvl.Model, images: list[np.ndarray]) -> dict[str, Any]:
-    """A random request: options of `generate` or `chat`, and ``cancel``, after how many pieces it is cancelled."""
+    """A random request: options of `generate` or `chat`, and ``cancel``, the pieces before it is cancelled."""
     text = rng.choice(BEGINNINGS) + " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
     made: dict[str, Any] = {"max_new_tokens": rng.choice([0, 1, 4, 12, 24]), "speculate": rng.random() < 0.7}
     shown = rng.choices(images, k=rng.choice([0, 0, 0, 1, 2])) if model.pictures is not None else []
@@ -57,7 +57,7 @@ def request(rng: random.Random, model: qvl.Model, images: list[np.ndarray]) -> d
 
 
 def answer(model: qvl.Model, asked: dict[str, Any]) -> Any:
-    """What a request gives, as values that can be compared; None where it was cancelled."""
+    """The results of a request as values that can be compared; None if it was cancelled."""
     options = {name: value for name, value in asked.items() if name != "cancel"}
     chat = "query" in options
     try:
@@ -76,7 +76,7 @@ def answer(model: qvl.Model, asked: dict[str, Any]) -> Any:
 
 
 def differing(together: qvl.Model, alone: qvl.Model, asked: list[dict[str, Any]], width: int) -> list[dict[str, Any]]:
-    """The requests whose answers are others among `width` at once than alone."""
+    """The requests whose answers with `width` at once differ from those alone."""
     with ThreadPoolExecutor(width) as pool:
         got = list(pool.map(lambda one: answer(together, one), asked))
     return [one for one, found in zip(asked, got) if found is not None and found != answer(alone, one)]

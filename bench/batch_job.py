@@ -1,11 +1,11 @@
-"""Prove `qvl batch` on rows of the demo model's world, and measure it.
+"""Test `qvl batch` on rows about the demo model's pictures, and measure its speed.
 
-    python bench/batch_job.py speed --rows 2000      rows a second side by side and one at a time, in turns
-    python bench/batch_job.py kills --count 20       killed at random moments, and gone on with
-    python bench/batch_job.py ray --count 20         three machines of a Ray cluster; workers, machines, the command are
-                                                     killed at random moments, and at last the head
+    python bench/batch_job.py speed --rows 2000      rows a second, several at a time and one at a time, in turns
+    python bench/batch_job.py kills --count 20       killed at random moments, then resumed
+    python bench/batch_job.py ray --count 20         a Ray cluster of three machines: workers, machines and the command
+                                                     are killed at random moments, and the head at the end
 
-`kills` and `ray` compare every byte with an undisturbed run, and end with status 1 where one differs. The last line is
+`kills` and `ray` compare every byte with an undisturbed run. Exit status 1 if one differs. The last line is
 JSON.
 """
 
@@ -40,9 +40,9 @@ ROWS, GOOD = "rows.jsonl", "good.jsonl"
 ROWS_A_PICTURE = 4
 BAD = 0.01
 SMALL = {"object_store_memory": 80 << 20}
-"""Of each machine of a cluster, all of which are this one."""
+"""Options of each machine of the cluster; all of them are processes on this machine."""
 SETTINGS = {
-    # A machine that stands still for a while, as a busy one does, is not lost.
+    # A busy machine may not respond for a while; it is not lost.
     "RAY_health_check_timeout_ms": "120000",
     "RAY_health_check_period_ms": "1000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
@@ -56,8 +56,8 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("what", choices=("speed", "kills", "ray"))
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--count", type=int, default=20, help="Kills.")
-    parser.add_argument("--rounds", type=int, default=3, help="Of the speed; medians are shown.")
+    parser.add_argument("--count", type=int, default=20, help="number of kills")
+    parser.add_argument("--rounds", type=int, default=3, help="of `speed`; medians are shown")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_rows(folder: Path, count: int, seed: int) -> None:
-    """Questions about fresh pictures; of one row in a hundred the picture is missing."""
+    """Write questions about new pictures; in one row of a hundred the picture is missing."""
     rng = np.random.default_rng(seed)
     (folder / "pictures").mkdir()
     rows: list[dict[str, Any]] = []
@@ -84,7 +84,7 @@ def write_rows(folder: Path, count: int, seed: int) -> None:
             question = exchange.turns[0][0] if exchange else "Describe the picture."
             rows.append({"id": f"r{len(rows)}", "image": "none.png" if bad else picture, "prompt": question})
     write_lines(folder / ROWS, rows[:count])
-    # The same rows without a bad one.
+    # The same rows, none of them bad.
     write_lines(
         folder / GOOD, [row | {"image": f"{i - i % ROWS_A_PICTURE:06d}.png"} for i, row in enumerate(rows)][:count]
     )
@@ -158,7 +158,7 @@ def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Machines:
-    """A Ray cluster whose machines are processes here: a head, and two more."""
+    """A Ray cluster whose machines are processes on this one: a head and two others."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -169,14 +169,14 @@ class Machines:
         self.address = self._cluster.address
 
     def _added(self) -> Any:
-        """Add a machine. Ray waits 30 s for one, which is too short while other programs have the processors."""
+        """Add a machine. Ray waits 30 s for it, which can be too short on a busy machine."""
         for _ in range(TRIES):
             with contextlib.suppress(Exception):
                 return self._cluster.add_node(num_cpus=1, **SMALL)
         raise SystemExit(f"no machine of the cluster started in {TRIES} tries of 30 s")
 
     def lose(self, victim: str, rng: random.Random) -> bool:
-        """Kill a worker, another machine (a new one takes its place), or the head; whether there was one."""
+        """Kill a worker, a machine (and replace it), or the head; whether there was one to kill."""
         if victim == "worker":
             found = list(workers())
             if found:
@@ -247,13 +247,13 @@ def lost(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    """What a job has done so far, without what it is writing."""
+    """The finished files of a job, without those it is writing."""
     found = parts(out) if out.exists() else {}
     return {name: content for name, content in found.items() if not name.startswith(".")}
 
 
 def workers() -> Iterator[int]:
-    """Processes of Ray that compute rows."""
+    """Process ids of the Ray workers that compute rows."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if b"_RayWorker" in path.read_bytes():

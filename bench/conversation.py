@@ -1,13 +1,13 @@
-"""Time what a conversation feels like: the next question, a known picture, an answer that repeats its prompt.
+"""Time a conversation: the next question, a known picture, an answer that repeats its prompt.
 
     python bench/conversation.py MODEL.qvl [turn] [repeat] [long] [--device cpu] [--kv-cache fp16]
 
-turn    one picture and 300 tokens of history, then a question of 20: seconds to the first token of a fresh run, of a
-        new session that knows the picture, and of the next turn.
-repeat  an answer that quotes 96 tokens of its prompt, with and without drafts, in turns. A constraint dictates the
-        answer, so that the weights need not be those of a model that can quote.
-long    200 turns with 50 pictures: seconds a turn over time, and how far memory grows, beside what `qvl info` tells
-        of a full window and the limit of features. For a small model.
+turn    one picture and 300 tokens of history, then a question of 20: seconds to the first token for a fresh run, for
+        a new session with the picture's features in the cache, and for the next turn.
+repeat  an answer that quotes 96 tokens of its prompt, with and without drafts, in turns. A constraint forces the
+        answer, so that any weights will do.
+long    200 turns with 50 pictures: seconds a turn over time, and the growth of memory compared with what
+        `qvl info` announces for a full window plus the limit of the picture cache. For a small model.
 
 A table, then one JSON document as the last line.
 """
@@ -33,7 +33,7 @@ QUOTED = 96
 
 
 class Dictation:
-    """A constraint that leaves no choice: the answer is these tokens."""
+    """A constraint that forces the answer to be these tokens."""
 
     def __init__(self, tokens: list[int], vocabulary: int):
         self.tokens, self.vocabulary = tokens, vocabulary
@@ -58,7 +58,7 @@ def words(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def first_token(model: qvl.Model, ids: list[int], image: np.ndarray) -> dict:
-    """Seconds to the first token, and where they went."""
+    """Seconds to the first token, and the parts they consist of."""
     started = time.perf_counter()
     timings = model.generate(ids, [image], max_new_tokens=1).timings
     return {
@@ -73,21 +73,21 @@ def first_token(model: qvl.Model, ids: list[int], image: np.ndarray) -> dict:
 def bench_turn(path: Path, options: dict, repeats: int) -> dict:
     rng = np.random.default_rng(0)
     fresh = qvl.load(path, conversations=0, image_cache_bytes=0, **options)
-    knows = qvl.load(path, conversations=0, **options)
-    talks = qvl.load(path, **options)
+    warm = qvl.load(path, conversations=0, **options)
+    ongoing = qvl.load(path, **options)
     results: dict[str, list[dict]] = {"fresh": [], "known picture": [], "next turn": []}
     for repeat in range(repeats):
         image = rng.integers(0, 255, (448, 448, 3), np.uint8)
         slot = fresh.tokenizer.encode("Picture 1: <img></img>\n")
         asked = slot + words(rng, HISTORY - ANSWER)
-        answer = talks.generate(asked, [image], max_new_tokens=ANSWER).token_ids
+        answer = ongoing.generate(asked, [image], max_new_tokens=ANSWER).token_ids
         ids = asked + answer + words(rng, QUESTION + ANSWER - len(answer))
         if repeat == 0:
-            knows.generate(slot, [image], max_new_tokens=1)
-        results["next turn"].append(first_token(talks, ids, image))
+            warm.generate(slot, [image], max_new_tokens=1)
+        results["next turn"].append(first_token(ongoing, ids, image))
         results["fresh"].append(first_token(fresh, ids, image))
-        knows.generate(slot, [image], max_new_tokens=1)
-        results["known picture"].append(first_token(knows, ids, image))
+        warm.generate(slot, [image], max_new_tokens=1)
+        results["known picture"].append(first_token(warm, ids, image))
     whole = statistics.median(run["seconds"] for run in results["fresh"])
     print(f"{'':16} {'first token':>12} {'of fresh':>9} {'picture':>9} {'prefill':>9} {'computed':>9}")
     summary = {}
@@ -139,7 +139,7 @@ def bench_long(path: Path, options: dict, folder: Path, turns: int = 200, pictur
         query = f"Question {turn}: " + " ".join(map(str, rng.integers(0, 999, 12)))
         images = []
         if turn % (turns // pictures) == 0:
-            # Files, because a history keeps what it is given.
+            # Files, because a history keeps the pictures that it gets.
             images.append(folder / f"{turn}.png")
             Image.fromarray(rng.integers(0, 255, (448, 448, 3), np.uint8)).save(images[0])
         started = time.perf_counter()
@@ -168,7 +168,7 @@ def bench_long(path: Path, options: dict, folder: Path, turns: int = 200, pictur
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,9 +1,9 @@
-"""Errors of the CPU backend's activations at true size: a picture end to end, and the first layers one by one.
+"""Errors of the CPU backend's activations at true size: a picture end to end, and the first layers one at a time.
 
     python bench/cpu_fidelity.py MODEL.qvl [--layers 2]
 
-Relative errors (of vectors, in the 2-norm): features of a seeded picture with the default activations against 16-bit
-ones; the first ViT and decoder layers with both against the reference backend, all given the reference's own input.
+Relative errors in the 2-norm. Features of a random picture: default activations against 16-bit ones. The first ViT and
+decoder layers: both kinds of activations against the reference backend, with the reference's input to each layer.
 A table, then one JSON document as the last line.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     reference = load(arguments.model, device="reference")
     side = reference.config.visual.image_size
-    # Squares of one colour each, so that neighbouring patches differ as in a picture.
+    # Squares of uniform color: patches of pure noise would all look alike.
     picture = np.kron(random.integers(0, 256, (32, 32, 3), np.uint8), np.ones((side // 32, side // 32, 1), np.uint8))
     shape = reference.config.visual.patches, reference.config.visual.width
     vision = [random.standard_normal(shape, np.float32)]

@@ -1,12 +1,12 @@
-"""Time what many rows at once cost on the CPU: products, a prompt, an image; and measure their errors.
+"""Time products of many rows, a prompt and a picture on the CPU, and measure the errors of their activations.
 
     python bench/cpu_gemm.py [products] [prompt] [image] [errors] [--threads 2] [--rounds 5]
 
-The machine's int8 peak (products out of registers) is measured in turn with everything else, and shares are ratios of
-medians. A prompt is 512 tokens through 32 decoder layers of the true size, norms, rotation and attention included, the
-head not; an image is 1024 patches through the 48 layers of the vision transformer. 4 layers are timed, with one set of
-weights, larger than the caches. With one thread the time is the processor's, so other programs on a busy machine cost
-only what they take from the caches. A table, then one JSON document as the last line.
+The machine's int8 peak (products from registers) is measured in turns with everything else; shares are ratios of
+medians. A prompt is 512 tokens through 32 decoder layers of the true size, with norms, rotation and attention but
+without the head; an image is 1024 patches through the 48 layers of the vision transformer. 4 layers are timed, with one
+set of weights that is larger than the caches. With one thread the CPU time counts, so that other programs matter only
+by the caches they use. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TIMED_LAYERS = 4
 
 
 def timed(ops: CpuOps, call: Callable[[], object], factor: float = 1) -> Callable[[], float]:
-    """A call for `interleave` that tells its own seconds, times `factor`."""
+    """A call for `interleave` that returns its own seconds, multiplied by `factor`."""
     clock = time.thread_time if ops.threads == 1 else time.perf_counter
 
     def run() -> float:
@@ -54,7 +54,7 @@ def timed(ops: CpuOps, call: Callable[[], object], factor: float = 1) -> Callabl
 
 
 def peak(ops: CpuOps, bits: int) -> Callable[[], float]:
-    """The seconds of 1e12 operations at the peak of products with such weights."""
+    """The seconds of 1e12 operations at the peak rate of products with weights of `bits`."""
     return lambda: 1e12 / products_per_second(ops, min(bits, 8), rounds=500_000)
 
 
@@ -146,7 +146,7 @@ def bench_image(threads: int, rounds: int, rows: list[dict]) -> None:
 
 
 def bench_errors(threads: int, rounds: int, rows: list[dict]) -> None:
-    """Relative errors from the activations alone (weights as they are), and of attention."""
+    """Relative errors that come from quantized activations alone (same weights), and of attention."""
     rng, n, k, m = np.random.default_rng(0), 1024, 2048, 64
 
     def outliers(factor: float) -> np.ndarray:

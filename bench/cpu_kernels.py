@@ -1,10 +1,10 @@
-"""Time the CPU kernels at the true shapes of Qwen-VL, against what the machine can read and multiply in the same run.
+"""Time the CPU kernels at the true shapes of Qwen-VL, against the memory bandwidth measured in the same run.
 
     python bench/cpu_kernels.py [gemv] [token] [attention] [--threads 1 2] [--realtime]
 
-Weights are taken from a pool much larger than the caches, one matrix after another. Reading the same bytes and every
-kernel take turns, so that a change of the machine's speed hits all of them; shares are ratios of medians. A table, then
-one JSON document as the last line.
+Weights come from a pool much larger than the caches. Reading the same bytes and the kernel are timed in turns, so that
+a change of the machine's speed affects both; shares are ratios of medians. A table, then one JSON document as the last
+line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GEMV_SHAPES = ((22016, HIDDEN), (HIDDEN, FFN), (3 * HIDDEN, HIDDEN), (HIDDEN, HI
 
 
 class Weights:
-    """Packed matrices cut from one pool of random bytes; scales are small and constant."""
+    """Packed matrices in one pool of random bytes, with small constant scales."""
 
     def __init__(self, nbytes: int):
         self.pool = aligned(nbytes)
@@ -97,7 +97,7 @@ class Token:
         ]
         head, norm = take(VOCABULARY, HIDDEN), Norm(np.ones(HIDDEN, np.float32), None, 1e-6)
         self.cache = CpuCache(LAYERS, HEADS, HIDDEN // HEADS, context + 16, kind)
-        # Pages nobody has written are all the same zero page: write them, or reading the cache costs nothing.
+        # Pages that were never written share one zero page, and reading them would cost nothing.
         self.cache.keys[:], self.cache.values[:], self.cache.scales[:] = 1, 1, 0.01
         rope, logn = np.ones((context + 16, HIDDEN // HEADS), np.float32), np.ones(context + 16, np.float32)
         start, h = (

@@ -1,15 +1,15 @@
-"""The decoder beside llama.cpp on this processor: prompts and answers of both, taking turns in one process.
+"""Compare the decoder with llama.cpp on this processor: prompts and answers of both, in turns in one process.
 
     pip install llama-cpp-python gguf              # llama.cpp is compiled for this processor
     python bench/cpu_llama.py write Q4_K_M FILE.gguf
     python bench/cpu_llama.py run MODEL.qvl FILE.gguf [--mapped] [--threads 1 2] [--rounds 3] [--realtime]
 
-`write` makes a GGUF of Qwen-7B's true shape with random values; which matrix gets which type is what `llama-quantize`
-chooses for this architecture, and the output head is Q6_K. `run` times a prompt of 512 tokens and 32 tokens after it,
-with fp16 caches on both sides. llama.cpp rearranges weights for this processor when it loads them (`--mapped`: it does
-not, which has been the faster way through a prompt). At 1 thread prompts are not timed.
-Reading memory takes its turn too. Shares and ratios are medians over the rounds; a table, then one JSON document as
-the last line.
+`write` makes a GGUF of Qwen-7B's true shape with random values. The types of its matrices are those that
+`llama-quantize` chooses for this architecture; the output head is Q6_K. `run` times a prompt of 512 tokens and 32
+tokens after it, with fp16 caches on both sides. llama.cpp rearranges weights for this processor when it loads them,
+unless `--mapped` is given, which was faster for prompts. With 1 thread prompts are not timed. The memory bandwidth is
+measured in turns with both. Shares and ratios are medians over the rounds; a table, then one JSON document as the last
+line.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from qvl_runtime.slices import at_once
 
 HIDDEN, FFN, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 151936
 PROMPT, ANSWER, TURN = 512, 32, 4
-"""Tokens: of a prompt, of an answer, and of an answer between two readings of memory."""
+"""Tokens of a prompt, of an answer, and of an answer between two measurements of the bandwidth."""
 SETTLE = 0.3
-"""Seconds after which llama.cpp's threads have stopped waiting for work with a core each."""
+"""Seconds after which llama.cpp's threads have stopped their busy waiting."""
 SCALES = {"Q4_0": ((0, 1), 18, 2e-3), "Q4_K": ((0, 2), 144, 5e-5), "Q6_K": ((104, 105), 210, 1e-5)}
-"""Of a type's block: which fp16 are scales, bytes, and a value for the scales that keeps weights small."""
+"""Of a type's block: the range of fp16 values that are scales, its bytes, and a scale that keeps weights small."""
 
 
-# ------------------------------------------------------------------------------------------------ the peer's file
+# ------------------------------------------------------------------------------------------------ llama.cpp's file
 def tensor_types(kind: str) -> Iterator[tuple[str, tuple[int, int], str]]:
     """Name, shape and type of every matrix, as `llama-quantize` chooses for `kind` (Q4_0 or Q4_K_M)."""
     base = "Q4_K" if kind == "Q4_K_M" else kind
@@ -175,7 +175,7 @@ class Theirs:
 
 # ------------------------------------------------------------------------------------------------ a run
 def _turns(ours: Ours, theirs: Theirs, memory: np.ndarray) -> dict[str, list[float]]:
-    """Seconds of reading a byte of memory and of a token of both sides, in turn."""
+    """Seconds to read a byte of memory and to decode a token on both sides, in turns."""
     found: dict[str, list[float]] = {"bandwidth": [], "decode ours": [], "decode theirs": []}
     for _ in range(ANSWER // TURN):
         found["bandwidth"].append(1 / bandwidth(ours.model.ops, memory))
@@ -201,7 +201,7 @@ def compare(path: str, theirs: Theirs, threads: int, rounds: int, realtime: bool
     for _ in range(rounds):
         ours.forget_answer()
         theirs.forget_answer()
-        # The memory's speed changes within seconds where others use it too.
+        # The bandwidth changes within seconds while other programs use the memory.
         for name, values in _turns(ours, theirs, memory).items():
             taken.setdefault(name, []).append(float(np.mean(values)))
         if threads > 1:

@@ -1,11 +1,11 @@
-"""What a long prompt costs: pieces of 512 tokens at several positions, what of them is attention, and decoding there.
+"""Time a long prompt: slices of 512 tokens at several positions, the share of attention, and decoding after it.
 
     python bench/cpu_long.py MODEL.qvl [--threads 2] [--tokens 8000] [--realtime]
 
-A piece's cost does not depend on what stands before it, so the pieces between those timed are skipped, their part of
-the cache filled with constants. `rest` is a piece without its attention, which is timed alone over the same cache,
-right after it. `all` adds up a prompt from the straight line between the pieces. A table, then one JSON document as
-the last line.
+A slice's time does not depend on the values before it, so the slices between those timed are skipped and their part of
+the cache is filled with constants. `rest` is a slice without its attention, which is timed alone over the same cache,
+right after it. `all` is the time of a prompt, interpolated linearly between the timed slices. A table, then one JSON
+document as the last line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     ids = ops.upload(np.random.default_rng(0).integers(0, 150000, rows).astype(np.int32))
     work = decoder.workspace(rows)
 
-    def piece(start: int) -> None:
+    def compute_slice(start: int) -> None:
         context.truncate(0)
         context.advance(start)
         decoder.embed(ids, work.x)
@@ -58,13 +58,13 @@ def main() -> None:
         for layer in range(config.num_hidden_layers):
             ops.cached_attention(work.qkv, store, layer, where, out=work.attended)
 
-    piece(0)
+    compute_slice(0)
     if arguments.realtime:
         harness.take_processors()
     starts = [0, rows, 3 * rows, 7 * rows, 11 * rows, arguments.tokens - rows]
     found = []
     for start in starts:
-        whole, alone = seconds(partial(piece, start)), seconds(partial(attention, start))
+        whole, alone = seconds(partial(compute_slice, start)), seconds(partial(attention, start))
         found.append({"start": start, "seconds": whole, "attention": alone, "rest": whole - alone})
         harness.print_row(found[-1])
     prompts = []

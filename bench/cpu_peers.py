@@ -1,12 +1,12 @@
-"""int4 products beside the kernels of onnxruntime, OpenVINO and PyTorch, those that are installed, all taking turns.
+"""Compare int4 products with the kernels of onnxruntime, OpenVINO and PyTorch (if installed), in turns.
 
     pip install onnx onnxruntime openvino torch
     python bench/cpu_peers.py [--threads 2] [--rounds 7] [--realtime]
 
-Groups of 128, symmetric; every call goes through several matrices, together larger than the caches. M = 1 in bytes of
-codes and scales a second, M = 256 in operations. Activations: ours 16 bits at M = 1 and 8 bits with a scale for 32
-at M = 256; onnxruntime's 8 bits (accuracy level 4), OpenVINO's 8 bits with a scale for 128, PyTorch's bf16. A table,
-then one JSON document as the last line.
+Groups of 128, symmetric. Every call multiplies several matrices that are larger than the caches together. M = 1 is
+reported in bytes of codes and scales a second, M = 256 in operations a second. Activations: ours 16 bits at M = 1 and 8
+bits with a scale for 32 at M = 256; onnxruntime's 8 bits (accuracy level 4), OpenVINO's 8 bits with a scale for 128,
+PyTorch's bf16. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Call = Callable[[], object]
 
 
 def silent(call: Call) -> Callable[[], None]:
-    """A call whose result is dropped: `interleave` takes results for seconds."""
+    """A call that returns nothing, as `interleave` takes a result for seconds."""
 
     def run() -> None:
         call()

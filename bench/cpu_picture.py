@@ -1,9 +1,9 @@
-"""A picture through our ViT and adapter beside the same network in PyTorch bf16, taking turns in one process.
+"""Compare a picture through our ViT and adapter with the same network in PyTorch bf16, in turns in one process.
 
     pip install torch
     python bench/cpu_picture.py MODEL.qvl [--threads 2] [--rounds 3] [--realtime]
 
-PyTorch's network is `training/model.py` with the published shapes and random weights. Peak memory is not told apart.
+PyTorch's network is `training/model.py` with the published shapes and random weights.
 A table, then one JSON document as the last line; the ratio is the median over the rounds.
 """
 
@@ -24,7 +24,7 @@ from training import model as network
 def their_tower(visual: dict) -> network.VisionTower:
     """In bf16, with random weights."""
     resample, before = network.resample_grid, torch.get_default_dtype()
-    # Positions are resampled in float32 and, where nothing casts by itself, have to come back.
+    # Positions are resampled in float32; without autocast they must be cast back.
     network.resample_grid = lambda table, cells: resample(table, cells).to(table.dtype)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -56,7 +56,7 @@ def main() -> None:
             theirs(pixels)
         for name, taken in zip(seconds, (middle - begin, time.perf_counter() - middle)):
             seconds[name].append(taken)
-    # The first round warms caches and finds the pages of the file.
+    # The first round fills the caches and maps the pages of the file.
     kept = {name: np.array(values[1:]) for name, values in seconds.items()}
     row = {name: float(np.median(values)) for name, values in kept.items()}
     row["ours / torch"] = float(np.median(kept["ours"] / kept["torch bf16"]))

@@ -1,8 +1,8 @@
-"""What the demo model scores on tasks of its world, at several precisions: `qvl eval` on what `demo_tasks.py` writes.
+"""Score the demo model at several precisions with `qvl eval`, on the tasks that `demo_tasks.py` writes.
 
     python bench/demo_eval.py --count 100
 
-One task of each family: captions (CIDEr), questions (VQA accuracy), print (ANLS), phrases (IoU). A table with the
+One task of each kind: captions (CIDEr), questions (VQA accuracy), reading (ANLS), phrases (IoU). A table with the
 intervals of the differences from fp16, then one JSON document as the last line.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, help="keep files and answers here, and go on with those that are there")
+    parser.add_argument("--folder", type=Path, help="keep files and answers here, and resume from them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         kept = args.folder or Path(folder)

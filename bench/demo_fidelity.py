@@ -1,9 +1,9 @@
-"""What int4 costs the shipped demo model: `qvl verify` on conversations of its own world.
+"""Measure what int4 costs the demo model: `qvl verify` on conversations about its pictures.
 
     python bench/demo_fidelity.py [--level all] [--count 4] [--folder CHECKPOINT]
 
-Every part at int4 in groups of 128, by GPTQ and rounded to nearest. GPTQ calibrates on conversations of the same kind
-as those judged, drawn with another seed. A table, then one JSON document as the last line.
+Every part at int4 in groups of 128, by GPTQ and by rounding to nearest. GPTQ calibrates on conversations of the same
+kind with another seed. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
-    parser.add_argument("--count", type=int, default=4, help="conversations to judge by, a skill and language")
+    parser.add_argument("--count", type=int, default=4, help="conversations for each skill and language")
     args = parser.parse_args()
     reports = {}
     with tempfile.TemporaryDirectory() as scratch:

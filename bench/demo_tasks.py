@@ -1,10 +1,9 @@
-"""Write the demo model's world as published tasks, in the files that `qvl eval` reads.
+"""Write tasks about the demo model's pictures in the published file formats that `qvl eval` reads.
 
     python bench/demo_tasks.py DIR --count 100 --seed 60000
 
-Captions as NoCaps has them, questions as VQAv2, print as DocVQA and phrases as RefCOCO, `--count` of each, in English.
-The demo model knows neither Qwen-VL's prompts nor that English is asked for otherwise: `DIR/prompts.json` has its own,
-for `qvl eval --prompts`.
+Captions in the format of NoCaps, questions of VQAv2, reading of DocVQA and phrases of RefCOCO, `--count` of each, in
+English. The demo model was not trained on Qwen-VL's prompts: `DIR/prompts.json` has its own, for `qvl eval --prompts`.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from training.lexicon import LEVELS, scene_options
 
 SIDE = 336
 TASKS = ("nocaps", "vqav2", "docvqa", "refcoco_val")
-"""One of each family."""
+"""One of each kind."""
 QUESTIONS = ("color", "shape", "size", "count", "position", "present")
-PEOPLE = 10
+ANNOTATORS = 10
 SLOT = "Picture 1: <img></img>\n"
 PROMPTS = {
     "turns": True,
@@ -45,14 +44,14 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-class World:
-    """Draws scenes on which something can be asked, and keeps their pictures below a folder."""
+class Generator:
+    """Draws scenes that allow a question, and writes their pictures below a folder."""
 
     def __init__(self, folder: Path, seed: int, level: str):
         self.folder, self.seed, self.level = folder, seed, level
 
     def ask(self, task: str, count: int, make: Callable[[np.random.Generator, Scene], Any]) -> list[tuple[str, Any]]:
-        """`count` pictures, each with what `make` gives of its scene; scenes for which it gives None are left out."""
+        """`count` pictures, each with what `make` returns for its scene; scenes with None are skipped."""
         random = np.random.default_rng([self.seed, TASKS.index(task)])
         share = 1.0 if task == "docvqa" else 0.25
         found: list[tuple[str, Any]] = []
@@ -62,7 +61,7 @@ class World:
             if (made := make(random, scene)) is not None:
                 name = f"pictures/{task}-{len(found)}.png"
                 draw(scene, SIDE).save(self.folder / name)
-                # The published files name pictures from the folder above.
+                # In the published files, names are relative to the folder above.
                 found.append((f"data/{name}", made))
         return found
 
@@ -76,8 +75,8 @@ def one_of(*skills: str) -> Callable[[np.random.Generator, Scene], Exchange | No
 
 def write(folder: Path, count: int, seed: int, level: str) -> None:
     """Write all tasks, with their pictures and the demo model's prompts."""
-    world = World(folder, seed, level)
-    described = world.ask("nocaps", count, one_of("describe"))
+    generator = Generator(folder, seed, level)
+    described = generator.ask("nocaps", count, one_of("describe"))
     write_json(
         folder / "nocaps/nocaps_val.json",
         {
@@ -87,7 +86,7 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
             ],
         },
     )
-    asked = world.ask("vqav2", count, one_of(*QUESTIONS))
+    asked = generator.ask("vqav2", count, one_of(*QUESTIONS))
     write_lines(
         folder / "vqav2/vqav2_val.jsonl",
         [
@@ -103,13 +102,13 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
                     "question_id": i,
                     "question_type": made.skill,
                     "answer_type": "other",
-                    "answers": [{"answer": made.turns[0][1], "answer_id": k + 1} for k in range(PEOPLE)],
+                    "answers": [{"answer": made.turns[0][1], "answer_id": k + 1} for k in range(ANNOTATORS)],
                 }
                 for i, (_, made) in enumerate(asked)
             ]
         },
     )
-    printed = world.ask("docvqa", count, one_of("read"))
+    printed = generator.ask("docvqa", count, one_of("read"))
     write_lines(
         folder / "docvqa/val.jsonl",
         [
@@ -127,7 +126,7 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
             ],
         },
     )
-    named = world.ask("refcoco_val", count, lambda random, scene: refer(random, scene, "en"))
+    named = generator.ask("refcoco_val", count, lambda random, scene: refer(random, scene, "en"))
     write_lines(
         folder / "refcoco/refcoco_val.jsonl",
         [

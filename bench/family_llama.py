@@ -1,4 +1,4 @@
-"""A newer model beside llama.cpp on this processor: a prompt, an answer and a picture, taking turns in one process.
+"""Compare a newer model with llama.cpp on this processor: a prompt, an answer and a picture, in turns in one process.
 
     pip install llama-cpp-python gguf              # llama.cpp is compiled for this processor
     python bench/family_llama.py write qwen3-vl-4b FOLDER [--vision F16]
@@ -6,8 +6,8 @@
 
 `write` makes two GGUF files of a size's true shapes with random values: the decoder as `llama-quantize` makes Q4_K_M,
 and the vision part for libmtmd, in Q8_0 (rows of no multiple of 32 values in F16) or F16. `run` times what
-`cpu_llama.py run` does with 2 threads, and a picture of 1024 tokens: of ours from pixels to features, of theirs the
-encoder alone. The products of the vision part are held against the machine's peak with int8 weights. A table, then one
+`cpu_llama.py run` times, with 2 threads, and a picture of 1024 tokens: ours from pixels to features, theirs the encoder
+only. The products of the vision part are compared with the machine's peak for int8 weights. A table, then one
 JSON document as the last line.
 """
 
@@ -66,7 +66,7 @@ def decoder_tensors(name: str) -> Iterator[Entry]:
 
 
 def vision_tensors(name: str, weights: str) -> Iterator[Entry]:
-    """The same of the vision part; `weights` is "Q8_0" or "F16"."""
+    """The same for the vision part; `weights` is "Q8_0" or "F16"."""
     raw = published_vl.config(name)
     v, newest = family_of(raw, name).read_config(raw, name).visual, raw["model_type"] == "qwen3_vl"
 
@@ -107,7 +107,7 @@ def vision_tensors(name: str, weights: str) -> Iterator[Entry]:
 
 
 def values(shape: tuple[int, ...], kind: str, random: np.random.Generator) -> np.ndarray:
-    """Random codes with constant scales, or numbers near 0; norms and biases are what changes nothing."""
+    """Random codes with constant scales, or numbers near 0; norms are 1 and biases 0."""
     count = int(np.prod(shape))
     if kind == "F32":
         return np.ones(shape, np.float32) if len(shape) == 1 else np.zeros(shape, np.float32)
@@ -120,7 +120,7 @@ def values(shape: tuple[int, ...], kind: str, random: np.random.Generator) -> np
 
 
 def write_file(writer: Any, tensors: list[Entry]) -> None:
-    """Write the tensors behind what `writer` has been told."""
+    """Write the tensors after the metadata that `writer` has."""
     import gguf
 
     for name, shape, kind in tensors:
@@ -143,7 +143,7 @@ def write_file(writer: Any, tensors: list[Entry]) -> None:
 
 
 def add_tokenizer(writer: Any, name: str, vocabulary: int) -> None:
-    """The real vocabulary, which dashscope ships."""
+    """Add the published vocabulary, which dashscope ships."""
     found = importlib.util.find_spec("dashscope").submodule_search_locations[0]
     ranks, alphabet = read_ranks((Path(found) / "resources" / "qwen.tiktoken").read_bytes()), letters()
     shown = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
@@ -210,7 +210,7 @@ def write(name: str, folder: Path, weights: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ a run
-class TheirEyes:
+class TheirEncoder:
     """libmtmd's encoder with one picture."""
 
     def __init__(self, path: str, theirs: Theirs, pixels: np.ndarray):
@@ -278,17 +278,17 @@ def pictures(path: str, folder: Path, theirs: Theirs, rounds: int, realtime: boo
     def pixels() -> np.ndarray:
         return random.integers(0, 256, (side, side, 3), np.uint8)
 
-    eyes = TheirEyes(str(folder / "vision.gguf"), theirs, pixels())
+    encoder = TheirEncoder(str(folder / "vision.gguf"), theirs, pixels())
     found = len(ours.model.encode_image(pixels()))
-    if (found, eyes.tokens) != (SIDE_TOKENS**2,) * 2:
-        raise RuntimeError(f"the picture has {found} tokens of ours and {eyes.tokens} of theirs")
+    if (found, encoder.tokens) != (SIDE_TOKENS**2,) * 2:
+        raise RuntimeError(f"the picture has {found} tokens of ours and {encoder.tokens} of theirs")
     if realtime:
         harness.take_processors()
     taken: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
         picture = pixels()
         taken["ours"].append(seconds(lambda picture=picture: ours.model.encode_image(picture)))
-        taken["theirs"].append(seconds(eyes.encode))
+        taken["theirs"].append(seconds(encoder.encode))
     row = {f"picture {name} s": float(np.median(times)) for name, times in taken.items()}
     row["picture ratio"] = float(np.median(np.array(taken["theirs"]) / taken["ours"]))
     return row | vision_products(ours, rounds)

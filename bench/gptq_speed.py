@@ -1,12 +1,12 @@
-"""Where GPTQ's time goes: the matrices of one decoder layer and one ViT layer of Qwen-VL, step by step.
+"""Time the steps of GPTQ for the matrices of one decoder layer and one ViT layer of Qwen-VL.
 
     python bench/gptq_speed.py [--part 8]
 
-No checkpoint is needed: weights and inputs are random, the inputs correlated and of uneven strength. Rows of inputs are
-those of the built-in calibration set. Each matrix has a share of its rows (`--part 8`: an eighth), and what it takes is
-multiplied by that; Hessians and factors are whole. Running the prompts through the layer is not in it: `gptq_time.py`
-measures that. Operations are counted once for a symmetric product. The peak is that of a float32 product of 4096 x
-4096 in the same run. A table, then one JSON document as the last line.
+No checkpoint is needed: weights and inputs are random, the inputs correlated and with columns of different magnitude.
+The number of input rows is that of the built-in calibration set. Only a part of each matrix's rows is quantized
+(`--part 8`: an eighth), and the time is multiplied by it; Hessians and factors are complete. The time to run prompts
+through the layer is not included (see `gptq_time.py`). A symmetric product counts half of the operations. The peak is
+that of a float32 product of 4096 x 4096 in the same run. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = {
 """Number of layers, rows of inputs, and for each input its width and the rows of the matrices that read it."""
 
 
-def made_inputs(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
+def random_inputs(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
     x = rng.standard_normal((rows, k), np.float32)
     x += rng.standard_normal((rows, 256), np.float32) @ (rng.standard_normal((256, k), np.float32) / 8)
     return x * np.exp(rng.standard_normal(k)).astype(np.float32)
@@ -45,7 +45,7 @@ class Steps:
         self.work: dict[str, float] = defaultdict(float)
 
     def timed(self, step: str, work: float, share: int, function: Callable, *values: Any) -> Any:
-        """Call a function, which does one of `share` parts of a step."""
+        """Call a function that does one of `share` equal parts of a step."""
         start = time.perf_counter()
         result = function(*values)
         self.seconds[step] += share * (time.perf_counter() - start)
@@ -82,7 +82,7 @@ def main() -> None:
         steps = Steps()
         for k, heights in inputs:
             k //= args.shrink
-            x, hessian = made_inputs(rng, rows, k), Hessian(k)
+            x, hessian = random_inputs(rng, rows, k), Hessian(k)
             for part in np.array_split(x, 32):
                 steps.timed("Hessians", len(part) * k * k, 1, hessian.add, part)
             mean = steps.timed("Hessians", 0, 1, hessian.mean)

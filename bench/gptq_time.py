@@ -1,12 +1,12 @@
-"""Time and memory of GPTQ at the true shapes of Qwen-VL: one ViT layer and one decoder layer, projected to all of them.
+"""Time and memory of GPTQ at the true shapes of Qwen-VL: one ViT layer and one decoder layer, projected to all layers.
 
     python bench/synthetic.py TRUE
     OPENBLAS_THREAD_TIMEOUT=4 python bench/gptq_time.py TRUE [--samples 32] [--device cpu]
 
-The calibration set is the built-in one; the layers' inputs are random numbers, as are the weights: neither changes the
-time. `wall` is elapsed time; `processor` counts the work of all threads, and so does not suffer from other programs.
-The variable lets OpenBLAS' idle threads give the cores back at once, as the command `qvl` does by itself. A table, then
-one JSON document as the last line.
+The calibration set is the built-in one. Weights and the layers' inputs are random, which does not change the time.
+`wall` is elapsed time; `processor` is CPU time of all threads, which other programs hardly change. The environment
+variable makes OpenBLAS' idle threads release the cores at once; the command `qvl` does so by itself. A table, then one
+JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from qvl_runtime.backends import make_ops
 from qvl_runtime.families.weights import Weights
 
 
-class Made:
-    """A checkpoint whose matrices are those made so far."""
+class Quantized:
+    """A checkpoint whose matrices are those quantized so far."""
 
     def __init__(self, published: Published, made: dict[str, Matrix]):
         self.config, self.vector, self.matrix = published.config, published.vector, made.__getitem__
 
 
 class Clock:
-    """Adds the time since the last stop to a step."""
+    """Adds the time since the last `stop` to a step."""
 
     def __init__(self, steps: dict[str, dict[str, float]]):
         self._steps, self._wall, self._processor = steps, time.perf_counter(), time.process_time()
@@ -74,7 +74,7 @@ def main() -> None:
         stage = next(s for s in stages(family, config) if s.kind == kind)
         steps = {name: {"wall": 0.0, "processor": 0.0} for name in ("layer and Hessians", "quantize")}
         made, missing = {}, {name: Missing(name, plans[name].spec.n, plans[name].spec.k) for name in stage.matrices}
-        tensors = Made(published, made)
+        tensors = Quantized(published, made)
         clock = Clock(steps)
         for names, hessian in products(walk, stage, tensors, missing, None):
             clock.stop("layer and Hessians")

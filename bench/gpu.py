@@ -1,12 +1,12 @@
-"""Everything the GPU backend promises, in one command: is it right, how fast is it, how much memory does it take.
+"""Check the GPU backend in one command: correctness, speed and memory.
 
     python bench/gpu.py                         all sections, within ten minutes
     python bench/gpu.py --only golden decode    these
     python bench/gpu.py --out gpu.json          also write the JSON here (default: bench/gpu.json)
 
-Sections run one after another, each in a process of its own with a time limit, so that neither a crash, nor a fault on
-the device, nor a hang takes the others along. Every section prints its tables; the summary at the end names the bars,
-and the last line is one JSON document. torch is the peer where it is installed; nothing else needs it.
+Sections run one after another, each in its own process with a time limit, so that a crash, a fault on the device or a
+hang does not affect the others. Every section prints its tables; the summary at the end compares results with required
+values, and the last line is one JSON document. Speeds are compared with torch if it is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# a checkout that is not installed works, too
+# so that a checkout works without installation
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parent / "kernels", HERE.parent / "convert")]
 
 SECTIONS = {
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=" ".join(SECTIONS))
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json", help="where the JSON goes (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="end after so long, whatever is left (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of all sections (%(default)s)")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.section:

@@ -1,6 +1,6 @@
-"""Count what one token takes on the GPU, without a GPU, and what time that should be (gpu_roofline.py).
+"""Count launches and instructions of one token on the GPU, without a GPU, and estimate its time (gpu_roofline.py).
 
-Launches are those of true sizes, on a driver of addresses alone; what programs do is counted in the PTX interpreter.
+Launches are those of the true sizes, on a fake driver without memory; instructions are counted in the PTX interpreter.
 
 python bench/gpu_counts.py
 """

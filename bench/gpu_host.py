@@ -1,8 +1,8 @@
-"""Time that the host takes for a launch of a prompt's slice, without a GPU: cuda-core on the driver of tests/fakes.
+"""Time the host's part of the launches of a prompt's slice, without a GPU: cuda-core on the driver of tests/fakes.
 
     python bench/gpu_host.py [--rows 64]
 
-Needs gcc and the packages of the `gpu` extra. The real driver's own time, and that of its allocations, come on top.
+Needs gcc and the packages of the `gpu` extra. The time of the real driver and of its allocations is not included.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""From what a launch does, counted in the PTX interpreter, to the time it should take on GPUs that nobody here has.
+"""Estimate the time of a launch on several GPUs from its counts in the PTX interpreter.
 
-The time of a launch is that of its busiest resource, plus what it waits for::
+The time of a launch is that of its busiest resource, plus latencies::
 
     NODE + trips * TRIP + max(bytes / copy bandwidth, warp instructions / issue rate, products / their rate)
 
-A trip is a load or an atomic that nothing else of the launch runs beside: the first tile, a counter that programs
-meet at, parts that are added in order four at a time, the parts of four heads of attention, a chunk of a norm. Launches
-of a step follow one another; of those that stream weights or the cache the instructions are counted, the small others
-wait for memory alone. Programs are taken to fill the multiprocessors evenly, and an instruction of the PTX to be one of
-the machine.
+A trip is a load or an atomic whose latency nothing else of the launch hides: the first tile, a counter at which
+programs meet, parts that are added in order four at a time, the parts of four heads of attention, a chunk of a norm.
+Launches of a step do not overlap. Instructions are counted for launches that stream weights or the cache; the small
+others only wait for memory. The model assumes that programs fill the multiprocessors evenly and that each PTX
+instruction is one machine instruction.
 
 Device figures are from NVIDIA's data sheets and architecture papers (multiprocessors, boost clock, memory bandwidth;
 products of fp16 with float32 sums for each multiprocessor and clock: half of the fp16 rate on GeForce; for H100 those
-of mma.sync, about 60% of wgmma's). A copy is taken to reach 92% of the memory bandwidth. NODE is what a node of a CUDA
-graph takes that does nothing, from one to the next: measured on an H100, where 400 nodes that add 1,024 numbers take
-1.4 us each. TRIP is fitted: with it a token of Qwen-VL takes as long as measured there (bench/README.md); elsewhere it
-may be less.
+of mma.sync, about 60% of wgmma's). A copy is assumed to reach 92% of the memory bandwidth. NODE is the time of an empty
+node of a CUDA graph: measured on an H100, where 400 nodes that add 1,024 numbers take 1.4 us each. TRIP is fitted so
+that a token of Qwen-VL takes the time measured there (bench/README.md); on other GPUs it may be shorter.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Find the fastest tile shapes of the products on the GPU at hand, and keep them in gpu/tiles.json.
+"""Find the fastest tile shapes of the products on this GPU, and write them to gpu/tiles.json.
 
-    python bench/gpu_tune.py                    all products; prints what was found
+    python bench/gpu_tune.py                    all products; prints the results
     python bench/gpu_tune.py --write            also writes it into the section of this GPU's architecture
     python bench/gpu_tune.py --only linear.int4.row --minutes 5
 
-Every candidate is compiled for this GPU (by all cores), checked against the result of the shape in use, and timed over
-the model's true shapes with weights beyond the caches. A candidate that spills registers, needs too much shared memory
-or computes something else is left out. Needs Triton. The kernels are compiled anew after the file has changed.
+Every candidate is compiled for this GPU (on all cores), compared with the result of the current shape, and timed over
+the model's true shapes with weights larger than the caches. A candidate that spills registers, needs too much shared
+memory or computes a different result is rejected. Needs Triton. A change of the file recompiles the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# a checkout that is not installed works, too
+# so that a checkout works without installation
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parent / "kernels", HERE.parent / "convert")]
 
 import numpy as np  # noqa: E402
@@ -177,8 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=WORK, metavar="KERNEL", help=" ".join(WORK))
-    parser.add_argument("--minutes", type=float, default=9, help="try no more after so long (%(default)s)")
-    parser.add_argument("--write", action="store_true", help="write what was found into tiles.json")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="write the results into tiles.json")
     options = parser.parse_args(arguments)
     start, names = time.monotonic(), options.only or list(WORK)
     ops, found = common.make_ops(), {}

@@ -1,8 +1,8 @@
-"""Interrupt answers at random moments, and compare the next answer with one that was never interrupted.
+"""Interrupt answers at random moments, and compare the next answer with that of an uninterrupted run.
 
     python bench/interrupts.py MODEL.qvl [--count 10000] [--seed 0]
 
-Exit status 1 after the first difference, or where an answer takes longer than ten seconds.
+Exit status 1 after the first difference, or if an answer takes longer than ten seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class Stuck(BaseException):
-    """An answer that does not come."""
+    """An answer takes too long."""
 
 
 def interrupt(call: Callable[[], object], seconds: float) -> bool:

@@ -1,11 +1,11 @@
-"""Plant single mistakes in a copy of the source and see whether the tests notice them.
+"""Mutation tests: apply single mistakes to a copy of the source and see whether the tests notice them.
 
     python bench/mutants.py [--only N ...] [--list FILE]
 
-The list (`mutants.txt`) has a block for each: the file and the tests that are to notice, then lines that stand there
-(``- ``, indentation aside) and what takes their place (``+ ``). A mistake counts as noticed if one of its tests fails,
-or is not done after ten minutes. Nothing outside of a temporary folder is changed, and nothing is left of it.
-Exit status 1 where a mistake was not noticed, 2 where lines are not found once.
+The list (`mutants.txt`) has a block for each mutant: the file and the tests that should fail, then the original lines
+(``- ``, without indentation) and their replacement (``+ ``). A mutant is noticed if one of its tests fails or takes
+more than ten minutes. Only a temporary folder is changed, and it is removed at the end. Exit status 1 if a mutant was
+not noticed, 2 if its original lines are not in the file exactly once.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ SHARED = (
     "typer",
     "rich.console",
 )
-"""Imported once, by the process whose children run the tests."""
+"""Imported once, by the process whose children run the tests. None of the mutated packages may be imported there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A planted mistake.
+    """One mistake.
 
     Attributes
     ----------
     path : str
-        Of the file, from the root on.
+        Of the file, relative to the root.
     tests : list of str
-        Arguments of pytest.
+        Arguments for pytest.
     old, new : list of str
         Lines without their indentation.
     """
@@ -62,19 +62,19 @@ class Mutant:
     new: list[str]
 
     def applied(self, text: str) -> str:
-        """The file's text with the mistake in it.
+        """Return the file's text with the mistake applied.
 
         Raises
         ------
         ValueError
-            If the old lines do not stand there exactly once.
+            If the old lines are not in the text exactly once.
         """
         lines = text.split("\n")
         stripped = [line.strip() for line in lines]
         count = len(self.old)
         places = [i for i in range(len(lines)) if stripped[i : i + count] == self.old]
         if len(places) != 1:
-            raise ValueError(f"{self.path}: {self.old[0]!r} stands there {len(places)} times")
+            raise ValueError(f"{self.path}: {self.old[0]!r} found {len(places)} times instead of once")
         at = places[0]
         indents = [line[: len(line) - len(line.lstrip())] for line in lines[at : at + count]]
         new = [indents[min(i, count - 1)] + line for i, line in enumerate(self.new)]
@@ -98,7 +98,7 @@ def read_list(path: Path) -> list[Mutant]:
 
 
 def copy_source(folder: Path) -> None:
-    """What git knows of the source, as it lies here."""
+    """Copy the files of the working tree that git tracks."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         target = folder / name
@@ -140,7 +140,7 @@ def run_tests(folder: Path, tests: list[str], cache: Path, output: Path) -> int 
 
 
 def noticed_by(status: int | None, output: str) -> str | None:
-    """What noticed a mistake: a test, or an error on the way to one; None where nothing did.
+    """The test or error that noticed a mistake; None if nothing did.
 
     Raises
     ------

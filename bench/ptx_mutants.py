@@ -1,11 +1,11 @@
-"""Plant single mistakes in the PTX of the GPU kernels and see whether the tests' interpreter notices them.
+"""Mutation tests of the GPU kernels: apply single mistakes to their PTX and see whether the interpreter notices them.
 
     python bench/ptx_mutants.py [--architecture 80] [--most 6] [--only barrier] [--kernel decode_attention]
 
-Every kernel of the list runs a case of its tests once as it ships and once for each mistake: a barrier, wait, commit or
+Every kernel of the list runs a case of its tests once as shipped and once for each mistake: a barrier, wait, commit or
 fence removed, a wait for one group less, two parameters exchanged, an address shifted by one access, a guard dropped.
-Of each kind and kernel, `--most` places are taken at random, always the same. A mistake counts as noticed if the
-interpreter reports it or the result is wrong; places that no thread of the case comes to do not count. Survivors are
+`--most` limits the places of each kind and kernel to a random sample with a fixed seed. A mistake is noticed if the
+interpreter reports it or the result is wrong; places that no thread of the case reaches do not count. Survivors are
 listed with their line. Needs Triton, and no GPU.
 """
 
@@ -34,7 +34,7 @@ from fakes import ptx_gpu
 from fakes.compiled import CompiledImages
 
 STEPS = 200_000
-"""Instructions of a group of blocks after which a mutant is said not to end."""
+"""Instructions of a group of blocks after which a mutant counts as an endless loop."""
 
 CASES: dict[str, Callable[[np.random.Generator], object]] = {
     "linear.int4.row": lambda rng: [
@@ -145,26 +145,26 @@ def _with(text: str, line: int, code: str) -> str:
 
 
 def _fault(line: str) -> str:
-    """An access to nowhere in place of a line: noticed if any thread comes there."""
+    """An invalid access in place of a line: noticed if any thread reaches it."""
     return re.match(r"\s*(?:@!?%p\d+\s+)?", line)[0] + "st.global.b32 [0], 0;"
 
 
 class Mutated(CompiledImages):
-    """Kernels of which one is another text."""
+    """The kernels, one of them with a different text."""
 
     def put(self, name: str, text: str) -> None:
         self[name] = dataclasses.replace(self[name], code=text.encode())
 
 
 def noticed(images: Mutated, name: str, text: str) -> str | None:
-    """What a kernel's case says of a text in place of its code; None if nothing."""
+    """The error of a kernel's case with a text in place of its code; None if it passes."""
     images.put(name, text)
     ptx_gpu._kernel.cache_clear()
     try:
         CASES[name](np.random.default_rng(20231001))
     except AssertionError:
         return "wrong result"
-    except Exception as error:  # PtxError, and what numpy says of nonsense
+    except Exception as error:  # PtxError, and numpy's errors on invalid values
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -203,7 +203,7 @@ def main() -> None:
     """The command line."""
     parser = harness.parser(__doc__)
     parser.add_argument("--architecture", type=int, default=80)
-    parser.add_argument("--most", type=int, default=0, help="mistakes of a kind and kernel; 0 (by default): all")
+    parser.add_argument("--most", type=int, default=0, help="places for each kind and kernel; 0 (default): all")
     parser.add_argument("--only", action="append", default=[], help="this kind of mistake; may be repeated")
     parser.add_argument("--kernel", action="append", default=[], help="kernels that begin like this; may be repeated")
     options = parser.parse_args()

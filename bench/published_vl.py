@@ -1,6 +1,6 @@
 """Configs and tokenizer files of the published Qwen2-VL, Qwen2.5-VL and Qwen3-VL sizes, for synthetic checkpoints.
 
-Vision sections leave out what has a default, as published files do.
+Vision sections omit keys with default values, as published files do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FORMS = [
     *("<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>"),
     *("<think>", "</think>"),
 ]
-"""Special forms from id 151643 on, those of Qwen3-VL."""
+"""Special tokens of Qwen3-VL, from id 151643."""
 
 FORM_COUNTS = {"qwen2_vl": 14, "qwen2_5_vl": 22, "qwen3_vl": 26}
 POSITIONS = {"qwen2_vl": 32768, "qwen2_5_vl": 128000, "qwen3_vl": 262144}
@@ -80,7 +80,7 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def file_name(tensor: str, name: str) -> str:
-    """What the published files of a size call a tensor: those before Qwen3-VL have older names."""
+    """The name of a tensor in the published files of a size: before Qwen3-VL they have older names."""
     if SIZES[name][0] == "qwen3_vl":
         return tensor
     return tensor.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -101,7 +101,7 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, name: str) -> None:
-    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` of the real vocabulary, which dashscope ships."""
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` with the vocabulary that dashscope ships."""
     found = importlib.util.find_spec("dashscope").submodule_search_locations[0]
     lines = (Path(found) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}

@@ -1,10 +1,10 @@
-"""Throughput of `qvl serve` and the time to its first token, against the number of clients.
+"""Throughput and time to first token of `qvl serve` by number of clients.
 
     python bench/serve.py [MODEL.qvl] [--clients 1 2 4 8 16] [--tokens 32] [--requests 32]
     python bench/serve.py [MODEL.qvl] --crowd 1000 [--waiting 64]
 
-Every client asks its own question and waits for the whole answer before it asks the next. `--crowd` starts that many
-clients at once; some read slowly and some go away. Without a model the package's own is served.
+Every client asks its own questions, one after the other. `--crowd` starts that many clients at the same time; some of
+them read slowly and some disconnect. Without a model the demo model is served.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def one(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[float
 
 
 async def measure(url: str, clients: int, requests: list[dict[str, Any]]) -> dict[str, float]:
-    """All requests by so many clients."""
+    """Send all requests with this number of clients."""
     left = collections.deque(requests)
     results: list[tuple[float, float, int]] = []
 
@@ -85,11 +85,11 @@ def throughput(process: Process, counts: list[int], number: int, tokens: int) ->
 
 
 KINDS = {"whole": 0.5, "stream": 0.2, "picture": 0.05, "slow": 0.1, "drops early": 0.05, "drops late": 0.1}
-"""Kinds of clients of a crowd, and their shares."""
+"""Kinds of clients with `--crowd`, and their shares."""
 
 
 async def crowd_client(port: int, kind: str, content: bytes) -> str:
-    """One client; what became of it."""
+    """Run one client; how it ended."""
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
     try:
@@ -115,7 +115,7 @@ async def crowd_client(port: int, kind: str, content: bytes) -> str:
 
 
 async def crowd(process: Process, count: int, tokens: int) -> dict[str, Any]:
-    """Clients that all come at once."""
+    """Run clients that all connect at the same time."""
     kinds = random.Random(0).choices(list(KINDS), list(KINDS.values()), k=count)
     asked = [body(i, kind == "picture", tokens) | {"stream": kind != "whole"} for i, kind in enumerate(kinds)]
     contents = [json.dumps(request).encode() for request in asked]
@@ -128,7 +128,7 @@ async def crowd(process: Process, count: int, tokens: int) -> dict[str, Any]:
 
 
 def settled(process: Process) -> dict[str, Any]:
-    """The state of the server when nobody is served any more."""
+    """The state of the server when no request is left."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         shown = httpx.get(f"{process.url}/metrics", timeout=60).text
@@ -150,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with running(arguments.model, "--waiting", str(arguments.waiting)) as process:
         if arguments.crowd:
-            asyncio.run(crowd(process, 16, arguments.tokens))  # everything is loaded before the first look
+            asyncio.run(crowd(process, 16, arguments.tokens))  # loads everything before the first reading
             before = settled(process)
             results = asyncio.run(crowd(process, arguments.crowd, arguments.tokens))
             results |= {"before": before, "at the end": process.state(), "after": settled(process)}

@@ -1,4 +1,4 @@
-"""A server of its own process for the benchmarks, and what they ask it."""
+"""Run a server in its own process for the benchmarks, and build their requests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from qvl_runtime.demo.scenes import draw
 
 
 class Process:
-    """A server that runs."""
+    """A running server."""
 
     def __init__(self, url: str, process: subprocess.Popen):
         self.url, self.process = url, process
         self.port = int(url.rpartition(":")[2])
 
     def state(self) -> dict[str, int]:
-        """Memory in MiB, threads, and open files, as Linux knows them."""
+        """Memory in MiB, threads, and open files, from /proc."""
         folder = Path(f"/proc/{self.process.pid}")
         status = (folder / "status").read_text()
 
@@ -45,7 +45,7 @@ class Process:
 
 @contextlib.contextmanager
 def running(model: Path | None, *options: str) -> Iterator[Process]:
-    """A server of `model`, or of the package's own, until the end of the block; its log is dropped."""
+    """Run a server of `model`, or of the demo model, until the end of the block; its log is discarded."""
     what = ["--demo"] if model is None else [str(model)]
     command = [sys.executable, "-m", "qvl_runtime", "serve", *what, "--port", "0", *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -73,7 +73,7 @@ def picture_uri(seed: int, side: int = 448) -> str:
 
 
 def body(number: int, picture: bool, tokens: int) -> dict[str, Any]:
-    """The request of a client: its own text, or its own picture."""
+    """A client's request, with its own text or its own picture."""
     content: Any = f"Question {number}: describe what a picture may show."
     if picture:
         url = {"type": "image_url", "image_url": {"url": picture_uri(number)}}

@@ -1,12 +1,12 @@
-"""Score what a model can do on freshly drawn pictures, by skill and language.
+"""Score a model on newly drawn pictures, by skill and language.
 
-    python bench/skills.py                          the shipped model, kept and quantized in five ways
-    python bench/skills.py a.qvl FOLDER             these: .qvl files, or Hugging Face folders (kept at 16 bits)
-    python bench/skills.py --seed 7 --count 100     another test set: so many questions a skill and language
+    python bench/skills.py                          the demo model at five precisions
+    python bench/skills.py a.qvl FOLDER             these: .qvl files, or Hugging Face folders (at 16 bits)
+    python bench/skills.py --seed 7 --count 100     another test set, questions for each skill and language
 
-Exact match, except for boxes (`find`, `ground`, places in `second`): one counts when its IoU with the true one is at
-least 0.5; an answer with several is right when all its boxes are. A table for people, then one JSON document as the
-last line. Pictures with Chinese print need the font of Debian's fonts-wqy-microhei, unless --level says otherwise.
+Exact match, except for boxes (`find`, `ground`, places in `second`): a box is right if its IoU with the true one is at
+least 0.5; an answer with several is right if all its boxes are. A table, then one JSON document as the last line.
+Pictures with printed Chinese need the font of Debian's fonts-wqy-microhei, unless --level says otherwise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = {
     "int4 all RTN": INT4,
     "int4 all GPTQ": INT4,
 }
-"""Conversions side by side; "int4" is the default one, with ViT, adapter and head at 8 bits. GPTQ is `calibrated`."""
+"""The conversions compared; "int4" is the default, with ViT, adapter and head at 8 bits. GPTQ is `calibrated`."""
 CALIBRATION_SEED, CALIBRATION_COUNT = 40_000, 8
 READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
 SIDE, SHORT = 336, 8
@@ -54,7 +54,7 @@ GROUPS = {
 
 @dataclass
 class Case:
-    """A question about pictures, and what is true."""
+    """A question about pictures, and its true answer."""
 
     skill: str
     exchange: Exchange
@@ -71,7 +71,7 @@ class Score:
 
 
 def scenes_for(rng: np.random.Generator, skill: str, level: str) -> list[Scene]:
-    """Pictures on which the skill can be asked."""
+    """Pictures for a question of this skill."""
     if skill.startswith("compare"):
         kinds = [(str(s), str(c)) for s in rng.choice(SHAPES, 3) for c in rng.choice(list(COLORS), 3)]
         return [random_scene(rng, 4, 0.0, kinds, **scene_options(level)) for _ in range(int(skill[-1]))]
@@ -116,7 +116,7 @@ def write_conversations(folder: Path, seed: int, count: int, level: str) -> Path
 
 
 def calibrated(folder: Path, level: str) -> dict:
-    """Arguments of `convert` for GPTQ that calibrates on conversations of this world; they are kept in `folder`."""
+    """Arguments of `convert` for GPTQ that calibrates on conversations about such pictures, written to `folder`."""
     data = write_conversations(folder, CALIBRATION_SEED, CALIBRATION_COUNT, level)
     samples = 2 * len(SKILLS) * CALIBRATION_COUNT
     return {"method": "gptq", "calibration_data": data, "calibration_samples": samples}
@@ -132,7 +132,7 @@ def mark(case: Case, answer: str, score: Score) -> None:
 
 
 def ask(model: qvl.Model, case: Case) -> str:
-    """The model's answer to the last turn; the turns before it are given as they should have been answered."""
+    """The model's answer to the last turn; earlier turns have their true answers."""
     *before, (question, _) = case.exchange.turns
     messages = []
     for asked, answered in before:
@@ -156,7 +156,7 @@ def percent(values: list[float]) -> float | None:
 
 
 def summary(scores: dict[tuple[str, str], Score]) -> dict:
-    """Percentages by skill and language, and over the groups that the acceptance bars name."""
+    """Percentages by skill and language, and by group."""
     rows = {f"{skill} {language}": percent(s.right) for (skill, language), s in scores.items()}
     for group, skills in GROUPS.items():
         rows[group] = percent([r for (skill, _), s in scores.items() if skill in skills for r in s.right])
@@ -168,7 +168,7 @@ def summary(scores: dict[tuple[str, str], Score]) -> dict:
 
 
 def columns(paths: list[Path], kinds: list[str], level: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and blob of every column, converted where needed."""
+    """Name and file of every column, converted if needed."""
     for path in paths:
         if path.suffix == ".qvl":
             yield path.name, path

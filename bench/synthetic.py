@@ -1,4 +1,4 @@
-"""Write a synthetic checkpoint of the true shapes: what converting, loading and speed are measured with.
+"""Write a synthetic checkpoint of the true shapes, to measure conversion, loading and speed.
 
     python bench/synthetic.py FOLDER                        Qwen-VL-Chat: 10 pickle shards, bf16, 19.3 GB
     python bench/synthetic.py FOLDER --format safetensors   the same in safetensors shards
@@ -6,9 +6,9 @@
     python bench/synthetic.py FOLDER --layers 2             two decoder layers and two of the ViT
     python bench/synthetic.py FOLDER --model qwen3-vl-4b    another size (published_vl.py lists them), in safetensors
 
-Names and shapes come from the published configs beside this file, shards of Qwen-VL are cut as the published ones are.
-Values are random from a seed, in magnitudes that keep activations sane. The tokenizer is the published one, which the
-test dependency dashscope ships. Everything is streamed: memory stays below 1 GB.
+Names and shapes come from the published configs beside this file; shards of Qwen-VL are split like the published ones.
+Values are random with a fixed seed, in magnitudes that keep activations in range. The tokenizer is the published one,
+which the test dependency dashscope ships. Tensors are streamed: memory stays below 1 GB.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ADDED = tuple(
     f".{layer}.weight"
     for layer in ("c_proj", "out_proj", "o_proj", "down_proj", "attn.proj", "mlp.fc2", "mlp.linear_fc2")
 )
-"""Ends of the names of matrices whose product is added to the residual stream."""
+"""Suffixes of the matrices whose product is added to the residual stream."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def published_order(config: ModelConfig) -> list[Tensor]:
 
 
 def shards(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Cut a checkpoint as published: a shard ends before the tensor that would take it beyond 2 GB."""
+    """Split a checkpoint as published: a shard ends before the tensor that would take it beyond 2 GB."""
     result, size = [[]], 0
     for tensor in tensors:
         if size + tensor.nbytes > SHARD_BYTES:
@@ -90,7 +90,7 @@ def _magnitude(name: str, layers: int) -> tuple[float, float]:
         return 0.0, 0.02
     if ".ln_" in name or "norm" in name:
         return 1.0, 0.1
-    # What is added to the residual stream in every layer is kept small, or it would grow with the depth.
+    # Otherwise the residual stream would grow with the depth.
     if name.endswith(ADDED):
         return 0.0, 0.02 / math.sqrt(2 * layers)
     return 0.0, 0.02

@@ -1,15 +1,14 @@
-"""Tokens a second of the whole engine at 1, 4, 8 and 16 answers at once, beside what its bare steps allow.
+"""Tokens a second of the engine with 1, 4, 8 and 16 answers at once, compared with its bare steps.
 
     python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
     python bench/throughput.py MODEL.qvl --gap 2000
 
-Bare: the prompts in the largest slices, several in one, and the same number of steps of as many rows, by the decoder
-alone: no scheduler, no sampler, no text. Both are timed in turns; the ratio is the median of the rounds. Of each round
-the seconds in slices of prompts, in steps, and beside them are printed too: where the machine's speed changes between
-one and the other, they show it.
+Bare steps: the decoder alone computes the prompts in the largest slices and the same number of steps of as many rows,
+without scheduler, sampler and text. Both are timed in turns; the ratio is the median of the rounds. The seconds in
+slices, in steps and outside of them are printed for each round, which shows changes of the machine's speed.
 
-`--gap` starts an answer, and while it runs a prompt of so many tokens and a picture: the longest time between two of
-its tokens, and the slices of others computed in it.
+`--gap` starts an answer and, while it runs, a prompt of that many tokens and a picture. It prints the longest time
+between two tokens of the answer and the number of slices computed in that time.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from qvl_runtime.trace import no_trace
 
 @contextlib.contextmanager
 def timed(*places: tuple[Any, str]) -> Iterator[dict[str, float]]:
-    """The seconds within functions, each the attribute of a module, summed by its name."""
+    """Time functions, given as module and attribute name: total seconds by name."""
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         for module, name in places:
@@ -66,7 +65,7 @@ def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
 
 
 def bare(model: qvl.Model, run: DecodeStep, sessions: list[Session], prompts: list[list[int]], tokens: int) -> float:
-    """Seconds of the same products: prompts, as many in one slice as fit, then steps of all rows."""
+    """Seconds of the same products alone: prompts, as many in a slice as fit, then steps of all rows."""
     begin, at_once = time.perf_counter(), max(PREFILL_ROWS // len(prompts[0]), 1)
     for first in range(0, len(sessions), at_once):
         group, unread = sessions[first : first + at_once], []
@@ -138,9 +137,9 @@ def main() -> None:
     parser.add_argument("--gap", type=int, metavar="TOKENS")
     options = parser.parse_args()
     most = max(options.answers)
-    # Its sessions are used again, as those of the bare steps: no prompt is like another, but their memory is there.
+    # Sessions are reused, like those of the bare steps: prompts share no prefix, but memory is allocated.
     model = qvl.load(options.model, device="cpu", conversations=most, kv_cache_bytes=1 << 40)
-    model._answering._stop_ids = frozenset()  # all answers are as long
+    model._answering._stop_ids = frozenset()  # so that all answers have the same length
     if options.gap:
         found = gap(model, options.gap)
         harness.print_row(found)

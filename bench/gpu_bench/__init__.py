@@ -1,1 +1,1 @@
-"""Sections of ``bench/gpu.py``. Each takes nothing, prints a table, and returns what it found as plain data."""
+"""Sections of ``bench/gpu.py``. Each prints a table and returns its results as JSON types."""

@@ -1,4 +1,4 @@
-"""What the GPU backend promises, beside what was found."""
+"""Required results of the GPU backend compared with measured ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_bench.common import table
 
 
 def bars(found: dict[str, dict]) -> list[dict]:
-    """One entry a promise: `what`, `found` (the worst of its figures), `bar`, and whether it is `met`."""
+    """One entry for each requirement: `what`, `found` (the worst of its figures), `bar`, and whether it is `met`."""
     rows: list[dict] = []
 
     def bar(what: str, limit: float, figures: Callable[[], list[float | None]], below: bool = False) -> None:

@@ -24,23 +24,23 @@ from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.families.weights import Weights
 
 BEYOND_CACHE = 400 << 20
-"""Bytes that a sweep over weights touches before it comes back to the first: several times the largest L2 cache."""
+"""Bytes of weights read before the first is read again: several times the largest L2 cache."""
 
 CONFIG = Path(__file__).parents[1] / "qwen-vl-chat" / "config.json"
 
 BITS = {"decoder": 4, "vision": 8, "adapter": 8, "embedding": 8, "head": 8}
-"""What `qvl convert` makes by default."""
+"""The default bits of `qvl convert`."""
 
 SMALLEST = dict.fromkeys(BITS, 4)
 
 
 def make_ops() -> CudaOps:
-    """The GPU; the one place where a rehearsal puts another."""
+    """The operations on this GPU; tests replace this function."""
     return CudaOps()
 
 
 def torch_or_none():
-    """torch with a usable GPU, or None. It is the peer, never a dependency."""
+    """torch with a usable GPU, or None. It is only compared with, never required."""
     try:
         import torch
     except ImportError:
@@ -49,7 +49,7 @@ def torch_or_none():
 
 
 def peer(make: Callable[[], Callable[[], float]]) -> dict[str, Callable[[], float]]:
-    """``{"torch": make()}``; empty, with a word why, where torch cannot do it: our figures stand without it."""
+    """``{"torch": make()}``; empty, after printing the reason, if torch fails."""
     if torch_or_none() is None:
         return {}
     try:
@@ -115,7 +115,7 @@ class TorchTimer:
 
 
 def side_by_side(runs: dict[str, Callable[[], float]], repeats: int = 15) -> dict[str, float]:
-    """Median seconds of several timed functions, taking turns."""
+    """Median seconds of several timed functions, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name, run in runs.items():
@@ -126,7 +126,7 @@ def side_by_side(runs: dict[str, Callable[[], float]], repeats: int = 15) -> dic
 
 
 def copies(nbytes: int) -> int:
-    """How many weights of a size lie beyond the caches together."""
+    """How many weights of a size are larger than the caches together."""
     return max(2, -(-BEYOND_CACHE // nbytes))
 
 
@@ -164,7 +164,7 @@ def matrix(n: int, k: int, bits: int) -> Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticBlob:
-    """What `Weights` asks of a blob, with random values in the true shapes."""
+    """Stands in for a blob in `Weights`: random values in the true shapes."""
 
     config: Any
     bits: tuple[tuple[str, int], ...]

@@ -26,7 +26,7 @@ ROWS = 512
 
 
 def decode() -> dict:
-    """Token by token with 512 and with 8000 tokens of context, and prefill, beside what the memory allows."""
+    """Token by token with 512 and with 8000 tokens of context, and prefill, compared with the copy bandwidth."""
     ops, config = common.make_ops(), common.true_config()
     rate = copy_bandwidth(ops)
     decoder = common.decoder(common.synthetic(ops, config, common.BITS))
@@ -41,7 +41,7 @@ def decode() -> dict:
 
 
 def newer() -> dict:
-    """A token of newer models with 1024 tokens of context, beside what the memory allows."""
+    """A token of newer models with 1024 tokens of context, compared with the copy bandwidth."""
     rows, found, length = [], {}, 1024
     for name, published in common.newer_configs().items():
         ops, family = common.make_ops(), family_of(published, name)
@@ -64,7 +64,7 @@ def _cells(found: dict[str, float]) -> list:
 
 
 def _weight_bytes(decoder: Decoder) -> int:
-    """What a token reads of the weights."""
+    """Bytes of weights that a token reads."""
     blocks = decoder.blocks
     products = [w for b in blocks for w in (b.qkv, b.attention_out, b.up, b.gate, b.down)]
     return sum(weight_bytes(w) for w in (*products, decoder.head))
@@ -111,7 +111,7 @@ def _decode(ops, decoder: Decoder, kind: str, length: int, rate: float) -> dict[
 
 
 def prefill(decoder: Decoder, sequence: SequenceState, ids: list[int], images: list) -> None:
-    """A prompt through the decoder, in pieces."""
+    """A prompt through the decoder, in slices."""
     work = decoder.workspace(min(len(ids), ROWS))
     for first in range(0, len(ids), ROWS):
         part = ids[first : first + ROWS]
@@ -142,7 +142,7 @@ def _prefill(ops, decoder: Decoder) -> dict:
 
 
 def picture() -> dict:
-    """One picture through the ViT and the adapter, beside fp16 modules of the same shapes in torch."""
+    """One picture through the ViT and the adapter, compared with fp16 modules of the same shapes in torch."""
     ops, torch, config = common.make_ops(), torch_or_none(), common.true_config()
     found, rows, pixels = {}, [], common.pixels(config)
     theirs = peer(lambda: _tried(_torch_picture(torch, config)))
@@ -169,7 +169,7 @@ def _tried(call):
 
 
 def _wall(calls: dict, repeats: int = 10) -> dict[str, float]:
-    """Median wall-clock seconds, taking turns."""
+    """Median wall-clock seconds, in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 2):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""Is it right: every operation against the reference, golden checkpoints, and the true sizes."""
+"""Correctness: every operation against the reference, golden checkpoints, and the true sizes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def kernels() -> dict:
 
 
 def kernels_from_ptx() -> dict:
-    """The same with the code that GPUs get which no cubin was made for."""
+    """The same with the PTX for GPUs without a cubin."""
     return _kernels(_with_ptx(80))
 
 
 def kernels_of_turing() -> dict:
-    """The same with the code made for sm_75, whose products are written in a way of their own."""
+    """The same with the code for sm_75, whose products are implemented differently."""
     return _kernels(_with_ptx(75))
 
 
@@ -65,7 +65,7 @@ def _kernels(ops: CudaOps) -> dict:
 
     def launch(name: str, grid: tuple[int, ...], *args: object) -> None:
         ran.add(name)
-        arrays: dict = {}  # an array that is given twice is one array on the device, too
+        arrays: dict = {}  # an array that is passed twice must be one array on the device, too
 
         def upload(value: object) -> object:
             if not isinstance(value, np.ndarray):
@@ -108,7 +108,7 @@ def operations() -> dict:
         worst[case.limit] = max(worst.get(case.limit, 0.0), error)
         if not error <= limits[case.limit]:
             failures.append([case.label, error])
-    caches = [k for k in test_ops.CACHES if k[0] != "fp32"]  # which the GPU kernels do not have
+    caches = [k for k in test_ops.CACHES if k[0] != "fp32"]  # not supported by the GPU kernels
     checks = [lambda k=k: test_ops.test_cache(ops, *k) for k in caches]
     for check in [*checks, lambda: test_ops.test_capture_repeats_a_step_on_new_values(ops)]:
         try:
@@ -270,7 +270,7 @@ def families() -> dict:
 
 
 def _compared(what: str, rows: list[list]) -> dict:
-    """Print rows of a name, the error found, that allowed, and whether the greedy ids differ; what failed of them."""
+    """Print name, error, limit and whether greedy ids differ, of each row; return a summary with the failures."""
     failures = [row for row in rows if not row[1] <= row[2] or row[3] == "differ"]
     table(f"{what}: largest error", ("case", "found", "allowed", "greedy ids"), rows)
     return {"cases": len(rows), "failures": failures, "worst": max(row[1] / row[2] for row in rows)}
@@ -301,7 +301,7 @@ def _checkpoint(name: str, variant: str, folder: Path) -> Path:
 
 
 FP16_LOGITS = 0.025
-"""How far the published code moves when it runs in fp16 (tests/golden/README.md)."""
+"""Change of the published code's results when it runs in fp16 (tests/golden/README.md)."""
 
 
 def _language(tests, model, case: dict, bits: int) -> list:

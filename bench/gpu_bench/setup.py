@@ -1,4 +1,4 @@
-"""Before anything else: which GPU it is, and its kernels, compiled if they are not there."""
+"""Identify the GPU and load its kernels, compiled if necessary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qvl_kernels.gpu import signatures
 
 
 def setup() -> dict:
-    """Load every kernel, and say what there is."""
+    """Load every kernel, and describe the GPU."""
     begin = time.perf_counter()
     ops = common.make_ops()
     images, driver = ops.launch.images, ops.driver

@@ -1,4 +1,4 @@
-"""How fast are the kernels: beside the copy bandwidth of the device and beside torch, where that is installed."""
+"""Speed of the kernels, compared with the device's copy bandwidth and with torch, if installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qvl_kernels.ops import Norm
 DECODER_SHAPES = ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008))
 HEAD_SHAPE, GATE_SHAPE = (151936, 4096), (11008, 4096)
 LAYERS = 8
-"""Caches that decode attention goes over: several times the largest L2 cache."""
+"""Bytes of caches that decode attention reads: several times the largest L2 cache."""
 
 
 def copy_bandwidth(ops, nbytes: int = 2 << 30) -> float:
@@ -41,7 +41,7 @@ def bandwidth() -> dict:
 
 
 def weight_bytes(w) -> int:
-    """What a product reads of a weight."""
+    """Bytes of a weight that a product reads."""
     return w.codes.nbytes + (w.scales.nbytes if w.scales is not None else 0)
 
 
