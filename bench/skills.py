@@ -27,7 +27,7 @@ from qvl_convert.convert import convert
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, Exchange, compare
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, draw, random_scene
-from qvl_runtime.demo.scoring import BAR, is_right, overlaps
+from qvl_runtime.demo.scoring import MIN_IOU, is_right, overlaps
 from training.lexicon import LEVELS, scene_options
 
 INT4 = {"bits": 4, "vision_bits": 4, "head_bits": 4}
@@ -162,7 +162,7 @@ def summary(scores: dict[tuple[str, str], Score]) -> dict:
         rows[group] = percent([r for (skill, _), s in scores.items() if skill in skills for r in s.right])
     short = [r for (skill, _), s in scores.items() if skill in READING for r in s.short]
     rows[f"reading, up to {SHORT} characters"] = percent(short)
-    rows["boxes, each by itself"] = percent([v >= BAR for s in scores.values() for v in s.iou])
+    rows["boxes, each by itself"] = percent([v >= MIN_IOU for s in scores.values() for v in s.iou])
     rows["mean IoU"] = percent([v for s in scores.values() for v in s.iou])
     return rows
 

@@ -36,7 +36,7 @@ def test_everything_lies_inside_the_picture():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_is_where_the_shape_was_painted(shape):
     empty = np.asarray(draw(Scene(()), 400), int)
-    thing = Thing(shape, "blue", "large", (0.2, 0.3, 0.55, 0.7), turn=8.0)
+    thing = Thing(shape, "blue", "large", (0.2, 0.3, 0.55, 0.7), angle=8.0)
     changed = np.abs(np.asarray(draw(Scene((thing,)), 400), int) - empty).sum(-1) > 30
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])

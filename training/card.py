@@ -14,48 +14,49 @@ TEXT = """# The demo model
 
 A Qwen-VL of {parameters:.1f} million parameters: the architecture, tensor names and config keys of the real one at toy
 size (ViT {width} wide, {vision_layers} layers, {image_size} x {image_size} pixels; {queries} queries; decoder {hidden}
-wide, {layers} layers; vocabulary {vocabulary}). It knows one little world, drawn by `qvl_runtime/demo/scenes.py`: eight
-shapes in eight colours on textured, cluttered and noisy grounds, and printed digits, capital letters and 48 Chinese
-characters. It was made to show and to test this runtime, not to be useful.
+wide, {layers} layers; vocabulary {vocabulary}). It was trained only on pictures that `qvl_runtime/demo/scenes.py`
+draws: eight shapes in eight colors on textured, cluttered and noisy backgrounds, and printed digits, capital letters
+and 48 Chinese characters. Its purpose is to demonstrate and test this runtime; it has no other use.
 
-Its prompts are those of Qwen-VL-Chat; `Picture 1: <img></img>` and a question without chat turns work too. Boxes are
-in steps of 10 thousandths.
+Its prompts are those of Qwen-VL-Chat; `Picture 1: <img></img>` and a question without chat turns work too. Box
+coordinates are multiples of 10 thousandths.
 
 ## How it was made
 
-Trained from nothing on two CPU cores in four and a half hours, of which other work took about a third; `training.log`
-is the whole log. No outside data: all pictures and sentences come from the generator. Fonts: the one built into Pillow,
-DejaVu, and WenQuanYi Micro Hei.
+Trained from random weights on two CPU cores in four and a half hours, of which other programs used about a third;
+`training.log` is the complete log. There are no external data: the generator makes all pictures and sentences. Fonts:
+the one built into Pillow, DejaVu, and WenQuanYi Micro Hei.
 
     python training/vocabulary.py RUN/qwen.tiktoken
     python training/pretrain_vision.py --out RUN --minutes 60 --seed 11
     python training/train.py --out RUN --minutes 210 --seed 22
     python training/export.py RUN qvl_runtime/demo
 
-These commands are what was done, straightened out: the log shows three vision runs (seeds 11 to 13) and many joint ones
-(seeds 21 to 38), each going on from the one before. The last ones, 142 minutes from step 5305 on, told one layer of the
-decoder where to look (`gaze.py`), which brought boxes from 11% to what is below, and asked more of what was still
-wrong; the later ones had the vision tower at Muon 0.006 and AdamW 1.2e-3, more than `train.py` gives it. Two training
-processes also update the weights in an order that no seed decides. So another run gives another model of the same kind.
+These commands are a simplified form of what was done. The log shows three vision runs (seeds 11 to 13) and many joint
+runs (seeds 21 to 38), each continuing the one before. The last ones, 142 minutes from step 5305 on, supervised the
+attention of one decoder layer (`gaze.py`), which raised boxes from 11% to the value below, and asked more of the
+questions that were still answered wrong. The later ones trained the vision tower with Muon 0.006 and AdamW 1.2e-3, more
+than in `train.py`. Two training processes update the weights in an order that no seed determines, so another run gives
+a different model of the same kind.
 
 ## What it can do
 
-Share of right answers in percent on freshly drawn pictures (`bench/skills.py --level "{level}" --seed {seed}`,
+Share of right answers in percent on newly drawn pictures (`bench/skills.py --level "{level}" --seed {seed}`,
 {count} questions a skill and language). Exact match; `find` and `ground`: every box with an IoU of at least 0.5 and
-the right name. GPTQ calibrated on conversations of the same world.
+the right name. GPTQ was calibrated on conversations about such pictures.
 
 {table}
 
 ## Limits
 
 {limits}
-Outside its own world it will say something, and it will be wrong.
+It answers questions about any other picture, too, but wrongly.
 
 License: Apache-2.0, like the rest of the package.
 """
 
 
-BARS = {
+TARGETS = {
     "boxes, each by itself": 92,
     "mean IoU": 80,
     "attributes and counting": 95,
@@ -66,9 +67,9 @@ BARS = {
 
 
 def limits(scores: dict) -> str:
-    """The bars set for the model beside what it reaches."""
-    parts = [f"{name} {bar} / {scores[name]:.1f}" for name, bar in BARS.items()]
-    return textwrap.fill(f"The bars set for it / what it reaches in fp16: {', '.join(parts)}.", 120)
+    """The target scores and the reached ones."""
+    parts = [f"{name} {target} / {scores[name]:.1f}" for name, target in TARGETS.items()]
+    return textwrap.fill(f"Target / reached score in fp16: {', '.join(parts)}.", 120)
 
 
 def table(scores: dict[str, dict]) -> str:

@@ -1,9 +1,9 @@
-"""Training only: which cells of the feature grid the decoder has to look at for each token of an answer.
+"""Supervised attention, for training only: the cells of the feature grid that each token of an answer depends on.
 
-Left to itself the decoder takes thousands of steps to find out that `<box>(` is continued from the cells that show what
-the phrase before it names. So two heads of one layer are told where to look, wherever question or answer say it. A
-third one is told to share its attention evenly between the centres of all things that are to be counted and whatever is
-no picture: how much is left for the latter tells the number of the things.
+Without it the decoder takes thousands of steps to learn that the numbers after `<box>(` depend on the cells of the
+thing that the phrase before names. So two heads of one layer are trained to attend to these cells, where the question
+or the answer determines them. A third head is trained to share its attention evenly between the centers of all counted
+things and everything outside of the picture: the share left for the latter gives their number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qvl_runtime.demo.conversations import Exchange, full, kind, left_to_right, 
 from qvl_runtime.demo.scenes import Scene, Thing
 
 LAYER, HEADS, COUNTING = 2, (3, 1), 2
-"""The layer, the two heads that look things up, and the one that counts."""
+"""The layer, its two heads with supervised cells, and the head that counts."""
 BOX = re.compile(rb"(?:<ref>([^<]*)</ref>)?<box>(\((\d+),(\d+)\),\((\d+),(\d+)\))</box>")
 PREFIX = re.compile("In picture (\\d): |第(\\d)张图：")
 WHICH = re.compile("Which picture has an? (.*)\\?|哪张图里有(.*)？")
@@ -41,7 +41,7 @@ def boxed(found: re.Match, grid: int) -> np.ndarray:
 
 
 def called(noun: str, language: str, scene: Scene) -> list[Thing]:
-    """The things that a noun without a size names."""
+    """The things that a noun phrase without a size matches."""
     return [
         thing
         for thing in scene.things
@@ -51,7 +51,7 @@ def called(noun: str, language: str, scene: Scene) -> list[Thing]:
 
 
 def named(question: str, language: str, scene: Scene) -> list[Thing]:
-    """The things a question's phrases single out, in their order."""
+    """The things that a question's phrases identify, in order."""
     found = []
     for thing in scene.things:
         for option in references(scene, thing):
@@ -62,7 +62,7 @@ def named(question: str, language: str, scene: Scene) -> list[Thing]:
 
 
 def asked_about(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> Iterator[Look]:
-    """Where all answers of an exchange are read off, if its first question says that."""
+    """The cells that all answers of an exchange depend on, if its first question determines them."""
     question, answer = exchange.turns[0]
     language, picture = exchange.language, 0
     prefix, which = PREFIX.match(question), WHICH.match(question)
@@ -88,7 +88,7 @@ def asked_about(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> Itera
 
 
 def counted(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> tuple[int, np.ndarray] | None:
-    """Picture and, per cell, how many of the things that a question counts have their centre there, float32."""
+    """Picture index, and the number of counted things with their center in each cell, float32 [cells]."""
     question, language, picture = exchange.turns[0][0], exchange.language, 0
     prefix = PREFIX.match(question)
     if exchange.skill == "compare" and prefix:
@@ -105,7 +105,7 @@ def counted(exchange: Exchange, scenes: Sequence[Scene], grid: int) -> tuple[int
 
 
 def spans(exchange: Exchange, turn: int, scene: Scene, grid: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Byte ranges of a turn's answer and the cells each is read off, where the answer itself says it."""
+    """Byte ranges of a turn's answer and the cells they depend on, where the answer determines them."""
     answer = exchange.turns[turn][1].encode()
     for found in BOX.finditer(answer):
         begin = found.start(1) if exchange.skill == "ground" else found.start(2) + 1
@@ -129,7 +129,7 @@ def spans(exchange: Exchange, turn: int, scene: Scene, grid: int) -> Iterator[tu
 def looks(
     exchange: Exchange, scenes: Sequence[Scene], grid: int, encoding: Encoding
 ) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
-    """Turn, index of a token in the turn's answer, and the look this token needs."""
+    """Turn, index of a token in the turn's answer, and the cells that it should attend to."""
     everywhere = list(asked_about(exchange, scenes, grid))
     for turn, (_, answer) in enumerate(exchange.turns):
         wanted = list(spans(exchange, turn, scenes[0], grid))
@@ -144,7 +144,7 @@ def looks(
 def counting_loss(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, where: torch.Tensor, cells: torch.Tensor
 ) -> tuple[torch.Tensor, str]:
-    """How far the counting head's attention is from even shares.
+    """Divergence of the counting head's attention from even shares.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def counting_loss(
     where : int64 [n, 3]
         Row, column and the column of the picture's first cell.
     cells : float32 [n, cells]
-        How many things to count in each.
+        Number of counted things in each cell.
     """
     row, column, first = where.T
     scores = torch.einsum("ntd,nd->nt", k[row, COUNTING], q[row, COUNTING, column]).float() * q.shape[-1] ** -0.5
@@ -168,7 +168,7 @@ def counting_loss(
 
 
 def loss(q: torch.Tensor, k: torch.Tensor, where: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """How little of the heads' attention to a picture falls on the wanted cells.
+    """Negative log of the heads' attention to a picture that falls on the target cells.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def loss(q: torch.Tensor, k: torch.Tensor, where: torch.Tensor, cells: torch.Ten
     where : int64 [n, 4]
         Row, column, the column of the picture's first cell, and the head.
     cells : bool [n, cells]
-        The wanted ones.
+        The target cells.
     """
     row, column, first, head = where.T
     keys = k[row[:, None], head[:, None], first[:, None] + torch.arange(cells.shape[1], device=k.device)]

@@ -1,4 +1,4 @@
-"""What the training pictures may have printed on them, and in which fonts."""
+"""Text and fonts that the training pictures may have."""
 
 from __future__ import annotations
 

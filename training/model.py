@@ -1,6 +1,6 @@
 """Qwen-VL in PyTorch, for training only: the published arithmetic with the published tensor names.
 
-`QwenVL.state_dict()` is, key for key and shape for shape, a Qwen-VL checkpoint. Dynamic NTK and logn never act here:
+`QwenVL.state_dict()` is, key for key and shape for shape, a Qwen-VL checkpoint. Dynamic NTK and logn are left out:
 training sequences are shorter than `seq_length`, where both are the identity.
 """
 

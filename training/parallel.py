@@ -1,8 +1,8 @@
-"""The training loop: several processes on a CPU, or one GPU that several processes draw pictures for.
+"""The training loop: several processes on a CPU, or one GPU with several processes that draw pictures.
 
-On a CPU each single-threaded process computes gradients on its own batches and applies them itself to shared weights,
-one at a time under a lock, so on a busy machine no process waits for a slower one. Gradients may be one update old, and
-two runs differ in the order of updates.
+On a CPU each single-threaded process computes gradients on its own batches and applies them to shared weights under a
+lock, so that no process waits for a slower one. Gradients may be one update old, and the order of updates differs
+between runs.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from optimiser import set_rate
+from optimizer import set_rate
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def share(modules: list[nn.Module], optimisers: list[torch.optim.Optimizer]) -> None:
-    """On a CPU, move weights and optimiser states into shared memory, making the states first where there are none."""
+def share(modules: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """On a CPU, move weights and optimizer states into shared memory; create missing states first."""
     if DEVICE.type != "cpu":
         return
     for module in modules:
         module.share_memory()
-    if not any(o.state for o in optimisers):
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
+    if not any(o.state for o in optimizers):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = torch.zeros_like(p)
-        set_rate(optimisers, 0.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-    for optimiser in optimisers:
-        for state in optimiser.state.values():
+        set_rate(optimizers, 0.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     value.share_memory_()
 
 
 class Progress:
-    """Steps done by all processes, and the share of the time that is gone."""
+    """Steps of all processes, and the elapsed share of the time."""
 
     def __init__(self, minutes: float, step: int = 0, begin: float | None = None):
         self.begin, self.minutes = begin or time.time(), minutes
@@ -60,8 +60,8 @@ class Progress:
         return self.minute / self.minutes
 
 
-def work(rank, lock, progress, batches, loss_of, parameters, optimisers, schedule, after) -> None:
-    """One process: batch, gradients, and the update under the lock, until the time is over."""
+def work(rank, lock, progress, batches, loss_of, parameters, optimizers, schedule, after) -> None:
+    """One process: batch, gradients, and the update under the lock, until the time is up."""
     torch.set_num_threads(1)
     for batch in batches(rank):
         if progress.done >= 1:
@@ -72,10 +72,10 @@ def work(rank, lock, progress, batches, loss_of, parameters, optimisers, schedul
             progress.counter.value += 1
             step = progress.counter.value
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-            set_rate(optimisers, schedule(step, progress.done))
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
+            set_rate(optimizers, schedule(step, progress.done))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         if step % 25 == 0:
             print(f"step {step} minute {progress.minute:.1f} loss {loss.item():.3f} {log}", flush=True)
         if rank == 0:
@@ -99,9 +99,9 @@ def uploaded(loader: Iterable) -> Iterator[list]:
 
 
 def launch(workers: int, pid_file: Path, progress, batches, *args) -> None:
-    """Train until the time is over; the processes' ids go into `pid_file` so that they can be paused.
+    """Train until the time is up; `pid_file` gets the process ids, so that they can be paused.
 
-    `workers` processes compute on a CPU; beside a GPU they draw.
+    On a CPU `workers` processes compute; with a GPU they draw pictures.
     """
     if DEVICE.type != "cpu":
         loader = DataLoader(Drawn(batches), None, num_workers=workers, pin_memory=True, multiprocessing_context="fork")

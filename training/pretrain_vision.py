@@ -1,4 +1,4 @@
-"""First stage: the vision tower alone learns what lies in every cell of its feature grid.
+"""First stage: train the vision tower alone to recognize the contents of every cell of its feature grid.
 
 nice -n 19 python training/pretrain_vision.py --out RUN --minutes 15
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lexicon import LEVELS, scene_options
 from model import QwenVL, Resampler, resample_grid, sincos_grid
-from optimiser import build
+from optimizer import build
 from parallel import DEVICE, Progress, launch, share
 from PIL import Image
 from targets import CellHead, cell_targets
@@ -59,11 +59,11 @@ class Pictures:
             )
 
 
-def localise(pool: Resampler, cells: int) -> None:
-    """Start the adapter as an identity: query i looks at patch i and passes it on.
+def localize(pool: Resampler, cells: int) -> None:
+    """Initialize the adapter as an identity: query i attends to patch i and returns it.
 
-    The query and key projections are fitted, for a minute at most, so that the attention is diagonal whatever the
-    patches hold; value and output projections are the identity.
+    The query and key projections are fitted, for a minute at most, so that attention is diagonal for any
+    patches; value and output projections are the identity.
     """
     width = pool.query.shape[1]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def localise(pool: Resampler, cells: int) -> None:
         pool.attn.out_proj.bias.zero_()
     weight = (torch.randn(2 * width, width) * width**-0.5).requires_grad_()
     query = pool.query.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([weight, query], 3e-3)
+    optimizer = torch.optim.Adam([weight, query], 3e-3)
     place = resample_grid(pool.pos_embed, cells)
     for _ in range(400):
         key = torch.randn(cells, width) * 0.2 + place
@@ -81,9 +81,9 @@ def localise(pool: Resampler, cells: int) -> None:
         q, k = ((x @ w.T).view(cells, pool.heads, -1).transpose(0, 1) for x, w in zip((q, key), weight.chunk(2)))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.arange(cells).repeat(pool.heads))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     print(f"adapter starts as an identity: attention loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
         pool.attn.in_proj_weight[: 2 * width] = weight
@@ -91,7 +91,7 @@ def localise(pool: Resampler, cells: int) -> None:
 
 
 def whiten(visual: torch.nn.Module, size: int, seed: int) -> None:
-    """Start the patch embedding as a whitening of real patches: all their main components equally loud."""
+    """Initialize the patch embedding as a whitening of drawn patches: equal variance of the principal components."""
     patch, width = visual.conv1.kernel_size[0], visual.conv1.out_channels
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng, text_share=0.5) for _ in range(300)]
@@ -121,7 +121,7 @@ def new_model(seed: int) -> QwenVL:
     with torch.no_grad():
         visual.proj.copy_(torch.eye(hidden) * 0.5)
     whiten(visual, model.config["visual"]["image_size"], seed)
-    localise(visual.attn_pool, visual.attn_pool.query.shape[0])
+    localize(visual.attn_pool, visual.attn_pool.query.shape[0])
     return model
 
 
@@ -145,8 +145,8 @@ def main() -> None:
         vision = torch.load(args.out / "vision.pt", map_location=DEVICE)
         visual.load_state_dict({k[19:]: v for k, v in vision["model"].items() if ".visual." in k})
         outer.load_state_dict(vision["head"])
-    optimisers = build({"visual": visual, "inner": inner, "outer": outer})
-    share([model, inner, outer], optimisers)
+    optimizers = build({"visual": visual, "inner": inner, "outer": outer})
+    share([model, inner, outer], optimizers)
     progress = Progress(args.minutes)
 
     def batches(rank: int) -> Pictures:
@@ -168,7 +168,7 @@ def main() -> None:
             save(args.out, model, outer)
 
     parameters = [p for m in (visual, inner, outer) for p in m.parameters()]
-    launch(args.workers, args.out / "trainer.pid", progress, batches, loss_of, parameters, optimisers, schedule, after)
+    launch(args.workers, args.out / "trainer.pid", progress, batches, loss_of, parameters, optimizers, schedule, after)
     save(args.out, model, outer)
 
 

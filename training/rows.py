@@ -1,8 +1,8 @@
 """Training rows: one to three pictures, then many independent questions that each see only the pictures.
 
 A row is a shared prefix (system text and pictures) followed by branches. Every branch continues the positions of the
-prefix and attends to the prefix and itself alone, so each is exactly the prompt of a single conversation, while the
-pictures are encoded once. The loss falls on the answers.
+prefix and attends only to the prefix and itself, so it is exactly the prompt of a single conversation, while the
+pictures are encoded once. Only the answers contribute to the loss.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Writer:
     def branch(self, exchange: Exchange, raw: bool) -> tuple[list[int], np.ndarray, list[int]]:
         """The ids of a conversation after the prefix, the weight of predicting each, float64, and where answers begin.
 
-        All answers weigh 1, but read text, of which no character is easy to guess, 6. The first digits of a box's
-        numbers share 1.5 more, the second ones 0.5: they say which thing is meant, and among an answer's many tokens
-        that are easy to guess they would hardly count.
+        An answer has the weight 1, or 6 if it reads text, of which no character is easy to guess. The first digits of a
+        box's numbers share another 1.5, the second digits 0.5: they determine the thing, and would hardly count among
+        the many tokens that are easy to guess.
         """
         ids, wanted, begins = [], [], []
         for i, (question, answer) in enumerate(exchange.turns):
@@ -90,8 +90,8 @@ class Rows:
     """Endless batches of rows, from one seed.
 
     A batch: ids, positions, segment (0 prefix, 1.. branches, -1 padding), weight of predicting each token [B, T];
-    pixels uint8 [N, 3, S, S] and cell targets of all its pictures, and of twice as many more as there are rows, which
-    nobody asks about; `where` and `cells` of `gaze.loss` and of `gaze.counting_loss`; the exchanges of every row.
+    pixels uint8 [N, 3, S, S] and cell targets of all its pictures, and of two more pictures a row without
+    questions; `where` and `cells` of `gaze.loss` and of `gaze.counting_loss`; the exchanges of every row.
     """
 
     def __init__(self, writer: Writer, seed: int, batch: int, length: int, size: int, grid: int, level: str):

@@ -1,4 +1,4 @@
-"""Training-only targets for every cell of the feature grid: what lies there and where its box ends."""
+"""Targets for every cell of the feature grid, for training only: the contents of the cell and their box."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene
 
 KINDS, HUES, SIZES = len(SHAPES) + 2, len(COLORS) + 1, 3
-"""Classes of a cell: nothing, the shapes, printed text; nothing, the colours; nothing, small, large."""
+"""Classes of a cell: nothing, the shapes, printed text; nothing, the colors; nothing, small, large."""
 GLYPHS = len(CHARSET) + 1
 PLACES = 24
-"""Places in the reading order that are told apart."""
+"""Number of distinct places in the reading order."""
 WIDTHS = {
-    "shape": KINDS, "color": HUES, "size": SIZES, "box": 4, "digits": 80, "centre": 1,
+    "shape": KINDS, "color": HUES, "size": SIZES, "box": 4, "digits": 80, "center": 1,
     "first": GLYPHS, "second": GLYPHS, "place": PLACES + 1,
 }  # fmt: skip
 CLASSES = {"shape": 0, "color": 1, "size": 2, "first": 8, "second": 9, "place": 10}
@@ -31,10 +31,10 @@ def cell_of(x: float, y: float, grid: int) -> tuple[int, int]:
 
 
 def covered(box: Sequence[float], grid: int) -> np.ndarray:
-    """The cells whose centre, or the box's own centre, lies in a box of the unit square: bool [grid, grid]."""
+    """The cells whose center, or the box's own center, lies in a box of the unit square: bool [grid, grid]."""
     x1, y1, x2, y2 = box
-    centres = (np.arange(grid) + 0.5) / grid
-    rows, columns = (centres > y1) & (centres < y2), (centres > x1) & (centres < x2)
+    centers = (np.arange(grid) + 0.5) / grid
+    rows, columns = (centers > y1) & (centers < y2), (centers > x1) & (centers < x2)
     row, column = cell_of((x1 + x2) / 2, (y1 + y2) / 2, grid)
     rows[row], columns[column] = True, True
     return rows[:, None] & columns
@@ -43,8 +43,8 @@ def covered(box: Sequence[float], grid: int) -> np.ndarray:
 def cell_targets(scene: Scene, grid: int) -> np.ndarray:
     """What every cell of the grid shows, float32 [grid * grid, 11].
 
-    Shape, colour, size; box x1 y1 x2 y2 of the thing (or the text's plate) that covers the cell, in the unit square;
-    whether the thing's centre lies here; the first and the second character whose centre lies here, and the first
+    Shape, color, size; box x1 y1 x2 y2 of the thing (or the text's plate) that covers the cell, in the unit square;
+    whether the thing's center lies here; the first and the second character whose center lies here, and the first
     one's place in the reading order. Zero is nothing, everywhere.
     """
     out = np.zeros((grid, grid, 11), np.float32)
@@ -79,8 +79,8 @@ def box_digits(box: torch.Tensor) -> torch.Tensor:
 class CellHead(nn.Linear):
     """A linear probe from a cell's feature to its targets.
 
-    A box is asked for as numbers and as the digits that an answer writes: what the probe can read off a feature, the
-    decoder can copy.
+    A box is predicted as numbers and as the digits of an answer: the decoder can copy what the probe can read from a
+    feature.
     """
 
     def __init__(self, width: int):
@@ -96,7 +96,7 @@ class CellHead(nn.Linear):
         parts.append(F.smooth_l1_loss(box, true_box, beta=0.02) * 40)
         digits, true_digits = said["digits"][filled].unflatten(-1, (8, 10)), box_digits(true_box)
         parts.append(F.cross_entropy(digits.flatten(0, 1), true_digits.flatten()))
-        parts.append(F.binary_cross_entropy_with_logits(said["centre"][..., 0], target[..., 7]) * 4)
+        parts.append(F.binary_cross_entropy_with_logits(said["center"][..., 0], target[..., 7]) * 4)
         if marked.any():
             parts += [F.cross_entropy(said[k][marked], index[k][marked]) * 0.5 for k in ("second", "place")]
         right = (digits.argmax(-1) == true_digits).float()

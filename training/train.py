@@ -2,8 +2,8 @@
 
 nice -n 19 python training/train.py --out RUN --minutes 80
 
-RUN holds the first stage's vision.pt. The learning rate follows the clock, so that the run ends as planned however busy
-the machine is; a run that was stopped goes on from RUN/state.pt.
+RUN contains the first stage's vision.pt. The learning rate depends on elapsed time, so that the run ends as planned on
+a busy machine, too. A run that was stopped resumes from RUN/state.pt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from lexicon import LEVELS
 from model import QwenVL
-from optimiser import build
+from optimizer import build
 from parallel import DEVICE, Progress, launch, share, uploaded
 from pretrain_vision import config, normalize
 from rows import Rows, Writer, attention_mask
@@ -39,7 +39,7 @@ def iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def forward(model, head, batch):
-    """Logits before each weighted token, those tokens, their weights, and the losses of cells and of where it looks."""
+    """Logits before each weighted token, these tokens, their weights, and the losses of cells and attention."""
     ids, positions, segment, weight, pixels, cells, where, wanted, *counts, _ = batch
     with torch.autocast(DEVICE.type, torch.bfloat16):
         features = model.transformer.visual(normalize(pixels))
@@ -95,19 +95,19 @@ def main() -> None:
     model = QwenVL(config()).to(DEVICE)
     grid = math.isqrt(model.config["visual"]["n_queries"])
     head = CellHead(model.config["hidden_size"]).to(DEVICE)
-    optimisers = build({"model": model, "probe": head}, rate=0.4, vision=0.3)
+    optimizers = build({"model": model, "probe": head}, rate=0.4, vision=0.3)
     if state:
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
-        for optimiser, old in zip(optimisers, state["optimisers"]):
-            optimiser.load_state_dict(old)
+        for optimizer, old in zip(optimizers, state["optimisers"]):
+            optimizer.load_state_dict(old)
         progress = Progress(args.minutes, state["step"], state["begin"])
     else:
         vision = torch.load(args.out / "vision.pt", map_location=DEVICE)
         model.load_state_dict(vision["model"])
         head.load_state_dict(vision["head"])
         progress = Progress(args.minutes)
-    share([model, head], optimisers)
+    share([model, head], optimizers)
     encoding = read(args.out / "qwen.tiktoken")
     size, queries = model.config["visual"]["image_size"], model.config["visual"]["n_queries"]
     writer = Writer(encoding, queries)
@@ -133,7 +133,7 @@ def main() -> None:
 
     def after(step: int) -> None:
         if time.time() - last["save"] > 180:
-            save(saved, model, head, optimisers, progress)
+            save(saved, model, head, optimizers, progress)
             last["save"] = time.time()
         if step - last["test"] >= 200:
             print(f"step {step} held out: {evaluate(model, head, held_out, encoding)}", flush=True)
@@ -141,17 +141,17 @@ def main() -> None:
 
     launch(
         args.workers, args.out / "trainer.pid",
-        progress, batches, loss_of, list(model.parameters()), optimisers, schedule, after,
+        progress, batches, loss_of, list(model.parameters()), optimizers, schedule, after,
     )  # fmt: skip
-    save(saved, model, head, optimisers, progress)
+    save(saved, model, head, optimizers, progress)
     print(f"step {progress.counter.value} held out: {evaluate(model, head, held_out, encoding)}", flush=True)
 
 
-def save(path: Path, model, head, optimisers, progress: Progress) -> None:
+def save(path: Path, model, head, optimizers, progress: Progress) -> None:
     """Write the state under a temporary name, then rename it."""
     state = {
         "model": model.state_dict(), "head": head.state_dict(), "begin": progress.begin,
-        "step": progress.counter.value, "optimisers": [o.state_dict() for o in optimisers],
+        "step": progress.counter.value, "optimisers": [o.state_dict() for o in optimizers],
     }  # fmt: skip
     torch.save(state, path.with_suffix(".partial"))
     path.with_suffix(".partial").rename(path)

@@ -30,7 +30,7 @@ SPECIAL = (
 
 
 def pieces(seed: int) -> Counter[bytes]:
-    """Split pieces of the generator's sentences with their counts; printed strings stay out of it."""
+    """Split pieces of the generator's sentences with their counts, without printed strings."""
     rng = np.random.default_rng(seed)
     counts: Counter[bytes] = Counter()
     fixed = "system\nYou are a helpful assistant.\nuser\nassistant\nPicture 1: Picture 2: \n"
@@ -46,7 +46,7 @@ def pieces(seed: int) -> Counter[bytes]:
 
 
 def learn(counts: Counter[bytes], size: int) -> list[bytes]:
-    """Byte pair encoding: the 256 bytes, then the most frequent pair again and again (ties: the smaller bytes)."""
+    """Byte pair encoding: the 256 bytes, then repeatedly the most frequent pair (ties: the smaller bytes)."""
     tokens = [bytes([i]) for i in range(256)]
     words = {word: [bytes([b]) for b in word] for word in counts}
     while len(tokens) < size:
@@ -72,7 +72,7 @@ def learn(counts: Counter[bytes], size: int) -> list[bytes]:
 
 
 def read(path: Path) -> tiktoken.Encoding:
-    """The vocabulary with the special tokens behind its ranks."""
+    """The vocabulary with the special tokens after its ranks."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {text: len(ranks) + i for i, text in enumerate(SPECIAL)}

@@ -1,7 +1,7 @@
 """Questions about scenes, with their true answers, in English and Chinese.
 
-Every question function takes the random generator, a language and one or more scenes, and gives an `Exchange` or None
-when the scene does not allow the question.
+Every question function takes the random generator, a language and one or more scenes. It returns an `Exchange`, or None
+if the scene does not allow the question.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Exchange:
-    """One or two turns; `skill` names what the last answer shows."""
+    """One or two turns of question and answer; `skill` is what the last question tests."""
 
     skill: str
     language: str
@@ -47,7 +47,7 @@ def word(name: str, language: str) -> str:
 
 
 def box_text(box: Sequence[float]) -> str:
-    """`<box>(x1,y1),(x2,y2)</box>` in steps of 10 thousandths."""
+    """`<box>(x1,y1),(x2,y2)</box>`, a unit-square box in multiples of 10 thousandths."""
     x1, y1, x2, y2 = (min(990, max(0, round(v * 100) * 10)) for v in box)
     return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
@@ -81,7 +81,7 @@ def matching(scene: Scene, size: str = "", color: str = "", shape: str = "") -> 
 
 
 def references(scene: Scene, thing: Thing) -> list[dict[str, str]]:
-    """The shortest attribute sets that single out the thing."""
+    """The attribute sets that match only this thing, shortest first."""
     options = [
         {"shape": thing.shape},
         {"color": thing.color},
@@ -93,7 +93,7 @@ def references(scene: Scene, thing: Thing) -> list[dict[str, str]]:
 
 
 def refer(rng: Rng, scene: Scene, language: str, without: str = "") -> tuple[Thing, str] | None:
-    """A thing and a definite phrase for it alone that does not mention attribute `without`."""
+    """A thing and a definite phrase that matches only it, without the attribute `without`."""
     for i in rng.permutation(len(scene.things)):
         thing = scene.things[i]
         options = [o for o in references(scene, thing) if without not in o]
@@ -356,7 +356,7 @@ SINGLE: dict[str, tuple[Callable[..., Exchange | None], float]] = {
     "absent": (absent, 0.4),
     "second": (second, 0.6),
 }
-"""Every skill on one picture: its question, and how often training asks it."""
+"""Question function and training weight of every skill on one picture."""
 
 
 def ask(rng: Rng, scenes: list[Scene], skill: str = "") -> Exchange | None:

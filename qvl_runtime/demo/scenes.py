@@ -1,4 +1,4 @@
-"""Random pictures with known content: coloured shapes and printed text over varied backgrounds.
+"""Random pictures with known content: colored shapes and printed text over varied backgrounds.
 
 A `Scene` is a list of facts in a unit square; `draw` turns it into pixels at any size. The same random generator state
 always gives the same scene and the same picture.
@@ -43,7 +43,7 @@ class Thing:
     color: str
     size: str
     box: tuple[float, float, float, float]
-    turn: float = 0.0
+    angle: float = 0.0
 
     @property
     def center(self) -> tuple[float, float]:
@@ -67,7 +67,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a picture."""
+    """The contents of a picture."""
 
     things: tuple[Thing, ...]
     text: Text | None = None
@@ -87,7 +87,7 @@ def load_font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
 
 
 def place_text(text: Text) -> Text:
-    """Fill in the text's box and the centre of every character, both in the unit square."""
+    """Fill in the text's box and the center of every character, both in the unit square."""
     unit = 200
     font = load_font(text.font, max(8, round(text.height * unit)))
     em = font.size / unit
@@ -128,13 +128,13 @@ def random_thing(rng: np.random.Generator, shape: str | None = None, color: str 
     w = rng.uniform(*(SMALL if size == "small" else LARGE))
     h = w * rng.uniform(0.9, 1.1)
     x, y = rng.uniform(0.01, 0.99 - w), rng.uniform(0.01, 0.99 - h)
-    turn = float(rng.uniform(-10, 10))
+    angle = float(rng.uniform(-10, 10))
     shape = shape or str(rng.choice(SHAPES))
-    return Thing(shape, color or str(rng.choice(list(COLORS))), size, (x, y, x + w, y + h), turn)
+    return Thing(shape, color or str(rng.choice(list(COLORS))), size, (x, y, x + w, y + h), angle)
 
 
 def random_string(rng: np.random.Generator, shares: Sequence[float], words: Sequence[str], hanzi: str) -> str:
-    """Digits, capital letters, a word or Chinese characters, each as often as `shares` says."""
+    """Digits, capital letters, a word or Chinese characters, chosen with the probabilities `shares`."""
     kind = int(rng.choice(4, p=shares))
     if kind == 0:
         return "".join(rng.choice(list("0123456789"), int(rng.integers(1, 9))))
@@ -153,7 +153,7 @@ def random_text(
     hanzi: str = "",
     shares: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
 ) -> Text:
-    """One or two printed lines that lie wholly inside the unit square."""
+    """One or two printed lines that fit into the unit square."""
     for _ in range(50):
         lines = [random_string(rng, shares, words, hanzi) for _ in range(1 + (rng.random() < 0.2))]
         chinese = any(ord(c) > 0x2E80 for line in lines for c in line)
@@ -188,7 +188,7 @@ def random_scene(
     Parameters
     ----------
     text_share : float
-        How often there is printed text.
+        Probability of printed text.
     palette : sequence of (shape, color)
         Kinds to draw from; any kind when empty.
     calm : bool
@@ -201,7 +201,7 @@ def random_scene(
     wanted = int(rng.integers(0, 4)) if text else int(rng.integers(1, max_things + 1))
     kinds = list(palette)
     if not kinds and rng.random() < 0.6:
-        # Few kinds a picture: so that counts above one and near misses (same shape, other colour) are common.
+        # Few kinds in a picture make counts above one and near misses (same shape, other color) common.
         shapes, colors = rng.choice(SHAPES, 3, replace=False), rng.choice(list(COLORS), 3, replace=False)
         kinds = [(str(s), str(c)) for s in shapes for c in colors]
     for _ in range(wanted):
@@ -213,11 +213,11 @@ def random_scene(
             ):
                 things.append(thing)
                 break
-    ground = np.clip(np.add(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng.integers(-8, 9, 3)), 0, 255)
+    background = np.clip(np.add(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng.integers(-8, 9, 3)), 0, 255)
     scene = Scene(
         tuple(things),
         text,
-        (int(ground[0]), int(ground[1]), int(ground[2])),
+        (int(background[0]), int(background[1]), int(background[2])),
         str(rng.choice(["plain", "gradient", "stripes", "checks"])),
         int(rng.integers(1, 7)) if rng.random() < 0.4 else 0,
         float(rng.uniform(2, 10)) if rng.random() < 0.5 else 0.0,
@@ -227,7 +227,7 @@ def random_scene(
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
-    """The polygon of a shape, fitted exactly to its box."""
+    """The polygon of a shape, scaled to its box."""
     steps = [2 * math.pi * i / 48 for i in range(48)]
     if thing.shape in ("circle", "ring"):
         points = [(math.cos(t), math.sin(t)) for t in steps]
@@ -261,8 +261,9 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
             (16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
             for t in steps
         ]
-    turn = math.radians(thing.turn)
-    points = [(x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)) for x, y in points]
+    angle = math.radians(thing.angle)
+    cos, sin = math.cos(angle), math.sin(angle)
+    points = [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x1, y1, x2, y2 = thing.box
     sx, sy = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
@@ -270,7 +271,7 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def paint_background(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
-    """The ground, its texture and grey clutter lines."""
+    """The background, its texture and gray clutter lines."""
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
     if scene.texture == "gradient":
         shade = (ramp[:, None] * rng.uniform(-1, 1) + ramp[None] * rng.uniform(-1, 1)) * 14

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def orthogonalise(g: torch.Tensor) -> torch.Tensor:
+def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """Five quintic Newton-Schulz steps in bfloat16 towards U V^T of g = U S V^T, a matrix or a stack of filters."""
     x = g.flatten(1).bfloat16()
     wide = g.shape[0] <= g[0].numel()
@@ -23,7 +23,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum 0.95, orthogonalised, scaled by sqrt(max(1, rows / columns))."""
+    """Nesterov momentum 0.95, orthogonalized, scaled by sqrt(max(1, rows / columns))."""
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                     state["velocity"] = torch.zeros_like(p)
                 velocity = state["velocity"]
                 velocity.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(velocity, group["momentum"]))
+                update = orthogonalize(p.grad.lerp(velocity, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -49,9 +49,9 @@ BODY = (".h.", "resblocks", "attn_pool.attn", "kv_proj", "conv1")
 
 
 def build(modules: dict[str, nn.Module], rate: float = 1.0, vision: float = 1.0) -> list[torch.optim.Optimizer]:
-    """The two optimisers over all trainable parameters of `modules`.
+    """The two optimizers over all trainable parameters of `modules`.
 
-    `rate` scales all learning rates, `vision` those outside the decoder once more.
+    `rate` scales all learning rates; `vision` also scales those outside the decoder.
     """
     named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad]
 
@@ -71,8 +71,8 @@ def build(modules: dict[str, nn.Module], rate: float = 1.0, vision: float = 1.0)
     ]
 
 
-def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
+def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     """Scale every group's first learning rate by `factor`."""
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * factor
