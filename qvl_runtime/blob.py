@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
+from qvl_kernels.packing import BLOCK, Matrix, group_sizes, packed_shapes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families import family_of
 from qvl_runtime.families.base import Family
@@ -129,11 +129,11 @@ class Blob:
         qweight, scales = self.file.array(f"{name}.qweight"), self.file.array(f"{name}.scales")
         bits = groups = None
         if qweight.ndim == 5 and scales.ndim == 3 and qweight.shape[1]:
-            bits, groups = {16: 4, 32: 8}.get(qweight.shape[2]), scales.shape[1] // qweight.shape[1]
-        if bits is None or groups not in [BLOCK // g for g in GROUP_SIZES]:
+            bits, groups = {12: 3, 16: 4, 32: 8}.get(qweight.shape[2]), scales.shape[1] // qweight.shape[1]
+        if bits is None or groups not in [BLOCK // g for g in group_sizes(bits)]:
             raise QvlError(
                 f"{self.path}: '{name}' has arrays of shapes {list(qweight.shape)} and {list(scales.shape)}, "
-                f"which no int4 or int8 matrix has; {REMEDY}"
+                f"which no matrix of 3, 4 or 8 bits has; {REMEDY}"
             )
         return bits, BLOCK // groups
 

@@ -97,7 +97,7 @@ def test_errors_are_one_line(qvl, tmp_path, blob):
     fails(qvl("convert", tmp_path / "nowhere", tmp_path / "x.qvl"), "nowhere", "is no folder")
     fails(qvl("convert", "no\nsuch\nfolder", tmp_path / "x.qvl"), "folder", "is no folder")
     fails(qvl("convert", BIN, tmp_path / "no" / "x.qvl"), "folder does not exist")
-    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--bits", "5"), "--bits 5", "choose 4, 8 or 16")
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--bits", "5"), "--bits 5", "choose 3, 4, 8 or 16")
     fails(qvl("convert", GOLDEN / "ckpt/tiny-vl-gptq", tmp_path / "x.qvl", "--bits", "8"), "cannot become 8")
     fails(qvl("info", tmp_path / "missing.qvl"), "missing.qvl", "no such file")
     fails(qvl("info", BIN / "config.json"), "config.json", "not a safetensors file")

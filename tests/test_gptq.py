@@ -39,7 +39,7 @@ def paper_gptq(w, hessian, scales, zeros, bits, group_size, order):
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_the_pass_chooses_what_the_papers_algorithm_chooses(bits, sym, act_order, monkeypatch):
     monkeypatch.setattr(gptq, "TURNS", 0)
     w, h, _ = problem()

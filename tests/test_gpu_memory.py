@@ -164,7 +164,7 @@ def test_every_remedy_holds():
     assert not Plan(5 * GB, cache * (tokens + 256) // context, 0, free).fits
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, 64), (16, 128)])
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 128), (4, 128), (4, 32), (8, 64), (16, 128)])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 588), (256, 256)])
 def test_sizes_are_known_beforehand(ops, bits, group_size, n, k):
     weight = ops.weight(matrix(n, k, bits, group_size))

@@ -20,6 +20,7 @@ from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.ops import DeviceError, Norm
+from qvl_kernels.packing import pack
 
 TESTS = Path(__file__).parent
 
@@ -171,6 +172,24 @@ def test_zero_points_are_used_where_there_are_any(ops, driver):
         packed = driver.launches[-1]
         assert packed.name == "pack_scales.any" and (packed.args["flags"], packed.args["zero"]) == (flags, zero)
         assert bool(packed.args["zeros"]) == bool(flags)
+
+
+def test_3_bits_arrive_as_4(ops, driver, monkeypatch):
+    codes, scales = np.random.default_rng(3).integers(0, 8, (70, 200)).astype(np.uint8), np.ones((70, 2))
+    sent, to_device = [], driver.to_device
+    monkeypatch.setattr(driver, "to_device", lambda at, part: (sent.append(bytes(part)), to_device(at, part)))
+    uploads, launches = [], []
+    for bits in (3, 4):
+        driver.launches.clear()
+        weight = ops.weight(pack(codes, scales, bits, 128))
+        ops.synchronize()
+        launches.append([(launch.name, launch.grid) for launch in driver.launches])
+        uploads.append((weight.kind, weight.codes.shape, b"".join(sent)))
+        assert driver.launches[-1].args["zero"] == {3: 4, 4: 8}[bits]
+        sent.clear()
+    assert uploads[0][:2] == uploads[1][:2] and launches[0] == launches[1] and launches[0]
+    differing = np.frombuffer(uploads[0][2], np.uint8) ^ np.frombuffer(uploads[1][2], np.uint8)
+    assert len(differing) > 70 * 100 and set(differing) == {0, 0xC0, 0xCC}  # padding: 4 is not 8
 
 
 def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):

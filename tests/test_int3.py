@@ -1,11 +1,22 @@
-"""3-bit weights: the layout, and products that equal those of 4-bit weights with the same codes bit for bit."""
+"""3-bit weights: the layout, products that equal those of 4-bit weights with the same codes bit for bit, and files."""
 
 import numpy as np
 import pytest
+from conftest import GOLDEN
 
+from qvl_convert.convert import convert
+from qvl_convert.export import export
+from qvl_convert.gptq import dequantize, gptq, output_error
+from qvl_convert.hessian import factorize
+from qvl_convert.rtn import quantize
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack, pack_codes, packed_shapes, unpack_codes, widen
+from qvl_runtime.blob import Blob
+from qvl_runtime.errors import QvlError
+
+VL = GOLDEN / "ckpt" / "tiny-vl"
+THREE = {"bits": 3, "vision_bits": 3, "head_bits": 3, "group_size": 64}
 
 
 @pytest.fixture(scope="module", params=["int16", "int8"])
@@ -75,3 +86,43 @@ def test_products_equal_those_of_4_bits(cpu, rng, n, k, group, zeros, perm, rows
 def test_groups_of_32_are_refused():
     with pytest.raises(ValueError, match=r"bits 3 with groups of 32: expected .* groups of \(64, 128\)"):
         packed_shapes(32, 128, 3, 32)
+
+
+def test_a_file_with_3_bits_answers_as_the_reference_backend_does(blob, model):
+    path = blob("tiny-vl", **THREE)
+    assert {part["bits"] for part in Blob(path).metadata["quantization"].values()} == {3}
+    assert path.stat().st_size < blob("tiny-vl", vision_bits=4, head_bits=4, group_size=64).stat().st_size
+    prompt = "What is this? 这是什么？"
+    want = model("tiny-vl", **THREE).logits(prompt)
+    got = model("tiny-vl", device="cpu", activations="int16", **THREE).logits(prompt)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
+    assert model("tiny-vl", device="cpu", **THREE).generate(prompt, max_new_tokens=4).token_ids
+
+
+def test_gptq_loses_less_than_the_nearest_codes(rng):
+    x, w = rng.standard_normal((400, 128)) @ rng.standard_normal((128, 128)), rng.standard_normal((40, 128))
+    hessian = (x.T @ x).astype(np.float32)
+    nearest = quantize(w.astype(np.float32), 3, 64).dequantize()
+    codes, scales, zeros = gptq(w, factorize(hessian.copy(), "w"), bits=3, group_size=64)
+    assert codes.max() == 7 and zeros is None
+    fitted = output_error(w, dequantize(codes, scales, 4, 64), hessian)
+    assert fitted < 0.5 * output_error(w, nearest, hessian)
+
+
+def test_a_file_smaller_than_with_4_bits_has_3_where_they_cost_least(tmp_path, blob):
+    smallest, four = (blob("tiny-vl", group_size=64, bits=n, vision_bits=n, head_bits=n).stat().st_size for n in (3, 4))
+    target = (smallest + four) // 2000
+    convert(VL, tmp_path / "x.qvl", target_size=f"{target}KB", group_size=64, device="cpu", calibration_samples=1)
+    assert smallest < (tmp_path / "x.qvl").stat().st_size <= target * 1000 < four
+    said = str([part["bits"] for part in Blob(tmp_path / "x.qvl").metadata["quantization"].values()])
+    assert "3" in said and "4" in said
+
+
+def test_what_3_bits_cannot_do_is_one_clear_line(tmp_path, blob):
+    with pytest.raises(QvlError, match="--group-size 32: with 3 bits choose 64 or 128"):
+        convert(VL, tmp_path / "x.qvl", vision_bits=3, group_size=32)
+    with pytest.raises(QvlError, match="3 bits, which are not exported; convert with --bits 4, 8 or 16"):
+        export(Blob(blob("tiny-vl", **THREE)), tmp_path / "out")
+    with pytest.raises(QvlError, match="with 3 bits everywhere and groups of 64"):
+        convert(VL, tmp_path / "x.qvl", target_size="10KB", group_size=64)
+    assert list(tmp_path.iterdir()) == []

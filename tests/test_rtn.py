@@ -52,7 +52,7 @@ def check(weight: np.ndarray, bits: int, group_size: int, asymmetric: bool) -> M
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_shapes(rng, n, k, bits, asymmetric):
     check(rng.standard_normal((n, k), np.float32), bits, 128, asymmetric)
@@ -69,7 +69,7 @@ def test_dtypes_and_groups(rng, dtype, group_size):
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_error_is_at_most_half_a_step(rng, bits, asymmetric):
     weight = rng.standard_normal((64, 256), np.float32) + np.float32(0.3)
     weight[:, 5] *= 1000

@@ -1,8 +1,8 @@
 """Chooses the bits of each layer for a given file size and the least total error.
 
-The error of a layer is measured: all prompts pass it with its weights rounded to 4 and to 8 bits and all earlier layers
-as published; the error is the relative change of its output. Starting with 4 bits everywhere, the step to 8 or 16 bits
-with the largest error reduction per byte is taken until no step fits.
+The error of a layer is measured: all prompts pass it with its weights rounded to 3, 4 and 8 bits and all earlier layers
+as published; the error is the relative change of its output. Starting with 3 bits everywhere (4 in groups of 32), the
+step to more bits with the largest error reduction per byte is taken until no step fits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from qvl_convert.calibration import Sample
 from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
-from qvl_kernels.packing import Matrix
+from qvl_kernels.packing import Matrix, group_sizes
 from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.config import Config
 from qvl_runtime.families.weights import Weights
 
-BITS = (4, 8, 16)
+BITS = (3, 4, 8, 16)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAMPLES = 4
 HEAD_ROWS = 64
@@ -72,45 +72,46 @@ def allocate(
     Raises
     ------
     QvlError
-        If 4 bits everywhere are too large, or the source is already quantized.
+        If the fewest bits everywhere are too large, or the source is already quantized.
     """
     if source.imported:
         raise QvlError(f"{source.checkpoint.folder}: is quantized already; --target-size needs the unquantized model")
-    plans = {bits: _plans(source, bits, group_size) for bits in BITS}
-    smallest = size_of(list(plans[4].values()))
+    plans = {bits: _plans(source, bits, group_size) for bits in BITS if bits == 16 or group_size in group_sizes(bits)}
+    fewest = min(plans)
+    smallest = size_of(list(plans[fewest].values()))
     if smallest > target:
         raise QvlError(
-            f"--target-size {target / 1e9:.3f} GB is too small: with 4 bits everywhere and groups of {group_size} "
-            f"the file has {smallest / 1e9:.3f} GB"
+            f"--target-size {target / 1e9:.3f} GB is too small: with {fewest} bits everywhere and groups of "
+            f"{group_size} the file has {smallest / 1e9:.3f} GB"
         )
     checkpoint = source.checkpoint
     units = stages(checkpoint.family, checkpoint.config)
     losses = measure(source, samples, units, plans, device)
-    weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in BITS} for unit in units]
+    weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in plans} for unit in units]
     chosen = choose(losses, weights, target - smallest)
     return {name: bits for unit, bits in zip(units, chosen) for name in unit.matrices}
 
 
 def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], room: int) -> list[int]:
-    """Choose the best steps up from 4 bits.
+    """Choose the best steps up from the fewest bits.
 
     Parameters
     ----------
     losses, sizes : list of dict
         Error and bytes of each unit by bits.
     room : int
-        Bytes available beyond 4 bits everywhere.
+        Bytes available beyond the fewest bits everywhere.
 
     Returns
     -------
     list of int
         Bits of each unit.
     """
-    chosen = [4] * len(losses)
+    chosen = [min(loss) for loss in losses]
     while True:
         steps = []
         for i, (loss, size) in enumerate(zip(losses, sizes)):
-            for bits in BITS[BITS.index(chosen[i]) + 1 :]:
+            for bits in [more for more in loss if more > chosen[i]]:
                 extra, gain = size[bits] - size[chosen[i]], loss[chosen[i]] - loss[bits]
                 if extra <= room and gain > 0:
                     steps.append((gain / max(extra, 1), -i, bits, extra))
@@ -128,7 +129,7 @@ def measure(
     plans: dict[int, dict[str, MatrixPlan]],
     device: str,
 ) -> list[dict[int, float]]:
-    """Measure the squared relative output error of each unit at 4 and 8 bits; at 16 bits it counts as 0."""
+    """Measure the squared relative output error of each unit at fewer than 16 bits; at 16 it counts as 0."""
     checkpoint, ops = source.checkpoint, make_ops(device, "int16")
     walk = Walk(ops, checkpoint.family, checkpoint.config, samples[:SAMPLES], checkpoint.reader)
     published = Published(source)
@@ -136,14 +137,14 @@ def measure(
     for unit in units:
         before = [np.array(x) for x in walk.outputs(unit)]
         results = {}
-        for bits in BITS:
+        for bits in plans:
             for target, values in zip(walk.outputs(unit), before):
                 target[...] = values
             model = published if bits == 16 else _Rounded(source, published, plans[bits])
             weights: Weights[Config] = Weights(model, ops)
             walk.run(unit, weights)
             results[bits] = _seen(walk, unit, weights)
-        losses.append({bits: relative_error(results[bits], results[16]) ** 2 for bits in BITS})
+        losses.append({bits: relative_error(results[bits], results[16]) ** 2 for bits in plans})
     return losses
 
 

@@ -65,7 +65,7 @@ def convert(
     out : path
         The file to write; its temporary name is ``OUT.partial``.
     bits, vision_bits, head_bits : int
-        4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head. The defaults
+        3, 4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head. The defaults
         of the last two are 16 with ``bits=16``, else 8.
     group_size : int
         Columns per scale: 32, 64 or 128.

@@ -44,9 +44,9 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     Raises
     ------
     QvlError
-        If the folder exists, or AutoGPTQ's layout cannot hold the decoder: different bits or group sizes, or a matrix
-        whose sides are not multiples of the values per 32-bit word. Also if the folder cannot be written, such as on a
-        full disk; nothing is left then.
+        If the folder exists, or AutoGPTQ's layout cannot hold the decoder: 3 bits, different bits or group sizes, or a
+        matrix whose sides are not multiples of the values per 32-bit word. Also if the folder cannot be written, such
+        as on a full disk; nothing is left then.
     """
     folder = as_path(folder)
     if os.path.lexists(folder) and not force:
@@ -132,6 +132,8 @@ def _settings(blob: Blob) -> dict[str, Any] | None:
     ((bits, group_size),) = kinds
     if bits == 16:
         return None
+    if bits == 3:  # AutoGPTQ packs 32 values in three words, which few programs read
+        raise QvlError(f"{blob.path}: its decoder has 3 bits, which are not exported; convert with --bits 4, 8 or 16")
     return {
         "bits": bits,
         "group_size": group_size,

@@ -52,7 +52,7 @@ def gptq(
         float ``[N, K]``.
     factor : Factor
         From `factorize` on the layer's inputs.
-    bits : {4, 8}
+    bits : {3, 4, 8}
     group_size : int
         Columns per scale; the last group may be shorter.
     sym : bool

@@ -12,7 +12,7 @@ from qvl_convert.checkpoint import FLOATS, Checkpoint
 from qvl_convert.imports import Imported
 from qvl_convert.layouts import find_layout
 from qvl_convert.writer import Layout
-from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, packed_shapes
+from qvl_kernels.packing import BLOCK, GROUP_SIZES, Matrix, group_sizes, packed_shapes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import MatrixSpec
 
@@ -27,11 +27,12 @@ class Recipe:
     Attributes
     ----------
     bits, vision_bits, head_bits : int
-        4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head.
+        3, 4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head.
     group_size : int
-        Columns per scale: 32, 64 or 128.
+        Columns per scale: 32 (not with 3 bits), 64 or 128.
     method : str
-        "rtn" or "gptq": for the decoder's linear layers, and other 4-bit matrices except the embedding.
+        "rtn" or "gptq": for the decoder's linear layers, and other matrices of 3 or 4 bits except the
+        embedding.
     """
 
     bits: int = 4
@@ -42,10 +43,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("bits", "vision_bits", "head_bits"):
-            if getattr(self, name) not in (4, 8, 16):
-                raise QvlError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose 4, 8 or 16")
+            if getattr(self, name) not in (3, 4, 8, 16):
+                raise QvlError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose 3, 4, 8 or 16")
         if self.group_size not in GROUP_SIZES:
             raise QvlError(f"--group-size {self.group_size!r}: choose 32, 64 or 128")
+        if 3 in (self.bits, self.vision_bits, self.head_bits) and self.group_size not in group_sizes(3):
+            raise QvlError(f"--group-size {self.group_size!r}: with 3 bits choose 64 or 128")
         if self.method not in METHODS:
             raise QvlError(f"--method {self.method!r}: choose rtn or gptq")
 
@@ -155,7 +158,7 @@ class Source:
             method = "fp16"
         else:
             # at 8 bits the error is too small for hours of calibration of the ViT or the head
-            calibrated = spec.part == "decoder" or (bits == 4 and spec.part != "embedding")
+            calibrated = spec.part == "decoder" or (bits < 8 and spec.part != "embedding")
             method = recipe.method if calibrated else "rtn"
         return MatrixPlan(spec, bits, BLOCK if bits == 16 else recipe.group_size, method, spec.bias)
 
@@ -223,7 +226,7 @@ def to_half(weight: np.ndarray, name: str) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             chunk[:] = weight[start : start + rows]
         if not np.isfinite(chunk).all():
-            raise QvlError(f"{name} holds a weight that is not finite or beyond fp16's range; use --bits 8 or 4")
+            raise QvlError(f"{name} holds a weight that is not finite or beyond fp16's range; use --bits 8, 4 or 3")
     return half
 
 

@@ -1,6 +1,6 @@
 """Round-to-nearest group quantization to the packed layout.
 
-Symmetric: ``scale = max|w| / qmax`` over a group of columns (qmax 7 or 127), ``q = round(w / scale)``. Asymmetric:
+Symmetric: ``scale = max|w| / qmax`` over a group of columns (qmax 3, 7 or 127), ``q = round(w / scale)``. Asymmetric:
 ``scale = (max - min) / (2^bits - 1)`` with 0 inside the range, ``zero = round(-min / scale)``. Scales are rounded to
 fp16 first and codes chosen for the rounded scale.
 """
@@ -30,7 +30,7 @@ def group_scales(
     low, high : ndarray
         Smallest and largest value of each group, float32, any shape.
     bits : int
-        4 or 8.
+        3, 4 or 8.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def quantize(
     weight : ndarray
         ``[n, k]``, bfloat16, float16 or float32; read in slices of rows.
     bits, group_size : int
-        4 or 8; 32, 64 or 128.
+        3, 4 or 8; 32 (not with 3 bits), 64 or 128.
     bias : ndarray, optional
         float32 ``[n]``, part of the result.
     name : str

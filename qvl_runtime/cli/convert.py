@@ -30,7 +30,7 @@ from qvl_runtime.cli.text import size
 def convert(
     src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
-    bits: Annotated[int, typer.Option(help="4, 8 or 16, for the decoder's linear layers; 16 applies to all.")] = 4,
+    bits: Annotated[int, typer.Option(help="3, 4, 8 or 16, for the decoder's linear layers; 16 applies to all.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,

@@ -42,7 +42,7 @@ HOST = {
 REMEDY = "try QVL_CPU=plain or device='reference'"
 
 PARTS = {
-    "rare": re.compile(r"gemv(16|\d_32|\d_64)|.*attention_(int8|fp32)|rope_append_(int8|fp32)|multiply_|read_memory"),
+    "rare": re.compile(r"gemv(16|3|\d_32|\d_64)|.*attention_(int8|fp32)|rope_append_(int8|fp32)|multiply_|read_memory"),
     "large": re.compile(r"gemm|pack_int8|attention_fp16|block_attention_int16"),
     "common": re.compile(""),
 }

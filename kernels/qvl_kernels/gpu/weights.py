@@ -1,4 +1,4 @@
-"""Packed matrices on the device: the blob's bytes, reordered on the device for the tensor cores.
+"""Packed matrices on the device: the blob's bytes, reordered on the device for the tensor cores; int3 becomes int4.
 
 `signatures` describes the layout.
 """
@@ -17,7 +17,7 @@ from qvl_kernels.gpu.graph import Queue
 from qvl_kernels.gpu.launcher import Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.signatures import ELEMENTS, HAS_ZEROS, ROW_PADDING
-from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, round_up
+from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, round_up, widen
 
 STAGE = 32 << 20
 """Size of the device's buffer for bytes before reordering."""
@@ -75,7 +75,12 @@ class DeviceMatrix:
 def device_bytes(n: int, k: int, bits: int, group_size: int) -> int:
     """Return the bytes of an ``[n, k]`` matrix on the device, without bias and column order."""
     rows, columns = round_up(n, ROW_PADDING), round_up(k, BLOCK)
-    return rows * columns * bits // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
+    return rows * columns * _device_bits(bits) // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
+
+
+def _device_bits(bits: int) -> int:
+    """Return the bits of a code on the device for those in the file: the kernels read no int3."""
+    return max(4, bits)
 
 
 def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
@@ -90,7 +95,7 @@ def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
     return DeviceMatrix(
         n=m.n,
         k=m.k,
-        kind=("fp16" if m.bits == 16 else f"int{m.bits}") + ("_fine" if fine else ""),
+        kind=("fp16" if m.bits == 16 else f"int{_device_bits(m.bits)}") + ("_fine" if fine else ""),
         rows=rows,
         blocks=blocks,
         group_shift=(m.group_size // 32).bit_length() - 1,
@@ -114,19 +119,20 @@ def _copy(device: Device, values: np.ndarray) -> DeviceArray:
     return array
 
 
-def _pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield slices of `values` of at most `STAGE` bytes, with their first row."""
-    step = min(max(STAGE // values[:1].nbytes, 1), _MAX_GRID)
+def _pieces(values: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield slices of `values` of at most `most` bytes, with their first row."""
+    step = min(max(most // values[:1].nbytes, 1), _MAX_GRID)
     for first in range(0, len(values), step):
         yield first, values[first : first + step]
 
 
 def _reorder(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
-    codes = device.memory.weight((blocks, rows, 4 * m.bits), np.int32)
+    bits = _device_bits(m.bits)
+    codes = device.memory.weight((blocks, rows, 4 * bits), np.int32)
     _clear(device, codes, round_up(m.n, ROWS) < rows)
-    for first, piece in _pieces(m.weight):
-        source = _copy(device, piece)
-        device.launch(f"reorder.int{m.bits}", (blocks, len(piece)), source, codes, first, rows, blocks)
+    for first, piece in _pieces(m.weight, STAGE * m.bits // bits):
+        source = _copy(device, widen(piece) if m.bits == 3 else piece)
+        device.launch(f"reorder.int{bits}", (blocks, len(piece)), source, codes, first, rows, blocks)
     return codes
 
 
@@ -147,7 +153,7 @@ def _pad_rows(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
     padded = blocks * BLOCK
     codes = device.memory.weight((rows, padded), np.float16)
     _clear(device, codes, m.n < rows)
-    for first, piece in _pieces(m.weight):
+    for first, piece in _pieces(m.weight, STAGE):
         grid = (-(-padded // ELEMENTS), len(piece))
         device.launch("pad_rows.any", grid, _copy(device, piece), codes, first, m.k, padded)
     return codes
