@@ -1,6 +1,6 @@
 """Time the CPU kernels at the true shapes of Qwen-VL, against the memory bandwidth measured in the same run.
 
-    python bench/cpu_kernels.py [gemv] [token] [attention] [--threads 1 2] [--realtime]
+    python bench/cpu_kernels.py [gemv] [int3] [token] [attention] [--threads 1 2] [--realtime]
 
 Weights come from a pool much larger than the caches. Reading the same bytes and the kernel are timed in turns, so that
 a change of the machine's speed affects both; shares are ratios of medians. A table, then one JSON document as the last
@@ -85,6 +85,24 @@ def bench_gemv(ops: CpuOps, rows: list[dict], nbytes: int = 1 << 30) -> None:
             })  # fmt: skip
 
 
+def bench_int3(ops: CpuOps, rows: list[dict], nbytes: int = 200 << 20) -> None:
+    """int3 and int4 weights by the same rows of activations, in turns."""
+    n, k = 11008, HIDDEN
+    for m in (1, 2, 4, 16, 64, 256):
+        x, out = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32), ops.empty((m, n))
+        calls, count = {}, nbytes // (n * k // 2) if m <= 16 else 2
+        for bits in (3, 4):
+            weights = Weights((count + 1) * n * k * bits // 7)
+            ws = [ops.weight(weights.matrix(n, k, bits)) for _ in range(count)]
+            calls[f"int{bits}"] = ops.capture(lambda ws=ws, x=x, out=out: [ops.linear(x, w, out=out) for w in ws])
+            calls[f"read {bits}"] = lambda r=weights.pool[: weights.used]: read_seconds(ops, r)
+        seconds = interleave(calls, 9)
+        report(rows, {
+            "bench": "int3", "threads": ops.threads, "rows": m, "n": n, "k": k,
+            **{f"{name} us": 1e6 * seconds[name] / count for name in calls}, "others": seconds["others"],
+        })  # fmt: skip
+
+
 class Token:
     """A decoder step of the true size over `Ops`, with random weights."""
 
@@ -163,7 +181,7 @@ def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
             })  # fmt: skip
 
 
-BENCHES = {"gemv": bench_gemv, "token": bench_token, "attention": bench_attention}
+BENCHES = {"gemv": bench_gemv, "int3": bench_int3, "token": bench_token, "attention": bench_attention}
 
 
 def main() -> None:

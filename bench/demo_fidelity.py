@@ -1,18 +1,19 @@
-"""Measure what int4 costs the demo model: `qvl verify` on conversations about its pictures.
+"""Measure what few bits cost the demo model: `qvl verify` on conversations about its pictures.
 
-    python bench/demo_fidelity.py [--level all] [--count 4] [--folder CHECKPOINT]
+    python bench/demo_fidelity.py [--bits 4 3] [--level all] [--count 4] [--folder CHECKPOINT]
 
-Every part at int4 in groups of 128, by GPTQ and by rounding to nearest. GPTQ calibrates on conversations of the same
-kind with another seed. A table, then one JSON document as the last line.
+Every part at int4, or at these bits, in groups of 128, by GPTQ and by rounding to nearest. GPTQ calibrates on
+conversations of the same kind with another seed. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
 import harness
-from skills import INT4, SKILLS, calibrated, write_conversations
+from skills import SKILLS, calibrated, write_conversations
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -29,14 +30,17 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--count", type=int, default=4, help="conversations for each skill and language")
     args = parser.parse_args()
     reports = {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         fresh = write_conversations(scratch / "fresh", TEST_SEED, args.count, args.level)
-        for name, recipe in {"GPTQ": calibrated(scratch / "known", args.level), "nearest": {}}.items():
-            convert(args.folder, blob := scratch / f"{name}.qvl", **INT4, **recipe)
+        recipes = {"GPTQ": calibrated(scratch / "known", args.level), "nearest": {}}
+        for bits, (method, recipe) in itertools.product(args.bits, recipes.items()):
+            name, every = f"{method}, {bits} bits", {"bits": bits, "vision_bits": bits, "head_bits": bits}
+            convert(args.folder, blob := scratch / f"{name}.qvl", **every, **recipe)
             model = qvl.load(blob, "cpu", activations="int16")
             samples = calibration.load(fresh, model, count=2 * len(SKILLS) * args.count)
             reports[name] = verify(model, open_reference(args.folder), samples)

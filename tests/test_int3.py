@@ -6,9 +6,6 @@ from conftest import GOLDEN
 
 from qvl_convert.convert import convert
 from qvl_convert.export import export
-from qvl_convert.gptq import dequantize, gptq, output_error
-from qvl_convert.hessian import factorize
-from qvl_convert.rtn import quantize
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack, pack_codes, packed_shapes, unpack_codes, widen
@@ -97,16 +94,6 @@ def test_a_file_with_3_bits_answers_as_the_reference_backend_does(blob, model):
     got = model("tiny-vl", device="cpu", activations="int16", **THREE).logits(prompt)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
     assert model("tiny-vl", device="cpu", **THREE).generate(prompt, max_new_tokens=4).token_ids
-
-
-def test_gptq_loses_less_than_the_nearest_codes(rng):
-    x, w = rng.standard_normal((400, 128)) @ rng.standard_normal((128, 128)), rng.standard_normal((40, 128))
-    hessian = (x.T @ x).astype(np.float32)
-    nearest = quantize(w.astype(np.float32), 3, 64).dequantize()
-    codes, scales, zeros = gptq(w, factorize(hessian.copy(), "w"), bits=3, group_size=64)
-    assert codes.max() == 7 and zeros is None
-    fitted = output_error(w, dequantize(codes, scales, 4, 64), hessian)
-    assert fitted < 0.5 * output_error(w, nearest, hessian)
 
 
 def test_a_file_smaller_than_with_4_bits_has_3_where_they_cost_least(tmp_path, blob):
