@@ -1,4 +1,4 @@
-"""int3 weights as int4 in scratch memory, for products whose many rows share the work."""
+"""int3 weights as int4 in scratch memory, for products of many rows, which share the work."""
 
 from __future__ import annotations
 
