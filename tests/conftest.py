@@ -20,6 +20,18 @@ from qvl_runtime.demo import checkpoint_folder
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("reference", "cpu")
 
+LONGEST = (
+    "test_gpu_build",
+    "test_cpu_backend",
+    "test_gpu_architectures",
+    "test_gpu_model",
+    "test_gpu_attention",
+    "test_gpu_products",
+    "test_quantize_model",
+    "test_family_convert",
+)
+"""Files that take from half a minute to minutes of a worker. They come first, lest one of them begins last."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Divide the processors among the workers of a parallel run.
@@ -30,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if workers:
         for name in ("QVL_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // workers)))
+        config.option.loadscopereorder = False  # which would put the files of most tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the `LONGEST` files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
