@@ -6,15 +6,20 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from qvl_kernels.ops import DeviceError, Ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
 
+if TYPE_CHECKING:
+    from qvl_kernels.cpu import CpuOps
+
 USUAL_CONTEXT = 2048
 """Tokens for which a GPU must have memory: a picture, a question, and a long answer."""
+TUNED_BYTES = 1 << 30
+"""Bytes of weights from which on a measurement of the CPU pays."""
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +87,22 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
         return CpuOps(activations=activations)
     except ValueError as error:
         raise QvlError(str(error)) from None
+
+
+def tune(ops: Ops, blob: Blob) -> None:
+    """Let the CPU's kernels be measured once on this machine, if the file is so large that its answers gain by it.
+
+    That takes up to two seconds, which a small model's first answer must not wait for.
+
+    Raises
+    ------
+    DeviceError
+        ``QVL_TUNE`` is invalid.
+    """
+    if ops.name == "cpu" and sum(blob.part_sizes().values()) >= TUNED_BYTES:
+        from qvl_kernels.cpu import tuning
+
+        tuning.tune_once(cast("CpuOps", ops))
 
 
 def check_fit(ops: Ops, blob: Blob, context: int | None, kv_cache: str, *, vision: bool) -> None:

@@ -44,6 +44,12 @@ class Speeds:
         ``decode * bytes_per_token / bandwidth`` and the prefill's products over `int8_peak`.
     peak_memory : int or None
         Peak resident bytes of the process, including mapped weights.
+    level2 : int or None
+        Bytes of the L2 cache that a thread is taken to have; None if not on the CPU.
+    ahead : int or None
+        Bytes between what is read and what is prefetched in products of a few rows; None if not on the CPU.
+    ahead_times : dict of int to float
+        The relative time of each distance that was measured; empty if none was.
     """
 
     image: float | None
@@ -55,6 +61,9 @@ class Speeds:
     decode_share: float | None
     prefill_share: float | None
     peak_memory: int | None
+    level2: int | None = None
+    ahead: int | None = None
+    ahead_times: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int, rounds: int) -> Speeds:
@@ -63,6 +72,7 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
     The prompt is random text. Stop tokens do not end the answer.
     """
     random = np.random.default_rng(0)
+    choices = _choices(model)
     session = Session(model.decoder, kv_cache, prompt_tokens + new_tokens)
     run = DecodeStep(model.decoder)
     decode_bytes = bytes_per_token(model, kv_cache, prompt_tokens + new_tokens // 2)
@@ -98,7 +108,20 @@ def measure(model: Model, *, kv_cache: str, prompt_tokens: int, new_tokens: int,
         decode_share=decode_share,
         prefill_share=prefill_share,
         peak_memory=peak,
+        **choices,
     )
+
+
+def _choices(model: Model) -> dict[str, Any]:
+    """What the CPU's kernels take from this machine, measured if it is not yet."""
+    if model.ops.name != "cpu":
+        return {}
+    from qvl_kernels.cpu import CpuOps, cache_sizes, tuning
+
+    ops = model.ops
+    assert isinstance(ops, CpuOps)
+    tuning.tune_once(ops)
+    return {"level2": cache_sizes.level2(), "ahead": ops.choices.ahead, "ahead_times": ops.choices.times}
 
 
 class _Limits:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
-from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops
+from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops, tune
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS
 from qvl_runtime.engine.kv_file import identity
@@ -116,6 +116,7 @@ def load(
     if vision_device is not None and backend(vision_device)[0] != ops.name:
         vision_ops = make_ops(vision_device, activations)
     check_fit(ops, blob, context, kv_cache, vision=vision_ops is ops)
+    tune(ops, blob)
     family, config = blob.family, blob.config
     window = min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary, window)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qvl_kernels.cpu import batched, tiles
+from qvl_kernels.cpu import batched, choices, tiles
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
 from qvl_kernels.packing import Matrix, pack
@@ -247,6 +247,24 @@ def test_threads_do_not_change_a_result(cpu, rng, bits):
         ops.linear(x, ops.weight(w), out=out)
         results.append(out)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("bits,group", [(3, 128), (4, 32), (4, 128), (8, 64), (8, 128)])
+def test_choices_do_not_change_a_result(rng, monkeypatch, bits, group):
+    """Every prefetch distance for a few rows, every number of parts for many; what is prefetched may not exist."""
+    ops = CpuOps(threads=2, activations="int8")
+    for n, k in ((1, 7), (33, 130), (70, 2304)):
+        w = matrix(rng, n, k, bits, group, asymmetric=n == 33)
+        for rows in (1, 7, 70):
+            x, results = normal(rng, rows, k), []
+            # 1000 parts: more than there are tiles
+            for chosen in choices.AHEAD if rows <= batched.FEW else (1, 2, 5, 1000):
+                ops.choices, out = choices.Choices(chosen), poisoned(rows, n)
+                monkeypatch.setattr(batched, "row_parts", lambda *_, chosen=chosen: chosen)
+                ops.linear(x, ops.weight(w), out=out)
+                results.append(out)
+            assert not np.isnan(results[0]).any()
+            assert all(np.array_equal(results[0], other) for other in results)
 
 
 def attended(ops, qkv, cache, heads, pieces):

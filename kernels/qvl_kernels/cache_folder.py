@@ -153,18 +153,23 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def store(path: Path, data: bytes) -> None:
-    """Write a private file atomically. On failure log a warning with the reason and leave nothing behind."""
+def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str = "compiled") -> None:
+    """Write a private file atomically. On failure log a warning with the reason and leave nothing behind.
+
+    The warning says `what` was to be kept, and what will be `done` again.
+    """
     try:
         _remove_stale(path.parent)
         with replacing(path) as file:
             file.write(data)
     except OSError as error:
         log.warning(
-            "qvl: the compiled kernels could not be kept in %s (%s) and will be compiled again; make room there, or "
-            "set QVL_CACHE_DIR to another folder",
+            "qvl: %s could not be kept in %s (%s) and will be %s again; make room there, or set QVL_CACHE_DIR to "
+            "another folder",
+            what,
             path.parent,
             error.strerror or error,
+            done,
         )
 
 

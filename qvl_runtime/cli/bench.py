@@ -71,7 +71,19 @@ def _table(speeds: Speeds, conditions: dict) -> Table:
         table.add_row("the machine multiplies int8", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
     if speeds.peak_memory is not None:
         table.add_row("peak memory, file included", size(speeds.peak_memory), "")
+    if speeds.level2 is not None and speeds.ahead is not None:
+        table.add_row("L2 cache of a thread, for block sizes", f"{speeds.level2 >> 10} KB", "")
+        table.add_row("weights are prefetched", _ahead(speeds.ahead, speeds.ahead_times), "")
     return table
+
+
+def _ahead(ahead: int, times: dict[int, float]) -> str:
+    """The prefetch distance, and the time without any beside it, if that was measured."""
+    text = f"{ahead} bytes ahead" if ahead else "never"
+    slower = {other: time / times[ahead] for other, time in times.items() if other != ahead}
+    if not slower:
+        return f"{text} (not measured)"
+    return f"{text} ({', '.join(f'{other}: {share:.2f} of the time' for other, share in slower.items())})"
 
 
 def _share(share: float | None, limit: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qvl_kernels.cpu import features, tiles
+from qvl_kernels.cpu import cache_sizes, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
 from qvl_kernels.ops import Activation
@@ -23,6 +23,8 @@ SMALL_WIDTH = 591
 """Heads times head size below which the matrix of queries, keys and values has fewer weights than `SMALL`."""
 LARGE = 4 << 20
 """Results of at least this many bytes use non-temporal stores: they would be evicted before they are read."""
+ITEMS, SMALLEST = 8, 16
+"""Parts of a product that a thread should have for balance, and the fewest tiles that such a part has."""
 BYTE_BIAS = features.selected().byte_bias
 PAIRS = features.selected().product in ("vnni", "maddubs")
 """Whether int16 pair products are faster than float32."""
@@ -125,11 +127,25 @@ def product(
     scratch = to.memory("rows", to.threads * tiles.gemm_scratch_bytes(w.k))
     streaming = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
     after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(streaming), scratch)
+    parts = row_parts(len(out), w.n, w.k, w.product_bits, to.threads)
     wide = to.memory("wide", to.threads * tiles.WIDE_BYTES) if w.bits == 3 else 0
     to.add(
         f"gemm{w.product_bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out),
-        x.span, *after, wide,
+        x.span, *after, parts, wide,
     )  # fmt: skip
+
+
+def row_parts(rows: int, n: int, k: int, bits: int, threads: int) -> int:
+    """Return the number of parts of the rows of a product, each multiplied with one block of weights after another.
+
+    As few as fit the L2 cache, so that weights are rarely read again; but where there are more threads than a few
+    blocks of 32 weights serve evenly, more, each of `SMALLEST` tiles or more. It does not change a result.
+    """
+    whole, blocks = -(-rows // tiles.TOKENS), -(-n // 32)
+    value = 1 if bits == 4 else tiles.BYTE_VALUES
+    a_tile = min(-(-k // 128) * 128, tiles.PIECE) * tiles.TOKENS * value
+    fitting = -(-whole // min(tiles.HELD_TILES, cache_sizes.level2() // a_tile))
+    return max(fitting, min(-(-ITEMS * threads // blocks), whole // SMALLEST))
 
 
 def cached_attention(

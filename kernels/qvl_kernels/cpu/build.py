@@ -78,6 +78,9 @@ def compile_kernel(name: str) -> bytes:
     for function in module.functions:
         if not function.is_declaration and function.name != f"qvl_{name}":
             function.linkage = "internal"
+    for variable in module.global_variables:
+        if variable.name.startswith("qvl_"):
+            variable.linkage = "internal"
     cpu, flags = features.target()
     target = llvm.Target.from_triple(module.triple)
     machine = target.create_target_machine(

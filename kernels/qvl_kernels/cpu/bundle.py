@@ -32,10 +32,14 @@ HOST = {
     "batched.py",
     "bundle.py",
     "cache.py",
+    "cache_sizes.py",
+    "choices.py",
     "measure.py",
     "ops.py",
+    "processors.py",
     "runner.py",
     "sizes.py",
+    "tuning.py",
 }
 """Sources that only call kernels."""
 

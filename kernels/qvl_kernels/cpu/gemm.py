@@ -1,8 +1,8 @@
 """Matrix-matrix products: ``out [M, N] = x [M, K] @ w.T`` for many rows of 8-bit activations, see `gemm_pack`.
 
 Threads take 32-row blocks of the weights dynamically. A piece of a block, `PIECE` columns, is multiplied with as many
-tiles of activations as fit the L2 cache, so that weights are read from memory once for all of them. The next piece is
-prefetched meanwhile. A piece of int3 is first unpacked, to int4 in the thread's scratch memory.
+tiles of activations as fit the L2 cache (one of `parts` of them), so that weights are read from memory once for all of
+them. The next piece is prefetched meanwhile. A piece of int3 is first unpacked, to int4 in the thread's scratch memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.int3 import widen_blocks
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS, WIDE_BYTES
-
-CACHE_BYTES = 400 << 10
-"""Bytes of packed activations that fit the L2 cache beside the weights."""
 
 
 @routine
@@ -32,14 +29,12 @@ def _make(bits: int):
 
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
-         gated, streaming, scratch, wide) = unpack(args, 20)  # fmt: skip
+         gated, streaming, scratch, parts, wide) = unpack(args, 21)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS * value
         tile_scales, tile_sums = 4 * (columns // span) * TOKENS, 4 * (columns // group) * TOKENS
         tiles = (total + TOKENS - 1) // TOKENS
-        held = min(HELD_TILES, CACHE_BYTES // (PIECE * TOKENS * value))
-        parts = (tiles + held - 1) // held
         block_bytes = 512 * bits
         if wide != 0:
             block_bytes, wide = 1536, wide + thread * WIDE_BYTES

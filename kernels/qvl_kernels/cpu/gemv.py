@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish_rows
+from qvl_kernels.cpu.gemv_blocks import set_ahead
 from qvl_kernels.cpu.gemv_planes import TOKENS, make_planes
 from qvl_kernels.cpu.gemv_words import make_bytes, make_nibbles
 from qvl_kernels.cpu.registry import kernel, routine, unpack
@@ -39,7 +40,8 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
 
     def gemv(args, thread, threads):
         (counters, w, scales, zeros_, n, blocks, x, low, xs, sums, rows, out, bias, activation, residual, gated,
-         scratch) = unpack(args, 17)  # fmt: skip
+         scratch, ahead) = unpack(args, 18)  # fmt: skip
+        set_ahead(ahead)
         y, lines = scratch + thread * 128 * tokens, (n + 31) // 32
         step = max(1, STEP_BYTES // (blocks * block_bytes * rows))
         for turn in range(threads):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qvl_kernels.cpu import arrays, batched, cache
+from qvl_kernels.cpu import arrays, batched, cache, choices
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
 from qvl_kernels.cpu.tiles import BYTE_VALUES
@@ -56,6 +56,11 @@ class CpuOps:
         integers, below 0.05%, if that is fast on the processor. "auto": int16 for matrices (and exact attention for
         keys) below a million values, else int8. Up to 16 rows always use int16: their cost is reading the weights.
 
+    Attributes
+    ----------
+    choices : Choices
+        What products are recorded with: measured on this machine, or built in. They change no result.
+
     Notes
     -----
     With 16-bit activations a row's result does not depend on other rows, bit for bit: products, also of fp16 weights,
@@ -78,6 +83,7 @@ class CpuOps:
         if activations not in ACTIVATIONS:
             raise ValueError(f"activations {activations!r}: expected one of {', '.join(ACTIVATIONS)}")
         self.activations, self.threads = activations, threads or default_threads()
+        self.choices = (choices.kept() if choices.wanted() else None) or choices.built_in()
         self._pool = Pool(self.threads)
         self._local = threading.local()
         self._scratch: dict[str, tuple[np.ndarray, int]] = {}
@@ -242,8 +248,9 @@ class CpuOps:
         else:
             name = f"gemv{w.bits}_{w.group_size}" + ("_words" if w.bits < 8 and _in_words(w, rows) else "")
             program.add(
-                name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after
-            )
+                name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after,
+                self.choices.ahead,
+            )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- elementwise
     def normalize(self, x, norm, *, out):

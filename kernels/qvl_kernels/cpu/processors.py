@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def _intel(system: Path) -> set[int]:
 
 
 def parse_list(text: str) -> set[int]:
-    """Parse Linux' list of processors, such as ``0-3,8``."""
+    """Parse Linux' list of processors, such as ``0-3,8``; ValueError if it is none, or has one above 99999."""
+    if not re.fullmatch(r"([0-9]{1,5}(-[0-9]{1,5})?(,|$))*", text.strip()):
+        raise ValueError(f"{text[:80]!r} is no list of processors")
     found: set[int] = set()
     for part in text.strip().split(",") if text.strip() else ():
         first, _, last = part.partition("-")

@@ -44,6 +44,34 @@ def unpack(typing, args, count):
     return result(args, count), codegen
 
 
+def variable(name: str):
+    """Create routines that read and write an int64 which the routines of a kernel share, so that few pass it on."""
+
+    def global_(module):
+        if f"qvl_{name}" in module.globals:
+            return module.globals[f"qvl_{name}"]
+        found = ir.GlobalVariable(module, ir.IntType(64), f"qvl_{name}")
+        found.linkage, found.initializer = "linkonce_odr", ir.Constant(ir.IntType(64), 0)
+        return found
+
+    @intrinsic
+    def read(typing):
+        def codegen(context, b, sig, values):
+            return b.load_atomic(global_(b.module), "unordered", 8)
+
+        return types.int64(), codegen
+
+    @intrinsic
+    def write(typing, value):
+        def codegen(context, b, sig, values):
+            b.store_atomic(values[0], global_(b.module), "unordered", 8)
+            return context.get_dummy_value()
+
+        return types.none(value), codegen
+
+    return read, write
+
+
 @intrinsic
 def as_f32(typing, word):
     """Decode a float32 argument (`qvl_kernels.cpu.runner.float_word`)."""
