@@ -102,7 +102,9 @@ def operations() -> dict:
 
     ops, failures, worst = common.make_ops(), [], {}
     limits = test_ops.LIMITS["cuda"]
-    for index, case in enumerate(test_ops.CASES):
+    cases = [i for i, case in enumerate(test_ops.CASES) if "-w3g" not in case.label and case.label != "tied-w3"]
+    for index in cases:  # the GPU kernels have no 3-bit weights
+        case = test_ops.CASES[index]
         got, want = test_ops.run(ops, case), test_ops.truth(index)
         error = float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
         worst[case.limit] = max(worst.get(case.limit, 0.0), error)
@@ -122,7 +124,7 @@ def operations() -> dict:
     )
     for failure in failures:
         print("  FAILED", *failure)
-    return {"cases": len(test_ops.CASES) + len(checks) + 1, "failures": failures, "worst": worst}
+    return {"cases": len(cases) + len(checks) + 1, "failures": failures, "worst": worst}
 
 
 def true_sizes() -> dict:
