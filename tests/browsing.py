@@ -1,4 +1,4 @@
-"""What the tests of the server's page do in a browser, on a page of playwright."""
+"""Helpers of the tests of the server's page, on a playwright page."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def chunk(text: str = "", **delta) -> str:
 
 
 def canned(page, text: str, boxes: list | None = None) -> list[dict]:
-    """Answers every question with `text`; gives the requests as they come."""
+    """Answer every question with `text`; the list of requests grows as they arrive."""
     requests: list[dict] = []
 
     def fulfil(route):
@@ -75,5 +75,5 @@ def corners(rect) -> list[float]:
 
 
 def classes(page, selector: str) -> list[str]:
-    """The class of each element that is found."""
+    """The class of each matching element."""
     return page.locator(selector).evaluate_all("all => all.map((e) => e.getAttribute('class'))")

@@ -25,7 +25,7 @@ def constants(name):
 
 
 class Poisoned(np.ndarray):
-    """An array whose every value is wrong, and may not be read on the device before it is written there."""
+    """A poisoned array, which the device may not read before it has written it."""
 
     written: np.ndarray
 
@@ -49,7 +49,7 @@ def launch(name, grid, *args, observer=None):
 
 
 def owner(array):
-    """The array a slice was taken from, which the kernel may use all of, and what of it was written so far."""
+    """The base array of a slice, all of which the kernel may use, and a mask of what was written so far."""
     written = getattr(array, "written", None)
     while isinstance(array.base, np.ndarray):
         array = array.base
@@ -63,7 +63,7 @@ def on_device(array):
 
 
 def cleared(has_padding, shape, dtype):
-    """As loading does: rows that it does not write hold zeros."""
+    """As in loading: rows that are not written contain zeros."""
     return np.zeros(shape, dtype) if has_padding else poisoned(shape, dtype)
 
 
@@ -76,7 +76,7 @@ def ceil(a, b):
 
 
 def close(actual, expected, limit):
-    """Errors relative to a value and to those of its row: what products of rounded numbers can promise."""
+    """Errors relative to a value and to its row: the accuracy that products of rounded numbers can reach."""
     actual, expected = actual.astype(np.float32), expected.astype(np.float32)
     size = np.abs(expected) + np.median(np.abs(expected), axis=-1, keepdims=True) + 1e-6
     error = float(np.max(np.abs(actual - expected) / size))
@@ -124,7 +124,7 @@ class OnDevice:
                8 if m.bits == 4 else 128, flags(HAS_ZEROS=zeros is not None))  # fmt: skip
 
     def prepare(self, x, norm=None):
-        """x as the products want it: normalized, permuted, padded, fp16."""
+        """x in the products' input form: normalized, permuted, padded, fp16."""
         m, k = x.shape
         out, perm = poisoned((m, self.padded), HALF), self.matrix.perm
         if norm is None:

@@ -1,4 +1,4 @@
-"""What several test files do."""
+"""Helpers of several test files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def linked(source: Path, folder: Path, *without: str, **config: Any) -> Path:
 
 
 class Failing:
-    """A form that allows every token, and fails at the fourth."""
+    """A constraint that allows every token, and fails at the fourth."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size, self.steps = vocab_size, 0

@@ -1,4 +1,4 @@
-"""A family that nobody published: text only, with its own config keys, tensor names and chat template."""
+"""A fictitious family: text only, with its own config keys, tensor names and chat template."""
 
 from __future__ import annotations
 

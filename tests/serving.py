@@ -1,4 +1,4 @@
-"""A real server in a thread of the tests, and what they send to it."""
+"""A real server in a thread of the tests, and a client for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = "Describe the picture with boxes."
 
 
 class Served:
-    """A server that runs: its address, and its insides."""
+    """A running server: its address, and its internal objects."""
 
     def __init__(self, app: Any, url: str, listener: Listener, loop: asyncio.AbstractEventLoop):
         self.app, self.url, self.listener, self.loop = app, url, listener, loop
@@ -82,7 +82,7 @@ def serving(model: Any, **options: Any) -> Iterator[Served]:
 
 
 def picture(seed: int = 3, side: int = 448) -> Image.Image:
-    """A picture that the demo model knows how to read."""
+    """A picture with text that the demo model can read."""
     return draw(fresh_scene(np.random.default_rng(seed)), side)
 
 

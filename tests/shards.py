@@ -1,4 +1,4 @@
-"""What the tests of converting share: writing shards by hand, and changing a copy of a checkpoint."""
+"""Helpers of conversion tests: write shards by hand, and change a copy of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python API as a user meets it: every form of prompt and image, chat, sampling, and clear refusals."""
+"""The public Python API: every form of prompt and image, chat, sampling, and clear errors."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_base_model_does_not_chat(checkpoint, tmp_path):
 
 
 class Pydantic:
-    """What pydantic's models have."""
+    """An object with the attributes of pydantic's models."""
 
     @classmethod
     def model_json_schema(cls):
@@ -220,7 +220,7 @@ def test_another_gpu_is_chosen_by_the_environment():
 
 @pytest.mark.parametrize("exif", [None, False, True])
 def test_a_picture_is_turned_where_that_is_asked_for(blob, golden, exif):
-    """The models of 2023 do not look at the orientation by themselves."""
+    """The models of 2023 ignore the orientation by default."""
     model = qvl.load(blob("tiny-vl", bits=16), device="reference", exif=exif)
     path = golden / "images/exif6.jpg"
     picture = Image.open(path)

@@ -1,4 +1,4 @@
-"""A batch job: every row once, the same bytes whatever happens in between."""
+"""Batch jobs: every row exactly once, and the same bytes after any interruption."""
 
 import base64
 import errno
@@ -66,7 +66,7 @@ def worker(folder, spec):
 
 @pytest.fixture(scope="module")
 def known(worker):
-    """`worker`, which computes a task once and then knows it."""
+    """`worker`, which computes a task once and keeps the result."""
     seen = {}
 
     def run(tasks, on_computed):
@@ -80,7 +80,7 @@ def known(worker):
 
 @pytest.fixture(scope="module")
 def undisturbed(job, worker, tmp_path_factory):
-    """The bytes of a job that ran through."""
+    """The bytes of an uninterrupted job."""
     out = tmp_path_factory.mktemp("whole") / "out"
     progress = job(out).run(worker)
     assert (progress.rows, progress.failed, progress.total) == (ROWS, 2, ROWS)

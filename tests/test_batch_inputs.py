@@ -1,4 +1,4 @@
-"""Inputs of a batch job: what becomes of each row, and what is refused as a whole."""
+"""Inputs of a batch job: how each row is read, and which inputs are refused."""
 
 import io
 import json

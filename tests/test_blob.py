@@ -1,4 +1,4 @@
-"""The file as its reader sees it: what was written is found, and no damage passes unnoticed."""
+"""Reading `.qvl` files: everything that was written is found, and all damage is noticed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def good(blob) -> Path:
 
 @pytest.fixture(scope="module")
 def spoilt(good, tmp_path_factory) -> Callable[..., Path]:
-    """``spoilt(change)``: a copy after ``change(arrays, metadata)``, with everything else right."""
+    """``spoilt(change)``: a copy after ``change(arrays, metadata)``, with correct hashes and lengths."""
     path = tmp_path_factory.mktemp("spoilt") / "x.qvl"
 
     def make(change: Callable[[dict, dict], object]) -> Path:
@@ -45,7 +45,7 @@ def spoilt(good, tmp_path_factory) -> Callable[..., Path]:
 
 
 def everything(path: Path) -> Blob:
-    """Open a file and read all a model would."""
+    """Open a file and read everything that a model reads."""
     blob = Blob(path)
     for spec in tensors(blob.config):
         blob.matrix(spec.name) if isinstance(spec, MatrixSpec) else blob.vector(spec.name)
@@ -218,7 +218,7 @@ def test_small_tensors_that_are_not_finite_are_refused_at_once(spoilt, good, val
 
 
 def test_check_looks_at_the_large_ones_too(blob, tmp_path):
-    """Their hash is right: whoever made the file wrote it so."""
+    """With a correct hash, as from a program that wrote such values."""
     file, name = TensorFile(blob("tiny-vl", bits=16)), "transformer.h.0.mlp.w1.weight"
     arrays, metadata = {n: np.array(file.array(n)) for n in file.entries}, dict(file.metadata)
     arrays[name][3, 5] = np.nan

@@ -1,4 +1,4 @@
-"""Will it fit: the sizes told beforehand are those of the arrays that are made."""
+"""Memory budgets: the announced sizes are those of the arrays that are allocated."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_gpu_is_asked_for_room_before_anything_is_loaded(blob):
 
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 def test_a_gpu_is_told_of_in_its_own_sizes(blob, monkeypatch, kv_cache):
-    """`info` says that a model fits where, and only where, loading it goes through."""
+    """`info` says that a model fits exactly if it can be loaded."""
     from qvl_runtime.cli import info
 
     opened, memory = Blob(blob("tiny-vl", bits=4)), {}
@@ -121,7 +121,7 @@ def test_a_gpu_is_told_of_in_its_own_sizes(blob, monkeypatch, kv_cache):
 
 
 def test_one_backend_serves_both_parts(blob, monkeypatch):
-    """Two names of one backend make no second pool of threads."""
+    """Two names of one backend share a pool of threads."""
     from qvl_runtime import loading
 
     made = []

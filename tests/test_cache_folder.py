@@ -34,7 +34,7 @@ def code() -> bytes:
 
 @pytest.fixture
 def compiled(code, tmp_path, monkeypatch):
-    """``compiled()`` loads the kernels anew, and tells whether they were compiled (which takes no time here)."""
+    """``compiled()`` reloads the kernels and returns whether they were compiled (which takes no time here)."""
     count = []
     monkeypatch.setattr(bundle, "compile_kernels", lambda level="", part="": count.append(1) or code)
     monkeypatch.setattr(bundle, "BUNDLE", tmp_path / "kernels.zip")
@@ -187,7 +187,7 @@ def test_full_disk_leaves_nothing_behind(folder, compiled, capfd, monkeypatch):
 
 @POSIX
 def test_a_process_that_does_not_come_to_an_end_is_not_waited_for(folder, compiled, capfd, monkeypatch):
-    """And a lock does not outlive what it was taken for, not even in a child that was forked meanwhile."""
+    """A lock is released after its use, even if a child was forked meanwhile."""
     import fcntl
 
     folder.mkdir(parents=True, mode=0o700)
@@ -211,7 +211,7 @@ PLANTED = "import os, sys; open(os.environ['QVL_PLANTED'], 'a').write(__name__ +
 
 
 def test_compiling_runs_nothing_from_the_current_folder(tmp_path, monkeypatch):
-    """Modules that lie where the user stands, or where PYTHONPATH points, are not imported."""
+    """Modules in the current directory or on PYTHONPATH are not imported."""
     log, here = tmp_path / "log", tmp_path / "model"
     here.mkdir()
     for name in ("numba", "llvmlite", "numpy", "qvl_kernels", "multiprocessing", "struct", "gc"):
@@ -232,7 +232,7 @@ def test_compiling_runs_nothing_from_the_current_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("install", ["checkout", "wheel", "target folder"])
 def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
-    """From a folder that is on the path only because PYTHONPATH names it, beside the libraries or apart from them."""
+    """From a folder that only PYTHONPATH adds to the path, with the libraries in it or elsewhere."""
     package = Path(cache.__file__).parents[1]
     root = package.parent
     if install != "checkout":
@@ -270,7 +270,7 @@ def test_shipped_code_is_neither_compiled_nor_kept(folder, compiled, capfd):
 
 
 def test_bundle_has_every_level_of_this_machine_and_those_of_others(compiled, monkeypatch):
-    """The same sources give the same bytes; code of other sources goes."""
+    """The same sources give the same bytes; code of other sources is removed."""
     other = f"plan9-mips-plain-{bundle.source_hash()}.bin"
     with zipfile.ZipFile(bundle.BUNDLE, "w") as file:
         file.writestr(other, b"theirs")
@@ -323,7 +323,7 @@ def test_numba_keeps_its_own_cache_in_the_folder(folder, monkeypatch):
 
 
 def test_numba_without_a_folder(monkeypatch):
-    """Read-only packages and no home: compiled for this process alone."""
+    """Read-only packages and no home: compiled for this process only."""
     from qvl_convert.jit import jit
 
     monkeypatch.setenv("QVL_CACHE_DIR", "/proc/qvl")

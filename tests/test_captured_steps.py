@@ -1,4 +1,4 @@
-"""Captured steps of several sequences, which are used again when the sequences change."""
+"""Captured steps of several sequences, which are reused when the sequences change."""
 
 import gc
 import weakref

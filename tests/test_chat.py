@@ -22,7 +22,7 @@ from qvl_runtime.inputs.images import load_image
 
 
 class Spoken(Screen):
-    """A screen that remembers."""
+    """A screen that records its output."""
 
     def __init__(self):
         super().__init__(Console(file=io.StringIO(), force_terminal=False))

@@ -1,4 +1,4 @@
-"""Reading a folder in Hugging Face layout: what belongs together is read, what does not is refused by name."""
+"""Reading a folder in Hugging Face layout: consistent files are read, others are refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VISUAL = json.loads((VL / "config.json").read_text())["visual"]
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the golden VL checkpoint, to be spoilt."""
+    """A copy of the golden VL checkpoint, to be damaged."""
     return Path(shutil.copytree(VL, tmp_path / "copy"))
 
 

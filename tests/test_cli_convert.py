@@ -1,4 +1,4 @@
-"""`qvl convert` and `qvl info` as a user meets them: output, exit status, one line for what can be mended."""
+"""`qvl convert` and `qvl info` on the command line: output, exit status, and one line for each error."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_the_first_start_of_the_demo_does_not_wait_for_numba(tmp_path):
 
 
 def on_terminal(command: list[str]) -> str:
-    """What a command writes to standard error when that is a terminal."""
+    """A command's output to standard error if that is a terminal."""
     leader, follower = pytest.importorskip("pty").openpty()
     process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
     os.close(follower)

@@ -1,4 +1,4 @@
-"""`qvl generate` as a user meets it: prompts from a pipe, pictures, boxes drawn, and what is said of short answers."""
+"""`qvl generate` on the command line: prompts from a pipe, pictures, drawn boxes, and notes on short answers."""
 
 from __future__ import annotations
 

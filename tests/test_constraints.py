@@ -1,4 +1,4 @@
-"""Constrained answers: whatever the model wants to say, what comes out has the form that was asked for."""
+"""Constrained answers: the output has the required form for any logits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _asked(limit, opened="", tokenizer=None):
 
 
 def _answer(form, seed: int, limit: int, opened: str = "") -> str:
-    """What a model of random logits says under a form, at temperature 1.5."""
+    """The answer of a model with random logits under a constraint, at temperature 1.5."""
     random = np.random.default_rng(seed)
     sampler = Sampler(temperature=1.5, seed=seed)
     constraint = form.start(_asked(limit, opened))
@@ -180,7 +180,7 @@ def test_a_form_that_only_the_empty_text_matches_is_a_form():
 
 
 def test_another_ref_begins_only_where_its_box_has_room():
-    """A model that begins another ref whenever it may, and writes the longest box there is."""
+    """A model that begins another ref whenever allowed, and writes the longest possible box."""
     needed = 4 + len("(998,998),(999,999)") + 1  # ref, one token, its end, box; corners; end of the box
     for limit in range(needed, 4 * needed + 2):
         constraint = Grounding().start(_asked(limit, ""))

@@ -1,4 +1,4 @@
-"""From a checkpoint to a file: what lies in it, what an interruption leaves, and what a refusal leaves (nothing)."""
+"""Conversion: the contents of the file, the state after an interruption, and that a refusal leaves nothing."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Interrupt:
 
 
 def made_in_two(source: Path, out: Path, after: int, spoil=lambda partial: None, **options) -> list[str]:
-    """Interrupt a conversion, spoil what it left, resume; returns the matrices that were made anew."""
+    """Interrupt a conversion, damage its partial file, resume; returns the matrices that were made again."""
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=Interrupt(after), **options)
     assert not out.exists()
@@ -260,7 +260,7 @@ def test_output_made_by_another_meanwhile_is_kept(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
-    """Written pages are small; read again, they are large ones."""
+    """Written pages are small; pages that are read again are large."""
     calls, size = [], []
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
 

@@ -1,4 +1,4 @@
-"""What is particular to the CPU backend: instruction sets, the cache of compiled kernels, threads, bad arguments."""
+"""Specifics of the CPU backend: instruction sets, the cache of compiled kernels, threads, bad arguments."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def matrix(rng, n, k, bits, group=128, *, asymmetric=False, permuted=False, bias
 
 
 def rounded(x: np.ndarray, limit: int, span: int) -> np.ndarray:
-    """What the kernels make of activations: integers up to `limit` with a scale for `span` columns."""
+    """Quantize activations like the kernels: integers up to `limit` with a scale for `span` columns."""
     rows, k = x.shape
     spans = np.zeros((rows, -(-k // span) * span), np.float32)
     spans[:, :k] = x
@@ -325,7 +325,7 @@ def test_vision_attention(cpu, rng, activations, patches, heads, d, strength):
 
 @pytest.mark.parametrize("activations", LIMIT)
 def test_vision_attention_with_outliers(cpu, rng, activations):
-    """A channel of all keys far off, one of the values a hundred times as large as the others."""
+    """One channel of all keys far off, and one channel of the values a hundred times as large as the others."""
     patches, d = 200, 104
     parts = normal(rng, patches, 3, d)
     parts[:, 1, 3] += 100
@@ -339,7 +339,7 @@ def test_vision_attention_with_outliers(cpu, rng, activations):
 
 
 def test_attention_sums_do_not_overflow(cpu):
-    """Two groups of equal queries, keys and values, far apart: every sum is at its limit, and each finds its own."""
+    """Two groups of equal queries, keys and values, far apart: sums at their limit, and each attends to its group."""
     patches, d = 256, 256
     parts = np.ones((patches, 3, d), np.float32)
     parts[:, 2] = 7

@@ -31,7 +31,7 @@ def ops():
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_do_not_depend_on_their_neighbours(ops, bits, group):
-    """Up to 16 rows an answer is the same to the last bit, whatever tiles of rows the kernel has."""
+    """Up to 16 rows, each result is bit-identical for all row tiles of the kernel."""
     rng = random(f"rows {bits} {group}")
     for zeros in (False, True):
         w, x = ops.weight(matrix(rng, 70, 300, bits, group, zeros=zeros)), values(rng, 16, 300)
@@ -97,7 +97,7 @@ def test_forked_child(ops):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork_while_another_thread_computes(ops):
-    """The child computes with threads of its own, though the lock of its parent's was taken when it was made."""
+    """The child computes with its own threads, though the parent's lock was held at the fork."""
     rng = random("fork")
     w, x = ops.weight(matrix(rng, 2048, 2048, 4)), values(rng, 1, 2048)
     out, want = ops.empty((1, 2048)), ops.empty((1, 2048))
@@ -125,7 +125,7 @@ def test_fork_while_another_thread_computes(ops):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork_while_another_thread_asks_the_model(model):
-    """The child answers, whichever of the model's locks its parent's other thread held."""
+    """The child answers, whichever of the model's locks another thread of the parent held."""
     asked = model("tiny-vl", device="cpu", bits=4)
     want, busy, answers = asked.generate("Hi", max_new_tokens=3).token_ids, threading.Event(), []
 
@@ -180,7 +180,7 @@ def exit_status(child: int, seconds: float = 20) -> int | str:
 
 # ------------------------------------------------------------------------------------------------ first use
 def test_first_use_from_several_threads():
-    """Four threads that meet at a new instance's first operation."""
+    """Four threads that run a new instance's first operation at the same time."""
     rng = random("first use")
     w, x = CpuWeight(matrix(rng, 512, 512, 4)), values(rng, 3, 512)
     norm, want = Norm(values(rng, 512), None, 1e-6), np.empty((3, 512), np.float32)
@@ -228,7 +228,7 @@ def interrupts(monkeypatch):
 
 
 def layer(ops: CpuOps):
-    """A few operations, one by one and as a recorded program, as a function that returns their results."""
+    """A function that runs a few operations one at a time and as a recorded program, and returns the results."""
     rng = random("interrupts")
     w, x = ops.weight(matrix(rng, 96, 256, 4)), values(rng, 2, 256)
     norm, out, total = Norm(values(rng, 256), None, 1e-6), ops.empty((2, 96)), ops.empty((2, 96))

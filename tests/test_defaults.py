@@ -1,4 +1,4 @@
-"""What a model does where nothing is asked for: greedy or sampled, how long its window is, what it remembers."""
+"""Defaults of a model: greedy or sampled, the window, and what it keeps between calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's pictures and questions: reproducible, and true."""
+"""The demo's pictures and questions: reproducible, with correct answers."""
 
 from __future__ import annotations
 

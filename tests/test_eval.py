@@ -1,4 +1,4 @@
-"""`qvl eval` from files to table, on the demo model's world and on a golden model."""
+"""`qvl eval` from files to table, on the demo model's pictures and on a golden model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COUNT = 3
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """The demo model's world as published tasks, without the prints that need further fonts."""
+    """The demo model's pictures as published tasks, without text that needs other fonts."""
     path = tmp_path_factory.mktemp("world") / "data"
     demo_tasks.write(path, COUNT, 5, "calm digits")
     return path
@@ -72,7 +72,7 @@ def qvl_eval(*arguments: object):
 
 
 def test_the_demo_model_on_all_four_families(world, demo, base, tmp_path):
-    """Most answers of the demo model score, and none of a model without knowledge."""
+    """Most answers of the demo model are right, and none of an untrained model."""
     prompts, highest = world / "prompts.json", {"nocaps": 1000, "vqav2": 100, "docvqa": 100, "refcoco_val": 100}
     for task in demo_tasks.TASKS:
         plot, models = tmp_path / f"{task}.png", [demo, base] if task == "vqav2" else [demo]

@@ -1,4 +1,4 @@
-"""Readers of the official files: hand-made ones of every format, and what is said of broken ones."""
+"""Readers of the official files: hand-made examples of every format, and the errors of broken ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and pictures of the newer families that cannot be used: one line each, and nothing left behind."""
+"""Invalid folders and pictures of the newer families: one line for each error, and nothing left behind."""
 
 from __future__ import annotations
 

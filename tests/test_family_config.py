@@ -57,7 +57,7 @@ SIZES = {
 
 
 def published(name: str) -> dict:
-    """The config of a published size, with everything left out that has a default."""
+    """The config of a published size without the keys that have a default."""
     (heads, kv_heads, hidden, layers, ffn, vocabulary, tied), vision, *_ = SIZES[name]
     family = name.partition("-")[0]
     text = {
@@ -99,7 +99,7 @@ def test_tensors_of_published_sizes(name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_tensors_of_golden_checkpoints(name):
-    """Every tensor of a file is asked for, whichever names it has."""
+    """Every tensor of a file is read, with either naming."""
     wanted = set()
     for spec in TENSORS[name.partition("-")[0]](config(name)):
         wanted |= {*spec.sources, *spec.biases} if isinstance(spec, MatrixSpec) else {spec.name}

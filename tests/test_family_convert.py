@@ -132,7 +132,7 @@ def test_calibration_helps_as_verify_sees_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["q2-tied", "q25-tied", "q3-tied"])
 def test_the_builtin_samples_have_the_boxes_of_the_family(name):
-    """What the model would write itself, on the same places of the picture."""
+    """The model's own notation, for the same places in the picture."""
     speaker = Checkpoint(GOLDEN / "ckpt" / name)
     samples = calibration.load("builtin", speaker, count=3)
     texts = [speaker.tokenizer.decode(sample.ids) for sample in samples]
@@ -151,7 +151,7 @@ def test_the_builtin_samples_have_the_boxes_of_the_family(name):
 
 
 def test_an_answer_with_a_placeholder_ends_the_comparison_of_it():
-    """An untrained model may say anything; its answer is then no prompt, and no error."""
+    """An untrained model's answer may be invalid as a prompt; that is no error."""
 
     def refuse(*_, **__):
         raise QvlError("the token ids have 2 image slots")

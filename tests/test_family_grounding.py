@@ -1,4 +1,4 @@
-"""Boxes of the newer families: three notations, and answers that are held to them."""
+"""Boxes of the newer families: three notations, and answers constrained to them."""
 
 import functools
 import random
@@ -117,7 +117,7 @@ def test_opened_box():
     ],
 )
 def test_a_box_of_the_users_picture_is_marked_and_read_back(family, text):
-    """Pixels of the picture as it was given become the family's numbers, and those these pixels again."""
+    """Pixels of the original picture become the family's numbers, and these the same pixels again."""
     kind, seen = KINDS[family], Picture(b"", b"", 1, (1, 1), (700, 500), (280, 210))
     assert kind.mark((70, 200, 350, 600), seen) == text
     [again] = kind.parse(text, [seen])

@@ -1,4 +1,4 @@
-"""Pictures of thousands of patches take memory by their patches, not by their square."""
+"""Memory of pictures with thousands of patches grows linearly with the patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qvl_kernels.cpu import CpuOps
 
 
 def peak(work: Callable[[], object]) -> int:
-    """Bytes that arrays take on top of those that are there, at most."""
+    """Peak bytes of arrays beyond those that exist already."""
     tracemalloc.start()
     try:
         work()

@@ -111,7 +111,7 @@ def test_logits_hidden_states_and_greedy_ids(case, device, model):
 
 
 def test_deepstack_may_have_more_levels_than_the_decoder_layers(tmp_path):
-    """The levels behind the last layer are not used, as in the published code."""
+    """Levels after the last layer are not used, as in the published code."""
     source, config = GOLDEN / "ckpt" / "q3-tied", read("ckpt/q3-tied/config.json")
     assert len(config["vision_config"]["deepstack_visual_indexes"]) == 2
     weights = (path.name for path in source.glob("*.safetensors*"))

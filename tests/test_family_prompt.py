@@ -21,7 +21,7 @@ CHATS = [row for row in read("tok/chat_tiny.json") if "video" not in str(row["me
 
 
 def picture(source, access) -> Picture:
-    """A picture whose size its name tells."""
+    """A picture with the size in its name."""
     rows, columns = SIZES.get(source, (1, 1))
     return Picture(str(source).encode(), source, rows * columns, (rows, columns), (1, 1), (1, 1))
 
@@ -50,7 +50,7 @@ def text_of(made: Prompts, prompt) -> str:
 
 
 def with_vision_ids(messages: list[dict]) -> list[dict]:
-    """The messages with what the template's option `add_vision_id` writes before pictures."""
+    """The messages with the text that the template's option `add_vision_id` adds before pictures."""
     count, out = 0, []
     for message in messages:
         parts = []

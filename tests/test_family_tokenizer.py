@@ -42,7 +42,7 @@ def test_full_vocabulary():
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_files_agree(name, tmp_path):
-    """`vocab.json` with `merges.txt` says what `tokenizer.json` says, and so does the blob's form of it."""
+    """`vocab.json` with `merges.txt`, `tokenizer.json` and the blob's form of it give the same tokenizer."""
     vocabulary = read_vocabulary(folder(name))
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(folder(name) / file, tmp_path)
@@ -58,7 +58,7 @@ def test_merges_as_text(tmp_path):
 
 
 def test_special_forms_end_normalization():
-    """A combining character behind a form does not become a part of it."""
+    """A combining character after a special token does not become part of it."""
     tokenizer = Tokenizer(*read_vocabulary(folder("q3-tied")))
     tail = tokenizer.encode_ordinary("\u0338x")
     assert tokenizer.encode("<|im_end|>\u0338x") == [tokenizer.im_end_id, *tail]

@@ -31,7 +31,7 @@ CHATS = [row for row in read("tok/chat_tiny.json") if "video" in str(row["messag
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """``model(name)``: a golden checkpoint, converted without a loss."""
+    """``model(name)``: a golden checkpoint, converted without loss."""
     folder = tmp_path_factory.mktemp("videos")
 
     @functools.cache

@@ -127,7 +127,7 @@ def test_one_private_address_among_several_is_enough(monkeypatch):
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch):
-    """A name that stands for another address at the second question gains nothing: there is none."""
+    """A name that resolves to another address at a second lookup gains nothing: there is only one lookup."""
     with server(replies("HTTP/1.1 200 OK", body=b"here")) as port:
         answers = iter([[(2, 1, 6, "", ("127.0.0.1", port))]])
         real, names = socket.getaddrinfo, []

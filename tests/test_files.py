@@ -44,7 +44,7 @@ SPECIAL = {
 
 @pytest.fixture(autouse=True)
 def impatient():
-    """What waits for a pipe, or reads a device to its end, must not stop the tests."""
+    """Waiting for a pipe or reading a device to its end must not block the tests."""
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""GPTQ against a plain float64 transcription of the paper, and against what it promises."""
+"""GPTQ against a plain float64 implementation of the paper, and its guarantees."""
 
 import numpy as np
 import pytest
@@ -188,7 +188,7 @@ def test_rows_do_not_depend_on_their_neighbours(monkeypatch):
 
 
 def test_the_last_column_of_a_group_counts_in_its_scale(rng):
-    """A far larger weight there, whose error costs most: a scale for the others alone would clip it."""
+    """A far larger weight there, whose error costs most: a scale for the other weights only would clip it."""
     w = (rng.standard_normal((4, 64)) * 0.02).astype(np.float32)
     w[:, [31, 63]] = 1
     price = np.ones(64, np.float32)

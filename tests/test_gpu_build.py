@@ -66,7 +66,7 @@ def test_every_kernel_fits(architecture, manifest, resources):
 
 @pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
 def test_products_use_the_tensor_cores(architecture, bundle, tmp_path):
-    """Triton replaces them by ordinary multiplications where it knows no better, without a word."""
+    """Triton silently replaces them with ordinary multiplications where it cannot use them."""
     disassembler = Path(TRITON.origin).parent / "backends/nvidia/bin/nvdisasm"
     with zipfile.ZipFile(bundle) as archive:
         for name in ("linear.int4.small", "linear.int8.large", "linear.int4.medium", "attention.104"):
@@ -103,7 +103,7 @@ def test_a_launch_takes_the_listed_arguments_and_two_null_pointers(bundle, manif
 
 
 def test_a_signature_in_another_order_is_refused(monkeypatch):
-    """Arguments are passed by position: two that changed places would be taken for each other."""
+    """Arguments are passed by position: an exchange of two would go unnoticed."""
     kernel = signatures.KERNELS["add"]
     first, second, *rest = kernel.arguments
     swapped = dataclasses.replace(kernel, arguments=(second, first, *rest))

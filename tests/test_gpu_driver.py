@@ -49,7 +49,7 @@ def test_memory_launches_and_graphs(library, version):
 
 
 def _bundle(folder: Path) -> None:
-    """Kernels for sm_90 where the loader looks for what was compiled once."""
+    """Kernels for sm_90 in the loader's cache."""
     images, kernels = Images(), {}
     path = folder / "qvl" / f"gpu-kernels-sm90-{source_hash()[:16]}.zip"
     path.parent.mkdir()

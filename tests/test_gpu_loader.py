@@ -1,4 +1,4 @@
-"""Which compiled kernels and which GPU are used, and what is said where there are none."""
+"""The choice of compiled kernels and of the GPU, and the errors without them."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_too_little_memory_names_the_sizes_and_what_would_fit(free, options, rem
 
 
 def test_every_remedy_holds():
-    """What a plan offers fits, and a slightly larger context would not."""
+    """A context that a plan offers fits, and a slightly larger one does not."""
     cache, context, free = 4 * GB, 8192, 7 * GB
     with pytest.raises(DeviceError) as error:
         plan(5 * GB, cache, 0, free, context=context)

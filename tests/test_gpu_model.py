@@ -24,14 +24,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def _noise(index: str, file: str) -> float:
-    """How far the published code itself moves when it runs in fp16."""
+    """Change of the published code's results when it runs in fp16."""
     case = next(c for c in json.loads((GOLDEN / index).read_text())["cases"] if c["file"] == file)
     return case.get("noise_max_abs_logit", case.get("noise"))["original_in_fp16_vs_fp32"]
 
 
 @pytest.fixture(scope="module")
 def driver() -> PtxDriver:
-    """Blocks that meet advance as one group, which is fast; the kernels' own tests have them take turns."""
+    """Blocks run as one group, which is fast; the tests of the kernels run them in turns."""
     return PtxDriver(turns=1)
 
 

@@ -106,7 +106,7 @@ def test_a_split_product_has_the_same_bits_every_time(rng):
 
 
 def test_products_beyond_fp16_saturate(rng):
-    """Infinity would become NaN in the next norm; a residual stream in float32 keeps the true value."""
+    """Infinity would become NaN in the next norm; the float32 residual stream keeps the true value."""
     w, x = matrix(rng, 32, 128, 4), activations(rng, 2, 128) * 6e4
     half, full, expected = poisoned((2, 32), HALF), poisoned((2, 32)), poisoned((2, 32))
     reference.linear(x.clip(-65504, 65504), w, out=expected)

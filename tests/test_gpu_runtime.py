@@ -65,7 +65,7 @@ def test_activations_are_prepared_only_where_they_must(ops, driver):
     (1000, "large"),
 ])  # fmt: skip
 def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
-    """Of many rows, the tile that leaves fewer multiprocessors without work."""
+    """For many rows, the tile that leaves fewer multiprocessors idle."""
     w = ops.weight(matrix(256, 128, 8))
     ops.linear(ops.empty((rows, 128), np.float16), w, out=ops.empty((rows, 256)))
     assert driver.launches[-1].name == f"linear.int8.{tile}"
@@ -298,7 +298,7 @@ def test_a_captured_step_runs_when_replayed_only(ops, driver):
 
 
 def _captured_product(ops) -> Replay:
-    """A step whose arrays nobody else holds; with 64 columns its program pads the row into scratch."""
+    """A step with the only references to its arrays; with 64 columns its program pads the row into scratch."""
     x, w, out = ops.empty((1, 64), np.float16), ops.weight(matrix(32, 64, 8)), ops.empty((1, 32))
     return ops.capture(lambda: ops.linear(x, w, out=out))
 

@@ -1,4 +1,4 @@
-"""What a model is said to take on a GPU is enough for it, at true sizes, with the driver's rounding."""
+"""The announced GPU memory is enough at true sizes, with the driver's rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house: imports go down only, no file is long, and nobody above the families knows one of them."""
+"""House rules: imports point downward, files are short, and no layer above the families depends on one of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str) -> set[str]:
-    """What a module imports when it is imported: not inside functions, nor for the type checker alone."""
+    """Modules imported at import time: not inside functions, nor for the type checker only."""
     found: set[str] = set()
     for node in ast.parse(modules()[name].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):

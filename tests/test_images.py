@@ -24,7 +24,7 @@ ODD = GOLDEN / "images/rgb_odd.png"
 
 
 def png(width: int, height: int, rows: bytes = b"") -> bytes:
-    """A PNG that claims this size, whatever it holds."""
+    """A PNG with this size in its header."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -124,7 +124,7 @@ def test_empty_file_is_named(tmp_path):
 
 
 def test_grey_pictures_of_16_bits_are_scaled(tmp_path):
-    """Pillow's own conversion makes white of everything above 255."""
+    """Pillow's conversion turns everything above 255 into white."""
     values = np.array([[0, 128, 257, 0x7FFF, 0x8000, 65535]], np.uint16)
     for name in ("a.png", "a.tiff"):
         Image.fromarray(values).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Answers of at least so many tokens, and how likely a given continuation is."""
+"""Minimum lengths of answers, and the likelihood of a given continuation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tiny(model, in_golden):
 
 @pytest.fixture
 def stopping(tiny, monkeypatch):
-    """A model that would end its answer with the fourth token, and what it says without an end."""
+    """A model that would end its answer with the fourth token, and its answer without that end."""
     free = tiny.generate(PROMPT, max_new_tokens=12).token_ids
     assert len(free) == 12 and free[3] not in free[:3], "the golden model's answer has changed: choose another prompt"
     monkeypatch.setattr(tiny._answering, "_stop_ids", frozenset({free[3]}))

@@ -114,7 +114,7 @@ def test_a_quantized_base_and_a_missing_file_are_refused(adapter, tmp_path):
 
 
 def test_the_fingerprint_tells_strengths_apart(adapter):
-    """Or a conversion of one would be resumed as one of the other."""
+    """Otherwise a conversion of one would be resumed as a conversion of the other."""
     configs = ({}, {"lora_alpha": 16}, {"use_rslora": True}, {"lora_alpha": 16, "use_rslora": True})
     folder, _ = adapter()
     settings, prints = json.loads((folder / "adapter_config.json").read_text()), set()

@@ -39,7 +39,7 @@ def test_rows(name):
 
 
 def test_only_rows_that_change_are_written():
-    """A long conversation does not pay for its whole table in each turn."""
+    """A turn of a long conversation does not compute the whole table again."""
     written = []
 
     class Ops(ReferenceOps):

@@ -342,7 +342,7 @@ def truth(index: int) -> np.ndarray:
 
 
 def error(ops, index: int) -> tuple[float, float]:
-    """Relative error of a case, and what it may be."""
+    """Relative error of a case, and its limit."""
     got, want = run(ops, CASES[index]), truth(index)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30), LIMITS[ops.name][CASES[index].limit]
 
@@ -399,7 +399,7 @@ def test_cache(cache_backend, kind, heads, kv_heads, d):
 
 @pytest.mark.parametrize(("kind", "heads", "kv_heads", "d"), CACHES)
 def test_a_saved_cache_comes_back(backend, kind, heads, kv_heads, d):
-    """Into a cache of another capacity, at a length off every block; what it does not have room for is refused."""
+    """Into a cache of another capacity, at a length within a block; a longer past is refused."""
     if kind == "fp32" and backend.score_cache_dtype != "fp32":
         pytest.skip("no float32 cache")
     rng, length, ops = random(f"saved-{kind}-{heads}-{d}"), 37, backend

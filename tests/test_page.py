@@ -1,4 +1,4 @@
-"""The server's page in a real browser: what is seen, what is sent, and that nothing else is."""
+"""The server's page in a real browser: what it shows, what it sends, and that it sends nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if CHROMIUM is None:
     pytest.skip("the page is tested in Debian's chromium: apt-get install chromium", allow_module_level=True)
 KEY = "a-key-of-22-characters"
 WANTED = re.compile(r"^Failed to load resource: (net::ERR_FAILED|the server responded with a status of (401|429) )")
-"""What the console says of the errors that tests make."""
+"""Console messages of the errors that tests cause."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, served):
-    """``open_page(**options of the context)``: the page; at the end nothing may have gone wrong or elsewhere."""
+    """``open_page(**options of the context)``: the page; errors and requests elsewhere fail the test at the end."""
     contexts, problems = [], []
 
     def opened(url: str = served.url, **options):

@@ -1,4 +1,4 @@
-"""A past that was saved goes on as if it had never left memory; one that does not fit is refused."""
+"""A saved past continues as if it had stayed in memory; one that does not fit the model is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _talk(model) -> list:
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 @pytest.mark.parametrize("variant", ["base", "long"])
 def test_a_loaded_past_goes_on_as_the_one_in_memory(load, in_golden, tmp_path, kv_cache, variant, device):
-    """The variant "long" has another NTK factor than 1."""
+    """The variant "long" has an NTK factor other than 1."""
     model, file = load(kv_cache, variant, device), tmp_path / "past"
     history = _talk(model)
     saved = model.save_past(file, history)
@@ -140,7 +140,7 @@ def test_keys_are_written_in_runs():
 
 @pytest.fixture(scope="module")
 def saved(blob, tmp_path_factory):
-    """A model, and a past of it."""
+    """A model, and a past that it saved."""
     model = qvl.load(blob("tiny-vl", bits=16), device="cpu")
     file = tmp_path_factory.mktemp("past") / "right"
     assert model.save_past(file, model.chat("Hello", **GREEDY).history)
@@ -148,7 +148,7 @@ def saved(blob, tmp_path_factory):
 
 
 def forged(file, out, change) -> None:
-    """A copy after ``change(arrays, metadata)``, with a digest that is right."""
+    """A copy after ``change(arrays, metadata)``, with a correct digest."""
     found = TensorFile(file)
     arrays = {name: np.array(found.array(name)) for name in found.entries if name != "digest"}
     metadata = dict(found.metadata)

@@ -1,4 +1,4 @@
-"""Features are kept by what a picture is, within a limit, and a damaged file is as good as none."""
+"""Features are cached by a picture's contents, within a limit; a damaged file counts as missing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_folder_outlives_the_memory(tmp_path):
 
 
 def test_the_folder_has_a_limit(tmp_path, monkeypatch):
-    """Those used longest ago leave, whichever process used them."""
+    """The least recently used are removed, whichever process used them."""
     cache = PictureCache(SHAPE[1], 0, tmp_path)
     for number in range(3):
         cache.put(_key(number), _features(number))
@@ -153,7 +153,7 @@ def test_a_picture_is_its_pixels(tmp_path):
 
 
 def test_what_is_hashed_is_what_is_decoded(tmp_path):
-    """A file that is exchanged while it is read must not leave its features under another picture's name."""
+    """A file that is replaced while it is read must not store its features under another picture's name."""
     file, found = tmp_path / "a", []
     file.write_bytes(_png(1))
 
@@ -205,7 +205,7 @@ def test_memory_of_many_pictures_stays_within_the_limit(blob):
 
 
 def test_features_of_other_adapter_weights_are_not_taken(blob, golden, tmp_path):
-    """The adapter's weights are part of what features depend on, not the vision tower's alone."""
+    """Features depend on the adapter's weights, too, not only on the vision tower's."""
     path, name = blob("tiny-vl", bits=16), "transformer.visual.attn_pool.query"
     file = TensorFile(path)
     arrays, metadata = {n: np.array(file.array(n)) for n in file.entries}, dict(file.metadata)

@@ -1,4 +1,4 @@
-"""Prompts of several requests in the same products: each has the logits that it has alone."""
+"""Prompts of several requests in the same products: each has the same logits as alone."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def make(blob, in_golden):
 
 
 def test_a_picture_keeps_to_its_own_prompt(make):
-    """One prompt continues within its picture, beside another that begins."""
+    """One prompt continues within its picture, in the same products as the start of another."""
     model = make()
 
     def begun(text):

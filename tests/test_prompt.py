@@ -143,7 +143,7 @@ def test_any_source_in_the_list_format():
 
 
 def test_a_tag_split_over_two_parts_opens_nothing():
-    """A filter that looks at each part by itself must not be passed."""
+    """Splitting a tag between parts must not bypass the filter."""
     parts = [{"text": "<im"}, {"text": "g>a.png</img>"}]
     for prompt in (parts, [{"role": "user", "content": parts}]):
         made = raw(prompt)

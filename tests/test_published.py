@@ -1,4 +1,4 @@
-"""Matrices put together from published tensors: stacked, turned, and by heads."""
+"""Matrices assembled from published tensors: stacked, transposed, and by heads."""
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +9,7 @@ from qvl_runtime.families.specs import MatrixSpec, VectorSpec, linear
 
 
 class Tensors:
-    """Random tensors of the shapes that specs ask for."""
+    """Random tensors of the shapes in the specs."""
 
     def __init__(self, *specs):
         rng = np.random.default_rng(0)

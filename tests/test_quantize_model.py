@@ -1,4 +1,4 @@
-"""GPTQ over whole models: what comes out, that it is better than rounding, and that an interruption changes nothing."""
+"""GPTQ on whole models: its results, that they are better than rounding, and interruptions."""
 
 import itertools
 import subprocess
@@ -155,7 +155,7 @@ class Killed(BaseException):
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path):
-    """Several times, in parts of every kind; what was made is not made again."""
+    """Several times, in parts of every kind; finished matrices are not made again."""
     out, seen, kept = tmp_path / "out.qvl", set(), set()
 
     def run(until, **options):
@@ -209,7 +209,7 @@ def test_other_calibration_data_are_not_mixed_into_an_unfinished_file(tmp_path):
 
 
 def test_a_finished_walk_is_not_repeated(source, samples, monkeypatch):
-    """Where nothing waits for calibration no layer is run."""
+    """No layer is run if no matrix needs calibration."""
     monkeypatch.setattr(Walk, "run", lambda *a, **k: pytest.fail("ran a layer"))
     plans = source.plan(Recipe(method="rtn"))
     made = list(Calibrated(samples, device="reference")(source, plans, plans[:4], None))

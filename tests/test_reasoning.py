@@ -1,4 +1,4 @@
-"""Thinking editions: the reasoning before an answer is a field of its own, in every place where answers go."""
+"""Thinking editions: the reasoning before an answer is a separate field in every interface."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_products(ops, rng, bits, group, asymmetric, n, k):
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("heads,kv_heads,d", [(3, 3, 22), (4, 4, 64), (2, 2, 128), (4, 2, 24), (7, 1, 80), (12, 2, 32)])
 def test_cached_attention(ops, rng, kind, heads, kv_heads, d):
-    """A past longer than the blocks of keys, gone through in pieces of every size."""
+    """A past longer than the blocks of keys, computed in slices of every size."""
     length = 600
     qkv = normal(rng, length, (heads + 2 * kv_heads) * d) * 2
     alone = attended(ops, qkv, ops.kv_cache(1, kv_heads, d, length, kind), heads, [1] * length)
@@ -61,7 +61,7 @@ def test_cached_attention(ops, rng, kind, heads, kv_heads, d):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 12])
 @pytest.mark.parametrize("kv_heads", [5, 1])
 def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
-    """Up to 16 rows are as each alone also where more are rounded: a draft that is checked changes no answer."""
+    """Up to 16 rows equal each row alone, also where more rows are rounded: checking drafts changes no answer."""
     ops, heads, d, length = CpuOps(activations="int8", threads=threads), 5, 128, 500
     qkv = normal(rng, length, (heads + 2 * kv_heads) * d)
     for kind in ("fp16", "int8"):
@@ -86,7 +86,7 @@ def test_a_prompt_of_a_large_model_may_be_cut_into_pieces_of_more_than_16_rows(r
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_logits_of_a_whole_model(blob, bits, kv_cache):
-    """Every token's logits, whatever is computed with it and however much is in the cache before."""
+    """Every token's logits, for any tokens computed with it and any length of the cache."""
     model = qvl.load(blob("tiny-vl", "long", bits=bits, head_bits=bits), device="cpu", kv_cache=kv_cache)
     ids = [int(i) for i in np.random.default_rng(bits).integers(32, 127, 300)]
 

@@ -1,4 +1,4 @@
-"""Round-to-nearest against a slow twin, on every shape and dtype the packing has an edge for."""
+"""Round-to-nearest against a slow reference, on the edge cases of shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = [(1, 1), (1, 128), (5, 40), (32, 128), (33, 129), (64, 588), (70, 300)]
 
 
 def slow(weight: np.ndarray, bits: int, group_size: int, asymmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and zeros, group by group, as the formulas say."""
+    """Codes, scales and zeros, group by group, by the formulas."""
     n, k = weight.shape
     groups = -(-k // group_size)
     codes, scales = np.zeros((n, k), np.uint8), np.zeros((n, groups), np.float16)

@@ -1,4 +1,4 @@
-"""Sampling against the golden data, and the promises about seeds and values."""
+"""Sampling against the golden data, and the guarantees about seeds and values."""
 
 import json
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_top_p_of_a_large_vocabulary(scale, p):
 @pytest.mark.parametrize("k", [1, 20, 300, 19_999])
 @pytest.mark.parametrize("kind", ["normal", "tied", "forbidden"])
 def test_the_most_likely_hold_all_that_top_k_keeps(k, kind):
-    """Drawn from these few, a token is the one drawn from all."""
+    """A token drawn from these few is the one drawn from all."""
     rng = np.random.default_rng(k)
     logits = (rng.standard_normal(20_000) * 4).astype(np.float32)
     if kind == "tied":

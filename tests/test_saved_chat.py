@@ -1,4 +1,4 @@
-"""A saved conversation is read as a stranger's file: right, or refused in one line."""
+"""Saved conversations are untrusted files: read correctly, or refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests at once: every answer is the one it would have been alone."""
+"""Many requests at once: every answer is the same as alone."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def watched(make, monkeypatch):
 
 
 def paused(model):
-    """Nothing is computed as long as this is held."""
+    """Nothing is computed while this is held."""
     stack = contextlib.ExitStack()
     stack.enter_context(model._scheduler.gate)
     stack.enter_context(model._scheduler.device)
@@ -176,7 +176,7 @@ def test_slices_end_where_it_does_not_show():
 
 
 def test_prompts_may_go_first(make):
-    """As jobs have it, where nobody reads along: then the most answers are computed together."""
+    """As in jobs, where nobody reads a stream: most answers are computed together."""
     requests = [{"prompt": f"{i} " * 100, "max_new_tokens": 8} for i in range(4)]
     steps, found = [], []
     for first in (False, True):

@@ -1,4 +1,4 @@
-"""A layer computed product by product: the same outputs as at once, and Hessians of what the products really read."""
+"""A layer computed product by product: the same outputs as at once, and Hessians of the products' actual inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKPOINTS = {"tiny-vl": GOLDEN, "q2-untied": FAMILIES, "q25-tied": FAMILIES, "
 
 
 class Rounded:
-    """A checkpoint rounded to int4; refuses a matrix that is not to be had yet."""
+    """A checkpoint rounded to int4; refuses a matrix that is not quantized yet."""
 
     def __init__(self, source, missing):
         self.source, self.config, self.missing = source, source.checkpoint.config, missing

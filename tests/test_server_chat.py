@@ -19,7 +19,7 @@ def content(seed: int = 3, text: str = QUESTION) -> list[dict]:
 
 
 def direct(model: qvl.Model, scene: int = 3, text: str = QUESTION, **options) -> qvl.Result:
-    """What the Python API answers to the same."""
+    """The Python API's answer to the same request."""
     message = {"role": "user", "content": [{"image": png(picture(scene))}, {"text": text}]}
     return model.generate([message], **options)
 

@@ -1,4 +1,4 @@
-"""Many clients: their order, those who are slow or go away, and the end of the server."""
+"""Many clients: their order, slow clients, disconnects, and shutdown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG = {
     },
     "max_tokens": 4000,
 }
-"""Fields of a request whose answer does not end by itself."""
+"""Fields of a request whose answer does not end before its limit."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:

@@ -1,4 +1,4 @@
-"""The description at ``/openapi.json``, and the server held to it by requests made from it."""
+"""The schema at ``/openapi.json``, and the server tested against it with generated requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KNOWN = {
     "/v1/completions": {"prompt": "one two", "max_tokens": 3, "logprobs": 2},
     "/v1/tokenize": {"prompt": "one two"},
 }
-"""Requests that are answered."""
+"""Valid requests."""
 
 
 @pytest.fixture(scope="module")

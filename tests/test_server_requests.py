@@ -1,4 +1,4 @@
-"""Requests that are wrong: each gets status 400 in OpenAI's form, which names the field."""
+"""Invalid requests: each gets status 400 in OpenAI's format, with the field's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hostile client may not do: each mistake that other servers made has its test."""
+"""Hostile clients: a test for each known vulnerability of other servers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_body_without_a_key_is_not_read(keyed):
 
 
 def test_keys_share_no_cache(keyed):
-    """Otherwise timing tells one client what another asked."""
+    """Otherwise timing reveals to one client what another asked."""
 
     def cached(key: str) -> tuple[int, float]:
         body = {"messages": [{"role": "user", "content": [image_part(PNG), {"type": "text", "text": "a secret"}]}]}
@@ -134,7 +134,7 @@ def test_the_page_loads_nothing_from_elsewhere(served):
 # ------------------------------------------------------------------------------------------------------------- files
 @pytest.fixture
 def no_file(monkeypatch):
-    """Whatever opens a file or fetches a picture for a prompt fails the test."""
+    """Opening a file or fetching a picture for a prompt fails the test."""
     opened: list = []
     monkeypatch.setattr(images, "_read_file", lambda path: opened.append(path) or b"")
     monkeypatch.setattr(fetch, "fetch", lambda url: opened.append(url) or b"")
@@ -212,7 +212,7 @@ def test_urls_are_fetched_where_allowed_from_public_addresses_only(demo_model, m
 
 # ------------------------------------------------------------------------------------------------------------ limits
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says how large it is."""
+    """A PNG of a few bytes with this size in its header."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -232,7 +232,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(served, size):
 
 
 def test_a_jpeg_of_many_scans_is_not_decoded(served):
-    """A scan of a few bytes passes over all pixels."""
+    """A scan of a few bytes covers all pixels."""
     out = io.BytesIO()
     picture(1, 56).save(out, "JPEG", progressive=True)
     whole = out.getvalue()
@@ -300,7 +300,7 @@ def test_all_bodies_together_are_bounded(demo_model):
 
 
 def test_hostile_schemas_end_soon(served):
-    """None of them may hold the server up, whether or not an answer can be made."""
+    """None of them may block the server, whether or not they can be answered."""
     several = [{"anyOf": [{"type": "object", "properties": {f"a{i}_{j}": {}}} for j in range(8)]} for i in range(8)]
     schemas = [
         {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
@@ -339,7 +339,7 @@ def test_a_log_has_content_when_asked(demo_model, caplog):
 
 
 def test_pictures_with_equal_bytes_are_two(served, demo_model):
-    """A cache that forgets dimensions, or reads the first bytes only, gives another picture's answer."""
+    """A cache key without dimensions, or of the first bytes only, returns another picture's answer."""
     wide = picture(1).resize((448, 224))
     tall = Image.frombytes("RGB", (224, 448), wide.tobytes())
     for image in (wide, tall):

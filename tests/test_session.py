@@ -1,4 +1,4 @@
-"""What is kept between calls never shows in an answer: every one equals that of a model that remembers nothing."""
+"""State that is kept between calls changes no answer: each equals that of a model without it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _converse(model, fresh, random: random.Random) -> None:
     [(4, "fp16", "base"), (4, "int8", "long"), (16, "fp16", "long"), (16, "int8", "base")],
 )
 def test_random_conversations_equal_fresh_runs(bits, kv_cache, variant, pair, in_golden):
-    """Turns, edits, undone turns, pictures, streams left alone; "long" crosses borders of dynamic NTK all the time."""
+    """Turns, edits, undone turns, pictures, abandoned streams; "long" often crosses limits of dynamic NTK."""
     model, fresh = pair(kv_cache, variant, bits=bits)
     for seed in range(CONVERSATIONS):
         _converse(model, fresh, random.Random(seed))
@@ -108,7 +108,7 @@ def test_another_picture_under_the_same_name_is_another_prompt(pair, tmp_path, g
 
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 def test_borders_of_dynamic_ntk(kv_cache, pair):
-    """seq_length is 64: at 65, 129 and 257 tokens another factor holds, and what was kept is void; also going back."""
+    """seq_length is 64: the NTK factor changes at 65, 129 and 257 tokens, also downward, and discards what was kept."""
     model, fresh = pair(kv_cache, "long")
     ids = [int(i) for i in np.random.default_rng(0).integers(32, 127, 300)]
     for before, after in ((60, 64), (64, 65), (65, 128), (128, 129), (256, 257), (257, 64), (100, 60)):
@@ -122,7 +122,7 @@ def test_borders_of_dynamic_ntk(kv_cache, pair):
 
 
 def test_each_session_has_its_own_rotary_table(pair):
-    """A prompt of another NTK factor in one session does not reach into the next one's."""
+    """A prompt with another NTK factor in one session does not affect the next session."""
     model, fresh = pair(variant="long", conversations=2)
     ids = [int(i) for i in np.random.default_rng(0).integers(32, 127, 90)]
     wanted = fresh.generate(ids[:40], max_new_tokens=8)
@@ -210,7 +210,7 @@ def test_two_conversations_take_turns(pair):
 
 @pytest.mark.parametrize("operation", ["embed", "linear", "rope_append", "argmax", "write", "download"])
 def test_an_error_at_any_point_leaves_a_sound_session(operation, pair, monkeypatch):
-    """The operation fails at its n-th call, for growing n, during turns of one conversation; the next turn is sound."""
+    """The operation fails at its n-th call, for growing n, during a conversation; the next turn is correct."""
     model, fresh = pair(variant="long")
     rng = np.random.default_rng(1)
     right = getattr(model.ops, operation)

@@ -60,7 +60,7 @@ def test_cpu_equals_reference(shape, bits, tmp_path, in_golden):
 
 
 def test_eight_bit_activations_stay_within_their_limit(tmp_path, in_golden):
-    """Asked for everywhere, they cost a percent or two of the logits; "auto" takes them for large products only."""
+    """Used everywhere, they change logits by a percent or two; "auto" uses them for large products only."""
     path = tmp_path / "model.qvl"
     convert(write_checkpoint(tmp_path / "source", 7, **SHAPES[0]), path, **FOUR)
     wanted = qvl.load(path, device="reference").logits(PROMPT)

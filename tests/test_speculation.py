@@ -1,4 +1,4 @@
-"""A draft changes how fast an answer comes, never the answer."""
+"""Drafts change the speed of an answer, never the answer."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_sampling_keeps_its_distribution():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_change_no_token(temperature):
-    """Every token takes one draw with and without drafts, so that even the same seed gives the same answer."""
+    """Every token uses one random number with and without drafts, so that a seed gives the same answer."""
     for seed in range(200):
         plain = _toy(seed, None, temperature)
         assert _toy(seed, PromptLookup(MIXED, 0.0), temperature) == plain
@@ -161,7 +161,7 @@ class FewWords:
 @pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "seed": 3}, {"repetition_penalty": 1.1, "logprobs": 2}])
 def test_the_models_answer_is_the_same(kv_cache, options, blob):
-    """On the CPU a token's arithmetic does not depend on how many are computed with it, so answers agree exactly."""
+    """On the CPU a token's result does not depend on how many are computed with it, so answers agree exactly."""
     model = qvl.load(blob("tiny-vl", bits=4), device="cpu", kv_cache=kv_cache, conversations=0)
     prompt = [60 + token for token in MIXED]
     for constraint in (None, FewWords()):

@@ -1,4 +1,4 @@
-"""Safetensors files nobody vouches for: read right, or refused before anything is allocated."""
+"""Untrusted safetensors files: read correctly, or refused before anything is allocated."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_other_files_are_refused(tmp_path):
 
 @contextlib.contextmanager
 def more_memory(nbytes: int):
-    """Let this process take so much more memory and no further byte."""
+    """Limit the memory that this process may allocate in addition."""
     resource = pytest.importorskip("resource")
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -215,7 +215,7 @@ def more_memory(nbytes: int):
     ],
 )
 def test_a_pickle_of_many_instructions_is_refused_early(tmp_path, program, message):
-    """Or it would take a hundred times its size in memory."""
+    """Otherwise it would take a hundred times its size in memory."""
     path = write_pickle_shard(tmp_path / "x.bin", program())
     with more_memory(1 << 29), pytest.raises(QvlError, match=message):
         PickleFile(path)

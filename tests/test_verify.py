@@ -104,7 +104,7 @@ def test_a_blob_serves_as_reference_too(blob, model, samples, report):
 
 
 def test_the_originals_answer_is_exactly_its_greedy_one(model, samples, monkeypatch):
-    """However often the proposals are wrong."""
+    """For any number of rejected proposals."""
     ours, original, followed = model("tiny-vl", **INT4), model("tiny-vl", bits=16), []
     monkeypatch.setattr(answers_module, "_summary", lambda done, *_: followed.extend(done))
     reference = open_reference(VL)

@@ -16,7 +16,7 @@ RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186
 
 
 def real_ranks() -> bytes:
-    """The real vocabulary, which the package dashscope ships."""
+    """The published vocabulary, which the package dashscope ships."""
     dashscope = importlib.util.find_spec("dashscope")
     if dashscope is None:
         pytest.skip("the real vocabulary comes with the package dashscope")
