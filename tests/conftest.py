@@ -23,14 +23,17 @@ BACKENDS = ("reference", "cpu")
 LONGEST = (
     "test_gpu_build",
     "test_cpu_backend",
+    "test_quantize_model",
     "test_gpu_architectures",
     "test_gpu_model",
     "test_gpu_attention",
     "test_gpu_products",
-    "test_quantize_model",
     "test_family_convert",
 )
-"""Files that take from half a minute to minutes of a worker. They come first, lest one of them begins last."""
+"""Files that take from half a minute to minutes of a worker. They come first, lest one of them begins last.
+
+Two files that Numba compiles the same routines for are apart, so that the second finds what the first has compiled.
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
