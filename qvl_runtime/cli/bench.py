@@ -72,18 +72,15 @@ def _table(speeds: Speeds, conditions: dict) -> Table:
     if speeds.peak_memory is not None:
         table.add_row("peak memory, file included", size(speeds.peak_memory), "")
     if speeds.level2 is not None and speeds.ahead is not None:
-        table.add_row("L2 cache of a thread, for block sizes", f"{speeds.level2 >> 10} KB", "")
-        table.add_row("weights are prefetched", _ahead(speeds.ahead, speeds.ahead_times), "")
+        table.add_row("L2 cache per thread", f"{speeds.level2 >> 10} KB", "")
+        table.add_row("prefetch distance", _ahead(speeds.ahead, speeds.ahead_times), "")
     return table
 
 
 def _ahead(ahead: int, times: dict[int, float]) -> str:
-    """The prefetch distance, and the time without any beside it, if that was measured."""
-    text = f"{ahead} bytes ahead" if ahead else "never"
-    slower = {other: time / times[ahead] for other, time in times.items() if other != ahead}
-    if not slower:
-        return f"{text} (not measured)"
-    return f"{text} ({', '.join(f'{other}: {share:.2f} of the time' for other, share in slower.items())})"
+    """The prefetch distance, and the time of others relative to it, if they were measured."""
+    others = [f"{other}: {time / times[ahead]:.2f}" for other, time in times.items() if other != ahead]
+    return f"{ahead} bytes ({', '.join(others)} of its time)" if others else f"{ahead} bytes (not measured)"
 
 
 def _share(share: float | None, limit: str) -> str:

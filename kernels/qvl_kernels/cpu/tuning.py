@@ -33,8 +33,10 @@ def tune_once(ops: CpuOps) -> None:
     Nothing else should run meanwhile. Programs that were recorded before keep their values.
     """
     if choices.wanted() and choices.can_keep() and choices.kept() is None:
-        ops.choices = choose(measure(ops))
-        choices.keep(ops.choices)
+        found = choose(measure(ops))
+        if found is not None:
+            ops.choices = found
+            choices.keep(found)
 
 
 def measure(ops: CpuOps) -> dict[int, np.ndarray]:
@@ -52,11 +54,14 @@ def measure(ops: CpuOps) -> dict[int, np.ndarray]:
     return {ahead: np.array(found) for ahead, found in seconds.items()}
 
 
-def choose(seconds: dict[int, np.ndarray]) -> Choices:
-    """Return the fastest by the median of its times, relative to the built-in choice's in the same round."""
+def choose(seconds: dict[int, np.ndarray]) -> Choices | None:
+    """Return the fastest by the median of its times, relative to the built-in choice's in the same round.
+
+    None if there were too few rounds: the machine was busy, and a later run may measure.
+    """
     usual = choices.built_in().ahead
     if len(seconds[usual]) < FEWEST:
-        return choices.built_in()
+        return None
     shares = {ahead: found / seconds[usual] for ahead, found in seconds.items()}
     times = {ahead: round(float(np.median(share)), 3) for ahead, share in shares.items()}
     clear = [ahead for ahead in AHEAD if times[ahead] < MARGIN and np.quantile(shares[ahead], 0.75) < 1]
