@@ -71,12 +71,12 @@ def kept() -> Choices | None:
     if file is None:
         return None
     with file:
-        return _parse(file.read(LARGEST_FILE + 1))
+        return _parse(file.read(LARGEST_FILE))
 
 
 def _parse(data: bytes) -> Choices | None:
     try:
-        found: Any = json.loads(data) if len(data) <= LARGEST_FILE else None
+        found: Any = json.loads(data)
         if found["key"] != key() or found["ahead"] not in AHEAD or type(found["ahead"]) is not int:
             return None
         times = {int(ahead): float(time) for ahead, time in found["times"].items()}
