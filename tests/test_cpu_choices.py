@@ -185,8 +185,9 @@ def test_a_busy_machine_is_measured_later(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"null", b"\xff", b"[" * 4000, b"7" * 5000, {"ahead": 7}, {"ahead": False}, {"ahead": 2048.0}, {"ahead": [0]},
-    {"ahead": None}, {"times": None}, {"times": {"x": 1}}, {"times": {"0": "x"}}, {"key": "of other kernels"},
+    b"", b"{", b"[]", b"null", b"\xff", b"[" * 4000, b"7" * 5000, {"ahead": 7}, {"ahead": False}, {"ahead": 2048.0},
+    {"ahead": [0]}, {"ahead": None}, {"times": None}, {"times": {"x": 1}}, {"times": {"0": "x"}},
+    {"key": "of other kernels"},
     {"more": "x" * 5000}, "others may write",
 ])  # fmt: skip
 def test_damaged_or_foreign_file_is_measured_again(content, folder, measured):
