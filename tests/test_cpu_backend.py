@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,10 +147,13 @@ def test_neon_assembly_has_the_dot_product():
     }
 
 
-def test_key_depends_on_processor(monkeypatch):
+def test_key_depends_on_processor_and_parts(monkeypatch):
     before = cache.key()
     assert before == cache.key()
-    monkeypatch.setattr(features, "target", lambda: ("another", "+processor"))
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "target", lambda: ("another", "+processor"))
+        assert cache.key() != before
+    monkeypatch.setitem(bundle.PARTS, "rare", re.compile("nothing"))
     assert cache.key() != before
 
 

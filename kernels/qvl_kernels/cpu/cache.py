@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 def key() -> str:
     """A hash of everything that machine code compiled here depends on."""
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    known = (bundle.source_hash(), versions, platform.machine(), features.selected().name, features.target())
+    parts = [(part, names.pattern) for part, names in bundle.PARTS.items()]
+    known = (bundle.source_hash(), parts, versions, platform.machine(), features.selected().name, features.target())
     return hashlib.sha256(repr(known).encode()).hexdigest()[:20]
 
 
