@@ -284,7 +284,7 @@ def test_impossible_outputs(tmp_path):
     ("options", "part"),
     [
         ({"bits": 5}, "--bits 5"),
-        ({"vision_bits": 3}, "--vision-bits 3"),
+        ({"vision_bits": 2}, "--vision-bits 2"),
         ({"head_bits": 2}, "--head-bits 2"),
         ({"group_size": 48}, "--group-size 48"),
         ({"method": "magic"}, "--method 'magic'"),
