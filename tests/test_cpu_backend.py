@@ -131,6 +131,24 @@ for name in ("gemv4_128", "gemv8_128", "gemm4", "attention_int8_128"):
 """
 
 
+OTHER = """
+import sys
+from qvl_kernels.cpu import build, features
+features.compile_for(sys.argv[1])
+build.prepare()
+level, kernels = features.LEVELS[sys.argv[1]], ("gemm", "gemm_pack", "gemm_tile")
+print({sys.modules[f"qvl_kernels.cpu.{name}"].BYTE_VALUES for name in kernels} == {level.byte_values})
+"""
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2"])
+def test_kernels_for_another_level_do_not_take_after_this_one(level):
+    """What ships is compiled on one machine for all: here at least one of the two is another one's."""
+    command = [sys.executable, "-c", OTHER, level]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
+
+
 def test_neon_assembly_has_the_dot_product():
     done = subprocess.run(
         [sys.executable, "-c", NEON],

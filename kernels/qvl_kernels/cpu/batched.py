@@ -142,7 +142,7 @@ def row_parts(rows: int, n: int, k: int, bits: int, threads: int) -> int:
     blocks of 32 weights serve evenly, more, each of `SMALLEST` tiles or more. It does not change a result.
     """
     whole, blocks = -(-rows // tiles.TOKENS), -(-n // 32)
-    value = 1 if bits == 4 else tiles.BYTE_VALUES
+    value = 1 if bits == 4 else features.selected().byte_values
     a_tile = min(-(-k // 128) * 128, tiles.PIECE) * tiles.TOKENS * value
     fitting = -(-whole // min(tiles.HELD_TILES, cache_sizes.level2() // a_tile))
     return max(fitting, min(-(-ITEMS * threads // blocks), whole // SMALLEST))

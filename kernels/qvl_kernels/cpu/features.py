@@ -50,6 +50,11 @@ class Level:
         """Subtracted from arbitrary bytes before multiplication: `sdot` only supports signed bytes."""
         return 128 if self.product == "sdot" else 0
 
+    @property
+    def byte_values(self) -> int:
+        """Bytes of an activation that is multiplied with int8 weights in products of many rows."""
+        return 2 if self.product == "maddubs" else 1
+
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 V4 = (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")

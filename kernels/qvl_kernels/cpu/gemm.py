@@ -12,7 +12,8 @@ from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.int3 import widen_blocks
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.tiles import BYTE_VALUES, HELD_TILES, PIECE, TOKENS, WIDE_BYTES
+from qvl_kernels.cpu.simd import BYTE_VALUES
+from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, WIDE_BYTES
 
 
 @routine

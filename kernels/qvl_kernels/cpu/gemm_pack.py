@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 from qvl_kernels.cpu.quantize import normal, row_statistics
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import (
+    BYTE_VALUES,
     HIGH_SHIFT,
     absolute,
     choose_gt,
@@ -43,7 +44,7 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.emit import I8, I16, I32, join, pointer, take
-from qvl_kernels.cpu.tiles import BYTE_VALUES, TOKENS
+from qvl_kernels.cpu.tiles import TOKENS
 
 zero, none, no_sums = zeros("f32", 16), zeros("i32", 16, TOKENS), zeros("f32", TOKENS)
 tile_rows, spread = rows("f32", 16, TOKENS), spreads("f32", 16, TOKENS)

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
+    BYTE_VALUES,
     LEVEL,
     SUM_EL,
     SUM_PER_LANE,
@@ -39,7 +40,7 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs
-from qvl_kernels.cpu.tiles import BYTE_VALUES, FLOAT_TOKENS, TOKENS
+from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 """Rows of weights per vector: all accumulators of two vectors by `TOKENS` rows fit the registers."""

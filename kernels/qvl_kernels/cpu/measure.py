@@ -10,7 +10,6 @@ from qvl_kernels.cpu import features
 from qvl_kernels.cpu.arrays import address
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.cpu.runner import Program, aligned
-from qvl_kernels.cpu.tiles import BYTE_VALUES
 
 
 def _seconds(ops: CpuOps, program: Program) -> float:
@@ -38,6 +37,7 @@ def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> floa
     operands[:] = 1
     program.keep(operands, result)
     program.add("multiply_nibbles" if bits < 8 else "multiply_bytes", address(operands), rounds, address(result))
-    a_lane = 4 if bits < 8 else 4 // BYTE_VALUES
-    products = rounds * 12 * features.selected().lanes * a_lane * ops.threads
+    level = features.selected()
+    a_lane = 4 if bits < 8 else 4 // level.byte_values
+    products = rounds * 12 * level.lanes * a_lane * ops.threads
     return 2 * products / min(_seconds(ops, program) for _ in range(3))

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qvl_kernels.cpu import arrays, batched, cache, choices
+from qvl_kernels.cpu import arrays, batched, cache, choices, features
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
-from qvl_kernels.cpu.tiles import BYTE_VALUES
 from qvl_kernels.ops import Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
@@ -367,7 +366,7 @@ class CpuOps:
 
 def _in_words(w: CpuWeight, rows: int) -> bool:
     """Whether the activations of a product with 16-bit activations are words, and not two planes of bytes."""
-    return BYTE_VALUES == 2 and (w.bits == 8 or rows > 1)
+    return features.selected().byte_values == 2 and (w.bits == 8 or rows > 1)
 
 
 def _softmax_scale(d: int) -> int:

@@ -1,4 +1,7 @@
-"""Tile sizes of the matrix-matrix and prefill kernels, and their scratch memory (without Numba)."""
+"""Tile sizes of the matrix-matrix and prefill kernels, and their scratch memory (without Numba).
+
+The constants are those of every level: kernels may be compiled for another one than this processor's.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from qvl_kernels.cpu import features
 
 TOKENS = 4
 """Rows of quantized activations per tile."""
-BYTE_VALUES = 2 if features.selected().product == "maddubs" else 1
-"""Bytes of an activation that is multiplied with int8 weights (`simd.bytes.WORDS`)."""
 PIECE = 2048
 """Columns of packed weights that are multiplied with a sequence of tiles."""
 WIDE_BYTES = 16 * PIECE
@@ -33,7 +34,7 @@ def _up(n: int, multiple: int) -> int:
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:
     """Return the bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
     values = _up(rows, TOKENS) * _up(k, 128)
-    return values * (1 if bits == 4 else BYTE_VALUES), values // span * 4, values // group * 4
+    return values * (1 if bits == 4 else features.selected().byte_values), values // span * 4, values // group * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:

@@ -36,6 +36,7 @@ c)``, ``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ti
 
 from qvl_kernels.cpu.simd.bytes import (
     BYTE_BIAS,
+    BYTE_VALUES,
     HIGH_SHIFT,
     LANES,
     LEVEL,
@@ -101,6 +102,7 @@ from qvl_kernels.cpu.simd.vector import (
 
 __all__ = [
     "BYTE_BIAS",
+    "BYTE_VALUES",
     "HIGH_SHIFT",
     "LANES",
     "LEVEL",

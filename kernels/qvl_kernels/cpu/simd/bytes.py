@@ -39,6 +39,7 @@ HIGH_SHIFT = 4 if UNSHIFTED else 0
 """`high` returns the nibble times 2**HIGH_SHIFT."""
 BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
+BYTE_VALUES = LEVEL.byte_values
 WORDS = LEVEL.product == "maddubs"
 """Whether bytes are multiplied with activations of 16 bits: twice as fast as `dot_bytes` where that takes four
 multiplications for 32 bytes, two for each half of their range."""
