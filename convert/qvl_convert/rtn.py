@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from qvl_kernels.cpu.processors import performance_processors
+from qvl_kernels.cpu.runner import default_threads
 from qvl_kernels.packing import ROWS, Matrix, pack_codes, pack_groups, packed_shapes, round_up
 from qvl_runtime.errors import QvlError
 
 CHUNK_VALUES = 1 << 20
 """Weights that a thread rounds at a time: they stay in the cache."""
-FP16_MAX = 65504.0
 
 
 def group_scales(
@@ -100,7 +99,7 @@ def quantize(
         arrays["qweight"][blocks] = pack_codes(codes[:, :k], bits)
         return True
 
-    with ThreadPoolExecutor(performance_processors()) as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         if not all(pool.map(round_rows, range(0, n, rows))):
             raise QvlError(
                 f"{name} holds a weight that is not finite or too large for an fp16 scale; download the model again"
