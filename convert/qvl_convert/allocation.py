@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qvl_convert.calibration import Sample
-from qvl_convert.plan import MatrixPlan, Recipe, Source
+from qvl_convert.plan import BITS, MatrixPlan, Recipe, Source
 from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
 from qvl_kernels.packing import Matrix, group_sizes
 from qvl_runtime.backends import make_ops
@@ -21,7 +21,6 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.config import Config
 from qvl_runtime.families.weights import Weights
 
-BITS = (3, 4, 8, 16)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAMPLES = 4
 HEAD_ROWS = 64

@@ -17,6 +17,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import MatrixSpec
 
 METHODS = ("rtn", "gptq")
+BITS = (3, 4, 8, 16)
 ROW_CHUNK = 16 << 20
 
 
@@ -43,7 +44,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("bits", "vision_bits", "head_bits"):
-            if getattr(self, name) not in (3, 4, 8, 16):
+            if getattr(self, name) not in BITS:
                 raise QvlError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose 3, 4, 8 or 16")
         if self.group_size not in GROUP_SIZES:
             raise QvlError(f"--group-size {self.group_size!r}: choose 32, 64 or 128")
