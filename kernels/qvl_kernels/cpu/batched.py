@@ -13,7 +13,7 @@ from qvl_kernels.cpu import cache_sizes, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
 from qvl_kernels.ops import Activation
-from qvl_kernels.packing import SYMMETRIC_ZERO
+from qvl_kernels.packing import BLOCK, SYMMETRIC_ZERO, round_up
 
 FEW = 16
 """Up to this number of rows a product is limited by reading the weights, and 16-bit activations cost no time."""
@@ -142,8 +142,7 @@ def row_parts(rows: int, n: int, k: int, bits: int, threads: int) -> int:
     blocks of 32 weights serve evenly, more, each of `SMALLEST` tiles or more. It does not change a result.
     """
     whole, blocks = -(-rows // tiles.TOKENS), -(-n // 32)
-    value = 1 if bits == 4 else features.selected().byte_values
-    a_tile = min(-(-k // 128) * 128, tiles.PIECE) * tiles.TOKENS * value
+    a_tile = min(round_up(k, BLOCK), tiles.PIECE) * tiles.TOKENS * tiles.value_bytes(bits)
     fitting = -(-whole // min(tiles.HELD_TILES, cache_sizes.level2() // a_tile))
     return max(fitting, min(-(-ITEMS * threads // blocks), whole // SMALLEST))
 

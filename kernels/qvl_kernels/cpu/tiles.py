@@ -6,6 +6,7 @@ The constants are those of every level: kernels may be compiled for another one 
 from __future__ import annotations
 
 from qvl_kernels.cpu import features
+from qvl_kernels.packing import round_up
 
 TOKENS = 4
 """Rows of quantized activations per tile."""
@@ -27,35 +28,36 @@ KEYS = 256
 """Keys and values per conversion, and the largest head size."""
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def value_bytes(bits: int) -> int:
+    """Return the bytes of a packed activation that is multiplied with int4 or int8 weights."""
+    return 1 if bits == 4 else features.selected().byte_values
 
 
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:
     """Return the bytes of `packed`, `scales` and `sums` of ``gemm_pack.pack_int8``."""
-    values = _up(rows, TOKENS) * _up(k, 128)
-    return values * (1 if bits == 4 else features.selected().byte_values), values // span * 4, values // group * 4
+    values = round_up(rows, TOKENS) * round_up(k, 128)
+    return values * value_bytes(bits), values // span * 4, values // group * 4
 
 
 def gemm_scratch_bytes(k: int) -> int:
     """Return the scratch bytes per thread of the pack and gemm kernels."""
-    return max(4 * _up(k, 128) * (TOKENS + 1) + 64, 128 * HELD_TILES * TOKENS)
+    return max(4 * round_up(k, 128) * (TOKENS + 1) + 64, 128 * HELD_TILES * TOKENS)
 
 
 def attention_scratch_bytes(head_dim: int) -> int:
     """Return the scratch bytes per thread of the prefill attention kernels."""
-    padded = _up(head_dim, 16)
+    padded = round_up(head_dim, 16)
     return 4 * (QUERIES * (KEYS + padded + 2) + KEYS * (head_dim + padded + FLOAT_TOKENS) + 16 * padded)
 
 
 def group_attention_scratch_bytes(head_dim: int, group: int) -> int:
     """Return the scratch bytes per thread of ``attention_group``."""
-    return 4 * _up(group, LINES) * (2 * KEYS + _up(head_dim, 16) + 2) + 64
+    return 4 * round_up(group, LINES) * (2 * KEYS + round_up(head_dim, 16) + 2) + 64
 
 
 def int16_attention_scratch_bytes(head_dim: int) -> int:
     """Return the scratch bytes per thread of ``attention_int16.block_attention_int16``."""
-    padded, pairs = _up(head_dim, 16), _up(head_dim, 32) // 2
+    padded, pairs = round_up(head_dim, 16), round_up(head_dim, 32) // 2
     a_key = pairs + padded // 2 + 1 + PAIR_TOKENS * 3 // 2
     held = PAIR_QUERIES * (pairs + padded + 3) + KEYS * a_key
     return 4 * (held + 3 * padded + 16 + 16 * pairs + 64)
