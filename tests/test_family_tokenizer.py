@@ -79,6 +79,7 @@ CHANGES = [
     (lambda d: d["pre_tokenizer"].update(pretokenizers=True), "splits text by another pattern"),
     (lambda d: d["added_tokens"].append({"content": "<x>"}), "an added token is"),
     (lambda d: d["added_tokens"][0].update(id=-1), "'id': -1"),
+    (lambda d: d["added_tokens"][0].update(content="\ud800"), "an added token is"),
     (lambda d: d["added_tokens"].append(d["added_tokens"][0]), "each once"),
     (lambda d: d["added_tokens"][0].update(lstrip=True), "'lstrip' is True"),
     (lambda d: d.pop("added_tokens"), "'added_tokens' is missing"),
@@ -99,6 +100,15 @@ def test_missing_files(tmp_path):
         read_vocabulary(tmp_path)
     shutil.copy(folder("q2-tied") / "vocab.json", tmp_path)
     with pytest.raises(QvlError, match=r"merges\.txt: no such file"):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["x", "-1", "1.5", "9" * 5000])
+def test_an_added_token_whose_id_is_no_number(key, tmp_path):
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(folder("q2-tied") / file, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {key: {"content": "<x>"}}}))
+    with pytest.raises(QvlError, match=r"tokenizer_config\.json: an added token is"):
         read_vocabulary(tmp_path)
 
 

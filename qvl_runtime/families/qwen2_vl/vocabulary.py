@@ -110,14 +110,16 @@ def _read_added(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer_config.json"
     added: dict[str, int] = {}
     for key, token in take(read_json(path), "added_tokens_decoder", dict, str(path)).items():
-        _add(added, token, int(key) if key.isdecimal() else None, str(path))
+        _add(added, token, int(key) if key.isdecimal() and len(key) < 10 else None, str(path))
     return added
 
 
 def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
     """Add one added token."""
-    form = token.get("content") if isinstance(token, dict) else None
-    if not isinstance(form, str) or form == "" or type(token_id) is not int or token_id < 0 or form in added:
+    content = token.get("content") if isinstance(token, dict) else None
+    form = content if isinstance(content, str) else ""
+    lone = any("\ud800" <= c <= "\udfff" for c in form)  # a surrogate, which UTF-8 cannot hold
+    if form == "" or lone or type(token_id) is not int or token_id < 0 or form in added:
         raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once")
     refuse(token, where, dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
     added[form] = token_id
