@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.family import FAMILY
 from qvl_runtime.families.qwen2_vl.preprocessing import Preprocessing, find_settings, resize, smart_resize
+from qvl_runtime.families.qwen3_vl.family import FAMILY as QWEN3
 
 PICTURES = read("preprocess.json")
 PATCHES = np.load(GOLDEN / "preprocess.npz")
@@ -68,6 +69,20 @@ def test_settings_in_a_section(tmp_path):
     path.write_text(json.dumps({"image_processor": [1]}))
     with pytest.raises(QvlError, match=r"processor_config\.json: 'image_processor' is \[1\]"):
         FAMILY.read_preprocessing(tmp_path, known)
+
+
+def test_settings_of_videos_in_a_section(tmp_path):
+    known, path = config("q3-tied"), tmp_path / "processor_config.json"
+    picture, size = read("ckpt/q3-tied/preprocessor_config.json"), {"shortest_edge": 4096, "longest_edge": 8192}
+    path.write_text(json.dumps({"image_processor": picture, "video_processor": {"size": size}}))
+    video = {"min_pixels": 4096, "max_pixels": 8192}
+    assert QWEN3.read_preprocessing(tmp_path, known)["video"] == video
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {**size, "longest_edge": 4096}}))
+    assert QWEN3.read_preprocessing(tmp_path, known)["video"] == {**video, "max_pixels": 4096}
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    path.write_text(json.dumps({"image_processor": picture, "video_processor": 1}))
+    with pytest.raises(QvlError, match=r"processor_config\.json: 'video_processor' is 1"):
+        QWEN3.read_preprocessing(tmp_path, known)
 
 
 def test_limits():

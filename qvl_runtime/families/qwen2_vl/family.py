@@ -21,7 +21,7 @@ from qvl_runtime.families.qwen2_vl.preprocessing import (
     Preprocessing,
     VideoLimits,
     find_settings,
-    find_video_settings,
+    read_video_settings,
 )
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
 from qvl_runtime.families.qwen2_vl.published import files
@@ -178,10 +178,10 @@ class QwenFamily(Generic[C]):
         data = read_json(path)
         given = section(data, "image_processor", str(path)) if "image_processor" in data else data
         settings = Preprocessing.from_dict(given, config.visual, str(path)).to_dict()
-        video = find_video_settings(folder)
-        if video is None or not self.VIDEO.whole:
+        video, where = read_video_settings(folder)
+        if not video or not self.VIDEO.whole:
             return settings
-        return settings | {"video": VideoLimits.from_dict(read_json(video), self.VIDEO, str(video)).to_dict()}
+        return settings | {"video": VideoLimits.from_dict(video, self.VIDEO, where).to_dict()}
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         """Read the prompt and sampling settings of a published checkpoint."""

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse
-from qvl_runtime.families.reading import check, take
+from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse, section
+from qvl_runtime.families.reading import check, read_json, take
 from qvl_runtime.inputs.pictures import Pixels
 
 MAX_ASPECT_RATIO = 200
@@ -285,10 +285,14 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 """Files with the preprocessing settings of a published checkpoint; the second has them in a section."""
 
 
-def find_video_settings(folder: Path) -> Path | None:
-    """Return the file with the preprocessing settings of videos, if there is one."""
+def read_video_settings(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Read the published preprocessing settings of videos, empty if there are none, and where they are."""
     path = folder / "video_preprocessor_config.json"
-    return path if path.is_file() else None
+    if path.is_file():
+        return read_json(path), str(path)
+    path = folder / FILES[1]
+    data = read_json(path) if path.is_file() else {}
+    return section(data, "video_processor", str(path)) if "video_processor" in data else {}, str(path)
 
 
 def find_settings(folder: Path) -> Path:
