@@ -224,7 +224,6 @@ def test_thinking():
         ([{"role": "robot", "content": "x"}], [], "the role 'robot'"),
         ([{"role": "user"}], [], "has no content"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], [], "the last message"),
-        ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], [], "only the first"),
         ([{"role": "system", "content": [{"type": "image"}]}, {"role": "user", "content": "y"}], ["one"], "system's"),
         ([{"role": "user", "content": "x"}], ["one"], "no places"),
         ([{"role": "user", "content": [{"type": "image"}]}], [], "1 empty"),
@@ -242,6 +241,22 @@ def test_thinking():
 def test_refused(prompt, images, message):
     with pytest.raises(QvlError, match=message):
         build(prompts("q3-tied"), prompt, images)
+
+
+def test_a_later_message_of_the_system():
+    """The template of Qwen2-VL renders messages of any role; that of Qwen3-VL knows none but the first."""
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "b"},
+    ]
+    made = prompts("q2-tied")
+    assert text_of(made, build(made, messages)) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(QvlError, match="message 2 has the role 'system': only the first message may"):
+        build(prompts("q3-tied"), messages)
 
 
 def test_opened_box():

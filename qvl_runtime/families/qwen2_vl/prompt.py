@@ -181,7 +181,7 @@ class Prompts:
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
         for number, message in enumerate(messages, 1):
-            if message.role == "system" and number > 1:
+            if message.role == "system" and number > 1 and not self.template.SYSTEM_ANYWHERE:
                 raise QvlError(f"message {number} has the role 'system': only the first message may")
         last = messages[-1].role
         if last not in ("user", "tool"):

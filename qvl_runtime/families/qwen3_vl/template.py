@@ -46,6 +46,7 @@ class Qwen3Template(Template):
 
     ROLES = ("system", "user", "assistant", "tool")
     DEFAULT_SYSTEM = None
+    SYSTEM_ANYWHERE = False
     TIMESTAMPS = True
 
     def system(self, content: Parts | None) -> list[Piece]:
