@@ -42,6 +42,7 @@ needs_pairs = pytest.mark.skipif(not gram.FAST, reason="this processor multiplie
         (64, PANEL),
         (130, PANEL + 1),
         (127, 2 * PANEL + 7),
+        (70, (2 * gram.SQUARE + 1) * PANEL + 3),
         (2048, 50),
         (2049, 33),
         (5000, 8),

@@ -27,8 +27,11 @@ BATCH = 2048
 LARGEST = 1023
 TALL = 6
 PANEL, WIDE = TALL * LANES, 2 * LANES
-PIECE = 64
+PIECE = 32
 """Pairs of rows that pass all tiles of two panels at once."""
+
+SQUARE = 4
+"""Panels along the sides of a square whose sums and pieces stay in the level 2 cache."""
 
 load = loads("i32", LANES)
 load_sums = rows("i32", LANES, TALL)
@@ -93,25 +96,37 @@ def _tile(left, right, pairs, sums):
 @jit()
 def _multiply(packed, start, step, total):
     panels, pairs, k = packed.shape[0], packed.shape[1], len(total)
-    size = pairs * PANEL * 4
-    for number in numba.prange(panels * (panels + 1) // 2):
-        # the panels of a column of the upper triangle follow one another
-        right = np.int64((np.sqrt(8.0 * number + 1) - 1) / 2)
-        left = number - right * (right + 1) // 2
-        sums = np.zeros((PANEL, PANEL), np.int32)
+    size, squares = pairs * PANEL * 4, (panels + SQUARE - 1) // SQUARE
+    for number in numba.prange(squares * (squares + 1) // 2):
+        # the squares of a column of the upper triangle follow one another
+        column = np.int64((np.sqrt(8.0 * number + 1) - 1) / 2)
+        row = number - column * (column + 1) // 2
+        lefts = range(row * SQUARE, min(row * SQUARE + SQUARE, panels))
+        rights = range(column * SQUARE, min(column * SQUARE + SQUARE, panels))
+        sums = np.zeros((SQUARE, SQUARE, PANEL, PANEL), np.int32)
         for first in range(0, pairs, PIECE):
             count = min(PIECE, pairs - first)
-            from_left = start + left * size + first * PANEL * 4
-            from_right = start + right * size + first * PANEL * 4
-            for i in range(0, PANEL, TALL):
-                for j in range(0, PANEL, WIDE):
-                    _tile(from_left + i * 4, from_right + j * 4, count, sums.ctypes.data + (i * PANEL + j) * 4)
-        for i in range(min(PANEL, k - left * PANEL)):
-            scale = step[left * PANEL + i]
-            out = total[left * PANEL + i, right * PANEL : min(right * PANEL + PANEL, k)]
-            scales, sums_here = step[right * PANEL : right * PANEL + len(out)], sums[i]
-            for j in range(len(out)):
-                out[j] += np.float32(sums_here[j]) * scale * scales[j]
+            for right in rights:
+                for left in lefts:
+                    if left > right:
+                        break
+                    here = sums[left % SQUARE, right % SQUARE].ctypes.data
+                    from_left = start + left * size + first * PANEL * 4
+                    from_right = start + right * size + first * PANEL * 4
+                    for i in range(0, PANEL, TALL):
+                        for j in range(0, PANEL, WIDE):
+                            _tile(from_left + i * 4, from_right + j * 4, count, here + (i * PANEL + j) * 4)
+        for right in rights:
+            for left in lefts:
+                if left > right:
+                    break
+                for i in range(min(PANEL, k - left * PANEL)):
+                    scale = step[left * PANEL + i]
+                    out = total[left * PANEL + i, right * PANEL : min(right * PANEL + PANEL, k)]
+                    scales = step[right * PANEL : right * PANEL + len(out)]
+                    sums_here = sums[left % SQUARE, right % SQUARE, i]
+                    for j in range(len(out)):
+                        out[j] += np.float32(sums_here[j]) * scale * scales[j]
 
 
 @jit()
