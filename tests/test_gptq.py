@@ -79,7 +79,8 @@ def settled(w, factor, scales, zeros, bits, group_size):
 
 
 @pytest.mark.parametrize(
-    ("bits", "sym", "n", "k", "group_size"), [(4, True, 70, 200, 64), (4, False, 9, 300, 32), (8, True, 1, 130, 128)]
+    ("bits", "sym", "n", "k", "group_size"),
+    [(4, True, 70, 200, 64), (4, False, 9, 300, 32), (8, True, 1, 130, 128), (4, True, 5, gptq.SPAN + 150, 128)],
 )
 def test_a_block_is_settled_as_in_double_precision(bits, sym, n, k, group_size):
     w, h, _ = problem(n, k)

@@ -22,11 +22,15 @@ from __future__ import annotations
 import numpy as np
 
 from qvl_convert import gptq_kernels as kernels
+from qvl_convert import gptq_rounding as rounding
 from qvl_convert.hessian import Factor
 from qvl_kernels.packing import SYMMETRIC_ZERO
 
 WIDTH = 128
-"""Columns of a block; each block is one product of large matrices."""
+"""Columns of a block."""
+
+SPAN = 4 * WIDTH
+"""Columns onto which the errors of all columns before are pushed in one product of large matrices."""
 
 TURNS = 4
 """Rounds over the integers of a block that has just been rounded."""
@@ -174,16 +178,18 @@ def _feedback(
     visited, error = np.empty((n, k), np.float32), np.empty((n, k), np.float32)
     chosen, codes = np.empty((n, k), np.uint8), np.empty((n, k), np.uint8)
     kernels.visit(w, factor.order, visited)
+    span, pushed = 0, error
     for start in range(0, k, WIDTH):
         block = slice(start, min(start + WIDTH, k))
-        columns = factor.order[block]
-        ahead = error[:, :start] @ factor.upper[:start, block]
+        if start % SPAN == 0:
+            span, pushed = start, error[:, :start] @ factor.upper[:start, start : start + SPAN]
+        ahead = pushed[:, start - span : block.stop - span] + error[:, span:start] @ factor.upper[span:start, block]
+        columns, lost, integers = factor.order[block], error[:, block], chosen[:, block]
         upper = np.ascontiguousarray(factor.upper[block, block])
         unit = upper + np.eye(len(upper), dtype=np.float32)
         back = np.ascontiguousarray((unit * factor.price[columns]).T)
-        kernels.round_block(
-            visited[:, block], ahead, upper, back, unit @ back, columns, scales, zeros, 2**bits - 1, group_size, TURNS,
-            error[:, block], chosen[:, block],
-        )  # fmt: skip
+        shared = columns // group_size, scales, zeros, np.float32(2**bits - 1)
+        rounding.round_columns(visited[:, block], ahead, upper, *shared, lost, integers)
+        rounding.settle(visited[:, block], lost @ back, unit @ back, *shared, TURNS, lost, integers)
     kernels.leave(chosen, factor.order, codes)
     return codes

@@ -1,4 +1,4 @@
-"""The loops of `gptq`, compiled: what is done to each row by itself."""
+"""The loops of `gptq` and `hessian`, compiled: what is done to each row by itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ PASSES = 3
 
 HOPELESS = 2
 """How much worse than the best scale one is behind which `search` looks no further."""
-
-
-RUN = 32
-"""Columns to which an error is added at once."""
 
 
 @numba.njit(inline="always")
@@ -106,66 +102,23 @@ def leave(codes, order, out):
             y[order[i]] = x[i]
 
 
-@numba.njit(fastmath={"contract"})
-def _add_to(y, factor, matrix, row, begin, end):
-    for i in range(begin, end):
-        y[np.uint64(i)] += factor * matrix[np.uint64(row), np.uint64(i)]
+@jit()
+def reorder(a, order, out):
+    """Take rows and columns of a square matrix in this order."""
+    for i in numba.prange(len(order)):
+        row, to = a[order[i]], out[i]
+        for j in range(len(order)):
+            to[j] = row[order[j]]
 
 
-@jit(fastmath={"contract"})
-def round_block(w, ahead, upper, back, local, columns, scales, zeros, top, group_size, turns, error, codes):
-    """Round a block's columns one after another, then settle its integers among one another.
-
-    A rounding error is pushed onto the columns to come. What the errors of a block then cost, given that all later
-    columns make up for them as well as they can, is ``e . local . e`` and a slope: coordinate descent lowers it.
-
-    Parameters
-    ----------
-    w, ahead : ndarray
-        float32 ``[N, width]`` in visiting order: the weights, and what the blocks before push onto them.
-    upper, back, local : ndarray
-        float32 ``[width, width]``: U of the block, ``D U^T``, and their product.
-    columns : ndarray
-        int ``[width]``: where the columns lie in a row.
-    scales, zeros : ndarray
-        As in `gptq.refine`.
-    turns : int
-        Rounds of the descent, backwards first.
-    error, codes : ndarray
-        float32 and uint8 ``[N, width]`` in visiting order: the results.
-    """
-    n, width = ahead.shape
-    top = np.float32(top)
-    diagonal = np.diag(local).copy()
-    for row in numba.prange(n):
-        buffers = np.empty((5, width), np.float32)
-        target, scale, zero, code, slope = buffers[0], buffers[1], buffers[2], buffers[3], buffers[4]
-        for i in range(width):
-            group = columns[i] // group_size
-            scale[i], zero[i] = scales[row, group], np.float32(zeros[row, group])
-            target[i] = w[row, i] + ahead[row, i]
-            slope[i] = 0
-        for i in range(width):
-            code[i] = _nearest(target[i] / scale[i], -zero[i], top - zero[i])
-            rest = w[row, i] - scale[i] * code[i]
-            # whole runs, so that what is loaded was stored in one piece; the zeros of `upper` and `back` add nothing
-            run = i // RUN * RUN
-            _add_to(slope, target[i] - scale[i] * code[i], back, i, 0, min(run + RUN, width))
-            _add_to(target, rest, upper, i, run, width)
-        for turn in range(turns):
-            changed = False
-            for step in range(width):
-                i = step if turn % 2 else width - 1 - step
-                wanted = _nearest(code[i] + slope[i] / (diagonal[i] * scale[i]), -zero[i], top - zero[i])
-                if wanted != code[i]:
-                    _add_to(slope, scale[i] * (code[i] - wanted), local, i, 0, width)
-                    code[i] = wanted
-                    changed = True
-            if not changed:
-                break
-        for i in range(width):
-            error[row, i] = w[row, i] - scale[i] * code[i]
-            codes[row, i] = np.uint8(code[i] + zero[i])
+@jit()
+def normalize(lower, diagonal, out):
+    """Write what is above the diagonal of U: the Cholesky factor from its end backwards, each column over its pivot."""
+    k = len(diagonal)
+    for i in numba.prange(k):
+        row, to = lower[k - 1 - i], out[i]
+        for j in range(i + 1, k):
+            to[j] = np.float32(row[k - 1 - j]) / diagonal[j]
 
 
 @jit(fastmath={"contract"})

@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 
+from qvl_convert import gptq_kernels as kernels
 from qvl_convert import gram
 from qvl_runtime.errors import QvlError
 
@@ -123,7 +124,8 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
     precision: type[np.floating] = np.float32
     while True:
         # the factor of H taken from its last column backwards is upper triangular
-        lower = hessian[np.ix_(order[::-1], order[::-1])].astype(precision)
+        lower = np.empty(hessian.shape, precision)
+        kernels.reorder(hessian, order[::-1].copy(), lower)
         lower[np.diag_indices_from(lower)] += precision(damp * unit)
         try:
             cholesky(lower)
@@ -143,11 +145,9 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
     if damp != asked:
         log.warning("%s: its Hessian is singular at damping %g; used %g", name, asked, damp)
     diagonal = np.diagonal(lower)[::-1].copy()
-    # a Hessian of 11008 columns takes a gigabyte in double precision: limit the number of copies
-    upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
-    del lower
-    upper /= diagonal.astype(np.float32)
-    upper = np.triu(upper, 1)
+    upper = np.zeros(hessian.shape, np.float32)
+    kernels.normalize(lower, diagonal.astype(np.float32), upper)
+    del lower  # a Hessian of 11008 columns takes a gigabyte in double precision
     price = np.empty(len(order), np.float32)
     price[order] = diagonal**2
     damped = hessian.astype(np.float32)
