@@ -50,7 +50,7 @@ needs_pairs = pytest.mark.skipif(not gram.FAST, reason="this processor multiplie
 )
 def test_the_sum_is_that_of_the_rounded_inputs(rows, k, monkeypatch):
     pack = gram._pack
-    monkeypatch.setattr(gram, "_pack", lambda x, inverse, out: (out.fill(0x7B7B), pack(x, inverse, out)))
+    monkeypatch.setattr(gram, "_pack", lambda x, out, step: (out.fill(0x7B7B), step.fill(7), pack(x, out, step)))
     x = inputs(rows, k)
     hessian = Hessian(k)
     for part in np.array_split(x, 3):

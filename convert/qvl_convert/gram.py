@@ -47,32 +47,42 @@ def add_gram(x: np.ndarray, total: np.ndarray) -> None:
     total : ndarray
         ``[K, K]``.
     """
-    largest = np.abs(x).max(axis=0)
-    step = (largest / LARGEST).astype(np.float32)
-    usable = np.isfinite(largest) & (step > np.float32(1e-30))
-    step[np.isfinite(largest) & ~usable] = 0
-    inverse = np.zeros_like(step)
-    np.divide(np.float32(1), step, out=inverse, where=usable)
     panels, pairs = -(-x.shape[1] // PANEL), -(-len(x) // 2)
-    packed = np.empty((panels, pairs, PANEL, 2), np.int16)
-    _pack(x, inverse, packed)
+    packed, step = np.empty((panels, pairs, PANEL, 2), np.int16), np.empty(x.shape[1], np.float32)
+    _pack(x, packed, step)
     _multiply(packed, address(packed), step, total)
 
 
+@numba.njit
+def _raise(largest, x):
+    """Raise `largest` to the absolute values of `x`; infinities become NaN, and NaN stays."""
+    for i in range(len(x)):
+        value = abs(x[i])
+        largest[i] = (value if value > largest[i] else largest[i]) + (value - value)
+
+
 @jit()
-def _pack(x, inverse, packed):
+def _pack(x, packed, step):
     count, k = x.shape
     panels, pairs, wide, _ = packed.shape
     for panel in numba.prange(panels):
         first = panel * wide
         filled = min(wide, k - first)
+        largest, inverse = np.zeros(filled, np.float32), np.zeros(filled, np.float32)
+        for row in range(count):
+            _raise(largest, x[row, first : first + filled])
+        for i in range(filled):
+            scale = largest[i] / np.float32(LARGEST)
+            if scale > np.float32(1e-30):
+                inverse[i] = 1 / scale
+            step[first + i] = np.float32(0) if scale <= np.float32(1e-30) else scale
         for pair in range(pairs):
             words = packed[panel, pair]
             for half in range(2):
                 row = 2 * pair + half
                 if row < count:
                     for i in range(filled):
-                        value = x[row, first + i] * inverse[first + i]
+                        value = x[row, first + i] * inverse[i]
                         words[i, half] = np.int16(np.rint(value)) if value == value else np.int16(0)
                     for i in range(filled, wide):
                         words[i, half] = 0
