@@ -38,6 +38,19 @@ def _loss(w, price, scale, low, high):
     return loss
 
 
+@numba.njit(fastmath=True)
+def _losses(w, price, scale, low, high):
+    """`_loss` with this scale and with its negative, whose integers are the negative ones."""
+    inverse, loss, negative = np.float32(1) / scale, np.float32(0), np.float32(0)
+    for i in range(len(w)):
+        nearest = np.rint(w[i] * inverse)
+        d = w[i] - scale * min(max(nearest, low), high)
+        e = w[i] - scale * min(max(nearest, -high), -low)
+        loss += price[i] * d * d
+        negative += price[i] * e * e
+    return loss, negative
+
+
 @jit()
 def search(w, price, top, group_size, middle, scales, zeros):
     """`gptq.search_scales`; `middle`: the zero point of symmetric codes, or -1."""
@@ -54,18 +67,20 @@ def search(w, price, top, group_size, middle, scales, zeros):
             best, best_scale, best_zero = np.float32(np.inf), _half(0.0), np.float32(max(middle, 1))
             for attempt in range(60 if span > 0 else 0):
                 size, least = span * np.float32(1.05 - 0.0125 * attempt), np.float32(np.inf)
-                for option in range(2 if middle >= 0 else 3):
-                    if middle >= 0:
-                        scale = _half(size / (top + 1) if option == 0 else -size / (top + 1))
-                        zero = np.float32(middle)
-                    else:
-                        scale = _half(size / top)
-                        zero = np.rint(-low * (size / span) / scale) + (option - 1)
-                        zero = min(max(zero, np.float32(1)), top)
-                    loss = _loss(part, cost, scale, -zero, top - zero)
-                    least = min(least, loss)
-                    if loss < best:
-                        best, best_scale, best_zero = loss, scale, zero
+                if middle >= 0:
+                    zero, scale = np.float32(middle), _half(size / (top + 1))
+                    for sign, loss in zip((1, -1), _losses(part, cost, scale, -zero, top - zero)):
+                        least = min(least, loss)
+                        if loss < best:
+                            best, best_scale, best_zero = loss, sign * scale, zero
+                else:
+                    scale = _half(size / top)
+                    for option in range(-1, 2):
+                        zero = min(max(np.rint(-low * (size / span) / scale) + option, np.float32(1)), top)
+                        loss = _loss(part, cost, scale, -zero, top - zero)
+                        least = min(least, loss)
+                        if loss < best:
+                            best, best_scale, best_zero = loss, scale, zero
                 # by then large values are clipped, and a still smaller scale clips more of them
                 if least > HOPELESS * best:
                     break
@@ -100,6 +115,15 @@ def leave(codes, order, out):
         x, y = codes[row], out[row]
         for i in range(len(order)):
             y[order[i]] = x[i]
+
+
+@jit()
+def divide(a, divisor, out):
+    """Compute ``a / divisor`` of a matrix."""
+    for i in numba.prange(len(a)):
+        row, to = a[i], out[i]
+        for j in range(len(row)):
+            to[j] = row[j] / divisor
 
 
 @jit()

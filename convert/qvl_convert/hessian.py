@@ -74,7 +74,9 @@ class Hessian:
 
     def mean(self) -> np.ndarray:
         """``H / tokens``, float32 ``[K, K]``."""
-        return self.sum / max(self.count, 1)
+        mean = np.empty_like(self._sum)
+        kernels.divide(self.sum, np.float32(max(self.count, 1)), mean)
+        return mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
