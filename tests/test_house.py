@@ -90,3 +90,14 @@ def test_only_the_registry_names_a_family(above):
 def test_no_file_is_long():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()}
     assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_the_mistakes_of_the_mutation_tests_can_be_made(monkeypatch):
+    """The lines that `bench/mutants.txt` changes are in the source, each once."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from mutants import read_list
+
+    listed = read_list(ROOT / "bench/mutants.txt")
+    assert len(listed) > 100
+    for mutant in listed:
+        mutant.applied((ROOT / mutant.path).read_text(encoding="utf-8"))
