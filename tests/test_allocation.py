@@ -38,7 +38,9 @@ def test_bits_go_where_they_save_most_for_a_byte():
     assert choose(losses, sizes, 1000) == [16, 16, 16]
 
 
-def test_the_file_has_the_size_asked_for_and_beats_one_of_equal_size(tmp_path, blob, model):
+def test_the_file_has_the_size_asked_for_and_beats_one_of_equal_size(tmp_path, blob, model, monkeypatch):
+    measured, measure = [], allocation.measure  # the same for every size
+    monkeypatch.setattr(allocation, "measure", lambda *args: measured or measured.extend(measure(*args)) or measured)
     smallest = blob("tiny-vl", vision_bits=4, head_bits=4, group_size=32).stat().st_size
     largest = blob("tiny-vl", bits=16).stat().st_size
     prompt, original = "What is this? 这是什么？ 1 + 1 = 2.", model("tiny-vl", bits=16)
