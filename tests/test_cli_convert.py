@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -278,3 +279,15 @@ def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path):
     piped = subprocess.run([*command, str(tmp_path / "b.qvl")], capture_output=True, text=True, check=True)
     assert piped.stderr == ""
     assert piped.stdout == f"{tmp_path / 'b.qvl'}: {size(Path(tmp_path / 'b.qvl').stat().st_size)}\n"
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_long_conversion_says_how_far_it_is_in_a_pipe(method, tmp_path, monkeypatch, qvl):
+    monkeypatch.setattr(importlib.import_module("qvl_runtime.cli.convert"), "SECONDS", 0)
+    options = ["--method", method, "--calibration-samples", 2, "--verify", 0, "--device", "reference"]
+    status, _, err = qvl("convert", BIN, tmp_path / "a.qvl", *options)
+    assert status == 0
+    lines = err.splitlines()
+    shares = [int(re.fullmatch(r"qvl: \S.*: (\d+)% done(, \d+ min to go)?", line)[1]) for line in lines]
+    assert len(shares) > 10 and shares == sorted(shares) and shares[-1] > 80
+    assert lines[-1].endswith(" min to go")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ from qvl_convert.progress import Progress as Tensors
 from qvl_convert.progress import Report
 from qvl_convert.writer import partial_path
 from qvl_runtime.cli.text import size
+
+SECONDS = 60
+"""How often a long conversion says how far it is if standard error is no terminal."""
 
 
 def convert(
@@ -101,7 +105,7 @@ def convert(
 
 @contextmanager
 def _bar(*, by_effort: bool) -> Iterator[tuple[Tensors, Report]]:
-    """Show a progress bar on a terminal, nothing in a pipe.
+    """Show a progress bar on a terminal, a line every `SECONDS` elsewhere.
 
     A calibration's bar and the time that remains go by its work, not by the bytes that are written.
     """
@@ -112,13 +116,22 @@ def _bar(*, by_effort: bool) -> Iterator[tuple[Tensors, Report]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=1e9
     ) as bar:
-        task = bar.add_task("reading", total=None)
+        task, said = bar.add_task("reading", total=None), time.monotonic()
+
+        def say() -> None:
+            nonlocal said
+            if not bar.disable or time.monotonic() - said < SECONDS:
+                return
+            said, shown = time.monotonic(), bar.tasks[task]
+            left = f", {shown.time_remaining / 60:.0f} min to go" if shown.time_remaining is not None else ""
+            print(f"qvl: {shown.description}: {shown.percentage:.0f}% done{left}", file=sys.stderr, flush=True)
 
         def tensors(name: str, done: int, total: int) -> None:
             if by_effort:
                 bar.update(task, description=name)
             else:
                 bar.update(task, description=name, completed=done, total=total)
+            say()
 
         def effort(done: float, whole: float) -> None:
             if by_effort:
