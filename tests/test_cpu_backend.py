@@ -136,8 +136,10 @@ import sys
 from qvl_kernels.cpu import build, features
 features.compile_for(sys.argv[1])
 build.prepare()
-level, kernels = features.LEVELS[sys.argv[1]], ("gemm", "gemm_pack", "gemm_tile")
-print({sys.modules[f"qvl_kernels.cpu.{name}"].BYTE_VALUES for name in kernels} == {level.byte_values})
+level = features.LEVELS[sys.argv[1]]
+gemm, gemm_pack, gemm_tile = (sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile"))
+found = gemm.BYTE_VALUES, gemm_pack.BYTE_VALUES, gemm.UNPACKS, gemm_tile.UNPACKS
+print(found == (level.byte_values, level.byte_values, level.unpacks, level.unpacks))
 """
 
 

@@ -128,10 +128,11 @@ def product(
     streaming = out.nbytes >= LARGE and w.n % 32 == 0 and address(out) % 64 == 0
     after = (address(out), w.bias, activation_code(activation), address(residual), int(gated), int(streaming), scratch)
     parts = row_parts(len(out), w.n, w.k, w.product_bits, to.threads)
-    wide = to.memory("wide", to.threads * tiles.WIDE_BYTES) if w.bits == 3 else 0
+    unpacked = tiles.unpacked_bytes(w.bits)
+    area = to.memory("unpacked", to.threads * unpacked) if unpacked else 0
     to.add(
         f"gemm{w.product_bits}", to.counters, w.weight, w.scales, w.zeros, w.n, w.k, w.group_size, *x.parts, len(out),
-        x.span, *after, parts, wide,
+        x.span, *after, parts, int(w.bits == 3), area, unpacked,
     )  # fmt: skip
 
 

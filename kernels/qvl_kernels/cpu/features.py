@@ -55,6 +55,11 @@ class Level:
         """Bytes of an activation that is multiplied with int8 weights in products of many rows."""
         return 2 if self.product == "maddubs" else 1
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether the weights of products of many rows are unpacked before they are multiplied (`unpacking`)."""
+        return self.product == "maddubs"
+
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 V4 = (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")

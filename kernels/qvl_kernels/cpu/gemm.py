@@ -2,18 +2,18 @@
 
 Threads take 32-row blocks of the weights dynamically. A piece of a block, `PIECE` columns, is multiplied with as many
 tiles of activations as fit the L2 cache (one of `parts` of them), so that weights are read from memory once for all of
-them. The next piece is prefetched meanwhile. A piece of int3 is first unpacked, to int4 in the thread's scratch memory.
+them. The next piece is prefetched meanwhile. Some weights are first unpacked in the thread's scratch memory.
 """
 
 from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
-from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
-from qvl_kernels.cpu.int3 import widen_blocks
+from qvl_kernels.cpu.gemm_tile import UNPACKS, WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import BYTE_VALUES
-from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, WIDE_BYTES
+from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS
+from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles, widen_blocks
 
 
 @routine
@@ -28,17 +28,32 @@ def prefetch_rows(rows, row, count, block, n):
 def _make(bits: int):
     tile_kernel, value = (tile4, 1) if bits == 4 else (tile8, BYTE_VALUES)
 
+    @routine
+    def unpacked(weights, area, columns, span, from_int3):
+        """Return the address of a piece of weights as the tiles take it."""
+        blocks = columns // 128
+        if from_int3:
+            target = area + 32 * PIECE if UNPACKS else area
+            widen_blocks(weights, target, blocks)
+            weights = target
+        if UNPACKS and bits == 4:
+            unpack_nibbles(weights, area, blocks)
+            weights = area
+        if UNPACKS and bits == 8:
+            unpack_bytes(weights, area, columns // span, span // 4)
+            weights = area
+        return weights
+
     def gemm(args, thread, threads):
         (counters, w, scales, zero_points, n, k, group, x, xs, sums, total, span, out, bias, activation, residual,
-         gated, streaming, scratch, parts, wide) = unpack(args, 21)  # fmt: skip
+         gated, streaming, scratch, parts, from_int3, area, area_bytes) = unpack(args, 23)  # fmt: skip
         y = scratch + thread * HELD_TILES * TOKENS * ROW
         columns, blocks = (k + 127) // 128 * 128, (n + 31) // 32
         tile_bytes = columns * TOKENS * value
         tile_scales, tile_sums = 4 * (columns // span) * TOKENS, 4 * (columns // group) * TOKENS
         tiles = (total + TOKENS - 1) // TOKENS
-        block_bytes = 512 * bits
-        if wide != 0:
-            block_bytes, wide = 1536, wide + thread * WIDE_BYTES
+        block_bytes = 1536 if from_int3 else 512 * bits
+        area += thread * area_bytes
         for turn in range(threads):
             owner = (thread + turn) % threads
             item, stop = claim(counters, owner, threads, parts * blocks, 1)
@@ -52,9 +67,7 @@ def _make(bits: int):
                     bz = zero_points + where // group * 32 if zero_points != 0 else 0
                     ahead = bw + count // 128 * block_bytes
                     limit = min(ahead + PIECE // 128 * block_bytes, w + blocks * columns // 128 * block_bytes)
-                    if wide != 0:
-                        widen_blocks(bw, wide, count // 128)
-                        bw = wide
+                    bw = unpacked(bw, area, count, span, from_int3)
                     for tile in range(begin, end):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW

@@ -18,12 +18,10 @@ from numba.extending import intrinsic
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
-    BYTE_VALUES,
     LEVEL,
     SUM_EL,
     SUM_PER_LANE,
     UNSHIFTED,
-    WORDS,
     bytes_,
     dot,
     dot_bytes,
@@ -39,15 +37,17 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
-from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs
+from qvl_kernels.cpu.simd.pairs import dot_pairs
 from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 """Rows of weights per vector: all accumulators of two vectors by `TOKENS` rows fit the registers."""
 WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
+UNPACKS = LEVEL.unpacks
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
+words = loads("i32", LANES, 2)
 no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
 no_floats = zeros("f32", LANES, TOKENS)
 spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
@@ -109,42 +109,44 @@ def step_of_bytes(a, b, source, second, x):
 
 @routine
 def step_of_words(a, b, source, second, x):
-    u = bytes_of_pairs(weights(source), second)
+    u = words(source)
     return dot_pairs(a, b, piece(u, 0), piece(u, 1), x, 4)
+
+
+@routine
+def step_of_codes(a, b, source, second, x):
+    u = weights(source)
+    return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
+
+
+@routine
+def step_of_nibbles(a, b, source, second, x):
+    u = nibble(weights(source), second)
+    return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
 
 
 def _make_tile(bits: int):
     none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
-    passes = 1 if bits == 4 else BYTE_VALUES
-
-    if bits == 4:
-
-        @routine
-        def locate(w, span, steps):
-            """Return the address of a span; spans 2 and 3 of 128 columns are the high nibbles of 0 and 1."""
-            return w + (span >> 2) * 2048 + (span & 1) * 1024
-
-        @routine
-        def step(a, b, source, second, x):
-            u = nibble(weights(source), second)
-            return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
-
+    if UNPACKS:
+        step, steps_a_word = (step_of_codes, 1) if bits == 4 else (step_of_words, 2)
     else:
+        step, steps_a_word = step_of_nibbles if bits == 4 else step_of_bytes, 1
 
-        @routine
-        def locate(w, span, steps):
-            return w + span * steps * 128
-
-        step = step_of_words if WORDS else step_of_bytes
+    @routine
+    def locate(w, span, steps):
+        """Return the address of a span; spans 2 and 3 of 128 columns of int4 are the high nibbles of 0 and 1."""
+        if bits == 4 and not UNPACKS:
+            return w + (span >> 2) * 2048 + (span & 1) * 1024
+        return w + span * steps * 128
 
     @routine
     def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, fresh, ahead):
         """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
 
-        If `fresh`, y is overwritten. One line at `ahead` is prefetched per group, so that prefetches do not delay
-        the loads.
+        A span has `steps` of four columns, in words twice as many. If `fresh`, y is overwritten. One line at `ahead` is
+        prefetched per group, so that prefetches do not delay the loads.
         """
-        span = 0
+        span, steps = 0, steps * steps_a_word
         if fresh:
             f, h = no_floats(), no_floats()
         else:
@@ -160,12 +162,11 @@ def _make_tile(bits: int):
                 zero_points += 32
             for _ in range(spans):
                 a, b = none(), none()
-                for second in range(passes):
-                    source = locate(w, span, steps)
-                    for _ in range(steps):
-                        a, b = step(a, b, source, span & 2 if bits == 4 else second, x)
-                        source += 128
-                        x += TOKEN_BYTES
+                source = locate(w, span, steps)
+                for _ in range(steps):
+                    a, b = step(a, b, source, span & 2, x)
+                    source += 128
+                    x += TOKEN_BYTES
                 scale = spread(xs, 4)
                 p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
                 xs += TOKEN_BYTES

@@ -12,7 +12,7 @@ TOKENS = 4
 """Rows of quantized activations per tile."""
 PIECE = 2048
 """Columns of packed weights that are multiplied with a sequence of tiles."""
-WIDE_BYTES = 16 * PIECE
+INT4_BYTES = 16 * PIECE
 """Bytes of a piece of 32 rows as int4."""
 HELD_TILES = 128
 """Largest number of these tiles."""
@@ -30,7 +30,13 @@ KEYS = 256
 
 def value_bytes(bits: int) -> int:
     """Return the bytes of a packed activation that is multiplied with int4 or int8 weights."""
-    return 1 if bits == 4 else features.selected().byte_values
+    return 1 if bits < 8 else features.selected().byte_values
+
+
+def unpacked_bytes(bits: int) -> int:
+    """Return the scratch bytes per thread in which a piece of weights of `bits` is unpacked."""
+    widened = INT4_BYTES if bits == 3 else 0
+    return widened + (32 * value_bytes(bits) * PIECE if features.selected().unpacks else 0)
 
 
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:
