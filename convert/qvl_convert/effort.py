@@ -13,7 +13,7 @@ from qvl_convert.progress import Report
 from qvl_convert.walk import PICTURE_STAGES, Prompted, Stage
 from qvl_runtime.families.specs import MatrixSpec
 
-LAYER, GRAM, PRODUCT, FACTOR, VALUES = 250e9, 170e9, 90e9, 75e9, 20e6
+LAYER, GRAM, PRODUCT, FACTOR, VALUES = 250e9, 150e9, 115e9, 70e9, 32e6
 """Per second: operations of a layer, of a symmetric product of half that many, of float32 products, and of a Cholesky
 factor; and weights that are rounded (2 cores of an AMD EPYC, Zen 3)."""
 
