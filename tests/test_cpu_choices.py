@@ -232,7 +232,7 @@ def test_instructions_carry_the_choices(monkeypatch):
     monkeypatch.setattr(batched, "row_parts", lambda *_: 77)
     ops.choices = Choices(1024)
     w = ops.weight(pack(np.ones((32, 128), np.uint8), np.ones((32, 1)), 4, 128))
-    for rows, number, want in ((1, -1, 1024), (3, -1, 1024), (40, -2, 77)):
+    for rows, number, want in ((1, -1, 1024), (3, -1, 1024), (40, -4, 77)):
         x, out = np.ones((rows, 128), np.float32), np.empty((rows, 32), np.float32)
         replay = ops.capture(lambda x=x, out=out: ops.linear(x, w, out=out))
         assert replay.program._rows[-1][number] == want

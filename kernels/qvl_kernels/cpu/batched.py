@@ -144,7 +144,8 @@ def row_parts(rows: int, n: int, k: int, bits: int, threads: int) -> int:
     """
     whole, blocks = -(-rows // tiles.TOKENS), -(-n // 32)
     a_tile = min(round_up(k, BLOCK), tiles.PIECE) * tiles.TOKENS * tiles.value_bytes(bits)
-    fitting = -(-whole // min(tiles.HELD_TILES, cache_sizes.level2() // a_tile))
+    room = max(cache_sizes.level2() - tiles.unpacked_bytes(bits), a_tile)
+    fitting = -(-whole // min(tiles.HELD_TILES, room // a_tile))
     return max(fitting, min(-(-ITEMS * threads // blocks), whole // SMALLEST))
 
 
