@@ -89,7 +89,8 @@ def test_parts_fit_the_cache_and_serve_all_threads(monkeypatch):
             parts = batched.row_parts(rows, n, k, bits, 1)
             largest = math.ceil(math.ceil(rows / tiles.TOKENS) / parts)
             assert 1 <= largest <= tiles.HELD_TILES
-            assert largest * min(-(-k // 128) * 128, tiles.PIECE) * tiles.TOKENS * value <= size
+            a_tile = min(-(-k // 128) * 128, tiles.PIECE) * tiles.TOKENS * value
+            assert largest * a_tile <= size - tiles.unpacked_bytes(bits)
             fitting[size, rows, n] = parts
     assert fitting[256 << 10, 1024, 4096] > fitting[512 << 10, 1024, 4096] > fitting[2 << 20, 1024, 4096] == 2
     assert batched.row_parts(1024, 1152, 4096, 4, 16) == 4 and batched.row_parts(64, 1152, 4096, 4, 16) == 1
