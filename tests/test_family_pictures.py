@@ -85,6 +85,12 @@ def test_settings_of_videos_in_a_section(tmp_path):
         QWEN3.read_preprocessing(tmp_path, known)
 
 
+def test_settings_of_videos_are_not_read_where_they_do_not_matter(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(read("ckpt/q2-tied/preprocessor_config.json")))
+    (tmp_path / "video_preprocessor_config.json").write_text("{")
+    assert "video" not in FAMILY.read_preprocessing(tmp_path, config("q2-tied"))
+
+
 def test_limits():
     published = Preprocessing(3136, 12845056, (0.5,) * 3, (0.5,) * 3)
     assert published.limited(None, None, 28).max_pixels == 1280 * 28 * 28

@@ -178,10 +178,11 @@ class QwenFamily(Generic[C]):
         data = read_json(path)
         given = section(data, "image_processor", str(path)) if "image_processor" in data else data
         settings = Preprocessing.from_dict(given, config.visual, str(path)).to_dict()
-        video, where = read_video_settings(folder)
-        if not video or not self.VIDEO.whole:
-            return settings
-        return settings | {"video": VideoLimits.from_dict(video, self.VIDEO, where).to_dict()}
+        if self.VIDEO.whole:
+            video, where = read_video_settings(folder)
+            if video:
+                settings["video"] = VideoLimits.from_dict(video, self.VIDEO, where).to_dict()
+        return settings
 
     def read_generation(self, folder: Path) -> GenerationConfig:
         """Read the prompt and sampling settings of a published checkpoint."""
