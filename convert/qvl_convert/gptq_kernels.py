@@ -94,7 +94,7 @@ def _add(y, factor, x):
 
 
 @numba.njit(fastmath={"contract"})
-def _add_row(y, factor, matrix, row):
+def add_row(y, factor, matrix, row):
     for i in range(len(y)):
         y[i] += factor * matrix[np.uint64(row), np.uint64(i)]
 
@@ -273,7 +273,7 @@ def descend(w, codes, scales, zeros, error, slopes, last, moved, ahead, inner, s
                         if change < 0:
                             gain += change
                             mine[i] = wanted
-                            _add_row(trial, d, inner, begin + i)
+                            add_row(trial, d, inner, begin + i)
                 if gain < best:
                     best, best_scale = gain, candidate
                     _copy(mine, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from qvl_convert.gptq_kernels import add_row
 from qvl_convert.jit import jit
 from qvl_kernels.cpu.simd import (
     LANES,
@@ -124,12 +125,6 @@ def _moves(at, stride):
     return max_all(absolute(wanted - now)) > 0
 
 
-@numba.njit(fastmath={"contract"})
-def _add_row(y, factor, matrix, row):
-    for i in range(matrix.shape[1]):
-        y[i] += factor * matrix[np.uint64(row), np.uint64(i)]
-
-
 @numba.njit
 def _open(codes, slopes, diagonal, scale, low, code, slope, bend):
     for i in range(len(codes)):
@@ -181,7 +176,7 @@ def settle(w, slopes, local, groups, scales, zeros, top, turns, error, codes):
                     i = begin + (step if turn % 2 else CHECKED - 1 - step)
                     wanted = min(max(np.rint(code[i] + slope[i] / bend[i]), low[i]), high[i])
                     if wanted != code[i]:
-                        _add_row(slope, scale[i] * (code[i] - wanted), local, i)
+                        add_row(slope[:width], scale[i] * (code[i] - wanted), local, i)
                         code[i] = wanted
                         changed = True
             if not changed:
