@@ -7,7 +7,7 @@ from the cache only; `attention` is full or within segments, and reads the outpu
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, as_half, to_half, weigh
+from qvl_kernels.gpu.kernels.common import LOG2_E, as_half, reciprocal, to_half, weigh
 
 
 @triton.jit
@@ -22,12 +22,12 @@ def _cached_step(
         keys = tl.load(k_tile, mask=(rn < end)[None, :] & (rd < width)[:, None], other=0)
     else:
         keys = tl.load(k_tile)
-    scores = tl.dot(q, as_half(keys, INT8)) * scale
+    scores = tl.dot(q, as_half(keys, INT8))
     if INT8:
         scores *= tl.load(k_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
     if MASKED:
         scores = tl.where(rn[None, :] <= position[:, None], scores, float("-inf"))
-    weights, shrink, largest, total = weigh(scores, largest, total, False)
+    weights, shrink, largest, total = weigh(scores, scale, largest, total, False)
     if INT8:
         weights *= tl.load(v_scale + rn, mask=rn < end, other=0.0).to(tl.float32)[None, :]
     if MASKED:
@@ -79,7 +79,8 @@ def cached_attention(
         acc, largest, total = _cached_step(
             q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, scale, True, INT8, BN
         )
-    tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc / total[:, None]), mask=mask)
+    acc *= reciprocal(total)[:, None]
+    tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc), mask=mask)
 
 
 @triton.jit
@@ -114,12 +115,11 @@ def _step(
         scores = tl.dot(q1, tl.trans(_columns(k, row, seen, width, W0, W1, D, MASKED)), scores)
     if W2:
         scores = tl.dot(q2, tl.trans(_columns(k, row, seen, width, W0 + W1, W2, D, MASKED)), scores)
-    scores *= scale
     if SEGMENTS:
         scores = tl.where((rn[None, :] >= low[:, None]) & (rn[None, :] < high[:, None]), scores, float("-inf"))
     elif MASKED:
         scores = tl.where(seen[None, :], scores, float("-inf"))
-    weights, shrink, largest, total = weigh(scores, largest, total, SEGMENTS)
+    weights, shrink, largest, total = weigh(scores, scale, largest, total, SEGMENTS)
     weights = weights.to(tl.float16)
     shrink = shrink[:, None]
     a0 = tl.dot(weights, _columns(v, row, seen, width, 0, W0, D, MASKED), a0 * shrink)
@@ -185,7 +185,7 @@ def attention(
             q0, q1, q2, a0, a1, a2, largest, total, k, v, n0, low, high, k_rows, stride, width, scale,
             D, W0, W1, W2, True, SEGMENTS, BN,
         )  # fmt: skip
-    factor = 1.0 / total[:, None]
+    factor = reciprocal(total)[:, None]
     out += head * width
     _store(out, a0 * factor, rm * (heads * width), inside, width, 0, W0)
     if W1:

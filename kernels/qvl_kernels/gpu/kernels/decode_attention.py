@@ -8,7 +8,7 @@ the last one merges them in a fixed order.
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, last_to_arrive, to_half, weigh
+from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, exp2, last_to_arrive, reciprocal, to_half, weigh
 from qvl_kernels.gpu.kernels.rope import append, rotated
 
 MOST_SPLITS = tl.constexpr(16)
@@ -32,7 +32,7 @@ def _merge(partials, logs, first, count, out, head, heads, group, width, splits)
     sums = tl.load(
         partials + slot[:, :, None] * 128 + rd[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
     )
-    weight = tl.exp2(log - tl.where(inside, tl.max(log, 1), 0.0)[:, None])
+    weight = exp2(log - tl.where(inside, tl.max(log, 1), 0.0)[:, None])
     merged = tl.sum(sums * weight[:, :, None], 1) / tl.sum(weight, 1)[:, None]
     at = (row // group * heads + head + row % group) * width
     tl.store(out + at[:, None] + rd[None, :], to_half(merged), mask=inside[:, None] & (rd < width)[None, :])
@@ -98,11 +98,11 @@ def decode_attention(
         seen = rn < high
         keys = tl.load(k + rn[:, None] * width + rk[None, :], mask=seen[:, None] & in_key[None, :], other=0)
         values = tl.load(v + rn[:, None] * width + rd[None, :], mask=seen[:, None] & in_head[None, :], other=0)
-        scores = tl.dot(q, tl.trans(as_half(keys, INT8))) * scale
+        scores = tl.dot(q, tl.trans(as_half(keys, INT8)))
         if INT8:
             scores *= tl.load(k_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(seen[None, :] & (rn[None, :] <= position[:, None]), scores, float("-inf"))
-        weights, shrink, largest, total = weigh(scores, largest, total, True)
+        weights, shrink, largest, total = weigh(scores, scale, largest, total, True)
         if INT8:
             weights *= tl.load(v_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(weights.to(tl.float16), as_half(values, INT8), acc * shrink[:, None])
@@ -110,7 +110,8 @@ def decode_attention(
     # [t * heads, splits, 128] sums, then [t * heads, splits] logarithms (base 2) of their totals
     logs = partials + t * heads * (splits * 128)
     share_of = tl.where(total > 0, total, 1.0)
-    tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc / share_of[:, None], mask=inside[:, None])
+    acc *= reciprocal(share_of)[:, None]
+    tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc, mask=inside[:, None])
     tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)
     if last_to_arrive(counters + tile, splits):
         rows = t * group
