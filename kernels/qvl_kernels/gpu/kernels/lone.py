@@ -66,12 +66,13 @@ def _lone_row(x, weight, perm, out, k, eps, low, high, flags):
 
 @triton.jit
 def rows_of(x, weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, flags, BM: tl.constexpr):
-    """Return the addresses [1, BM] of a tile's rows of x; those below the last are again the first.
+    """Return the addresses [1, BM] of a tile's rows of x. Below the last row it begins again with row 0: one row in
+    place of all that are missing would be read so often that the tile took twice as long.
 
     If the flags say so, this program prepares what it reads of the only row.
     """
-    rm = m0 + tl.arange(0, BM)
-    rows = x + tl.where(rm < m, rm, 0)[None, :] * (128 * blocks)
+    rm = (m0 + tl.arange(0, BM)) % m
+    rows = x + rm[None, :] * (128 * blocks)
     if BM > LARGEST:
         return rows
     if flags & (NORM | GATHER):
