@@ -35,11 +35,9 @@ import test_gpu_attention as attention
 from fakes.gpu import Launch
 
 from qvl_kernels.gpu import signatures
-from qvl_kernels.gpu.kernels import decode_attention, norm
+from qvl_kernels.gpu.kernels import decode_attention
 
 COPY_SHARE, NODE, TRIP, ISSUES = 0.92, 1.1e-6, 1.0e-6, 4
-CHUNK = norm.CHUNK.value
-"""Columns a norm handles at a time."""
 MERGED = decode_attention.MERGED.value
 """Rows whose parts attention adds at a time."""
 
@@ -227,7 +225,7 @@ def work(launch: Launch, context: int) -> Work:
         trips = 4 + -(-args["t"] * args["heads"] // args["kv_heads"] // MERGED) + (1 if args.get("flags") else 0)
         return Work(nbytes, trips, Counts().plus(base, programs * splits).plus(step, programs * context / tile))
     if family == "norm":
-        return Work(0, 2 * -(-args["k"] // CHUNK) - 1)
+        return Work(0, 2 * -(-args["k"] // signatures.NORM_CHUNKS[-1]) - 1)
     return Work()
 
 

@@ -61,7 +61,7 @@ CASES: dict[str, Callable[[np.random.Generator], object]] = {
     "attention.any.segments": lambda rng: attention.test_vision_attention_within_segments(
         "any", 12, [0, 1, 1, 70, 75], rng
     ),
-    "norm.any": lambda rng: rows.test_norm(2, 4200, True, np.float16, rng),
+    "norm.4096": lambda rng: rows.test_norm(2, 4200, True, np.float16, rng),
     "gather.any": lambda rng: rows.test_gather_of_rows(rng),
     "argmax.any": lambda rng: rows.test_argmax(65, rng),
 }

@@ -131,7 +131,7 @@ class OnDevice:
             launch("gather.any", (ceil(self.padded, s.ELEMENTS), m), x, None, perm, out, k, self.padded,
                    flags(PERMUTED=perm is not None, X_HALF=x.dtype == HALF, OUT_HALF=True))  # fmt: skip
         else:
-            launch("norm.any", (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
+            launch(s.norm(k), (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
                    flags(PERMUTED=perm is not None, LAYER_NORM=norm.bias is not None, OUT_HALF=True))  # fmt: skip
         return out
 

@@ -76,15 +76,15 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
     order = np.random.default_rng(0).permutation(128)
     for gate, up, names in (
-        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.any", "gate_up.int4.row"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.any", "gate_up.int4.row"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), ["norm.any", "linear.int4.row"] * 2),
+        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.1024", "gate_up.int4.row"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.row"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), ["norm.1024", "linear.int4.row"] * 2),
         (
             matrix(64, 128, 4),
             matrix(64, 128, 4, 32),
-            ["norm.any", "linear.int4.row", "norm.any", "linear.int4_fine.small"],
+            ["norm.1024", "linear.int4.row", "norm.1024", "linear.int4_fine.small"],
         ),
-        (matrix(64, 128, 8), matrix(64, 128, 8), ["norm.any", "linear.int8.row", "linear.int8.row"]),
+        (matrix(64, 128, 8), matrix(64, 128, 8), ["norm.1024", "linear.int8.row", "linear.int8.row"]),
     ):
         weights = ops.weight(gate), ops.weight(up)
         driver.launches.clear()

@@ -229,7 +229,7 @@ class CudaOps:
         _expect(x, x.shape, _FLOAT)
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
-        self.launch("norm.any", (x.shape[0],), *arguments)
+        self.launch(s.norm(x.shape[1]), (x.shape[0],), *arguments)
 
     def gather(self, x, index, *, out):
         _expect(index, index.shape[:1], np.dtype(np.int32))

@@ -63,6 +63,9 @@ ARGMAX_PARTS = 64
 ELEMENTS = 1024
 """Elements per program of the elementwise kernels."""
 
+NORM_CHUNKS = (1024, 2048, 4096)
+"""Columns that `norm` computes at a time; rows that fit are read once."""
+
 ROPE_HEADS = 8
 """Heads per program of `rope_append`."""
 
@@ -172,11 +175,12 @@ KERNELS: dict[str, Kernel] = {
     ),
     # rows -------------------------------------------------------------------------------------------------------
     # out [m, padded] = norm(x [m, k]) with columns gathered by perm (int32 [k]) and zeros from column k on; padded is k
-    # or a product's 128 * blocks. flags: LAYER_NORM (bias is read), PERMUTED, OUT_HALF.
+    # or a product's 128 * blocks. The variants compute so many columns at a time. flags: LAYER_NORM (bias is read),
+    # PERMUTED, OUT_HALF.
     "norm": Kernel(
         "norm.norm",
         _arguments("x:*fp32 weight:*fp32 bias:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 eps:fp32 flags:i32"),
-        {"any": {}},
+        {str(chunk): {"CHUNK": chunk} for chunk in NORM_CHUNKS},
         "(m,)",
     ),
     # The same without a norm: cast, pad and permute, of the rows index (int32 [m]) names. A plain copy of any shape is
@@ -300,6 +304,11 @@ def types(name: str) -> dict[str, str]:
 def names() -> list[str]:
     """List all kernels as ``family.variant``."""
     return [f"{family}.{variant}" for family, kernel in KERNELS.items() for variant in kernel.variants]
+
+
+def norm(k: int) -> str:
+    """Return the kernel for norms of `k` columns."""
+    return f"norm.{next((chunk for chunk in NORM_CHUNKS if k <= chunk), NORM_CHUNKS[-1])}"
 
 
 @functools.cache

@@ -5,8 +5,6 @@ import triton.language as tl
 
 from qvl_kernels.gpu.kernels.common import LAYER_NORM, OUT_HALF, PERMUTED, load_row, store_float
 
-CHUNK = tl.constexpr(4096)
-
 
 @triton.jit
 def _scaled(values, mean, factor, weight, bias, source, k, flags):
@@ -17,7 +15,7 @@ def _scaled(values, mean, factor, weight, bias, source, k, flags):
 
 
 @triton.jit
-def norm(x, weight, bias, perm, out, k, padded, eps, flags):
+def norm(x, weight, bias, perm, out, k, padded, eps, flags, CHUNK: tl.constexpr):
     """One row, a chunk at a time; the first, often the only one, stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     x += row * k
