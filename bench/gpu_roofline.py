@@ -151,19 +151,19 @@ def _linear(bits: int, steps: int) -> None:
     rng = np.random.default_rng(0)
     w = gpu_kernels.OnDevice(gpu_kernels.matrix(rng, 128, 128 * steps, bits))
     out = gpu_kernels.poisoned((1, 128))
-    gpu_kernels.linear(gpu_kernels.activations(rng, 1, 128 * steps), w, out, tile="row")
+    gpu_kernels.linear(gpu_kernels.activations(rng, 1, 128 * steps), w, out, rows=8)
 
 
 def _gate_up(steps: int) -> None:
     rng = np.random.default_rng(0)
     gate, up = (gpu_kernels.OnDevice(gpu_kernels.matrix(rng, 128, 128 * steps, 4)) for _ in range(2))
     x, out = gpu_kernels.activations(rng, 1, 128 * steps), gpu_kernels.poisoned((1, 128))
-    shape = gpu_kernels.constants("gate_up.int4.row")
+    shape = gpu_kernels.constants("gate_up.int4.rows8")
     tiles = gate.rows // shape["BN"]
     partials, counters = gpu_kernels.poisoned((tiles, 2, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    gpu_kernels.launch("gate_up.int4.row", (tiles, 2), gate.prepare(x), None, None, None, gate.codes, gate.scales, None,
-                       up.codes, up.scales, None, out, partials, counters, 1, 128, gate.rows, gate.blocks, gate.shift,
-                       gate.matrix.k, 0.0, 0)  # fmt: skip
+    gpu_kernels.launch("gate_up.int4.rows8", (tiles, 2), gate.prepare(x), None, None, None, gate.codes, gate.scales,
+                       None, up.codes, up.scales, None, out, partials, counters, 1, 128, gate.rows, gate.blocks,
+                       gate.shift, gate.matrix.k, 0.0, 0)  # fmt: skip
 
 
 def _decode(steps: int) -> None:
@@ -174,9 +174,9 @@ def _decode(steps: int) -> None:
 
 
 RUNS: dict[str, Callable[[int], object]] = {
-    "linear.int4.row": functools.partial(_linear, 4),
-    "linear.int8.row": functools.partial(_linear, 8),
-    "gate_up.int4.row": _gate_up,
+    "linear.int4.rows8": functools.partial(_linear, 4),
+    "linear.int8.rows8": functools.partial(_linear, 8),
+    "gate_up.int4.rows8": _gate_up,
     "decode_attention.fp16.128": _decode,
 }
 

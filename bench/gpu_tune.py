@@ -2,7 +2,7 @@
 
     python bench/gpu_tune.py                    all products; prints the results
     python bench/gpu_tune.py --write            also writes it into the section of this GPU's architecture
-    python bench/gpu_tune.py --only linear.int4.row --minutes 5
+    python bench/gpu_tune.py --only linear.int4.rows8 --minutes 5
 
 Every candidate is compiled for this GPU (on all cores), compared with the result of the current shape, and timed over
 the model's true shapes with weights larger than the caches. A candidate that spills registers, needs too much shared
@@ -44,24 +44,24 @@ VISION = ((4992, 1664), (1664, 1664), (8192, 1664), (1664, 8192))
 HEAD = ((151936, 4096),)
 
 FEW = {"BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (3, 4, 5)}
-ROW, SMALL = {"BM": (8,), **FEW}, {"BM": (16,), **FEW}
 MANY = {"BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
-MEDIUM, LARGE = {"BM": (64, 128), **MANY}, {"BM": (64, 128, 256), **MANY}
 WAVES = (1, 2, 4, 8)
-"""Programs for each multiprocessor that a product is split into; needs no compilation."""
+"""Programs for each multiprocessor that a product of few rows is split into; needs no compilation."""
+
+FULL = 2048
+"""Rows of activations that keep every multiprocessor busy."""
 
 WORK: dict[str, tuple[tuple[tuple[int, int], ...], int, tuple[int, ...], dict]] = {
-    "linear.int4.row": (DECODER, 4, (1,), ROW),
-    "linear.int4.small": (DECODER, 4, (16,), SMALL),
-    "linear.int4.medium": (DECODER, 4, (64,), MEDIUM),
-    "linear.int4.large": (DECODER, 4, (2048,), LARGE),
-    "linear.int8.row": (HEAD, 8, (1,), ROW),
-    "linear.int8.medium": (VISION, 8, (64,), MEDIUM),
-    "linear.int8.large": (VISION, 8, (2048,), LARGE),
-    "linear.fp16.small": (DECODER, 16, (1,), SMALL),
-    "linear.fp16.large": (VISION, 16, (2048,), LARGE),
-    "gate_up.int4.row": (((11008, 4096),), 4, (1,), ROW),
-    "gate_up.int4.small": (((11008, 4096),), 4, (16,), SMALL),
+    "linear.int4.rows8": (DECODER, 4, (1,), FEW),
+    "linear.int4.rows16": (DECODER, 4, (16,), FEW),
+    **{f"linear.int4.rows{rows}": (DECODER, 4, (rows, FULL), MANY) for rows in (32, 64, 128, 256)},
+    "linear.int8.rows8": (HEAD, 8, (1,), FEW),
+    "linear.int8.rows16": (HEAD, 8, (16,), FEW),
+    **{f"linear.int8.rows{rows}": (VISION, 8, (rows, FULL), MANY) for rows in (32, 64, 128, 256)},
+    "linear.fp16.rows16": (DECODER, 16, (1,), FEW),
+    **{f"linear.fp16.rows{rows}": (VISION, 16, (rows, FULL), MANY) for rows in (64, 128)},
+    "gate_up.int4.rows8": (((11008, 4096),), 4, (1,), FEW),
+    "gate_up.int4.rows16": (((11008, 4096),), 4, (16,), FEW),
 }
 """Kernel -> shapes of its weights, their bits, rows of activations, and the shapes to try."""
 
@@ -101,10 +101,11 @@ class Trial:
     def __init__(self, ops, name: str):
         self.ops, self.name = ops, name
         shapes, bits, rows, _ = WORK[name]
+        self.shapes = [(n, k, m) for (n, k), m in itertools.product(shapes, rows)]
         self.gate = name.startswith("gate_up")
         self.calls, self.outs = [], []
         rng = np.random.default_rng(0)
-        for (n, k), m in itertools.product(shapes, rows):
+        for n, k, m in self.shapes:
             pair = 2 if self.gate else 1
             count = common.copies(pair * n * k * bits // 8) if m <= 16 else 2
             x = rng.standard_normal((m, k)).astype(np.float32 if self.gate else np.float16)
@@ -119,19 +120,50 @@ class Trial:
             return lambda: self.ops.gate_up(x, *weights, out=out, norm=norm)
         return lambda: self.ops.linear(x, *weights, out=out)
 
+    @contextlib.contextmanager
+    def alone(self):
+        """Products of many rows use this kernel, whole columns at a time; those of few rows have no choice."""
+        tiles = self.ops.tiles
+        if self.many:
+            self.ops.tiles = lambda _, w, m: (self.name, self._tiles(w.rows, m), 1)
+        try:
+            yield
+        finally:
+            self.ops.tiles = tiles
+
+    @property
+    def many(self) -> bool:
+        """Whether it is a kernel for many rows."""
+        return FULL in WORK[self.name][2]
+
+    def _tiles(self, n: int, m: int) -> int:
+        constants = self.ops.launch.constants(self.name)
+        return -(-m // constants["BM"]) * -(-n // constants["BN"])
+
     def results(self) -> list[np.ndarray]:
         """What each shape's first call computes."""
         found = []
-        for calls, out in zip(self.calls, self.outs):
-            self.ops.driver.fill(out.address, 0xFF, out.nbytes)
-            calls[0]()
-            found.append(self.ops.download(out).astype(np.float32))
+        with self.alone():
+            for calls, out in zip(self.calls, self.outs):
+                self.ops.driver.fill(out.address, 0xFF, out.nbytes)
+                calls[0]()
+                found.append(self.ops.download(out).astype(np.float32))
         return found
 
     def seconds(self) -> list[float]:
         """Of a call of each shape."""
         timer = OurTimer(self.ops)
-        return [side_by_side({"": timer.prepare(calls)}, 5)[""] for calls in self.calls]
+        with self.alone():
+            return [side_by_side({"": timer.prepare(calls)}, 5)[""] for calls in self.calls]
+
+    def cost(self, seconds: list[float]) -> float:
+        """`cost` in tiles.json, by the time of every shape."""
+        constants, costs = self.ops.launch.constants(self.name), []
+        for (n, k, m), taken in zip(self.shapes, seconds):
+            if m == FULL:
+                programs = -(-self._tiles(n, m) // self.ops.driver.multiprocessors)
+                costs.append(1e6 * taken * 128 * 128 / (constants["BM"] * constants["BN"] * programs * -(-k // 128)))
+        return round(float(np.exp(np.mean(np.log(costs)))), 2)
 
 
 def install(ops, name: str, compiled: Compiled) -> bool:
@@ -158,16 +190,18 @@ def tune(name: str, ops, pool, end: float) -> tuple[dict[str, int] | None, list]
         compiled = future.result()
         if compiled is None or time.monotonic() > end:
             continue
-        for waves in WAVES:
-            shape = futures[future] | {"waves": waves}
+        for chosen in ({},) if trial.many else ({"waves": waves} for waves in WAVES):
+            shape = futures[future] | chosen
             with using(name, architecture, shape):
                 if not install(ops, name, compiled):
                     break
                 got = trial.results()
                 if not all(np.allclose(g, w, rtol=1e-2, atol=1e-2 * np.abs(w).max()) for g, w in zip(got, want)):
                     break
-                score = float(np.exp(np.mean(np.log(np.divide(trial.seconds(), base)))))
-                timed.append((score, shape))
+                seconds = trial.seconds()
+                if trial.many:
+                    shape["cost"] = trial.cost(seconds)
+                timed.append((float(np.exp(np.mean(np.log(np.divide(seconds, base))))), shape))
     ops.launch.replace(name, saved)
     timed.sort(key=lambda entry: entry[0])
     return (timed[0][1] if timed[0][0] < 0.98 else None), timed
@@ -180,8 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9, help="time limit (%(default)s)")
     parser.add_argument("--write", action="store_true", help="write the results into tiles.json")
     options = parser.parse_args(arguments)
-    start, names = time.monotonic(), options.only or list(WORK)
-    ops, found = common.make_ops(), {}
+    start, ops, found = time.monotonic(), common.make_ops(), {}
+    present = signatures.names(ops.launch.images.architecture)
+    names = options.only or [name for name in WORK if name in present]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for i, name in enumerate(names):

@@ -37,17 +37,17 @@ STEPS = 200_000
 """Instructions of a group of blocks after which a mutant counts as an endless loop."""
 
 CASES: dict[str, Callable[[np.random.Generator], object]] = {
-    "linear.int4.row": lambda rng: [
+    "linear.int4.rows8": lambda rng: [
         *(products.test_linear("int4", case, rng) for case in ("split", "one row, one group", "one row, fp16")),
         *(products.test_programs_prepare_a_lone_row("int4", case, rng) for case in products.LONE_CASES),
     ],
-    "linear.int4.small": lambda rng: products.test_linear("int4", "gelu, residual", rng),
-    "linear.int8.row": lambda rng: products.test_linear("int8", "split", rng),
-    "linear.fp16.large": lambda rng: products.test_linear("fp16", "large tile, split", rng),
-    "gate_up.int4.row": lambda rng: [
-        products.test_gate_up(5, 65, 640, "row", 3, np.float32, False, True, rng),
-        products.test_gate_up(1, 65, 1100, "row", 2, np.float16, True, True, rng),
-        *(products.test_gate_up(1, 32, 128, "row", 1, dtype, False, False, rng) for dtype in (np.float16, np.float32)),
+    "linear.int4.rows16": lambda rng: products.test_linear("int4", "gelu, residual", rng),
+    "linear.int8.rows8": lambda rng: products.test_linear("int8", "split", rng),
+    "linear.fp16.rows128": lambda rng: products.test_linear("fp16", "large tile, split", rng),
+    "gate_up.int4.rows8": lambda rng: [
+        products.test_gate_up(5, 65, 640, 8, 3, np.float32, False, True, rng),
+        products.test_gate_up(1, 65, 1100, 8, 2, np.float16, True, True, rng),
+        *(products.test_gate_up(1, 32, 128, 8, 1, dtype, False, False, rng) for dtype in (np.float16, np.float32)),
     ],
     "rope_append.int8": lambda rng: attention.test_rope_append(True, "norms", rng),
     "rotate.any": lambda rng: attention.test_rotation_of_patches(3, 2, 80, rng),

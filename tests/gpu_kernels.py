@@ -147,11 +147,11 @@ def given(x, w: OnDevice, programs, split, norm=None, lone=False):
     return (x, norm.weight, w.matrix.perm, prepared), norm.eps, known
 
 
-def linear(x, w: OnDevice, out, *, tile="small", split=1, norm=None, activation=None, residual=None, gate=None,
+def linear(x, w: OnDevice, out, *, rows=16, split=1, norm=None, activation=None, residual=None, gate=None,
            lone=False):  # fmt: skip
-    """`tile`: the next larger one for a kind of weights that does not have it."""
-    tiles = s.TILES[s.TILES.index(tile) :]
-    name = next(f"linear.{w.kind}.{t}" for t in tiles if f"{w.kind}.{t}" in s.KERNELS["linear"].variants)
+    """`rows` of a tile: the nearest, if these weights do not have it."""
+    names = [n for n in s.names(images.architecture, "linear") if n.split(".")[1] == w.kind]
+    name = min(names, key=lambda n: abs(constants(n)["BM"] - rows))
     shape = constants(name)
     m, n = x.shape[0], w.matrix.n
     tiles = ceil(m, shape["BM"]) * (w.rows // shape["BN"])

@@ -133,13 +133,13 @@ def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch):
     from gpu_bench import common
 
     tune, ops = _bench("gpu_tune"), common.make_ops()
-    name, architecture = "linear.int4.row", ops.launch.images.architecture
-    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BM": (8,), "BN": (32, 64), "warps": (1, 4)}))
+    name, architecture = "linear.int4.rows8", ops.launch.images.architecture
+    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BN": (32, 64), "warps": (1, 4)}))
 
     def compiled(name, architecture, shape):
         if shape["warps"] == 1 and shape["BN"] == 64:
             return None
-        return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": shape["BM"], "BN": shape["BN"]})
+        return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": 8, "BN": shape["BN"]})
 
     launches = ops.driver.launches
     monkeypatch.setattr(tune, "compile_candidate", compiled)
@@ -159,9 +159,9 @@ def test_tuned_shapes_are_written_beside_the_others(tmp_path):
     path = tmp_path / "tiles.json"
     path.write_text(Path(signatures.__file__).with_name("tiles.json").read_text())
     before = json.loads(path.read_text())
-    _bench("gpu_tune").write(path, "90", {"linear.int4.small": {"BM": 16, "waves": 4}})
+    _bench("gpu_tune").write(path, "90", {"linear.int4.rows16": {"BN": 16, "waves": 4}})
     after = json.loads(path.read_text())
-    assert after["90"].pop("linear.int4.small") == {"BM": 16, "waves": 4}
-    before["90"].pop("linear.int4.small", None)
+    assert after["90"].pop("linear.int4.rows16") == {"BN": 16, "waves": 4}
+    before["90"].pop("linear.int4.rows16", None)
     assert after == before
     assert max(len(line) for line in path.read_text().splitlines()) < 120

@@ -57,7 +57,7 @@ def resources(bundle, tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
 def test_every_kernel_fits(architecture, manifest, resources):
-    assert set(resources[architecture]) == set(signatures.names())
+    assert set(resources[architecture]) == set(signatures.names(architecture))
     for name, usage in resources[architecture].items():
         shared = manifest["kernels"][name][str(architecture)]["shared"] + usage["SHARED"]
         assert shared <= SHARED_LIMIT[architecture], f"{name}: {shared} bytes of shared memory"
@@ -69,7 +69,7 @@ def test_products_use_the_tensor_cores(architecture, bundle, tmp_path):
     """Triton silently replaces them with ordinary multiplications where it cannot use them."""
     disassembler = Path(TRITON.origin).parent / "backends/nvidia/bin/nvdisasm"
     with zipfile.ZipFile(bundle) as archive:
-        for name in ("linear.int4.small", "linear.int8.large", "linear.int4.medium", "attention.104"):
+        for name in ("linear.int4.rows16", "linear.int8.rows64", "linear.int4.rows32", "attention.104"):
             cubin = archive.extract(f"sm_{architecture}/{name}.cubin", tmp_path)
             code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
             assert re.search(r"\b(HMMA|HGMMA|QGMMA)\b", code), name
@@ -86,7 +86,7 @@ def test_the_bundle_says_what_it_holds(bundle, manifest):
                 assert archive.read(entry["cubin"])[:4] == b"\x7fELF"
                 assert ("ptx" in entry) == (architecture in ("75", "80"))
                 assert entry["constants"] == signatures.constants(name, int(architecture))
-        ptx = archive.read(manifest["kernels"]["linear.int4.small"]["80"]["ptx"]).decode()
+        ptx = archive.read(manifest["kernels"]["linear.int4.rows16"]["80"]["ptx"]).decode()
     assert ".version 7.5" in ptx and ".target sm_80" in ptx
 
 
@@ -94,8 +94,8 @@ def test_a_launch_takes_the_listed_arguments_and_two_null_pointers(bundle, manif
     """The order of arguments is the launcher's contract with the compiler: read it in the code itself."""
     widths = {"i32": "u32", "fp32": "f32"}
     with zipfile.ZipFile(bundle) as archive:
-        for name, entries in manifest["kernels"].items():
-            ptx = archive.read(entries["80"]["ptx"]).decode()
+        for name in signatures.names(80):
+            ptx = archive.read(manifest["kernels"][name]["80"]["ptx"]).decode()
             header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
             found = re.findall(r"\.param \.(\w+)", header)
             expected = [widths.get(kind, "u64") for kind in signatures.types(name).values()]

@@ -50,12 +50,12 @@ def test_memory_launches_and_graphs(library, version):
 
 def _bundle(folder: Path) -> None:
     """Kernels for sm_90 in the loader's cache."""
-    images, kernels = Images(), {}
+    images, kernels = Images(90), {}
     path = folder / "qvl" / f"gpu-kernels-sm90-{source_hash()[:16]}.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as bundle:
         bundle.writestr("code", b"\x7fELF")
-        for name in signatures.names():
+        for name in signatures.names(90):
             image = images[name]
             entry = {
                 "symbol": name,

@@ -45,13 +45,13 @@ def test_the_attention_of_a_recorded_token_rotates_and_appends(ops, driver, case
 
 
 @pytest.mark.parametrize(("case", "names", "flags"), [
-    ("norm", ["linear.int4.row"], signatures.NORM),
-    ("norm, in order", ["linear.int4.row"], signatures.NORM | signatures.ORDERED),
-    ("in order", ["linear.int4.row"], signatures.GATHER | signatures.ORDERED),
-    ("as it is", ["linear.int4.row"], 0),
-    ("two rows", ["norm.1024", "linear.int4.row"], 0),
-    ("mean", ["norm.1024", "linear.int4.row"], 0),
-    ("other numbers", ["gather.any", "linear.int4.row"], 0),
+    ("norm", ["linear.int4.rows8"], signatures.NORM),
+    ("norm, in order", ["linear.int4.rows8"], signatures.NORM | signatures.ORDERED),
+    ("in order", ["linear.int4.rows8"], signatures.GATHER | signatures.ORDERED),
+    ("as it is", ["linear.int4.rows8"], 0),
+    ("two rows", ["norm.1024", "linear.int4.rows8"], 0),
+    ("mean", ["norm.1024", "linear.int4.rows8"], 0),
+    ("other numbers", ["gather.any", "linear.int4.rows8"], 0),
 ])  # fmt: skip
 def test_a_lone_row_is_prepared_by_the_product(ops, driver, case, names, flags):
     rows, k = 2 if case == "two rows" else 1, 256
@@ -66,8 +66,8 @@ def test_a_lone_row_is_prepared_by_the_product(ops, driver, case, names, flags):
 
 
 @pytest.mark.parametrize(("k", "names"), [
-    (1024, ["gate_up.int4.row"]),
-    (16384, ["norm.4096", "gate_up.int4.row"]),
+    (1024, ["gate_up.int4.rows8"]),
+    (16384, ["norm.4096", "gate_up.int4.rows8"]),
 ])  # fmt: skip
 def test_programs_of_gate_and_up_prepare_few_columns(ops, driver, k, names):
     gate, up = (ops.weight(matrix(128, k, 4)) for _ in range(2))

@@ -41,22 +41,23 @@ def test_a_packed_matrix_arrives_on_the_device(bits, n, k, rng):
 
 
 LINEAR_CASES = {
-    "one row, one group": {"m": 1, "n": 32, "k": 128, "tile": "row"},
-    "one row, fp16": {"m": 1, "n": 33, "k": 130, "tile": "row", "dtype": HALF},
+    "one row, one group": {"m": 1, "n": 32, "k": 128, "rows": 8},
+    "one row, fp16": {"m": 1, "n": 33, "k": 130, "rows": 8, "dtype": HALF},
     "16 rows": {"m": 16, "n": 128, "k": 256, "dtype": HALF},
-    "off every tile": {"m": 17, "n": 130, "k": 200, "tile": "medium"},
-    "off every small tile": {"m": 9, "n": 130, "k": 200, "tile": "row"},
-    "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF, "tile": "row"},
+    "off every tile": {"m": 17, "n": 130, "k": 200, "rows": 32},
+    "off every small tile": {"m": 9, "n": 130, "k": 200, "rows": 8},
+    "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF, "rows": 8},
     "more programs than blocks need": {"m": 2, "n": 33, "k": 640, "split": 4},
     "outlier channel": {"m": 4, "n": 64, "k": 384, "outlier": True},
     "asymmetric, bias": {"m": 5, "n": 40, "k": 256, "asymmetric": True, "bias": True, "dtype": HALF},
-    "medium tile": {"m": 70, "n": 40, "k": 130, "bias": True, "residual": True, "tile": "medium"},
+    "medium tile": {"m": 70, "n": 40, "k": 130, "bias": True, "residual": True, "rows": 64},
     "column order, split": {"m": 2, "n": 40, "k": 300, "asymmetric": True, "perm": True, "split": 2},
     "gelu, residual": {"m": 3, "n": 96, "k": 128, "bias": True, "activation": "gelu", "residual": True},
     "tanh gelu": {"m": 2, "n": 33, "k": 172, "bias": True, "activation": "gelu_tanh", "dtype": HALF},
-    "quick gelu, large tile": {"m": 20, "n": 33, "k": 128, "bias": True, "activation": "quick_gelu", "tile": "large"},
-    "large tile": {"m": 130, "n": 65, "k": 256, "tile": "large", "asymmetric": True},
-    "large tile, split": {"m": 33, "n": 65, "k": 256, "tile": "large", "split": 2, "bias": True, "dtype": HALF},
+    "quick gelu, large tile": {"m": 20, "n": 33, "k": 128, "bias": True, "activation": "quick_gelu", "rows": 256},
+    "large tile": {"m": 130, "n": 65, "k": 256, "rows": 128, "asymmetric": True},
+    "largest tile": {"m": 260, "n": 40, "k": 256, "rows": 256},
+    "large tile, split": {"m": 33, "n": 65, "k": 256, "rows": 128, "split": 2, "bias": True, "dtype": HALF},
 }
 KINDS = {"int4": (4, 128), "int4 in 64s": (4, 64), "int4 in 32s": (4, 32), "int8": (8, 128), "int8 in 32s": (8, 32),
          "fp16": (16, 128)}  # fmt: skip
@@ -78,13 +79,13 @@ def test_linear(kind, case, rng):
     close(out, expected, 4e-3)
 
 
-@pytest.mark.parametrize("tile", ["row", "medium", "large"])
-def test_a_gate_is_applied_to_the_sums(tile, rng):
+@pytest.mark.parametrize("rows", [8, 32, 64, 128, 256])
+def test_a_gate_is_applied_to_the_sums(rows, rng):
     """In float32, to what the product is without."""
     w, x, gate = OnDevice(matrix(rng, 40, 130, 4, bias=True)), activations(rng, 20, 130), 4 * activations(rng, 20, 40)
     plain, gated = poisoned((20, 40)), poisoned((20, 40), HALF)
-    linear(x, w, plain, tile=tile)
-    linear(x, w, gated, tile=tile, gate=gate)
+    linear(x, w, plain, rows=rows)
+    linear(x, w, gated, rows=rows, gate=gate)
     np.testing.assert_allclose(gated, plain * silu(gate), rtol=1e-3, atol=1e-6)
 
 
@@ -127,13 +128,13 @@ def test_a_norm_tames_what_fp16_could_not_hold(rng):
 
 
 LONE_CASES = {
-    "gathered": {"n": 33, "k": 130, "tile": "row"},
+    "gathered": {"n": 33, "k": 130, "rows": 8},
     "gathered in order": {"n": 40, "k": 1100, "perm": True},
-    "one block": {"n": 32, "k": 128, "norm": True, "tile": "row"},
+    "one block": {"n": 32, "k": 128, "norm": True, "rows": 8},
     "off the block": {"n": 33, "k": 200, "norm": True, "outlier": True},
-    "programs of several chunks": {"n": 40, "k": 2600, "norm": True, "tile": "row", "split": 2},
+    "programs of several chunks": {"n": 40, "k": 2600, "norm": True, "rows": 8, "split": 2},
     "more programs than blocks need": {"n": 40, "k": 640, "norm": True, "split": 4, "dtype": HALF},
-    "in order": {"n": 40, "k": 1100, "norm": True, "perm": True, "tile": "row"},
+    "in order": {"n": 40, "k": 1100, "norm": True, "perm": True, "rows": 8},
 }
 OF_ALL_KINDS = "gathered", "off the block"
 
@@ -154,20 +155,20 @@ def test_programs_prepare_a_lone_row(kind, case, rng):
     close(out, expected, 4e-3)
 
 
-@pytest.mark.parametrize("m, n, k, tile, split, dtype, lone", [
-    (1, 32, 128, "row", 1, HALF, False),
-    (1, 65, 1100, "row", 2, HALF, True),
-    (5, 65, 640, "row", 3, np.float32, False),
-    (16, 130, 256, "small", 1, HALF, False),
-    (17, 40, 300, "small", 2, HALF, False),
+@pytest.mark.parametrize("m, n, k, rows, split, dtype, lone", [
+    (1, 32, 128, 8, 1, HALF, False),
+    (1, 65, 1100, 8, 2, HALF, True),
+    (5, 65, 640, 8, 3, np.float32, False),
+    (16, 130, 256, 16, 1, HALF, False),
+    (17, 40, 300, 16, 2, HALF, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("biased", [False, True])
-def test_gate_up(m, n, k, tile, split, dtype, lone, biased, rng):
+def test_gate_up(m, n, k, rows, split, dtype, lone, biased, rng):
     gate, up = (matrix(rng, n, k, 4, asymmetric=biased, bias=biased) for _ in range(2))
     norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 1e-6)
     x, expected, out = activations(rng, m, k, outlier=True), poisoned((m, n)), poisoned((m, n), dtype)
     reference.gate_up(x, gate, up, out=expected, norm=norm)
-    g, u, name = OnDevice(gate), OnDevice(up), f"gate_up.int4.{tile}"
+    g, u, name = OnDevice(gate), OnDevice(up), f"gate_up.int4.rows{rows}"
     shape = constants(name)
     tiles = ceil(m, shape["BM"]) * (g.rows // shape["BN"])
     partials, counters = poisoned((tiles, 2 * split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)

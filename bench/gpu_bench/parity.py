@@ -86,11 +86,11 @@ def _kernels(ops: CudaOps) -> dict:
                 passed.append(report.nodeid)
 
     # the tests take both from here; grids follow this GPU's tiles
-    gpu_kernels.launch, gpu_kernels.constants = launch, ops.launch.constants
+    gpu_kernels.launch, gpu_kernels.images = launch, ops.launch.images
     options = ["-q", "--tb=line", "--maxfail=40", "-p", "no:cacheprovider", "-p", "no:warnings"]
     files = [str(TESTS / f"test_gpu_{part}.py") for part in ("products", "kernels", "attention")]
     pytest.main([*options, *files], plugins=[Report()])
-    missing = sorted(set(signatures.names()) - ran)
+    missing = sorted(set(signatures.names(ops.launch.images.architecture)) - ran)
     print(f"{len(passed)} passed, {len(failures)} failed, {len(ran)} kernels ran; not reached: {missing or 'none'}")
     return {"passed": len(passed), "failures": failures, "not_reached": missing}
 

@@ -17,7 +17,8 @@ def setup() -> dict:
     found = time.perf_counter() - begin
     begin = time.perf_counter()
     failures = []
-    for name in signatures.names():
+    names = signatures.names(images.architecture)
+    for name in names:
         image = images[name]
         try:
             driver.load(image.code, image.kind, image.symbol, 32 * image.warps, image.shared)
@@ -28,9 +29,7 @@ def setup() -> dict:
     free, total = driver.memory()
     print(f"{driver.name}, compute capability {driver.capability}, CUDA {driver.driver_version}")
     print(f"{driver.multiprocessors} multiprocessors, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free")
-    print(
-        f"{len(signatures.names())} kernels for sm_{images.architecture}: {found:.1f} s to find, {loaded:.1f} s to load"
-    )
+    print(f"{len(names)} kernels for sm_{images.architecture}: {found:.1f} s to find, {loaded:.1f} s to load")
     for failure in failures:
         print("  FAILED", *failure)
     return {

@@ -23,11 +23,13 @@ ARCHITECTURE = 80
 class Images(dict):
     """An empty image of every kernel, with the constants it would be compiled with."""
 
-    architecture = ARCHITECTURE
+    def __init__(self, architecture: int = ARCHITECTURE):
+        super().__init__()
+        self.architecture = architecture
 
     def __missing__(self, name: str) -> Image:
-        tile = signatures.tile(name, ARCHITECTURE)
-        self[name] = Image(name.encode(), "cubin", name, tile["warps"], 0, signatures.constants(name, ARCHITECTURE))
+        tile, constants = (find(name, self.architecture) for find in (signatures.tile, signatures.constants))
+        self[name] = Image(name.encode(), "cubin", name, tile["warps"], 0, constants)
         return self[name]
 
 

@@ -114,8 +114,8 @@ def build(
 
     `progress` is called with the number of finished compilations, the total, and the next name; "" at the end.
     """
-    work = [(name, architecture) for architecture in architectures for name in names()]
-    entries: dict[str, dict[str, dict]] = {name: {} for name in names()}
+    work = [(name, architecture) for architecture in architectures for name in names(architecture)]
+    entries: dict[str, dict[str, dict]] = {name: {} for name, _ in work}
     path.parent.mkdir(parents=True, exist_ok=True)
     with bundles.writing(path) as add:
         for done, (name, architecture) in enumerate(work):
@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeviceError as e:
         print(e, file=sys.stderr)
         return 1
-    print(f"{options.out}: {len(names())} kernels, {options.out.stat().st_size / 1e6:.2f} MB")
+    kernels = len({name for architecture in options.arch or ARCHITECTURES for name in names(architecture)})
+    print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.2f} MB")
     return 0
 
 

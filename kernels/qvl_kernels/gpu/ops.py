@@ -173,7 +173,7 @@ class CudaOps:
         m = x.shape[0]
         _expect(out, (m, gate.n))
         alike = _alike(gate, up)
-        if gate.kind == "int4" and alike and m <= self.launch.constants("gate_up.int4.small")["BM"]:
+        if gate.kind == "int4" and alike and m <= self.launch.constants("gate_up.int4.rows16")["BM"]:
             name, tiles, split = self.tiles("gate_up", gate, m)
             prepared = self._prepare(x, gate, norm, within=-(-gate.blocks // split) <= _PREPARED_BLOCKS)
             partials = self._partials(name, tiles, 2 * split)

@@ -97,17 +97,17 @@ def _arguments(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, kind) for name, kind in (item.split(":") for item in text.split()))
 
 
-TILES = ("row", "small", "medium", "large")
-"""Tiles of the products, for more and more rows of x; some kinds of weights have fewer."""
+TILES = (8, 16, 32, 64, 128, 256)
+"""Rows of x in the tiles of the products. tiles.json says null for those that an architecture does not have."""
 
 _KINDS = {"int4": (4, False), "int4_fine": (4, True), "int8": (8, False), "int8_fine": (8, True), "fp16": (16, False)}
 
 
 def _linear_variants() -> dict[str, dict[str, int | bool]]:
     return {
-        f"{kind}.{tile}": {"BITS": bits, "FINE": fine}
+        f"{kind}.rows{rows}": {"BITS": bits, "FINE": fine, "BM": rows}
         for kind, (bits, fine) in _KINDS.items()
-        for tile in (TILES if kind in ("int4", "int8") else ("small", "large"))
+        for rows in (TILES if kind in ("int4", "int8") else (16, 64) if fine else (16, 64, 128))
     }
 
 
@@ -161,7 +161,7 @@ KERNELS: dict[str, Kernel] = {
             f"{_INPUT} gate_codes:*i32 gate_scales:*i32 gate_bias:*fp32 up_codes:*i32 up_scales:*i32 up_bias:*fp32 "
             f"out:*fp32 partials:*fp32 counters:*i32 {_SIZES}"
         ),
-        {f"int4.{tile}": {"BITS": 4, "FINE": False} for tile in ("row", "small")},
+        {f"int4.rows{rows}": {"BITS": 4, "FINE": False, "BM": rows} for rows in (8, 16)},
         "(ceil(m / BM) * (rows // BN), 2 * split)",
     ),
     # out [n_ids, d] float32 = table[ids]; perm as in `packing.Matrix`. flags: PERMUTED.
@@ -301,9 +301,11 @@ def types(name: str) -> dict[str, str]:
     return {argument: cache if kind == "*cache" else kind for argument, kind in kernel.arguments}
 
 
-def names() -> list[str]:
-    """List all kernels as ``family.variant``."""
-    return [f"{family}.{variant}" for family, kernel in KERNELS.items() for variant in kernel.variants]
+def names(architecture: int, family: str | None = None) -> list[str]:
+    """List the kernels of an architecture as ``family.variant``: all, or those of a family."""
+    families = KERNELS if family is None else (family,)
+    every = [f"{family}.{variant}" for family in families for variant in KERNELS[family].variants]
+    return [name for name in every if _entry(name, architecture) is not None]
 
 
 def norm(k: int) -> str:
@@ -316,23 +318,29 @@ def _tiles() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(Path(__file__).with_name("tiles.json").read_text())
 
 
-def tile(name: str, architecture: int) -> dict[str, Any]:
-    """Return a kernel's entry in tiles.json: `warps`, `stages`, `registers` of a thread at most, compile-time values.
-
-    Of products also `waves`, the target number of programs per multiprocessor of a split, and `cost`, the time of a
-    multiplication relative to the largest tile.
-
-    The longest matching prefix of `name` (in whole dotted parts) is used, first under the architecture, then under
-    "default".
-    """
+def _entry(name: str, architecture: int) -> dict[str, Any] | None:
+    """Return the entry in tiles.json of the longest matching prefix of `name` (in whole dotted parts), first under the
+    architecture, then under "default"."""
     parts = name.split(".")
     prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
     for section in (str(architecture), "default"):
+        entries = _tiles().get(section, {})
         for prefix in prefixes:
-            found = _tiles().get(section, {}).get(prefix)
-            if found is not None:
-                return found
+            if prefix in entries:
+                return entries[prefix]
     raise KeyError(f"tiles.json has no entry for {name}")
+
+
+def tile(name: str, architecture: int) -> dict[str, Any]:
+    """Return a kernel's entry in tiles.json: `warps`, `stages`, `registers` of a thread at most, compile-time values.
+
+    Of products also `waves`, the target number of programs per multiprocessor of a split (few rows), or `cost`, the
+    microseconds that a multiprocessor takes for 128 x 128 x 128 multiplications (many rows).
+    """
+    found = _entry(name, architecture)
+    if found is None:
+        raise KeyError(f"there is no kernel {name} for sm_{architecture}")
+    return found
 
 
 def constants(name: str, architecture: int) -> dict[str, int | bool]:
