@@ -47,7 +47,6 @@ LINEAR_CASES = {
     "off every tile": {"m": 17, "n": 130, "k": 200, "rows": 32},
     "off every small tile": {"m": 9, "n": 130, "k": 200, "rows": 8},
     "split": {"m": 3, "n": 65, "k": 640, "split": 3, "dtype": HALF, "rows": 8},
-    "more programs than blocks need": {"m": 2, "n": 33, "k": 640, "split": 4},
     "outlier channel": {"m": 4, "n": 64, "k": 384, "outlier": True},
     "asymmetric, bias": {"m": 5, "n": 40, "k": 256, "asymmetric": True, "bias": True, "dtype": HALF},
     "medium tile": {"m": 70, "n": 40, "k": 130, "bias": True, "residual": True, "rows": 64},
@@ -133,7 +132,7 @@ LONE_CASES = {
     "one block": {"n": 32, "k": 128, "norm": True, "rows": 8},
     "off the block": {"n": 33, "k": 200, "norm": True, "outlier": True},
     "programs of several chunks": {"n": 40, "k": 2600, "norm": True, "rows": 8, "split": 2},
-    "more programs than blocks need": {"n": 40, "k": 640, "norm": True, "split": 4, "dtype": HALF},
+    "a smaller last part": {"n": 40, "k": 640, "norm": True, "split": 3, "dtype": HALF},
     "in order": {"n": 40, "k": 1100, "norm": True, "perm": True, "rows": 8},
 }
 OF_ALL_KINDS = "gathered", "off the block"

@@ -80,6 +80,18 @@ def test_tile_and_split_keep_the_multiprocessors_busy(driver, monkeypatch):
     assert split > 1 and tiles < 132 <= 2 * tiles * split
 
 
+@pytest.mark.parametrize("family", ["linear", "gate_up"])
+def test_every_part_of_a_split_product_has_columns(driver, monkeypatch, family):
+    """The kernels rely on it."""
+    monkeypatch.setattr(driver, "multiprocessors", 132)
+    ops = CudaOps(driver, Images(90))
+    for blocks in range(1, 90):
+        w = ops.weight(matrix(64, 128 * blocks, 4))
+        for m in (1, 16, 17, 200) if family == "linear" else (1, 16):
+            split = ops.tiles(family, w, m)[2]
+            assert (split - 1) * -(-blocks // split) < blocks
+
+
 def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     norm = Norm(ops.upload(np.ones(128, np.float32)), None, 1e-6)
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)

@@ -149,7 +149,7 @@ KERNELS: dict[str, Kernel] = {
             f"{_INPUT} codes:*i32 scales:*i32 bias:*fp32 residual:*fp32 out:*fp32 partials:*fp32 counters:*i32 {_SIZES}"
         ),
         _linear_variants(),
-        "(ceil(m / BM) * (rows // BN), split): tiles by split; 1 <= split <= blocks",
+        "(ceil(m / BM) * (rows // BN), split): tiles by split; (split - 1) * ceil(blocks / split) < blocks",
     ),
     # out [m, n] = silu(x @ gate.T + bias?) * (x @ up.T + bias?), fp16 if OUT_HALF, for two int4 weights with groups of
     # 128 and one order of columns, and few rows (others: two `linear`, the second with GATE). Each program of a tile
@@ -162,7 +162,7 @@ KERNELS: dict[str, Kernel] = {
             f"out:*fp32 partials:*fp32 counters:*i32 {_SIZES}"
         ),
         {f"int4.rows{rows}": {"BITS": 4, "FINE": False, "BM": rows} for rows in (8, 16)},
-        "(ceil(m / BM) * (rows // BN), 2 * split)",
+        "(ceil(m / BM) * (rows // BN), 2 * split), split as above",
     ),
     # out [n_ids, d] float32 = table[ids]; perm as in `packing.Matrix`. flags: PERMUTED.
     "embed": Kernel(

@@ -52,12 +52,12 @@ class Tiles:
         programs = tiles * (2 if name.startswith("gate_up") else 1)
         wanted = self._launch.tile(name).get("waves", _WAVES) * self._multiprocessors // programs
         split = min(max(wanted, 1), _MAX_SPLIT, max(w.blocks // _SHARE, 1)) if tiles <= COUNTERS else 1
-        return name, tiles, split
+        return name, tiles, _without_empty(split, w.blocks)
 
     def _for_many(self, names: list[str], w: DeviceMatrix, m: int) -> tuple[str, int, int]:
         """The fastest tile and split, as estimated."""
         many = [n for n in names if "cost" in self._launch.tile(n)]
-        splits = [split for split in _SPLITS if split <= w.blocks]
+        splits = sorted({_without_empty(split, w.blocks) for split in _SPLITS})
         choices = [(n, p) for n, p in itertools.product(many, splits) if p == 1 or self._count(n, w, m) <= COUNTERS]
         name, split = min(choices, key=lambda choice: self._time(w, m, *choice))
         return name, self._count(name, w, m), split
@@ -78,3 +78,8 @@ class Tiles:
         together = max(programs, _ALONE if size <= _SMALL else 1)
         products = -(-w.blocks // split) * max(_BLOCK, together * size * self._launch.tile(name)["cost"])
         return products + (size * (_STORE * programs + _SUM * split) if split > 1 else 0.0)
+
+
+def _without_empty(split: int, blocks: int) -> int:
+    """Return the number of parts that have blocks, if `split` parts get equally many and the last ones what is left."""
+    return -(-blocks // -(-blocks // split))

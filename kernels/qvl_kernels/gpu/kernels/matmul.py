@@ -188,10 +188,16 @@ def _place(m, rows, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _share(blocks, part, parts):
-    """Return a part's blocks of 128 columns."""
+    """Return a part's blocks of 128 columns: at least one.
+
+    The assumption matters on Hopper: for a loop that may not run at all, the compiler lets every product of matrices
+    wait for the one before it.
+    """
     share = tl.cdiv(blocks, parts)
     low = part * share
-    return low, tl.minimum(low + share, blocks)
+    high = tl.minimum(low + share, blocks)
+    tl.assume(low < high)
+    return low, high
 
 
 @triton.jit
