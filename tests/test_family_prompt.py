@@ -204,8 +204,23 @@ def test_tools():
         "<|im_start|>assistant\n"
     )
     assert built.ids.count(made.tokenizer.special["<tool_call>"]) == 4
-    without = build(made, [*messages[:2], {**messages[2], "content": None}, messages[3]])
-    assert '<|im_start|>assistant\n<tool_call>\n{"name"' in text_of(made, without)
+
+
+@pytest.mark.parametrize(("content", "thinking", "head"), [
+    (None, False, ""),
+    ("", False, ""),
+    ([], False, ""),
+    ([{"type": "text", "text": ""}], False, "\n"),
+    ([{"type": "text", "text": ""}], True, ""),
+    ([{"type": "text", "text": "Wait."}], True, "Wait.\n"),
+])  # fmt: skip
+def test_a_newline_before_a_tool_call(content, thinking, head):
+    """The published templates write one after any content; a list of one empty text is a content."""
+    made = prompts("q3-tied", thinking=thinking)
+    call = {"role": "assistant", "content": content, "tool_calls": [{"name": "clock", "arguments": {}}]}
+    messages = [{"role": "user", "content": "Time?"}, call, {"role": "tool", "content": "12:00"}]
+    wanted = f'<|im_start|>assistant\n{head}<tool_call>\n{{"name": "clock", "arguments": {{}}}}\n</tool_call><|im_end|>'
+    assert wanted in text_of(made, build(made, messages))
 
 
 def test_thinking():

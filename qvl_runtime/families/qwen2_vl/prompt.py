@@ -170,7 +170,9 @@ class Prompts:
         if calls and role != "assistant":
             raise QvlError(f"message {number} has the role {role!r}: only an assistant's has tool_calls")
         if role == "assistant":
-            text = content or ""
+            if not content:
+                return Message(role, [], calls)
+            text = content
             if not isinstance(text, str):
                 text = "".join(_only_text(part, role) for part in checked_parts(text))
             return Message(role, self._answer(text), calls)

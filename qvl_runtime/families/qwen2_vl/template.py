@@ -29,7 +29,8 @@ class Message:
     ----------
     role : str
     content : list
-        Texts and places for pictures; an assistant's message has special tokens instead of places.
+        Texts and places for pictures; an assistant's message has special tokens instead of places. Empty if an
+        assistant only calls tools; a list of parts without any text is one empty text.
     calls : list of mapping
         `name` and `arguments` of an assistant's tool calls.
     """

@@ -77,11 +77,14 @@ class Qwen3Template(Template):
             pieces = pieces[last:]
             if pieces and isinstance(pieces[0], str):
                 pieces[0] = pieces[0].lstrip("\n")
+        # Only the Thinking models' template joins the parts before it looks whether there are any.
+        apart = any(pieces) if self.thinking else bool(message.content)
         for call in message.calls:
             arguments = call["arguments"]
             text = arguments if isinstance(arguments, str) else _json(arguments)
-            pieces += ["\n"] if any(pieces) else []
+            pieces += ["\n"] if apart else []
             pieces += [CALL, f'\n{{"name": "{call["name"]}", "arguments": {text}}}\n', CALLED]
+            apart = True
         return pieces
 
     def answer_head(self) -> list[Piece]:
