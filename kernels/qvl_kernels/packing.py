@@ -36,6 +36,11 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def product_bits(bits: int) -> int:
+    """Return the bits of the codes that the kernels of products read: int3 is widened to int4 before (`widen`)."""
+    return max(4, bits)
+
+
 def packed_shapes(n: int, k: int, bits: int, group_size: int = BLOCK, *, zeros: bool = False) -> dict:
     """Return shapes and dtypes of the arrays of an ``[n, k]`` matrix.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qvl_kernels.cpu.runner import Program, aligned
 from qvl_kernels.ops import Array, Move, restored
-from qvl_kernels.packing import Matrix, packed_shapes, round_up
+from qvl_kernels.packing import Matrix, packed_shapes, product_bits, round_up
 
 CACHE_DTYPES: dict[str, np.dtype] = {
     "fp32": np.dtype(np.float32),
@@ -52,7 +52,7 @@ class CpuWeight:
     def __init__(self, matrix: Matrix):
         self.matrix = matrix
         self.n, self.k, self.bits, self.group_size = matrix.n, matrix.k, matrix.bits, matrix.group_size
-        self.product_bits = max(4, matrix.bits)  # int3 is multiplied as int4
+        self.product_bits = product_bits(matrix.bits)
         has_zeros = matrix.zeros is not None
         for suffix, (shape, dtype) in packed_shapes(
             matrix.n, matrix.k, matrix.bits, matrix.group_size, zeros=has_zeros

@@ -17,7 +17,7 @@ from qvl_kernels.gpu.graph import Queue
 from qvl_kernels.gpu.launcher import Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.signatures import ELEMENTS, HAS_ZEROS, ROW_PADDING
-from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, round_up, widen
+from qvl_kernels.packing import BLOCK, ROWS, SYMMETRIC_ZERO, Matrix, product_bits, round_up, widen
 
 STAGE = 32 << 20
 """Size of the device's buffer for bytes before reordering."""
@@ -75,12 +75,7 @@ class DeviceMatrix:
 def device_bytes(n: int, k: int, bits: int, group_size: int) -> int:
     """Return the bytes of an ``[n, k]`` matrix on the device, without bias and column order."""
     rows, columns = round_up(n, ROW_PADDING), round_up(k, BLOCK)
-    return rows * columns * _device_bits(bits) // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
-
-
-def _device_bits(bits: int) -> int:
-    """Return the bits of a code on the device for those in the file: the kernels read no int3."""
-    return max(4, bits)
+    return rows * columns * product_bits(bits) // 8 + (0 if bits == 16 else rows * (columns // group_size) * 4)
 
 
 def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
@@ -95,7 +90,7 @@ def to_device(device: Device, matrix: Matrix) -> DeviceMatrix:
     return DeviceMatrix(
         n=m.n,
         k=m.k,
-        kind=("fp16" if m.bits == 16 else f"int{_device_bits(m.bits)}") + ("_fine" if fine else ""),
+        kind=("fp16" if m.bits == 16 else f"int{product_bits(m.bits)}") + ("_fine" if fine else ""),
         rows=rows,
         blocks=blocks,
         group_shift=(m.group_size // 32).bit_length() - 1,
@@ -127,7 +122,7 @@ def _pieces(values: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _reorder(device: Device, m: Matrix, rows: int, blocks: int) -> DeviceArray:
-    bits = _device_bits(m.bits)
+    bits = product_bits(m.bits)
     codes = device.memory.weight((blocks, rows, 4 * bits), np.int32)
     _clear(device, codes, round_up(m.n, ROWS) < rows)
     for first, piece in _pieces(m.weight, STAGE * m.bits // bits):
