@@ -137,9 +137,9 @@ from qvl_kernels.cpu import build, features
 features.compile_for(sys.argv[1])
 build.prepare()
 level = features.LEVELS[sys.argv[1]]
-gemm, gemm_pack, gemm_tile = (sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile"))
-found = gemm.BYTE_VALUES, gemm_pack.BYTE_VALUES, gemm.UNPACKS, gemm_tile.UNPACKS
-print(found == (level.byte_values, level.byte_values, level.unpacks, level.unpacks))
+gemm, gemm_pack, gemm_tile, tiles = (
+    sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile", "tiles"))
+print({gemm.WORDS, gemm_pack.WORDS, gemm_tile.WORDS} == {level.words} == {tiles.value_bytes(8) == 2})
 """
 
 

@@ -85,7 +85,7 @@ def test_parts_fit_the_cache_and_serve_all_threads(monkeypatch):
     for size in (256 << 10, 512 << 10, 2 << 20):
         monkeypatch.setattr(cache_sizes, "level2", lambda size=size: size)
         for rows, n, k, bits in ((17, 32, 128, 4), (1024, 4096, 4096, 4), (1024, 1152, 4304, 8), (5000, 64, 100, 4)):
-            value = features.selected().byte_values if bits == 8 else 1
+            value = 2 if bits == 8 and features.selected().words else 1
             parts = batched.row_parts(rows, n, k, bits, 1)
             largest = math.ceil(math.ceil(rows / tiles.TOKENS) / parts)
             assert 1 <= largest <= tiles.HELD_TILES

@@ -63,7 +63,7 @@ def largest(activations: str, bits: int) -> int:
     """The largest integer of activations: int8 weights may be multiplied with more bits as fast as with 8."""
     if activations == "int16":
         return 32512
-    return 32767 if bits == 8 and features.selected().byte_values == 2 else 127
+    return 32767 if bits == 8 and features.selected().words else 127
 
 
 def span(activations: str, rows: int, bits: int, group: int) -> int:

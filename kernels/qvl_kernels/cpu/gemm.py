@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
-from qvl_kernels.cpu.gemm_tile import UNPACKS, WIDTH, prefetch_write, tile4, tile8
+from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import BYTE_VALUES
-from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS
+from qvl_kernels.cpu.simd import WORDS
+from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, value_bytes
 from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles, widen_blocks
 
 
@@ -26,20 +26,20 @@ def prefetch_rows(rows, row, count, block, n):
 
 
 def _make(bits: int):
-    tile_kernel, value = (tile4, 1) if bits == 4 else (tile8, BYTE_VALUES)
+    tile_kernel, value = tile4 if bits == 4 else tile8, value_bytes(bits)
 
     @routine
     def unpacked(weights, area, columns, span, from_int3):
         """Return the address of a piece of weights as the tiles take it."""
         blocks = columns // 128
         if from_int3:
-            target = area + 32 * PIECE if UNPACKS else area
+            target = area + 32 * PIECE if WORDS else area
             widen_blocks(weights, target, blocks)
             weights = target
-        if UNPACKS and bits == 4:
+        if WORDS and bits == 4:
             unpack_nibbles(weights, area, blocks)
             weights = area
-        if UNPACKS and bits == 8:
+        if WORDS and bits == 8:
             unpack_bytes(weights, area, columns // span, span // 4)
             weights = area
         return weights

@@ -4,7 +4,7 @@ A row is divided into spans of 32 columns (or 128, for int8 weights with groups 
 with q in -127..127, or -32767..32767::
 
     packed  int8 [tiles, spans, span / 4, TOKENS, 4]
-            or, for int8 weights where `BYTE_VALUES` is 2, int16 [tiles, spans, 2, span / 4, TOKENS, 2]: columns
+            or, for int8 weights where `WORDS`, int16 [tiles, spans, 2, span / 4, TOKENS, 2]: columns
             0 and 2 of each four first, all behind them 1 and 3
     scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
@@ -26,8 +26,8 @@ from numba.extending import intrinsic
 from qvl_kernels.cpu.quantize import normal, row_statistics
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import (
-    BYTE_VALUES,
     HIGH_SHIFT,
+    WORDS,
     absolute,
     choose_gt,
     get_f32,
@@ -129,7 +129,7 @@ def quantize_span(x, row, span, words, target, scale_at, factor, inverses):
 @kernel
 def pack_int8(args, thread, threads):
     x, total, k, weight, bias, eps, perm, bits, group, center, span, packed, scales, sums, scratch = unpack(args, 15)
-    columns, value = (k + 127) // 128 * 128, BYTE_VALUES if bits == 8 else 1
+    columns, value = (k + 127) // 128 * 128, 2 if WORDS and bits == 8 else 1
     inverses = scratch + thread * (4 * columns * (TOKENS + 1) + 64)
     held = inverses + 64
     spare = held + 4 * columns * TOKENS

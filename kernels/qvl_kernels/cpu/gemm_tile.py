@@ -22,6 +22,7 @@ from qvl_kernels.cpu.simd import (
     SUM_EL,
     SUM_PER_LANE,
     UNSHIFTED,
+    WORDS,
     bytes_,
     dot,
     dot_bytes,
@@ -44,7 +45,6 @@ LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 """Rows of weights per vector: all accumulators of two vectors by `TOKENS` rows fit the registers."""
 WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
-UNPACKS = LEVEL.unpacks
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
 words = loads("i32", LANES, 2)
@@ -127,7 +127,7 @@ def step_of_nibbles(a, b, source, second, x):
 
 def _make_tile(bits: int):
     none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
-    if UNPACKS:
+    if WORDS:
         step, steps_a_word = (step_of_codes, 1) if bits == 4 else (step_of_words, 2)
     else:
         step, steps_a_word = step_of_nibbles if bits == 4 else step_of_bytes, 1
@@ -135,7 +135,7 @@ def _make_tile(bits: int):
     @routine
     def locate(w, span, steps):
         """Return the address of a span; spans 2 and 3 of 128 columns of int4 are the high nibbles of 0 and 1."""
-        if bits == 4 and not UNPACKS:
+        if bits == 4 and not WORDS:
             return w + (span >> 2) * 2048 + (span & 1) * 1024
         return w + span * steps * 128
 

@@ -38,6 +38,6 @@ def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> floa
     program.keep(operands, result)
     program.add("multiply_nibbles" if bits < 8 else "multiply_bytes", address(operands), rounds, address(result))
     level = features.selected()
-    a_lane = 4 if bits < 8 else 4 // level.byte_values
+    a_lane = 4 if bits < 8 else 2 if level.words else 4
     products = rounds * 12 * level.lanes * a_lane * ops.threads
     return 2 * products / min(_seconds(ops, program) for _ in range(3))

@@ -366,7 +366,7 @@ class CpuOps:
 
 def _in_words(w: CpuWeight, rows: int) -> bool:
     """Whether the activations of a product with 16-bit activations are words, and not two planes of bytes."""
-    return features.selected().byte_values == 2 and (w.bits == 8 or rows > 1)
+    return features.selected().words and (w.bits == 8 or rows > 1)
 
 
 def _softmax_scale(d: int) -> int:

@@ -30,13 +30,13 @@ KEYS = 256
 
 def value_bytes(bits: int) -> int:
     """Return the bytes of a packed activation that is multiplied with int4 or int8 weights."""
-    return 1 if bits < 8 else features.selected().byte_values
+    return 2 if bits == 8 and features.selected().words else 1
 
 
 def unpacked_bytes(bits: int) -> int:
     """Return the scratch bytes per thread in which a piece of weights of `bits` is unpacked."""
     widened = INT4_BYTES if bits == 3 else 0
-    return widened + (32 * value_bytes(bits) * PIECE if features.selected().unpacks else 0)
+    return widened + (32 * value_bytes(bits) * PIECE if features.selected().words else 0)
 
 
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:

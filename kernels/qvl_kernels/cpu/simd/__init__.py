@@ -36,7 +36,6 @@ c)``, ``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ti
 
 from qvl_kernels.cpu.simd.bytes import (
     BYTE_BIAS,
-    BYTE_VALUES,
     HIGH_SHIFT,
     LANES,
     LEVEL,
@@ -102,7 +101,6 @@ from qvl_kernels.cpu.simd.vector import (
 
 __all__ = [
     "BYTE_BIAS",
-    "BYTE_VALUES",
     "HIGH_SHIFT",
     "LANES",
     "LEVEL",

@@ -39,10 +39,7 @@ HIGH_SHIFT = 4 if UNSHIFTED else 0
 """`high` returns the nibble times 2**HIGH_SHIFT."""
 BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
-BYTE_VALUES = LEVEL.byte_values
-WORDS = LEVEL.product == "maddubs"
-"""Whether bytes are multiplied with activations of 16 bits: twice as fast as `dot_bytes` where that takes four
-multiplications for 32 bytes, two for each half of their range."""
+WORDS = LEVEL.words
 SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
 """Element type of a `dot` accumulator; ``widen`` converts it to i32."""
 SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
