@@ -102,40 +102,32 @@ prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
 
 
 @routine
-def step_of_bytes(a, b, source, second, x):
-    u = weights(source)
+def add_nibbles(a, b, u, x):
+    """Return two vectors of sums plus the products of their weights `u` with x."""
+    return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
+
+
+@routine
+def add_bytes(a, b, u, x):
     return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
 
 
 @routine
-def step_of_words(a, b, source, second, x):
-    u = words(source)
+def add_words(a, b, u, x):
     return dot_pairs(a, b, piece(u, 0), piece(u, 1), x, 4)
 
 
-@routine
-def step_of_codes(a, b, source, second, x):
-    u = weights(source)
-    return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
-
-
-@routine
-def step_of_nibbles(a, b, source, second, x):
-    u = nibble(weights(source), second)
-    return dot(a, piece(u, 0), x, 4), dot(b, piece(u, 1), x, 4)
-
-
 def _make_tile(bits: int):
+    packed = bits == 4 and not WORDS  # two nibbles in a byte
     none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
-    if WORDS:
-        step, steps_a_word = (step_of_codes, 1) if bits == 4 else (step_of_words, 2)
-    else:
-        step, steps_a_word = step_of_nibbles if bits == 4 else step_of_bytes, 1
+    load, add, loads_a_step = weights, add_nibbles if bits == 4 else add_bytes, 1
+    if WORDS and bits == 8:
+        load, add, loads_a_step = words, add_words, 2
 
     @routine
     def locate(w, span, steps):
         """Return the address of a span; spans 2 and 3 of 128 columns of int4 are the high nibbles of 0 and 1."""
-        if bits == 4 and not WORDS:
+        if packed:
             return w + (span >> 2) * 2048 + (span & 1) * 1024
         return w + span * steps * 128
 
@@ -146,7 +138,7 @@ def _make_tile(bits: int):
         A span has `steps` of four columns, in words twice as many. If `fresh`, y is overwritten. One line at `ahead` is
         prefetched per group, so that prefetches do not delay the loads.
         """
-        span, steps = 0, steps * steps_a_word
+        span, steps = 0, steps * loads_a_step
         if fresh:
             f, h = no_floats(), no_floats()
         else:
@@ -164,7 +156,10 @@ def _make_tile(bits: int):
                 a, b = none(), none()
                 source = locate(w, span, steps)
                 for _ in range(steps):
-                    a, b = step(a, b, source, span & 2, x)
+                    u = load(source)
+                    if packed:
+                        u = nibble(u, span & 2)
+                    a, b = add(a, b, u, x)
                     source += 128
                     x += TOKEN_BYTES
                 scale = spread(xs, 4)
