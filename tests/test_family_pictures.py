@@ -9,6 +9,7 @@ from helpers import sha256
 from PIL import Image, ImageOps
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families import reading
 from qvl_runtime.families.qwen2_vl.family import FAMILY
 from qvl_runtime.families.qwen2_vl.preprocessing import Preprocessing, find_settings, resize, smart_resize
 from qvl_runtime.families.qwen3_vl.family import FAMILY as QWEN3
@@ -71,12 +72,18 @@ def test_settings_in_a_section(tmp_path):
         FAMILY.read_preprocessing(tmp_path, known)
 
 
-def test_settings_of_videos_in_a_section(tmp_path):
+def test_settings_of_videos_in_a_section(tmp_path, monkeypatch):
     known, path = config("q3-tied"), tmp_path / "processor_config.json"
     picture, size = read("ckpt/q3-tied/preprocessor_config.json"), {"shortest_edge": 4096, "longest_edge": 8192}
     path.write_text(json.dumps({"image_processor": picture, "video_processor": {"size": size}}))
     video = {"min_pixels": 4096, "max_pixels": 8192}
+    reads = []
+    read_regular = reading.read_regular
+    monkeypatch.setattr(
+        reading, "read_regular", lambda path, **more: reads.append(path.name) or read_regular(path, **more)
+    )
     assert QWEN3.read_preprocessing(tmp_path, known)["video"] == video
+    assert reads == ["processor_config.json"]
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {**size, "longest_edge": 4096}}))
     assert QWEN3.read_preprocessing(tmp_path, known)["video"] == {**video, "max_pixels": 4096}
     (tmp_path / "video_preprocessor_config.json").unlink()

@@ -13,7 +13,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Family, Grounding, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
-from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, section
+from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.preprocessing import (
     MAX_TOKENS,
@@ -21,7 +21,8 @@ from qvl_runtime.families.qwen2_vl.preprocessing import (
     Preprocessing,
     VideoLimits,
     find_settings,
-    read_video_settings,
+    find_video_settings,
+    settings_in,
 )
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
 from qvl_runtime.families.qwen2_vl.published import files
@@ -176,12 +177,13 @@ class QwenFamily(Generic[C]):
     def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
         path = find_settings(folder)
         data = read_json(path)
-        given = section(data, "image_processor", str(path)) if "image_processor" in data else data
+        given = settings_in(data, "image_processor", path)
         settings = Preprocessing.from_dict(given, config.visual, str(path)).to_dict()
-        if self.VIDEO.whole:
-            video, where = read_video_settings(folder)
+        other = find_video_settings(folder) if self.VIDEO.whole else None
+        if other is not None:
+            video = settings_in(data if other == path else read_json(other), "video_processor", other)
             if video:
-                settings["video"] = VideoLimits.from_dict(video, self.VIDEO, where).to_dict()
+                settings["video"] = VideoLimits.from_dict(video, self.VIDEO, str(other)).to_dict()
         return settings
 
     def read_generation(self, folder: Path) -> GenerationConfig:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse, section
-from qvl_runtime.families.reading import check, read_json, take
+from qvl_runtime.families.reading import check, take
 from qvl_runtime.inputs.pictures import Pixels
 
 MAX_ASPECT_RATIO = 200
@@ -282,17 +282,7 @@ def _limits(data: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-"""Files with the preprocessing settings of a published checkpoint; the second has them in a section."""
-
-
-def read_video_settings(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """Read the published preprocessing settings of videos, empty if there are none, and where they are."""
-    path = folder / "video_preprocessor_config.json"
-    if path.is_file():
-        return read_json(path), str(path)
-    path = folder / FILES[1]
-    data = read_json(path) if path.is_file() else {}
-    return section(data, "video_processor", str(path)) if "video_processor" in data else {}, str(path)
+"""Files with the preprocessing settings of a published checkpoint; the second has them in sections."""
 
 
 def find_settings(folder: Path) -> Path:
@@ -307,3 +297,16 @@ def find_settings(folder: Path) -> Path:
     if found is None:
         raise QvlError(f"{folder / FILES[0]}: no such file; finish the download")
     return found
+
+
+def find_video_settings(folder: Path) -> Path | None:
+    """Return the file that may have preprocessing settings of videos; None if there is none."""
+    names = "video_preprocessor_config.json", FILES[1]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def settings_in(data: Mapping[str, Any], part: str, path: Path) -> Mapping[str, Any]:
+    """Return the settings of `part`, "image_processor" or "video_processor", in the contents of a file; {} if none."""
+    if part in data:
+        return section(data, part, str(path))
+    return {} if path.name == FILES[1] else data
