@@ -19,7 +19,7 @@ from qvl_runtime.engine.session import Leave, Slice
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Grounding
 from qvl_runtime.inputs.pictures import PictureEncoder
-from qvl_runtime.inputs.prompt import Prompt, Slot
+from qvl_runtime.inputs.prompt import Prompt, Slot, is_ids
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.options import stop_strings, whole_number
 from qvl_runtime.slices import at_once
@@ -160,12 +160,22 @@ class Answering:
     def score(self, prompt: Prompt, continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """Compute the log probability of every token of each continuation; see `Model.score`."""
         self.check_length(prompt)
-        encode, length = self._tokenizer.encode_ordinary, len(prompt.ids)
-        ids = [encode(text) if isinstance(text, str) else [int(i) for i in text] for text in continuations]
+        if not isinstance(continuations, Sequence) or isinstance(continuations, str):
+            raise QvlError(f"continuations is {continuations!r:.60}; expected a list of texts or token ids")
+        length, ids = len(prompt.ids), [self._continuation(continuation) for continuation in continuations]
         if (longest := max(map(len, ids), default=0)) > self.window - length:
             raise QvlError(f"a continuation takes {longest} tokens after {length}; the window is {self.window}")
         work = self._scores(prompt, ids, length + longest)
         return self._scheduler.submit(work, length, length + longest).join()
+
+    def _continuation(self, continuation: str | Sequence[int]) -> list[int]:
+        if isinstance(continuation, str):
+            return self._tokenizer.encode_ordinary(continuation)
+        if not is_ids(continuation):
+            raise QvlError(f"a continuation is {continuation!r:.60}; expected a text or token ids")
+        for token in continuation:
+            self._tokenizer.token_bytes(token)  # raises for an id outside the vocabulary
+        return [int(token) for token in continuation]
 
     def _scores(self, prompt: Prompt, continuations: list[list[int]], capacity: int) -> Work:
         length = len(prompt.ids)

@@ -169,6 +169,7 @@ def test_token_ids():
         ([start, *[pad] * 6], ["one"], "position 1 must be"),
         ([made.tokenizer.special["<|video_pad|>"]], [], "token 0 .* placeholder"),
         ([768], [], "768"),
+        ([pad] * 200_000, [], "1 image slots"),
     ]:
         with pytest.raises(QvlError, match=message):
             build(made, ids, images)
@@ -251,11 +252,26 @@ def test_thinking():
         (3, [], "must be a str"),
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}], [], "only an assistant's"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}], [], "'name' and 'arguments'"),
+        (
+            [
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1}}}]},
+                {"role": "user", "content": "x"},
+            ],
+            [],
+            "no JSON",
+        ),
     ],
 )
 def test_refused(prompt, images, message):
     with pytest.raises(QvlError, match=message):
         build(prompts("q3-tied"), prompt, images)
+
+
+def test_tags_that_never_end_are_text():
+    made = prompts("q2-tied")
+    assert build(made, "<img>one</img>" + "<img>" * 200_000).pictures[0].content == "one"
+    with pytest.raises(QvlError, match="must be a str"):
+        chat(made, "x", system=5)
 
 
 def test_a_later_message_of_the_system():

@@ -76,3 +76,9 @@ def test_scores_do_not_depend_on_each_other(tiny):
 def test_a_continuation_must_fit_the_window(tiny):
     with pytest.raises(qvl.QvlError, match="window"):
         tiny.score(PROMPT, [[5] * tiny.window])
+
+
+@pytest.mark.parametrize("wrong", [5, "A", [5], [[0.5]], [[10**9]], [None]])
+def test_what_is_no_list_of_continuations_is_refused(tiny, wrong):
+    with pytest.raises(qvl.QvlError, match=r"continuation|1000000000"):
+        tiny.score(PROMPT, wrong)

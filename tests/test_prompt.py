@@ -15,7 +15,7 @@ from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import is_url, refuse_url
 from qvl_runtime.inputs.pictures import Access, Picture
-from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window, is_messages
+from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window, count_places, is_messages
 
 CHAT = read("chat.json")
 LISTS = read("listformat.json")
@@ -195,7 +195,8 @@ def test_single_box():
 
 
 @pytest.mark.parametrize(
-    "box", [[1, 2, 3], [[1, 2, 3, 4], [1, 2]], [1, 2, 3, 1001], [-1, 0, 1, 1], "box", [1, 2, 3, None]]
+    "box",
+    [[1, 2, 3], [[1, 2, 3, 4], [1, 2]], [1, 2, 3, 1001], [-1, 0, 1, 1], "box", [1, 2, 3, None], 7, None, [10**400] * 4],
 )
 def test_bad_boxes(box):
     with pytest.raises(QvlError, match="x1, y1, x2, y2"):
@@ -246,11 +247,29 @@ def test_two_messages_of_the_user_in_a_row():
         ([{"role": "user", "content": [{"type": "audio"}]}], "audio"),
         ([{"role": "user", "content": [{"text": 7}]}], "int"),
         ([{"role": "user", "content": ["x"]}], "dict"),
+        ([{"role": "assistant", "content": [{"image": "a"}]}, {"role": "user", "content": "x"}], "NoneType"),
+        ([{"role": "r" * 100_000, "content": "x"}], "^.{,200}$"),
     ],
 )
 def test_bad_messages(messages, message):
     with pytest.raises(QvlError, match=message):
         raw(messages)
+
+
+def test_pictures_of_a_long_conversation_are_counted_once(monkeypatch):
+    counted = []
+
+    def count(spoken):
+        counted.extend(spoken)
+        return count_places(spoken)
+
+    monkeypatch.setattr("qvl_runtime.families.qwen_vl.prompt.count_places", count)
+    turn = [{"role": "user", "content": [{"image": "a"}]}, {"role": "assistant", "content": "x"}]
+    prompt = raw([*turn * 50, {"role": "user", "content": [{"image": "b"}]}])
+    assert "Picture 51: <img></img>" in TINY.decode(prompt.ids) and len(counted) < 300
+    counted.clear()
+    build_chat(TINY, [{"image": "b"}], [([{"image": "a"}], "x")] * 50)
+    assert len(counted) < 300
 
 
 def test_token_ids():
@@ -304,11 +323,17 @@ def test_bad_token_ids(ids, images, message):
         ([{"image": "a"}, 7], None, "dict"),
         ("<img>https://x.org/a.png</img>", None, "unless you allow it"),
         ("x", ["http://x.org/a.png"], "unless you allow it"),
+        ("x", [None], "None in place of an image"),
     ],
 )
 def test_bad_prompts(prompt, images, message):
     with pytest.raises(QvlError, match=message):
         raw(prompt, images)
+
+
+def test_a_million_tags_that_never_end():
+    with pytest.raises(QvlError, match="unclosed"):
+        raw("<img>" * 1_000_000)
 
 
 def test_urls_when_allowed():

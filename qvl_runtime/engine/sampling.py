@@ -15,6 +15,9 @@ import numpy as np
 
 from qvl_runtime.errors import QvlError
 
+LARGEST = 1e6
+"""Largest temperature and penalty of repetition; logits times this are still finite."""
+
 
 def apply_repetition_penalty(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np.ndarray:
     """Penalize ids that occurred: positive logits are divided, negative ones multiplied (CTRL, 2019).
@@ -134,15 +137,17 @@ class Sampler:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0 (greedy) up")
         _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for off")
-        _check("top_p", self.top_p, 0 <= self.top_p <= 1, "a number from 0 to 1 (off)")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "a number above 0, 1 for off")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 (off) to 1")
-        for name in ("presence_penalty", "frequency_penalty"):
+        for name, low, high, wanted in (
+            ("temperature", 0, LARGEST, f"a number from 0 (greedy) to {LARGEST:g}"),
+            ("top_p", 0, 1, "a number from 0 to 1 (off)"),
+            ("repetition_penalty", 1 / LARGEST, LARGEST, f"a number from {1 / LARGEST:g} to {LARGEST:g}, 1 for off"),
+            ("min_p", 0, 1, "a number from 0 (off) to 1"),
+            ("presence_penalty", -2, 2, "a number from -2 to 2, 0 for off"),
+            ("frequency_penalty", -2, 2, "a number from -2 to 2, 0 for off"),
+        ):
             value = getattr(self, name)
-            _check(name, value, -2 <= value <= 2, "a number from -2 to 2, 0 for off")
+            _check(name, value, _is_number(value) and low <= value <= high, wanted)
         seed_fits = self.seed is None or (_is_integer(self.seed) and self.seed >= 0)
         _check("seed", self.seed, seed_fits, "a whole number from 0 up, or None")
 
@@ -213,10 +218,14 @@ class Sampler:
         return logits
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating)
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, fits: bool, wanted: str) -> None:
     if not fits:
-        raise QvlError(f"{name} is {value!r}, expected {wanted}")
+        raise QvlError(f"{name} is {value!r:.60}, expected {wanted}")

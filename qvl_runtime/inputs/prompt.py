@@ -189,9 +189,10 @@ def part_source(part: Mapping[str, Any]) -> ImageSource | None:
 
 def part_text(part: Mapping[str, Any]) -> str:
     """Return the text of a text part."""
-    if not isinstance(part["text"], str):
-        raise QvlError(f"the text of a part must be a str, not {type(part['text']).__name__}")
-    return part["text"]
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise QvlError(f"the text of a part must be a str, not {type(text).__name__}")
+    return text
 
 
 def checked_parts(content: Any) -> list[Mapping[str, Any]]:
@@ -212,6 +213,8 @@ def checked_images(images: Any) -> list[ImageSource]:
         raise QvlError("images must be a list of images: write images=[image]")
     if images is not None and not isinstance(images, Sequence):
         raise QvlError(f"images must be a list of images, not {type(images).__name__}")
+    if any(image is None for image in images or ()):
+        raise QvlError("images has None in place of an image; leave it out")
     return list(images or ())
 
 

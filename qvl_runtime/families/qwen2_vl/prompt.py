@@ -17,6 +17,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import ModelConfig
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.template import Form, Message, Piece, Template
+from qvl_runtime.inputs.image_tags import cut_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.inputs.prompt import (
@@ -49,9 +50,6 @@ class _Pads:
     picture: Picture
     token: int
     time: int | None = None
-
-
-_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Prompts:
         asking = self._content(query, access)
         extra = fill([*asked, asking], checked_images(images))
         asking[:0] = [Place(image) for image in extra]
-        first = self.template.system(None if system is None else [system])
+        first = self.template.system(None if system is None else [part_text({"text": system})])
         last = [*self.template.turns([Message("user", asking)]), *self.template.answer_head()]
         said = []
         for question, (_, answer) in zip(asked, turns):
@@ -227,7 +225,7 @@ class Prompts:
 
     def _places(self, text: str, access: Access, vision_form: str = "") -> Parts:
         """Split text at image tags, and at `vision_form` if given. Without access to paths, tags are text."""
-        tagged = _TAG.split(text) if access.paths else [text]
+        tagged = cut_images(text) if access.paths else [text]
         parts: Parts = []
         for i, piece in enumerate(tagged):
             if i % 2:
@@ -323,7 +321,7 @@ class Prompts:
         for i in ids:
             self.tokenizer.token_bytes(i)  # raises for an id outside the vocabulary
         pads = [i for i, token in enumerate(ids) if token == config.image_token_id]
-        starts = [i for i in pads if i - 1 not in pads]
+        starts = [i for i in pads if not i or ids[i - 1] != config.image_token_id]
         if len(starts) != len(images):
             raise QvlError(
                 f"the token ids have {len(starts)} image slots, but images has {len(images)}: give one for each"
@@ -364,7 +362,7 @@ def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
 def _for_history(query: Any, parts: Parts) -> Any:
     """Return the query with its pictures: text if every picture is in an image tag, else parts."""
     found = sources(parts)
-    tagged = isinstance(query, str) and len(_TAG.findall(query)) == len(found)
+    tagged = isinstance(query, str) and len(cut_images(query)) == 2 * len(found) + 1
     tags = any(isinstance(part, Form) for part in parts)  # box tags, which remain special
     if not (found or tags) or (tagged and all(isinstance(source, str | Path) for source in found)):
         return "".join(f"<img>{part.source!s}</img>" if isinstance(part, Place) else part for part in parts)

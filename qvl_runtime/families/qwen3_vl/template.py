@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.template import END, START, Form, Message, Piece, Template
 from qvl_runtime.inputs.prompt import Parts
 
@@ -92,4 +93,7 @@ class Qwen3Template(Template):
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:  # ValueError: it contains itself
+        raise QvlError(f"a tool or its arguments are no JSON ({error}); found {value!r:.60}") from None

@@ -137,10 +137,10 @@ class QwenPrompts:
             As for `build`.
         """
         turns = checked_history(history)
-        spoken = [self._read(DEFAULT_SYSTEM if system is None else system, access)]
-        for asked, _ in turns:
-            spoken.append(self._read(asked, access, count_places(spoken)))
-        spoken.append(self._read(query, access, count_places(spoken)))
+        spoken, pictures = [self._read(DEFAULT_SYSTEM if system is None else system, access)], 0
+        for asked in [*(asked for asked, _ in turns), query]:
+            pictures += count_places(spoken[-1:])
+            spoken.append(self._read(asked, access, pictures))
         spoken = self._fill(spoken, checked_images(images))
 
         newline = _Encoded(self.tokenizer.encode_ordinary("\n"), [])
@@ -234,7 +234,7 @@ class QwenPrompts:
         roles = [str(message.get("role")) for message in messages]
         for number, role in enumerate(roles, 1):
             if role not in ROLES:
-                raise QvlError(f"message {number} has the role {role!r}: it must be one of {', '.join(ROLES)}")
+                raise QvlError(f"message {number} has the role {role!r:.40}: it must be one of {', '.join(ROLES)}")
             if role == "system" and number > 1:
                 raise QvlError(f"message {number} has the role 'system': only the first message may")
         if roles[-1] != "user":
@@ -242,8 +242,10 @@ class QwenPrompts:
                 f"the last message has the role {roles[-1]!r}: it must be the user's, who waits for an answer"
             )
         spoken: list[Parts] = [] if roles[0] == "system" else [[DEFAULT_SYSTEM]]
+        pictures = 0
         for number, message in enumerate(messages, 1):
-            spoken.append(self._message(message, number, access, count_places(spoken)))
+            pictures += count_places(spoken[-1:])
+            spoken.append(self._message(message, number, access, pictures))
         spoken = self._fill(spoken, images)
         newline = _Encoded(self.tokenizer.encode_ordinary("\n"), [])
         forms = {role: self._user_forms(access) for role in ROLES} | {"assistant": self._answer_forms()}
@@ -317,7 +319,8 @@ def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts
             number += count_places([found])
             parts += found
         elif "box" in part:
-            parts += map(format_box, _boxes(part)) if len(part["box"]) else [_ref(part)]
+            boxes = _boxes(part)
+            parts += map(format_box, boxes) if boxes else [_ref(part)]
         else:
             raise QvlError(f"a part of a prompt needs 'text', 'image', 'image_url' or 'box'; found {part!r:.80}")
     return parts
@@ -329,12 +332,14 @@ def _ref(part: Mapping[str, Any]) -> str:
 
 def _boxes(part: Mapping[str, Any]) -> list[Box]:
     boxes = part["box"]
+    if isinstance(boxes, Sequence) and not boxes:
+        return []
     try:
         corners = np.array(boxes, np.float64)
         corners = corners.reshape(1, 4) if corners.ndim == 1 else corners
         if corners.shape != (len(corners), 4) or not ((corners >= 0) & (corners <= 1000)).all():
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise QvlError(
             f"a box is [x1, y1, x2, y2] in thousandths of the picture, 0 to 999; found {boxes!r:.80}"
         ) from None
