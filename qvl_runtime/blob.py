@@ -25,6 +25,7 @@ from qvl_runtime.families.config import Config
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.specs import PARTS, MatrixSpec, TensorSpec, VectorSpec
 from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.file.opening import as_path, shown
 from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.tokenizer import MAX_RANKS
 
@@ -58,6 +59,8 @@ class Blob:
     """
 
     def __init__(self, path: str | os.PathLike):
+        if os.path.isdir(as_path(path)):
+            raise QvlError(f"{shown(path)}: is a folder; make one file of it with: qvl convert {shown(path)} OUT.qvl")
         self.file = TensorFile(path)
         self.path = self.file.path
         raw = self.file.metadata

@@ -177,8 +177,12 @@ def test_too_many_failures_stop_a_job(job, known, tmp_path):
 def test_a_folder_belongs_to_one_job(job, tmp_path):
     out = tmp_path / "out"
     job(out).run(lambda tasks, on_computed: None)
-    for changes in ({"block": 4}, {"asked": options(seed=1)}, {"source": "."}):
-        with pytest.raises(QvlError, match="output of another job"):
+    for changes, differing in (
+        ({"block": 4}, "block"),
+        ({"asked": options(seed=1)}, "seed"),
+        ({"source": "."}, "input, rows"),
+    ):
+        with pytest.raises(QvlError, match=rf"output of another job \(it differs in {differing}\)"):
             job(out, **changes)
     job(out, asked=options(max_batch=1))  # changes no answer
     (tmp_path / "full").mkdir()
@@ -318,6 +322,7 @@ def test_lines_of_openai(demo_model, folder):
     parts = [{"type": "image", "image": Image.open(folder / "a.png")}, {"type": "text", "text": QUESTIONS[1]}]
     alone = demo_model.generate(parts, max_new_tokens=NEW)
     assert good["status_code"] == 200 and found[0][0]["custom_id"] == "c0"
+    assert good["body"]["model"] == demo_model.blob.path.stem  # as the server names it
     message = good["body"]["choices"][0]["message"]
     assert message["content"] == alone.text
     assert [box["pixels"] for box in message["boxes"]] == [list(box.to_pixels(448, 448)) for box in alone.boxes]
@@ -360,6 +365,9 @@ def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as left:
         main(inside)
     assert left.value.code == 1 and "is in the input" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main([*command[:2], str(folder), command[3]])
+    assert left.value.code == 1 and "--prompt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (folder / "drawn").exists()
 
     def interrupted(self, row):

@@ -103,6 +103,7 @@ def test_errors_are_one_line(qvl, tmp_path, blob):
     fails(qvl("info", tmp_path / "missing.qvl"), "missing.qvl", "no such file")
     fails(qvl("info", BIN / "config.json"), "config.json", "not a safetensors file")
     fails(qvl("info", GOLDEN / "ckpt/tiny-vl/model-00001-of-00003.safetensors"), "is no .qvl file", "qvl convert")
+    fails(qvl("info", GOLDEN / "ckpt/tiny-vl"), "is a folder", "qvl convert")
     damaged = tmp_path / "damaged.qvl"
     content = bytearray(blob("tiny-vl-bin").read_bytes())
     content[TensorFile(blob("tiny-vl-bin")).entries["lm_head.qweight"].start] ^= 1

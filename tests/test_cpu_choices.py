@@ -222,7 +222,7 @@ def test_bench_reports_the_choice(capsys):
         return capsys.readouterr().out
 
     assert "prefetch" not in shown()
-    assert "512 KB" in (text := shown(level2=512 << 10, ahead=2048)) and "2048 bytes (not measured)" in text
+    assert "512 KiB" in (text := shown(level2=512 << 10, ahead=2048)) and "2048 bytes (not measured)" in text
     text = shown(level2=512 << 10, ahead=1024, ahead_times={0: 1.2, 1024: 0.8, 2048: 1.0})
     assert "1024 bytes (0: 1.50, 2048: 1.25 of its time)" in text
 

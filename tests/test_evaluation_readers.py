@@ -263,5 +263,5 @@ def test_every_task_has_prompts_and_a_misspelt_one_a_hint():
     for task in TASKS.values():
         assert task.prompt in FIELDS and task.prompt in CHAT and task.prompt in {**RAW, **TALK}
         assert (task.longest > 0) != (task.prompt in ("choice", "ready"))
-    with pytest.raises(qvl.QvlError, match=r"'vqa2' is no task; vqav2\? There are flickr30k"):
+    with pytest.raises(qvl.QvlError, match=r"'vqa2' is no task; vqav2\?; there are flickr30k"):
         find("vqa2")

@@ -100,6 +100,7 @@ WRONG = {
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
     "top_logprobs 21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "logit_bias": ({"logit_bias": {"1": 100}}, "logit_bias"),
+    "another server's constraint": ({"guided_choice": ["yes", "no"]}, "guided_choice"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "response_format a word": ({"response_format": "json"}, "response_format"),
     "response_format unknown": ({"response_format": {"type": "xml"}}, "response_format.type"),

@@ -62,6 +62,7 @@ def entry(start: int, stop: int, shape: list | None = None, dtype: object = "U8"
         (b"1234567", "7 bytes"),
         (struct.pack("<Q", 1) + b"{}" * 0, "header claims 1 bytes"),
         (struct.pack("<Q", 2**63) + b"{}", "header claims"),
+        (b"GGUF\x03\0\0\0" + bytes(64), "GGUF file.*qvl convert"),
         (with_header(b"{"), "header is not readable as JSON"),
         (with_header(b"\xff\xfe"), "header is not readable as JSON"),
         (with_header(b"[" * 100_000), "header is not readable as JSON"),

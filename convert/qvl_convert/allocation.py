@@ -80,8 +80,8 @@ def allocate(
     smallest = size_of(list(plans[fewest].values()))
     if smallest > target:
         raise QvlError(
-            f"--target-size {target / 1e9:.3f} GB is too small: with {fewest} bits everywhere and groups of "
-            f"{group_size} the file has {smallest / 1e9:.3f} GB"
+            f"--target-size of {target / 1e6:,.2f} MB is too small: with {fewest} bits everywhere and groups of "
+            f"{group_size} the file has {smallest / 1e6:,.2f} MB"
         )
     checkpoint = source.checkpoint
     units = stages(checkpoint.family, checkpoint.config)

@@ -46,7 +46,7 @@ class Merged(Checkpoint):
         super().__init__(folder)
         self._adapter = as_path(adapter)
         self._where = self._adapter / "adapter_config.json"
-        self._factor = _factor(read_json(self._where), str(self._where))
+        self._factor = _factor(read_json(self._where, "a PEFT adapter"), str(self._where))
         path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
         if path is None:
             raise QvlError(f"{self._adapter}: holds no {FILES[0]}; finish the download")

@@ -166,7 +166,7 @@ class Answerer:
             "id": f"{_name(row)}-body",
             "object": "chat.completion" if isinstance(form, ChatForm) else "text_completion",
             "created": 0,
-            "model": self._model.blob.path.name,
+            "model": self._model.blob.path.stem,
             "choices": [form.whole(answer) for answer in answers],
             "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
         }

@@ -92,6 +92,18 @@ def _to_lines(records: Sequence[Record]) -> bytes:
     return b"".join(json.dumps(r, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for r in records)
 
 
+def _differing(facts: Mapping[str, Any], written: Mapping[str, Any], group: str = "") -> list[str]:
+    """Name the facts that differ; of a group of options those inside it."""
+    names: list[str] = []
+    for name in sorted({*facts, *written}):
+        mine, other = facts.get(name), written.get(name)
+        if not group and name in ("options", "load") and isinstance(mine, dict) and isinstance(other, dict):
+            names += _differing(mine, other, name)
+        elif mine != other:
+            names.append(name)
+    return names
+
+
 def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the facts that a job's output depends on, or compare them with the existing manifest.
 
@@ -103,7 +115,7 @@ def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
     if path.exists():
         written = parse_object(read_regular(path, limit=MAX_JSON), str(path), "take another folder")
-        if differing := sorted(name for name in {*facts, *written} if facts.get(name) != written.get(name)):
+        if differing := _differing(facts, written):
             raise QvlError(
                 f"{folder}: holds the output of another job (it differs in {', '.join(differing)}); take another "
                 "folder, or the arguments that it was begun with"

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 
 from qvl_runtime.backends import backend
 from qvl_runtime.batch.answers import Record
+from qvl_runtime.batch.folder import PictureFolder
 from qvl_runtime.batch.job import Computed, Job, Progress, Runner, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import on_this_machine
@@ -88,6 +89,8 @@ def batch(
     if draw is not None and rows.is_dir() and draw.resolve().is_relative_to(rows.resolve()):
         raise QvlError(f"--draw {draw}: is in the input, whose pictures it would add to; take another folder")
     source = open_source(rows, images)
+    if isinstance(source, PictureFolder) and prompt is None:
+        raise QvlError(f"{rows}: is a folder of pictures; say what to ask about each with --prompt")
     generate = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

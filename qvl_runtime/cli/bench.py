@@ -56,23 +56,23 @@ def bench(
 
 
 def _table(speeds: Speeds, conditions: dict) -> Table:
-    threads = f", {conditions['threads']} threads" if conditions["threads"] else ""
+    threads = f", threads: {conditions['threads']}" if conditions["threads"] else ""
     table = Table(title=f"{conditions['file']} on {conditions['device']}{threads}", title_justify="left")
-    for heading in ("work", "speed", "of the machine's limit"):
-        table.add_column(heading, justify="left" if heading == "work" else "right")
+    for heading in ("", "measured", "of the machine's limit"):
+        table.add_column(heading, justify="right" if heading else "left")
     if speeds.image is not None:
         table.add_row("one picture", duration(speeds.image), "")
     prompt, answer = (f"{conditions[name]} tokens" for name in ("prompt_tokens", "new_tokens"))
     table.add_row(f"prompt of {prompt}", f"{speeds.prefill:.1f} tokens/s", _share(speeds.prefill_share, "int8 peak"))
     table.add_row(f"answer of {answer}", f"{speeds.decode:.2f} tokens/s", _share(speeds.decode_share, "bandwidth"))
-    table.add_row("bytes an answer's token reads", size(speeds.bytes_per_token), "")
+    table.add_row("read per answer token", size(speeds.bytes_per_token), "")
     if speeds.bandwidth is not None and speeds.int8_peak is not None:
-        table.add_row("the machine reads", f"{size(int(speeds.bandwidth))}/s", "")
-        table.add_row("the machine multiplies int8", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
+        table.add_row("memory bandwidth", f"{size(int(speeds.bandwidth))}/s", "")
+        table.add_row("int8 peak", f"{speeds.int8_peak / 1e9:.0f} GOP/s", "")
     if speeds.peak_memory is not None:
-        table.add_row("peak memory, file included", size(speeds.peak_memory), "")
+        table.add_row("peak memory with file", size(speeds.peak_memory), "")
     if speeds.level2 is not None and speeds.ahead is not None:
-        table.add_row("L2 cache per thread", f"{speeds.level2 >> 10} KB", "")
+        table.add_row("L2 cache per thread", f"{speeds.level2 >> 10} KiB", "")
         table.add_row("prefetch distance", _ahead(speeds.ahead, speeds.ahead_times), "")
     return table
 

@@ -35,20 +35,21 @@ def convert(
     src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
     bits: Annotated[int, typer.Option(help="3, 4, 8 or 16, for the decoder's linear layers; 16 applies to all.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64 or 128.")] = 128,
+    group_size: Annotated[int, typer.Option(help="Columns per scale: 32 (not with 3 bits), 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
     target_size: Annotated[
-        str | None, typer.Option(help="Size of the file, such as 5.5GB: bits are chosen by the error of each layer.")
+        str | None,
+        typer.Option(help="Largest size of the file, such as 5.5GB: bits of each layer by its error, not by --bits."),
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
-        str, typer.Option(help="For gptq: 'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
+        str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures. (*)")
     ] = "builtin",
-    calibration_samples: Annotated[int, typer.Option(help="For gptq: number of conversations.")] = 32,
-    device: Annotated[str, typer.Option(help="For gptq: auto, cpu or cuda.")] = "auto",
-    spill: Annotated[bool, typer.Option("--spill", help="For gptq: store activations on disk, not in memory.")] = False,
+    calibration_samples: Annotated[int, typer.Option(help="Number of conversations. (*)")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. (*)")] = "auto",
+    spill: Annotated[bool, typer.Option("--spill", help="Store activations on disk, not in memory. (*)")] = False,
     verify: Annotated[
         int | None,
         typer.Option(help="Conversations to compare with the original afterwards.  [default: 2 with gptq, else 0]"),
@@ -59,7 +60,8 @@ def convert(
     """Make a .qvl file out of a Hugging Face model.
 
     Reads Qwen3-VL, Qwen2.5-VL, Qwen2-VL, Qwen-VL and Qwen-7B from safetensors or PyTorch files. AutoGPTQ and AWQ
-    versions are imported unchanged, FP8 versions are converted. No code of the model is run.
+    versions are imported unchanged, FP8 versions are converted. No code of the model is run. Options with (*) are for
+    --method gptq or --target-size.
 
     \b
     Examples:

@@ -107,7 +107,7 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
     """
     window = blob.config.max_position_embeddings
     if not 1 <= context <= window:
-        raise QvlError(f"--context is {context}; the model's window is {window} tokens")
+        raise QvlError(f"--context is {context}; the model's window is {window} tokens: choose 1 to {window}")
     if kv_cache not in KV_CACHES:
         raise QvlError(f"--kv-cache is {kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
     backend, name, free = device_memory(device)
@@ -154,11 +154,11 @@ def _text(facts: dict[str, Any]) -> str:
     adapters = sorted({name.partition("/")[0] for name in files if "/" in name} if isinstance(files, dict) else ())
     merged = f" with the adapter {', '.join(adapters)}" if adapters else ""
     lines.append(f"  made from    {source.get('name')}{merged} by {source.get('made_by')}")
-    shared = "" if decoder["kv_heads"] == decoder["heads"] else f" that share {decoder['kv_heads']} keys"
+    shared = "" if decoder["kv_heads"] == decoder["heads"] else f" ({decoder['kv_heads']} of keys and values)"
     wider = "" if decoder["window"] == decoder["default_window"] else f" (--context: up to {decoder['window']})"
     lines.append(
         f"  decoder      {decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads{shared}, "
-        f"{decoder['tokens']} tokens, window {decoder['default_window']}{wider}"
+        f"vocabulary {decoder['tokens']}, window {decoder['default_window']}{wider}"
     )
     if facts["vision"]:
         lines.append(f"  vision       {facts['vision']}")

@@ -123,7 +123,10 @@ def _keys(path: Path | None) -> list[str]:
     if os.environ.get(KEY_VARIABLE):
         keys.append(os.environ[KEY_VARIABLE].strip())
     if any(len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise QvlError(f"a key must be {SHORTEST_KEY} or more ASCII characters without blanks; make one longer")
+        places = " and ".join([str(path)] * (path is not None) + [KEY_VARIABLE] * (KEY_VARIABLE in os.environ))
+        raise QvlError(
+            f"{places}: a key must be {SHORTEST_KEY} or more ASCII characters without blanks; make one longer"
+        )
     return keys
 
 

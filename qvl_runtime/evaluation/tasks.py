@@ -151,5 +151,5 @@ def find(name: str) -> Task:
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, 1)
-        raise QvlError(f"{name!r} is no task" + (f"; {close[0]}?" if close else "") + f" There are {', '.join(TASKS)}")
+        raise QvlError(f"{name!r} is no task" + (f"; {close[0]}?" if close else "") + f"; there are {', '.join(TASKS)}")
     return TASKS[name]

@@ -12,15 +12,15 @@ from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular, shown
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from an untrusted file.
+def read_json(path: Path, folder_of: str = "a Hugging Face model") -> dict[str, Any]:
+    """Read a JSON object from an untrusted file; `folder_of` says in the error what its folder should hold.
 
     Raises
     ------
     QvlError
         If it is missing or not a JSON object.
     """
-    content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of a Hugging Face model?")
+    content = read_regular(path, limit=MAX_JSON, remedy=f"is {shown(path.parent)} the folder of {folder_of}?")
     return parse_object(content, f"{path}:", "download it again")
 
 

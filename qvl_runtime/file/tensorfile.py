@@ -82,6 +82,10 @@ class TensorFile:
         self.entries, self.metadata = self._read_header(size)
 
     def _read_header(self, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+        if self._map[:4] == b"GGUF":
+            raise QvlError(
+                f"{self.path}: is a GGUF file; convert the model's original folder with: qvl convert FOLDER OUT.qvl"
+            )
         length = int.from_bytes(self._map[:8], "little")
         if MAX_HEADER < length <= size - 8:
             raise QvlError(

@@ -172,5 +172,5 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reasons = {404: "there is no such route", 405: "this route has another method"}
+    reasons = {404: "there is no such route; GET /openapi.json lists them", 405: "this route has another method"}
     return ApiError(error.status_code, reasons.get(error.status_code, str(error.detail))).response(error.headers)

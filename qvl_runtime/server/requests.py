@@ -162,8 +162,15 @@ def _stops(fields: Fields, limits: Limits) -> list[str]:
     return [stop for stop in checked if stop]
 
 
+FOREIGN = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")
+"""Other servers' fields that restrict an answer. Without them it would be another one."""
+
+
 def _constraint(fields: Fields, limits: Limits) -> Form | None:
     """Read the constraint: `response_format`, or `grounding`."""
+    for name in FOREIGN:
+        if fields.get(name):
+            raise refused(f"this server knows no {name}; use response_format with a json_schema", name)
     grounding, form = fields.flag("grounding"), fields.object("response_format")
     kind = form.string("type")
     if kind in (None, "text"):

@@ -322,7 +322,8 @@ def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts
             boxes = _boxes(part)
             parts += map(format_box, boxes) if boxes else [_ref(part)]
         else:
-            raise QvlError(f"a part of a prompt needs 'text', 'image', 'image_url' or 'box'; found {part!r:.80}")
+            hint = ": this model takes no videos; pass frames as pictures" if "video" in part else ""
+            raise QvlError(f"a part of a prompt needs 'text', 'image', 'image_url' or 'box'; found {part!r:.80}{hint}")
     return parts
 
 
