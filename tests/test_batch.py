@@ -276,6 +276,29 @@ def test_a_folder_of_another_kind_is_refused(job, tmp_path):
             job(out)
 
 
+@pytest.mark.parametrize(
+    "line", [b"", b"{}", b'{"response": 5}', b'{"response": {}}', b'{"error": null}', b"[]", b"\xff"]
+)
+def test_a_block_of_something_else_is_refused(job, undisturbed, tmp_path, line):
+    for name, content in undisturbed.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "part-000001.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(QvlError, match=r"part-000001.*; delete the file"):
+        job(tmp_path).run(lambda tasks, on_computed: None)
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_harms_nothing(job, tmp_path):
+    (tmp_path / "letter").write_text("x")
+    for name in ("link", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / ".lock").symlink_to(tmp_path / "letter")
+    with pytest.raises(OSError, match=r"\.lock"):
+        job(tmp_path / "link").run(lambda tasks, on_computed: None)
+    assert (tmp_path / "letter").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe" / ".lock")
+    job(tmp_path / "pipe").run(lambda tasks, on_computed: None)
+
+
 def test_processes_give_the_same_bytes(job, undisturbed, tmp_path, spec, folder):
     source = open_source(folder / "rows.jsonl")
     job(tmp_path / "out").run(lambda *work: in_processes([MINE, MINE], spec, source, options(), *work))

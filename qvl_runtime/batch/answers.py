@@ -212,6 +212,12 @@ def failed(row: Row, error: QvlError | ApiError) -> Record:
     return {"id": row.id, "row": row.number, **empty, "error": str(error)}
 
 
+def is_record(record: Record) -> bool:
+    """Whether JSON values from a file are a record, as far as `is_failed` reads it."""
+    response = record.get("response")
+    return "error" in record if response is None else isinstance(response, dict) and "status_code" in response
+
+
 def is_failed(record: Record) -> bool:
     """Whether a record is that of a failed row."""
     if record.get("response") is not None:

@@ -237,11 +237,11 @@ class Job:
         """Return the progress of earlier runs, and the remaining tasks."""
         progress, tasks, missing = Progress(len(self._source)), [], set(self._parts.missing())
         for first in range(0, len(self._source), self._block):
-            block = first // self._block
+            block, end = first // self._block, min(first + self._block, len(self._source))
             if block in missing:
-                tasks.append(Task(block, tuple(range(first, min(first + self._block, len(self._source))))))
+                tasks.append(Task(block, tuple(range(first, end))))
                 continue
-            records = self._parts.read(block)
+            records = self._parts.read(block, end - first)
             failures = tuple(first + i for i, record in enumerate(records) if is_failed(record))
             progress.rows += len(records)
             progress.failed += len(failures)
@@ -253,9 +253,10 @@ class Job:
 
     def _write(self, done: Computed) -> None:
         first, records = done.task.block * self._block, done.records
-        if len(records) < min(self._block, len(self._source) - first):
+        count = min(self._block, len(self._source) - first)
+        if len(records) < count:
             again = dict(zip(done.task.rows, records))
-            records = [again.get(first + i, old) for i, old in enumerate(self._parts.read(done.task.block))]
+            records = [again.get(first + i, old) for i, old in enumerate(self._parts.read(done.task.block, count))]
         if self._drawings is not None:
             rows, root = rows_of(self._source, done.task), self._source.root
             draw(rows, done.records, root, self._drawings, self._options, exif=self._upright)

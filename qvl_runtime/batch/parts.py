@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_kernels.atomic import SUFFIX, replacing
-from qvl_runtime.batch.answers import Record
+from qvl_runtime.batch.answers import Record, is_record
 from qvl_runtime.batch.parquet import from_parquet, pyarrow, to_parquet
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
@@ -58,19 +58,31 @@ class Parts:
         with replacing(self.path(block), private=False, durable=True) as file:
             file.write(content)
 
-    def read(self, block: int) -> list[Record]:
-        """Read the records of a block."""
+    def read(self, block: int, rows: int) -> list[Record]:
+        """Read the records of a block.
+
+        Raises
+        ------
+        QvlError
+            If it does not hold the records of as many rows.
+        """
         path = self.path(block)
         if self._form == "parquet":
-            return from_parquet(path)
-        with open_regular(path) as file:
-            return [parse_object(line, f"{path}: line {n}", "delete the file") for n, line in enumerate(file, 1)]
+            records = from_parquet(path)
+        else:
+            with open_regular(path) as file:
+                records = [parse_object(line, f"{path}: line {n}", "delete the file") for n, line in enumerate(file, 1)]
+        if len(records) != rows or not all(map(is_record, records)):
+            raise QvlError(f"{path}: does not hold the answers to {rows} rows, as this job wrote it; delete the file")
+        return records
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Lock the folder against other jobs, and remove partial files of a killed one."""
-        with open(self.folder / LOCK, "wb") as lock:
-            _lock(lock.fileno(), self.folder)
+        # Not open(): it would empty the file that a link names, and wait for the writer of a pipe.
+        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with open(handle, "rb"):
+            _lock(handle, self.folder)
             for entry in os.scandir(self.folder):
                 if entry.name.startswith(".part-") and entry.name.endswith(SUFFIX):
                     os.unlink(entry.path)
