@@ -90,6 +90,18 @@ def test_undo_and_retry(talk):
     assert talk.screen.said[-2:] == ["took back 'two'; turns left: 1", "took back 'one'; turns left: 0"]
 
 
+def test_clear_begins_a_new_conversation(talk):
+    talk.take("one")
+    alone = talk.history[:]
+    talk.take("two")
+    talk.take("/image images/rgb_odd.png")
+    talk.take("/clear")
+    assert talk.history == []
+    talk.take("one")
+    assert talk.history == alone
+    assert talk.settings["max_new_tokens"] == 6
+
+
 def test_retry_of_a_question_with_a_picture_replaces_the_turn(talk, monkeypatch):
     talk.take("/image images/rgb_odd.png")
     talk.take("What is it?")

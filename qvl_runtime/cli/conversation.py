@@ -178,6 +178,11 @@ class Conversation:
             self.history = before
             raise
 
+    def _do_clear(self, rest: str) -> None:
+        """/clear                    begin a new conversation; settings stay"""
+        self.history, self._boxes, self._waiting, self._left_out = [], [], [], 0
+        self.screen.say("a new conversation")
+
     def _do_set(self, rest: str) -> None:
         """/set NAME VALUE           temperature, top_p, top_k, max_new_tokens, seed, …; no VALUE: the model's own"""
         name, _, value = rest.replace("=", " ").partition(" ")
