@@ -14,7 +14,16 @@ from typing import Annotated
 import typer
 
 from qvl_convert.convert import convert
-from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, VisionDevice, load_shown
+from qvl_runtime.cli.loading import (
+    Activations,
+    AllowUrls,
+    ContextTokens,
+    Device,
+    KVCache,
+    MaxPixels,
+    VisionDevice,
+    load_shown,
+)
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
@@ -51,6 +60,7 @@ def serve(
     activations: Activations = "auto",
     context: ContextTokens = None,
     vision_device: VisionDevice = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Serve a .qvl file over HTTP: OpenAI's API, and a page at /.
 
@@ -84,6 +94,7 @@ def serve(
             activations=activations,
             context=context,
             vision_device=vision_device,
+            max_pixels=max_pixels,
             conversations=CONVERSATIONS,
             max_batch=running,
         )
