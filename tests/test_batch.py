@@ -19,6 +19,7 @@ from qvl_runtime.batch.rows import Row
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.main import main
 from qvl_runtime.demo.scenes import draw, random_scene
+from qvl_runtime.engine.constraints import JsonSchema
 from qvl_runtime.errors import QvlError
 
 ROWS, BLOCK, NEW = 11, 3, 32
@@ -352,6 +353,15 @@ def test_lines_of_openai(demo_model, folder):
     assert len(two["body"]["choices"]) == 2
     assert [response["status_code"] for response in bad] == [400, 400]
     assert str(folder) not in json.dumps(bad) and all(map(is_failed, found[0][2:]))
+
+
+def test_answers_follow_a_schema(demo_model, folder):
+    schema = JsonSchema('{"enum": ["one", "two"]}')
+    asked, found = options(schema=schema), []
+    rows = [Row(0, "a", QUESTIONS[1], ("a.png",))]
+    Answerer(demo_model, folder, asked)([rows], lambda _, records: found.append(records))
+    assert json.loads(found[0][0]["text"]) in ("one", "two")
+    assert asked.fingerprint()["schema"] == schema.schema and "schema" not in options().fingerprint()
 
 
 def test_a_seed_belongs_to_a_row():

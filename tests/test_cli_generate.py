@@ -114,4 +114,26 @@ def test_an_empty_answer_of_a_chat_model_says_so(generate, monkeypatch):
     stream = Stream(job, lambda seen: collected(seen, lambda text: []))
     monkeypatch.setattr("qvl_runtime.model.Model.stream", lambda self, *a, **k: stream)
     status, out, err = generate("Hello")
-    assert (status, out) == (0, "\n") and "qvl chat" in err
+    assert (status, out) == (0, "\n") and "--chat" in err
+
+
+def test_a_chat_turn_is_that_of_chat(generate, model, monkeypatch):
+    few = ("--max-new-tokens", 8, "-i", "images/rgb_odd.png")
+    found = json.loads(generate("What is it?", "--chat", "--json", *few)[1])
+    wanted = model("tiny-vl", device="cpu", bits=16).chat(
+        "What is it?", images=["images/rgb_odd.png"], max_new_tokens=8, temperature=0, top_k=0, top_p=1.0
+    )
+    assert (found["token_ids"], found["prompt_tokens"]) == (wanted.token_ids, wanted.prompt_tokens)
+    assert json.loads(generate("What is it?", "--json", *few)[1])["prompt_tokens"] < wanted.prompt_tokens
+    monkeypatch.setattr("qvl_runtime.model.Model.is_chat", False)
+    status, out, err = generate("What is it?", "--chat")
+    assert (status, out, err.count("\n")) == (1, "", 1) and "base model" in err
+
+
+def test_an_answer_follows_a_schema(generate, tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"enum": ["yes", "no"]}))
+    assert json.loads(generate("Is it?", "--json-schema", path)[1]) in ("yes", "no")
+    path.write_text("[]")
+    status, out, err = generate("Is it?", "--json-schema", path)
+    assert (status, out, err.count("\n")) == (1, "", 1) and str(path) in err

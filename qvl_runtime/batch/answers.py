@@ -126,6 +126,7 @@ class Answerer:
             "prompt": [*parts, {"type": "text", "text": prompt}],
             "seed": self._options.seed_of(row_id),
             "allow_paths": False,
+            "constraint": self._options.schema,
             **self._options.generate,
         }
         last = pictures[-1] if pictures else None

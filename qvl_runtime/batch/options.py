@@ -7,6 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from qvl_runtime.engine.constraints import JsonSchema
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -24,6 +26,8 @@ class Options:
         Largest number of concurrent rows.
     allow_urls : bool
         Allow pictures from http(s) URLs.
+    schema : JsonSchema, optional
+        Restricts the answers of rows that are not lines of OpenAI's format.
     """
 
     prompt: str | None
@@ -31,10 +35,12 @@ class Options:
     seed: int
     max_batch: int
     allow_urls: bool
+    schema: JsonSchema | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts that answers depend on, as JSON types; `max_batch` is not among them."""
-        return {"prompt": self.prompt, "seed": self.seed, "urls": self.allow_urls, **self.generate}
+        schema = {} if self.schema is None else {"schema": self.schema.schema}
+        return {"prompt": self.prompt, "seed": self.seed, "urls": self.allow_urls, **schema, **self.generate}
 
     def seed_of(self, row_id: str) -> int:
         """Return the seed of a row, which is deterministic."""

@@ -28,10 +28,12 @@ from qvl_runtime.cli.sampling import (
     MinP,
     PresencePenalty,
     RepetitionPenalty,
+    SchemaFile,
     Stop,
     Temperature,
     TopK,
     TopP,
+    read_schema,
 )
 from qvl_runtime.errors import QvlError
 
@@ -59,6 +61,7 @@ def batch(
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of a row derives from this and its id.")] = 0,
     stop: Stop = None,
+    schema: SchemaFile = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Compute on this Ray cluster; local starts one here.")
     ] = None,
@@ -102,7 +105,7 @@ def batch(
         "frequency_penalty": frequency_penalty,
         "stop": stop or [],
     }
-    options = Options(prompt, generate, seed, max_batch, allow_urls)
+    options = Options(prompt, generate, seed, max_batch, allow_urls, read_schema(schema))
     spec = ModelSpec(
         model,
         {

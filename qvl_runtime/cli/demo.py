@@ -90,7 +90,7 @@ def demo(
     # The features of the picture are cached after the first question.
     print(f"\n   picture {duration(spent[0].image)}, prompt {prompts:,.0f} tokens/s, answer {answers:,.0f} tokens/s")
     print(f"   all in {_since(began)}. Go on by yourself:")
-    asked = f"qvl generate {shlex.quote(str(blob))} 'Describe the picture.' --image"
+    asked = f"qvl generate --chat {shlex.quote(str(blob))} 'Describe the picture.' --image"
     print(f"   $ {asked} {shlex.quote(str(out / 'picture.png'))}")
     print(f"   $ qvl chat {shlex.quote(str(blob))}")
 

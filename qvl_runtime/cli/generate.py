@@ -26,10 +26,12 @@ from qvl_runtime.cli.sampling import (
     MinP,
     PresencePenalty,
     RepetitionPenalty,
+    SchemaFile,
     Stop,
     Temperature,
     TopK,
     TopP,
+    read_schema,
 )
 from qvl_runtime.cli.text import printable, standard_input
 from qvl_runtime.drawing import check_extension, draw_boxes
@@ -47,6 +49,7 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in a chat turn, as `qvl chat` does.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of the answer.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -57,6 +60,7 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Stop = None,
+    schema: SchemaFile = None,
     draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     device: Device = "auto",
@@ -69,14 +73,18 @@ def generate(
 ) -> None:
     """Answer a prompt, with pictures if the model supports them.
 
-    The prompt is raw text without chat turns; `qvl chat` has those. The last line end of standard input is removed.
+    The prompt is raw text; with --chat it is the user's turn of a chat, which chat models need for most questions. The
+    last line end of standard input is removed.
 
     \b
     Examples:
       qvl generate qwen-vl.qvl "Describe the image in English:" -i cat.jpg
       qvl generate qwen-vl.qvl "<img>cat.jpg</img><ref>the cat</ref><box>" --draw found.png
+      qvl generate qwen3-vl.qvl --chat "What is on the table?" -i table.jpg
+      qvl generate qwen3-vl.qvl --chat "Read the receipt." -i receipt.jpg --json-schema receipt.json
       qvl generate qwen-vl.qvl - --json < prompt.txt
     """
+    constraint = read_schema(schema)
     text = "".join(standard_input()).removesuffix("\n") if prompt == "-" else prompt
     picture: ImageSource | None = None
     if draw is not None:
@@ -93,9 +101,11 @@ def generate(
         vision_device=vision_device,
         max_pixels=max_pixels,
     )
+    if chat and not loaded.is_chat:
+        raise QvlError(f"{model}: is a base model and has no chat turns; leave out --chat")
     pieces = loaded.stream(
-        text,
-        image,
+        [*({"image": source} for source in image or ()), {"text": text}] if chat else text,
+        None if chat else image,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -106,6 +116,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=stop or (),
+        constraint=constraint,
         allow_urls=allow_urls,
     )
     if not as_json:
@@ -137,7 +148,7 @@ def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
         remedy = f"--context may be up to {window}" if model.window < window else "shorten the prompt"
         return f"the answer was cut: prompt and answer fill the context of {model.window} tokens; {remedy}"
     if not result.text.strip() and result.finish_reason == "stop":
-        chat = "; this is a chat model: `qvl chat` asks it with chat turns" if model.is_chat else ""
+        chat = "; this is a chat model: --chat asks it in a chat turn" if model.is_chat else ""
         return f"the model ended its answer at once{chat}"
     return None
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qvl_runtime.engine.constraints import JsonSchema
+from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.opening import read_regular
 
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="1 is off.")]
@@ -14,3 +20,19 @@ RepetitionPenalty = Annotated[float, typer.Option(help="1 is off.")]
 PresencePenalty = Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")]
 FrequencyPenalty = Annotated[float, typer.Option(help="From -2 to 2; 0 is off.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends an answer; repeat for several.")]
+SchemaFile = Annotated[
+    Path | None, typer.Option("--json-schema", help="File of a JSON schema; answers are JSON that matches it.")
+]
+
+
+def read_schema(path: Path | None) -> JsonSchema | None:
+    """Read the file of `--json-schema`.
+
+    Raises
+    ------
+    QvlError
+        If it is missing or not a JSON object.
+    """
+    if path is None:
+        return None
+    return JsonSchema(json.dumps(parse_object(read_regular(path, limit=MAX_JSON), str(path), "correct it")))
