@@ -71,6 +71,12 @@ def qvl_eval(*arguments: object):
     return CliRunner().invoke(main._app("eval"), ["eval", *map(str, arguments)])
 
 
+def test_the_limit_of_pictures_arrives(world, demo, tmp_path):
+    arguments = ("--data", world, "--out", tmp_path / "a", "--device", "cpu", "--max-pixels", 100_000)
+    ran = qvl_eval(demo, "docvqa", *arguments)
+    assert "are for models that take pictures of any size" in ran.output
+
+
 def test_the_demo_model_on_all_four_families(world, demo, base, tmp_path):
     """Most answers of the demo model are right, and none of an untrained model."""
     prompts, highest = world / "prompts.json", {"nocaps": 1000, "vqav2": 100, "docvqa": 100, "refcoco_val": 100}

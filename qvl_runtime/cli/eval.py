@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from qvl_runtime.cli.loading import Activations, Device, KVCache
+from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
 from qvl_runtime.cli.text import duration, size
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
 from qvl_runtime.evaluation.plot import draw
@@ -39,6 +40,7 @@ def eval(
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
     activations: Activations = "auto",
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Score models on a published task with its published method.
 
@@ -73,6 +75,7 @@ def eval(
             device=device,
             kv_cache=kv_cache,
             activations=activations,
+            max_pixels=max_pixels,
             progress=lambda name, done, total: bar.update(shown, description=name, completed=done, total=total),
         )
     for path in found.exported:
@@ -85,12 +88,9 @@ def eval(
     print(json.dumps(found.document))
 
 
-def table(found: Evaluation) -> Table:
+def table(found: Evaluation) -> Group:
     """Format a comparison as a table with a column for each model, which fits narrow terminals."""
-    task = found.task
-    made = Table(
-        title=f"{task.title}: {task.metric}, {found.questions} questions", title_justify="left", caption_justify="left"
-    )
+    task, made = found.task, Table()
     made.add_column("", overflow="fold")
     for row in found.rows:
         made.add_column(row.name, justify="right", overflow="fold")
@@ -107,5 +107,6 @@ def table(found: Evaluation) -> Table:
     made.add_row("file", *(size(row.size) for row in found.rows))
     published = ", ".join(f"{name} {score:.2f}" for name, score in task.published.items())
     split = f" ({task.split})" if task.split else ""
-    made.caption = "\n".join(filter(None, [published and f"published: {published}{split}", found.note])) or None
-    return made
+    above = f"{task.title}: {task.metric}, {found.questions} questions"
+    below = filter(None, [published and f"published: {published}{split}", found.note])
+    return Group(Text(above), made, *map(Text, below))

@@ -56,6 +56,7 @@ def evaluate(
     device: str = "auto",
     kv_cache: str = "fp16",
     activations: str = "auto",
+    max_pixels: int | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Evaluation:
     """Score models on a published task.
@@ -76,7 +77,7 @@ def evaluate(
         Custom prompts; see `qvl_runtime.evaluation.prompts.wording`.
     max_batch : int
         Largest number of concurrent questions. The answers do not depend on it.
-    device, kv_cache, activations
+    device, kv_cache, activations, max_pixels
         As in `qvl_runtime.load`.
     progress : callable
         Called with a model's name, the number of answered questions, and their total.
@@ -91,10 +92,12 @@ def evaluate(
     asked = questions(task, data, limit=limit, seed=seed)
     folder = Path("qvl-eval") / name if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"kv_cache": kv_cache, "activations": activations}
+    options: dict[str, Any] = {"kv_cache": kv_cache, "activations": activations}
+    if max_pixels is not None:
+        options["max_pixels"] = max_pixels
 
     def answers(path: Path, label: str) -> tuple[Asked, str]:
-        model = load(path, device, kv_cache, activations=activations)
+        model = load(path, device, **options)
         words = wording(model, task.prompt, prompts)
         head = made_with(model, name, task, asked, words, options)
         with AnswerFile(folder / f"{label}.jsonl", head) as file:
