@@ -186,6 +186,9 @@ def test_a_folder_belongs_to_one_job(job, tmp_path):
         with pytest.raises(QvlError, match=rf"output of another job \(it differs in {differing}\)"):
             job(out, **changes)
     job(out, asked=options(max_batch=1))  # changes no answer
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(QvlError, match="file: is a file; name a folder"):
+        job(tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("x")
     with pytest.raises(QvlError, match="not empty"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +107,9 @@ def test_test_sets_depend_on_the_seed_alone(skills):
     assert all(a != b for a, b in zip(first, other))
 
 
-def test_demo_leaves_what_it_names(tmp_path, capsys):
+def test_demo_leaves_what_it_names(tmp_path, capsys, monkeypatch):
     out = tmp_path / "a demo"
+    monkeypatch.setattr("shutil.which", lambda name: name)
     demo(out=out, seed=3, device="cpu")
     text = capsys.readouterr().out
     assert {f.name for f in out.iterdir()} == {"demo.qvl", "picture.png", "boxes.png"}
@@ -114,7 +117,9 @@ def test_demo_leaves_what_it_names(tmp_path, capsys):
     for word in ("qvl convert", "qvl generate", "qvl chat", "--seed 3", "MB", "tokens/s"):
         assert word in text
     assert any("\u4e00" <= c <= "\u9fff" for c in text) and "?" in text
+    monkeypatch.setattr("shutil.which", lambda name: None)
     demo(out=out, seed=3, device="cpu")
+    assert f"{shlex.quote(sys.executable)} -m qvl_runtime generate" in capsys.readouterr().out
     (out / "demo.qvl").write_bytes(b"a file of the user")
     with pytest.raises(qvl.QvlError, match=r"demo\.qvl: exists"):
         demo(out=out, seed=3, device="cpu")

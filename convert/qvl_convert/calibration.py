@@ -119,7 +119,7 @@ def load(
         If nothing can be read, more than `MAX_BAD` samples are invalid (each is logged and skipped), or none is left.
     """
     rng, source = np.random.default_rng(seed), as_path(source)
-    for name, value in (("count", count), ("max_tokens", max_tokens)):
+    for name, value in (("the number of conversations", count), ("max_tokens", max_tokens)):
         if type(value) is not int or value < 1:
             raise QvlError(f"{name} is {value!r}; expected 1 or more")
     max_tokens = min(max_tokens, speaker.config.max_position_embeddings)

@@ -124,6 +124,8 @@ def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     QvlError
         If the folder belongs to another job, or holds other files.
     """
+    if folder.exists() and not folder.is_dir():
+        raise QvlError(f"{folder}: is a file; name a folder for the output")
     path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
     if path.exists():
         written = parse_object(read_regular(path, limit=MAX_JSON), str(path), "take another folder")

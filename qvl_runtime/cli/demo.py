@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -55,10 +56,12 @@ def demo(
       qvl demo --seed 7 --out /tmp/demo
     """
     began = time.perf_counter()
+    # An environment that is not activated has no qvl on the PATH.
+    program = "qvl" if shutil.which("qvl") else f"{shlex.quote(sys.executable)} -m qvl_runtime"
     source, blob = checkpoint_folder(), out / "demo.qvl"
     _make_folder(out)
     print("1. The model: the package's own small Qwen-VL, converted to 4 bits")
-    print(f"   $ qvl convert {shlex.quote(str(source))} {shlex.quote(str(blob))} --force")
+    print(f"   $ {program} convert {shlex.quote(str(source))} {shlex.quote(str(blob))} --force")
     convert(source, blob, force=True)
     before = (source / "model.safetensors").stat().st_size
     print(f"   {size(before)} in bf16 -> {size(blob.stat().st_size)} ({_since(began)})")
@@ -90,9 +93,9 @@ def demo(
     # The features of the picture are cached after the first question.
     print(f"\n   picture {duration(spent[0].image)}, prompt {prompts:,.0f} tokens/s, answer {answers:,.0f} tokens/s")
     print(f"   all in {_since(began)}. Go on by yourself:")
-    asked = f"qvl generate --chat {shlex.quote(str(blob))} 'Describe the picture.' --image"
+    asked = f"{program} generate --chat {shlex.quote(str(blob))} 'Describe the picture.' --image"
     print(f"   $ {asked} {shlex.quote(str(out / 'picture.png'))}")
-    print(f"   $ qvl chat {shlex.quote(str(blob))}")
+    print(f"   $ {program} chat {shlex.quote(str(blob))}")
 
 
 def fresh_scene(rng: np.random.Generator) -> Scene:
