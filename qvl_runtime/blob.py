@@ -73,9 +73,9 @@ class Blob:
         config, where = self._json("config"), f"{self.path}: config"
         self.family: Family = family_of(config, where)
         self.config: Config = self.family.read_config(config, where)
-        self.generation_config = GenerationConfig.from_dict(
-            self._json("generation_config"), f"{self.path}: generation_config"
-        )
+        where = f"{self.path}: generation_config"
+        self.generation_config = GenerationConfig.from_dict(self._json("generation_config"), where)
+        self.generation_config.check_tokens(self.config.vocab_size, where)
         self.metadata = {key: self._json(key) for key in ("preprocessing", "quantization", "source", "hashes")}
         specs = list(self.family.tensors(self.config))
         self._matrices = {s.name: s for s in specs if isinstance(s, MatrixSpec)}

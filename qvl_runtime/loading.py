@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops, tune
 from qvl_runtime.blob import Blob
@@ -104,8 +105,9 @@ def load(
         whole_number(name, value)
     if whole_number("max_batch", max_batch, 1) > MAX_BATCH:
         raise QvlError(f"max_batch is {max_batch}; at most {MAX_BATCH} answers are computed together")
-    if kv_cache_bytes is not None:
-        whole_number("kv_cache_bytes", kv_cache_bytes)
+    for name, number in (("kv_cache_bytes", kv_cache_bytes), ("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if number is not None:
+            whole_number(name, number)
     blob = Blob(path)
     if context is not None and context > blob.config.max_position_embeddings:
         raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
@@ -121,11 +123,16 @@ def load(
     window = min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary, window)
     pictures = None
+    with _naming(blob):
+        tokenizer = family.tokenizer(blob.ranks, config)
     if config.sees:
-        facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), blob.metadata["preprocessing"]]
+        preprocessing = blob.metadata["preprocessing"]
+        facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), preprocessing]
+        with _naming(blob):
+            preprocess = family.preprocess(config, preprocessing, min_pixels=min_pixels, max_pixels=max_pixels)
         pictures = PictureEncoder(
             PictureReader(
-                family.preprocess(config, blob.metadata["preprocessing"], min_pixels=min_pixels, max_pixels=max_pixels),
+                preprocess,
                 json.dumps([*facts, vision_ops.name, activations], sort_keys=True),
                 upright=family.upright if exif is None else exif,
             ),
@@ -137,7 +144,7 @@ def load(
         kv_cache_bytes = free_bytes(ops, blob) // 2
     return Model(
         blob,
-        family.tokenizer(blob.ranks, config),
+        tokenizer,
         Scheduler(
             Sessions(decoder, kv_cache, conversations),
             max_batch=max_batch,
@@ -148,3 +155,12 @@ def load(
         window=window,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
     )
+
+
+@contextlib.contextmanager
+def _naming(blob: Blob) -> Iterator[None]:
+    """Let errors begin with the name of the file."""
+    try:
+        yield
+    except QvlError as error:
+        raise QvlError(f"{blob.path}: {error}") from None

@@ -20,6 +20,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.tensors import tensors
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 from qvl_runtime.file.tensorfile import TensorFile
+from qvl_runtime.loading import load
 
 SCALES, QWEIGHT = "lm_head.scales", "lm_head.qweight"
 
@@ -136,6 +137,9 @@ def set_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (meta("config", "{"), "'config' is not readable as JSON"),
         (meta("hashes", "[]"), "'hashes' holds no JSON object"),
         (meta("generation_config", {"top_p": "x"}), "'top_p'"),
+        (meta("generation_config", {"top_p": "x" * 100_000}), r"^.{,300}$"),
+        (meta("generation_config", {"eos_token_id": [3, 10**9]}), "'eos_token_id' is 1000000000"),
+        (meta("generation_config", {"eos_token_id": -1}), "'eos_token_id' is -1"),
         (lambda a, m: m.pop("quantization"), "'quantization' is missing"),
         (meta("version", "2"), "format version '2'"),
         (meta("format", "other"), r"is no \.qvl file"),
@@ -243,3 +247,12 @@ def test_numbers_beyond_a_float(spoilt):
 
     with pytest.raises(QvlError, match=r"'layer_norm_epsilon' is inf"):
         everything(spoilt(change))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mean": "x"}, {"mean": [1, 2]}, {"mean": ["", 1, 1]}, {"mean": [[1], 1, 1]}, {"std": [0, 1, 1]}]
+)
+def test_preprocessing_that_cannot_be_computed_is_refused(spoilt, wrong):
+    path = spoilt(meta("preprocessing", wrong))
+    with pytest.raises(QvlError, match=f"^{re.escape(str(path))}: preprocessing: '{next(iter(wrong))}'"):
+        load(path, device="cpu")

@@ -190,7 +190,11 @@ def test_tensors_that_contradict_the_config(tmp_path, change, parts):
         ({"seq_length": "2048"}, ["seq_length"]),
         ({"visual": None}, ["transformer.visual.", "describe"]),
         ({"visual": {"image_size": 448}}, ["visual", "missing"]),
-        ({"intermediate_size": 10**30}, ["mlp.w1.weight"]),
+        ({"intermediate_size": 4096}, ["mlp.w1.weight"]),
+        ({"intermediate_size": 10**30}, ["'intermediate_size'", "at most"]),
+        ({"rotary_emb_base": 1e300}, ["'rotary_emb_base' is 1e+300", "at most"]),
+        ({"layer_norm_epsilon": 2.0}, ["'layer_norm_epsilon' is 2.0", "at most"]),
+        ({"kv_channels": 2}, ["'kv_channels' is 2", "above 2"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most 1024"]),
         ({"vocab_size": 2**63}, ["vocab_size", "at most"]),
         ({"max_position_embeddings": 10**12}, ["max_position_embeddings", "at most"]),
@@ -198,6 +202,7 @@ def test_tensors_that_contradict_the_config(tmp_path, change, parts):
         ({"visual": VISUAL | {"layers": 10**9}}, ["'layers' is 1000000000"]),
         ({"visual": VISUAL | {"mlp_ratio": 1e308}}, ["'mlp_ratio' is 1e+308"]),
         ({"visual": VISUAL | {"image_size": 14 * 10**9}}, ["'image_size'", "at most"]),
+        ({"visual": VISUAL | {"width": 10**400}}, ["'width'", "at most"]),
     ],
 )
 def test_config_that_contradicts_the_tensors(copy, config, parts):

@@ -11,12 +11,13 @@ import pytest
 from families import GOLDEN
 from PIL import Image
 from safetensors.numpy import save_file
-from shards import all_tensors
+from shards import all_tensors, safetensors_bytes
 
 import qvl_runtime
 from qvl_convert.convert import convert
 from qvl_runtime.cli.main import main
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.tensorfile import TensorFile
 
 
 @pytest.fixture
@@ -103,3 +104,23 @@ def test_pictures_that_cannot_be_seen(tmp_path):
         QvlError, match=r"400 of them pictures\) and the window is 64; shorten .* context of up to 4096"
     ):
         model.generate("x", [Image.new("RGB", (560, 560))])
+
+
+def test_metadata_that_contradict_the_rest_of_a_file(tmp_path):
+    path = tmp_path / "x.qvl"
+    convert(GOLDEN / "ckpt/q3-tied", path)
+    file = TensorFile(path)
+    arrays = {name: np.array(file.array(name)) for name in file.entries}
+    for key, change, message in [
+        ("config", {"vision_start_token_id": 0}, "config: 'vision_start_token_id' is 0"),
+        ("preprocessing", {"video": 5}, "preprocessing: 'video' is 5"),
+        ("preprocessing", {"max_pixels": 10**400}, "preprocessing: 'max_pixels' is 1000"),
+        ("preprocessing", {"image_std": [1.0, 1.0, 1e300]}, "preprocessing: 'image_std' is"),
+    ]:
+        changed = json.dumps(json.loads(file.metadata[key]) | change)
+        (tmp_path / "y.qvl").write_bytes(safetensors_bytes(arrays, file.metadata | {key: changed}))
+        with pytest.raises(QvlError, match=f"y.qvl: {message}"):
+            qvl_runtime.load(tmp_path / "y.qvl", device="cpu")
+    for wrong in ("x", 1.5, 10**400):
+        with pytest.raises(QvlError, match="max_pixels is"):
+            qvl_runtime.load(path, device="cpu", max_pixels=wrong)

@@ -77,6 +77,7 @@ class Checkpoint:
         self.family = family_of(self.raw_config, where)
         self.config: Config = self.family.read_config(self.raw_config, where)
         self.generation_config = self.family.read_generation(self.folder)
+        self.generation_config.check_tokens(self.config.vocab_size, str(self.folder / "generation_config.json"))
         self.ranks = self.family.read_ranks(self.folder, self.config)
         self.preprocessing = self.family.read_preprocessing(self.folder, self.config)
         self._shards = self._open_shards()

@@ -53,6 +53,11 @@ class GenerationConfig:
         )
         return config
 
+    def check_tokens(self, vocab_size: int, where: str) -> None:
+        """Check that the tokens that end an answer are in the vocabulary."""
+        for token in self.eos_token_id:
+            check(0 <= token < vocab_size, where, f"'eos_token_id' is {token}, expected 0 to {vocab_size - 1}")
+
     @property
     def is_chat(self) -> bool:
         """Whether the model is a chat model."""

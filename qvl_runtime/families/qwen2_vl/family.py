@@ -13,7 +13,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Family, Grounding, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
-from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig
+from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, section
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.preprocessing import (
     MAX_TOKENS,
@@ -31,7 +31,7 @@ from qvl_runtime.families.qwen2_vl.template import Template
 from qvl_runtime.families.qwen2_vl.tensors import HEAD, canonical, decoder_names, stage_of, tensors
 from qvl_runtime.families.qwen2_vl.vision import Qwen2Vision, VisionTower
 from qvl_runtime.families.qwen2_vl.vocabulary import Vocabulary, read_vocabulary
-from qvl_runtime.families.reading import read_json
+from qvl_runtime.families.reading import check, read_json
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.pictures import Picture, Pixels
@@ -76,8 +76,9 @@ class QwenFamily(Generic[C]):
         return decoder_names(tied=config.tie_word_embeddings, qk_norm=config.QK_NORM)
 
     def tokenizer(self, data: bytes, config: C) -> Tokenizer:
-        ranks, special = Vocabulary.from_bytes(data)
-        return Tokenizer(ranks, special, config.vocab_size)
+        vocabulary = Vocabulary.from_bytes(data)
+        _check_forms(vocabulary, config, "config")
+        return Tokenizer(*vocabulary, config.vocab_size)
 
     def rotary(self, ops: Ops, config: C, capacity: int) -> Mrope:
         return Mrope(ops, config, capacity)
@@ -93,7 +94,8 @@ class QwenFamily(Generic[C]):
         visual = config.visual
         settings = Preprocessing.from_dict(preprocessing, visual, "preprocessing")
         settings = settings.limited(min_pixels, max_pixels, visual.factor)
-        video = VideoLimits.from_dict(preprocessing.get("video", {}), self.VIDEO, "preprocessing: video")
+        limits = section(preprocessing, "video", "preprocessing") if "video" in preprocessing else {}
+        video = VideoLimits.from_dict(limits, self.VIDEO, "preprocessing: video")
         if not video.whole and (min_pixels or max_pixels):
             video = VideoLimits(settings.min_pixels, settings.max_pixels)
         return Preparation(settings, video, visual)
@@ -160,18 +162,7 @@ class QwenFamily(Generic[C]):
             Tokenizer(*vocabulary, config.vocab_size)
         except QvlError as error:
             raise QvlError(f"{folder}: {error}") from None
-        for form, key in (
-            ("<|image_pad|>", "image_token_id"),
-            ("<|video_pad|>", "video_token_id"),
-            ("<|vision_start|>", "vision_start_token_id"),
-            ("<|vision_end|>", "vision_end_token_id"),
-        ):
-            found, wanted = vocabulary.special.get(form), getattr(config, key)
-            if found != wanted:
-                raise QvlError(
-                    f"{folder / 'config.json'}: '{key}' is {wanted}, but {form} is {found} in the tokenizer; do they "
-                    "belong together?"
-                )
+        _check_forms(vocabulary, config, str(folder / "config.json"))
         return vocabulary.to_bytes()
 
     def read_preprocessing(self, folder: Path, config: C) -> dict[str, Any]:
@@ -194,6 +185,18 @@ class QwenFamily(Generic[C]):
         own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": thinking}
         default = {"max_new_tokens": REASONING_TOKENS} if thinking else {}
         return GenerationConfig.from_dict({**default, **data, **own}, str(path))
+
+
+def _check_forms(vocabulary: Vocabulary, config: ModelConfig, where: str) -> None:
+    """Check that the ids of a config are those of the vocabulary's special tokens."""
+    for form in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        key = f"{form.removesuffix('_pad')}_token_id"
+        found, wanted = vocabulary.special.get(f"<|{form}|>"), getattr(config, key)
+        check(
+            found == wanted,
+            where,
+            f"'{key}' is {wanted}, but <|{form}|> is {found} in the tokenizer; do they belong together?",
+        )
 
 
 def _thinks(folder: Path) -> bool:

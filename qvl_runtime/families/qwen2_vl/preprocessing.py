@@ -16,12 +16,15 @@ from PIL import Image
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse, section
-from qvl_runtime.families.reading import check, take
+from qvl_runtime.families.reading import LARGEST, check, take, three
 from qvl_runtime.inputs.pictures import Pixels
 
 MAX_ASPECT_RATIO = 200
 MAX_TOKENS = 1280
 """Default limit of tokens per picture. `max_pixels` overrides it. The published limits are up to 16384."""
+
+MOST_PIXELS = 1 << 40
+"""Largest `max_pixels`, far beyond any memory; ratios of pixels stay in the range of a float."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -139,9 +142,7 @@ class Preprocessing:
         factor = 1 / 255 if data.get("rescale_factor") is None else take(data, "rescale_factor", float, where)
         check(abs(factor * 255 - 1) < 1e-6, where, f"'rescale_factor' is {factor!r}, expected 1/255")
         limits = _limits(data, where)
-        means = [_three(data, key, where) for key in ("image_mean", "image_std")]
-        check(min(means[1]) > 0, where, f"'image_std' is {means[1]}, expected numbers above 0")
-        return cls(*limits, *means)
+        return cls(*limits, three(data, "image_mean", where), three(data, "image_std", where, 1 / LARGEST))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
@@ -166,6 +167,8 @@ class Preprocessing:
         lowest = min(self.min_pixels, highest) if min_pixels is None else min_pixels
         if highest < factor**2:
             raise QvlError(f"max_pixels is {highest}; one token takes {factor**2} pixels")
+        if highest > MOST_PIXELS:
+            raise QvlError(f"max_pixels is {highest}; at most {MOST_PIXELS} are computed")
         if not 0 < lowest <= highest:
             raise QvlError(f"min_pixels is {lowest}, expected 1 to max_pixels, {highest}")
         return dataclasses.replace(self, min_pixels=lowest, max_pixels=highest)
@@ -200,12 +203,6 @@ class Preprocessing:
         values = self.normalized(resize(first, *size))
         again = values if last is first else self.normalized(resize(last, *size))
         return patch_rows([values, again], patch_size)
-
-
-def _three(data: Mapping[str, Any], key: str, where: str) -> tuple[float, ...]:
-    values = take(data, key, list, where)
-    check(len(values) == 3, where, f"'{key}' has {len(values)} numbers, expected 3")
-    return tuple(take({key: value}, key, float, where) for value in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +274,7 @@ def _limits(data: Mapping[str, Any], where: str) -> tuple[int, int]:
         take({key: data.get(key) or size.get(edge)}, key, int, where)
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     )
+    check(high <= MOST_PIXELS, where, f"'max_pixels' is {high}, expected at most {MOST_PIXELS}")
     check(0 < low <= high, where, f"'min_pixels' {low} and 'max_pixels' {high} contradict")
     return low, high
 

@@ -24,7 +24,7 @@ from qvl_runtime.families.qwen_vl.prompt import QwenPrompts
 from qvl_runtime.families.qwen_vl.tensors import DECODER, stage_of, tensors
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.families.qwen_vl.vision import Vision, vision_stage
-from qvl_runtime.families.reading import read_json
+from qvl_runtime.families.reading import LARGEST, read_json, three
 from qvl_runtime.families.rope import TableRotary
 from qvl_runtime.families.specs import MatrixSpec, TensorSpec
 from qvl_runtime.families.weights import Weights
@@ -86,10 +86,9 @@ class QwenVL:
     ) -> Callable[[Image.Image], Pixels]:
         if min_pixels is not None or max_pixels is not None:
             raise QvlError("min_pixels and max_pixels are for models that take pictures of any size")
-        mean, std = (
-            np.array(preprocessing.get(name, default), np.float32) for name, default in (("mean", MEAN), ("std", STD))
-        )
-        return functools.partial(_pixels, config, mean, std)
+        given = {"mean": MEAN.tolist(), "std": STD.tolist(), **preprocessing}
+        mean, std = three(given, "mean", "preprocessing"), three(given, "std", "preprocessing", 1 / LARGEST)
+        return functools.partial(_pixels, config, np.array(mean, np.float32), np.array(std, np.float32))
 
     def vision(self, weights: Weights[ModelConfig]) -> Vision:
         return Vision(weights)

@@ -11,6 +11,7 @@ from qvl_runtime.families.reading import check, take
 
 # Limits far beyond any model of the family: these values size memory before the tensors are checked.
 MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_SIDE, MAX_MLP_RATIO = 1024, 1 << 24, 1 << 24, 1 << 13, 64.0
+MAX_WIDTH = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +60,15 @@ class VisionConfig:
         check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
         kinds = {f.name: {"int": int, "float": float}[str(f.type)] for f in dataclasses.fields(cls)}
         config = cls(**{k: take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
+        limits = {"layers": MAX_LAYERS, "image_size": MAX_SIDE}
         for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "n_queries"):
-            check(getattr(config, name) > 0, where, f"'{name}' is {getattr(config, name)}, expected > 0")
+            value, limit = getattr(config, name), limits.get(name, MAX_WIDTH)
+            check(0 < value <= limit, where, f"'{name}' is {value}, expected > 0 and at most {limit}")
         check(
             0 < config.mlp_ratio <= MAX_MLP_RATIO,
             where,
             f"'mlp_ratio' is {config.mlp_ratio}, expected > 0 and at most {MAX_MLP_RATIO}",
         )
-        for name, limit in (("layers", MAX_LAYERS), ("image_size", MAX_SIDE)):
-            value = getattr(config, name)
-            check(value <= limit, where, f"'{name}' is {value}, expected at most {limit}")
         check(
             config.image_size % config.patch_size == 0,
             where,
@@ -157,19 +157,25 @@ class ModelConfig:
         values = {k: take(data, k, t, where) for k, t in kinds.items() if t is not None}
         visual = data.get("visual")
         config = cls(**values, visual=None if visual is None else VisionConfig.from_dict(visual, where))
+        limits = {
+            "num_hidden_layers": MAX_LAYERS,
+            "seq_length": MAX_POSITIONS,
+            "max_position_embeddings": MAX_POSITIONS,
+            "vocab_size": MAX_VOCABULARY,
+            "layer_norm_epsilon": 1.0,
+            "rotary_emb_base": 1e12,
+        }
         for name, kind in kinds.items():
             if kind in (int, float):
-                check(values[name] > 0, where, f"'{name}' is {values[name]}, expected > 0")
-        for name, limit in (
-            ("num_hidden_layers", MAX_LAYERS),
-            ("seq_length", MAX_POSITIONS),
-            ("max_position_embeddings", MAX_POSITIONS),
-            ("vocab_size", MAX_VOCABULARY),
-        ):
-            check(values[name] <= limit, where, f"'{name}' is {values[name]}, expected at most {limit}")
+                value, limit = values[name], limits.get(name, MAX_WIDTH)
+                check(0 < value <= limit, where, f"'{name}' is {value}, expected > 0 and at most {limit}")
         check(config.seq_length > 1, where, "'seq_length' is 1, expected > 1")
         check(config.intermediate_size % 2 == 0, where, "'intermediate_size' is odd")
-        check(config.kv_channels % 2 == 0, where, "'kv_channels' is odd")
+        channels = config.kv_channels
+        # The scaled rotary base has an exponent with the divisor kv_channels - 2.
+        check(
+            channels > 2 and channels % 2 == 0, where, f"'kv_channels' is {channels}, expected an even number above 2"
+        )
         for name, computed in (("rotary_pct", 1.0), ("no_bias", True), ("tie_word_embeddings", False)):
             value = data.get(name, computed)
             check(value == computed, where, f"'{name}' is {value!r}; only {computed!r} is known")
