@@ -1,7 +1,7 @@
 """Find the fastest tile shapes of the products on this GPU, and write them to gpu/tiles.json.
 
     python bench/gpu_tune.py                    all products; prints the results
-    python bench/gpu_tune.py --write            also writes it into the section of this GPU's architecture
+    python bench/gpu_tune.py --write            also writes them into the section of this GPU's architecture
     python bench/gpu_tune.py --only linear.int4.rows8 --minutes 5
 
 Every candidate is compiled for this GPU (on all cores), compared with the result of the current shape, and timed over
@@ -46,7 +46,7 @@ HEAD = ((151936, 4096),)
 FEW = {"BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (3, 4, 5)}
 MANY = {"BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
 WAVES = (1, 2, 4, 8)
-"""Programs for each multiprocessor that a product of few rows is split into; needs no compilation."""
+"""`waves` in tiles.json to try for products of few rows; they need no compilation."""
 
 FULL = 2048
 """Rows of activations that keep every multiprocessor busy."""
@@ -122,7 +122,7 @@ class Trial:
 
     @contextlib.contextmanager
     def alone(self):
-        """Products of many rows use this kernel, whole columns at a time; those of few rows have no choice."""
+        """With this kernel, and no split, for products of many rows; for those of few rows there is no other."""
         tiles = self.ops.tiles
         if self.many:
             self.ops.tiles = lambda _, w, m: (self.name, self._tiles(w.rows, m), 1)
@@ -137,6 +137,7 @@ class Trial:
         return FULL in WORK[self.name][2]
 
     def _tiles(self, n: int, m: int) -> int:
+        """Number of tiles of a product."""
         constants = self.ops.launch.constants(self.name)
         return -(-m // constants["BM"]) * -(-n // constants["BN"])
 
@@ -157,7 +158,7 @@ class Trial:
             return [side_by_side({"": timer.prepare(calls)}, 5)[""] for calls in self.calls]
 
     def cost(self, seconds: list[float]) -> float:
-        """`cost` in tiles.json, by the time of every shape."""
+        """`cost` in tiles.json, by the seconds of every shape: the mean over those with `FULL` rows."""
         constants, costs = self.ops.launch.constants(self.name), []
         for (n, k, m), taken in zip(self.shapes, seconds):
             if m == FULL:
@@ -186,12 +187,14 @@ def tune(name: str, ops, pool, end: float) -> tuple[dict[str, int] | None, list]
     shapes = candidates(WORK[name][3])
     futures = {pool.submit(compile_candidate, name, architecture, shape): shape for shape in shapes}
     saved = ops.launch.images[name]
+    # a tile of 16 rows is timed with few, but may also serve many: without a cost it would never
+    kept = {"cost": own["cost"]} if "cost" in own else {}
     for future in concurrent.futures.as_completed(futures):
         compiled = future.result()
         if compiled is None or time.monotonic() > end:
             continue
-        for chosen in ({},) if trial.many else ({"waves": waves} for waves in WAVES):
-            shape = futures[future] | chosen
+        for chosen in [{}] if trial.many else [{"waves": waves} for waves in WAVES]:
+            shape = futures[future] | kept | chosen
             with using(name, architecture, shape):
                 if not install(ops, name, compiled):
                     break

@@ -129,17 +129,18 @@ def test_wrong_arguments_are_refused():
         _bench().main(["--only", "nonsense"])
 
 
-def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch):
+@pytest.mark.parametrize("rows", [8, 16])
+def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch, rows):
     from gpu_bench import common
 
     tune, ops = _bench("gpu_tune"), common.make_ops()
-    name, architecture = "linear.int4.rows8", ops.launch.images.architecture
-    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (1,), {"BN": (32, 64), "warps": (1, 4)}))
+    name, architecture = f"linear.int4.rows{rows}", ops.launch.images.architecture
+    monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (rows,), {"BN": (32, 64), "warps": (1, 4)}))
 
     def compiled(name, architecture, shape):
         if shape["warps"] == 1 and shape["BN"] == 64:
             return None
-        return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": 8, "BN": shape["BN"]})
+        return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": rows, "BN": shape["BN"]})
 
     launches = ops.driver.launches
     monkeypatch.setattr(tune, "compile_candidate", compiled)
@@ -150,6 +151,7 @@ def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch):
     before = signatures.tile(name, architecture)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         best, timed = tune.tune(name, ops, pool, time.monotonic() + 60)
+    assert best["cost"] == before["cost"] if rows == 16 else "cost" not in best
     assert best["BN"] == 32 and len(timed) == 1 + 3 * len(tune.WAVES)
     assert signatures.tile(name, architecture) == before
     assert ops.launch.constants(name)["BN"] == before["BN"]
