@@ -37,13 +37,14 @@ def to_half(x):
 
 @triton.jit
 def exp2(x):
-    """2^x to 2^-22, zero below 1.2e-38: one instruction. Triton's function takes three more for the numbers below."""
+    """2^x with a relative error of 2^-22; 0 for results below 1.2e-38, for which Triton's function has three more
+    instructions."""
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to 2^-23, zero for x above 8.5e37: one instruction."""
+    """1 / x with a relative error of 2^-23; 0 for results below 1.2e-38."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -115,10 +116,9 @@ def as_half(tile, INT8: tl.constexpr):
 
 @triton.jit
 def weigh(scores, scale, largest, total, BLIND: tl.constexpr):
-    """Compute one step of the online softmax of scores * scale, in base 2: weights of these keys, and the rescaling of
-    earlier sums.
+    """Compute one step of the online softmax: weights of these keys, and the factor of the earlier sums.
 
-    BLIND: rows may not have seen a key yet.
+    The exponents are scores * scale, in base 2, with a positive scale. BLIND: rows may not have seen a key yet.
     """
     new = tl.maximum(largest, tl.max(scores, 1) * scale)
     origin = new

@@ -109,10 +109,10 @@ def decode_attention(
 
     # [t * heads, splits, 128] sums, then [t * heads, splits] logarithms (base 2) of their totals
     logs = partials + t * heads * (splits * 128)
-    share_of = tl.where(total > 0, total, 1.0)
-    acc *= reciprocal(share_of)[:, None]
+    divisor = tl.where(total > 0, total, 1.0)
+    acc *= reciprocal(divisor)[:, None]
     tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc, mask=inside[:, None])
-    tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(share_of), float("-inf")), mask=inside)
+    tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(divisor), float("-inf")), mask=inside)
     if last_to_arrive(counters + tile, splits):
         rows = t * group
         at = kv_head * rows * splits

@@ -66,8 +66,10 @@ def _lone_row(x, weight, perm, out, k, eps, low, high, flags):
 
 @triton.jit
 def rows_of(x, weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, flags, BM: tl.constexpr):
-    """Return the addresses [1, BM] of a tile's rows of x. Below the last row it begins again with row 0: one row in
-    place of all that are missing would be read so often that the tile took twice as long.
+    """Return the addresses [1, BM] of a tile's rows of x.
+
+    After its last row x begins again: reading row 0 for all rows that a tile has too many slowed it down (32 rows in a
+    tile of 64 took 38 us on an H100, 64 rows 24 us).
 
     If the flags say so, this program prepares what it reads of the only row.
     """

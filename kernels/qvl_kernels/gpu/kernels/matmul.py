@@ -164,7 +164,7 @@ def _add_block(
     """Return acc + the product of a block's 128 columns.
 
     With few rows of x, scaling the sums is cheaper than scaling the weights; the weights are then also exact in fp16.
-    Products of 64 columns at once: on Hopper a program waits for the end of each, as the weights are in its registers.
+    Each product takes 64 columns: on Hopper a program waits for its end, since the weights are in registers.
     """
     SCALED: tl.constexpr = FINE or BM > SCALED_SUMS
     first, second, scale = _weights(codes, scales, rn, block, rows, group_shift, BITS, FINE, SCALED)
@@ -188,10 +188,10 @@ def _place(m, rows, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _share(blocks, part, parts):
-    """Return a part's blocks of 128 columns: at least one.
+    """Return the first block of 128 columns of a part, and the end of its blocks; there is at least one.
 
-    The assumption matters on Hopper: for a loop that may not run at all, the compiler lets every product of matrices
-    wait for the one before it.
+    The compiler has to know that on Hopper: in a loop that may not run at all it lets every matrix instruction wait for
+    the one before it.
     """
     share = tl.cdiv(blocks, parts)
     low = part * share
@@ -225,10 +225,10 @@ def _add_bias(acc, bias, rn, n, wanted):
 
 @triton.jit
 def _gelu(x):
-    """x * normal distribution(x), to 7e-7.
+    """x * F(x), F the distribution function of the standard normal distribution; the error is at most 7e-7.
 
-    With a = |x| it is (x + a) / 2 - a * tail(a). log2(2 * tail(a)) is close to a parabola: the polynomial of degree 5
-    was fitted to the smallest error of a * tail(a). One exponential and no division, unlike with an error function.
+    With a = |x| it is (x + a) / 2 - a * F(-a). log2(2 * F(-a)) is close to a parabola: the polynomial of degree 5 was
+    fitted to the smallest error of a * F(-a). One exponential and no division, unlike with an error function.
     """
     a = tl.abs(x)
     log = ((((-4.7329412e-4 * a + 7.0844619e-3) * a - 5.1827170e-2) * a - 4.5999265e-1) * a - 1.1507878) * a

@@ -16,7 +16,7 @@ def _scaled(values, mean, factor, weight, bias, source, k, flags):
 
 @triton.jit
 def norm(x, weight, bias, perm, out, k, padded, eps, flags, CHUNK: tl.constexpr):
-    """One row, a chunk at a time; the first, often the only one, stays in registers."""
+    """Compute one row, CHUNK columns at a time; the first chunk, often the only one, stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     x += row * k
     out_half = (flags & OUT_HALF) != 0
