@@ -131,7 +131,7 @@ class OnDevice:
             launch("gather.any", (ceil(self.padded, s.ELEMENTS), m), x, None, perm, out, k, self.padded,
                    flags(PERMUTED=perm is not None, X_HALF=x.dtype == HALF, OUT_HALF=True))  # fmt: skip
         else:
-            launch(s.norm(k), (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
+            launch(s.norm_kernel(k), (m,), x, norm.weight, norm.bias, perm, out, k, self.padded, norm.eps,
                    flags(PERMUTED=perm is not None, LAYER_NORM=norm.bias is not None, OUT_HALF=True))  # fmt: skip
         return out
 
@@ -147,17 +147,22 @@ def given(x, w: OnDevice, programs, split, norm=None, lone=False):
     return (x, norm.weight, w.matrix.perm, prepared), norm.eps, known
 
 
+def tiles(kind: str) -> list[int]:
+    """The rows of the tiles of the products with these weights."""
+    names = [name.split(".") for name in s.names(images.architecture, "linear")]
+    return [int(variant.removeprefix("rows")) for _, found, variant in names if found == kind]
+
+
 def linear(x, w: OnDevice, out, *, rows=16, split=1, norm=None, activation=None, residual=None, gate=None,
            lone=False):  # fmt: skip
-    """`rows` of a tile: the nearest, if these weights do not have it."""
-    names = [n for n in s.names(images.architecture, "linear") if n.split(".")[1] == w.kind]
-    name = min(names, key=lambda n: abs(constants(n)["BM"] - rows))
+    """A product with tiles of `rows`, or the nearest number that there is for these weights."""
+    name = f"linear.{w.kind}.rows{min(tiles(w.kind), key=lambda found: abs(found - rows))}"
     shape = constants(name)
     m, n = x.shape[0], w.matrix.n
-    tiles = ceil(m, shape["BM"]) * (w.rows // shape["BN"])
-    partials, counters = poisoned((tiles, split, shape["BM"] * shape["BN"])), np.zeros(tiles, np.int32)
-    source, eps, known = given(x, w, tiles * split, split, norm, lone)
-    launch(name, (tiles, split), *source, w.codes, w.scales, w.matrix.bias,
+    count = ceil(m, shape["BM"]) * (w.rows // shape["BN"])
+    partials, counters = poisoned((count, split, shape["BM"] * shape["BN"])), np.zeros(count, np.int32)
+    source, eps, known = given(x, w, count * split, split, norm, lone)
+    launch(name, (count, split), *source, w.codes, w.scales, w.matrix.bias,
            residual if gate is None else gate, out, partials, counters, m, n, w.rows, w.blocks, w.shift, x.shape[1],
            eps, known | flags(BIAS=w.matrix.bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
                          OUT_HALF=out.dtype == HALF, GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",

@@ -26,7 +26,7 @@ def test_norm(m, k, layer, dtype, rng):
     expected, padded = poisoned((m, k)), round_up(k, 128) if dtype == HALF else k
     reference.normalize(x, norm, out=expected)
     out = poisoned((m, padded), dtype)
-    launch(s.norm(k), (m,), x, norm.weight, norm.bias, perm, out, k, padded, norm.eps,
+    launch(s.norm_kernel(k), (m,), x, norm.weight, norm.bias, perm, out, k, padded, norm.eps,
            flags(LAYER_NORM=layer, PERMUTED=perm is not None, OUT_HALF=dtype == HALF))  # fmt: skip
     close(out[:, :k], expected if perm is None else expected[:, perm], 1e-3 if dtype == HALF else 1e-6)
     np.testing.assert_array_equal(out[:, k:], 0)

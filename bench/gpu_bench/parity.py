@@ -85,7 +85,7 @@ def _kernels(ops: CudaOps) -> dict:
             elif report.when == "call":
                 passed.append(report.nodeid)
 
-    # the tests take both from here; grids follow this GPU's tiles
+    # the tests take both from here: this GPU's kernels, which have its tiles
     gpu_kernels.launch, gpu_kernels.images = launch, ops.launch.images
     options = ["-q", "--tb=line", "--maxfail=40", "-p", "no:cacheprovider", "-p", "no:warnings"]
     files = [str(TESTS / f"test_gpu_{part}.py") for part in ("products", "kernels", "attention")]

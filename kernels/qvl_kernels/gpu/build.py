@@ -191,12 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stderr.isatty():
             print(f"\r{done:4d} of {total}  {name:<50}", end="\n" * (done == total), file=sys.stderr, flush=True)
 
+    architectures = options.arch or ARCHITECTURES
     try:
-        build(options.out, options.arch or ARCHITECTURES, show)
+        build(options.out, architectures, show)
     except DeviceError as e:
         print(e, file=sys.stderr)
         return 1
-    kernels = len({name for architecture in options.arch or ARCHITECTURES for name in names(architecture)})
+    kernels = len({name for architecture in architectures for name in names(architecture)})
     print(f"{options.out}: {kernels} kernels, {options.out.stat().st_size / 1e6:.2f} MB")
     return 0
 

@@ -16,7 +16,7 @@ from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
-from qvl_kernels.gpu.tiles import COUNTERS, Tiles
+from qvl_kernels.gpu.tiles import COUNTERS, FEW_ROWS, Tiles
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
 from qvl_kernels.ops import Array, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
@@ -173,7 +173,7 @@ class CudaOps:
         m = x.shape[0]
         _expect(out, (m, gate.n))
         alike = _alike(gate, up)
-        if gate.kind == "int4" and alike and m <= self.launch.constants("gate_up.int4.rows16")["BM"]:
+        if gate.kind == "int4" and alike and m <= FEW_ROWS:
             name, tiles, split = self.tiles("gate_up", gate, m)
             prepared = self._prepare(x, gate, norm, within=-(-gate.blocks // split) <= _PREPARED_BLOCKS)
             partials = self._partials(name, tiles, 2 * split)
@@ -229,7 +229,7 @@ class CudaOps:
         _expect(x, x.shape, _FLOAT)
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
-        self.launch(s.norm(x.shape[1]), (x.shape[0],), *arguments)
+        self.launch(s.norm_kernel(x.shape[1]), (x.shape[0],), *arguments)
 
     def gather(self, x, index, *, out):
         _expect(index, index.shape[:1], np.dtype(np.int32))

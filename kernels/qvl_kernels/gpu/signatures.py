@@ -97,17 +97,22 @@ def _arguments(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, kind) for name, kind in (item.split(":") for item in text.split()))
 
 
-TILES = (8, 16, 32, 64, 128, 256)
-"""Rows of x in the tiles of the products. tiles.json says null for those that an architecture does not have."""
-
-_KINDS = {"int4": (4, False), "int4_fine": (4, True), "int8": (8, False), "int8_fine": (8, True), "fp16": (16, False)}
+_LINEAR = {
+    "int4": (4, False, (8, 16, 32, 64, 128, 256)),
+    "int4_fine": (4, True, (16, 64)),
+    "int8": (8, False, (8, 16, 32, 64, 128, 256)),
+    "int8_fine": (8, True, (16, 64)),
+    "fp16": (16, False, (16, 64, 128)),
+}
+"""Kind of weight -> its bits, whether its groups are under 128, and the rows of x in its tiles. tiles.json says null
+for a tile that an architecture does not have."""
 
 
 def _linear_variants() -> dict[str, dict[str, int | bool]]:
     return {
         f"{kind}.rows{rows}": {"BITS": bits, "FINE": fine, "BM": rows}
-        for kind, (bits, fine) in _KINDS.items()
-        for rows in (TILES if kind in ("int4", "int8") else (16, 64) if fine else (16, 64, 128))
+        for kind, (bits, fine, tiles) in _LINEAR.items()
+        for rows in tiles
     }
 
 
@@ -138,7 +143,7 @@ _CACHE = "k:*cache v:*cache k_scale:*fp16 v_scale:*fp16 start:*i32"
 
 KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
-    # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. With split programs along k
+    # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. If programs split the columns,
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
     # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and
     # QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF (out is fp16), NORM or GATHER,
@@ -175,8 +180,8 @@ KERNELS: dict[str, Kernel] = {
     ),
     # rows -------------------------------------------------------------------------------------------------------
     # out [m, padded] = norm(x [m, k]) with columns gathered by perm (int32 [k]) and zeros from column k on; padded is k
-    # or a product's 128 * blocks. The variants compute so many columns at a time. flags: LAYER_NORM (bias is read),
-    # PERMUTED, OUT_HALF.
+    # or a product's 128 * blocks. A variant's number is that of the columns it computes at a time (`norm_kernel`).
+    # flags: LAYER_NORM (bias is read), PERMUTED, OUT_HALF.
     "norm": Kernel(
         "norm.norm",
         _arguments("x:*fp32 weight:*fp32 bias:*fp32 perm:*i32 out:*fp32 k:i32 padded:i32 eps:fp32 flags:i32"),
@@ -302,14 +307,14 @@ def types(name: str) -> dict[str, str]:
 
 
 def names(architecture: int, family: str | None = None) -> list[str]:
-    """List the kernels of an architecture as ``family.variant``: all, or those of a family."""
+    """List the kernels of an architecture as ``family.variant``: all, or those of a family, the smallest tile first."""
     families = KERNELS if family is None else (family,)
     every = [f"{family}.{variant}" for family in families for variant in KERNELS[family].variants]
     return [name for name in every if _entry(name, architecture) is not None]
 
 
-def norm(k: int) -> str:
-    """Return the kernel for norms of `k` columns."""
+def norm_kernel(k: int) -> str:
+    """Return the name of the kernel for norms of `k` columns."""
     return f"norm.{next((chunk for chunk in NORM_CHUNKS if k <= chunk), NORM_CHUNKS[-1])}"
 
 
@@ -319,8 +324,11 @@ def _tiles() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _entry(name: str, architecture: int) -> dict[str, Any] | None:
-    """Return the entry in tiles.json of the longest matching prefix of `name` (in whole dotted parts), first under the
-    architecture, then under "default"."""
+    """Return a kernel's entry in tiles.json, None if the architecture does not have the kernel.
+
+    It is that of the longest prefix of `name` (in whole dotted parts), first under the architecture, then under
+    "default".
+    """
     parts = name.split(".")
     prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
     for section in (str(architecture), "default"):
@@ -334,8 +342,9 @@ def _entry(name: str, architecture: int) -> dict[str, Any] | None:
 def tile(name: str, architecture: int) -> dict[str, Any]:
     """Return a kernel's entry in tiles.json: `warps`, `stages`, `registers` of a thread at most, compile-time values.
 
-    Of products also `waves`, the target number of programs per multiprocessor of a split (few rows), or `cost`, the
-    microseconds that a multiprocessor takes for 128 x 128 x 128 multiplications (many rows).
+    Those of products also have what `tiles` needs: for few rows `waves`, the target number of programs per
+    multiprocessor of a split; for many rows `cost`, the microseconds in which a multiprocessor multiplies 128 x 128 x
+    128; tiles of 16 rows serve for both.
     """
     found = _entry(name, architecture)
     if found is None:

@@ -1,4 +1,9 @@
-"""The choice of a product's kernel, by its number of rows and the multiprocessors of the GPU."""
+"""The choice of a product's kernel and grid: how many rows its tiles have, and how many programs share the columns.
+
+With few rows the weights are read once whatever is chosen, so the smallest tile is taken, and columns are split until
+the multiprocessors are busy. With many rows every choice has its price, and the one with the shortest estimated time is
+taken. The tiles and their costs are in tiles.json.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +16,79 @@ from qvl_kernels.gpu.weights import DeviceMatrix
 COUNTERS = 1 << 16
 """Largest number of tiles of a product that is split along k."""
 
-_FEW_ROWS = 16
-"""Up to this number of rows, reading the weights takes most of the time."""
+FEW_ROWS = 16
+"""Up to this number of rows, reading the weights takes most of the time, and gate and up can share a kernel."""
 
-_MAX_SPLIT, _WAVES = 16, 2
+_MAX_SPLIT = 16
+"""Most parts of the columns with few rows."""
 
 _SHARE = 4
-"""Smallest number of blocks of 128 columns of a program of a split product, if the product has so many."""
+"""Fewest blocks of 128 columns in a part with few rows, unless the product has fewer."""
 
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)
-"""Parts of the columns to choose from with many rows."""
+"""Numbers of parts of the columns to choose from with many rows."""
 
-_BLOCK, _STORE, _SUM = 0.19, 4.95, 0.6
-"""Microseconds on an H100 (`Tiles._time`)."""
+_BLOCK = 0.19
+"""Fewest microseconds for a block of 128 columns, with many rows on an H100; so are the following ones."""
 
-_SMALL, _ALONE = 0.25, 1.45
-"""Programs with tiles up to this part of 128 x 128 share a multiprocessor; one alone takes as long as so many."""
+_STORE, _SUM = 4.95, 0.6
+"""Microseconds in which a program stores 128 x 128 partial sums, and in which the last one reads those of one part."""
+
+_SMALL = 0.25
+"""Tiles of up to this share of 128 x 128 are computed beside others on the same multiprocessor."""
+
+_ALONE = 1.45
+"""A program with such a tile that has its multiprocessor alone takes as long as this many side by side."""
 
 
 class Tiles:
-    """Chooses kernels and grids of products."""
+    """Chooses kernels and grids of products.
+
+    Parameters
+    ----------
+    launch : Launcher
+    multiprocessors : int
+        Of the GPU.
+    """
 
     def __init__(self, launch: Launcher, multiprocessors: int):
         self._launch, self._multiprocessors = launch, multiprocessors
         self._chosen: dict[tuple, tuple[str, int, int]] = {}
 
     def __call__(self, family: str, w: DeviceMatrix, m: int) -> tuple[str, int, int]:
-        """Return kernel, number of tiles, and number of parts of the columns, for a product of `m` rows."""
+        """Choose the kernel and grid of a product.
+
+        Parameters
+        ----------
+        family : str
+            "linear", or for at most `FEW_ROWS` rows "gate_up".
+        w : DeviceMatrix
+            The weight; the first of two.
+        m : int
+            Number of rows of the activations.
+
+        Returns
+        -------
+        kernel : str
+            ``family.variant``.
+        tiles : int
+            Number of tiles of the result.
+        split : int
+            Number of parts of the columns. None is empty: the kernels rely on it.
+        """
         key = (family, w.kind, w.rows, w.blocks, m, self._launch.replaced)
         found = self._chosen.get(key)
         if found is None:
             names = [n for n in s.names(self._launch.images.architecture, family) if n.split(".")[1] == w.kind]
-            found = self._chosen[key] = self._for_few(names, w, m) if m <= _FEW_ROWS else self._for_many(names, w, m)
+            found = self._chosen[key] = self._for_few(names, w, m) if m <= FEW_ROWS else self._for_many(names, w, m)
         return found
 
     def _for_few(self, names: list[str], w: DeviceMatrix, m: int) -> tuple[str, int, int]:
-        """The smallest tile; several programs share its columns, about `waves` programs a multiprocessor in total."""
+        """The smallest tile; about `waves` programs a multiprocessor, which share the columns of its tiles."""
         name = next(n for n in names if m <= self._launch.constants(n)["BM"])
         tiles = self._count(name, w, m)
         programs = tiles * (2 if name.startswith("gate_up") else 1)
-        wanted = self._launch.tile(name).get("waves", _WAVES) * self._multiprocessors // programs
+        wanted = self._launch.tile(name)["waves"] * self._multiprocessors // programs
         split = min(max(wanted, 1), _MAX_SPLIT, max(w.blocks // _SHARE, 1)) if tiles <= COUNTERS else 1
         return name, tiles, _without_empty(split, w.blocks)
 
@@ -59,18 +97,20 @@ class Tiles:
         many = [n for n in names if "cost" in self._launch.tile(n)]
         splits = sorted({_without_empty(split, w.blocks) for split in _SPLITS})
         choices = [(n, p) for n, p in itertools.product(many, splits) if p == 1 or self._count(n, w, m) <= COUNTERS]
-        name, split = min(choices, key=lambda choice: self._time(w, m, *choice))
+        name, split = min(choices, key=lambda choice: self._microseconds(w, m, *choice))
         return name, self._count(name, w, m), split
 
     def _count(self, name: str, w: DeviceMatrix, m: int) -> int:
+        """Return the number of tiles."""
         constants = self._launch.constants(name)
         return -(-m // constants["BM"]) * (w.rows // constants["BN"])
 
-    def _time(self, w: DeviceMatrix, m: int, name: str, split: int) -> float:
-        """Estimate a product of many rows for comparison; fitted to measurements on an H100 (bench/README.md).
+    def _microseconds(self, w: DeviceMatrix, m: int, name: str, split: int) -> float:
+        """Estimate the time of a product of many rows, to compare choices; fitted on an H100 (bench/README.md).
 
-        The multiprocessor with the most programs needs `cost` for each, and no block takes less than `_BLOCK`. Programs
-        of a split product store their sums, and the last one reads those of all.
+        It is that of the multiprocessor with the most programs: each has its part of the blocks, and each block takes
+        `cost` for every 128 x 128 of a tile, or `_BLOCK` in all. If the columns are split, the programs also store
+        their sums, and the last one of a tile reads those of all.
         """
         constants = self._launch.constants(name)
         size = constants["BM"] * constants["BN"] / 128**2
