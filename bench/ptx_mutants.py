@@ -43,7 +43,7 @@ CASES: dict[str, Callable[[np.random.Generator], object]] = {
     ],
     "linear.int4.rows16": lambda rng: products.test_linear("int4", "gelu, residual", rng),
     "linear.int8.rows8": lambda rng: products.test_linear("int8", "split", rng),
-    "linear.fp16.rows128": lambda rng: products.test_linear("fp16", "large tile, split", rng),
+    "linear.fp16.rows128": lambda rng: products.test_linear("fp16", "tile of 128, split", rng),
     "gate_up.int4.rows8": lambda rng: [
         products.test_gate_up(5, 65, 640, 8, 3, np.float32, False, True, rng),
         products.test_gate_up(1, 65, 1100, 8, 2, np.float16, True, True, rng),

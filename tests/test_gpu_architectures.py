@@ -24,7 +24,7 @@ from qvl_kernels.gpu.signatures import ARCHITECTURES
 
 SAMPLE = {
     "few rows": lambda rng: products.test_linear("int4", "split", rng),
-    "many rows": lambda rng: products.test_linear("int4", "large tile, split", rng),
+    "many rows": lambda rng: products.test_linear("int4", "tile of 128, split", rng),
     "some rows": lambda rng: products.test_a_gate_is_applied_to_the_sums(64, rng),
     "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
     "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
