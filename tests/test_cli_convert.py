@@ -292,3 +292,14 @@ def test_a_long_conversion_says_how_far_it_is_in_a_pipe(method, tmp_path, monkey
     shares = [int(re.fullmatch(r"qvl: \S.*: (\d+)% done(, \d+ min to go)?", line)[1]) for line in lines]
     assert len(shares) > 10 and shares == sorted(shares) and shares[-1] > 80
     assert lines[-1].endswith(" min to go")
+
+
+def test_every_command_starts_without_optional_packages():
+    absent = ["starlette", "uvicorn", "prometheus_client", "pyarrow", "ray", "pycocoevalcap"]
+    program = (
+        f"import importlib, sys; sys.modules |= dict.fromkeys({absent})\n"
+        "from qvl_runtime.cli.main import VERBS\n"
+        "for verb in VERBS: importlib.import_module(f'qvl_runtime.cli.{verb}')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Piece
@@ -18,10 +18,12 @@ from qvl_runtime.results import Result, Stream
 from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.messages import Messages
-from qvl_runtime.server.metrics import Metrics, Watch
 from qvl_runtime.server.pictures import Sent, fetched, measured
 from qvl_runtime.server.requests import Asked
 from qvl_runtime.server.running import Emit, Switch
+
+if TYPE_CHECKING:
+    from qvl_runtime.server.metrics import Metrics
 
 NOTHING = Access(paths=False)
 """Access of a request: neither files nor URLs."""
@@ -88,6 +90,8 @@ class Answerer:
         arrived : float
             Time of arrival.
         """
+        from qvl_runtime.server.metrics import Watch  # `qvl batch` uses this module without prometheus_client
+
         watch = Watch(self.metrics, arrived)
         contents = fetched(sources_of(asked.prompt), self.limits, switch.check)
         prompt: Any = None
