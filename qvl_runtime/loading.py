@@ -110,7 +110,9 @@ def load(
             whole_number(name, number)
     blob = Blob(path)
     if context is not None and context > blob.config.max_position_embeddings:
-        raise QvlError(f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens")
+        raise QvlError(
+            f"context is {context}; the model's window is {blob.config.max_position_embeddings} tokens: choose no more"
+        )
     if check:
         blob.check()
     ops = make_ops(device, activations, progress)

@@ -88,6 +88,12 @@ def test_boxes_are_drawn_on_the_last_picture(generate, tmp_path, monkeypatch):
         assert Image.open(drawn).size == (120, 90)
 
 
+def test_a_drawing_without_boxes_says_so(generate, tmp_path):
+    out = tmp_path / "a.png"
+    status, _, err = generate("x", "-i", "images/rgb_odd.png", "--max-new-tokens", 1, "--draw", out)
+    assert status == 0 and out.exists() and "no boxes" in err
+
+
 def test_draw_is_refused_before_the_answer(generate, tmp_path):
     for arguments, message in (
         (("x", "--draw", tmp_path / "a.png"), "--image"),

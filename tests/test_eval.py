@@ -199,7 +199,9 @@ def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob
     else:
         model = tmp_path / base.name
         model.write_bytes(blob("tiny-vl", "base", bits=8).read_bytes())
-    with pytest.raises(qvl.QvlError, match=r"its answers were made with another \w+; remove the file, or name another"):
+    with pytest.raises(
+        qvl.QvlError, match=r"its answers were made with different \w+; remove the file, or name another"
+    ):
         evaluate([model], "gqa", gqa, out=tmp_path, device="cpu", **options)
 
 

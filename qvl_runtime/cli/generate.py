@@ -128,6 +128,8 @@ def generate(
         seen = load_image(picture, exif=upright)
         for number, label in draw_boxes(seen, result.boxes, draw).legend.items():
             print(f"{number}: {label}", file=sys.stderr)
+        if not result.boxes:
+            print(f"qvl: the answer has no boxes: {draw} is the picture alone", file=sys.stderr)
     if note := _note(loaded, result, max_new_tokens):
         print(f"qvl: {note}", file=sys.stderr)
 

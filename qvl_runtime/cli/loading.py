@@ -14,7 +14,7 @@ from qvl_runtime.model import Model
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
 KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]
-Activations = Annotated[str, typer.Option(help="On the CPU: auto, int16 (same answer in every turn) or int8 (fast).")]
+Activations = Annotated[str, typer.Option(help="CPU: int8 is fast, int16 more exact; auto: int8 for large matrices.")]
 ContextTokens = Annotated[int | None, typer.Option(help="Limit of prompt and answer, in tokens.")]
 VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Larger pictures are scaled down to this.  [default: 1280 tokens]")]

@@ -94,7 +94,7 @@ class AnswerFile:
             if number == 1:
                 differing = [key for key in {**record, **made_with} if record.get(key) != made_with.get(key)]
                 if differing:
-                    raise QvlError(f"{self.path}: its answers were made with another {differing[0]}; {remedy}")
+                    raise QvlError(f"{self.path}: its answers were made with different {differing[0]}; {remedy}")
             elif not isinstance(record.get("id"), str) or not isinstance(record.get("seconds"), int | float):
                 raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
             else:
