@@ -123,6 +123,16 @@ def test_an_empty_answer_of_a_chat_model_says_so(generate, monkeypatch):
     assert (status, out) == (0, "\n") and "--chat" in err
 
 
+def test_reasoning_that_leaves_no_room_says_so(generate, monkeypatch):
+    pieces = [Piece("Let me", (1, 2), reasoning=True), Piece("", (), "length", Timings(prompt_tokens=1))]
+    job = Job((piece for piece in pieces), 1, 0, None)
+    job.advance()
+    stream = Stream(job, lambda seen: collected(seen, lambda text: []))
+    monkeypatch.setattr("qvl_runtime.model.Model.stream", lambda self, *a, **k: stream)
+    status, out, err = generate("Hello", "--max-new-tokens", 2)
+    assert (status, out) == (0, "\n") and "reasoning took all 2 tokens" in err and "--max-new-tokens" in err
+
+
 def test_a_chat_turn_is_that_of_chat(generate, model, monkeypatch):
     few = ("--max-new-tokens", 8, "-i", "images/rgb_odd.png")
     found = json.loads(generate("What is it?", "--chat", "--json", *few)[1])

@@ -149,6 +149,8 @@ def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
         window = model.config.max_position_embeddings
         remedy = f"--context may be up to {window}" if model.window < window else "shorten the prompt"
         return f"the answer was cut: prompt and answer fill the context of {model.window} tokens; {remedy}"
+    if result.finish_reason == "length" and result.reasoning and not result.text.strip():
+        return f"the reasoning took all {max_new_tokens} tokens and left none for the answer: raise --max-new-tokens"
     if not result.text.strip() and result.finish_reason == "stop":
         chat = "; this is a chat model: --chat asks it in a chat turn" if model.is_chat else ""
         return f"the model ended its answer at once{chat}"
