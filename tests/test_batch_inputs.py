@@ -26,6 +26,14 @@ def only(source):
     return row
 
 
+def test_the_pictures_of_a_request_are_counted(tmp_path):
+    picture = {"type": "image_url", "image_url": {"url": "data:,x"}}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "?"}, picture]}, {"content": "a"}, 7]
+    lines = [{"custom_id": f"{i}", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": m}}
+             for i, m in enumerate((messages, None, [{"content": {"type": "image_url"}}]))]  # fmt: skip
+    assert [row.picture_count for row in open_source(write(tmp_path / "rows.jsonl", *lines)).rows(0, 3)] == [2, 0, 0]
+
+
 def test_rows_of_lines(tmp_path):
     path = write(
         tmp_path / "in.jsonl",

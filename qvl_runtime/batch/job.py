@@ -117,7 +117,7 @@ class Worker:
         def blocks() -> Iterator[list[Row]]:
             for index, task in enumerate(tasks):
                 rows = rows_of(self._source, task)
-                begun[index] = task, sum(len(row.pictures) for row in rows)
+                begun[index] = task, sum(row.picture_count for row in rows)
                 yield rows
 
         def complete(index: int, records: list[Record]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,13 @@ class Row:
     url: str = ""
     body: Mapping[str, Any] | None = None
     error: str | None = None
+
+    @property
+    def picture_count(self) -> int:
+        """Number of its pictures, in OpenAI's format as far as the messages can be read."""
+        contents = [message.get("content") for message in _mappings((self.body or {}).get("messages"))]
+        parts = itertools.chain.from_iterable(map(_mappings, contents))
+        return len(self.pictures) + sum(part.get("type") == "image_url" for part in parts)
 
 
 class Source(Protocol):
@@ -123,3 +131,8 @@ def _picture(value: Any) -> str | bytes | None:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, str | bytes) and value else None
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """Return the mappings in a list; none if it is not a list."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
