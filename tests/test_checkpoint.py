@@ -193,6 +193,7 @@ def test_tensors_that_contradict_the_config(tmp_path, change, parts):
         ({"intermediate_size": 4096}, ["mlp.w1.weight"]),
         ({"intermediate_size": 10**30}, ["'intermediate_size'", "at most"]),
         ({"rotary_emb_base": 1e300}, ["'rotary_emb_base' is 1e+300", "at most"]),
+        ({"rotary_emb_base": 1e-300}, ["'rotary_emb_base' is 1e-300", "1 or more"]),
         ({"layer_norm_epsilon": 2.0}, ["'layer_norm_epsilon' is 2.0", "at most"]),
         ({"kv_channels": 2}, ["'kv_channels' is 2", "above 2"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most 1024"]),

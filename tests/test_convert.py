@@ -200,6 +200,18 @@ def test_with_force_an_unfinished_file_is_replaced(tmp_path):
     Blob(tmp_path / "x.qvl").check()
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_link_in_place_of_an_unfinished_file_harms_nothing(tmp_path, force):
+    letter = tmp_path / "letter"
+    if force:
+        letter.write_text("x")
+    (tmp_path / "x.qvl.partial").symlink_to(letter)
+    convert(BIN, tmp_path / "x.qvl", force=force)
+    Blob(tmp_path / "x.qvl").check()
+    assert not (tmp_path / "x.qvl").is_symlink()
+    assert letter.read_text() == "x" if force else not letter.exists()
+
+
 @pytest.mark.parametrize("other", ["settings", "model", "length"])
 def test_resume_refuses_what_was_begun_otherwise(tmp_path, other):
     out = tmp_path / "x.qvl"

@@ -216,6 +216,27 @@ def test_a_broken_line_of_answers_is_named(tmp_path):
         AnswerFile(path, {"task": "t"})
 
 
+@pytest.mark.parametrize(
+    "content", [b"a letter without a last line end", b'{"task": "other"}\n{"id": "1"', b"[]\n[", b"\xff"]
+)
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(qvl.QvlError, match=r"a.jsonl.*; remove the file, or name another folder"):
+        AnswerFile(path, {"task": "t"})
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_a_killed_beginning_is_begun_again(tmp_path, kept):
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {"task": "t"}):
+        whole = path.read_bytes()
+    path.write_bytes(whole[:kept])
+    with AnswerFile(path, {"task": "t"}):
+        assert path.read_bytes() == whole
+
+
 def test_options_are_chosen_by_their_likelihood(folder, base, tmp_path):
     put(folder, "scienceqa/scienceqa_test_img.jsonl", choice(), choice(choices=["u", "v", "w"]))
     found = evaluate([base], "scienceqa", folder, out=tmp_path, device="cpu")

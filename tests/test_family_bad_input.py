@@ -92,6 +92,8 @@ def test_merges_that_contradict_the_ranks(folder, fails):
     assert "merge 10" in fails(made)
     (made / "merges.txt").unlink()
     assert "merges.txt: no such file" in fails(made)
+    (made / "merges.txt").symlink_to("/dev/zero")  # its size is 0, and it never ends
+    assert "merges.txt: cannot be read" in fails(made)
 
 
 def test_pictures_that_cannot_be_seen(tmp_path):

@@ -157,6 +157,7 @@ REFUSED = [
     ("q2-7b", "rope_scaling.mrope_section", ["a"], "'mrope_section' is 'a', expected int"),
     ("q2-7b", "rope_scaling", None, "'rope_scaling' is missing"),
     ("q2-7b", "rope_theta", None, "'rope_theta' is missing"),
+    ("q2-7b", "rope_theta", 1e-300, "'rope_theta' is 1e-300, expected 1 or more"),
     ("q2-7b", "layer_types", ["full_attention", "sliding_attention"], "'layer_types' holds .*sliding_attention"),
     ("q2-7b", "num_experts", 64, "'num_experts' is 64"),
     ("q2-7b", "head_dim", 64, "'head_dim' is 64; only 128"),

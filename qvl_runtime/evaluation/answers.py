@@ -47,10 +47,10 @@ class AnswerFile:
         self._synced = self._last = time.monotonic()
         with contextlib.suppress(FileExistsError):
             path.open("xb").close()
-        self._repair()
-        self._take_up(dict(made_with))
+        whole = self._take_up(dict(made_with))
+        os.truncate(path, whole)  # not before: the file of another program stays as it is
         self._file: BinaryIO = path.open("ab", buffering=0)
-        if not path.stat().st_size:
+        if not whole:
             self._write(dict(made_with))
 
     def __enter__(self) -> AnswerFile:
@@ -80,16 +80,14 @@ class AnswerFile:
         while line:
             line = line[self._file.write(line) :]
 
-    def _repair(self) -> None:
-        content = self._content()
+    def _take_up(self, made_with: dict[str, Any]) -> int:
+        """Read the answers of whole lines; return the bytes of these."""
+        content = read_regular(self.path, limit=MAX_FILE)
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self.path, whole)
-
-    def _take_up(self, made_with: dict[str, Any]) -> None:
-        lines = self._content().splitlines()
         remedy = "remove the file, or name another folder with --out"
-        for number, line in enumerate(lines, 1):
+        if content and not whole and not (json.dumps(made_with, ensure_ascii=False).encode()).startswith(content):
+            raise QvlError(f"{self.path}: holds something other than answers; {remedy}")
+        for number, line in enumerate(content[:whole].splitlines(), 1):
             record = parse_object(line, f"{self.path} line {number}", remedy)
             if number == 1:
                 differing = [key for key in {**record, **made_with} if record.get(key) != made_with.get(key)]
@@ -99,6 +97,4 @@ class AnswerFile:
                 raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
             else:
                 self.answers[record["id"]] = record
-
-    def _content(self) -> bytes:
-        return read_regular(self.path, limit=MAX_FILE)
+        return whole

@@ -317,6 +317,7 @@ class ModelConfig:
             value, limit = getattr(self, field.name), limits.get(field.name, MAX_WIDTH)
             if field.type in ("int", "float") and not field.name.endswith("_token_id"):
                 check(0 < value <= limit, where, f"'{field.name}' is {value}, expected above 0 and at most {limit}")
+        check(self.rope_theta >= 1, where, f"'rope_theta' is {self.rope_theta}, expected 1 or more")
         check(self.max_position_embeddings > 1, where, "'max_position_embeddings' is 1, expected more")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         check(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import refuse
 from qvl_runtime.families.reading import check, read_json, take
+from qvl_runtime.file.opening import read_regular
 from qvl_runtime.inputs.tokenizer import SPLIT_PATTERN, read_ranks
 
 MAX_MERGES = 64 << 20
@@ -95,13 +96,10 @@ def _from_tokenizer_json(data: Mapping[str, Any], where: str) -> Vocabulary:
 
 
 def _read_merges(path: Path) -> list[list[str]]:
+    content = read_regular(path, limit=MAX_MERGES, remedy="finish the download")
     try:
-        if path.stat().st_size > MAX_MERGES:
-            raise ValueError("too large")
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise QvlError(f"{path}: no such file; finish the download") from None
-    except (OSError, ValueError) as error:
+        lines = content.decode().split("\n")
+    except UnicodeDecodeError as error:
         raise QvlError(f"{path}: is not readable ({error}); download it again") from None
     return [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
 

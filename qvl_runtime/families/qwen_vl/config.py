@@ -169,6 +169,8 @@ class ModelConfig:
             if kind in (int, float):
                 value, limit = values[name], limits.get(name, MAX_WIDTH)
                 check(0 < value <= limit, where, f"'{name}' is {value}, expected > 0 and at most {limit}")
+        base = config.rotary_emb_base
+        check(base >= 1, where, f"'rotary_emb_base' is {base}, expected 1 or more")
         check(config.seq_length > 1, where, "'seq_length' is 1, expected > 1")
         check(config.intermediate_size % 2 == 0, where, "'intermediate_size' is odd")
         channels = config.kv_channels
