@@ -81,6 +81,9 @@ def test_a_conversion_takes_the_merged_weights(adapter, tmp_path):
     assert "adapter/adapter_model.safetensors" in merged.metadata["source"]["files"]
 
 
+SHAPE = Checkpoint(VL).entry(f"{W1}.weight").shape
+
+
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
@@ -88,9 +91,20 @@ def test_a_conversion_takes_the_merged_weights(adapter, tmp_path):
         ({"bias": "all"}, {}, "'bias' is 'all'"),
         ({"peft_type": "IA3"}, {}, "'peft_type' is 'IA3'"),
         ({"lora_alpha": "x"}, {}, "'lora_alpha' is 'x'"),
+        ({"lora_alpha": 10**400}, {}, "'lora_alpha' is '1000"),
+        ({"lora_alpha": 1e300}, {}, "'lora_alpha' is '1e.300'"),
         ({}, {f"base_model.model.{W1}.lora_B.weight": None}, "lora_A alone"),
         ({}, {f"base_model.model.{W1}.lora_A.weight": np.ones((3, 5), np.float32)}, "factors of"),
+        (
+            {},
+            {
+                f"base_model.model.{W1}.lora_A.weight": np.ones((0, SHAPE[1]), np.float32),
+                f"base_model.model.{W1}.lora_B.weight": np.ones((SHAPE[0], 0), np.float32),
+            },
+            "factors of",
+        ),
         ({}, {"base_model.model.other.weight": np.ones(3, np.float32)}, "'other.weight', which"),
+        ({}, {"x" * 50_000: np.ones(3, np.float32)}, "^.{,300}$"),
         ({}, {"base_model.model.transformer.ln_f.weight": np.ones(3, np.float32)}, r"has the shape \[3\]"),
         ({}, {f"base_model.model.{W1}.lora_magnitude_vector": np.ones(3, np.float32)}, "no part of a LoRA"),
     ],

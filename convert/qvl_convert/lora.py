@@ -23,6 +23,8 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.default)?)?\.(?P<kind>weight|bias)")
 PREFIX = "base_model.model."
+LARGEST = 1e6
+"""Limit of `lora_alpha`, far beyond that of any adapter; merging does not overflow by it."""
 UNKNOWN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -90,11 +92,13 @@ class Merged(Checkpoint):
             name = self._known_as(f"{saved['module']}.{saved['kind']}")
             self._saved[name] = array
         else:
-            raise QvlError(f"{self._path}: {key!r} is no part of a LoRA adapter that this program knows")
+            raise QvlError(f"{self._path}: {key!r:.100} is no part of a LoRA adapter that this program knows")
         if f"{name.rpartition('.')[0]}.qweight" in self:
             raise QvlError(f"{self.folder}: is quantized, so no adapter can be merged; take the unquantized base model")
         if name not in self:
-            raise QvlError(f"{self._path}: changes {name!r}, which {self.folder} has not; do they belong together?")
+            raise QvlError(
+                f"{self._path}: changes {name!r:.100}, which {self.folder} has not; do they belong together?"
+            )
         if name in self._saved and array.shape != self.entry(name).shape:
             raise QvlError(
                 f"{self._path}: {name!r} has the shape {list(array.shape)}, the base model's is "
@@ -110,7 +114,14 @@ class Merged(Checkpoint):
         if set(pair) != {"A", "B"}:
             raise QvlError(f"{self._path}: {name!r} has lora_{next(iter(pair))} alone; finish the download")
         a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or len(shape) != 2 or (len(b), a.shape[1]) != shape:
+        if (
+            a.ndim != 2
+            or b.ndim != 2
+            or not len(a)
+            or len(a) != b.shape[1]
+            or len(shape) != 2
+            or (len(b), a.shape[1]) != shape
+        ):
             raise QvlError(
                 f"{self._path}: {name!r} has factors of {list(b.shape)} and {list(a.shape)} for the base model's "
                 f"{list(shape)}; do they belong together?"
@@ -127,6 +138,6 @@ def _factor(config: dict[str, Any], where: str) -> Callable[[int], float]:
                 f"{where}: '{key}' is {str(config[key])[:60]!r}, only {known!r} is merged; merge it with PEFT"
             )
     alpha, rslora = config.get("lora_alpha"), bool(config.get("use_rslora"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise QvlError(f"{where}: 'lora_alpha' is {str(alpha)[:40]!r}, expected a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -LARGEST <= alpha <= LARGEST:
+        raise QvlError(f"{where}: 'lora_alpha' is {str(alpha)[:40]!r}, expected a number up to {LARGEST:g}")
     return lambda rank: alpha / (math.sqrt(rank) if rslora else rank)
