@@ -205,13 +205,16 @@ def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob
         evaluate([model], "gqa", gqa, out=tmp_path, device="cpu", **options)
 
 
-def test_a_broken_line_of_answers_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", [b'{"id": "2"}', b'{"id": "2", "seconds": 1}', b'{"id": "2", "seconds": 1, "text": 5}']
+)
+def test_a_broken_line_of_answers_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {"task": "t"}) as file:
         file.add("1", {"text": "é"})
     with AnswerFile(path, {"task": "t"}) as file:
         assert file.answers["1"]["text"] == "é"
-    path.write_bytes(path.read_bytes() + b'{"id": "2"}\n{"id"\n')
+    path.write_bytes(path.read_bytes() + line + b'\n{"id"\n')
     with pytest.raises(qvl.QvlError, match=r"a.jsonl line 3: is no answer"):
         AnswerFile(path, {"task": "t"})
 

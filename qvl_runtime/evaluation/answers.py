@@ -93,8 +93,13 @@ class AnswerFile:
                 differing = [key for key in {**record, **made_with} if record.get(key) != made_with.get(key)]
                 if differing:
                     raise QvlError(f"{self.path}: its answers were made with different {differing[0]}; {remedy}")
-            elif not isinstance(record.get("id"), str) or not isinstance(record.get("seconds"), int | float):
+            elif not _is_answer(record):
                 raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
             else:
                 self.answers[record["id"]] = record
         return whole
+
+
+def _is_answer(record: Mapping[str, Any]) -> bool:
+    timed = isinstance(record.get("id"), str) and isinstance(record.get("seconds"), int | float)
+    return timed and (isinstance(record.get("text"), str) or isinstance(record.get("likelihoods"), list))
