@@ -152,7 +152,10 @@ def test_interrupt_is_130_and_leaves_the_unfinished_file(qvl, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["x.qvl"]
 
 
-@pytest.mark.parametrize("arguments", [("convert",), ("convert", "a"), ("frobnicate",), ("info", "x", "--nonsense")])
+@pytest.mark.parametrize("arguments", [
+    ("convert",), ("convert", "a"), ("frobnicate",), ("info", "x", "--nonsense"),
+    ("verify", "x", "--reference", "y", "--max-new-tokens", "-1"),
+])  # fmt: skip
 def test_wrong_usage_is_2(qvl, arguments):
     status, out, err = qvl(*arguments)
     assert (status, out) == (2, "")

@@ -29,7 +29,7 @@ def verify(
         str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures.")
     ] = "builtin",
     samples: Annotated[int, typer.Option(help="Number of conversations.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the compared answers; 0 compares none.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of the compared answers; 0 compares none.")] = 64,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Save a plot of KL by position and error by layer here.")] = None,
