@@ -104,13 +104,13 @@ def _to_lines(records: Sequence[Record]) -> bytes:
     return b"".join(json.dumps(r, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for r in records)
 
 
-def _differing(facts: Mapping[str, Any], written: Mapping[str, Any], group: str = "") -> list[str]:
+def _differing(facts: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
     """Name the facts that differ; of a group of options those inside it."""
     names: list[str] = []
     for name in sorted({*facts, *written}):
         mine, other = facts.get(name), written.get(name)
-        if not group and name in ("options", "load") and isinstance(mine, dict) and isinstance(other, dict):
-            names += _differing(mine, other, name)
+        if name in ("options", "load") and isinstance(mine, dict) and isinstance(other, dict):
+            names += _differing(mine, other)
         elif mine != other:
             names.append(name)
     return names
