@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from qvl_kernels.cpu import features
+from qvl_kernels.cpu import features, tiles
 from qvl_kernels.cpu.arrays import address
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.cpu.runner import Program, aligned
@@ -37,7 +37,6 @@ def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> floa
     operands[:] = 1
     program.keep(operands, result)
     program.add("multiply_nibbles" if bits < 8 else "multiply_bytes", address(operands), rounds, address(result))
-    level = features.selected()
-    a_lane = 4 if bits < 8 else 2 if level.words else 4
-    products = rounds * 12 * level.lanes * a_lane * ops.threads
+    a_lane = 4 // tiles.value_bytes(bits)
+    products = rounds * 12 * features.selected().lanes * a_lane * ops.threads
     return 2 * products / min(_seconds(ops, program) for _ in range(3))
