@@ -104,6 +104,7 @@ def prepare() -> list[str]:
     import numba
 
     gc.disable()
+    llvm.initialize_native_asmparser()  # for `simd.assembly`
     _only_optimize()
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = features.target()
 

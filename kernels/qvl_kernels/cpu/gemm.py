@@ -77,12 +77,13 @@ def _make(bits: int):
                         elif complete and residual != 0:
                             prefetch_rows(residual, row, rows_left, block, n)
                         for i in range(0, 32, WIDTH):
+                            # unpacked, the rows of a tile are adjacent
                             tile_kernel(
-                                bw + 4 * i, bs + 2 * i, bz + i if bz != 0 else 0,
+                                bw + i * (count * value if WORDS else 4), bs + 2 * i, bz + i if bz != 0 else 0,
                                 x + tile * tile_bytes + column * TOKENS * value,
                                 xs + tile * tile_scales + 4 * (column // span) * TOKENS,
                                 sums + tile * tile_sums + 4 * (column // group) * TOKENS,
-                                count // group, group // span, span // 4, ty + 4 * i, column == 0,
+                                count // group, group // span, span, ty + 4 * i, column == 0,
                                 ahead if ahead < limit else y,
                             )  # fmt: skip
                         ahead += count // group * 64

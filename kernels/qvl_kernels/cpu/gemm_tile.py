@@ -15,7 +15,7 @@ from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from qvl_kernels.cpu.registry import routine
+from qvl_kernels.cpu.registry import inlined, routine
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     LEVEL,
@@ -38,7 +38,7 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
-from qvl_kernels.cpu.simd.pairs import dot_pairs
+from qvl_kernels.cpu.simd.assembly import STEP, add_nibble_spans, add_pair_spans
 from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
@@ -47,7 +47,6 @@ WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
-words = loads("i32", LANES, 2)
 no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
 no_floats = zeros("f32", LANES, TOKENS)
 spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
@@ -112,33 +111,61 @@ def add_bytes(a, b, u, x):
     return dot_bytes(a, piece(u, 0), x, 4), dot_bytes(b, piece(u, 1), x, 4)
 
 
-@routine
-def add_words(a, b, u, x):
-    return dot_pairs(a, b, piece(u, 0), piece(u, 1), x, 4)
-
-
-def _make_tile(bits: int):
-    packed = bits == 4 and not WORDS  # two nibbles in a byte
-    none, bias = (no_nibbles, 0) if bits == 4 else (no_bytes, BYTE_BIAS)
-    load, add, loads_a_step = weights, add_nibbles if bits == 4 else add_bytes, 1
-    if WORDS and bits == 8:
-        load, add, loads_a_step = words, add_words, 2
+def _make_add_spans(bits: int):
+    """Create a routine that adds spans to p and q: the scaled sums of `steps` steps of four columns each."""
+    none, add = (no_nibbles, add_nibbles) if bits == 4 else (no_bytes, add_bytes)
 
     @routine
     def locate(w, span, steps):
         """Return the address of a span; spans 2 and 3 of 128 columns of int4 are the high nibbles of 0 and 1."""
-        if packed:
+        if bits == 4:
             return w + (span >> 2) * 2048 + (span & 1) * 1024
         return w + span * steps * 128
 
+    @inlined
+    def add_spans(p, q, w, first, x, xs, spans, steps):
+        for span in range(first, first + spans):
+            a, b = none(), none()
+            source = locate(w, span, steps)
+            for _ in range(steps):
+                u = weights(source)
+                if bits == 4:
+                    u = nibble(u, span & 2)
+                a, b = add(a, b, u, x)
+                source += 128
+                x += TOKEN_BYTES
+            scale = spread(xs, 4)
+            p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
+            xs += TOKEN_BYTES
+        return p, q
+
+    return add_spans
+
+
+def _make_add_unpacked(bits: int):
+    """Create a routine that does the same with weights that `unpacking` wrote, in steps of two columns of words."""
+    add = add_nibble_spans if bits == 4 else add_pair_spans
+
+    @inlined
+    def add_spans(p, q, w, first, x, xs, spans, steps):
+        return add(p, q, w + first * steps * STEP, x, xs, spans, steps)
+
+    return add_spans
+
+
+def _make_tile(bits: int):
+    bias = 0 if bits == 4 else BYTE_BIAS
+    add_spans = _make_add_unpacked(bits) if WORDS else _make_add_spans(bits)
+    a_step = 2 if WORDS and bits == 8 else 4
+
     @routine
-    def tile(w, scales, zero_points, x, xs, sums, groups, spans, steps, y, fresh, ahead):
+    def tile(w, scales, zero_points, x, xs, sums, groups, spans, columns, y, fresh, ahead):
         """``y += x @ w.T`` for `WIDTH` of a block's rows: y float32 ``[TOKENS, 32]``, `spans` in each of `groups`.
 
-        A span has `steps` of four columns, in words twice as many. If `fresh`, y is overwritten. One line at `ahead` is
-        prefetched per group, so that prefetches do not delay the loads.
+        A span has `columns`. If `fresh`, y is overwritten. One line at `ahead` is prefetched per group, so that
+        prefetches do not delay the loads.
         """
-        span, steps = 0, steps * loads_a_step
+        span, steps = 0, columns // a_step
         if fresh:
             f, h = no_floats(), no_floats()
         else:
@@ -152,20 +179,10 @@ def _make_tile(bits: int):
                 p = p * (to_f32(byte(zero_points)) - bias)
                 q = q * (to_f32(byte(zero_points + LANES)) - bias)
                 zero_points += 32
-            for _ in range(spans):
-                a, b = none(), none()
-                source = locate(w, span, steps)
-                for _ in range(steps):
-                    u = load(source)
-                    if packed:
-                        u = nibble(u, span & 2)
-                    a, b = add(a, b, u, x)
-                    source += 128
-                    x += TOKEN_BYTES
-                scale = spread(xs, 4)
-                p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
-                xs += TOKEN_BYTES
-                span += 1
+            p, q = add_spans(p, q, w, span, x, xs, spans, steps)
+            span += spans
+            x += spans * steps * TOKEN_BYTES
+            xs += spans * TOKEN_BYTES
             sums += TOKEN_BYTES
             f, h = fma(p, half(scales), f), fma(q, half(scales + 2 * LANES), h)
             scales += 64

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvl_kernels.cpu.gemv_blocks import make_fetch, make_prefetch, make_run, make_scaled, make_tile
+from qvl_kernels.cpu.gemv_blocks import get_ahead, make_prefetch, make_run, make_scaled, make_tile
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import (
     HIGH_SHIFT,
@@ -15,6 +15,7 @@ from qvl_kernels.cpu.simd import (
     SUM_EL,
     SUM_PER_LANE,
     SUM_STEPS,
+    WORDS,
     dot,
     dot_bytes,
     highs,
@@ -26,6 +27,7 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
+from qvl_kernels.cpu.simd.assembly import make_plane_sums
 
 TOKENS = 2 if LANES == 16 else 1
 """Vectors per tile: all accumulators fit the registers. Reading the rows of a block in memory order matters more than
@@ -39,9 +41,21 @@ def join(upper, lower):
     return shl(upper, 8) + lower
 
 
+def _make_assembled(bits: int) -> Callable:
+    """Create a routine for a block of 32 rows of int3 or int4 in groups of 128 by a vector."""
+    scaled, plane_sums = make_scaled(bits, 32, 1), make_plane_sums(bits)
+
+    @routine
+    def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
+        return scaled(plane_sums(w, xh, xl, get_ahead()), acc, scales, zeros_, xs, 0, sums, 0)
+
+    return make_tile(add_block, bits, 128, 32, 1, 1)
+
+
 def make_planes(bits: int, group: int, tokens: int) -> Callable:
     """Create a routine for a block of 32 rows by `tokens` vectors; see `gemv_blocks.make_tile`."""
-    merged = bits < 8 and group == 128 and SUM_EL == "i16"
+    if WORDS and bits < 8 and group == 128:
+        return _make_assembled(bits)
     weights, prefetch, scaled = loads("i8", 4 * WIDTH), make_prefetch(WIDTH), make_scaled(bits, WIDTH, tokens)
     none, none_i32 = zeros(SUM_EL, WIDTH * SUM_PER_LANE, tokens), zeros("i32", WIDTH, tokens)
     low, high, groups = masks((1 << bits) - 1), highs(bits), 128 // group
@@ -62,17 +76,7 @@ def make_planes(bits: int, group: int, tokens: int) -> Callable:
         step_end()
         return lh, ll, hh, hl
 
-    @routine
-    def merged_step(upper, lower, w, v, xh, xl, stride):
-        prefetch(w)
-        a = low(v)
-        upper, lower = dot(upper, a, xh, stride), dot(lower, a, xl, stride)
-        c = high(v)
-        upper, lower = dot(upper, c, xh + 64, stride), dot(lower, c, xl + 64, stride)
-        step_end()
-        return upper, lower
-
-    fetch, run = make_fetch(bits, WIDTH), make_run(step, bits, WIDTH, 1)
+    run = make_run(step, bits, WIDTH, 1)
 
     @routine
     def nibble_sums(w, xh, xl, stride):
@@ -88,21 +92,6 @@ def make_planes(bits: int, group: int, tokens: int) -> Callable:
         return lows, highs
 
     @routine
-    def merged_sums(w, xh, xl, stride):
-        """Return sums of low and high nibbles over 16 steps: four of both fit an accumulator."""
-        total = none_i32()
-        for _ in range(4):
-            upper, lower = merged_step(none(), none(), w, fetch(w, 0), xh, xl, stride)
-            upper, lower = merged_step(upper, lower, w + 128, fetch(w, 1), xh + 4, xl + 4, stride)
-            upper, lower = merged_step(upper, lower, w + 256, fetch(w, 2), xh + 8, xl + 8, stride)
-            upper, lower = merged_step(upper, lower, w + 384, fetch(w, 3), xh + 12, xl + 12, stride)
-            total = total + join(widen(upper), widen(lower))
-            w += 128 * bits
-            xh += 16
-            xl += 16
-        return total
-
-    @routine
     def byte_sums(w, xh, xl, stride):
         sh, sl = none_i32(), none_i32()
         for _ in range(steps):
@@ -115,14 +104,7 @@ def make_planes(bits: int, group: int, tokens: int) -> Callable:
             xl += 4
         return join(sh, sl)
 
-    if merged:
-
-        @routine
-        def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
-            total = merged_sums(w, xh, xl, blocks * 128)
-            return scaled(total, acc, scales, zeros_, xs, blocks * 4, sums, blocks * 4)
-
-    elif bits < 8:
+    if bits < 8:
 
         @routine
         def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):

@@ -12,13 +12,18 @@ from numba.extending import intrinsic
 KERNELS: dict[str, Callable] = {}
 """Every `kernel`, by name."""
 
+OPTIONS = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 ENTRY = types.void(types.int64, types.int64, types.int64)
 
 
 def routine(function: Callable) -> Callable:
     """Decorate a function that kernels call: it is compiled into them, without wrappers and Python exceptions."""
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(function, nogil=True, error_model="numpy", **options)
+    return numba.njit(function, **OPTIONS)
+
+
+def inlined(function: Callable) -> Callable:
+    """As `routine`, always inlined, so that its vectors stay in registers."""
+    return numba.njit(function, forceinline=True, **OPTIONS)
 
 
 def kernel(function: Callable) -> Callable:
