@@ -29,7 +29,7 @@ def _make(bits: int):
     tile_kernel, value = tile4 if bits == 4 else tile8, value_bytes(bits)
 
     @routine
-    def unpacked(weights, area, columns, span, from_int3):
+    def unpacked(weights, area, columns, from_int3):
         """Return the address of a piece of weights as the tiles take it."""
         blocks = columns // 128
         if from_int3:
@@ -40,7 +40,7 @@ def _make(bits: int):
             unpack_nibbles(weights, area, blocks)
             weights = area
         if WORDS and bits == 8:
-            unpack_bytes(weights, area, columns // span, span // 4)
+            unpack_bytes(weights, area, blocks)
             weights = area
         return weights
 
@@ -67,7 +67,7 @@ def _make(bits: int):
                     bz = zero_points + where // group * 32 if zero_points != 0 else 0
                     ahead = bw + count // 128 * block_bytes
                     limit = min(ahead + PIECE // 128 * block_bytes, w + blocks * columns // 128 * block_bytes)
-                    bw = unpacked(bw, area, count, span, from_int3)
+                    bw = unpacked(bw, area, count, from_int3)
                     for tile in range(begin, end):
                         row = tile * TOKENS
                         rows_left, ty = min(TOKENS, total - row), y + (row - begin * TOKENS) * ROW

@@ -4,8 +4,8 @@ A row is divided into spans of 32 columns (or 128, for int8 weights with groups 
 with q in -127..127, or -32767..32767::
 
     packed  int8 [tiles, spans, span / 4, TOKENS, 4]
-            or, for int8 weights where `WORDS`, int16 [tiles, spans, 2, span / 4, TOKENS, 2]: columns
-            0 and 2 of each four first, all behind them 1 and 3
+            or, for int8 weights where `WORDS`, int16 [tiles, spans, span / 4, 2, TOKENS, 2]: columns
+            0 and 2 of each four, then 1 and 3
     scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
 
@@ -54,21 +54,21 @@ HIGH_SCALE = float32(1 / (1 << HIGH_SHIFT))
 
 
 def _store_steps(element: ir.Type, columns: tuple[int, ...]):
-    """An intrinsic that writes integers (16 as i32) of each row of a tile, those columns of every four."""
+    """An intrinsic that writes integers (16 as i32) of each row of a tile, every four in the order of `columns`."""
 
     @intrinsic
     def f(typing, addr, v):
         def codegen(context, b, sig, args):
             order = [4 * at + column for at in range(4) for column in columns]
-            within = ir.Constant(ir.VectorType(I32, len(order)), order)
+            within, count = ir.Constant(ir.VectorType(I32, 16), order), element.width // 2
             steps = []
             for m in range(v.m):
                 x = take(b, args[1], m)
                 x = b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), within)
-                x = b.trunc(x, ir.VectorType(element, len(order)))
-                steps.append(b.bitcast(x, ir.VectorType(I32, 4)))
+                x = b.trunc(x, ir.VectorType(element, 16))
+                steps.append(b.bitcast(x, ir.VectorType(I32, count)))
             whole = join(b, steps)
-            order = [4 * m + at for at in range(4) for m in range(v.m)]
+            order = [count * m + at for at in range(count) for m in range(v.m)]
             lanes = ir.Constant(ir.VectorType(I32, len(order)), order)
             whole = b.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), lanes)
             b.store(whole, pointer(b, args[0], whole.type), align=1)
@@ -79,8 +79,7 @@ def _store_steps(element: ir.Type, columns: tuple[int, ...]):
     return f
 
 
-store_bytes = _store_steps(I8, (0, 1, 2, 3))
-store_even, store_odd = _store_steps(I16, (0, 2)), _store_steps(I16, (1, 3))
+store_bytes, store_words = _store_steps(I8, (0, 1, 2, 3)), _store_steps(I16, (0, 2, 1, 3))
 
 
 @routine
@@ -119,8 +118,7 @@ def quantize_span(x, row, span, words, target, scale_at, factor, inverses):
         q = rint(tile_rows(x + 4 * i, row) * inverse)
         total = total + q
         if words:
-            store_even(target + i * TOKENS, q)
-            store_odd(target + (span + i) * TOKENS, q)
+            store_words(target + 2 * i * TOKENS, q)
         else:
             store_bytes(target + i * TOKENS, q)
     return to_f32(sum_each(total)) * scale

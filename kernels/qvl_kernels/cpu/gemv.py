@@ -12,17 +12,22 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish_rows
 from qvl_kernels.cpu.gemv_blocks import set_ahead
 from qvl_kernels.cpu.gemv_planes import TOKENS, make_planes
+from qvl_kernels.cpu.gemv_shared import make_shared
 from qvl_kernels.cpu.gemv_words import make_bytes, make_nibbles
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import WORDS
+from qvl_kernels.cpu.tiles import SHARING
 from qvl_kernels.packing import group_sizes
 
 STEP_BYTES = 256 << 10
 """Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
 
 
-def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callable]) -> None:
-    """Create a kernel. `tiles`: routines by their number of vectors; an activation has `value` bytes at `x`."""
+def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callable], shared: Callable | None) -> None:
+    """Create a kernel. `tiles`: routines by their number of vectors; an activation has `value` bytes at `x`.
+
+    `shared` takes all vectors but the last `len % 4`, if there are `SHARING` or more.
+    """
     block_bytes, groups, tokens = 512 * bits, 128 // group, max(tiles)
     one, two, many = tiles[1], tiles.get(2, tiles[1]), tiles[tokens]
 
@@ -40,9 +45,9 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
 
     def gemv(args, thread, threads):
         (counters, w, scales, zeros_, n, blocks, x, low, xs, sums, rows, out, bias, activation, residual, gated,
-         scratch, ahead) = unpack(args, 18)  # fmt: skip
+         scratch, scratch_bytes, ahead) = unpack(args, 19)  # fmt: skip
         set_ahead(ahead)
-        y, lines = scratch + thread * 128 * tokens, (n + 31) // 32
+        y, lines = scratch + thread * scratch_bytes, (n + 31) // 32
         step = max(1, STEP_BYTES // (blocks * block_bytes * rows))
         for turn in range(threads):
             owner = (thread + turn) % threads
@@ -52,6 +57,10 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
                     bw, bs = w + line * blocks * block_bytes, scales + line * blocks * groups * 64
                     bz = zeros_ + line * blocks * groups * 32 if zeros_ != 0 else 0
                     row = 0
+                    if shared is not None and rows >= SHARING:
+                        row = rows // 4 * 4
+                        shared(bw, bs, bz, x, xs, sums, blocks, row, y, y + 128 * row)
+                        finish_rows(y, out, bias, activation, residual, gated, 0, row, line, n, 0)
                     while row < rows:
                         o = row * blocks
                         at, lower = x + 128 * value * o, low + 128 * o
@@ -67,11 +76,11 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
 
 for _group in (32, 64, 128):
     for _bits in (3, 4) if _group in group_sizes(3) else (4,):
-        _make(f"gemv{_bits}_{_group}", _bits, _group, 1, {n: make_planes(_bits, _group, n) for n in {1, TOKENS}})
+        _make(f"gemv{_bits}_{_group}", _bits, _group, 1, {n: make_planes(_bits, _group, n) for n in {1, TOKENS}}, None)
         if WORDS:
             _tiles = {n: make_nibbles(_bits, _group, n) for n in (1, 2, 4)}
-            _make(f"gemv{_bits}_{_group}_words", _bits, _group, 2, _tiles)
+            _make(f"gemv{_bits}_{_group}_words", _bits, _group, 2, _tiles, make_shared(_bits, _group))
     if WORDS:
-        _make(f"gemv8_{_group}", 8, _group, 2, {1: make_bytes(_group)})
+        _make(f"gemv8_{_group}", 8, _group, 2, {1: make_bytes(_group)}, make_shared(8, _group))
     else:
-        _make(f"gemv8_{_group}", 8, _group, 1, {n: make_planes(8, _group, n) for n in {1, TOKENS}})
+        _make(f"gemv8_{_group}", 8, _group, 1, {n: make_planes(8, _group, n) for n in {1, TOKENS}}, None)

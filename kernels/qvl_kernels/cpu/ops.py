@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qvl_kernels.cpu import arrays, batched, cache, choices, features
+from qvl_kernels.cpu import arrays, batched, cache, choices, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
 from qvl_kernels.ops import Norm, check_segments, query_heads
@@ -240,7 +240,9 @@ class CpuOps:
         return address(weight), address(bias), float_word(norm.eps)
 
     def _product(self, program, activations, w, out, *, activation=None, residual=None, gated=False) -> None:
-        rows, scratch = len(out), self._memory(program, "tile", 1024 * self.threads)
+        rows = len(out)
+        scratch_bytes = tiles.gemv_scratch_bytes(rows)
+        scratch = self._memory(program, "tile", scratch_bytes * self.threads)
         after = (address(out), w.bias, batched.activation_code(activation), address(residual), int(gated), scratch)
         if w.bits == 16:
             program.add("gemv16", self._pool.counters, w.weight, w.n, w.k, *activations, rows, *after)
@@ -248,7 +250,7 @@ class CpuOps:
             name = f"gemv{w.bits}_{w.group_size}" + ("_words" if w.bits < 8 and _in_words(w, rows) else "")
             program.add(
                 name, self._pool.counters, w.weight, w.scales, w.zeros, w.n, w.blocks, *activations, rows, *after,
-                self.choices.ahead,
+                scratch_bytes, self.choices.ahead,
             )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- elementwise

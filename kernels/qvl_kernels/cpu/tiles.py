@@ -16,6 +16,8 @@ INT4_BYTES = 16 * PIECE
 """Bytes of a piece of 32 rows as int4."""
 HELD_TILES = 128
 """Largest number of these tiles."""
+SHARING = 16
+"""Vectors of words from which on they share unpacked weights."""
 FLOAT_TOKENS = 6
 """Queries per tile of float32 attention."""
 PAIR_TOKENS, PAIR_QUERIES = 6, 1056
@@ -48,6 +50,12 @@ def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int
 def gemm_scratch_bytes(k: int) -> int:
     """Return the scratch bytes per thread of the pack and gemm kernels."""
     return max(4 * round_up(k, 128) * (TOKENS + 1) + 64, 128 * HELD_TILES * TOKENS)
+
+
+def gemv_scratch_bytes(rows: int) -> int:
+    """Return the scratch bytes per thread of the products of `rows` vectors with 16-bit activations."""
+    unpacked = 32 * 128 * 2 if features.selected().words else 0
+    return 1024 if rows < SHARING else 128 * rows + unpacked
 
 
 def attention_scratch_bytes(head_dim: int) -> int:

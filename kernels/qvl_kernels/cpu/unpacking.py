@@ -7,12 +7,16 @@ instructions: there int4 becomes a byte a code, and int8 words of 16 bits, the f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import LANES, highs, loads, masks, steps_of_int3, store
 from qvl_kernels.cpu.simd.assembly import STEP
-from qvl_kernels.cpu.simd.pairs import bytes_of_pairs
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, nibbles_of_pairs
 
 BYTES = 4 * LANES
+WORDS_OF_ROWS = 64 * STEP
+"""Bytes of 16 rows of a block as words."""
 step, code_bits = steps_of_int3(BYTES), masks(0x77)
 load, lows, high_nibbles = loads("i8", BYTES), masks(0x0F), highs(4)
 
@@ -33,7 +37,7 @@ def widen_blocks(source, target, blocks):
 @routine
 def unpack_nibbles(source, target, blocks):
     """Write such blocks of int4 with a byte for each code: four spans of 32 columns, each 8 steps of four."""
-    other_rows = 2048 * blocks
+    other_rows = 32 * STEP * blocks
     for _ in range(blocks):
         for step in range(8):
             for i in range(0, 128, BYTES):
@@ -44,20 +48,48 @@ def unpack_nibbles(source, target, blocks):
                 store(to + 16 * STEP, high_nibbles(first))
                 store(to + 24 * STEP, high_nibbles(second))
         source += 2048
-        target += 2048
+        target += 32 * STEP
 
 
 @routine
-def unpack_bytes(source, target, spans, steps):
-    """Write spans of int8 as words: the first and third byte of every four in all steps, then the others."""
-    other_bytes = STEP * steps
-    other_rows = 2 * other_bytes * spans
-    for _ in range(spans):
-        for step in range(steps):
+def place(target, blocks, step, i):
+    """Return where byte `i` of a step of 32 rows and four columns is unpacked to, as words."""
+    return target + i // STEP * (WORDS_OF_ROWS * blocks) + 2 * STEP * step + i % STEP
+
+
+@routine
+def unpack_bytes(source, target, blocks):
+    """Write such blocks of int8 as words: steps of two columns, of every four the first and third first."""
+    for step in range(32 * blocks):
+        for i in range(0, 128, BYTES):
+            v, to = load(source + 128 * step + i), place(target, blocks, step, i)
+            store(to, bytes_of_pairs(v, 0))
+            store(to + STEP, bytes_of_pairs(v, 1))
+
+
+def make_unpack_words(bits: int) -> Callable:
+    """Create a routine that does the same with one block of int3 or int4."""
+    nibbles = nibbles_of_pairs(bits)
+
+    @routine
+    def unpack_step(v, to):
+        store(to, nibbles(v, 0))
+        store(to + STEP, nibbles(v, 2))
+        store(to + 32 * STEP, nibbles(v, 1))
+        store(to + 33 * STEP, nibbles(v, 3))
+
+    @routine
+    def unpack(source, target):
+        for at in range(0, 16, 4):
             for i in range(0, 128, BYTES):
-                v = load(source + 128 * step + i)
-                to = target + i // STEP * other_rows + STEP * step + i % STEP
-                store(to, bytes_of_pairs(v, 0))
-                store(to + other_bytes, bytes_of_pairs(v, 1))
-        source += 128 * steps
-        target += 2 * other_bytes
+                if bits == 3:
+                    unpack_step(step(source + i, 0), place(target, 1, at, i))
+                    unpack_step(step(source + i, 1), place(target, 1, at + 1, i))
+                    unpack_step(step(source + i, 2), place(target, 1, at + 2, i))
+                    unpack_step(step(source + i, 3), place(target, 1, at + 3, i))
+                else:
+                    for j in range(4):
+                        unpack_step(load(source + 128 * j + i), place(target, 1, at + j, i))
+            source += 128 * bits
+
+    return unpack

@@ -13,7 +13,7 @@ from numba.core import types
 from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 
-from qvl_kernels.cpu.simd.emit import F32, I32, I64, join
+from qvl_kernels.cpu.simd.emit import F32, I32, I64, gather, join
 from qvl_kernels.cpu.simd.vector import Vec
 
 VECTOR = ir.VectorType(I32, 8)
@@ -46,18 +46,23 @@ def _assemble(b, lines, vectors, changed, read):
     return {name: b.extract_value(found, i) for i, name in enumerate(vectors)}
 
 
-def _step(product: str, add: str, at: int, x_at: int, fresh: bool) -> list[str]:
-    """Add a step's products to the sums of a tile, or, if `fresh`, write them there."""
+def _step(product: str, add: str, at: int, words: list[str], fresh: bool) -> list[str]:
+    """Add a step's products with the rows' words to the sums of a tile, or, if `fresh`, write them there."""
     lines = [f"vmovdqu {at}(%w), %u", f"vmovdqu {at + 32}(%w), %v"]
-    for row in range(ROWS):
+    for row, word in enumerate(words):
         a, b = SUMS[2 * row : 2 * row + 2]
-        lines.append(f"vpbroadcastd {x_at + 4 * row}(%x), %word")
+        lines.append(f"vpbroadcastd {word}, %word")
         if fresh:
             lines += [f"{product} %word, %u, %{a}", f"{product} %word, %v, %{b}"]
         else:
             lines += [f"{product} %word, %u, %p", f"{product} %word, %v, %q"]
             lines += [f"{add} %p, %{a}, %{a}", f"{add} %q, %{b}, %{b}"]
     return lines
+
+
+def _adjacent(at: int) -> list[str]:
+    """The addresses of the words of all rows of a step, one behind the other."""
+    return [f"{at + 4 * row}(%x)" for row in range(ROWS)]
 
 
 def _scale(ones: str | None) -> list[str]:
@@ -76,6 +81,10 @@ def _scale(ones: str | None) -> list[str]:
 def _ones(register: str) -> list[str]:
     """Write 1 to all words of a register."""
     return [f"vpcmpeqw %{register}, %{register}, %{register}", f"vpsrlw $15, %{register}, %{register}"]
+
+
+def _clear(registers: tuple[str, ...]) -> list[str]:
+    return [f"vpxor %{name}, %{name}, %{name}" for name in registers]
 
 
 def _spans(lines: list[str]):
@@ -110,7 +119,7 @@ def add_nibble_spans(typing, p, q, w, x, scales, spans, steps):
     """
     lines = []
     for step in range(8):
-        lines += _step("vpmaddubsw", "vpaddw", STEP * step, 4 * ROWS * step, fresh=step == 0)
+        lines += _step("vpmaddubsw", "vpaddw", STEP * step, _adjacent(4 * ROWS * step), fresh=step == 0)
     lines += [*_ones("u"), *_scale("u"), f"addq ${8 * STEP}, %w", f"addq ${8 * 4 * ROWS}, %x"]
     return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _spans(lines)
 
@@ -118,10 +127,31 @@ def add_nibble_spans(typing, p, q, w, x, scales, spans, steps):
 @intrinsic
 def add_pair_spans(typing, p, q, w, x, scales, spans, steps):
     """As `add_nibble_spans`, of `steps` steps of two columns: words at w and x."""
-    lines = [*(f"vpxor %{name}, %{name}, %{name}" for name in SUMS), "movq %steps, %left", "2:"]
-    lines += _step("vpmaddwd", "vpaddd", 0, 0, fresh=False)
+    lines = [*_clear(SUMS), "movq %steps, %left", "2:"]
+    lines += _step("vpmaddwd", "vpaddd", 0, _adjacent(0), fresh=False)
     lines += [f"addq ${STEP}, %w", f"addq ${4 * ROWS}, %x", "decq %left", "jnz 2b", *_scale(None)]
     return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _spans(lines)
+
+
+@intrinsic
+def pair_sums(typing, w, x, row, steps):
+    """Return the i32 sums of `steps` (not 0) steps of two vectors of words at w, with the words of `ROWS` rows at x.
+
+    The rows are `row` bytes apart. The sums of the first vector come first.
+    """
+    result = types.UniTuple(Vec("i32", 8, ROWS), 2)
+    lines = [*_clear(SUMS), ".p2align 5", "1:"]
+    lines += _step("vpmaddwd", "vpaddd", 0, ["(%x)", "(%x,%row)", "(%x,%row,2)", "(%x,%rows)"], fresh=False)
+    lines += [f"addq ${STEP}, %w", "addq $4, %x", "decq %left", "jnz 1b"]
+
+    def codegen(context, b, sig, args):
+        w, x, row, steps = args
+        read = {"row": row, "rows": b.mul(row, ir.Constant(I64, ROWS - 1))}
+        found = _assemble(b, lines, (*SUMS, "u", "v", "word", "p", "q"), {"w": w, "x": x, "left": steps}, read)
+        blocks = [gather(b, [found[name] for name in SUMS[first::2]]) for first in range(2)]
+        return context.make_tuple(b, result, blocks)
+
+    return result(w, x, row, steps), codegen
 
 
 def _plane(plane: str, at: int, weights: tuple[str, str], fresh: bool) -> list[str]:
@@ -170,7 +200,7 @@ def make_plane_sums(bits: int):
     """
     result = Vec("i32", 32)
     lines = ["vpcmpeqb %mask, %mask, %mask", f"vpsrlw ${16 - bits}, %mask, %mask", "vpackuswb %mask, %mask, %mask"]
-    lines += [*(f"vpxor %{t}, %{t}, %{t}" for t in TOTALS), "movq $4, %left", "1:"]
+    lines += [*_clear(TOTALS), "movq $4, %left", "1:"]
     for half in range(2):
         for step in range(4):
             lines += [*_fetch(bits, step, half), "vpand %mask, %u, %m", "vpand %mask, %v, %n"]
