@@ -68,4 +68,7 @@ def test_impossible_wishes_are_errors_and_leave_nothing(tmp_path):
         convert(VL, tmp_path / "x.qvl", target_size="10KB", **OPTIONS)
     with pytest.raises(QvlError, match="quantized already"):
         convert(GOLDEN / "ckpt" / "tiny-vl-gptq", tmp_path / "x.qvl", target_size="1GB", **OPTIONS)
+    for given in ("bits", "vision_bits", "head_bits"):
+        with pytest.raises(QvlError, match="a target size chooses the bits: leave out"):
+            convert(VL, tmp_path / "x.qvl", target_size="1GB", **{given: 4}, **OPTIONS)
     assert list(tmp_path.iterdir()) == []

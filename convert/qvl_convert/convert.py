@@ -39,7 +39,7 @@ def convert(
     src: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int = 128,
     vision_bits: int | None = None,
     head_bits: int | None = None,
@@ -65,14 +65,14 @@ def convert(
     out : path
         The file to write; its temporary name is ``OUT.partial``.
     bits, vision_bits, head_bits : int
-        3, 4, 8 or 16: for the decoder's linear layers; for ViT and adapter; for embedding and output head. The defaults
-        of the last two are 16 with ``bits=16``, else 8.
+        3, 4, 8 or 16: for the decoder's linear layers (default 4); for ViT and adapter; for embedding and output head.
+        The defaults of the last two are 16 with ``bits=16``, else 8.
     group_size : int
         Columns per scale: 32, 64 or 128.
     method : str
         "rtn", or "gptq" (calibrated) for the decoder's linear layers and other 4-bit matrices except the embedding.
     target_size : str, optional
-        File size such as "5.5GB": bits are chosen for each layer (`allocation`), which overrides the options above.
+        File size such as "5.5GB": bits are chosen for each layer (`allocation`), so none of the three may be given.
     lora : path, optional
         Folder of a PEFT adapter to merge into the (unquantized) model.
     calibration_data : path
@@ -104,9 +104,11 @@ def convert(
             raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
         if spill:
             raise QvlError("spill is for method gptq or a target size; choose one")
+    if target_size is not None and (bits, vision_bits, head_bits) != (None, None, None):
+        raise QvlError("a target size chooses the bits: leave out bits, vision_bits and head_bits, or the target size")
     default = 16 if bits == 16 else 8
     recipe = Recipe(
-        bits=bits,
+        bits=4 if bits is None else bits,
         group_size=group_size,
         vision_bits=default if vision_bits is None else vision_bits,
         head_bits=default if head_bits is None else head_bits,

@@ -34,14 +34,16 @@ SECONDS = 60
 def convert(
     src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
-    bits: Annotated[int, typer.Option(help="3, 4, 8 or 16, for the decoder's linear layers; 16 applies to all.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="3, 4, 8 or 16, for the decoder's linear layers; 16 for all.  [default: 4]")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32 (not with 3 bits), 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
     head_bits: Annotated[int | None, typer.Option(help="For embedding and output head.  [default: 8]")] = None,
     method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq calibrates.")] = "rtn",
     target_size: Annotated[
         str | None,
-        typer.Option(help="Largest size of the file, such as 5.5GB: bits of each layer by its error, not by --bits."),
+        typer.Option(help="Largest size of the file, such as 5.5GB: chooses the bits of each layer by its error."),
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
