@@ -137,9 +137,9 @@ from qvl_kernels.cpu import build, features
 features.compile_for(sys.argv[1])
 build.prepare()
 level = features.LEVELS[sys.argv[1]]
-gemm, gemm_pack, gemm_tile, tiles = (
-    sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile", "tiles"))
-print({gemm.WORDS, gemm_pack.WORDS, gemm_tile.WORDS} == {level.words} == {tiles.value_bytes(8) == 2})
+modules = [sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile", "gemv", "gemv_planes")]
+value_bytes = sys.modules["qvl_kernels.cpu.tiles"].value_bytes
+print({module.WORDS for module in modules} == {level.words} == {value_bytes(8) == 2})
 """
 
 

@@ -208,8 +208,9 @@ def test_sums_of_extreme_codes(cpu, activations, rows, bits, group, asymmetric, 
     scales = np.full((n, k // group), 0.01)
     zeros = np.full(scales.shape, 0 if code == "highest" else (1 << bits) - 1, np.uint8) if asymmetric else None
     w = pack(values, scales, bits, group, zeros=zeros)
-    # Alone, or beside a larger number that leaves the largest low plane to the others.
-    for x in (np.ones((rows, k), np.float32), np.full((rows, k), 127.49 / 32512, np.float32)):
+    # Alone, or beside a larger number that leaves the largest or the smallest low plane to the others.
+    ones = np.ones((rows, k), np.float32)
+    for x in (ones, ones * np.float32(127.49 / 32512), ones * np.float32(128 / 32512)):
         x[1::2] *= -1
         x[:, ::128] = np.copysign(1, x[:, ::128])
         out, want = poisoned(rows, n), poisoned(rows, n)
@@ -255,7 +256,7 @@ def test_choices_do_not_change_a_result(rng, monkeypatch, bits, group):
     ops = CpuOps(threads=2, activations="int8")
     for n, k in ((1, 7), (33, 130), (70, 2304)):
         w = matrix(rng, n, k, bits, group, asymmetric=n == 33)
-        for rows in (1, 7, 70):
+        for rows in (1, 7, 16, 70):
             x, results = normal(rng, rows, k), []
             # 1000 parts: more than there are tiles
             for chosen in choices.AHEAD if rows <= batched.FEW else (1, 2, 5, 1000):

@@ -13,9 +13,16 @@ from test_cpu_gemm import attended, matrix, normal, poisoned
 import qvl_runtime as qvl
 from qvl_kernels.cpu.ops import CpuOps
 from qvl_kernels.ops import Norm
+from qvl_kernels.packing import group_sizes
 from qvl_runtime.engine.decoder import Span
 
-KINDS = [(bits, group, asymmetric) for bits in (4, 8) for group in (32, 64, 128) for asymmetric in (False, True)]
+KINDS = [
+    (bits, group, asymmetric)
+    for bits in (3, 4, 8)
+    for group in (32, 64, 128)
+    for asymmetric in (False, True)
+    if group in group_sizes(bits)
+]
 
 
 @pytest.fixture(scope="module", params=[("int16", 2), ("auto", 2), ("int16", 3)], ids=str)

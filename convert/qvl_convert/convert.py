@@ -64,7 +64,7 @@ def convert(
         Folder of the model. Quantized AutoGPTQ and AWQ models are imported unchanged.
     out : path
         The file to write; its temporary name is ``OUT.partial``.
-    bits, vision_bits, head_bits : int
+    bits, vision_bits, head_bits : int, optional
         3, 4, 8 or 16: for the decoder's linear layers (default 4); for ViT and adapter; for embedding and output head.
         The defaults of the last two are 16 with ``bits=16``, else 8.
     group_size : int

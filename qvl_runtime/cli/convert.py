@@ -35,7 +35,8 @@ def convert(
     src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
     bits: Annotated[
-        int | None, typer.Option(help="3, 4, 8 or 16, for the decoder's linear layers; 16 for all.  [default: 4]")
+        int | None,
+        typer.Option(help="3, 4, 8 or 16: of the decoder's layers; 16 applies to all.  [default: 4]"),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32 (not with 3 bits), 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,

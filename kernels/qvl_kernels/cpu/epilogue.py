@@ -116,7 +116,7 @@ finish_tile, finish_row = _make_finish(TOKENS), _make_finish(1)
 
 @routine
 def finish_rows(y, out, bias, activation, residual, gated, row, count, line, n, streaming):
-    """As `finish`, for tiles of fewer rows than `TOKENS`."""
+    """As `finish`, row by row, for any number of rows."""
     column = 32 * line
     for m in range(count):
         finish_row(y + ROW * m, out, bias, activation, residual, gated, row + m, column, n, streaming)

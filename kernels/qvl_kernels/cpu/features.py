@@ -55,7 +55,8 @@ class Level:
         """Whether activations are words of 16 bits in products of int8 weights, and of others by several vectors.
 
         It is twice as fast where a product of 32 arbitrary bytes takes four multiplications, two for each half of their
-        range. Products of many rows then also unpack all weights before they multiply them (`unpacking`).
+        range. Products of many rows then also unpack all weights before they multiply them (`unpacking`), and inner
+        loops are in assembler (`simd.assembly`).
         """
         return self.product == "maddubs"
 

@@ -1,8 +1,9 @@
 """The inner kernels of matrix-matrix products: a tile of `TOKENS` rows times two vectors of weights.
 
 Each is one description for all processors: `WIDTH` is the vector width, and `simd.dot` emits the processor's
-instructions. The sums of a span of columns are integers. They are scaled by the activations' scale, summed in float32
-over a group of the weights, scaled by the weights' scale and added to the tile.
+instructions. Where `WORDS`, the loop over the columns is assembler (`simd.assembly`). The sums of a span of columns are
+integers. They are scaled by the activations' scale, summed in float32 over a group of the weights, scaled by the
+weights' scale and added to the tile.
 
 Loop counts are arguments even if they are always 8 or 32: otherwise LLVM unrolls the loops, keeps the weights of
 several steps in registers, and spills.
@@ -143,7 +144,7 @@ def _make_add_spans(bits: int):
 
 
 def _make_add_unpacked(bits: int):
-    """Create a routine that does the same with weights that `unpacking` wrote, in steps of two columns of words."""
+    """Create a routine that does the same with weights that `unpacking` wrote, int8 in steps of two columns."""
     add = add_nibble_spans if bits == 4 else add_pair_spans
 
     @inlined
@@ -156,7 +157,7 @@ def _make_add_unpacked(bits: int):
 def _make_tile(bits: int):
     bias = 0 if bits == 4 else BYTE_BIAS
     add_spans = _make_add_unpacked(bits) if WORDS else _make_add_spans(bits)
-    a_step = 2 if WORDS and bits == 8 else 4
+    columns_a_step = 2 if WORDS and bits == 8 else 4
 
     @routine
     def tile(w, scales, zero_points, x, xs, sums, groups, spans, columns, y, fresh, ahead):
@@ -165,7 +166,7 @@ def _make_tile(bits: int):
         A span has `columns`. If `fresh`, y is overwritten. One line at `ahead` is prefetched per group, so that
         prefetches do not delay the loads.
         """
-        span, steps = 0, columns // a_step
+        span, steps = 0, columns // columns_a_step
         if fresh:
             f, h = no_floats(), no_floats()
         else:

@@ -1,7 +1,7 @@
 """Packed matrix times a few vectors: int3 to int8 weights, 16-bit activations in two planes or words (`quantize`).
 
-One pass over the weights serves all vectors: a block of 32 rows (about 70 KB) stays in the cache while the vectors are
-processed a few at a time.
+One pass over the weights serves all vectors: 32 rows (about 70 KB) stay in the cache while the vectors are processed a
+few at a time. Where `WORDS`, `SHARING` vectors and more share what is unpacked of them (`gemv_shared`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEP_BYTES = 256 << 10
 def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callable], shared: Callable | None) -> None:
     """Create a kernel. `tiles`: routines by their number of vectors; an activation has `value` bytes at `x`.
 
-    `shared` takes all vectors but the last `len % 4`, if there are `SHARING` or more.
+    `shared` multiplies most vectors if there are `SHARING` or more, and returns their number.
     """
     block_bytes, groups, tokens = 512 * bits, 128 // group, max(tiles)
     one, two, many = tiles[1], tiles.get(2, tiles[1]), tiles[tokens]
@@ -58,8 +58,7 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
                     bz = zeros_ + line * blocks * groups * 32 if zeros_ != 0 else 0
                     row = 0
                     if shared is not None and rows >= SHARING:
-                        row = rows // 4 * 4
-                        shared(bw, bs, bz, x, xs, sums, blocks, row, y, y + 128 * row)
+                        row = shared(bw, bs, bz, x, xs, sums, blocks, rows, y)
                         finish_rows(y, out, bias, activation, residual, gated, 0, row, line, n, 0)
                     while row < rows:
                         o = row * blocks

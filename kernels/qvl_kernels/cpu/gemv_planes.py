@@ -55,6 +55,7 @@ def _make_assembled(bits: int) -> Callable:
 def make_planes(bits: int, group: int, tokens: int) -> Callable:
     """Create a routine for a block of 32 rows by `tokens` vectors; see `gemv_blocks.make_tile`."""
     if WORDS and bits < 8 and group == 128:
+        assert tokens == 1
         return _make_assembled(bits)
     weights, prefetch, scaled = loads("i8", 4 * WIDTH), make_prefetch(WIDTH), make_scaled(bits, WIDTH, tokens)
     none, none_i32 = zeros(SUM_EL, WIDTH * SUM_PER_LANE, tokens), zeros("i32", WIDTH, tokens)

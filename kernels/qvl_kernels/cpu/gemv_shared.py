@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read, tile_rows
-from qvl_kernels.cpu.gemv_blocks import get_ahead, make_scaled
+from qvl_kernels.cpu.gemv_blocks import make_scaled
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import store_rows, zeros
-from qvl_kernels.cpu.simd.assembly import ROWS, STEP, pair_sums
-from qvl_kernels.cpu.unpacking import WORDS_OF_ROWS, make_unpack_words, unpack_bytes
+from qvl_kernels.cpu.simd.assembly import STEP, pair_sums
+from qvl_kernels.cpu.tiles import TOKENS
+from qvl_kernels.cpu.unpacking import WORDS_OF_ROWS, make_unpack_words
 
-no_floats = zeros("f32", LANES, ROWS)
+no_floats = zeros("f32", LANES, TOKENS)
 
 
 def make_shared(bits: int, group: int) -> Callable:
     """Create a routine for a block of 32 rows by a multiple of four vectors; see `gemv_blocks.make_tile`."""
-    block_bytes, groups, scaled = 512 * bits, 128 // group, make_scaled(bits, LANES, ROWS)
-    unpack_nibbles = make_unpack_words(min(bits, 4))
+    block_bytes, groups, scaled = 512 * bits, 128 // group, make_scaled(bits, LANES, TOKENS)
+    unpack = make_unpack_words(bits)
 
     @routine
     def group_of(turn):
@@ -46,17 +47,18 @@ def make_shared(bits: int, group: int) -> Callable:
         store_rows(y + 4 * LANES, b, 128)
 
     @routine
-    def shared(w, scales, zeros_, x, xs, sums, blocks, rows, y, area):
-        """``y = x @ w.T`` for `rows` vectors, a multiple of four: y float32 ``[rows, 32]``."""
+    def shared(w, scales, zeros_, x, xs, sums, blocks, rows, y):
+        """``y = x @ w.T`` for all vectors but the last ``rows % TOKENS``; return their number.
+
+        y float32 ``[rows, 32]``. The unpacked weights lie behind it.
+        """
+        area, rows = y + 128 * rows, rows // TOKENS * TOKENS
         for block in range(blocks):
-            ahead = w + get_ahead()
+            unpack(w, area)
+            # The next block arrives while this one is multiplied.
             for line in range(0, block_bytes, 64):
-                prefetch_read(ahead + line)
-            if bits == 8:
-                unpack_bytes(w, area, 1)
-            else:
-                unpack_nibbles(w, area)
-            for row in range(0, rows, ROWS):
+                prefetch_read(w + block_bytes + line)
+            for row in range(0, rows, TOKENS):
                 of_row, of_groups = xs + 4 * row * blocks, sums + 4 * groups * row * blocks
                 for half in range(0, 32, WIDTH):
                     multiply(
@@ -70,5 +72,6 @@ def make_shared(bits: int, group: int) -> Callable:
             x += 256
             xs += 4
             sums += 4 * groups
+        return rows
 
     return shared

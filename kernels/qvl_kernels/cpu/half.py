@@ -11,6 +11,7 @@ from qvl_kernels.cpu.epilogue import finish
 from qvl_kernels.cpu.gemv import STEP_BYTES
 from qvl_kernels.cpu.registry import kernel, routine, unpack
 from qvl_kernels.cpu.simd import fma, get_f16, get_f32, loads, piece, put_f32, rows, store, sum_all, zeros
+from qvl_kernels.cpu.tiles import FEW_BYTES
 
 ONE_STREAM = 4096
 """Columns of activations that fit the L1 cache. With more columns, eight rows share each load of activations; with
@@ -117,7 +118,7 @@ def multiply(w, x, k, lines, tokens, y):
 def gemv16(args, thread, threads):
     """Multiply 32 rows at a time, as the packed `gemv` kernels."""
     counters, w, n, k, x, rows, out, bias, activation, residual, gated, scratch = unpack(args, 12)
-    y = scratch + thread * 1024
+    y = scratch + thread * FEW_BYTES
     lines, step = (n + 31) // 32, max(1, STEP_BYTES // (64 * k * rows))
     for turn in range(threads):
         owner = (thread + turn) % threads

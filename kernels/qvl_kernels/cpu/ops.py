@@ -207,7 +207,7 @@ class CpuOps:
         return functools.partial(batched.product, recorder, batched.pack(recorder, x, w, parameters))
 
     def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
-        """Convert x for products with `w`: float32 for fp16 weights, else two planes."""
+        """Convert x for products with `w`: float32 for fp16 weights, else two planes or words."""
         rows, k = x.shape
         source, parameters = address(x), (0, 0, 0)
         if norm is not None:
@@ -241,7 +241,7 @@ class CpuOps:
 
     def _product(self, program, activations, w, out, *, activation=None, residual=None, gated=False) -> None:
         rows = len(out)
-        scratch_bytes = tiles.gemv_scratch_bytes(rows)
+        scratch_bytes = tiles.FEW_BYTES if w.bits == 16 else tiles.gemv_scratch_bytes(rows)
         scratch = self._memory(program, "tile", scratch_bytes * self.threads)
         after = (address(out), w.bias, batched.activation_code(activation), address(residual), int(gated), scratch)
         if w.bits == 16:

@@ -22,7 +22,7 @@ def routine(function: Callable) -> Callable:
 
 
 def inlined(function: Callable) -> Callable:
-    """As `routine`, always inlined, so that its vectors stay in registers."""
+    """As `routine`, always inlined, so that its vectors stay in registers. So are the routines that only it calls."""
     return numba.njit(function, forceinline=True, **OPTIONS)
 
 

@@ -16,6 +16,8 @@ INT4_BYTES = 16 * PIECE
 """Bytes of a piece of 32 rows as int4."""
 HELD_TILES = 128
 """Largest number of these tiles."""
+FEW_BYTES = 1024
+"""Scratch bytes per thread of the products of a few vectors."""
 SHARING = 16
 """Vectors of words from which on they share unpacked weights."""
 FLOAT_TOKENS = 6
@@ -54,8 +56,9 @@ def gemm_scratch_bytes(k: int) -> int:
 
 def gemv_scratch_bytes(rows: int) -> int:
     """Return the scratch bytes per thread of the products of `rows` vectors with 16-bit activations."""
-    unpacked = 32 * 128 * 2 if features.selected().words else 0
-    return 1024 if rows < SHARING else 128 * rows + unpacked
+    if rows < SHARING or not features.selected().words:
+        return FEW_BYTES
+    return 128 * rows + 32 * 128 * 2
 
 
 def attention_scratch_bytes(head_dim: int) -> int:

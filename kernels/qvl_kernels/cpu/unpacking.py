@@ -1,8 +1,9 @@
 """Weights unpacked in scratch memory, for products of many rows, which share the work.
 
 int3 becomes int4. Where a processor has no product of four bytes, unpacking in the inner loop would take a fifth of its
-instructions: there int4 becomes a byte a code, and int8 words of 16 bits, the first 16 rows of a piece before the other
-16. A step of 16 rows is then 64 adjacent bytes (`simd.assembly`).
+instructions: there int4 becomes a byte a code, and int8 words of 16 bits; for 16-bit activations int3 and int4 become
+words, too. The first 16 rows come before the other 16, so that a step of 16 rows is 64 adjacent bytes
+(`simd.assembly`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, nibbles_of_pairs
 BYTES = 4 * LANES
 WORDS_OF_ROWS = 64 * STEP
 """Bytes of 16 rows of a block as words."""
-step, code_bits = steps_of_int3(BYTES), masks(0x77)
+step_of_int3, code_bits = steps_of_int3(BYTES), masks(0x77)
 load, lows, high_nibbles = loads("i8", BYTES), masks(0x0F), highs(4)
 
 
@@ -26,10 +27,10 @@ def widen_blocks(source, target, blocks):
     """Write `blocks` adjacent blocks of 32 rows and 128 columns of int3 as int4 (`packing.widen`)."""
     for _ in range(4 * blocks):
         for i in range(0, 128, BYTES):
-            store(target + i, code_bits(step(source + i, 0)))
-            store(target + 128 + i, code_bits(step(source + i, 1)))
-            store(target + 256 + i, code_bits(step(source + i, 2)))
-            store(target + 384 + i, code_bits(step(source + i, 3)))
+            store(target + i, code_bits(step_of_int3(source + i, 0)))
+            store(target + 128 + i, code_bits(step_of_int3(source + i, 1)))
+            store(target + 256 + i, code_bits(step_of_int3(source + i, 2)))
+            store(target + 384 + i, code_bits(step_of_int3(source + i, 3)))
         source += 384
         target += 512
 
@@ -52,7 +53,7 @@ def unpack_nibbles(source, target, blocks):
 
 
 @routine
-def place(target, blocks, step, i):
+def word_address(target, blocks, step, i):
     """Return where byte `i` of a step of 32 rows and four columns is unpacked to, as words."""
     return target + i // STEP * (WORDS_OF_ROWS * blocks) + 2 * STEP * step + i % STEP
 
@@ -62,13 +63,21 @@ def unpack_bytes(source, target, blocks):
     """Write such blocks of int8 as words: steps of two columns, of every four the first and third first."""
     for step in range(32 * blocks):
         for i in range(0, 128, BYTES):
-            v, to = load(source + 128 * step + i), place(target, blocks, step, i)
+            v, to = load(source + 128 * step + i), word_address(target, blocks, step, i)
             store(to, bytes_of_pairs(v, 0))
             store(to + STEP, bytes_of_pairs(v, 1))
 
 
 def make_unpack_words(bits: int) -> Callable:
-    """Create a routine that does the same with one block of int3 or int4."""
+    """Create a routine that does the same with one block of int8, or of int3 or int4: low nibbles, then high ones."""
+    if bits == 8:
+
+        @routine
+        def unpack_block(source, target):
+            unpack_bytes(source, target, 1)
+
+        return unpack_block
+
     nibbles = nibbles_of_pairs(bits)
 
     @routine
@@ -83,13 +92,13 @@ def make_unpack_words(bits: int) -> Callable:
         for at in range(0, 16, 4):
             for i in range(0, 128, BYTES):
                 if bits == 3:
-                    unpack_step(step(source + i, 0), place(target, 1, at, i))
-                    unpack_step(step(source + i, 1), place(target, 1, at + 1, i))
-                    unpack_step(step(source + i, 2), place(target, 1, at + 2, i))
-                    unpack_step(step(source + i, 3), place(target, 1, at + 3, i))
+                    unpack_step(step_of_int3(source + i, 0), word_address(target, 1, at, i))
+                    unpack_step(step_of_int3(source + i, 1), word_address(target, 1, at + 1, i))
+                    unpack_step(step_of_int3(source + i, 2), word_address(target, 1, at + 2, i))
+                    unpack_step(step_of_int3(source + i, 3), word_address(target, 1, at + 3, i))
                 else:
                     for j in range(4):
-                        unpack_step(load(source + 128 * j + i), place(target, 1, at + j, i))
+                        unpack_step(load(source + 128 * j + i), word_address(target, 1, at + j, i))
             source += 128 * bits
 
     return unpack

@@ -15,11 +15,10 @@ from numba.extending import intrinsic
 
 from qvl_kernels.cpu.simd.emit import F32, I32, I64, gather, join
 from qvl_kernels.cpu.simd.vector import Vec
+from qvl_kernels.cpu.tiles import TOKENS
 
 VECTOR = ir.VectorType(I32, 8)
-ROWS = 4
-"""Rows of activations of a tile."""
-SUMS = tuple(f"{half}{row}" for row in range(ROWS) for half in "ab")
+SUMS = tuple(f"{half}{row}" for row in range(TOKENS) for half in "ab")
 """Sums of a tile: of each row times two vectors of weights."""
 STEP = 64
 """Bytes of two vectors of weights."""
@@ -62,7 +61,7 @@ def _step(product: str, add: str, at: int, words: list[str], fresh: bool) -> lis
 
 def _adjacent(at: int) -> list[str]:
     """The addresses of the words of all rows of a step, one behind the other."""
-    return [f"{at + 4 * row}(%x)" for row in range(ROWS)]
+    return [f"{at + 4 * row}(%x)" for row in range(TOKENS)]
 
 
 def _scale(ones: str | None) -> list[str]:
@@ -84,12 +83,16 @@ def _ones(register: str) -> list[str]:
 
 
 def _clear(registers: tuple[str, ...]) -> list[str]:
+    """Write 0 to registers."""
     return [f"vpxor %{name}, %{name}, %{name}" for name in registers]
 
 
-def _spans(lines: list[str]):
-    """The codegen of ``f(p, q, w, x, scales, spans, steps)``: `p` and `q`, whose places are `held`, plus all spans."""
-    lines = [".p2align 5", "1:", *lines, f"addq ${4 * ROWS}, %scales", "decq %spans", "jnz 1b"]
+def _span_loop(lines: list[str]):
+    """The codegen of ``f(p, q, w, x, scales, spans, steps)``, which returns p and q plus all spans.
+
+    Meanwhile p and q are in memory, at `held`: the sums of a span need the registers.
+    """
+    lines = [".p2align 5", "1:", *lines, f"addq ${4 * TOKENS}, %scales", "decq %spans", "jnz 1b"]
 
     def codegen(context, b, sig, args):
         p, q, w, x, scales, spans, steps = args
@@ -113,40 +116,40 @@ def _spans(lines: list[str]):
 
 @intrinsic
 def add_nibble_spans(typing, p, q, w, x, scales, spans, steps):
-    """Add `spans` (not 0) adjacent spans of 8 steps to p and q, float32: unpacked nibbles at w, bytes at x.
+    """Add `spans` (not 0) adjacent spans of 8 `steps` to p and q, float32: unpacked nibbles at w, bytes at x.
 
-    A step is four columns of two vectors of weights and of `ROWS` rows; a span's sums are scaled by a row's scale.
+    A step is four columns of two vectors of weights and of `TOKENS` rows; a span's sums are scaled by a row's scale.
     """
     lines = []
     for step in range(8):
-        lines += _step("vpmaddubsw", "vpaddw", STEP * step, _adjacent(4 * ROWS * step), fresh=step == 0)
-    lines += [*_ones("u"), *_scale("u"), f"addq ${8 * STEP}, %w", f"addq ${8 * 4 * ROWS}, %x"]
-    return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _spans(lines)
+        lines += _step("vpmaddubsw", "vpaddw", STEP * step, _adjacent(4 * TOKENS * step), fresh=step == 0)
+    lines += [*_ones("u"), *_scale("u"), f"addq ${8 * STEP}, %w", f"addq ${8 * 4 * TOKENS}, %x"]
+    return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _span_loop(lines)
 
 
 @intrinsic
 def add_pair_spans(typing, p, q, w, x, scales, spans, steps):
     """As `add_nibble_spans`, of `steps` steps of two columns: words at w and x."""
-    lines = [*_clear(SUMS), "movq %steps, %left", "2:"]
+    lines = [*_clear(SUMS), "movq %steps, %left", ".p2align 5", "2:"]
     lines += _step("vpmaddwd", "vpaddd", 0, _adjacent(0), fresh=False)
-    lines += [f"addq ${STEP}, %w", f"addq ${4 * ROWS}, %x", "decq %left", "jnz 2b", *_scale(None)]
-    return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _spans(lines)
+    lines += [f"addq ${STEP}, %w", f"addq ${4 * TOKENS}, %x", "decq %left", "jnz 2b", *_scale(None)]
+    return types.UniTuple(p, 2)(p, q, w, x, scales, spans, steps), _span_loop(lines)
 
 
 @intrinsic
 def pair_sums(typing, w, x, row, steps):
-    """Return the i32 sums of `steps` (not 0) steps of two vectors of words at w, with the words of `ROWS` rows at x.
+    """Return the i32 sums of `steps` (not 0) steps of two vectors of words at w, with the words of `TOKENS` rows at x.
 
     The rows are `row` bytes apart. The sums of the first vector come first.
     """
-    result = types.UniTuple(Vec("i32", 8, ROWS), 2)
+    result = types.UniTuple(Vec("i32", 8, TOKENS), 2)
     lines = [*_clear(SUMS), ".p2align 5", "1:"]
     lines += _step("vpmaddwd", "vpaddd", 0, ["(%x)", "(%x,%row)", "(%x,%row,2)", "(%x,%rows)"], fresh=False)
     lines += [f"addq ${STEP}, %w", "addq $4, %x", "decq %left", "jnz 1b"]
 
     def codegen(context, b, sig, args):
         w, x, row, steps = args
-        read = {"row": row, "rows": b.mul(row, ir.Constant(I64, ROWS - 1))}
+        read = {"row": row, "rows": b.mul(row, ir.Constant(I64, TOKENS - 1))}
         found = _assemble(b, lines, (*SUMS, "u", "v", "word", "p", "q"), {"w": w, "x": x, "left": steps}, read)
         blocks = [gather(b, [found[name] for name in SUMS[first::2]]) for first in range(2)]
         return context.make_tuple(b, result, blocks)
@@ -154,7 +157,7 @@ def pair_sums(typing, w, x, row, steps):
     return result(w, x, row, steps), codegen
 
 
-def _plane(plane: str, at: int, weights: tuple[str, str], fresh: bool) -> list[str]:
+def _add_plane(plane: str, at: int, weights: tuple[str, str], fresh: bool) -> list[str]:
     """Add the products of two vectors of nibbles with a word of a plane to the plane's sums, or write them there."""
     sums, lines = (f"%{plane}0", f"%{plane}1"), [f"vpbroadcastd {at}(%{plane}), %word"]
     if fresh:
@@ -175,15 +178,14 @@ def _join_planes(totals: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _fetch(bits: int, step: int, half: int) -> list[str]:
-    """Load one of four steps of int4, or of int3 (see `steps_of_int3`), and prefetch a line that was not prefetched."""
+def _load_step(bits: int, step: int, half: int) -> list[str]:
+    """Load one of four steps of int4, or of int3 (see `steps_of_int3`); prefetch each line once."""
+    at = 128 * step + STEP * half
+    lines = [f"prefetcht1 {at}(%w,%ahead)"] if step < bits else []
     if bits == 4:
-        at = 128 * step + STEP * half
-        return [f"prefetcht1 {at}(%w,%ahead)", f"vmovdqu {at}(%w), %u", f"vmovdqu {at + 32}(%w), %v"]
+        return [*lines, f"vmovdqu {at}(%w), %u", f"vmovdqu {at + 32}(%w), %v"]
     at, third = 128 * (step // 2) + STEP * half, 256 + STEP * half
-    lines = [f"vmovdqu {at}(%w), %u", f"vmovdqu {at + 32}(%w), %v"]
-    if step < 3:
-        lines.append(f"prefetcht1 {128 * step + STEP * half}(%w,%ahead)")
+    lines += [f"vmovdqu {at}(%w), %u", f"vmovdqu {at + 32}(%w), %v"]
     if step % 2:
         return [*lines, "vpsrlw $1, %u, %u", "vpsrlw $1, %v, %v"]
     shift = "vpsrlw" if step else "vpsllw"
@@ -203,12 +205,12 @@ def make_plane_sums(bits: int):
     lines += [*_clear(TOTALS), "movq $4, %left", "1:"]
     for half in range(2):
         for step in range(4):
-            lines += [*_fetch(bits, step, half), "vpand %mask, %u, %m", "vpand %mask, %v, %n"]
+            lines += [*_load_step(bits, step, half), "vpand %mask, %u, %m", "vpand %mask, %v, %n"]
             for plane in ("upper", "lower"):
-                lines += _plane(plane, 4 * step, ("m", "n"), fresh=step == 0)
+                lines += _add_plane(plane, 4 * step, ("m", "n"), fresh=step == 0)
             lines += ["vpsrlw $4, %u, %u", "vpsrlw $4, %v, %v", "vpand %mask, %u, %u", "vpand %mask, %v, %v"]
             for plane in ("upper", "lower"):
-                lines += _plane(plane, 4 * step + 64, ("u", "v"), fresh=False)
+                lines += _add_plane(plane, 4 * step + 64, ("u", "v"), fresh=False)
         lines += _join_planes(TOTALS[2 * half : 2 * half + 2])
     lines += [f"addq ${128 * bits}, %w", "addq $16, %upper", "addq $16, %lower", "decq %left", "jnz 1b"]
 
