@@ -75,8 +75,8 @@ class CpuOps:
     activation_dtype = F32
     score_cache_dtype = "fp32"
     row_cost = 0.4
-    """Measured on two cores: 2, 8 and 16 rows take 1.4, 4.4 and 6.4 times as long as one. With more cores, memory is
-    the bottleneck and a row costs less."""
+    """Measured on two cores: 2, 8 and 16 rows take 1.3, 4.4 to 5 and 6.4 to 9 times as long as one, the more the faster
+    the memory is. With more cores it is the bottleneck, and a row costs less."""
 
     def __init__(self, *, activations: str = "auto", threads: int | None = None):
         if activations not in ACTIVATIONS:
