@@ -20,8 +20,6 @@ from qvl_kernels.cpu.registry import inlined, routine
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     LEVEL,
-    SUM_EL,
-    SUM_PER_LANE,
     UNSHIFTED,
     WORDS,
     bytes_,
@@ -36,7 +34,6 @@ from qvl_kernels.cpu.simd import (
     spreads,
     store_rows,
     to_f32,
-    widen,
     zeros,
 )
 from qvl_kernels.cpu.simd.assembly import STEP, add_nibble_spans, add_pair_spans
@@ -48,8 +45,7 @@ WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
-no_nibbles, no_bytes = zeros(SUM_EL, LANES * SUM_PER_LANE, TOKENS), zeros("i32", LANES, TOKENS)
-no_floats = zeros("f32", LANES, TOKENS)
+no_sums, no_floats = zeros("i32", LANES, TOKENS), zeros("f32", LANES, TOKENS)
 spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
 float_spread, float_rows = spreads("f32", LANES, FLOAT_TOKENS), rows("f32", LANES, FLOAT_TOKENS)
 vector = loads("f32", LANES)
@@ -114,7 +110,7 @@ def add_bytes(a, b, u, x):
 
 def _make_add_spans(bits: int):
     """Create a routine that adds spans to p and q: the scaled sums of `steps` steps of four columns each."""
-    none, add = (no_nibbles, add_nibbles) if bits == 4 else (no_bytes, add_bytes)
+    add = add_nibbles if bits == 4 else add_bytes
 
     @routine
     def locate(w, span, steps):
@@ -126,7 +122,7 @@ def _make_add_spans(bits: int):
     @inlined
     def add_spans(p, q, w, first, x, xs, spans, steps):
         for span in range(first, first + spans):
-            a, b = none(), none()
+            a, b = no_sums(), no_sums()
             source = locate(w, span, steps)
             for _ in range(steps):
                 u = weights(source)
@@ -136,7 +132,7 @@ def _make_add_spans(bits: int):
                 source += 128
                 x += TOKEN_BYTES
             scale = spread(xs, 4)
-            p, q = fma(to_f32(widen(a)), scale, p), fma(to_f32(widen(b)), scale, q)
+            p, q = fma(to_f32(a), scale, p), fma(to_f32(b), scale, q)
             xs += TOKEN_BYTES
         return p, q
 

@@ -23,7 +23,9 @@ STEP_BYTES = 256 << 10
 """Bytes of weights that a thread takes at a time for one vector: about 10 microseconds."""
 
 
-def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callable], shared: Callable | None) -> None:
+def _make(
+    name: str, bits: int, group: int, value: int, tiles: dict[int, Callable], shared: Callable | None = None
+) -> None:
     """Create a kernel. `tiles`: routines by their number of vectors; an activation has `value` bytes at `x`.
 
     `shared` multiplies most vectors if there are `SHARING` or more, and returns their number.
@@ -75,11 +77,11 @@ def _make(name: str, bits: int, group: int, value: int, tiles: dict[int, Callabl
 
 for _group in (32, 64, 128):
     for _bits in (3, 4) if _group in group_sizes(3) else (4,):
-        _make(f"gemv{_bits}_{_group}", _bits, _group, 1, {n: make_planes(_bits, _group, n) for n in {1, TOKENS}}, None)
+        _make(f"gemv{_bits}_{_group}", _bits, _group, 1, {n: make_planes(_bits, _group, n) for n in {1, TOKENS}})
         if WORDS:
             _tiles = {n: make_nibbles(_bits, _group, n) for n in (1, 2, 4)}
             _make(f"gemv{_bits}_{_group}_words", _bits, _group, 2, _tiles, make_shared(_bits, _group))
     if WORDS:
         _make(f"gemv8_{_group}", 8, _group, 2, {1: make_bytes(_group)}, make_shared(8, _group))
     else:
-        _make(f"gemv8_{_group}", 8, _group, 1, {n: make_planes(8, _group, n) for n in {1, TOKENS}}, None)
+        _make(f"gemv8_{_group}", 8, _group, 1, {n: make_planes(8, _group, n) for n in {1, TOKENS}})

@@ -27,7 +27,7 @@ def make_shared(bits: int, group: int) -> Callable:
     @routine
     def group_of(turn):
         """Return the group that is added next: in the order of `gemv_words`, because the sums are rounded."""
-        return turn // 2 + turn % 2 * (groups // 2) if bits < 8 and groups > 1 else turn
+        return turn // 2 + turn % 2 * (groups // 2) if bits < 8 else turn
 
     @routine
     def multiply(area, scales, zeros_, x, xs, sums, blocks, y, fresh):
