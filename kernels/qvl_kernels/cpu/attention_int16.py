@@ -14,7 +14,7 @@ from numba import float32
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.attention_prefill import LOWEST, clear, end
-from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.rotary import rotate
@@ -30,6 +30,7 @@ from qvl_kernels.cpu.simd import (
     minimum,
     parts,
     piece,
+    prefetch_read,
     put_f32,
     rint,
     rows,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
-from qvl_kernels.cpu.gemm_tile import WIDTH, prefetch_write, tile4, tile8
+from qvl_kernels.cpu.gemm_tile import WIDTH, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import WORDS
+from qvl_kernels.cpu.simd import WORDS, prefetch_write
 from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, value_bytes
 from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles, widen_blocks
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba.core import types
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from qvl_kernels.cpu.registry import inlined, routine
@@ -30,6 +29,7 @@ from qvl_kernels.cpu.simd import (
     halves,
     loads,
     piece,
+    prefetch_read,
     rows,
     spreads,
     store_rows,
@@ -75,26 +75,6 @@ def nibble(typing, v, upper):
         return block
 
     return v(v, upper), codegen
-
-
-def _prefetch(write: int, locality: int):
-    @intrinsic
-    def f(typing, addr):
-        def codegen(context, b, sig, args):
-            i32 = ir.IntType(32)
-            pointer = b.inttoptr(args[0], ir.IntType(8).as_pointer())
-            kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-            function = get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-            b.call(function, [pointer, *(ir.Constant(i32, x) for x in (write, locality, 1))])
-            return context.get_dummy_value()
-
-        return types.none(addr), codegen
-
-    return f
-
-
-prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
-"""Prefetch a line of weights to the L2 cache; prefetch a line for writing to the L1 cache."""
 
 
 @routine

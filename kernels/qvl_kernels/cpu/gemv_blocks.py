@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvl_kernels.cpu.gemm_tile import prefetch_read
 from qvl_kernels.cpu.registry import routine, variable
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
@@ -17,6 +16,7 @@ from qvl_kernels.cpu.simd import (
     fma,
     halves,
     loads,
+    prefetch_read,
     spreads,
     steps_of_int3,
     store_rows,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, prefetch_read, tile_rows
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH, tile_rows
 from qvl_kernels.cpu.gemv_blocks import make_scaled
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import store_rows, zeros
+from qvl_kernels.cpu.simd import prefetch_read, store_rows, zeros
 from qvl_kernels.cpu.simd.assembly import STEP, pair_sums
 from qvl_kernels.cpu.tiles import TOKENS
 from qvl_kernels.cpu.unpacking import WORDS_OF_ROWS, make_unpack_words

@@ -308,3 +308,20 @@ def _putter(element, write=None):
 
 put_f32, put_i32, put_i8 = _putter(F32), _putter(I32), _putter(I8)
 put_f16 = _putter(F32, lambda b, a, x: _store_half(b, a, broadcast(b, x, ir.VectorType(F32, 1))))
+
+
+def _prefetch(write: int, locality: int):
+    @intrinsic
+    def f(typing, addr):
+        def codegen(context, b, sig, args):
+            where = b.inttoptr(args[0], I8.as_pointer())
+            call(b, "llvm.prefetch.p0", ir.VoidType(), [where, *(ir.Constant(I32, x) for x in (write, locality, 1))])
+            return _nothing(context)
+
+        return types.none(addr), codegen
+
+    return f
+
+
+prefetch_read, prefetch_write = _prefetch(0, 2), _prefetch(1, 3)
+"""Prefetch a line to the L2 cache; prefetch a line for writing to the L1 cache."""
