@@ -7,8 +7,10 @@ is bit-identical.
 
 from __future__ import annotations
 
+from numba import float32
+
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.attention_prefill import ROW, clear, end, weigh
+from qvl_kernels.cpu.attention_prefill import KEY_FACTOR, ROW, clear, end, scale_row, weigh
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
@@ -16,10 +18,10 @@ from qvl_kernels.cpu.simd import (
     fma,
     get_f32,
     get_i32,
+    high_byte,
     loads,
     put_f32,
     rows,
-    sar,
     spreads,
     store,
     store_rows,
@@ -60,46 +62,50 @@ def _make(kind: str):
     if kind == "int8":
 
         @routine
-        def score(query, d, keys, scales, out):
-            """Scores of 16 positions and `LINES` queries."""
-            total, scale = none(), load(scales)
-            for i in range(0, d, 4):
-                w = words(keys + 16 * i)
-                for j in range(min(4, d - i)):
-                    key = to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale
-                    total = fma(key, spread(query + 4 * (i + j), ROW), total)
-            store_rows(out, total, ROW)
+        def add_keys(total, query, keys):
+            """Add the products of four dimensions of 16 positions and of `LINES` queries."""
+            w = words(keys)
+            total = fma(to_f32(high_byte(w, 0)), spread(query, ROW), total)
+            total = fma(to_f32(high_byte(w, 1)), spread(query + 4, ROW), total)
+            total = fma(to_f32(high_byte(w, 2)), spread(query + 8, ROW), total)
+            return fma(to_f32(high_byte(w, 3)), spread(query + 12, ROW), total)
 
         @routine
-        def mean(weights, count, values, width, scales, out, out_row):
-            """Add 16 columns of `count` weighted values to each of `LINES` rows."""
-            total = held_rows(out, out_row)
-            for _ in range(count):
-                total = fma(to_f32(signed(values)) * get_f32(scales), spread(weights, ROW), total)
-                values += width
-                scales += 4
-                weights += 4
-            store_rows(out, total, out_row)
+        def convert(values):
+            return to_f32(signed(values))
 
     else:
 
         @routine
-        def score(query, d, keys, scales, out):
-            total = none()
-            for _ in range(d):
-                total = fma(floats(keys, 0), spread(query, ROW), total)
-                keys += 16 * size
-                query += 4
-            store_rows(out, total, ROW)
+        def add_keys(total, query, keys):
+            total = fma(floats(keys, 0), spread(query, ROW), total)
+            total = fma(floats(keys + 16 * size, 0), spread(query + 4, ROW), total)
+            total = fma(floats(keys + 32 * size, 0), spread(query + 8, ROW), total)
+            return fma(floats(keys + 48 * size, 0), spread(query + 12, ROW), total)
 
         @routine
-        def mean(weights, count, values, width, scales, out, out_row):
-            total = held_rows(out, out_row)
-            for _ in range(count):
-                total = fma(floats(values, 0), spread(weights, ROW), total)
-                values += width * size
-                weights += 4
-            store_rows(out, total, out_row)
+        def convert(values):
+            return floats(values, 0)
+
+    @routine
+    def score(query, depth, keys, out):
+        """Scores of 16 positions and `LINES` queries."""
+        total = none()
+        for _ in range(0, depth, 4):
+            total = add_keys(total, query, keys)
+            keys += 64 * size
+            query += 16
+        store_rows(out, total, ROW)
+
+    @routine
+    def mean(weights, count, values, width, out, out_row):
+        """Add 16 columns of `count` weighted values to each of `LINES` rows."""
+        total = held_rows(out, out_row)
+        for _ in range(count):
+            total = fma(convert(values), spread(weights, ROW), total)
+            values += width * size
+            weights += 4
+        store_rows(out, total, out_row)
 
     def group_attention(args, thread, threads):
         (counters, qkv, tokens, kv_heads, group, d, keys, values, key_scales, value_scales, depth, width, capacity,
@@ -124,15 +130,18 @@ def _make(kind: str):
                     k, v = keys + where * depth * size, values + where * width * size
                     for i in range(0, held, 16):
                         for line in range(0, lines, LINES):
-                            score(queries + line * ROW, d, k + i * depth * size, key_scales + 4 * (where + i),
-                                  scores + line * ROW + 4 * i)  # fmt: skip
+                            score(queries + line * ROW, depth, k + i * depth * size, scores + line * ROW + 4 * i)
                     for line in range(group):
-                        weigh(scores + line * ROW, held, held, tops + 4 * line, totals + 4 * line,
-                              sums + 4 * line * padded, padded)  # fmt: skip
+                        row = scores + line * ROW
+                        if kind == "int8":
+                            scale_row(row, key_scales + 4 * where, KEY_FACTOR, held)
+                        weigh(row, held, held, tops + 4 * line, totals + 4 * line, sums + 4 * line * padded, padded)
+                        if kind == "int8":
+                            scale_row(row, value_scales + 4 * where, float32(1), held)
                     for c in range(0, padded, 16):
                         for line in range(0, lines, LINES):
-                            mean(scores + line * ROW, held, v + c * size, width, value_scales + 4 * where,
-                                 sums + 4 * (line * padded + c), 4 * padded)  # fmt: skip
+                            mean(scores + line * ROW, held, v + c * size, width, sums + 4 * (line * padded + c),
+                                 4 * padded)  # fmt: skip
                 head = which * group
                 if splits == 1:
                     end(totals, sums, d, group, out + 4 * head * d, 4 * d)

@@ -3,6 +3,7 @@
 A task is one head and up to `QUERIES` queries. Keys and values are processed `KEYS` at a time: converted to float32
 in the thread's scratch memory, keys as ``[KEYS / 32, d, 32]`` and values as ``[KEYS, padded]`` (d rounded up to 16),
 then used by all of the task's queries, `FLOAT_TOKENS` at a time: scores, weights, weighted values, all in float32.
+The scales of int8 keys and values are applied to the scores and to the weights, which are fewer.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from qvl_kernels.cpu.simd import (
     get_f32,
     get_i32,
     halves,
+    high_byte,
     loads,
     max_all,
     maximum,
     put_f32,
     rows,
-    sar,
     splats,
     store,
     store_part,
@@ -135,8 +136,18 @@ def weigh(scores, visible, limit, top_at, total_at, out, padded):
 
 
 @routine
-def attend(scratch, d, count, held, visible, step):
-    """Process all queries of a task over the `held` keys and values; query i sees ``visible + i * step`` of them."""
+def scale_row(row, scales, factor, count):
+    """Multiply `count` scores or weights, rounded up to 16, by the scales of their positions, times `factor`."""
+    for i in range(0, count, 16):
+        store(row + 4 * i, load(row + 4 * i) * (load(scales + 4 * i) * factor))
+
+
+@routine
+def attend(scratch, d, count, held, visible, step, key_scales, value_scales):
+    """Process all queries of a task over the `held` keys and values; query i sees ``visible + i * step`` of them.
+
+    The scales are those of the first of them, or 0.
+    """
     queries, keys, values, scores, out, tops, totals = layout(scratch, d)
     padded = (d + 15) // 16 * 16
     for first in range(0, count, FLOAT_TOKENS):
@@ -151,8 +162,12 @@ def attend(scratch, d, count, held, visible, step):
                 multiply(keys + 4 * (column * d + i - column), 128, queries + first * ROW, d, scores + 4 * i, ROW)
         for m in range(FLOAT_TOKENS):
             seen = max(0, min(held, visible + (first + m) * step))
-            row = first + m
-            weigh(scores + m * ROW, seen, limit, tops + 4 * row, totals + 4 * row, target + 4 * m * padded, padded)
+            row, line = first + m, scores + m * ROW
+            if key_scales != 0:
+                scale_row(line, key_scales, KEY_FACTOR, limit)
+            weigh(line, seen, limit, tops + 4 * row, totals + 4 * row, target + 4 * m * padded, padded)
+            if value_scales != 0:
+                scale_row(line, value_scales, float32(1), limit)
         whole = padded // WIDTH * WIDTH
         for c in range(0, whole, WIDTH):
             multiply(values + 4 * c, 4 * padded, scores, limit, target + 4 * c, 4 * padded)
@@ -163,10 +178,12 @@ def attend(scratch, d, count, held, visible, step):
 # ------------------------------------------------------------------------------------------------ where keys come from
 ROWS, INT8, FP16, FP32 = 0, 1, 2, 4
 """`kind`: float32 rows, or the bytes of an element of the cache (`qvl_kernels.cpu.cached_attention` describes it)."""
+KEY_FACTOR = float32(2**-24)
+"""int8 keys are converted times 2**24 (`high_byte`)."""
 
 
 @routine
-def cached_keys(kind, source, scales, d, target):
+def cached_keys(kind, source, d, target):
     """Convert 16 positions of one head to float32, half of ``[d, 32]``."""
     if kind == FP32:
         for i in range(d):
@@ -175,16 +192,19 @@ def cached_keys(kind, source, scales, d, target):
         for i in range(d):
             store(target + 128 * i, half(source + 32 * i))
     else:
-        scale = load(scales)
         for i in range(0, d, 4):
-            w = words(source + 16 * i)
-            for j in range(min(4, d - i)):
-                # A byte is u + 128: shifted to the top, the 128 is lost by overflow.
-                store(target + 128 * (i + j), to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale)
+            w, to = words(source + 16 * i), target + 128 * i
+            store(to, to_f32(high_byte(w, 0)))
+            if i + 1 < d:
+                store(to + 128, to_f32(high_byte(w, 1)))
+            if i + 2 < d:
+                store(to + 256, to_f32(high_byte(w, 2)))
+            if i + 3 < d:
+                store(to + 384, to_f32(high_byte(w, 3)))
 
 
 @routine
-def cached_values(kind, source, scale, width, target):
+def cached_values(kind, source, width, target):
     if kind == FP32:
         for c in range(0, width, 16):
             store(target + 4 * c, load(source + 4 * c))
@@ -193,7 +213,7 @@ def cached_values(kind, source, scale, width, target):
             store(target + 4 * c, half(source + 2 * c))
     else:
         for c in range(0, width, 16):
-            store(target + 4 * c, to_f32(signed(source + c)) * get_f32(scale))
+            store(target + 4 * c, to_f32(signed(source + c)))
 
 
 @routine
@@ -215,8 +235,7 @@ def row_values(source, d, padded, target):
 
 @routine
 def hold(
-    kind, keys, values, key_scales, value_scales, angles, depth, width, length, head, first, held, d, key_target,
-    value_target, turned,
+    kind, keys, values, angles, depth, width, length, head, first, held, d, key_target, value_target, turned,
 ):  # fmt: skip
     """Convert positions first .. first + held of one head for `attend`.
 
@@ -234,13 +253,13 @@ def hold(
                 source, row = turned, 4 * padded
             row_keys(source, row, lines, d, target)
         else:
-            cached_keys(kind, keys + where * depth * kind, key_scales + 4 * where, d, target)
+            cached_keys(kind, keys + where * depth * kind, d, target)
     for i in range(held):
         target, where = value_target + 4 * i * padded, head * length + first + i
         if kind == ROWS:
             row_values(values + 4 * ((first + i) * depth + head * width), d, padded, target)
         else:
-            cached_values(kind, values + where * width * kind, value_scales + 4 * where, width, target)
+            cached_values(kind, values + where * width * kind, width, target)
 
 
 @kernel
@@ -271,8 +290,13 @@ def block_attention(args, thread, threads):
                   queries, d, as_f32(factor), held_queries, sums, tops, totals)  # fmt: skip
             for first in range(first_key, end_key, KEYS):
                 held = min(KEYS, end_key - first)
-                hold(kind, keys, values, key_scales, value_scales, angles, depth, width, length, head // group, first,
-                     held, d, held_keys, held_values, totals + 4 * QUERIES)  # fmt: skip
-                attend(scratch, d, queries, held, seen - first, 0 if start == 0 else 1)
+                kv_head = head // group
+                hold(kind, keys, values, angles, depth, width, length, kv_head, first, held, d, held_keys, held_values,
+                     totals + 4 * QUERIES)  # fmt: skip
+                step, scales, weights = 0 if start == 0 else 1, 0, 0
+                if kind == INT8:
+                    scales = key_scales + 4 * (kv_head * length + first)
+                    weights = value_scales + 4 * (kv_head * length + first)
+                attend(scratch, d, queries, held, seen - first, step, scales, weights)
             end(totals, sums, d, queries, out + 4 * (row * heads + head) * d, 4 * heads * d)
             task, stop = claim(counters, owner, threads, count * heads, 1)

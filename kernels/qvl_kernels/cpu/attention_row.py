@@ -8,10 +8,12 @@ positions.
 
 from __future__ import annotations
 
+from numba import float32
+
 from qvl_kernels.cpu.atomics import claim
-from qvl_kernels.cpu.attention_prefill import begin, end, layout, weigh
+from qvl_kernels.cpu.attention_prefill import KEY_FACTOR, begin, end, layout, scale_row, weigh
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
-from qvl_kernels.cpu.simd import bytes_, fma, get_f32, get_i32, loads, rows, sar, spreads, store, to_f32, zeros
+from qvl_kernels.cpu.simd import bytes_, fma, get_i32, high_byte, loads, rows, spreads, store, to_f32, zeros
 from qvl_kernels.cpu.tiles import KEYS
 
 spread = spreads("f32", 16)
@@ -22,34 +24,31 @@ def _make_parts(kind: str, groups: int):
     size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
     none, held = zeros("f32", 16, groups), loads("f32", 16, groups)
     floats = rows("f16" if kind == "fp16" else "f32", 16, groups)
-    words, key_scales, integers = rows("i32", 16, groups), rows("f32", 16, groups), bytes_(16, True, groups)
+    words, integers = rows("i32", 16, groups), bytes_(16, True, groups)
 
     if kind == "int8":
 
         @routine
-        def scores(query, d, keys, depth, scales, out):
-            total, scale = none(), key_scales(scales, 64)
-            for i in range(0, d, 4):
-                w = words(keys + 16 * i, 16 * depth)
-                for j in range(min(4, d - i)):
-                    key = to_f32(sar(w * (1 << (24 - 8 * j)) - 0x80000000, 24)) * scale
-                    total = fma(key, spread(query + 4 * (i + j), 0), total)
+        def scores(query, d, keys, depth, out):
+            total = none()
+            for _ in range(0, d, 4):
+                w = words(keys, 16 * depth)
+                total = fma(to_f32(high_byte(w, 0)), spread(query, 0), total)
+                total = fma(to_f32(high_byte(w, 1)), spread(query + 4, 0), total)
+                total = fma(to_f32(high_byte(w, 2)), spread(query + 8, 0), total)
+                total = fma(to_f32(high_byte(w, 3)), spread(query + 12, 0), total)
+                keys += 64
+                query += 16
             store(out, total)
 
         @routine
-        def mean(weights, count, values, width, scales, out):
-            total = held(out)
-            for _ in range(count):
-                total = fma(to_f32(integers(values)) * get_f32(scales), spread(weights, 0), total)
-                values += width
-                scales += 4
-                weights += 4
-            store(out, total)
+        def convert(values):
+            return to_f32(integers(values))
 
     else:
 
         @routine
-        def scores(query, d, keys, depth, scales, out):
+        def scores(query, d, keys, depth, out):
             total = none()
             for _ in range(d):
                 total = fma(floats(keys, 16 * size * depth), spread(query, 0), total)
@@ -58,13 +57,17 @@ def _make_parts(kind: str, groups: int):
             store(out, total)
 
         @routine
-        def mean(weights, count, values, width, scales, out):
-            total = held(out)
-            for _ in range(count):
-                total = fma(floats(values, 16 * size), spread(weights, 0), total)
-                values += width * size
-                weights += 4
-            store(out, total)
+        def convert(values):
+            return floats(values, 16 * size)
+
+    @routine
+    def mean(weights, count, values, width, out):
+        total = held(out)
+        for _ in range(count):
+            total = fma(convert(values), spread(weights, 0), total)
+            values += width * size
+            weights += 4
+        store(out, total)
 
     return scores, mean
 
@@ -87,21 +90,24 @@ def _make(kind: str):
                     held, where = min(KEYS, length - first), head * capacity + first
                     k, v, i = keys + where * depth * size, values + where * width * size, 0
                     while i < held:
-                        s, target = key_scales + 4 * (where + i), weights + 4 * i
                         if held - i > 48:
-                            scores_4(query, d, k + i * depth * size, depth, s, target)
+                            scores_4(query, d, k + i * depth * size, depth, weights + 4 * i)
                             i += 64
                         else:
-                            scores(query, d, k + i * depth * size, depth, s, target)
+                            scores(query, d, k + i * depth * size, depth, weights + 4 * i)
                             i += 16
+                    if kind == "int8":
+                        scale_row(weights, key_scales + 4 * where, KEY_FACTOR, held)
                     weigh(weights, held, held, top, total, mean_so_far, width)
-                    s, c = value_scales + 4 * where, 0
+                    if kind == "int8":
+                        scale_row(weights, value_scales + 4 * where, float32(1), held)
+                    c = 0
                     while c < width:
                         if width - c >= 64:
-                            mean_4(weights, held, v + c * size, width, s, mean_so_far + 4 * c)
+                            mean_4(weights, held, v + c * size, width, mean_so_far + 4 * c)
                             c += 64
                         else:
-                            mean(weights, held, v + c * size, width, s, mean_so_far + 4 * c)
+                            mean(weights, held, v + c * size, width, mean_so_far + 4 * c)
                             c += 16
                 end(total, mean_so_far, d, 1, out + 4 * head * d, 0)
                 head, stop = claim(counters, owner, threads, heads, 1)

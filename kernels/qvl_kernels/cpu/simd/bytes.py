@@ -89,6 +89,21 @@ def highs(bits):
     return f
 
 
+@intrinsic(prefer_literal=True)
+def high_byte(typing, v, i):
+    """Byte `i`, from the lowest, of each i32, minus 128 and times 2**24."""
+    if not isinstance(i, types.IntegerLiteral):
+        return None
+
+    def emit(b, x):
+        x = b.bitcast(b.xor(x, constant(v.vector, 0x80808080)), ir.VectorType(I8, 4 * v.n))
+        lanes = [4 * lane + i.literal_value if at == 3 else 4 * v.n for lane in range(v.n) for at in range(4)]
+        order = ir.Constant(ir.VectorType(I32, 4 * v.n), lanes)
+        return b.bitcast(b.shuffle_vector(x, ir.Constant(x.type, None), order), v.vector)
+
+    return v(v, i), lambda context, b, sig, args: each(b, v.m, functools.partial(emit, b), args[0])
+
+
 @functools.cache
 def steps_of_int3(n):
     """``f(addr, i)``: n bytes of step i, a literal from 0 to 3, of the packed int3 at `addr` (`packing.widen`).
