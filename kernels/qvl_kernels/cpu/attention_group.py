@@ -1,8 +1,9 @@
 """Grouped-query attention of a few queries over the cache: every key and value is read once for all heads of its group.
 
 A task is one query row, one head of keys and a part of the positions. `LINES` heads at a time share each key and value
-after its conversion to float32. The arithmetic and its order are those of `attention_prefill`: with one part the result
-is bit-identical.
+after its conversion to float32. The products with keys prefetch their values, and those with values the next keys:
+otherwise arithmetic and memory would take turns. The arithmetic and its order are those of `attention_prefill`: with
+one part the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from numba import float32
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.attention_prefill import KEY_FACTOR, ROW, clear, end, scale_row, weigh
+from qvl_kernels.cpu.cached_attention import prefetch
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
@@ -20,6 +22,7 @@ from qvl_kernels.cpu.simd import (
     get_i32,
     high_byte,
     loads,
+    prefetch_read,
     put_f32,
     rows,
     spreads,
@@ -88,23 +91,30 @@ def _make(kind: str):
             return floats(values, 0)
 
     @routine
-    def score(query, depth, keys, out):
-        """Scores of 16 positions and `LINES` queries."""
+    def score(query, depth, keys, values, out):
+        """Scores of 16 positions and `LINES` queries; their values are prefetched."""
         total = none()
         for _ in range(0, depth, 4):
+            prefetch(values, 64 * size)
             total = add_keys(total, query, keys)
             keys += 64 * size
+            values += 64 * size
             query += 16
         store_rows(out, total, ROW)
 
     @routine
-    def mean(weights, count, values, width, out, out_row):
-        """Add 16 columns of `count` weighted values to each of `LINES` rows."""
+    def mean(weights, count, values, width, out, out_row, ahead, step):
+        """Add 16 columns of `count` weighted values to each of `LINES` rows.
+
+        Meanwhile `step` bytes, at most a line, are prefetched for each of the values, from `ahead` on.
+        """
         total = held_rows(out, out_row)
         for _ in range(count):
+            prefetch_read(ahead)
             total = fma(convert(values), spread(weights, ROW), total)
             values += width * size
             weights += 4
+            ahead += step
         store_rows(out, total, out_row)
 
     def group_attention(args, thread, threads):
@@ -130,7 +140,8 @@ def _make(kind: str):
                     k, v = keys + where * depth * size, values + where * width * size
                     for i in range(0, held, 16):
                         for line in range(0, lines, LINES):
-                            score(queries + line * ROW, depth, k + i * depth * size, scores + line * ROW + 4 * i)
+                            score(queries + line * ROW, depth, k + i * depth * size, v + i * width * size,
+                                  scores + line * ROW + 4 * i)  # fmt: skip
                     for line in range(group):
                         row = scores + line * ROW
                         if kind == "int8":
@@ -138,10 +149,12 @@ def _make(kind: str):
                         weigh(row, held, held, tops + 4 * line, totals + 4 * line, sums + 4 * line * padded, padded)
                         if kind == "int8":
                             scale_row(row, value_scales + 4 * where, float32(1), held)
+                    step = min(KEYS, high - first - held) * depth * size // (padded // 16 * held)
                     for c in range(0, padded, 16):
+                        ahead = k + held * (depth * size + c // 16 * step)
                         for line in range(0, lines, LINES):
                             mean(scores + line * ROW, held, v + c * size, width, sums + 4 * (line * padded + c),
-                                 4 * padded)  # fmt: skip
+                                 4 * padded, ahead, step)  # fmt: skip
                 head = which * group
                 if splits == 1:
                     end(totals, sums, d, group, out + 4 * head * d, 4 * d)

@@ -16,6 +16,7 @@ from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
 from qvl_kernels.cpu.rotary import normalize_head, rotate
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
+    WORDS,
     absolute,
     bytes_,
     dot_bytes,
@@ -27,6 +28,7 @@ from qvl_kernels.cpu.simd import (
     loads,
     max_all,
     maximum,
+    prefetch_read,
     put_f16,
     put_f32,
     put_i32,
@@ -43,6 +45,7 @@ from qvl_kernels.cpu.simd import (
     to_f32,
     zeros,
 )
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow, store_fours
 
 CHUNK = 128
 """Positions per block of scores."""
@@ -154,6 +157,12 @@ for _kind in ("fp32", "fp16", "int8"):
 
 
 # ------------------------------------------------------------------------------------------------ attention
+@routine
+def prefetch(start, nbytes):
+    for i in range(0, nbytes, 64):
+        prefetch_read(start + i)
+
+
 def _make_attention(kind: str, vectors: int):
     """Create the attention of one query and head; values are summed `vectors` * 16 columns at a time."""
     size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
@@ -165,13 +174,18 @@ def _make_attention(kind: str, vectors: int):
     if kind == "int8":
 
         @routine
-        def scores(query, keys, key_scales, depth):
-            """Compute scores of 16 positions; `query` holds the sum, the scale and two planes."""
+        def scores(query, keys, key_scales, depth, values):
+            """Compute scores of 16 positions, and prefetch their values; `query`: see `prepare`."""
             high, low = none_i32(), word(query, 0)
             for i in range(0, depth, 4):
+                prefetch(values + 16 * i, 64)
                 k = keys_i8(keys + 16 * i)
-                high = dot_bytes(high, k, query + 64 + i, 0)
-                low = dot_bytes(low, k, query + 64 + depth + i, 0)
+                if WORDS:
+                    low = dot_pairs_narrow(low, bytes_of_pairs(k, 0), query + 64 + 2 * i, 0)
+                    low = dot_pairs_narrow(low, bytes_of_pairs(k, 1), query + 68 + 2 * i, 0)
+                else:
+                    high = dot_bytes(high, k, query + 64 + i, 0)
+                    low = dot_bytes(low, k, query + 64 + depth + i, 0)
             return to_f32(shl(high, 8) + low) * (load(key_scales) * spread(query + 4, 0))
 
         @routine
@@ -181,14 +195,16 @@ def _make_attention(kind: str, vectors: int):
     else:
 
         @routine
-        def scores(query, keys, key_scales, depth):
+        def scores(query, keys, key_scales, depth, values):
             a, b, c, d = none(), none(), none(), none()
             for _ in range(0, depth, 4):
+                prefetch(values, 64 * size)
                 a = fma(floats(keys, 0), spread(query, 0), a)
                 b = fma(floats(keys + 16 * size, 0), spread(query + 4, 0), b)
                 c = fma(floats(keys + 32 * size, 0), spread(query + 8, 0), c)
                 d = fma(floats(keys + 48 * size, 0), spread(query + 12, 0), d)
                 keys += 64 * size
+                values += 64 * size
                 query += 16
             return (a + b) + (c + d)
 
@@ -200,7 +216,8 @@ def _make_attention(kind: str, vectors: int):
     def attend(query, keys, values, key_scales, value_scales, depth, width, begin, end, weights, out):
         """Compute the online softmax over positions begin (a multiple of 16) .. end.
 
-        Writes the unnormalized sum, float32 ``[width]``, then the maximum and the sum of weights.
+        Writes the unnormalized sum, float32 ``[width]``, then the maximum and the sum of weights. The keys' products
+        prefetch the values, and those the next keys.
         """
         top, total = LOWEST, none()
         for i in range(0, width, 16 * vectors):
@@ -209,7 +226,9 @@ def _make_attention(kind: str, vectors: int):
             count = min(CHUNK, end - chunk)
             best = splat(LOWEST)
             for i in range(0, count, 16):
-                s = scores(query, keys + (chunk + i) * depth * size, key_scales + 4 * (chunk + i), depth)
+                where = chunk + i
+                s = scores(query, keys + where * depth * size, key_scales + 4 * where, depth,
+                           values + where * width * size)  # fmt: skip
                 if count - i < 16:
                     store(weights + 4 * i, s)
                     for j in range(count - i, 16):
@@ -228,10 +247,14 @@ def _make_attention(kind: str, vectors: int):
                 if kind == "int8":
                     p = p * load(value_scales + 4 * (chunk + i))
                 store(weights + 4 * i, p)
+            step = min(CHUNK, end - chunk - count) * depth * size // (width // (16 * vectors) * count)
             for i in range(0, width, 16 * vectors):
                 o = held(out + 4 * i) * factor
                 v = values + (chunk * width + i) * size
+                ahead = keys + (chunk + count) * depth * size + count * i // (16 * vectors) * step
                 for j in range(count):
+                    prefetch(ahead, 16 * vectors * size)
+                    ahead += step
                     o = fma(load_values(v), spread(weights + 4 * j, 0), o)
                     v += width * size
                 store(out + 4 * i, o)
@@ -242,19 +265,25 @@ def _make_attention(kind: str, vectors: int):
 
         @routine
         def prepare(q, n, depth, factor, query):
-            """Quantize ``q * factor`` to two planes: int32 -128 * sum, float32 scale, int8 [depth] high and low."""
+            """Quantize ``q * factor`` to 16 bits: int32 -128 * sum, float32 scale, int8 [depth] high and low.
+
+            Where `WORDS`, one plane of int16 in the order of `store_fours`: words cost less than bytes times 2 planes.
+            """
             top = largest(q, n)
             inverse = float32(32512) / top if top > float32(1e-30) else float32(0)
             total = none_i32()
             for i in range(0, n, 16):
                 v = rint(take(q + 4 * i, n - i) * inverse)
-                h = sar(v + 128, 8)
                 total = total + v
+                if WORDS:
+                    store_fours(query + 64 + 2 * i, v)
+                else:
+                    store_bytes(query + 64 + i, sar(v + 128, 8))
+            if not WORDS:
                 # The planes are `depth` apart, the last vector may be wider: low after high, and all high ones first.
-                store_bytes(query + 64 + i, h)
-            for i in range(0, n, 16):
-                v = rint(take(q + 4 * i, n - i) * inverse)
-                store_bytes(query + 64 + depth + i, v - shl(sar(v + 128, 8), 8))
+                for i in range(0, n, 16):
+                    v = rint(take(q + 4 * i, n - i) * inverse)
+                    store_bytes(query + 64 + depth + i, v - shl(sar(v + 128, 8), 8))
             put_i32(query, sum_all(total) * (BYTE_BIAS - 128))
             put_f32(query + 4, top / float32(32512) * factor)
 
