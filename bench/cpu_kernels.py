@@ -9,6 +9,8 @@ line.
 
 from __future__ import annotations
 
+import itertools
+
 import harness
 import numpy as np
 from harness import interleave, print_row
@@ -156,26 +158,24 @@ def bench_token(ops: CpuOps, rows: list[dict]) -> None:
 
 
 def bench_attention(ops: CpuOps, rows: list[dict]) -> None:
-    """Decode attention alone, against reading the cache."""
-    for context in (2048, 8192):
-        for kind in ("fp16", "int8"):
-            cache = CpuCache(8, HEADS, HIDDEN // HEADS, context, kind)
-            cache.keys[:], cache.values[:], cache.scales[:] = 1, 1, 0.01
-            qkv, out = np.ones((1, 3 * HIDDEN), np.float32), ops.empty((1, HIDDEN))
-            start = np.array([context - 1], np.int32)
-            replay = ops.capture(
-                lambda c=cache, q=qkv, s=start, o=out: [ops.cached_attention(q, c, i, s, out=o) for i in range(8)]
-            )
+    """Decode attention alone, against reading the cache: each head with keys of its own, and groups of four."""
+    for kv_heads, context, kind in itertools.product((HEADS, HEADS // 4), (2048, 8192), ("fp16", "int8")):
+        cache = CpuCache(8 * HEADS // kv_heads, kv_heads, HIDDEN // HEADS, context, kind)
+        cache.keys[:], cache.values[:], cache.scales[:] = 1, 1, 0.01
+        qkv = np.ones((1, (HEADS + 2 * kv_heads) * (HIDDEN // HEADS)), np.float32)
+        out, start = ops.empty((1, HIDDEN)), np.array([context - 1], np.int32)
 
-            def read(c=cache):
-                return read_seconds(ops, c.keys) + read_seconds(ops, c.values)
+        def attend(cache=cache, qkv=qkv, start=start, out=out):
+            for layer in range(cache.layers):
+                ops.cached_attention(qkv, cache, layer, start, out=out)
 
-            seconds, vectors = (
-                interleave({"read": read, "attention": replay}, 15),
-                cache.keys.nbytes + cache.values.nbytes,
-            )
-            report(rows, {
-                "bench": "attention", "threads": ops.threads, "context": context, "cache": kind,
+        def read(cache=cache):
+            return read_seconds(ops, cache.keys) + read_seconds(ops, cache.values)
+
+        seconds = interleave({"read": read, "attention": ops.capture(attend)}, 15)
+        vectors = cache.keys.nbytes + cache.values.nbytes
+        report(rows, {
+                "bench": "attention", "threads": ops.threads, "kv heads": kv_heads, "context": context, "cache": kind,
                 "GB/s": cache.nbytes / seconds["attention"] / 1e9, "read GB/s": vectors / seconds["read"] / 1e9,
                 "share": cache.nbytes / seconds["attention"] * seconds["read"] / vectors, "others": seconds["others"],
             })  # fmt: skip
