@@ -1,10 +1,11 @@
 """The `.qvl` file: one valid safetensors file with a whole model. It is memory-mapped, not copied.
 
 Metadata keys (all text, most of it JSON): `format` ("qvl"), `version`, `config`, `generation_config`,
-`preprocessing` (image mean and std), `quantization` (settings of each part), `source` (what it was converted from),
-`hashes` (SHA-256 of every tensor, and of the other metadata). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or
-`NAME.qweight`, `NAME.scales` and, if asymmetric, `NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each
-`VectorSpec` under its name; and `tokenizer.ranks`, the bytes of the published `qwen.tiktoken`.
+`preprocessing` (what `Family.read_preprocessing` returns), `quantization` (settings of each part), `calibration` (its
+data, where GPTQ was used), `source` (what it was converted from), `hashes` (SHA-256 of every tensor, and of the other
+metadata). Tensors: for each `MatrixSpec`, `NAME.weight` (fp16) or `NAME.qweight`, `NAME.scales` and, if asymmetric,
+`NAME.zeros`; `NAME.bias` and `NAME.perm` where there is one; each `VectorSpec` under its name; and `tokenizer.ranks`,
+the bytes that `Family.read_ranks` returns: the published `qwen.tiktoken` of Qwen-VL, the `Vocabulary` of later models.
 """
 
 from __future__ import annotations
