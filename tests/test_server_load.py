@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +21,8 @@ from serving import Served, serving
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.server import Limits, listening
+from qvl_runtime.server.admission import Admission
+from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.metrics import Watch
 
 LONG = {
@@ -316,3 +319,27 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
         assert late.json()["error"]["type"] == "unavailable_error"
         assert server.wait(30) == 0
         assert "Traceback" not in server.stderr.read()
+
+
+@pytest.mark.parametrize("ending", ["done", "stop"])
+def test_a_client_that_leaves_as_its_turn_comes_passes_it_on(ending):
+    async def scene() -> Admission:
+        admission = Admission(Limits(running=1))
+        began = await admission.turn()
+        leaving, staying = (asyncio.ensure_future(admission.turn()) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        if ending == "stop":
+            admission.stop()
+        admission.done(began)
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        if ending == "stop":
+            with pytest.raises(ApiError, match="stopping"):
+                await staying
+        else:
+            admission.done(await staying)
+        return admission
+
+    admission = asyncio.run(scene())
+    assert (admission.running, admission.waiting) == (0, 0)

@@ -109,7 +109,8 @@ class Admission:
             await called
         except asyncio.CancelledError:
             if called.cancelled():
-                self._line.remove(called)
+                if called in self._line:  # unless a turn ended, or the server stopped, at the same moment
+                    self._line.remove(called)
             elif called.exception() is None:  # it was called at the moment it was cancelled
                 self.done(None)
             raise
