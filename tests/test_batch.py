@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.batch.answers import Answerer, is_failed
-from qvl_runtime.batch.job import Job, Worker
+from qvl_runtime.batch.job import Computed, Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import in_processes, memory_nodes
@@ -370,6 +370,28 @@ def test_answers_follow_a_schema(demo_model, folder):
 def test_a_seed_belongs_to_a_row():
     seeds = {options(seed=seed).seed_of(row) for seed in (0, 1) for row in ("a", "b")}
     assert len(seeds) == 4 and options().seed_of("a") == 8281872861307171038
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, spec, tmp_path, caplog):
+    names = ["a.png", "图" * 80, "𠀀" * 60 + "\ud800"]
+    lines = [json.dumps({"id": name, "prompt": "x", "image": f"{i}.png"}) for i, name in enumerate(names)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").write_bytes((folder / "a.png").read_bytes())
+    source = open_source(tmp_path / "rows.jsonl")
+    box = {"ref": "x", "numbers": [1, 1, 9, 9], "pixels": [1, 1, 9, 9]}
+    found = [{"id": str(i), "boxes": [box], "usage": None, "error": None} for i in range(3)]
+
+    def answered(tasks, on_computed):
+        on_computed(Computed(tasks[0], found, 3))
+
+    work = Job(spec, source, tmp_path / "out", options(), block=64, drawings=tmp_path / "drawn")
+    assert work.run(answered).rows == 3
+    assert records(parts(tmp_path / "out")) == found
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == [f"000001-{'图' * 66}.png", f"000002-{'𠀀' * 49}_.png"]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("row 0 is not drawn: ")
+    assert f"{tmp_path}/0.png: no such file" in caplog.messages[0]
 
 
 def test_the_command(demo_model, folder, tmp_path, capsys):

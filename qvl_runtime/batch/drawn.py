@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +13,28 @@ from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
+from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import load_image
 
-LONGEST_NAME = 80
-"""Largest number of characters of an id in a file name."""
+log = logging.getLogger(__name__)
+
+LONGEST_NAME = 200
+"""Largest number of bytes of an id in a file name; file systems allow 255 for the whole name."""
 
 
 def draw(
     rows: Sequence[Row], records: Sequence[Record], root: Path, folder: Path, options: Options, *, exif: bool
 ) -> None:
-    """Save the last picture of each row with boxes as ``NUMBER-ID.png``."""
+    """Save the last picture of each row with boxes as ``NUMBER-ID.png``; log a picture that cannot be drawn."""
     for row, record in zip(rows, records):
         if boxes := _boxes(record):
-            source = located(_last_picture(row), root)
-            picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
-            named = [_on_picture(box, picture.size) for box in boxes]
-            draw_boxes(picture, named, folder / f"{row.number:06d}-{_safe(row.id or '')}.png")
+            try:
+                source = located(_last_picture(row), root)
+                picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
+                named = [_on_picture(box, picture.size) for box in boxes]
+                draw_boxes(picture, named, folder / f"{row.number:06d}-{_safe(row.id or '')}.png")
+            except QvlError as error:
+                log.warning("row %d is not drawn: %s", row.number, error)
 
 
 def _on_picture(box: Mapping[str, Any], size: tuple[int, int]) -> Box:
@@ -59,4 +66,4 @@ def _last_picture(row: Row) -> str | bytes:
 
 def _safe(row_id: str) -> str:
     """Convert an id to a part of a file name."""
-    return re.sub(r"[^\w.-]+", "_", row_id)[-LONGEST_NAME:]
+    return re.sub(r"[^\w.-]+", "_", row_id).encode()[-LONGEST_NAME:].decode(errors="ignore")

@@ -257,10 +257,10 @@ class Job:
         if len(records) < count:
             again = dict(zip(done.task.rows, records))
             records = [again.get(first + i, old) for i, old in enumerate(self._parts.read(done.task.block, count))]
-        if self._drawings is not None:
+        self._parts.write(done.task.block, records)
+        if self._drawings is not None:  # after the answers, which took longer
             rows, root = rows_of(self._source, done.task), self._source.root
             draw(rows, done.records, root, self._drawings, self._options, exif=self._upright)
-        self._parts.write(done.task.block, records)
 
     def _check_failures(self, progress: Progress, example: Record | None) -> None:
         if progress.failed > self._max_failures * progress.total:
