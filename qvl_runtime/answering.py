@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from qvl_kernels.ops import Array
 from qvl_runtime.boxes import Box
-from qvl_runtime.engine.constraints import Answer, Constraint, Form, ReasoningFirst
+from qvl_runtime.engine.constraints import Answer, AtLeast, Constraint, Form, ReasoningFirst
 from qvl_runtime.engine.drafts import PromptLookup
 from qvl_runtime.engine.generation import Timings, TokenSelector, generate_step, logprob, stream_generate
 from qvl_runtime.engine.job import Job, Work
@@ -112,7 +112,7 @@ class Answering:
 
     def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
         """Start the constraint of an answer. If the model reasons first, half of `limit` is reserved for the answer."""
-        end = prompt.reasoning_end
+        end = None if isinstance(form, AtLeast) else prompt.reasoning_end  # a minimum length counts the reasoning
         reasoning = 0 if end is None else max(1, limit // 2)
         grounding = self._grounding.constraint
         answer = Answer(self._tokenizer, self._stop_ids, limit - reasoning, prompt.opened, grounding)

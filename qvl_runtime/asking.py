@@ -117,7 +117,8 @@ class Asking:
         max_new_tokens : int
             The answer ends earlier if the window is full.
         min_new_tokens : int
-            Number of tokens before which no stop token is allowed. A string of `stop` still ends the answer.
+            Number of tokens, with those of reasoning, before which no stop token is allowed. A string of `stop` still
+            ends the answer.
         temperature, …, seed
             See `Sampler`. By default the answer is greedy.
         stop : str or sequence of str, optional

@@ -97,6 +97,13 @@ def test_a_chat_keeps_the_answer_only(model):
     assert "<think>" not in model.tokenizer.decode(again.prompt.ids).removesuffix("<think>\n")
 
 
+def test_a_minimum_length_leaves_the_reasoning_as_it_is(model):
+    messages = [{"role": "user", "content": "Hi"}]
+    free = model.generate(messages, max_new_tokens=24)
+    assert model.tokenizer.special["</think>"] not in free.token_ids, "the golden model's answer has changed"
+    assert model.generate(messages, max_new_tokens=24, min_new_tokens=1).token_ids == free.token_ids
+
+
 def test_raw_text_reasons_where_it_opens_the_tag(model):
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert model.generate(text, max_new_tokens=3).reasoning == ""
