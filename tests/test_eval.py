@@ -18,12 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evaluation_files import choice, make, mme, put, qa
+from families import GOLDEN
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_runtime.blob import Blob
 from qvl_runtime.cli import main
 from qvl_runtime.cli.eval import table
 from qvl_runtime.demo import checkpoint_folder
@@ -34,6 +36,7 @@ from qvl_runtime.evaluation.data import Sample
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
 from qvl_runtime.evaluation.prompts import wording
 from qvl_runtime.evaluation.tasks import TASKS
+from qvl_runtime.families.generation_config import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import demo_eval
@@ -265,7 +268,7 @@ def test_prompts_and_lengths_are_those_published(gqa, base, tmp_path, monkeypatc
     assert question["question"] == "Q5?" and seen[0].token_ids in wanted and 1 <= len(seen[0].token_ids) <= 10
     for kind, longest, shortest in (("nocaps", 30, 8), ("docvqa", 100, 1), ("refcoco_val", 28, 10), ("vqav2", 10, 1)):
         task = TASKS[kind]
-        assert wording(model, task.prompt).lengths(task.prompt, task.longest, task.shortest) == {
+        assert wording(model.blob, task.prompt).lengths(task.prompt, task.longest, task.shortest) == {
             "max_new_tokens": longest,
             "min_new_tokens": shortest,
         }
@@ -329,7 +332,7 @@ def test_wrong_usage(gqa, base, tmp_path, monkeypatch):
 )
 def test_prompts_of_your_own_are_checked(own, said, model):
     with pytest.raises(qvl.QvlError, match=said):
-        wording(model("tiny-vl"), "question", own)
+        wording(model("tiny-vl").blob, "question", own)
 
 
 def test_memory_is_that_of_the_run():
@@ -348,7 +351,7 @@ def test_memory_is_that_of_the_run():
 
 def test_newer_families_are_asked_in_turns_with_their_pictures_before():
     family = SimpleNamespace(model_type="qwen2_vl")
-    model = SimpleNamespace(blob=SimpleNamespace(family=family, path="m.qvl"), is_chat=True)
+    blob = SimpleNamespace(family=family, path="m.qvl", generation_config=GenerationConfig("chatml"))
     texts = {
         "hint": "N/A",
         "question": "Which?",
@@ -357,7 +360,7 @@ def test_newer_families_are_asked_in_turns_with_their_pictures_before():
         "prompt": "<img></img>\nQ",
     }
     asked = Sample("1", "line 1", (Path("a.png"), Path("b.png")), texts, "A", ("A", "B"))
-    found = wording(model, "choice")
+    found = wording(blob, "choice")
     wanted = {
         "choice": "Question: Which?\nOptions:\nA. x\nB. y\nPlease select the correct answer from the options above.",
         "question": "Which?\nPlease try to answer the question with short words or phrases if possible.",
@@ -370,9 +373,21 @@ def test_newer_families_are_asked_in_turns_with_their_pictures_before():
     assert found.prompt("choice", hinted)[0]["content"][-1]["text"].startswith("Hint: Look.\nQuestion: Which?")
     assert found.letters("choice", asked) == ["A", "B"]
     assert found.lengths("phrase", 28, 10) == {"max_new_tokens": 128, "min_new_tokens": 0}
-    base = SimpleNamespace(blob=model.blob, is_chat=False)
+    blob.generation_config = GenerationConfig("raw")
     with pytest.raises(qvl.QvlError, match="is a base model, and this task is asked in chat turns"):
-        wording(base, "question")
+        wording(blob, "question")
+
+
+def test_a_model_that_reasons_first_is_refused_before_any_is_asked(gqa, base, tmp_path):
+    shutil.copytree(GOLDEN / "ckpt/q3-tied", tmp_path / "ckpt")
+    path = tmp_path / "ckpt/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"thinking": True}))
+    convert(tmp_path / "ckpt", tmp_path / "thinking.qvl", group_size=32)
+    with pytest.raises(qvl.QvlError, match=r"thinking.qvl: reasons before it answers"):
+        evaluate([base, tmp_path / "thinking.qvl"], "gqa", gqa, out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    raw = {"question": "<img></img>{question}", "turns": False}
+    assert wording(Blob(tmp_path / "thinking.qvl"), "question", raw).turns.isdisjoint(raw)
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.answers import AnswerFile
 from qvl_runtime.evaluation.comparison import Row, compare
 from qvl_runtime.evaluation.export import touchstone
-from qvl_runtime.evaluation.prompts import wording
+from qvl_runtime.evaluation.prompts import Wording, wording
 from qvl_runtime.evaluation.runner import Asked, Questions, ask, made_with, questions
 from qvl_runtime.evaluation.tasks import Task, find
 from qvl_runtime.loading import load
@@ -90,21 +91,21 @@ def evaluate(
     """
     task, labels = find(name), _labels(models)
     asked = questions(task, data, limit=limit, seed=seed)
+    wordings = [wording(Blob(path), task.prompt, prompts) for path in models]
     folder = Path("qvl-eval") / name if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"kv_cache": kv_cache, "activations": activations}
     if max_pixels is not None:
         options["max_pixels"] = max_pixels
 
-    def answers(path: Path, label: str) -> tuple[Asked, str]:
+    def answers(path: Path, label: str, words: Wording) -> tuple[Asked, str]:
         model = load(path, device, **options)
-        words = wording(model, task.prompt, prompts)
         head = made_with(model, name, task, asked, words, options)
         with AnswerFile(folder / f"{label}.jsonl", head) as file:
             told = lambda done, total: progress(label, done, total)  # noqa: E731
             return ask(model, task, asked, words, file, max_batch=max_batch, progress=told), model.ops.name
 
-    found = [answers(path, label) for path, label in zip(models, labels)]
+    found = [answers(*one) for one in zip(models, labels, wordings)]
     rows, exported, note = _result(task, asked, labels, [one for one, _ in found], models, folder)
     document = {
         "task": name,

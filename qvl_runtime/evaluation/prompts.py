@@ -11,9 +11,9 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.data import Sample
-from qvl_runtime.model import Model
 
 RAW_FAMILIES = ("qwen",)
 """Families that use `RAW` and `TALK`; others use `CHAT`."""
@@ -98,11 +98,13 @@ class Wording:
         return [letter if kind in self.turns else f" {letter}" for letter in sample.letters]
 
 
-def wording(model: Model, kind: str, own: Mapping[str, Any] | None = None) -> Wording:
+def wording(blob: Blob, kind: str, own: Mapping[str, Any] | None = None) -> Wording:
     """Return the published prompts of a model's family, or custom ones.
 
     Parameters
     ----------
+    blob : Blob
+        The model's file.
     kind : str
         Kind of the task's prompts.
     own : mapping, optional
@@ -111,17 +113,22 @@ def wording(model: Model, kind: str, own: Mapping[str, Any] | None = None) -> Wo
     Raises
     ------
     QvlError
-        A template with an unknown field, or chat turns for a base model.
+        A template with an unknown field, or chat turns for a base model or one that reasons first.
     """
-    tagged = model.blob.family.model_type in RAW_FAMILIES
+    tagged = blob.family.model_type in RAW_FAMILIES
     found = Wording({**RAW, **TALK}, frozenset(TALK), True) if tagged else Wording(CHAT, frozenset(CHAT), False)
     if own is not None:
         templates = {key: text for key, text in own.items() if key != "turns"}
         _check(templates, own.get("turns", False))
         turns = found.turns | set(templates) if own.get("turns", False) else found.turns - set(templates)
         found = dataclasses.replace(found, templates={**found.templates, **templates}, turns=turns)
-    if kind in found.turns and not model.is_chat:
-        raise QvlError(f"{model.blob.path}: is a base model, and this task is asked in chat turns; take the chat model")
+    if kind in found.turns and not blob.generation_config.is_chat:
+        raise QvlError(f"{blob.path}: is a base model, and this task is asked in chat turns; take the chat model")
+    if kind in found.turns and blob.generation_config.thinking:
+        raise QvlError(
+            f"{blob.path}: reasons before it answers, and the answers of this task are too short for that; "
+            "take the Instruct edition"
+        )
     return found
 
 
