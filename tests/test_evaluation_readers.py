@@ -167,6 +167,9 @@ def test_mme(folder):
     assert [(s.group, s.truth) for s in found[:2]] == [("code_reasoning", "yes"), ("code_reasoning", "no")]
     assert {s.unit for s in found} == {f"{subtask}/a.png" for subtask in COGNITION}
     assert len(read(folder, "mme_perception")) == 20 and len(check_pictures(found)) == 4
+    question = "Is it\u2028red\x85or\x0bblue?"  # only "\\n" ends a line
+    put(folder, "mme/Your_Results/OCR.txt", f"a.png\t{question}\tYes\r", f"a.png\t{question}\tNo")
+    assert [s.texts["question"] for s in read(folder, "mme_perception") if s.group == "OCR"] == [question] * 2
     put(folder, "mme/Your_Results/OCR.txt", "a.png\tIs it?\tYes", "a.png\tIs it")
     with pytest.raises(qvl.QvlError, match=r"OCR.txt line 2: has 2 columns instead of 3"):
         read(folder, "mme_perception")

@@ -160,7 +160,7 @@ class Data:
 
     def rows(self, name: str, columns: int) -> Iterator[tuple[str, list[str]]]:
         """Yield the lines of a tab-separated file without a header, with their places."""
-        for number, line in enumerate(self._text(name).splitlines(), 1):
+        for number, line in enumerate(self._text(name).split("\n"), 1):
             if line.strip():
                 where, parts = f"{self.folder / name} line {number}", line.strip().split("\t")
                 if len(parts) != columns:
