@@ -13,17 +13,17 @@ class Box:
     ----------
     ref : str or None
         The label of the box, if the answer has one.
-    x1, y1, x2, y2 : int
-        Left, top, right, bottom, as written by the model.
+    x1, y1, x2, y2 : int or float
+        Left, top, right, bottom, as written by the model. Whole numbers as a rule; a JSON answer may have fractions.
     scale : tuple of int
         Width and height of the picture in the units of these coordinates: 1000, or the resized size in pixels.
     """
 
     ref: str | None
-    x1: int
-    y1: int
-    x2: int
-    y2: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
     scale: tuple[int, int] = (1000, 1000)
 
     def to_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:

@@ -6,6 +6,7 @@ import random
 import pytest
 from families import GOLDEN, config, read
 
+from qvl_runtime.batch.parquet import to_parquet
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_5_vl.grounding import JsonGrounding
@@ -14,6 +15,9 @@ from qvl_runtime.families.qwen2_vl.vocabulary import read_vocabulary
 from qvl_runtime.families.qwen3_vl.grounding import RelativeGrounding
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.server.answers import box_fields
+from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.openapi import description
 
 KINDS = {"q2": GROUNDING, "q25": JsonGrounding(), "q3": RelativeGrounding()}
 CASES = read("grounding.json")
@@ -60,6 +64,18 @@ def test_broken_json_answers():
     ]:
         assert kind.parse(text, []) == boxes, text[:80]
     assert JsonGrounding().parse(one, []) == []
+
+
+def test_fractions_are_kept_as_the_model_wrote_them():
+    [box] = RelativeGrounding().parse('{"bbox_2d": [1.5, 2, 3.25, 999.75], "label": "a"}', [])
+    fields = box_fields(box, (1000, 1000))
+    assert fields == {"ref": "a", "numbers": [1.5, 2, 3.25, 999.75], "pixels": [1, 2, 3, 999]}
+    box_schema = description(Limits())["components"]["schemas"]["Chat"]["properties"]["choices"]["items"]
+    box_schema = box_schema["properties"]["message"]["properties"]["boxes"]["items"]["properties"]
+    assert box_schema["numbers"]["items"] == {"type": "number"}
+    arrow = pytest.importorskip("pyarrow")
+    table = to_parquet([{"boxes": [fields]}])
+    assert arrow.parquet.read_table(arrow.BufferReader(table)).to_pylist()[0]["boxes"] == [fields]
 
 
 def test_tags():

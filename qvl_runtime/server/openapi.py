@@ -157,7 +157,7 @@ _FINISH = {"enum": ["stop", "length"]}
 _LOGPROBS = _or_null({"type": "object"})
 _BOX = _object(
     ref=_or_null(_TEXT),
-    numbers={**_list({"type": "integer"}), "minItems": 4, "maxItems": 4},
+    numbers={**_list(_NUMBER), "minItems": 4, "maxItems": 4},
     pixels=_or_null(_list({"type": "integer"})),
     image=_or_null(_COUNT),
 )
