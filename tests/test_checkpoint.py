@@ -75,6 +75,29 @@ def test_single_file_without_index(tmp_path):
         np.testing.assert_array_equal(Checkpoint(folder).tensor(name), array)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("temperature", -1.0),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", -5),
+        ("max_window_size", -1),
+    ],
+)
+def test_sampling_values_out_of_range_are_refused(copy, key, value):
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(copy, str(path), key, str(value), "expected")
+
+
+def test_a_top_k_of_minus_one_is_off(copy):
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": -1}))
+    assert Checkpoint(copy).generation_config.top_k == 0
+
+
 def test_missing_generation_config_gives_defaults(copy):
     (copy / "generation_config.json").unlink()
     assert Checkpoint(copy).generation_config.chat_format == "raw"

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.errors import QvlError
 from qvl_runtime.families.reading import check, take
 
 
@@ -36,13 +38,21 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
-        """Parse a published `generation_config.json`; absent keys have their defaults."""
+        """Parse a published `generation_config.json`; absent keys have their defaults, and a top_k of -1 means 0.
+
+        Raises
+        ------
+        QvlError
+            A value of a wrong type or out of range.
+        """
         kinds = {"str": str, "int": int, "bool": bool, "float": float}
         values = {
             f.name: take(data, f.name, kinds[f.type], where)
             for f in dataclasses.fields(cls)
             if f.type in kinds and data.get(f.name) is not None
         }
+        if values.get("top_k") == -1:  # as other programs write "off"
+            values["top_k"] = 0
         ends = data.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         config = cls(**values, eos_token_id=tuple(take({"eos_token_id": i}, "eos_token_id", int, where) for i in ends))
@@ -51,6 +61,13 @@ class GenerationConfig:
             where,
             f"'chat_format' is {config.chat_format!r}, expected 'chatml' or 'raw'",
         )
+        for name, least in (("max_new_tokens", 1), ("max_window_size", 0)):
+            value = getattr(config, name)
+            check(value >= least, where, f"'{name}' is {value}, expected {least} or more")
+        try:
+            Sampler(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+        except QvlError as error:
+            raise QvlError(f"{where}: {error}") from None
         return config
 
     def check_tokens(self, vocab_size: int, where: str) -> None:
