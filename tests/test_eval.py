@@ -233,6 +233,17 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, content):
     assert path.read_bytes() == content
 
 
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {"task": "t"}) as file:
+        with pytest.raises(qvl.QvlError, match=r"a.jsonl: another evaluation is writing to it; .* --out"):
+            AnswerFile(path, {"task": "t"})
+        file.add("1", {"text": "a"})
+    with AnswerFile(path, {"task": "t"}) as file:
+        assert list(file.answers) == ["1"]
+
+
 @pytest.mark.parametrize("kept", [0, 5])
 def test_a_killed_beginning_is_begun_again(tmp_path, kept):
     path = tmp_path / "a.jsonl"

@@ -14,6 +14,7 @@ from qvl_runtime.batch.answers import Record, is_record
 from qvl_runtime.batch.parquet import from_parquet, pyarrow, to_parquet
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.locking import lock
 from qvl_runtime.file.opening import open_regular, read_regular
 
 FORMATS = ("jsonl", "parquet")
@@ -82,22 +83,12 @@ class Parts:
         # Not open(): it would empty the file that a link names, and wait for the writer of a pipe.
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with open(handle, "rb"):
-            _lock(handle, self.folder)
+            message = "another job is writing to it; wait until it ends, or take another folder"
+            lock(handle, f"{self.folder}: {message}")
             for entry in os.scandir(self.folder):
                 if entry.name.startswith(".part-") and entry.name.endswith(SUFFIX):
                     os.unlink(entry.path)
             yield
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise QvlError(f"{folder}: another job is writing to it; wait until it ends, or take another folder") from None
 
 
 def _to_lines(records: Sequence[Record]) -> bytes:

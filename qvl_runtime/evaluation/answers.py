@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
-from qvl_runtime.file.opening import read_regular
+from qvl_runtime.file.locking import lock
+from qvl_runtime.file.opening import open_regular, read_regular
 
 MAX_FILE = 4 << 30
 SYNC_EVERY = 2.0
@@ -22,7 +23,8 @@ SYNC_EVERY = 2.0
 class AnswerFile:
     """The answers of one model to one task: a header with the settings, then one line per answer.
 
-    Existing answers are read. A truncated last line (after a kill, or on a full disk) is removed.
+    The file is locked until the end. Existing answers are read. A truncated last line (after a kill, or on a full
+    disk) is removed.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ class AnswerFile:
     Raises
     ------
     QvlError
-        If the file has other settings, or a malformed line.
+        If the file has other settings, or a malformed line, or if another process has locked it.
 
     Attributes
     ----------
@@ -47,18 +49,24 @@ class AnswerFile:
         self._synced = self._last = time.monotonic()
         with contextlib.suppress(FileExistsError):
             path.open("xb").close()
-        whole = self._take_up(dict(made_with))
-        os.truncate(path, whole)  # not before: the file of another program stays as it is
-        self._file: BinaryIO = path.open("ab", buffering=0)
-        if not whole:
-            self._write(dict(made_with))
+        with contextlib.ExitStack() as stack:
+            held = stack.enter_context(open_regular(path))
+            # Before it is read: the other run's answers would be neither known here nor left in the file.
+            message = "another evaluation is writing to it; wait until it ends, or name another folder with --out"
+            lock(held.fileno(), f"{path}: {message}")
+            whole = self._take_up(dict(made_with))
+            os.truncate(path, whole)  # not before: the file of another program stays as it is
+            self._file: BinaryIO = stack.enter_context(path.open("ab", buffering=0))
+            if not whole:
+                self._write(dict(made_with))
+            self._open = stack.pop_all()
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.fsync(self._file.fileno())
-        self._file.close()
+        self._open.close()
 
     def begin(self) -> None:
         """Start the time measurement of the next answer."""
