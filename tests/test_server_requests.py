@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving import events, image_part, picture, png
+from serving import events, image_part, picture, png, serving
 
 USER = [{"role": "user", "content": "hi"}]
 PNG = png(picture(side=56))
@@ -289,3 +289,10 @@ def test_models_tells_what_the_page_needs(served, demo_model):
     }  # fmt: skip
     assert served.openai().models.retrieve("demo").id == "demo"
     assert served.http.get("/v1/models/other").status_code == 404
+
+
+@pytest.mark.parametrize("content", [box()[0]["content"], [image_part(PNG)]])
+def test_a_model_without_a_vision_part_takes_no_pictures(model, content):
+    with serving(model("tiny-q7-gptq-asym", device="cpu")) as server:
+        response = server.chat(content)
+    assert response.status_code == 400 and "takes no pictures" in response.json()["error"]["message"]

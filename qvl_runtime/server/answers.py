@@ -15,7 +15,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result, Stream
-from qvl_runtime.server.errors import ApiError
+from qvl_runtime.server.errors import ApiError, refused
 from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.messages import Messages
 from qvl_runtime.server.pictures import Sent, fetched, measured
@@ -152,6 +152,8 @@ def with_pictures(
     """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
     if not isinstance(prompt, Messages):
         return prompt, []
+    if contents and model.pictures is None:
+        raise refused("this model has no vision part: it takes no pictures", "messages")
     upright = model.pictures is not None and model.pictures.reader.upright
     pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
 
