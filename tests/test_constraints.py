@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -127,7 +128,23 @@ def test_regex_always_matches():
     assert len(answers) > 20
 
 
-@pytest.mark.parametrize("form", [Regex("(unclosed"), JsonSchema("{not json"), JsonSchema({"type": "nonsense"})])
+CIRCLE: dict = {"type": "array"}
+CIRCLE["items"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Regex("(unclosed"),
+        Regex(5),
+        Regex("\ud800"),
+        JsonSchema("{not json"),
+        JsonSchema({"type": "nonsense"}),
+        JsonSchema({"enum": {1}}),
+        JsonSchema(CIRCLE),
+        JsonSchema(functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(3000), {})),
+    ],
+)
 def test_a_bad_grammar_is_one_clear_line(form):
     with pytest.raises(QvlError, match="cannot be used") as error:
         form.start(_asked(50, ""))

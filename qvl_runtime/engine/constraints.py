@@ -90,7 +90,10 @@ class JsonSchema:
     schema: Mapping[str, Any] | str
 
     def start(self, answer: Answer) -> Constraint:
-        schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
+        try:
+            schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
+        except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
+            raise QvlError(f"the json_schema cannot be used: {_one_line(error)}") from None
         constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
         if not has_end(json.loads(schema)):
             raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
@@ -168,7 +171,7 @@ class _GrammarConstraint:
             else:
                 # With free whitespace a model could emit blanks between two fields forever.
                 built = matcher.grammar_from_json_schema(grammar, overrides={"whitespace_flexible": False})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise QvlError(f"the {kind} cannot be used: {_one_line(error)}") from None
         problem = matcher.validate_grammar(built)
         if problem:
