@@ -20,7 +20,7 @@ import qvl_runtime as qvl
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.picture_cache import PictureCache
-from qvl_runtime.inputs.pictures import PictureReader, Pixels
+from qvl_runtime.inputs.pictures import Access, PictureReader, Pixels
 
 SHAPE = (4, 8)
 SIZE = 4 * 8 * 4
@@ -150,6 +150,11 @@ def test_a_picture_is_its_pixels(tmp_path):
     assert other.read(_png(1)).key != first.key
     (tmp_path / "a").write_bytes(_png(2))
     assert reader.read(tmp_path / "a").key != first.key
+
+
+def test_any_text_is_a_salt():
+    keys = {_reader().read(_png(1), Access(salt=salt)).key for salt in (None, "", "a", "\ud800", "\udfff")}
+    assert len(keys) == 5
 
 
 def test_what_is_hashed_is_what_is_decoded(tmp_path):

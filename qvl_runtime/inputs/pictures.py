@@ -160,7 +160,8 @@ class PictureReader:
         if isinstance(source, Picture):
             return source
         content = _content(source, access)
-        salted = b"" if access.salt is None else hashlib.sha256(access.salt.encode()).digest()
+        salt = access.salt
+        salted = b"" if salt is None else hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
         digest = _digest(content, salted)
         with self._lock:
             if digest is not None and digest in self._known:
