@@ -339,6 +339,9 @@ def test_wrong_usage(gqa, base, tmp_path, monkeypatch):
         ({"question": "{"}, "is no template"),
         ({"turns": "yes"}, "'turns' is 'yes'"),
         ({"question": "{question.__class__}"}, "has no field"),
+        ({"choice": "{question:{hint}}"}, r"'choice' writes \{question\} with a format"),
+        ({"question": "{question:d}"}, "with a format"),
+        ({"question": "{question!x}"}, "with a format"),
     ],
 )
 def test_prompts_of_your_own_are_checked(own, said, model):

@@ -139,10 +139,12 @@ def _check(templates: Mapping[str, Any], turns: Any) -> None:
         if kind not in FIELDS or not isinstance(template, str):
             raise QvlError(f"prompts: {kind!r:.40} is no prompt; there are {', '.join(FIELDS)}")
         try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+            parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
             raise QvlError(f"prompts: {kind!r} is no template ({error}); write braces twice") from None
-        unknown = [field for field in fields if field not in FIELDS[kind]]
-        if unknown:
-            has = ", ".join(f"{{{field}}}" for field in FIELDS[kind]) or "none"
-            raise QvlError(f"prompts: {kind!r} has no field {{{unknown[0]}}}; it has {has}")
+        for _, field, form, conversion in parts:
+            if field not in FIELDS[kind]:
+                has = ", ".join(f"{{{field}}}" for field in FIELDS[kind]) or "none"
+                raise QvlError(f"prompts: {kind!r} has no field {{{field}}}; it has {has}")
+            if form or conversion:
+                raise QvlError(f"prompts: {kind!r} writes {{{field}}} with a format; write the field alone")
