@@ -16,7 +16,7 @@ from qvl_runtime.engine.job import Job, Work
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.scheduler import Scheduler
 from qvl_runtime.engine.session import Leave, Slice
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import PromptTooLongError, QvlError
 from qvl_runtime.families.base import Grounding
 from qvl_runtime.inputs.pictures import PictureEncoder
 from qvl_runtime.inputs.prompt import Prompt, Slot, is_ids
@@ -82,7 +82,7 @@ class Answering:
             pictures = sum(slot.picture.tokens for slot in prompt.slots)
             parts = f" ({pictures} of them pictures)" if pictures else ""
             remedy = f", or load with a context of up to {self._largest}" if self.window < self._largest else ""
-            raise QvlError(
+            raise PromptTooLongError(
                 f"the prompt takes {len(prompt.ids)} tokens{parts} and the window is {self.window}; "
                 f"shorten the prompt{remedy}"
             )

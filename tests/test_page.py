@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("the page is tested in Debian's chromium: apt-get install chromium", allow_module_level=True)
 KEY = "a-key-of-22-characters"
-WANTED = re.compile(r"^Failed to load resource: (net::ERR_FAILED|the server responded with a status of (401|429) )")
+WANTED = re.compile(r"^Failed to load resource: (net::ERR_FAILED|the server responded with a status of (400|401|429) )")
 """Console messages of the errors that tests cause."""
 
 
@@ -354,6 +354,10 @@ def test_problems_say_what_to_do(open_page):
     assert page.locator(".answer .error").inner_text().split("\n") == [
         "64 requests wait already", "Many are asking at the moment. Retry in 7 s."
     ]  # fmt: skip
+    error = {"error": {"message": "the prompt takes 9 tokens", "code": "context_length_exceeded"}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, json=error))
+    page.click(".actions >> text=Retry")
+    sync_api.expect(page.locator(".answer .error")).to_contain_text("Undo a turn, or start a new conversation.")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.click(".actions >> text=Retry")
     sync_api.expect(page.locator(".answer .error")).to_contain_text("qvl serve")

@@ -248,6 +248,12 @@ def test_a_completion_is_of_the_raw_text(served, demo_model):
     assert by_ids["text"] == expected.text
 
 
+def test_a_prompt_longer_than_the_window_has_openais_code(served, demo_model):
+    error = served.chat("word " * demo_model.window)
+    assert error.status_code == 400 and error.json()["error"]["code"] == "context_length_exceeded"
+    assert f"the window is {demo_model.window}" in error.json()["error"]["message"]
+
+
 def test_forms_hold_the_answer(served):
     one = schema(
         {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": False}

@@ -16,7 +16,7 @@ from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
 from qvl_runtime.server.answers import Whole, box_fields, described, sources_of, with_pictures
-from qvl_runtime.server.errors import ApiError
+from qvl_runtime.server.errors import ApiError, of_exception
 from qvl_runtime.server.forms import ChatForm, Form, TextForm
 from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.pictures import Sent, fetched
@@ -207,7 +207,7 @@ def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
 def failed(row: Row, error: QvlError | ApiError) -> Record:
     """Create the record of a failed row."""
     if row.body is not None:
-        api = error if isinstance(error, ApiError) else ApiError(400, str(error))
+        api = of_exception(error)
         return _response(row, api.status, api.body())
     empty = dict.fromkeys(("text", "reasoning", "boxes", "finish_reason", "usage"))
     return {"id": row.id, "row": row.number, **empty, "error": str(error)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import PromptTooLongError, QvlError
 from qvl_runtime.server.json_text import to_json
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def of_exception(error: BaseException) -> ApiError:
         return error
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")
+    if isinstance(error, PromptTooLongError):
+        return refused(str(error), code="context_length_exceeded")
     if isinstance(error, QvlError):
         return refused(str(error))
     return ApiError(500, "internal server error; see the server's log")

@@ -15,7 +15,7 @@ function advice(status, error, retryAfter) {
   if (status === 429) return t("busy", retryAfter || 5);
   if (status === 503) return t("stopping");
   if (status === 413) return t("large");
-  if (/context/.test(`${error?.type} ${error?.code}`)) return t("full");
+  if (error?.code === "context_length_exceeded") return t("full");
   return "";
 }
 
