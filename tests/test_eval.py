@@ -349,6 +349,16 @@ def test_prompts_of_your_own_are_checked(own, said, model):
         wording(model("tiny-vl").blob, "question", own)
 
 
+def test_the_table_names_the_data_of_published_scores():
+    assert {name: task.split for name, task in TASKS.items() if task.split} == {
+        "vqav2": "test-dev", "vizwiz": "test-dev", "docvqa": "test"
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    row = Row("m", 60.0, (50.0, 70.0), None, None, {}, 1.0, None, 1)
+    console.print(table(Evaluation(TASKS["docvqa"], [row], [], 1, "", {})))
+    assert "published: Qwen-VL 65.10 (test)" in console.file.getvalue()
+
+
 def test_memory_is_that_of_the_run():
     if not os.access(runner.CLEAR, os.W_OK):
         pytest.skip("this system does not let the peak be reset")

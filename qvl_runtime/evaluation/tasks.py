@@ -85,7 +85,7 @@ TASKS = {
         "TextVQA, val", "textvqa/textvqa_val", "textvqa/textvqa_val_annotations.json", {"Qwen-VL": 63.8}
     ),
     "vizwiz": _people(
-        "VizWiz, val", "vizwiz/vizwiz_val", "vizwiz/vizwiz_val_annotations.json", _both(35.2, 38.9)
+        "VizWiz, val", "vizwiz/vizwiz_val", "vizwiz/vizwiz_val_annotations.json", _both(35.2, 38.9), "test-dev"
     ),
     "gqa": Task(
         "GQA, balanced test-dev", "accuracy", readers.questions("gqa/testdev_balanced.jsonl"), "question",
@@ -105,7 +105,7 @@ TASKS = {
     ),
     "docvqa": Task(
         "DocVQA, val", "ANLS x 100", readers.documents("docvqa/val.jsonl", "docvqa/val/val_v1.0.json"), "question",
-        scores.each(scores.document), 100, 1, {"Qwen-VL": 65.1},
+        scores.each(scores.document), 100, 1, {"Qwen-VL": 65.1}, "test",
     ),
     "chartqa": Task(
         "ChartQA, test", "relaxed accuracy, mean of its halves",
