@@ -49,7 +49,9 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in a chat turn, as `qvl chat` does.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in a chat turn, as `qvl chat` does, but greedy by default.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of the answer.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -24,7 +24,9 @@ def info(
     context: Annotated[
         int | None, typer.Option(help="Check the memory for this many tokens of prompt and answer.")
     ] = None,
-    device: Annotated[str, typer.Option(help="With --context: auto or cpu. cuda: describe the GPU, too.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="With --context: auto, cpu or reference. cuda: describe the GPU, too.")
+    ] = "auto",
     kv_cache: Annotated[str, typer.Option(help="With --context: fp16 or int8.")] = "fp16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
