@@ -16,7 +16,7 @@ from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access
-from qvl_runtime.options import chat_window, given, named_options, one_constraint, salt, whole_number
+from qvl_runtime.options import batch_size, chat_window, given, named_options, one_constraint, salt, whole_number
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 
 
@@ -294,7 +294,7 @@ class Asking:
             The arguments of `generate` by name (``{"prompt": …, "images": …, "seed": …}``), or those of `chat` if there
             is a "query". The iterable is consumed lazily.
         max_batch : int
-            Largest number of requests in progress.
+            Largest number of requests in progress, up to 16.
         on_result : callable, optional
             Called with the index and the result of each request, in order of completion. An exception from it ends
             the batch.
@@ -305,7 +305,7 @@ class Asking:
             The result of `generate` or `chat` for each request, in order. An invalid request yields its QvlError and
             does not affect the others.
         """
-        return answer_all(self, requests, whole_number("max_batch", max_batch, 1), on_result)
+        return answer_all(self, requests, batch_size(max_batch), on_result)
 
     def _require_chat(self) -> None:
         if not self.is_chat:

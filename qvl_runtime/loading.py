@@ -19,7 +19,7 @@ from qvl_runtime.families.weights import Weights
 from qvl_runtime.inputs.picture_cache import MEMORY_BYTES, PictureCache
 from qvl_runtime.inputs.pictures import PictureEncoder, PictureReader
 from qvl_runtime.model import Model
-from qvl_runtime.options import whole_number
+from qvl_runtime.options import batch_size, whole_number
 
 FEATURES_VERSION = 4
 """Increment when preprocessing or the vision part's arithmetic changes: this invalidates features on disk."""
@@ -103,8 +103,7 @@ def load(
         whole_number("context", context, 1)
     for name, value in (("conversations", conversations), ("image_cache_bytes", image_cache_bytes)):
         whole_number(name, value)
-    if whole_number("max_batch", max_batch, 1) > MAX_BATCH:
-        raise QvlError(f"max_batch is {max_batch}; at most {MAX_BATCH} answers are computed together")
+    batch_size(max_batch)
     for name, number in (("kv_cache_bytes", kv_cache_bytes), ("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if number is not None:
             whole_number(name, number)

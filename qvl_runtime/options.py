@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from qvl_runtime.engine.constraints import AtLeast, Form
+from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.prompt import Window
 
@@ -66,6 +67,13 @@ def whole_number(name: str, value: Any, least: int = 0) -> int:
         raise QvlError(f"{name} is {value!r}; expected a whole number")
     if value < least:
         raise QvlError(f"{name} is {value}; expected {least} or more")
+    return int(value)
+
+
+def batch_size(value: Any) -> int:
+    """Check that `max_batch` is a number of answers that are computed together."""
+    if whole_number("max_batch", value, 1) > MAX_BATCH:
+        raise QvlError(f"max_batch is {value}; at most {MAX_BATCH} answers are computed together")
     return int(value)
 
 

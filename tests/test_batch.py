@@ -415,10 +415,15 @@ def test_the_command(demo_model, folder, tmp_path, capsys):
 
 def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys, monkeypatch):
     command = ["batch", str(demo_model.blob.path), str(folder / "rows.jsonl"), str(tmp_path / "out")]
-    for more, told in ((["--max-failures", "2"], "a share"), (["--format", "csv"], "csv"), (["--ship-model"], "--ray")):
+    for more, code, told in (
+        (["--max-failures", "2"], 1, "a share"),
+        (["--format", "csv"], 1, "csv"),
+        (["--ship-model"], 1, "--ray"),
+        (["--max-batch", "17"], 2, "--max-batch"),
+    ):
         with pytest.raises(SystemExit) as left:
             main(command + more)
-        assert left.value.code == 1 and told in capsys.readouterr().err
+        assert left.value.code == code and told in capsys.readouterr().err
     inside = [*command[:2], str(folder), command[3], "--prompt", "x", "--draw", str(folder / "drawn")]
     with pytest.raises(SystemExit) as left:
         main(inside)

@@ -50,8 +50,9 @@ def test_a_batch_gives_results_in_order_and_errors_in_their_place(make, in_golde
     assert [r.token_ids for r in results[3]] == [alone.generate("x", max_new_tokens=3).token_ids] * 2
     for i, said in ((1, "empty"), (4, "temperature"), (5, "no dict")):
         assert isinstance(results[i], qvl.QvlError) and said in str(results[i])
-    with pytest.raises(qvl.QvlError, match="max_batch is 0"):
-        model.generate_batch([], max_batch=0)
+    for wrong in (0, 17):
+        with pytest.raises(qvl.QvlError, match=f"max_batch is {wrong}"):
+            model.generate_batch([], max_batch=wrong)
     with pytest.raises(qvl.QvlError, match="requests is None; expected dicts"):
         model.generate_batch(None)
 

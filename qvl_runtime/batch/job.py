@@ -17,7 +17,6 @@ from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.parts import Parts, check_manifest
 from qvl_runtime.batch.rows import Row, Source
 from qvl_runtime.blob import Blob
-from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 from qvl_runtime.loading import load
 
@@ -91,8 +90,7 @@ class Worker:
     def __init__(self, model: ModelSpec, source: Source, options: Options):
         # Without a prefix cache an answer does not depend on earlier rows, at any precision.
         self._source = source
-        most = min(options.max_batch, MAX_BATCH)
-        loaded = load(model.path, conversations=0, max_batch=most, prompts_first=True, **model.load)
+        loaded = load(model.path, conversations=0, max_batch=options.max_batch, prompts_first=True, **model.load)
         self._answer = Answerer(loaded, source.root, options)
 
     def __call__(

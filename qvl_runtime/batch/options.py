@@ -23,7 +23,7 @@ class Options:
     seed : int
         The seed of a row derives from this and the row's id.
     max_batch : int
-        Largest number of concurrent rows.
+        Largest number of concurrent rows, up to 16.
     allow_urls : bool
         Allow pictures from http(s) URLs.
     schema : JsonSchema, optional

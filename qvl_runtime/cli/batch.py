@@ -35,6 +35,7 @@ from qvl_runtime.cli.sampling import (
     TopP,
     read_schema,
 )
+from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 
 
@@ -49,7 +50,9 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer failed rows again.")] = False,
     max_failures: Annotated[float, typer.Option(help="Stop when more than this share of the rows failed.")] = 0.1,
     block: Annotated[int, typer.Option(help="Rows per output file.", min=1)] = 64,
-    max_batch: Annotated[int, typer.Option(help="Rows that a process computes concurrently.", min=1)] = 16,
+    max_batch: Annotated[
+        int, typer.Option(help="Rows that a process computes concurrently.", min=1, max=MAX_BATCH)
+    ] = 16,
     status: Annotated[bool, typer.Option("--status", help="Print a line of JSON after every block.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 512,
     temperature: Temperature = 0.0,

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
 from qvl_runtime.cli.text import duration, size
+from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
 from qvl_runtime.evaluation.plot import draw
 from qvl_runtime.evaluation.tasks import TASKS
@@ -35,7 +36,7 @@ def eval(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random questions.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the answers; qvl-eval/TASK by default.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON file of a model's own prompts.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Questions to compute concurrently.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Questions to compute concurrently.")] = 16,
     plot: Annotated[Path | None, typer.Option(help="Save a plot of the scores here.")] = None,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",

@@ -77,7 +77,7 @@ def evaluate(
     prompts : mapping, optional
         Custom prompts; see `qvl_runtime.evaluation.prompts.wording`.
     max_batch : int
-        Largest number of concurrent questions. The answers do not depend on it.
+        Largest number of concurrent questions, up to 16. The answers do not depend on it.
     device, kv_cache, activations, max_pixels
         As in `qvl_runtime.load`.
     progress : callable
