@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -424,6 +425,12 @@ def test_the_command_says_what_is_wrong(demo_model, folder, tmp_path, capsys, mo
         with pytest.raises(SystemExit) as left:
             main(command + more)
         assert left.value.code == code and told in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for more, told in ((["--ray", "local"], "--ray needs the package ray"), (["--device", "moon"], "moon")):
+        with pytest.raises(SystemExit) as left:
+            main(command + more)
+        assert left.value.code == 1 and told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     inside = [*command[:2], str(folder), command[3], "--prompt", "x", "--draw", str(folder / "drawn")]
     with pytest.raises(SystemExit) as left:
         main(inside)

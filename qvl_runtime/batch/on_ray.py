@@ -21,7 +21,14 @@ LOCAL = "local"
 """The address that starts a cluster on this machine, whichever others run there."""
 
 
-def _ray() -> Any:
+def ray_package() -> Any:
+    """Import the optional package.
+
+    Raises
+    ------
+    QvlError
+        If it is not installed.
+    """
     try:
         import ray
         import ray.data
@@ -55,7 +62,7 @@ def on_ray(
     QvlError
         If Ray is not installed, there is no cluster at the address, or all workers fail.
     """
-    ray = _ray()
+    ray = ray_package()
     try:
         ray.init(
             address=address,
@@ -91,7 +98,7 @@ class _RayWorker:
         # Ray limits the threads of libraries with this variable; our limit is the processors of the process.
         os.environ.pop("OMP_NUM_THREADS", None)
         if shipped[0] is not None:
-            model = ModelSpec(_unpacked(_ray().get(shipped[0])), model.load)
+            model = ModelSpec(_unpacked(ray_package().get(shipped[0])), model.load)
         self._worker = Worker(model, source, options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

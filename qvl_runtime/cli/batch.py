@@ -119,24 +119,26 @@ def batch(
             "max_pixels": max_pixels,
         },
     )
-    job = Job(spec, source, out, options, block=block, form=form, max_failures=max_failures, drawings=draw)
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("loading", total=len(source))
+    bar = Bar(*columns, console=console, disable=not console.is_terminal)
+    shown = bar.add_task("loading", total=len(source))
 
-        def on_record(record: Record) -> None:
-            bar.advance(shown)
+    def on_record(record: Record) -> None:
+        bar.advance(shown)
 
-        def on_progress(progress: Progress) -> None:
-            told = progress.status()
-            rates = f"{told['rows_per_second']:.2f} rows/s, {told['tokens_per_second']:.1f} tokens/s"
-            failed = f", {progress.failed} failed" if progress.failed else ""
-            bar.update(shown, completed=progress.rows, description=rates + failed)
-            if status:
-                print(json.dumps(told), flush=True)
+    def on_progress(progress: Progress) -> None:
+        told = progress.status()
+        rates = f"{told['rows_per_second']:.2f} rows/s, {told['tokens_per_second']:.1f} tokens/s"
+        failed = f", {progress.failed} failed" if progress.failed else ""
+        bar.update(shown, completed=progress.rows, description=rates + failed)
+        if status:
+            print(json.dumps(told), flush=True)
 
-        runner = _runner(spec, source, options, on_record, device, ray, ship_model)
+    # Before the job: without the device or Ray no folder is made.
+    runner = _runner(spec, source, options, on_record, device, ray, ship_model)
+    job = Job(spec, source, out, options, block=block, form=form, max_failures=max_failures, drawings=draw)
+    with bar:
         done = job.run(runner, retry_failed=retry_failed, on_progress=on_progress)
     if done.failed:
         print(f"qvl: {done.failed} of {done.total} rows failed; --retry-failed answers them again", file=sys.stderr)
@@ -153,8 +155,9 @@ def _runner(
     ship_model: bool,
 ) -> Runner:
     if ray is not None:
-        from qvl_runtime.batch.on_ray import on_ray
+        from qvl_runtime.batch.on_ray import on_ray, ray_package
 
+        ray_package()
         return partial(on_ray, ray, ship_model, spec, source, options)
     if backend(device)[0] == "cpu":
         return partial(on_this_machine, spec, source, options, on_record)
