@@ -102,6 +102,23 @@ WRONG = {
     "logit_bias": ({"logit_bias": {"1": 100}}, "logit_bias"),
     "another server's constraint": ({"guided_choice": ["yes", "no"]}, "guided_choice"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "a tool required": ({"tool_choice": "required"}, "tool_choice"),
+    "a tool by name": ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    "best_of": ({"best_of": 2}, "best_of"),
+    **{
+        name: ({name: value}, name)
+        for name, value in {
+            "echo": True,
+            "suffix": "x",
+            "min_tokens": 1,
+            "ignore_eos": True,
+            "stop_token_ids": [5],
+            "allowed_token_ids": [5],
+            "bad_words": ["x"],
+            "use_beam_search": True,
+            "continue_final_message": True,
+        }.items()
+    },
     "response_format a word": ({"response_format": "json"}, "response_format"),
     "response_format unknown": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "schema missing": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
@@ -183,8 +200,10 @@ def test_a_wrong_completion_is_refused(served, fields, param):
 def test_unknown_fields_and_nulls_are_ignored(served):
     plain = served.chat("How are you?").json()["choices"]
     more = served.chat(
-        "How are you?", user="me", store=True, metadata={"a": 1}, ignore_eos=1, seed=None, stop=None, top_p=None,
+        "How are you?", user="me", store=True, metadata={"a": 1}, seed=None, stop=None, top_p=None,
         logprobs=None, response_format=None, stream=None, tools=[], logit_bias={}, n=None, unheard_of=[{}],
+        echo=False, suffix="", best_of=1, min_tokens=0, ignore_eos=False, stop_token_ids=[], allowed_token_ids=None,
+        bad_words=[], use_beam_search=False, continue_final_message=False, tool_choice="auto",
     )  # fmt: skip
     assert more.status_code == 200 and more.json()["choices"] == plain
 

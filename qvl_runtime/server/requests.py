@@ -17,6 +17,12 @@ from qvl_runtime.server.messages import Messages, read_messages
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
 
+UNKNOWN = (
+    "echo", "suffix", "logit_bias", "min_tokens", "ignore_eos", "stop_token_ids", "allowed_token_ids", "bad_words",
+    "use_beam_search", "continue_final_message",
+)  # fmt: skip
+"""Fields of OpenAI and vLLM without which an answer would be another one; null, 0, false and empty do not change it."""
+
 SEEDS = 1 << 63
 
 
@@ -59,6 +65,8 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
     fields = Fields(data)
     if fields.get("tools") or fields.get("functions"):
         raise refused("this server knows no tools", "tools")
+    if fields.get("tool_choice") not in (None, "none", "auto"):
+        raise refused("this server knows no tools: tool_choice must be none or auto", "tool_choice")
     logprobs = None
     top = fields.integer("top_logprobs", 0, limits.top_logprobs)
     if fields.flag("logprobs"):
@@ -80,12 +88,6 @@ def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConf
         Names the invalid field.
     """
     fields = Fields(data)
-    for name in ("echo", "suffix"):
-        if fields.get(name):
-            raise refused(f"this server knows no {name}", name)
-    best = fields.integer("best_of", 1, limits.n)
-    if best is not None and best != (fields.integer("n", 1, limits.n) or 1):
-        raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
     most = fields.integer("max_tokens", 1, 1 << 31)
     options = _sampling(fields, limits, own) | {"max_new_tokens": most or COMPLETION_TOKENS}
     options |= {"constraint": _constraint(fields, limits)}
@@ -110,14 +112,18 @@ def read_prompt(value: Any, limits: Limits) -> str | list[int]:
 def _asked(
     fields: Fields, limits: Limits, prompt: Messages | str | list[int], options: dict[str, Any], logprobs: int | None
 ) -> Asked:
-    if fields.get("logit_bias"):
-        raise refused("this server knows no logit_bias", "logit_bias")
+    for name in UNKNOWN:
+        if fields.get(name):
+            raise refused(f"this server knows no {name}", name)
+    n, best = fields.integer("n", 1, limits.n) or 1, fields.integer("best_of", 1, limits.n)
+    if best not in (None, n):
+        raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
     seed = fields.integer("seed", -SEEDS, SEEDS - 1)
     return Asked(
         prompt=prompt,
         options=options | {"logprobs": logprobs},
         seed=None if seed is None else seed % (2 * SEEDS),
-        n=fields.integer("n", 1, limits.n) or 1,
+        n=n,
         stream=fields.flag("stream"),
         usage=fields.object("stream_options").flag("include_usage"),
         logprobs=logprobs,
