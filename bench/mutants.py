@@ -162,6 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     mutants = read_list(args.list)
     chosen = args.only or range(1, len(mutants) + 1)
+    if unknown := [number for number in chosen if not 1 <= number <= len(mutants)]:
+        parser.error(f"--only {unknown[0]}: the list has the mutants 1 to {len(mutants)}")
     problems = []
     for mutant in mutants:
         try:

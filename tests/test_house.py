@@ -101,3 +101,14 @@ def test_the_mistakes_of_the_mutation_tests_can_be_made(monkeypatch):
     assert len(listed) > 100
     for mutant in listed:
         mutant.applied((ROOT / mutant.path).read_text(encoding="utf-8"))
+
+
+def test_a_mutation_test_that_is_not_listed_is_refused(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import mutants
+
+    for number in ("0", "999"):
+        monkeypatch.setattr("sys.argv", ["mutants.py", "--only", number])
+        with pytest.raises(SystemExit):
+            mutants.main()
+        assert f"--only {number}: the list has the mutants 1 to " in capsys.readouterr().err
