@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="keep files and answers here, and resume from them")
     args = parser.parse_args()
+    demo_tasks.check_level(parser, args.level)
     with tempfile.TemporaryDirectory() as folder:
         kept = args.folder or Path(folder)
         documents = run(kept, args.count, args.seed, args.level, args.kinds, args.device)

@@ -8,6 +8,7 @@ English. The demo model was not trained on Qwen-VL's prompts: `DIR/prompts.json`
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,14 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
     write_json(folder / "prompts.json", PROMPTS)
 
 
+def check_level(parser: argparse.ArgumentParser, level: str) -> None:
+    """End the script with one line if the font of a level is not installed."""
+    try:
+        scene_options(level)
+    except FileNotFoundError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("folder", type=Path)
@@ -144,6 +153,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=60_000)
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     args = parser.parse_args()
+    check_level(parser, args.level)
     write(args.folder, args.count, args.seed, args.level)
 
 

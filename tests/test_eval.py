@@ -111,6 +111,17 @@ def test_the_bench_makes_one_table(monkeypatch, world, demo, tmp_path):
     assert last == ["time", "memory", "file"] and f" {demo.stat().st_size / 1e6:.1f} MB " in lines[-1]
 
 
+@pytest.mark.parametrize("script", [demo_tasks, demo_eval])
+def test_the_bench_names_the_package_of_a_missing_font(monkeypatch, capsys, tmp_path, script):
+    monkeypatch.setattr("training.lexicon.HANZI_FONTS", [str(tmp_path / "no.ttc")])
+    monkeypatch.setattr(sys, "argv", ["x.py", *([str(tmp_path / "out")] if script is demo_tasks else [])])
+    with pytest.raises(SystemExit) as left:
+        script.main()
+    told = capsys.readouterr().err
+    assert left.value.code == 1 and told.count("\n") == 1
+    assert "fonts-wqy-microhei" in told and "--level latin" in told
+
+
 class Stopped(Exception):
     pass
 
