@@ -58,7 +58,6 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
-        form: Form | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -97,7 +96,6 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
-        form: Form | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -124,7 +122,7 @@ class Asking:
         stop : str or sequence of str, optional
             Strings that end the answer. The answer does not include them.
         constraint : Form, optional
-            Restricts the answer: `Regex`, `JsonSchema` or `Grounding`. `form` is the older name of this option.
+            Restricts the answer: `Regex`, `JsonSchema` or `Grounding`.
         logprobs : int, optional
             Return the log probability of every token, and of this many most likely alternatives.
         speculate : bool
@@ -151,7 +149,7 @@ class Asking:
             temperature, top_k, top_p, repetition_penalty, seed, min_p, presence_penalty, frequency_penalty
         )
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls, salt(cache_salt)))
-        form = one_constraint(constraint, form, min_new_tokens)
+        form = one_constraint(constraint, min_new_tokens)
         job = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
         return Stream(job, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made)))
 
@@ -176,7 +174,6 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
-        form: Form | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -219,7 +216,6 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
-        form: Form | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -267,7 +263,7 @@ class Asking:
         access = Access(allow_paths, allow_urls, salt(cache_salt))
         made = self.prompts.chat(query, history, images, system=system, window=window, access=access)
         job = self._answering.answer(
-            made.prompt, sampler, wanted, stop, one_constraint(constraint, form), logprobs, speculate, cache_salt
+            made.prompt, sampler, wanted, stop, one_constraint(constraint), logprobs, speculate, cache_salt
         )
 
         def finish(seen: list[Piece]) -> ChatResult:

@@ -32,8 +32,9 @@ OTHER_NAMES = {
     "stop_words": "stop",
     "stop_strings": "stop",
     "num_return_sequences": "n",
+    "form": "constraint",
 }
-"""Names that other libraries use."""
+"""Names that other libraries use, and an older one."""
 
 
 def named_options(function: Callable[P, R]) -> Callable[P, R]:
@@ -97,27 +98,23 @@ def salt(value: Any) -> str | None:
     return value
 
 
-def one_constraint(constraint: Form | None, form: Form | None, min_new_tokens: int = 0) -> Form | None:
-    """Return the constraint of an answer; `form` is the older name of the option."""
-    if constraint is not None and form is not None:
-        raise QvlError("constraint and form are two names for one option; give constraint")
-    chosen = form if constraint is None else constraint
+def one_constraint(constraint: Form | None, min_new_tokens: int = 0) -> Form | None:
+    """Return the constraint of an answer."""
     if whole_number("min_new_tokens", min_new_tokens):
-        if chosen is not None:
+        if constraint is not None:
             raise QvlError("min_new_tokens and constraint may contradict each other; give one of them")
         return AtLeast(min_new_tokens)
-    if chosen is None:
+    if constraint is None:
         return None
-    if isinstance(chosen, type):
-        hint = (
-            f"qvl.JsonSchema({chosen.__name__}.model_json_schema())" if hasattr(chosen, "model_json_schema") else None
-        )
+    if isinstance(constraint, type):
+        name, is_schema = constraint.__name__, hasattr(constraint, "model_json_schema")
+        hint = f"qvl.JsonSchema({name}.model_json_schema())" if is_schema else f"an object, {name}(...)"
+        raise QvlError(f"constraint is the class {name}; pass {hint}")
+    if not hasattr(constraint, "start"):
         raise QvlError(
-            f"constraint is the class {chosen.__name__}; pass {hint or f'an object, {chosen.__name__}(...)'}"
+            f"constraint is {constraint!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()"
         )
-    if not hasattr(chosen, "start"):
-        raise QvlError(f"constraint is {chosen!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()")
-    return chosen
+    return constraint
 
 
 def chat_window(

@@ -261,7 +261,7 @@ def test_a_constraint_that_fails_ends_only_its_answer(pair):
     model, fresh = pair()
 
     with pytest.raises(RuntimeError, match="no way on"):
-        model.generate("What is this?", max_new_tokens=8, form=Failing(model.config.vocab_size))
+        model.generate("What is this?", max_new_tokens=8, constraint=Failing(model.config.vocab_size))
     wanted = fresh.generate("What is this? No.", max_new_tokens=8)
     _same(model.generate("What is this? No.", max_new_tokens=8), wanted)
 
