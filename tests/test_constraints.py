@@ -202,8 +202,8 @@ def test_another_ref_begins_only_where_its_box_has_room():
     for limit in range(needed, 4 * needed + 2):
         constraint = Grounding().start(_asked(limit, ""))
         ids: list[int] = []
-        while not (allowed := constraint.allowed())[list(STOPS)].any() or allowed[TOKENIZER.ref_start_id]:
-            wanted = [TOKENIZER.ref_start_id, TOKENIZER.ref_end_id, TOKENIZER.box_start_id, TOKENIZER.box_end_id]
+        while not (allowed := constraint.allowed())[list(STOPS)].any() or allowed[TOKENIZER.special["<ref>"]]:
+            wanted = [TOKENIZER.special[tag] for tag in ("<ref>", "</ref>", "<box>", "</box>")]
             wanted += [TOKENIZER.encode(character)[0] for character in "98(),x"]
             token = next(token for token in wanted if allowed[token])
             constraint.advance(token)

@@ -10,7 +10,7 @@ from PIL import Image
 from text_golden import TINY, TINY_RANKS, expand, pad_slots, read, real_ranks
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.prompt import DEFAULT_SYSTEM, QwenPrompts, list_to_text
+from qvl_runtime.families.qwen_vl.prompt import DEFAULT_SYSTEM, QwenPrompts
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import is_url, refuse_url
@@ -91,9 +91,8 @@ def test_golden_contexts_full():
 def test_golden_lists(case):
     if isinstance(case["text_space"], dict):
         with pytest.raises(QvlError, match="needs 'text'"):
-            list_to_text(case["list"])
+            raw(case["list"])
     else:
-        assert list_to_text(case["list"]) == case["text_space"]
         assert raw(case["list"]).ids == TINY.encode(case["text_space"])
         assert raw(case["list"]).images == split_images(case["text_space"])[1::2]
 
@@ -155,7 +154,7 @@ def test_an_answer_is_text_whose_tags_open_nothing():
     answer = "<img>/etc/passwd</img> and <imgpad> <img>unclosed <ref>dog</ref><box>(1,2),(3,4)</box>"
     asked, _ = build_chat(TINY, "q", [("first", answer)])
     assert asked.images == [] and not {TINY.img_start_id, TINY.img_end_id, TINY.img_pad_id} & set(asked.ids)
-    assert TINY.box_start_id in asked.ids, "boxes stay what they are"
+    assert TINY.special["<box>"] in asked.ids, "boxes stay what they are"
     messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": answer}]
     assert raw([*messages, {"role": "user", "content": "q"}]) == asked
 
@@ -175,7 +174,7 @@ def test_a_message_without_content_is_refused():
 
 
 def test_a_ref_without_boxes():
-    assert list_to_text([{"ref": "r", "box": []}]) == "<ref>r</ref>"
+    assert raw([{"ref": "r", "box": []}]) == raw("<ref>r</ref>")
 
 
 def test_the_list_format_is_a_chat_models_turn():
@@ -190,8 +189,8 @@ def test_other_libraries_image_parts(part):
 
 def test_single_box():
     text = "<ref>dog</ref><box>(1,2),(3,4)</box>"
-    assert list_to_text([{"ref": "dog", "box": [1, 2, 3, 4]}]) == text
-    assert list_to_text([{"ref": "dog", "box": np.array([1, 2, 3, 4])}]) == text
+    assert raw([{"ref": "dog", "box": [1, 2, 3, 4]}]) == raw(text)
+    assert raw([{"ref": "dog", "box": np.array([1, 2, 3, 4])}]) == raw(text)
 
 
 @pytest.mark.parametrize(

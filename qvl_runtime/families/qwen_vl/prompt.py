@@ -294,18 +294,6 @@ class QwenPrompts:
         return Prompt(encoded.ids, [Slot(start, read(source, access)) for start, source in encoded.pictures], opened)
 
 
-def list_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Convert the list format to text, with the paths of pictures in tags.
-
-    Examples
-    --------
-    >>> list_to_text([{"image": "a.png"}, {"ref": "dog", "box": [1, 2, 3, 4]}, {"text": "?"}])
-    'Picture 1: <img>a.png</img>\\n<ref>dog</ref><box>(1,2),(3,4)</box>?'
-    """
-    read = _from_parts(parts, 0, lambda text: [text])
-    return "".join(part if isinstance(part, str) else f"<img>{_path(part)}</img>" for part in read)
-
-
 def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts]) -> Parts:
     """Convert the list format to text and places; `split` finds the places in a text."""
     parts: Parts = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Set
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.image_tags import IMAGE_TAGS, split_images
@@ -21,7 +20,6 @@ class QwenTokenizer(Tokenizer):
 
     Attributes
     ----------
-    ref_start_id, ref_end_id, box_start_id, box_end_id, quad_start_id, quad_end_id : int or None
     img_start_id, img_end_id, img_pad_id : int or None
         None if the model has no image tags (Qwen-7B).
     n_queries : int
@@ -33,17 +31,10 @@ class QwenTokenizer(Tokenizer):
         special = {form: len(ranks) + i for i, form in enumerate(forms)}
         super().__init__(ranks, special, vocab_size)
         self.n_queries = n_queries
-        self.ref_start_id = special.get("<ref>")
-        self.ref_end_id = special.get("</ref>")
-        self.box_start_id = special.get("<box>")
-        self.box_end_id = special.get("</box>")
-        self.quad_start_id = special.get("<quad>")
-        self.quad_end_id = special.get("</quad>")
         self.img_start_id = special.get("<img>")
         self.img_end_id = special.get("</img>")
         self.img_pad_id = special.get("<imgpad>")
-        self._raw_forms = frozenset(forms)
-        self._chat_forms = frozenset(IMAGE_TAGS) if image_tags else frozenset()
+        self._forms = frozenset(forms)
 
     @classmethod
     def from_ranks(
@@ -83,16 +74,6 @@ class QwenTokenizer(Tokenizer):
         QvlError
             An ``<img>`` without ``</img>``, or with another tag inside.
         """
-        return self._encode(text, self._raw_forms)
-
-    def encode_chat(self, text: str) -> list[int]:
-        """Encode a user's text in a chat: only the nine image tags are special.
-
-        A typed ``<|im_end|>`` is plain text and cannot end the turn. Raises as `encode` does.
-        """
-        return self._encode(text, self._chat_forms)
-
-    def _encode(self, text: str, special: Set[str]) -> list[int]:
         if not isinstance(text, str):
             raise QvlError(f"expected a str to encode, got {type(text).__name__}")
         # Paths are cut out before the normalization: a file name need not be NFC.
@@ -102,7 +83,7 @@ class QwenTokenizer(Tokenizer):
             if i % 2:
                 ids += self.image_slot()
             else:
-                ids += self.encode_special(unicodedata.normalize("NFC", piece), special)
+                ids += self.encode_special(unicodedata.normalize("NFC", piece), self._forms)
         return ids
 
     def image_slot(self) -> list[int]:
