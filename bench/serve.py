@@ -22,7 +22,7 @@ import harness
 import httpx
 from served import Process, body, running
 
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.openai.limits import Limits
 
 
 async def one(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[float, float, int]:

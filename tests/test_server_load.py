@@ -20,9 +20,9 @@ from serving import Served, serving
 
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
+from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.server import Limits, listening
 from qvl_runtime.server.admission import Admission
-from qvl_runtime.server.errors import ApiError
 from qvl_runtime.server.metrics import Watch
 
 LONG = {

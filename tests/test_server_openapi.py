@@ -41,6 +41,12 @@ def test_every_route_of_the_api_is_described(served):
     assert described["openapi"].startswith("3.1")
 
 
+def test_the_numbers_of_a_box_may_be_fractions(served):
+    schemas = served.http.get("/openapi.json").json()["components"]["schemas"]
+    message = schemas["Chat"]["properties"]["choices"]["items"]["properties"]["message"]
+    assert message["properties"]["boxes"]["items"]["properties"]["numbers"]["items"] == {"type": "number"}
+
+
 def test_answers_are_as_described(served, described):
     for path, body in KNOWN.items():
         for stream in [False] if path.endswith("tokenize") else [False, True]:

@@ -16,7 +16,8 @@ from serving import data_uri, image_part, picture, png, serving
 from qvl_runtime.cli.main import main
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs import fetch, images
-from qvl_runtime.server import Limits, create_app, pictures
+from qvl_runtime.openai import pictures
+from qvl_runtime.server import Limits, create_app
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-long-key"
 PNG = png(picture(side=112))

@@ -14,13 +14,13 @@ from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
+from qvl_runtime.openai.answers import Whole, box_fields, described, sources_of, with_pictures
+from qvl_runtime.openai.errors import ApiError, of_exception
+from qvl_runtime.openai.forms import ChatForm, Form, TextForm
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.pictures import Sent, fetched
+from qvl_runtime.openai.requests import read_chat, read_completion
 from qvl_runtime.results import Result
-from qvl_runtime.server.answers import Whole, box_fields, described, sources_of, with_pictures
-from qvl_runtime.server.errors import ApiError, of_exception
-from qvl_runtime.server.forms import ChatForm, Form, TextForm
-from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.pictures import Sent, fetched
-from qvl_runtime.server.requests import read_chat, read_completion
 
 Record = dict[str, Any]
 """An output record, as JSON types."""

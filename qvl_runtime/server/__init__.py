@@ -4,17 +4,7 @@
 >>> app = create_app(qvl.load("m.qvl"))     # any ASGI server runs it
 """
 
-from typing import Any
-
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.server.app import create_app
 
 __all__ = ["Limits", "create_app"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the application when it is used: jobs need the rest of this package only."""
-    if name == "create_app":
-        from qvl_runtime.server.app import create_app
-
-        return create_app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

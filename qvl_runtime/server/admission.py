@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from qvl_runtime.server.errors import ApiError, unavailable
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.openai.errors import ApiError, unavailable
+from qvl_runtime.openai.limits import Limits
 
 STOPPING = "the server is stopping"
 

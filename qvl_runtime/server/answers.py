@@ -7,26 +7,19 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qvl_runtime.boxes import Box
-from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
-from qvl_runtime.results import Result, Stream
-from qvl_runtime.server.errors import ApiError, refused
-from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.messages import Messages
-from qvl_runtime.server.pictures import Sent, fetched, measured
-from qvl_runtime.server.requests import Asked
+from qvl_runtime.openai.answers import NOTHING, Part, Whole, described, sources_of, with_pictures
+from qvl_runtime.openai.errors import ApiError
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.messages import Messages
+from qvl_runtime.openai.pictures import Sent, fetched
+from qvl_runtime.openai.requests import Asked
+from qvl_runtime.results import Stream
+from qvl_runtime.server.metrics import Metrics, Watch
 from qvl_runtime.server.running import Emit, Switch
-
-if TYPE_CHECKING:
-    from qvl_runtime.server.metrics import Metrics
-
-NOTHING = Access(paths=False)
-"""Access of a request: neither files nor URLs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +30,6 @@ class Preparing:
 @dataclasses.dataclass(frozen=True)
 class Begun:
     """Event: the prompt was accepted, and the computation of an answer begins."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Event: a piece of the answer with this index."""
-
-    index: int
-    piece: Piece
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """Event: the answer with this index is complete; the boxes are in the client's format."""
-
-    index: int
-    result: Result
-    boxes: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +66,6 @@ class Answerer:
         arrived : float
             Time of arrival.
         """
-        from qvl_runtime.server.metrics import Watch  # `qvl batch` uses this module without prometheus_client
-
         watch = Watch(self.metrics, arrived)
         contents = fetched(sources_of(asked.prompt), self.limits, switch.check)
         prompt: Any = None
@@ -144,40 +118,3 @@ class Answerer:
     def _turn(self, contents: Sequence[bytes]) -> contextlib.AbstractContextManager:
         """Return the semaphore to hold while preparing a prompt; text-only prompts do not wait."""
         return self.preparing if contents else contextlib.nullcontext()
-
-
-def with_pictures(
-    model: Model, prompt: Messages | str | list[int], contents: Sequence[bytes], limits: Limits
-) -> tuple[Any, list[Sent]]:
-    """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
-    if not isinstance(prompt, Messages):
-        return prompt, []
-    if contents and model.pictures is None:
-        raise refused("this model has no vision part: it takes no pictures", "messages")
-    upright = model.pictures is not None and model.pictures.reader.upright
-    pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
-
-    def mark(corners: Sequence[float], number: int) -> str:
-        assert model.pictures is not None, "a box lies on a picture"
-        read = model.pictures.reader.read(pictures[number].content, NOTHING)
-        return model.blob.family.grounding.mark(corners, read)
-
-    return prompt.for_model(pictures, mark), pictures
-
-
-def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
-    """Return the pictures of a prompt, for `fetched`."""
-    return prompt.sources if isinstance(prompt, Messages) else []
-
-
-def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:
-    """Return boxes in the client's format. They refer to the last picture; without one they have no pixels."""
-    size = (pictures[-1].width, pictures[-1].height) if pictures else None
-    image = len(pictures) - 1 if pictures else None
-    return [{**box_fields(box, size), "image": image} for box in boxes]
-
-
-def box_fields(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
-    """Return a box as JSON types: the model's coordinates, and pixels of a picture of `size`, if there is one."""
-    pixels = None if size is None else list(box.to_pixels(*size))
-    return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}

@@ -17,12 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
-from qvl_runtime.server.errors import ApiError, of_exception
-from qvl_runtime.server.forms import ChatForm, TextForm
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.openai.errors import ApiError, of_exception
+from qvl_runtime.openai.forms import ChatForm, TextForm
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.requests import read_chat, read_completion
 from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
-from qvl_runtime.server.requests import read_chat, read_completion
+from qvl_runtime.server.responses import error_response
 from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
 from qvl_runtime.server.security import Security
 from qvl_runtime.server.service import Service
@@ -159,7 +160,7 @@ class _Record:
             # Not propagated: outer layers would log the message, which may contain a prompt.
             log_error(error, self._service.log_content)
             if not status:
-                await of_exception(error).response()(scope, receive, sending)
+                await error_response(of_exception(error))(scope, receive, sending)
         finally:
             route = scope["path"] if scope["path"] in self._paths else "other"
             self._service.metrics.response(route, status)
@@ -167,10 +168,11 @@ class _Record:
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    return of_exception(error).response()
+    return error_response(of_exception(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reasons = {404: "there is no such route; GET /openapi.json lists them", 405: "this route has another method"}
-    return ApiError(error.status_code, reasons.get(error.status_code, str(error.detail))).response(error.headers)
+    said = reasons.get(error.status_code, str(error.detail))
+    return error_response(ApiError(error.status_code, said), error.headers)

@@ -9,10 +9,11 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from qvl_runtime.openai.errors import ApiError, refused
+from qvl_runtime.openai.limits import Limits
 from qvl_runtime.server.admission import Admission, Held
-from qvl_runtime.server.errors import ApiError, refused
 from qvl_runtime.server.json_text import from_json
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.server.responses import error_response
 
 DROP_SECONDS = 2.0
 """Seconds for which the rest of a refused request is read."""
@@ -54,7 +55,7 @@ async def refuse_unread(error: ApiError, scope: Scope, receive: Receive, send: S
     async def sending(message: Any) -> None:
         await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
-    await error.response()(scope, receive, sending)
+    await error_response(error)(scope, receive, sending)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DROP_SECONDS):
             more = True

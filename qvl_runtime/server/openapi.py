@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from qvl_runtime.server.errors import json_response
-from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.messages import ROLES
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.messages import ROLES
+from qvl_runtime.server.responses import json_response
 
 Schema = dict[str, Any]
 

@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qvl_runtime.openai.errors import refused, unavailable
+from qvl_runtime.openai.messages import Messages, read_messages
+from qvl_runtime.openai.requests import check_model, read_prompt
 from qvl_runtime.server.admission import STOPPING
 from qvl_runtime.server.body import with_body
-from qvl_runtime.server.errors import json_response, refused, unavailable
-from qvl_runtime.server.messages import Messages, read_messages
-from qvl_runtime.server.requests import check_model, read_prompt
+from qvl_runtime.server.responses import json_response
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.serving import next_event, problem_of, until_gone
 

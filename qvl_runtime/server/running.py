@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from qvl_runtime.openai.errors import unavailable
+from qvl_runtime.openai.limits import Limits
 from qvl_runtime.results import Stream
 from qvl_runtime.server.admission import STOPPING, Admission
-from qvl_runtime.server.errors import unavailable
-from qvl_runtime.server.limits import Limits
 
 
 class Cancelled(Exception):

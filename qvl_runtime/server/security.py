@@ -12,8 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.server.body import refuse_unread
-from qvl_runtime.server.errors import ApiError
 
 SALT = "qvl.salt"
 """Key of an ASGI scope for the client's cache salt: a hash of its API key, so that caches are not shared."""

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from qvl_runtime.model import Model
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.requests import check_model
 from qvl_runtime.server.admission import Admission
 from qvl_runtime.server.answers import Answerer
 from qvl_runtime.server.body import parsed
-from qvl_runtime.server.limits import Limits
 from qvl_runtime.server.metrics import Metrics
-from qvl_runtime.server.requests import check_model
 from qvl_runtime.server.running import Runner
 
 R = TypeVar("R")

@@ -12,13 +12,15 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from qvl_runtime.server.answers import Begun, End, Part, Preparing, Whole
+from qvl_runtime.openai.answers import Part, Whole
+from qvl_runtime.openai.errors import ApiError, of_exception, refused
+from qvl_runtime.openai.forms import Envelope, Form, usage
+from qvl_runtime.openai.messages import Messages
+from qvl_runtime.openai.requests import Asked
+from qvl_runtime.server.answers import Begun, End, Preparing
 from qvl_runtime.server.body import with_body
-from qvl_runtime.server.errors import ApiError, json_response, of_exception, refused
-from qvl_runtime.server.forms import Envelope, Form, usage
 from qvl_runtime.server.json_text import to_json
-from qvl_runtime.server.messages import Messages
-from qvl_runtime.server.requests import Asked
+from qvl_runtime.server.responses import json_response
 from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qvl_runtime.server.errors import refused
+from qvl_runtime.openai.errors import refused
 
 
 def describe(value: Any) -> str:

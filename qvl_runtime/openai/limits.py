@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of a server.
+    """The limits of a server. Those of a single request also apply to the lines of a job.
 
     Attributes
     ----------

@@ -9,10 +9,10 @@ from typing import Any
 
 from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
 from qvl_runtime.families.generation_config import GenerationConfig
-from qvl_runtime.server.errors import ApiError, refused
-from qvl_runtime.server.fields import Fields, array, describe, text
-from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.messages import Messages, read_messages
+from qvl_runtime.openai.errors import ApiError, refused
+from qvl_runtime.openai.fields import Fields, array, describe, text
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.messages import Messages, read_messages
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""

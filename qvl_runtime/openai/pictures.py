@@ -15,8 +15,8 @@ from PIL import Image
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.fetch import fetch
 from qvl_runtime.inputs.images import ORIENTATION, is_url
-from qvl_runtime.server.errors import ApiError, refused
-from qvl_runtime.server.limits import Limits
+from qvl_runtime.openai.errors import ApiError, refused
+from qvl_runtime.openai.limits import Limits
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """Formats that browsers send. Decoders of other formats have had more vulnerabilities."""

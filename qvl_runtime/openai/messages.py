@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from qvl_runtime.server.errors import refused
-from qvl_runtime.server.fields import array, describe, mapping, text
-from qvl_runtime.server.limits import Limits
-from qvl_runtime.server.pictures import Sent, checked_url
+from qvl_runtime.openai.errors import refused
+from qvl_runtime.openai.fields import array, describe, mapping, text
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.pictures import Sent, checked_url
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles of a message, and their names for the model."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from qvl_runtime.engine.generation import Logprob
 from qvl_runtime.inputs.tokenizer import Tokenizer
-from qvl_runtime.server.answers import Part, Whole
+from qvl_runtime.openai.answers import Part, Whole
 
 
 class Form(Protocol):

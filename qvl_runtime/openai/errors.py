@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvl_runtime.errors import PromptTooLongError, QvlError
-from qvl_runtime.server.json_text import to_json
-
-if TYPE_CHECKING:
-    from starlette.responses import Response
 
 TYPES = {
     401: "authentication_error",
@@ -61,15 +56,6 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the HTTP response."""
-        sent = dict(headers or {})
-        if self.retry_after is not None:
-            sent["Retry-After"] = str(self.retry_after)
-        if self.status == 401:
-            sent["WWW-Authenticate"] = "Bearer"
-        return json_response(self.body(), self.status, sent)
-
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Create the error of an invalid request: status 400."""
@@ -92,10 +78,3 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, QvlError):
         return refused(str(error))
     return ApiError(500, "internal server error; see the server's log")
-
-
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Create a JSON response."""
-    from starlette.responses import Response  # `qvl batch` uses this module without starlette
-
-    return Response(to_json(value), status, headers, media_type="application/json")

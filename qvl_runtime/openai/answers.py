@@ -1,0 +1,74 @@
+"""The parts and boxes of an answer, and the pictures of a request as a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from qvl_runtime.boxes import Box
+from qvl_runtime.engine.generation import Piece
+from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.model import Model
+from qvl_runtime.openai.errors import refused
+from qvl_runtime.openai.limits import Limits
+from qvl_runtime.openai.messages import Messages
+from qvl_runtime.openai.pictures import Sent, measured
+from qvl_runtime.results import Result
+
+NOTHING = Access(paths=False)
+"""Access of a request: neither files nor URLs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of the answer with this index."""
+
+    index: int
+    piece: Piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The answer with this index is complete; the boxes are in the client's format."""
+
+    index: int
+    result: Result
+    boxes: list[dict[str, Any]]
+
+
+def with_pictures(
+    model: Model, prompt: Messages | str | list[int], contents: Sequence[bytes], limits: Limits
+) -> tuple[Any, list[Sent]]:
+    """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
+    if not isinstance(prompt, Messages):
+        return prompt, []
+    if contents and model.pictures is None:
+        raise refused("this model has no vision part: it takes no pictures", "messages")
+    upright = model.pictures is not None and model.pictures.reader.upright
+    pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
+
+    def mark(corners: Sequence[float], number: int) -> str:
+        assert model.pictures is not None, "a box lies on a picture"
+        read = model.pictures.reader.read(pictures[number].content, NOTHING)
+        return model.blob.family.grounding.mark(corners, read)
+
+    return prompt.for_model(pictures, mark), pictures
+
+
+def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
+    """Return the pictures of a prompt, for `fetched`."""
+    return prompt.sources if isinstance(prompt, Messages) else []
+
+
+def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:
+    """Return boxes in the client's format. They refer to the last picture; without one they have no pixels."""
+    size = (pictures[-1].width, pictures[-1].height) if pictures else None
+    image = len(pictures) - 1 if pictures else None
+    return [{**box_fields(box, size), "image": image} for box in boxes]
+
+
+def box_fields(box: Box, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Return a box as JSON types: the model's coordinates, and pixels of a picture of `size`, if there is one."""
+    pixels = None if size is None else list(box.to_pixels(*size))
+    return {"ref": box.ref, "numbers": [box.x1, box.y1, box.x2, box.y2], "pixels": pixels}
