@@ -247,3 +247,24 @@ def test_no_activation_at_all_means_round_to_nearest():
     codes, scales, _ = gptq.gptq(w, factor, group_size=64, sweeps=0)
     zeros = np.full(scales.shape, 8)
     np.testing.assert_array_equal(codes, round_to_nearest(w, scales.astype(np.float32), zeros, 4, 64))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e6, -1e30])
+def test_weights_that_cannot_be_stored_are_refused_by_name(value, monkeypatch):
+    monkeypatch.setattr(gptq, "CHUNK", 32)
+    w, h, _ = problem(40, 64)
+    w[37, 5] = value
+    with pytest.raises(QvlError, match="lm_head holds a weight that is not finite or too large for an fp16 scale"):
+        gptq.gptq(w, factorize(h), group_size=64, name="lm_head")
+
+
+def test_a_scale_beyond_fp16_is_refused(monkeypatch):
+    """The fit of a scale may pass what the largest weight asks for."""
+    w, h, _ = problem(4, 64)
+
+    def grow(w, codes, scales, *rest, **options):
+        scales[2, 0] = 1e5
+
+    monkeypatch.setattr(gptq, "refine", grow)
+    with pytest.raises(QvlError, match="lm_head holds a weight"):
+        gptq.gptq(w, factorize(h), group_size=64, name="lm_head")

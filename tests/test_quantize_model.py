@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from fakes.recorded import Recorded
-from helpers import sha256
+from helpers import conversion_refused, sha256
+from shards import changed_copy
 
 import qvl_runtime as qvl
 from qvl_convert import calibration, gram, quantize_model
@@ -214,6 +215,20 @@ def test_a_finished_walk_is_not_repeated(source, samples, monkeypatch):
     plans = source.plan(Recipe(method="rtn"))
     made = list(Calibrated(samples, device="reference")(source, plans, plans[:4], None))
     assert [plan for plan, _ in made] == plans[:4]
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e6])
+def test_a_weight_that_cannot_be_stored_is_named_and_leaves_nothing(tmp_path, value):
+    name = "transformer.h.0.attn.c_attn.weight"
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].astype(np.float32)
+        tensors[name][3, 3] = value
+
+    options = {"method": "gptq", "device": "reference", "calibration_samples": 1}
+    source = changed_copy(VL, tmp_path / "source", spoil)
+    (tmp_path / "out").mkdir()
+    conversion_refused(source, tmp_path / "out" / "x.qvl", "model.safetensors", name, "fp16 scale", **options)
 
 
 def test_bad_calibration_data_leave_nothing_behind(tmp_path):

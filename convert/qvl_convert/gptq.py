@@ -24,6 +24,7 @@ import numpy as np
 from qvl_convert import gptq_kernels as kernels
 from qvl_convert import gptq_rounding as rounding
 from qvl_convert.hessian import Factor
+from qvl_convert.rtn import unfit
 from qvl_kernels.packing import SYMMETRIC_ZERO
 
 WIDTH = 128
@@ -34,6 +35,8 @@ SPAN = 4 * WIDTH
 
 TURNS = 4
 """Rounds over the integers of a block that has just been rounded."""
+
+HALF = float(np.finfo(np.float16).max)
 
 CHUNK = 8192
 """Rows per step; bounds the memory for an output head."""
@@ -47,6 +50,7 @@ def gptq(
     group_size: int = 128,
     sym: bool = True,
     sweeps: int | None = None,
+    name: str = "the matrix",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Quantize a matrix.
 
@@ -64,6 +68,8 @@ def gptq(
         ambiguous in AutoGPTQ files).
     sweeps : int
         Sweeps of `refine`; by default `usual_sweeps`.
+    name : str
+        Name of the matrix for errors.
 
     Returns
     -------
@@ -73,19 +79,30 @@ def gptq(
         float16 ``[N, ceil(K / group_size)]``.
     zeros : ndarray or None
         uint8 of that shape; None if `sym`.
+
+    Raises
+    ------
+    QvlError
+        If a weight is not finite, or too large for an fp16 scale.
     """
     n, k = weight.shape
     groups = -(-k // group_size)
     sweeps = usual_sweeps(group_size) if sweeps is None else sweeps
+    limit = HALF * (2 ** (bits - 1) - 1)
     codes = np.empty((n, k), np.uint8)
     scales = np.empty((n, groups), np.float16)
     zeros = np.empty((n, groups), np.uint8)
     for start in range(0, n, CHUNK):
         rows = slice(start, start + CHUNK)
         w = np.ascontiguousarray(weight[rows], np.float32)
+        # also for NaN; the search compares losses, which larger weights make infinite
+        if not max(w.max(), -w.min()) <= limit:
+            raise unfit(name)
         s, z = search_scales(w, factor.price, bits, group_size, sym)
         q = _feedback(w, s, z, factor, bits, group_size)
         refine(w, q, s, z, factor.hessian, bits=bits, group_size=group_size, sweeps=sweeps)
+        if not np.abs(s).max() <= HALF:
+            raise unfit(name)
         codes[rows], scales[rows], zeros[rows] = q, s, z
     return codes, scales, None if sym else zeros
 

@@ -190,6 +190,10 @@ class Source:
         """Return the published bias of a matrix, float32 ``[n]``."""
         return published.bias(self.checkpoint, spec)
 
+    def origin(self, spec: MatrixSpec) -> str:
+        """Return file and name of the published weight of a matrix, for errors."""
+        return f"{self.checkpoint.path(spec.source)}: {spec.source!r}"
+
     def matrix(self, plan: MatrixPlan) -> Matrix:
         """Convert a single matrix: import it, round it to nearest, or store 16 bits.
 
@@ -204,8 +208,7 @@ class Source:
         if self._imported is not None and spec.name in self.imported:
             matrix = self._imported.matrix(spec)
             return matrix if plan.bits != 16 else _at_16_bits(matrix)
-        name = f"{self.checkpoint.path(spec.source)}: {spec.source!r}"
-        weight, bias = self.weight(spec), self.bias(spec)
+        weight, bias, name = self.weight(spec), self.bias(spec), self.origin(spec)
         if plan.bits == 16:
             half = to_half(weight, name)
             return Matrix(n=spec.n, k=spec.k, bits=16, group_size=BLOCK, weight=half, bias=bias)

@@ -228,9 +228,7 @@ class Calibrated:
                 # one factor at a time: it takes three times the memory of a Hessian
                 factors = {id(hessian): factorize(hessian.mean(), damp=self._damp, name=plan.spec.name)}
             factor = factors[id(hessian)]
-            codes, scales, zeros = gptq(
-                source.weight(plan.spec), factor, bits=plan.bits, group_size=plan.group_size, sym=not plan.zeros
-            )
-            bias = source.bias(plan.spec)
-            yield plan, pack(codes, scales, plan.bits, plan.group_size, zeros=zeros, bias=bias)
+            weight, bias, origin = source.weight(plan.spec), source.bias(plan.spec), source.origin(plan.spec)
+            codes, scales, _ = gptq(weight, factor, bits=plan.bits, group_size=plan.group_size, name=origin)
+            yield plan, pack(codes, scales, plan.bits, plan.group_size, bias=bias)
             log.info("%s: %.1f s", plan.spec.name, time.perf_counter() - started)

@@ -101,9 +101,7 @@ def quantize(
 
     with ThreadPoolExecutor(default_threads()) as pool:
         if not all(pool.map(round_rows, range(0, n, rows))):
-            raise QvlError(
-                f"{name} holds a weight that is not finite or too large for an fp16 scale; download the model again"
-            )
+            raise unfit(name)
     return Matrix(
         n=n,
         k=k,
@@ -113,6 +111,13 @@ def quantize(
         scales=arrays["scales"],
         zeros=arrays.get("zeros"),
         bias=bias,
+    )
+
+
+def unfit(name: str) -> QvlError:
+    """Return the error for a matrix that cannot be quantized."""
+    return QvlError(
+        f"{name} holds a weight that is not finite or too large for an fp16 scale; download the model again"
     )
 
 
