@@ -7,6 +7,7 @@ from conftest import GOLDEN
 import qvl_runtime as qvl
 from qvl_convert import allocation
 from qvl_convert.allocation import choose, parse_size
+from qvl_convert.calibration import Sample
 from qvl_convert.convert import convert
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
@@ -61,6 +62,16 @@ def test_measured_losses_fall_with_the_bits(monkeypatch, tmp_path):
     monkeypatch.setattr(allocation, "choose", lambda losses, *_: seen.extend(losses) or [4] * len(losses))
     convert(VL, tmp_path / "x.qvl", target_size="1GB", **OPTIONS)
     assert len(seen) > 6 and all(0 == loss[16] < loss[8] < loss[4] < 1 for loss in seen)
+
+
+def test_one_of_the_few_samples_has_a_picture():
+    def sample(*slots):
+        return Sample([1], list(slots))
+
+    texts, picture = [sample() for _ in range(9)], sample("slot")
+    assert allocation._few([*texts, picture]) == [*texts[:3], picture]
+    assert allocation._few([picture, *texts]) == [picture, *texts[:3]]
+    assert allocation._few(texts) == texts[:4] and allocation._few([picture]) == [picture]
 
 
 def test_impossible_wishes_are_errors_and_leave_nothing(tmp_path):

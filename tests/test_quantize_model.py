@@ -13,6 +13,7 @@ from shards import changed_copy
 
 import qvl_runtime as qvl
 from qvl_convert import calibration, gram, quantize_model
+from qvl_convert import convert as convert_module
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.gptq import dequantize, gptq, output_error
@@ -229,6 +230,22 @@ def test_a_weight_that_cannot_be_stored_is_named_and_leaves_nothing(tmp_path, va
     source = changed_copy(VL, tmp_path / "source", spoil)
     (tmp_path / "out").mkdir()
     conversion_refused(source, tmp_path / "out" / "x.qvl", "model.safetensors", name, "fp16 scale", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "gptq", "vision_bits": 4}, {"method": "gptq", "vision_bits": 3}, {"target_size": "1GB"}]
+)
+def test_a_vit_is_not_calibrated_without_pictures(tmp_path, options):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Only words."}\n')
+    out = tmp_path / "x.qvl"
+    conversion_refused(VL, out, "texts.jsonl", "has a picture", calibration_data=texts, device="reference", **options)
+
+
+def test_text_alone_calibrates_a_decoder(source, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Only words."}\n')
+    assert len(convert_module._samples(source, texts, 2, parts={"decoder", "head"})) == 1
 
 
 def test_bad_calibration_data_leave_nothing_behind(tmp_path):

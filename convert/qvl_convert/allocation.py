@@ -55,7 +55,7 @@ def allocate(
     ----------
     source : Source
     samples : list of Sample
-        A few are enough.
+        A few are enough; if the model sees, one with a picture.
     target : int
         Largest file size in bytes.
     group_size : int
@@ -85,10 +85,18 @@ def allocate(
         )
     checkpoint = source.checkpoint
     units = stages(checkpoint.family, checkpoint.config)
-    losses = measure(source, samples, units, plans, device)
+    losses = measure(source, _few(samples), units, plans, device)
     weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in plans} for unit in units]
     chosen = choose(losses, weights, target - smallest)
     return {name: bits for unit, bits in zip(units, chosen) for name in unit.matrices}
+
+
+def _few(samples: list[Sample]) -> list[Sample]:
+    """Return the first `SAMPLES` samples; if they have no picture, the first with one takes the place of the last."""
+    few = samples[:SAMPLES]
+    if not any(sample.slots for sample in few):
+        few[-1:] = [sample for sample in samples if sample.slots][:1] or few[-1:]
+    return few
 
 
 def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], room: int) -> list[int]:
@@ -130,7 +138,7 @@ def measure(
 ) -> list[dict[int, float]]:
     """Measure the squared relative output error of each unit at fewer than 16 bits; at 16 it counts as 0."""
     checkpoint, ops = source.checkpoint, make_ops(device, "int16")
-    walk = Walk(ops, checkpoint.family, checkpoint.config, samples[:SAMPLES], checkpoint.reader)
+    walk = Walk(ops, checkpoint.family, checkpoint.config, samples, checkpoint.reader)
     published = Published(source)
     losses = []
     for unit in units:

@@ -120,7 +120,7 @@ def convert(
     if target_size is not None:
         chosen = allocate(
             source,
-            _samples(source, calibration_data, calibration_samples),
+            _samples(source, calibration_data, calibration_samples, parts=set(PARTS)),
             parse_size(target_size),
             group_size=group_size,
             size_of=lambda plans: _upper_size(_layout(source, plans, vectors)),
@@ -131,8 +131,8 @@ def convert(
     metadata = _metadata(source, plans)
     if produce is None:
         produce = each_by_itself
-    if any(plan.method == "gptq" for plan in plans):
-        samples = _samples(source, calibration_data, calibration_samples)
+    if parts := {plan.spec.part for plan in plans if plan.method == "gptq"}:
+        samples = _samples(source, calibration_data, calibration_samples, parts=parts)
         from qvl_convert.quantize_model import Calibrated  # imports Numba
 
         produce = Calibrated(samples, device=device, spill=spill, report=effort)
@@ -162,8 +162,13 @@ def convert(
         report(RANKS)
 
 
-def _samples(source: Source, data: str | os.PathLike, count: int) -> list[calibration.Sample]:
-    return calibration.load(data, source.checkpoint, count=count)
+def _samples(source: Source, data: str | os.PathLike, count: int, *, parts: set[str]) -> list[calibration.Sample]:
+    """Load calibration data for these parts of the model."""
+    samples = calibration.load(data, source.checkpoint, count=count)
+    sees = source.checkpoint.config.sees and not parts.isdisjoint(("vision", "adapter"))
+    if sees and not any(sample.slots for sample in samples):
+        raise QvlError(f"{data}: no sample has a picture, which calibrating the ViT takes; add samples with pictures")
+    return samples
 
 
 def _layout(source: Source, plans: list[MatrixPlan], vectors: list[VectorSpec]) -> Layout:
