@@ -12,7 +12,7 @@ from qvl_convert.convert import convert
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 
-VL = GOLDEN / "ckpt" / "tiny-vl"
+VL, FAMILIES = GOLDEN / "ckpt" / "tiny-vl", GOLDEN / "families" / "ckpt"
 OPTIONS = {"group_size": 32, "device": "reference", "calibration_samples": 3}
 
 
@@ -62,6 +62,23 @@ def test_measured_losses_fall_with_the_bits(monkeypatch, tmp_path):
     monkeypatch.setattr(allocation, "choose", lambda losses, *_: seen.extend(losses) or [4] * len(losses))
     convert(VL, tmp_path / "x.qvl", target_size="1GB", **OPTIONS)
     assert len(seen) > 6 and all(0 == loss[16] < loss[8] < loss[4] < 1 for loss in seen)
+
+
+def test_a_tied_head_counts_with_the_embedding(monkeypatch, tmp_path):
+    """One matrix for both: its bits are worth what they save in the logits, too."""
+    seen = []
+
+    def measure(source, samples, units, plans, device):
+        seen.append(units)
+        return [{bits: (i + 1) / bits for bits in plans} for i in range(len(units))]
+
+    monkeypatch.setattr(allocation, "measure", measure)
+    monkeypatch.setattr(allocation, "choose", lambda losses, *_: seen.append(losses) or [4] * len(losses))
+    convert(FAMILIES / "q3-tied", tmp_path / "x.qvl", target_size="1GB", **OPTIONS)
+    units, losses = seen
+    place = {unit.kind: i for i, unit in enumerate(units)}
+    assert units[place["norm"]].matrices == ()
+    assert losses[place["embedding"]][4] == (place["embedding"] + 1 + place["norm"] + 1) / 4
 
 
 def test_one_of_the_few_samples_has_a_picture():

@@ -86,6 +86,11 @@ def allocate(
     checkpoint = source.checkpoint
     units = stages(checkpoint.family, checkpoint.config)
     losses = measure(source, _few(samples), units, plans, device)
+    head = checkpoint.family.decoder_names(checkpoint.config).head
+    owner = next(i for i, unit in enumerate(units) if head in unit.matrices)
+    for i, unit in enumerate(units):
+        if not unit.matrices:  # "norm" with a tied head: what its logits lose depends on the bits of the embedding
+            losses[owner] = {bits: losses[owner][bits] + losses[i][bits] for bits in plans}
     weights = [{bits: sum(_nbytes(plans[bits][name]) for name in unit.matrices) for bits in plans} for unit in units]
     chosen = choose(losses, weights, target - smallest)
     return {name: bits for unit, bits in zip(units, chosen) for name in unit.matrices}
