@@ -92,6 +92,8 @@ def test_state_of_a_dictionary_and_parameters_are_accepted(tmp_path):
         (tensor_call("0", 24, (4, 6), (1,)), "strides"),
         (tensor_call("1", 24, (4,), (1,)), "'1'"),
         (tensor_call("0", 24, (4,), (1,), kind="Quantized"), "torch.QuantizedStorage"),
+        # nested a hundred thousand times, this would crash the interpreter when it is looked up
+        (tensor_call("0", 24, (4,), (1,)).replace(text("0"), b")" + b"\x85" * 9), "a storage without a name"),
         (b"K\x07", "'w' in it is no tensor"),
         (text("os"), "'w' in it is no tensor"),
     ],

@@ -317,6 +317,8 @@ class _Interpreter:
         if kind != "storage" or not isinstance(storage_type, _Global) or storage_type.name not in STORAGES:
             raise ValueError("a storage of no known type")
         dtype = STORAGES[storage_type.name]
+        if type(key) is not str:  # hashing a deeply nested tuple would overflow the stack
+            raise ValueError("a storage without a name")
         start, stop = self.storages[key]
         if type(count) is not int or count < 0 or count * dtype.itemsize > stop - start:
             raise ValueError(f"storage {key!r} claims {count} values, its record holds {stop - start} bytes")
