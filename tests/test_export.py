@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import stat
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from helpers import sha256
 from safetensors import SafetensorError
 from shards import all_tensors
 
@@ -94,6 +96,58 @@ def test_an_existing_folder_is_kept_and_a_failure_leaves_nothing(blob, tmp_path,
     with pytest.raises(ZeroDivisionError):
         export(model, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_an_export_and_nothing_else(blob, tmp_path, monkeypatch):
+    model, out = Blob(blob("tiny-vl", **KEPT)), tmp_path / "out"
+    export(model, out)
+    (tmp_path / "link").symlink_to(out)
+    (out / "config.json").write_text("old")
+    export(model, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink() and json.loads((out / "config.json").read_text())
+    for name in ("thesis.txt", "modeling_qwen.py"):
+        (out / name).write_text("precious")
+        with pytest.raises(QvlError, match=f"out: holds '{name}', which no export writes"):
+            export(model, out, force=True)
+        (out / name).unlink()
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(QvlError, match="file: is a file and is not replaced"):
+        export(model, tmp_path / "file", force=True)
+    monkeypatch.chdir(out)
+    for name in (".", "..", out, tmp_path, "../out"):
+        with pytest.raises(QvlError, match="holds the current folder"):
+            export(model, name, force=True)
+        with pytest.raises(QvlError, match="exists already"):
+            export(model, name)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link", "file"}
+
+
+def test_the_source_file_is_not_replaced(blob, tmp_path):
+    source = tmp_path / "models" / "config.json"
+    source.parent.mkdir()
+    shutil.copy(blob("tiny-vl", **KEPT), source)
+    before = sha256(source)
+    for folder in (source.parent, tmp_path):
+        with pytest.raises(QvlError, match=r"holds the file .*config\.json and is not replaced"):
+            export(Blob(source), folder, force=True)
+    with pytest.raises(QvlError, match="is not replaced"):
+        export(Blob(source), source, force=True)
+    assert sha256(source) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(blob, tmp_path, monkeypatch):
+    write, out = export_module._write_weights, tmp_path / "out"
+
+    def appear(arrays, folder):
+        write(arrays, folder)
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+
+    monkeypatch.setattr(export_module, "_write_weights", appear)
+    with pytest.raises(QvlError, match=r"out: exists already.*the export is complete in .*out\.partial"):
+        export(Blob(blob("tiny-vl", bits=16)), out)
+    assert (out / "thesis.txt").read_text() == "precious"
+    assert set(all_tensors(tmp_path / "out.partial")) == set(all_tensors(CKPT / "tiny-vl"))
 
 
 def test_the_files_are_as_readable_as_any_other(blob, tmp_path):

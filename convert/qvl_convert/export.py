@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ from qvl_runtime.file.opening import as_path
 SHARD = 2 << 30
 """Bytes after which the next file begins."""
 
+INDEX, SETTINGS = "model.safetensors.index.json", "quantize_config.json"
+WEIGHTS = re.compile(r"model-\d+-of-\d+\.safetensors")
+
 
 def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> None:
     """Write a model as a Hugging Face folder.
@@ -39,36 +43,59 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     folder : path
         The folder to create; its temporary name is ``FOLDER.partial``.
     force : bool
-        Replace `folder` if it exists.
+        Replace `folder` if it holds nothing but the files of an export.
 
     Raises
     ------
     QvlError
-        If the folder exists, or AutoGPTQ's layout cannot hold the decoder: 3 bits, different bits or group sizes, or a
-        matrix whose sides are not multiples of the values per 32-bit word. Also if the folder cannot be written, such
-        as on a full disk; nothing is left then.
+        If the folder exists or may not be replaced, or AutoGPTQ's layout cannot hold the decoder: 3 bits, different
+        bits or group sizes, or a matrix whose sides are not multiples of the values per 32-bit word. Also if the folder
+        cannot be written, such as on a full disk; nothing is left then.
     """
     folder = as_path(folder)
-    if os.path.lexists(folder) and not force:
-        raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
     settings = _settings(blob)
-    partial = folder.with_name(folder.name + ".partial")
+    texts = _texts(blob, settings)
+    _check_target(folder, blob, texts, force)
+    target = Path(os.path.realpath(folder))
+    partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         _write_weights(_tensors(blob, settings is not None), partial)
-        _write_texts(blob, settings, partial)
+        _write_texts(texts, partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or error
             raise QvlError(f"{folder}: cannot be written ({reason}); make room, or name another folder") from None
         raise
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    try:
+        _check_target(folder, blob, texts, force)
+    except QvlError as error:  # another program has made it meanwhile
+        raise QvlError(f"{error}; the export is complete in {partial}") from None
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+
+
+def _check_target(folder: Path, blob: Blob, texts: dict[str, Any], force: bool) -> None:
+    """Refuse a folder that exists; with `force`, one that holds anything but the files of an export."""
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
+    target = os.path.realpath(folder)
+    for kept in (blob.path, os.curdir):
+        if Path(os.path.realpath(kept)).is_relative_to(target):
+            what = f"the file {kept}" if kept is blob.path else "the current folder"
+            raise QvlError(f"{folder}: holds {what} and is not replaced; choose another name")
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise QvlError(f"{folder}: is a file and is not replaced; choose another name")
+    known = {*texts, INDEX, SETTINGS}
+    for name in os.listdir(target) if os.path.isdir(target) else ():
+        if name not in known and not WEIGHTS.fullmatch(name):
+            reason = f"holds {name!r:.100}, which no export writes, and is not replaced"
+            raise QvlError(f"{folder}: {reason}; choose another name")
 
 
 def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
@@ -120,7 +147,7 @@ def _words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _settings(blob: Blob) -> dict[str, Any] | None:
-    """Return the content of `quantize_config.json`; None for a 16-bit decoder."""
+    """Return the content of `SETTINGS`; None for a 16-bit decoder."""
     specs = [s for s in blob.family.tensors(blob.config) if isinstance(s, MatrixSpec) and s.part == "decoder"]
     matrices = [blob.matrix(spec.name) for spec in specs]
     kinds = {(m.bits, m.group_size) for m in matrices}
@@ -229,17 +256,21 @@ def _write_weights(arrays: Iterator[tuple[str, np.ndarray]], folder: Path) -> No
     for i, name in enumerate(names):
         (folder / f"{i:05}.safetensors").rename(folder / name)
     index = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _write_texts(blob: Blob, settings: dict[str, Any] | None, folder: Path) -> None:
-    """Write config, generation config, tokenizer, and further files of the family."""
+def _texts(blob: Blob, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Return config, generation config, tokenizer, and further files of the family, by name."""
     preprocessing = blob.metadata["preprocessing"]
     found = blob.family.published_files(blob.config, blob.generation_config, preprocessing, blob.ranks)
     if settings is not None:
         found["config.json"]["quantization_config"] = settings
-        found["quantize_config.json"] = settings
-    for name, content in found.items():
+        found[SETTINGS] = settings
+    return found
+
+
+def _write_texts(texts: dict[str, Any], folder: Path) -> None:
+    for name, content in texts.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
         else:
