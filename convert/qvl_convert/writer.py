@@ -66,13 +66,14 @@ class BlobWriter:
 
     Notes
     -----
-    As a context manager: invalid input (`QvlError`) removes the unfinished file; other exceptions leave it.
+    As a context manager: invalid input (`QvlError`) removes the unfinished file; other exceptions leave it, and a
+    complete one stays.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
         self.path = path
         self.partial = partial_path(path)
-        self._force = force
+        self._force, self._complete = force, False
         self._refuse_existing()
         self._plan(layout, metadata)
         if self.partial.exists() and not (resume or force):
@@ -201,7 +202,11 @@ class BlobWriter:
             # out of the page cache, so that it comes back in large pages when it is mapped
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
-        self._refuse_existing()
+        self._complete = True
+        try:
+            self._refuse_existing()
+        except QvlError as error:  # another program has made it meanwhile
+            raise QvlError(f"{error}; the conversion is complete in {self.partial}") from None
         os.replace(self.partial, self.path)
 
     def __enter__(self) -> BlobWriter:
@@ -211,7 +216,7 @@ class BlobWriter:
         if kind is None:
             return
         self._file.close()
-        if isinstance(error, QvlError):
+        if isinstance(error, QvlError) and not self._complete:
             self.partial.unlink(missing_ok=True)
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise QvlError(f"{self.path}: the disk is full; make room and continue with --resume") from None
