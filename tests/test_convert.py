@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from helpers import conversion_refused, sha256
+from helpers import conversion_refused, refused, sha256
 from safetensors.numpy import load_file
 from shards import all_tensors, changed_copy
 
@@ -290,7 +290,9 @@ def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
 def test_impossible_outputs(tmp_path):
     (tmp_path / "folder").mkdir()
     conversion_refused(BIN, tmp_path / "folder", "is a folder")
+    (tmp_path / "file").touch()
     conversion_refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
+    refused(lambda: convert(BIN, tmp_path / "file" / "x.qvl"), "x.qvl: its folder does not exist")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class BlobWriter:
             if not resume:
                 self.partial.unlink(missing_ok=True)  # open() would empty the file that a link names
             self._file = open(self.partial, "r+b" if resume else "x+b")  # noqa: SIM115
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise QvlError(f"{path}: its folder does not exist; create it first") from None
         self._done: set[str] = set()
         if resume:
