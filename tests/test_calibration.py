@@ -67,6 +67,14 @@ def test_json_lines_hold_conversations_and_texts(folder, tokenizer, chat):
     assert "Only words." in {tokenizer.decode(s.ids) for s in samples}
 
 
+def test_json_lines_end_at_line_feeds_only(folder, tokenizer, chat):
+    said = ["one\u2028two \u0085 three", "next"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in said)
+    (folder / "data.jsonl").write_bytes(f"{lines}\r\n".encode())
+    samples = calibration.load(folder / "data.jsonl", chat)
+    assert {tokenizer.decode(s.ids) for s in samples} == set(said)
+
+
 def test_a_folder_gives_its_pictures_with_their_captions(folder, tokenizer, chat):
     samples = calibration.load(folder, chat)
     texts = sorted(tokenizer.decode(s.ids) for s in samples)

@@ -174,9 +174,11 @@ def _read(path: Path) -> Iterator[Found]:
     except UnicodeDecodeError as error:
         raise QvlError(f"{path}: cannot be read as calibration data ({error}); {remedy}") from None
     if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        for name, line in lines:
-            yield name, _entry(parse_json(line, f"{name}:", FORM))
+        # not `splitlines`: a string of JSON may hold other ends of lines, such as U+2028
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                name = f"{path}, line {number}"
+                yield name, _entry(parse_json(line, f"{name}:", FORM))
         return
     entries = parse_json(text, f"{path}:", FORM)
     if not isinstance(entries, list):
