@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,8 @@ SHAPE = Checkpoint(VL).entry(f"{W1}.weight").shape
             "factors of",
         ),
         ({}, {"base_model.model.other.weight": np.ones(3, np.float32)}, "'other.weight', which"),
+        ({}, {f"base_model.model.{W1}.lora_B.weight": np.full((SHAPE[0], 4), np.nan, np.float32)}, "lora_B.* finite"),
+        ({}, {"base_model.model.transformer.ln_f.weight": np.full(104, np.inf, np.float16)}, "ln_f.weight.* finite"),
         ({}, {"x" * 50_000: np.ones(3, np.float32)}, "^.{,300}$"),
         ({}, {"base_model.model.transformer.ln_f.weight": np.ones(3, np.float32)}, r"has the shape \[3\]"),
         ({}, {f"base_model.model.{W1}.lora_magnitude_vector": np.ones(3, np.float32)}, "no part of a LoRA"),
@@ -113,6 +116,18 @@ def test_what_cannot_be_merged_is_refused(adapter, config, tensors, message):
     folder, _ = adapter(config, **tensors)
     with pytest.raises(QvlError, match=message):
         Merged(VL, folder)
+
+
+def test_a_sum_that_cannot_be_stored_is_named_with_the_adapter(adapter, tmp_path):
+    large = np.full((SHAPE[0], 4), 1e30, np.float32)
+    folder, _ = adapter(**{f"base_model.model.{W1}.lora_B.weight": large})
+    message = rf"tiny-vl/.*{W1}\.weight' with the adapter .*adapter_model\.safetensors holds a weight that is not"
+    with pytest.raises(QvlError, match=message):
+        convert(VL, tmp_path / "x.qvl", lora=folder)
+    saved = {"base_model.model.lm_head.weight": np.full(Checkpoint(VL).entry("lm_head.weight").shape, 1e30, np.float32)}
+    folder, _ = adapter(**saved)
+    with pytest.raises(QvlError, match=r"adapter_model\.safetensors: 'lm_head\.weight' holds a weight that is not"):
+        convert(VL, tmp_path / "x.qvl", lora=folder)
 
 
 def test_a_quantized_base_and_a_missing_file_are_refused(adapter, tmp_path):
@@ -148,6 +163,7 @@ def test_a_merged_file_says_so_and_verify_knows(adapter, tmp_path):
     assert float(re.search(r"KL divergence, mean +([0-9.]+)", shown.stdout)[1]) < 1e-5
     blob = Blob(out)
     assert mismatch(blob, open_reference(VL, folder)) is None
+    assert mismatch(blob, open_reference(VL, shutil.copytree(folder, tmp_path / "renamed"))) is None
     assert "adapter 'adapter', which the reference is without" in mismatch(blob, open_reference(VL))
     assert "made without the adapter" in mismatch(_base(tmp_path), open_reference(VL, folder))
     assert "another adapter" in mismatch(blob, open_reference(VL, adapter({"lora_alpha": 1})[0]))

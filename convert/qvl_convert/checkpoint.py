@@ -179,6 +179,10 @@ class Checkpoint:
         """Return the shard of a tensor."""
         return self._owners[name][0].path
 
+    def origin(self, name: str) -> str:
+        """Return file and name of a tensor, for errors."""
+        return f"{self.path(name)}: {name!r}"
+
     def tensor(self, name: str) -> np.ndarray:
         """Return a tensor, read-only and memory-mapped; FP8 tensors are converted to float32 in memory.
 
@@ -211,7 +215,7 @@ class Checkpoint:
         """
         vector = self.tensor(name).astype(np.float32)
         if not np.isfinite(vector).all():
-            raise QvlError(f"{self.path(name)}: {name!r} holds a value that is not finite; download the model again")
+            raise QvlError(f"{self.origin(name)} holds a value that is not finite; download the model again")
         return vector
 
     def check(self, wanted: dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]) -> None:

@@ -61,6 +61,12 @@ class Merged(Checkpoint):
         for name, pair in self._low_rank.items():
             self._check_pair(name, pair)
 
+    def origin(self, name: str) -> str:
+        """Return file and name of a tensor as `Checkpoint.origin` does; with the adapter's file if that changes it."""
+        if name in self._saved:
+            return f"{self._path}: {name!r}"
+        return super().origin(name) + (f" with the adapter {self._path}" if name in self._low_rank else "")
+
     def tensor(self, name: str) -> np.ndarray:
         """Return a tensor as `Checkpoint.tensor` does; float32 if the adapter changes it."""
         if name in self._saved:
@@ -99,6 +105,8 @@ class Merged(Checkpoint):
             raise QvlError(
                 f"{self._path}: changes {name!r:.100}, which {self.folder} has not; do they belong together?"
             )
+        if not np.isfinite(array).all():
+            raise QvlError(f"{self._path}: {key!r} holds a value that is not finite; download the adapter again")
         if name in self._saved and array.shape != self.entry(name).shape:
             raise QvlError(
                 f"{self._path}: {name!r} has the shape {list(array.shape)}, the base model's is "

@@ -192,7 +192,7 @@ class Source:
 
     def origin(self, spec: MatrixSpec) -> str:
         """Return file and name of the published weight of a matrix, for errors."""
-        return f"{self.checkpoint.path(spec.source)}: {spec.source!r}"
+        return self.checkpoint.origin(spec.source)
 
     def matrix(self, plan: MatrixPlan) -> Matrix:
         """Convert a single matrix: import it, round it to nearest, or store 16 bits.
