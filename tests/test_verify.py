@@ -272,3 +272,22 @@ def test_what_cannot_belong_together_is_warned_of(blob, tmp_path):
     assert mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(VL)) is None
     assert mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(blob("tiny-vl", bits=16))) is None
     assert "other weights" in mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(other))
+
+
+def test_a_quantized_reference_is_warned_of_unless_the_original_is_quantized(blob, cli):
+    quantized = blob("tiny-vl", bits=16, head_bits=8)
+    assert "a quantized file" in mismatch(Blob(blob("tiny-vl", **INT4)), open_reference(quantized))
+    shown = cli("--reference", quantized)
+    assert shown.exit_code == 0 and "is compared with a quantized file, not with the original" in shown.stderr
+    published = blob("tiny-vl-gptq", vision_bits=16, head_bits=16)
+    assert mismatch(Blob(blob("tiny-vl-gptq")), open_reference(published)) is None
+
+
+def test_an_adapter_is_refused_with_a_file_as_the_reference(blob, tmp_path):
+    with pytest.raises(QvlError, match=r"\.qvl: is a file, into which no adapter is merged"):
+        open_reference(blob("tiny-vl", bits=16), tmp_path / "adapter")
+
+
+def test_samples_of_one_token_are_refused(model):
+    with pytest.raises(QvlError, match="no token to compare"):
+        verify(model("tiny-vl", **INT4), open_reference(VL), [calibration.Sample([5], [])] * 2)

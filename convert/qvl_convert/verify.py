@@ -33,6 +33,9 @@ from qvl_runtime.model import Model as Runtime
 MAX_KL, MAX_FEATURE_ERROR = 1.0, 1.0
 """Limits in nats and as a share. Matching int4 models have less than a tenth of either, other models more."""
 
+PUBLISHED = ("autogptq", "awq")
+"""Methods of matrices that are quantized in the original."""
+
 BIN = 32
 """Positions per bin of `Report.kl_by_position`."""
 
@@ -131,14 +134,22 @@ class Bf16Ops:
 
 
 def open_reference(path: str | Path, lora: str | Path | None = None) -> Blob | Published:
-    """Open the original: a Hugging Face folder (with the merged adapter), or a `.qvl` file of higher precision."""
+    """Open the original: a Hugging Face folder (with the merged adapter), or a `.qvl` file of higher precision.
+
+    Raises
+    ------
+    QvlError
+        If it cannot be read, or an adapter is given for a `.qvl` file.
+    """
     if Path(path).is_file():
+        if lora is not None:
+            raise QvlError(f"{path}: is a file, into which no adapter is merged; give the original folder or no --lora")
         return Blob(path)
     return Published(Source(Checkpoint(path) if lora is None else Merged(path, lora)))
 
 
 def mismatch(blob: Blob, reference: Blob | Published) -> str | None:
-    """Return why the fingerprints of file and reference do not match; None if they do."""
+    """Return why a reference is not the original of a file, by fingerprints and bits; None if it may be."""
     told = blob.metadata["source"].get("files")
     if isinstance(reference, Blob):
         found = reference.metadata["source"].get("files")
@@ -156,7 +167,13 @@ def mismatch(blob: Blob, reference: Blob | Published) -> str | None:
     # the adapter's folder may have another name by now
     if [told.pop(name) for name in merged] != [found.pop(name) for name in given]:
         return "was made with another adapter than --lora names"
-    return None if told == found else "was made from other weights than the reference's"
+    if told != found:
+        return "was made from other weights than the reference's"
+    if isinstance(reference, Blob):
+        made = [part for part in reference.metadata["quantization"].values() if isinstance(part, dict)]
+        if any(part.get("bits") != 16 and part.get("method") not in PUBLISHED for part in made):
+            return "is compared with a quantized file, not with the original"
+    return None
 
 
 def verify(
@@ -184,12 +201,17 @@ def verify(
     Raises
     ------
     QvlError
-        If they are different models.
+        If they are different models, or no sample has a token to compare.
     """
     config, family = model.config, model.blob.family
     if reference.config != config:
         different = [k for k, v in config.to_dict().items() if reference.config.to_dict().get(k) != v]
         raise QvlError(f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ")
+    judged = [judged_positions(sample, model.tokenizer) for sample in samples]
+    if not any(map(len, judged)):  # for example pictures without captions: there are no answers
+        judged = [text_positions(sample) for sample in samples]
+    if not any(map(len, judged)):
+        raise QvlError("the conversations have no token to compare: each is a single token; give longer ones")
     bf16 = cast(Ops, Bf16Ops(model.ops))  # it has every operation of its backend
     reader = None if model.pictures is None else model.pictures.reader
     walks = [Walk(ops, family, config, samples, reader) for ops in (model.ops, model.ops, bf16)]
@@ -209,9 +231,6 @@ def verify(
             floor_layers.append(relative_error(walks[2].outputs(stage), walks[0].outputs(stage)))
     progress("logits", len(plan), len(plan))
     features = [relative_error(walk.features, walks[0].features) if walk.features else None for walk in walks[1:]]
-    judged = [judged_positions(sample, model.tokenizer) for sample in samples]
-    if not any(map(len, judged)):  # for example pictures without captions: there are no answers
-        judged = [text_positions(sample) for sample in samples]
     nll, scores = _scores(walks, [w.matrix(family.decoder_names(config).head) for w in weights], samples, judged)
     answers = None
     if max_new_tokens and any(sample.asked for sample in samples):
