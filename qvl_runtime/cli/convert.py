@@ -36,7 +36,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
     bits: Annotated[
         int | None,
-        typer.Option(help="3, 4, 8 or 16: of the decoder's layers; 16 applies to all.  [default: 4]"),
+        typer.Option(help="3, 4, 8 or 16: of the decoder's layers; 16 applies to all parts not named.  [default: 4]"),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Columns per scale: 32 (not with 3 bits), 64 or 128.")] = 128,
     vision_bits: Annotated[int | None, typer.Option(help="For ViT and adapter.  [default: 8]")] = None,
