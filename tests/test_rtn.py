@@ -13,49 +13,39 @@ from qvl_runtime.errors import QvlError
 SHAPES = [(1, 1), (1, 128), (5, 40), (32, 128), (33, 129), (64, 588), (70, 300)]
 
 
-def slow(weight: np.ndarray, bits: int, group_size: int, asymmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and zeros, group by group, by the formulas."""
+def slow(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales, group by group, by the formulas."""
     n, k = weight.shape
     groups = -(-k // group_size)
     codes, scales = np.zeros((n, k), np.uint8), np.zeros((n, groups), np.float16)
-    zeros = np.full((n, groups), 2 ** (bits - 1), np.uint8)
     top = 2**bits - 1
     for row in range(n):
         for group in range(groups):
             columns = slice(group * group_size, (group + 1) * group_size)
             values = weight[row, columns].astype(np.float32)
-            if asymmetric:
-                low, high = min(values.min(), 0), max(values.max(), 0)
-                scale = np.float16(np.float32(high) / np.float32(top) - np.float32(low) / np.float32(top))
-                zeros[row, group] = np.clip(np.rint(-low / np.float32(scale)), 0, top) if scale else 0
-            else:
-                scale = np.float16(np.abs(values).max() / np.float32(top // 2))
+            scale = np.float16(np.abs(values).max() / np.float32(top // 2))
             steps = np.rint(values * (np.float32(1) / np.float32(scale))) if scale else np.zeros_like(values)
-            codes[row, columns] = np.clip(steps + zeros[row, group], 0, top)
+            codes[row, columns] = np.clip(steps + 2 ** (bits - 1), 0, top)
             scales[row, group] = scale
-    return codes, scales, zeros
+    return codes, scales
 
 
-def check(weight: np.ndarray, bits: int, group_size: int, asymmetric: bool) -> Matrix:
+def check(weight: np.ndarray, bits: int, group_size: int) -> Matrix:
     n, k = weight.shape
-    codes, scales, zeros = slow(weight, bits, group_size, asymmetric)
-    matrix = quantize(weight, bits, group_size, asymmetric=asymmetric)
+    codes, scales = slow(weight, bits, group_size)
+    matrix = quantize(weight, bits, group_size)
     np.testing.assert_array_equal(unpack_groups(matrix.scales, n, k, group_size), scales)
     np.testing.assert_array_equal(matrix.codes(), codes)
-    if asymmetric:
-        np.testing.assert_array_equal(unpack_groups(matrix.zeros, n, k, group_size), zeros)
-    else:
-        assert matrix.zeros is None
-    shapes = packed_shapes(n, k, bits, group_size, zeros=asymmetric)
+    assert matrix.zeros is None
+    shapes = packed_shapes(n, k, bits, group_size)
     assert (matrix.weight.shape, matrix.weight.dtype) == shapes["qweight"]
     return matrix
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_shapes(rng, n, k, bits, asymmetric):
-    check(rng.standard_normal((n, k), np.float32), bits, 128, asymmetric)
+def test_shapes(rng, n, k, bits):
+    check(rng.standard_normal((n, k), np.float32), bits, 128)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -65,15 +55,14 @@ def test_dtypes_and_groups(rng, dtype, group_size):
     weight[:, 17] *= 1000
     weight[3] = 0
     for bits in (4, 8):
-        check(weight, bits, group_size, False)
+        check(weight, bits, group_size)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_error_is_at_most_half_a_step(rng, bits, asymmetric):
+def test_error_is_at_most_half_a_step(rng, bits):
     weight = rng.standard_normal((64, 256), np.float32) + np.float32(0.3)
     weight[:, 5] *= 1000
-    matrix = check(weight, bits, 64, asymmetric)
+    matrix = check(weight, bits, 64)
     step = np.repeat(unpack_groups(matrix.scales, 64, 256, 64).astype(np.float32), 64, axis=1)
     # A scale rounded to fp16, 11 bits, can move the ends of a group by 2^-11 of its range.
     slack = 2**bits * 2.0**-11
@@ -96,14 +85,13 @@ def test_padding_is_the_symmetric_zero(rng):
     assert np.all(matrix.scales[0, 0, 3:] == 0)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e6])
 @pytest.mark.parametrize("place", [(0, 0), (39, 199), (20, 128)])
-def test_weights_that_cannot_be_stored_are_refused_by_name(rng, value, place, asymmetric):
+def test_weights_that_cannot_be_stored_are_refused_by_name(rng, value, place):
     weight = rng.standard_normal((40, 200), np.float32)
-    weight[place] = value * (300 if value == 3e6 and asymmetric else 1)
+    weight[place] = value
     with pytest.raises(QvlError, match=r"^lm_head holds a weight that is not finite or too large"):
-        quantize(weight, 4, 128, name="lm_head", asymmetric=asymmetric)
+        quantize(weight, 4, 128, name="lm_head")
 
 
 def test_values_too_small_for_a_scale_become_zero():

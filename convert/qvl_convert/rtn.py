@@ -1,7 +1,6 @@
 """Round-to-nearest group quantization to the packed layout.
 
-Symmetric: ``scale = max|w| / qmax`` over a group of columns (qmax 3, 7 or 127), ``q = round(w / scale)``. Asymmetric:
-``scale = (max - min) / (2^bits - 1)`` with 0 inside the range, ``zero = round(-min / scale)``. Scales are rounded to
+``scale = max|w| / qmax`` over a group of columns (qmax 3, 7 or 127), ``q = round(w / scale)``. Scales are rounded to
 fp16 first and codes chosen for the rounded scale.
 """
 
@@ -12,46 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from qvl_kernels.cpu.runner import default_threads
-from qvl_kernels.packing import ROWS, Matrix, pack_codes, pack_groups, packed_shapes, round_up
+from qvl_kernels.packing import ROWS, SYMMETRIC_ZERO, Matrix, pack_codes, pack_groups, packed_shapes, round_up
 from qvl_runtime.errors import QvlError
 
 CHUNK_VALUES = 1 << 20
 """Weights that a thread rounds at a time: they stay in the cache."""
-
-
-def group_scales(
-    low: np.ndarray, high: np.ndarray, bits: int, *, asymmetric: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compute scales and zero points for the ranges of groups.
-
-    Parameters
-    ----------
-    low, high : ndarray
-        Smallest and largest value of each group, float32, any shape.
-    bits : int
-        3, 4 or 8.
-
-    Returns
-    -------
-    scales : ndarray
-        fp16; infinite if a group's range is beyond fp16.
-    zeros : ndarray
-        uint8, as stored integers.
-    """
-    levels = 2**bits - 1
-    if not asymmetric:
-        scales = np.maximum(-low, high) / np.float32(levels // 2)
-        return _to_half(scales), np.full(low.shape, levels // 2 + 1, np.uint8)
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scales = _to_half(high / np.float32(levels) - low / np.float32(levels))
-    step = scales.astype(np.float32)
-    zeros = np.divide(-low, step, out=np.zeros_like(step), where=(step > 0) & np.isfinite(step))
-    return scales, np.clip(np.rint(zeros), 0, levels).astype(np.uint8)
-
-
-def _to_half(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16)
 
 
 def quantize(
@@ -59,7 +23,6 @@ def quantize(
     bits: int,
     group_size: int,
     *,
-    asymmetric: bool = False,
     bias: np.ndarray | None = None,
     name: str = "the matrix",
 ) -> Matrix:
@@ -82,20 +45,19 @@ def quantize(
         If a weight is not finite, or too large for an fp16 scale.
     """
     n, k = weight.shape
-    shapes = packed_shapes(n, k, bits, group_size, zeros=asymmetric)
+    shapes, middle = packed_shapes(n, k, bits, group_size), SYMMETRIC_ZERO[bits]
     arrays = {suffix: np.empty(*spec) for suffix, spec in shapes.items()}
     rows = max(ROWS, CHUNK_VALUES // k // ROWS * ROWS)
 
     def round_rows(start: int) -> bool:
         chunk = _in_groups(weight[start : start + rows], group_size)
-        scales, zeros = group_scales(chunk.min(axis=2), chunk.max(axis=2), bits, asymmetric=asymmetric)
+        with np.errstate(over="ignore"):
+            scales = (np.maximum(-chunk.min(axis=2), chunk.max(axis=2)) / np.float32(middle - 1)).astype(np.float16)
         if not np.isfinite(scales).all():
             return False
         blocks = slice(start // ROWS, start // ROWS + round_up(len(chunk), ROWS) // ROWS)
         arrays["scales"][blocks] = pack_groups(scales, k, group_size, np.float16)
-        if asymmetric:
-            arrays["zeros"][blocks] = pack_groups(zeros, k, group_size, np.uint8)
-        codes = _round(chunk, scales.astype(np.float32), zeros, 2**bits - 1)
+        codes = _round(chunk, scales.astype(np.float32), middle)
         arrays["qweight"][blocks] = pack_codes(codes[:, :k], bits)
         return True
 
@@ -109,7 +71,6 @@ def quantize(
         group_size=group_size,
         weight=arrays["qweight"],
         scales=arrays["scales"],
-        zeros=arrays.get("zeros"),
         bias=bias,
     )
 
@@ -129,12 +90,12 @@ def _in_groups(weight: np.ndarray, group_size: int) -> np.ndarray:
     return padded.reshape(n, -1, group_size)
 
 
-def _round(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
+def _round(values: np.ndarray, scales: np.ndarray, middle: int) -> np.ndarray:
     """Round groups to codes, uint8 ``[n, k]``, in place of `values`."""
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
     with np.errstate(over="ignore"):
         values *= inverse[:, :, None]
     np.rint(values, out=values)
-    values += zeros[:, :, None].astype(np.float32)
-    np.clip(values, 0, top, out=values)
+    values += np.float32(middle)
+    np.clip(values, 0, 2 * middle - 1, out=values)
     return values.astype(np.uint8).reshape(len(values), -1)
