@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,25 +14,13 @@ from qvl_convert import calibration
 from qvl_convert.allocation import allocate, parse_size
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.lora import Merged
-from qvl_convert.plan import Finished, MatrixPlan, Recipe, Source
+from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.progress import Progress, Report
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
-
-Producer = Callable[[Source, list[MatrixPlan], list[MatrixPlan], Finished], Iterator[tuple[MatrixPlan, Matrix]]]
-"""Produces the missing matrices in any order. Arguments: the source, all plans, the plans of missing matrices, and a
-reader of finished matrices."""
-
-
-def each_by_itself(
-    source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
-) -> Iterator[tuple[MatrixPlan, Matrix]]:
-    """Produce matrices that need no calibration."""
-    for plan in pending:
-        yield plan, source.matrix(plan)
 
 
 def convert(
@@ -54,7 +42,6 @@ def convert(
     force: bool = False,
     progress: Progress = lambda name, done, total: None,
     effort: Report = lambda done, whole: None,
-    produce: Producer | None = None,
 ) -> None:
     """Convert the folder of a Hugging Face model into one file.
 
@@ -92,8 +79,6 @@ def convert(
         Called with the name of each finished tensor, the finished bytes of the file, and its size.
     effort : callable
         Called with the work of the calibration that is done and all of it, estimated in seconds on some machine.
-    produce : callable
-        Produces the missing matrices; by default according to `method`.
 
     Raises
     ------
@@ -135,13 +120,12 @@ def convert(
     plans = source.plan(recipe, chosen)
     layout = _layout(source, plans, vectors)
     metadata = _metadata(source, plans)
-    if produce is None:
-        produce = each_by_itself
+    calibrated = None
     if parts := {plan.spec.part for plan in plans if plan.method == "gptq"}:
         samples = _samples(source, data, calibration_samples, parts=parts)
         from qvl_convert.quantize_model import Calibrated  # imports Numba
 
-        produce = Calibrated(samples, device=device or "auto", spill=spill, report=effort)
+        calibrated = Calibrated(samples, device=device or "auto", spill=spill, report=effort)
         used = {"data": Path(data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)
     writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)
@@ -154,7 +138,10 @@ def convert(
             progress(name, writer.written, writer.size)
 
         pending = [p for p in plans if not all(writer.done(name) for name in p.layout())]
-        for plan, matrix in produce(source, plans, pending, finished):
+        made: Iterator[tuple[MatrixPlan, Matrix]] = ((plan, source.matrix(plan)) for plan in pending)
+        if calibrated is not None:
+            made = calibrated(source, plans, pending, finished)
+        for plan, matrix in made:
             writer.write_matrix(plan.spec.name, matrix)
             report(plan.spec.name)
             # An embedding is large: free it before the next matrix is produced.
