@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from qvl_convert import gptq
-from qvl_convert.gptq import dequantize, output_error
 from qvl_convert.hessian import Hessian, factorize
+from qvl_kernels.packing import pack
 
 DAMP = 0.01
 
@@ -60,6 +60,12 @@ def activations(layers: list[int], sequences: int) -> dict[str, tuple[np.ndarray
     return {name: (m.weight.detach().numpy(), parts[0][name], parts[1][name]) for name, m in linears.items()}
 
 
+def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:
+    """``|X (W - Q)^T|^2 / |X W^T|^2`` for inputs with this Hessian."""
+    change = weight - quantized
+    return float(np.vdot(change @ hessian, change) / np.vdot(weight @ hessian, weight))
+
+
 def nearest(w: np.ndarray, _: np.ndarray, group_size: int, sym: bool) -> np.ndarray:
     """Round to nearest with scales from the largest value (`sym`) or the range."""
     groups = w.reshape(len(w), -1, group_size)
@@ -74,7 +80,7 @@ def nearest(w: np.ndarray, _: np.ndarray, group_size: int, sym: bool) -> np.ndar
 
 def ours(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool) -> np.ndarray:
     codes, scales, zeros = gptq.gptq(w, factorize(hessian, damp=DAMP), group_size=group_size, sym=sym)
-    return dequantize(codes, scales, 8 if sym else zeros, group_size)
+    return pack(codes, scales, 4, group_size, zeros=zeros).dequantize()
 
 
 def theirs(w: np.ndarray, hessian: np.ndarray, group_size: int, sym: bool, **settings) -> np.ndarray:

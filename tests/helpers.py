@@ -22,6 +22,19 @@ def sha256(data: bytes | np.ndarray | Path) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()
 
 
+def dequantize(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group_size: int) -> np.ndarray:
+    """``scale * (code - zero)``, float32."""
+    group = np.arange(codes.shape[1]) // group_size
+    offset = zeros.astype(np.float32)[:, group] if isinstance(zeros, np.ndarray) else zeros
+    return (codes.astype(np.float32) - offset) * scales.astype(np.float32)[:, group]
+
+
+def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:
+    """``|X (W - Q)^T|^2 / |X W^T|^2`` for inputs with this Hessian."""
+    change = weight - quantized
+    return float(np.vdot(change @ hessian, change) / np.vdot(weight @ hessian, weight))
+
+
 def refused(action: Callable[[], object], *parts: str) -> None:
     """An action fails with one line that holds all the parts."""
     with pytest.raises(QvlError) as caught:

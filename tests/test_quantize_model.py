@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from fakes.recorded import Recorded
-from helpers import conversion_refused, sha256
+from helpers import conversion_refused, dequantize, output_error, sha256
 from shards import changed_copy
 
 import qvl_runtime as qvl
@@ -16,7 +16,7 @@ from qvl_convert import calibration, gram, quantize_model
 from qvl_convert import convert as convert_module
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
-from qvl_convert.gptq import dequantize, gptq, output_error
+from qvl_convert.gptq import gptq
 from qvl_convert.hessian import factorize
 from qvl_convert.plan import Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights

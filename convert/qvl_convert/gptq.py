@@ -174,19 +174,6 @@ def refine(
             )  # fmt: skip
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group_size: int) -> np.ndarray:
-    """Compute ``scale * (code - zero)``: float32 ``[N, K]``."""
-    group = np.arange(codes.shape[1]) // group_size
-    offset = zeros.astype(np.float32)[:, group] if isinstance(zeros, np.ndarray) and zeros.ndim else zeros
-    return (codes.astype(np.float32) - offset) * scales.astype(np.float32)[:, group]
-
-
-def output_error(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:
-    """Compute ``|X (W - Q)^T|^2 / |X W^T|^2`` for inputs with this Hessian."""
-    change = weight - quantized
-    return float(np.vdot(change @ hessian, change) / np.vdot(weight @ hessian, weight))
-
-
 def _feedback(
     w: np.ndarray, scales: np.ndarray, zeros: np.ndarray, factor: Factor, bits: int, group_size: int
 ) -> np.ndarray:

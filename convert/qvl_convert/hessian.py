@@ -107,7 +107,7 @@ class Factor:
     dead: int
 
 
-def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True, name: str = "matrix") -> Factor:
+def factorize(hessian: np.ndarray, *, damp: float = 0.01, name: str = "matrix") -> Factor:
     """Damp and factorize a Hessian ``[K, K]``.
 
     While the factorization fails, `damp` (a share of the mean diagonal) is multiplied by ten and a warning is logged.
@@ -121,7 +121,7 @@ def factorize(hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = True
     if not np.isfinite(hessian).all():
         raise QvlError(f"{name}: the calibration activations are not finite; check the checkpoint's weights")
     unit = energy.mean() if energy.any() else 1.0
-    order = np.argsort(-energy, kind="stable") if act_order else np.arange(len(energy))
+    order = np.argsort(-energy, kind="stable")
     asked = damp
     precision: type[np.floating] = np.float32
     while True:

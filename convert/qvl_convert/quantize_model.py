@@ -122,8 +122,6 @@ class Calibrated:
         Device of the layers; GPTQ itself runs on the CPU.
     spill : bool
         Store the activations in a temporary folder, not in memory.
-    damp : float
-        Damping as a share of the mean of a Hessian's diagonal.
     report : callable
         Receives the work done and the whole work, in seconds on some machine.
     """
@@ -134,10 +132,9 @@ class Calibrated:
         *,
         device: str = "auto",
         spill: bool = False,
-        damp: float = 0.01,
         report: Report = lambda done, whole: None,
     ):
-        self.samples, self._device, self._spill, self._damp, self._report = samples, device, spill, damp, report
+        self.samples, self._device, self._spill, self._report = samples, device, spill, report
 
     def __call__(
         self, source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
@@ -204,15 +201,12 @@ class Calibrated:
 
     def hessians(self, walk: Walk, stage: Stage, published: Published, wanted: set[str]) -> dict[str, Hessian]:
         """Compute the Hessians of the wanted matrices of a stage with its original weights."""
-        wanted = wanted & set(stage.matrices)
         if stage.kind == "norm":
             walk.run(stage, Weights(published, walk.ops))
             hessian = Hessian(walk.config.hidden_size)
             for normed in walk.hidden:
                 hessian.add(normed)
             return dict.fromkeys(wanted, hessian)
-        if not wanted:
-            return {}
         watch = Watch(walk.ops, wanted)
         walk.run(stage, WatchedWeights(published, watch), keep=False)
         return watch.hessians
@@ -226,7 +220,7 @@ class Calibrated:
             started, hessian = time.perf_counter(), hessians[plan.spec.name]
             if id(hessian) not in factors:
                 # one factor at a time: it takes three times the memory of a Hessian
-                factors = {id(hessian): factorize(hessian.mean(), damp=self._damp, name=plan.spec.name)}
+                factors = {id(hessian): factorize(hessian.mean(), name=plan.spec.name)}
             factor = factors[id(hessian)]
             weight, bias, origin = source.weight(plan.spec), source.bias(plan.spec), source.origin(plan.spec)
             codes, scales, _ = gptq(weight, factor, bits=plan.bits, group_size=plan.group_size, name=origin)
