@@ -74,3 +74,8 @@ def bias_name(weight: str) -> str:
 def linear(name: str, part: str, n: int, k: int, *, bias: bool = False, heads: int = 0) -> MatrixSpec:
     """Return the spec of a linear layer with its published name."""
     return MatrixSpec(name, part, n, k, {f"{name}.weight": n}, bias, heads=heads)
+
+
+def layer_norm(name: str, part: str, width: int) -> tuple[VectorSpec, VectorSpec]:
+    """Return the specs of a norm with a weight and a bias."""
+    return VectorSpec(f"{name}.weight", part, (width,)), VectorSpec(f"{name}.bias", part, (width,))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, ModelConfig, VisionConfig
-from qvl_runtime.families.specs import MatrixSpec, TensorSpec, VectorSpec, linear
+from qvl_runtime.families.specs import MatrixSpec, TensorSpec, VectorSpec, layer_norm, linear
 
 VISUAL, TEXT = "model.visual", "model.language_model"
 PATCH_EMBEDDING = f"{VISUAL}.patch_embed.proj"
@@ -80,12 +80,6 @@ def patch_embedding(v: VisionConfig, *, bias: bool) -> MatrixSpec:
     convolution = (3, FRAMES, v.patch_size, v.patch_size)
     source = {f"{PATCH_EMBEDDING}.weight": v.width}
     return MatrixSpec(PATCH_EMBEDDING, "vision", v.width, v.patch_dim, source, bias, columns=convolution)
-
-
-def layer_norm(name: str, part: str, width: int) -> Iterator[VectorSpec]:
-    """Yield a norm with a weight and a bias."""
-    yield VectorSpec(f"{name}.weight", part, (width,))
-    yield VectorSpec(f"{name}.bias", part, (width,))
 
 
 def rms_norm(name: str, part: str, width: int) -> VectorSpec:

@@ -8,7 +8,7 @@ from qvl_runtime.families.qwen2_vl import tensors as qwen2
 from qvl_runtime.families.qwen2_vl.config import MERGE
 from qvl_runtime.families.qwen2_vl.tensors import VISUAL
 from qvl_runtime.families.qwen3_vl.config import Qwen3Config
-from qvl_runtime.families.specs import TensorSpec, VectorSpec, linear
+from qvl_runtime.families.specs import TensorSpec, VectorSpec, layer_norm, linear
 
 POSITIONS = f"{VISUAL}.pos_embed.weight"
 LAYERS = ("linear_fc1", "linear_fc2")
@@ -32,15 +32,15 @@ def tensors(config: Qwen3Config) -> Iterator[TensorSpec]:
     yield VectorSpec(POSITIONS, "vision", (v.num_position_embeddings, v.width))
     for i in range(v.depth):
         block = f"{VISUAL}.blocks.{i}"
-        yield from qwen2.layer_norm(f"{block}.norm1", "vision", v.width)
+        yield from layer_norm(f"{block}.norm1", "vision", v.width)
         yield from qwen2.vision_attention(block, v)
-        yield from qwen2.layer_norm(f"{block}.norm2", "vision", v.width)
+        yield from layer_norm(f"{block}.norm2", "vision", v.width)
         yield linear(f"{block}.mlp.{LAYERS[0]}", "vision", v.mlp_width, v.width, bias=True)
         yield linear(f"{block}.mlp.{LAYERS[1]}", "vision", v.width, v.mlp_width, bias=True)
         if i in v.deepstack_visual_indexes:
             name = deepstack(v.deepstack_visual_indexes.index(i))
-            yield from qwen2.layer_norm(f"{name}.norm", "adapter", v.width * MERGE**2)
+            yield from layer_norm(f"{name}.norm", "adapter", v.width * MERGE**2)
             yield from qwen2.merger(name, v, LAYERS)
-    yield from qwen2.layer_norm(f"{VISUAL}.merger.norm", "adapter", v.width)
+    yield from layer_norm(f"{VISUAL}.merger.norm", "adapter", v.width)
     yield from qwen2.merger(f"{VISUAL}.merger", v, LAYERS)
     yield from qwen2.decoder(config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen_vl.config import ModelConfig
-from qvl_runtime.families.specs import MatrixSpec, TensorSpec, VectorSpec, linear
+from qvl_runtime.families.specs import MatrixSpec, TensorSpec, VectorSpec, layer_norm, linear
 
 DECODER = DecoderNames(
     embedding="transformer.wte",
@@ -45,24 +45,19 @@ def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     yield linear("lm_head", "head", config.vocab_size, d)
 
 
-def _layer_norm(name: str, part: str, width: int) -> Iterator[VectorSpec]:
-    yield VectorSpec(f"{name}.weight", part, (width,))
-    yield VectorSpec(f"{name}.bias", part, (width,))
-
-
 def _vision(config: ModelConfig) -> Iterator[TensorSpec]:
     v, name = config.vision, "transformer.visual"
     convolution = (3, v.patch_size, v.patch_size)
     source = {f"{name}.conv1.weight": v.width}
     yield MatrixSpec(f"{name}.conv1", "vision", v.width, v.patch_dim, source, columns=convolution)
     yield VectorSpec(f"{name}.positional_embedding", "vision", (256, v.width))
-    yield from _layer_norm(f"{name}.ln_pre", "vision", v.width)
+    yield from layer_norm(f"{name}.ln_pre", "vision", v.width)
     for i in range(v.layers):
         block = f"{name}.transformer.resblocks.{i}"
-        yield from _layer_norm(f"{block}.ln_1", "vision", v.width)
+        yield from layer_norm(f"{block}.ln_1", "vision", v.width)
         yield linear(f"{block}.attn.in_proj", "vision", 3 * v.width, v.width, bias=True)
         yield linear(f"{block}.attn.out_proj", "vision", v.width, v.width, bias=True)
-        yield from _layer_norm(f"{block}.ln_2", "vision", v.width)
+        yield from layer_norm(f"{block}.ln_2", "vision", v.width)
         yield linear(f"{block}.mlp.c_fc", "vision", v.mlp_width, v.width, bias=True)
         yield linear(f"{block}.mlp.c_proj", "vision", v.width, v.mlp_width, bias=True)
 
@@ -72,15 +67,15 @@ def _adapter(config: ModelConfig) -> Iterator[TensorSpec]:
     d = v.output_dim
     if v.width != d:
         yield linear(f"{name}.kv_proj", "adapter", d, v.width)
-    yield from _layer_norm(f"{name}.ln_kv", "adapter", d)
-    yield from _layer_norm(f"{name}.ln_q", "adapter", d)
+    yield from layer_norm(f"{name}.ln_kv", "adapter", d)
+    yield from layer_norm(f"{name}.ln_q", "adapter", d)
     yield VectorSpec(f"{name}.query", "adapter", (v.n_queries, d))
     yield VectorSpec(f"{name}.pos_embed", "adapter", (v.n_queries, d))
     for i, projection in enumerate("qkv"):
         in_proj = {f"{name}.attn.in_proj_weight": d}
         yield MatrixSpec(f"{name}.attn.{projection}_proj", "adapter", d, d, in_proj, bias=True, first_row=i * d)
     yield linear(f"{name}.attn.out_proj", "adapter", d, d, bias=True)
-    yield from _layer_norm("transformer.visual.ln_post", "adapter", d)
+    yield from layer_norm("transformer.visual.ln_post", "adapter", d)
     yield MatrixSpec("transformer.visual.proj", "adapter", d, d, {"transformer.visual.proj": d}, transposed=True)
 
 
