@@ -121,9 +121,9 @@ def test_bits_by_size(tmp_path):
 
 def test_calibration_helps_as_verify_sees_it(tmp_path):
     source, errors = GOLDEN / "ckpt/q3-tied", []
-    for recipe in ({"method": "rtn"}, {"method": "gptq", "calibration_samples": 4}):
-        path = tmp_path / f"{recipe['method']}.qvl"
-        convert(source, path, group_size=32, **recipe, **KEPT)
+    for method in ("rtn", "gptq"):
+        path = tmp_path / f"{method}.qvl"
+        convert(source, path, method=method, calibration_samples=4, group_size=32, **KEPT)
         model = qvl.load(path, device="cpu")
         samples = calibration.load("builtin", model, count=2, max_tokens=300, seed=1)
         errors.append(verify(model, open_reference(source), samples, max_new_tokens=2).model.kl_mean)

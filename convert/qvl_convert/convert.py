@@ -34,9 +34,9 @@ def convert(
     method: str = "rtn",
     target_size: str | None = None,
     lora: str | os.PathLike | None = None,
-    calibration_data: str | os.PathLike | None = None,
-    calibration_samples: int | None = None,
-    device: str | None = None,
+    calibration_data: str | os.PathLike = calibration.BUILTIN,
+    calibration_samples: int = 32,
+    device: str = "auto",
     spill: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -62,13 +62,12 @@ def convert(
         File size such as "5.5GB": bits are chosen for each layer (`allocation`), so none of the three may be given.
     lora : path, optional
         Folder of a PEFT adapter to merge into the (unquantized) model.
-    calibration_data : path, optional
-        "builtin" (the default), or a file or folder in a format of `qvl_convert.calibration`. This and the next three
-        are for ``method="gptq"`` or a target size.
-    calibration_samples : int, optional
-        Number of conversations, by default 32.
-    device : str, optional
-        Device of the layers during calibration, by default "auto".
+    calibration_data : path
+        "builtin", or a file or folder in a format of `qvl_convert.calibration`.
+    calibration_samples : int
+        Number of conversations.
+    device : str
+        Device of the layers during calibration.
     spill : bool
         Store the activations of calibration on disk (in the folder for temporary files), not in memory.
     resume : bool
@@ -86,15 +85,10 @@ def convert(
         If the source or the settings are invalid. No file is left then.
     """
     if method != "gptq" and target_size is None:
-        given = {
-            "calibration data": calibration_data,
-            "a number of calibration samples": calibration_samples,
-            "a device": device,
-            "spill": spill or None,
-        }
-        for what, value in given.items():
-            if value is not None:
-                raise QvlError(f"{what} ({value}) is for method gptq or a target size: choose one, or leave it out")
+        if calibration_data != calibration.BUILTIN:
+            raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
+        if spill:
+            raise QvlError("spill is for method gptq or a target size; choose one")
     if target_size is not None and (bits, vision_bits, head_bits) != (None, None, None):
         raise QvlError("a target size chooses the bits: leave out bits, vision_bits and head_bits, or the target size")
     default = 16 if bits == 16 else 8
@@ -107,26 +101,26 @@ def convert(
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
     vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
-    data, chosen = calibration.BUILTIN if calibration_data is None else calibration_data, None
+    chosen = None
     if target_size is not None:
         chosen = allocate(
             source,
-            _samples(source, data, calibration_samples, parts=set(PARTS)),
+            _samples(source, calibration_data, calibration_samples, parts=set(PARTS)),
             parse_size(target_size),
             group_size=group_size,
             size_of=lambda plans: _upper_size(_layout(source, plans, vectors)),
-            device=device or "auto",
+            device=device,
         )
     plans = source.plan(recipe, chosen)
     layout = _layout(source, plans, vectors)
     metadata = _metadata(source, plans)
     calibrated = None
     if parts := {plan.spec.part for plan in plans if plan.method == "gptq"}:
-        samples = _samples(source, data, calibration_samples, parts=parts)
+        samples = _samples(source, calibration_data, calibration_samples, parts=parts)
         from qvl_convert.quantize_model import Calibrated  # imports Numba
 
-        calibrated = Calibrated(samples, device=device or "auto", spill=spill, report=effort)
-        used = {"data": Path(data).name, "samples": len(samples), "hash": calibration.digest(samples)}
+        calibrated = Calibrated(samples, device=device, spill=spill, report=effort)
+        used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)
     writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)
     with writer:
@@ -155,11 +149,9 @@ def convert(
         report(RANKS)
 
 
-def _samples(
-    source: Source, data: str | os.PathLike, count: int | None, *, parts: set[str]
-) -> list[calibration.Sample]:
+def _samples(source: Source, data: str | os.PathLike, count: int, *, parts: set[str]) -> list[calibration.Sample]:
     """Load calibration data for these parts of the model."""
-    samples = calibration.load(data, source.checkpoint, count=32 if count is None else count)
+    samples = calibration.load(data, source.checkpoint, count=count)
     sees = source.checkpoint.config.sees and not parts.isdisjoint(("vision", "adapter"))
     if sees and not any(sample.slots for sample in samples):
         raise QvlError(f"{data}: no sample has a picture, which calibrating the ViT takes; add samples with pictures")

@@ -48,13 +48,10 @@ def convert(
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (PEFT) to merge into the model.")] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures. (*)  [default: builtin]"),
-    ] = None,
-    calibration_samples: Annotated[int | None, typer.Option(help="Number of conversations. (*)  [default: 32]")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda; also for --verify. (*)  [default: auto]")
-    ] = None,
+        str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures. (*)")
+    ] = "builtin",
+    calibration_samples: Annotated[int, typer.Option(help="Number of conversations. (*)")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. (*)")] = "auto",
     spill: Annotated[bool, typer.Option("--spill", help="Store activations on disk, not in memory. (*)")] = False,
     verify: Annotated[
         int | None,
@@ -77,9 +74,6 @@ def convert(
       qvl convert Qwen-VL-Chat mine.qvl --lora my-fine-tune
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
-    calibrated = method == "gptq" or target_size is not None
-    if verify is None:
-        verify = 2 if method == "gptq" else 0
     try:
         with _bar(by_effort=method == "gptq") as (tensors, effort):
             run(
@@ -94,7 +88,7 @@ def convert(
                 lora=lora,
                 calibration_data=calibration,
                 calibration_samples=calibration_samples,
-                device=device if calibrated or not verify else None,
+                device=device,
                 spill=spill,
                 resume=resume,
                 force=force,
@@ -106,10 +100,12 @@ def convert(
             print(f"qvl: interrupted; {partial} is unfinished: --resume continues it", file=sys.stderr)
         raise
     print(f"{out}: {size(out.stat().st_size)}")
+    if verify is None:
+        verify = 2 if method == "gptq" else 0
     if verify:
         from qvl_runtime.cli.verify import verify as compare
 
-        compare(out, reference=src, lora=lora, samples=verify, max_new_tokens=0, device=device or "auto")
+        compare(out, reference=src, lora=lora, samples=verify, max_new_tokens=0, device=device)
 
 
 @contextmanager
