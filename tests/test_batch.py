@@ -359,6 +359,22 @@ def test_lines_of_openai(demo_model, folder):
     assert str(folder) not in json.dumps(bad) and all(map(is_failed, found[0][2:]))
 
 
+def test_lines_of_openai_fail_in_openais_form(demo_model, tmp_path):
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+    bad = [line | {"method": "GET"}, line | {"url": "/v1/models"}, line | {"body": "x"}, line | {"custom_id": 1}]
+    bad[1] |= {"custom_id": "b"}
+    del bad[2]["body"], bad[3]["url"]
+    bad[2]["custom_id"] = "c"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    source, found = open_source(tmp_path / "rows.jsonl"), []
+    assert source.openai and all(row.error and not row.picture_count for row in source.rows(0, 4))
+    Answerer(demo_model, tmp_path, options())([source.rows(0, 4)], lambda _, records: found.extend(records))
+    assert [record["custom_id"] for record in found] == ["a", "b", "c", None] and all(map(is_failed, found))
+    assert [record["response"]["status_code"] for record in found] == [400] * 4
+    told = [record["response"]["body"]["error"]["message"] for record in found]
+    assert ["only POST" in told[0], "only POST" in told[1], "body" in told[2], "custom_id" in told[3]] == [True] * 4
+
+
 def test_answers_follow_a_schema(demo_model, folder):
     schema = JsonSchema('{"enum": ["one", "two"]}')
     asked, found = options(schema=schema), []

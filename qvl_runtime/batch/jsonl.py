@@ -89,12 +89,12 @@ def _lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, int, bytes | 
 
 
 def _openai(count: int, fields: Mapping[str, Any]) -> Row:
-    """Parse a line of OpenAI's batch format."""
+    """Parse a line of OpenAI's batch format. An invalid one has a body too: that gives its error OpenAI's form."""
     row_id, body, url = fields.get("custom_id"), fields.get("body"), fields.get("url")
     if not isinstance(row_id, str) or not row_id:
-        return Row(count, None, error="custom_id must be a text")
+        return Row(count, None, body={}, error="custom_id must be a text")
     if fields.get("method", "POST") != "POST" or url not in ("/v1/chat/completions", "/v1/completions"):
-        return Row(count, row_id, error="only POST to /v1/chat/completions and /v1/completions is known")
+        return Row(count, row_id, body={}, error="only POST to /v1/chat/completions and /v1/completions is known")
     if not isinstance(body, Mapping):
-        return Row(count, row_id, error="body must be an object")
+        return Row(count, row_id, body={}, error="body must be an object")
     return Row(count, row_id, url=url, body=body)
