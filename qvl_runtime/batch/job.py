@@ -14,7 +14,7 @@ from qvl_runtime import __version__
 from qvl_runtime.batch.answers import Answerer, Record, is_failed, tokens, why
 from qvl_runtime.batch.drawn import draw
 from qvl_runtime.batch.options import ModelSpec, Options
-from qvl_runtime.batch.parts import Parts, check_manifest
+from qvl_runtime.batch.parts import Parts, check_manifest, write_manifest
 from qvl_runtime.batch.rows import Row, Source
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
@@ -184,19 +184,17 @@ class Job:
         blob = Blob(model.path)
         self._upright = blob.family.upright
         hashes = json.dumps(blob.hashes(), sort_keys=True)
-        check_manifest(
-            out,
-            {
-                "qvl": __version__,
-                "model": hashlib.sha256(hashes.encode()).hexdigest(),
-                "load": {name: str(value) for name, value in model.load.items() if value is not None},
-                "input": source.fingerprint(),
-                "rows": len(source),
-                "block": block,
-                "format": form,
-                "options": options.fingerprint(),
-            },
-        )
+        self._facts = {
+            "qvl": __version__,
+            "model": hashlib.sha256(hashes.encode()).hexdigest(),
+            "load": {name: str(value) for name, value in model.load.items() if value is not None},
+            "input": source.fingerprint(),
+            "rows": len(source),
+            "block": block,
+            "format": form,
+            "options": options.fingerprint(),
+        }
+        check_manifest(out, self._facts)
         if drawings is not None:
             drawings.mkdir(parents=True, exist_ok=True)
 
@@ -217,11 +215,13 @@ class Job:
             If too many rows fail, or an output file cannot be written.
         """
         with self._parts.held():
+            check_manifest(self._parts.folder, self._facts)  # again: another job may have begun
             progress, tasks = self._planned(retry_failed)
             self._check_failures(progress, None)
             on_progress(progress)
 
             def computed(done: Computed) -> None:
+                write_manifest(self._parts.folder, self._facts)  # not before: a job that cannot begin binds no folder
                 self._write(done)
                 _count(progress, done)
                 on_progress(progress)

@@ -79,16 +79,21 @@ class Parts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the folder against other jobs, and remove partial files of a killed one."""
+        """Create the folder, lock it against other jobs, and remove partial files of a killed one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Not open(): it would empty the file that a link names, and wait for the writer of a pipe.
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with open(handle, "rb"):
             message = "another job is writing to it; wait until it ends, or take another folder"
             lock(handle, f"{self.folder}: {message}")
             for entry in os.scandir(self.folder):
-                if entry.name.startswith(".part-") and entry.name.endswith(SUFFIX):
+                if _is_partial(entry.name):
                     os.unlink(entry.path)
             yield
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(SUFFIX)
 
 
 def _to_lines(records: Sequence[Record]) -> bytes:
@@ -108,7 +113,7 @@ def _differing(facts: Mapping[str, Any], written: Mapping[str, Any]) -> list[str
 
 
 def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts that a job's output depends on, or compare them with the existing manifest.
+    """Compare the facts that a job's output depends on with the manifest of a folder; write nothing.
 
     Raises
     ------
@@ -117,17 +122,25 @@ def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise QvlError(f"{folder}: is a file; name a folder for the output")
-    path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
-    if path.exists():
+    path, names = folder / MANIFEST, os.listdir(folder) if folder.exists() else []
+    if MANIFEST in names:
         written = parse_object(read_regular(path, limit=MAX_JSON), str(path), "take another folder")
-        if differing := _differing(facts, written):
+        if differing := _differing(json.loads(_to_manifest(facts)), written):
             raise QvlError(
                 f"{folder}: holds the output of another job (it differs in {', '.join(differing)}); take another "
                 "folder, or the arguments that it was begun with"
             )
-        return
-    if folder.exists() and any(entry.name != LOCK for entry in os.scandir(folder)):
+    elif any(name != LOCK and not _is_partial(name) for name in names):
         raise QvlError(f"{folder}: is not empty and holds no job; take another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path, private=False, durable=True) as file:
-        file.write(json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, unless there is one."""
+    if not (folder / MANIFEST).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / MANIFEST, private=False, durable=True) as file:
+            file.write(_to_manifest(facts))
+
+
+def _to_manifest(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,85 @@
+"""The output folder of a batch job: which job it belongs to, from when on, and what a killed job leaves in it."""
+
+import json
+
+import pytest
+
+from qvl_runtime.batch.job import Computed, Job
+from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.sources import open_source
+from qvl_runtime.errors import QvlError
+
+ROWS = 4
+
+
+def answer(tasks, on_computed):
+    """A runner without a model."""
+    for task in tasks:
+        records = [{"id": f"r{row}", "row": row, "text": "x", "boxes": [], "error": None} for row in task.rows]
+        on_computed(Computed(task, records, 0))
+
+
+@pytest.fixture
+def job(demo_model, tmp_path):
+    lines = (json.dumps({"id": f"r{i}", "prompt": "x", "image": f"{i}.png"}) for i in range(ROWS))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    spec = ModelSpec(demo_model.blob.path, {"device": "cpu"})
+
+    def make(out="out", drawings=None, **changes):
+        usual = {"prompt": None, "generate": {}, "seed": 0, "max_batch": 4, "allow_urls": False}
+        options = Options(**usual | changes)
+        source = open_source(tmp_path / "rows.jsonl")
+        return Job(spec, source, tmp_path / out, options, block=2, drawings=drawings)
+
+    return make
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_job_that_cannot_begin_binds_no_folder(job, tmp_path):
+    def fail(tasks, on_computed):
+        raise QvlError("context is 0")
+
+    with pytest.raises(QvlError, match="context is 0"):
+        job(seed=1).run(fail)
+    assert names(tmp_path / "out") == [".lock"]
+    assert job(seed=2).run(answer).rows == ROWS
+    with pytest.raises(QvlError, match=r"another job \(it differs in seed\)"):
+        job(seed=1)
+
+
+def test_a_job_killed_while_its_manifest_is_written_goes_on(job, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".lock", ".job.json.0123abcd.partial"):
+        (tmp_path / "out" / name).touch()
+    assert job().run(answer).rows == ROWS
+    assert names(tmp_path / "out") == [".lock", "job.json", "part-000000.jsonl", "part-000001.jsonl"]
+
+
+def test_a_folder_with_other_files_is_left_as_it_is(job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-000000.jsonl").touch()
+    with pytest.raises(QvlError, match="is not empty and holds no job"):
+        job()
+    assert names(tmp_path / "out") == ["part-000000.jsonl"]
+
+
+def test_of_two_jobs_begun_at_once_one_has_the_folder(job, tmp_path):
+    first, second = job(seed=1), job(seed=2)  # both find no folder
+
+    def late(tasks, on_computed):
+        with pytest.raises(QvlError, match="another job is writing to it"):
+            second.run(answer)
+        answer(tasks, on_computed)
+
+    assert first.run(late).rows == ROWS
+    with pytest.raises(QvlError, match=r"another job \(it differs in seed\)"):
+        second.run(answer)
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["options"]["seed"] == 1
+
+
+def test_a_prompt_of_half_characters_goes_on(job):
+    job(prompt="\ud800").run(answer)
+    assert job(prompt="\ud800").run(answer).new_rows == 0
