@@ -7,6 +7,8 @@ import pytest
 from qvl_runtime.batch.job import Computed, Job
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.sources import open_source
+from qvl_runtime.cli import batch as command
+from qvl_runtime.cli.main import main
 from qvl_runtime.errors import QvlError
 
 ROWS = 4
@@ -28,7 +30,7 @@ def job(demo_model, tmp_path):
     def make(out="out", drawings=None, **changes):
         usual = {"prompt": None, "generate": {}, "seed": 0, "max_batch": 4, "allow_urls": False}
         options = Options(**usual | changes)
-        source = open_source(tmp_path / "rows.jsonl")
+        source = open_source(tmp_path / "rows.jsonl", options.images)
         return Job(spec, source, tmp_path / out, options, block=2, drawings=drawings)
 
     return make
@@ -83,3 +85,29 @@ def test_of_two_jobs_begun_at_once_one_has_the_folder(job, tmp_path):
 def test_a_prompt_of_half_characters_goes_on(job):
     job(prompt="\ud800").run(answer)
     assert job(prompt="\ud800").run(answer).new_rows == 0
+
+
+def test_pictures_of_another_folder_are_another_job(job, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    job(images=tmp_path / "a").run(answer)
+    job(images=tmp_path / "a")
+    for images in (tmp_path / "b", None):
+        with pytest.raises(QvlError, match=r"another job \(it differs in images\)"):
+            job(images=images)
+    job("moved").run(answer)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "b" / "rows.jsonl")
+    (tmp_path / "rows.jsonl").symlink_to("b/rows.jsonl")  # the input and its pictures may be moved together
+    job("moved")
+
+
+def test_the_command_records_the_folder_of_the_pictures(demo_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "on_this_machine", lambda *work: answer(*work[-2:]))
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "x", "image": "a.png"}')
+    asked = ["batch", str(demo_model.blob.path), str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "--device", "cpu"]
+    for images, code in (("a", 0), ("a", 0), ("b", 1)):
+        (tmp_path / images).mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as left:
+            main([*asked, "--images", str(tmp_path / images)])
+        assert (left.value.code or 0) == code
+    assert "differs in images" in capsys.readouterr().err

@@ -117,6 +117,12 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
         open_source(tmp_path)
 
 
+def test_a_folder_of_pictures_has_no_other_folder_of_pictures(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(QvlError, match="is a folder of pictures itself; leave out --images"):
+        open_source(tmp_path, tmp_path)
+
+
 def add(tar, name, content=b"x", **fields):
     info = tarfile.TarInfo(name)
     info.size = len(content)

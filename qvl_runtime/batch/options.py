@@ -28,6 +28,8 @@ class Options:
         Allow pictures from http(s) URLs.
     schema : JsonSchema, optional
         Restricts the answers of rows that are not lines of OpenAI's format.
+    images : Path, optional
+        Folder of the pictures, as given; by default that of the input, with which it may be moved.
     """
 
     prompt: str | None
@@ -36,11 +38,13 @@ class Options:
     max_batch: int
     allow_urls: bool
     schema: JsonSchema | None = None
+    images: Path | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts that answers depend on, as JSON types; `max_batch` is not among them."""
         schema = {} if self.schema is None else {"schema": self.schema.schema}
-        return {"prompt": self.prompt, "seed": self.seed, "urls": self.allow_urls, **schema, **self.generate}
+        images = {} if self.images is None else {"images": str(self.images)}
+        return {"prompt": self.prompt, "seed": self.seed, "urls": self.allow_urls, **schema, **images, **self.generate}
 
     def seed_of(self, row_id: str) -> int:
         """Return the seed of a row, which is deterministic."""

@@ -33,6 +33,8 @@ def open_source(path: Path, pictures: Path | None = None) -> Source:
         for suffix, kind in ((".tar", TarShards), (".parquet", ParquetFiles)):
             if shards := sorted(path.glob(f"*{suffix}")):
                 return kind(shards, pictures or path)
+        if pictures is not None:
+            raise QvlError(f"{path}: is a folder of pictures itself; leave out --images {pictures}")
         return PictureFolder(path)
     root = pictures or path.parent
     match path.suffix.lower():

@@ -108,7 +108,7 @@ def batch(
         "frequency_penalty": frequency_penalty,
         "stop": stop or [],
     }
-    options = Options(prompt, generate, seed, max_batch, allow_urls, read_schema(schema))
+    options = Options(prompt, generate, seed, max_batch, allow_urls, read_schema(schema), images)
     spec = ModelSpec(
         model,
         {
