@@ -9,6 +9,7 @@ from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli import batch as command
 from qvl_runtime.cli.main import main
+from qvl_runtime.engine.constraints import JsonSchema
 from qvl_runtime.errors import QvlError
 
 ROWS = 4
@@ -111,3 +112,21 @@ def test_the_command_records_the_folder_of_the_pictures(demo_model, tmp_path, mo
             main([*asked, "--images", str(tmp_path / images)])
         assert (left.value.code or 0) == code
     assert "differs in images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"generate": {"max_new_tokens": -1}}, "max_new_tokens is -1"),
+        ({"generate": {"temperature": -1.0}}, "temperature is -1"),
+        ({"generate": {"top_p": 7.0}}, "top_p is 7"),
+        ({"generate": {"min_p": float("inf")}}, "min_p is inf"),
+        ({"schema": JsonSchema('{"type": "strin"}')}, "json_schema cannot be used"),
+        ({"schema": JsonSchema('{"$ref": "#"}')}, "json_schema cannot be used: no text"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(job, tmp_path, changes, told):
+    with pytest.raises(QvlError, match=told):
+        job(**changes)
+    assert not (tmp_path / "out").exists()
+    job(schema=JsonSchema('{"type": "string"}'), generate={"max_new_tokens": 4, "top_p": 0.5, "stop": ["."]})

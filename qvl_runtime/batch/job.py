@@ -182,6 +182,7 @@ class Job:
             raise QvlError(f"--format {form} has no place for the answers to OpenAI's lines; take jsonl")
         self._parts = Parts(out, form, -(-len(source) // block))
         blob = Blob(model.path)
+        options.check(blob)
         self._upright = blob.family.upright
         hashes = json.dumps(blob.hashes(), sort_keys=True)
         self._facts = {

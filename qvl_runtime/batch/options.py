@@ -7,7 +7,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.engine.constraints import JsonSchema
+from qvl_runtime.blob import Blob
+from qvl_runtime.engine.constraints import Answer, JsonSchema
+from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.options import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,21 @@ class Options:
     allow_urls: bool
     schema: JsonSchema | None = None
     images: Path | None = None
+
+    def check(self, blob: Blob) -> None:
+        """Check the options that all requests have, before one is made.
+
+        Raises
+        ------
+        QvlError
+            A value is out of range, or no answer can match the schema.
+        """
+        names = {field.name for field in dataclasses.fields(Sampler)}
+        Sampler(**{name: value for name, value in self.generate.items() if name in names})
+        most = whole_number("max_new_tokens", self.generate.get("max_new_tokens", 0))
+        if self.schema is not None:
+            tokenizer = blob.family.tokenizer(blob.ranks, blob.config)
+            self.schema.start(Answer(tokenizer, tokenizer.stop_ids, most, "", blob.family.grounding.constraint))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts that answers depend on, as JSON types; `max_batch` is not among them."""
