@@ -426,7 +426,7 @@ def test_the_command(demo_model, folder, tmp_path, capsys):
     assert [status["rows"] for status in statuses] == [0, 2] and (last["rows"], last["failed"]) == (2, 0)
     found = pa.parquet.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
     assert [row["id"] for row in found] == ["a.png", "b.png"]
-    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    drawn = {path.name for path in (tmp_path / "drawn").glob("*.png")}
     assert drawn == {f"{row['row']:06d}-{row['id']}.png" for row in found if row["boxes"]} and drawn
 
 

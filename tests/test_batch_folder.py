@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from qvl_runtime.batch.job import Computed, Job
 from qvl_runtime.batch.options import ModelSpec, Options
@@ -130,3 +131,40 @@ def test_options_are_checked_before_anything_is_written(job, tmp_path, changes, 
         job(**changes)
     assert not (tmp_path / "out").exists()
     job(schema=JsonSchema('{"type": "string"}'), generate={"max_new_tokens": 4, "top_p": 0.5, "stop": ["."]})
+
+
+def boxed(tasks, on_computed):
+    """As `answer`; each answer has a box."""
+    box = {"ref": "x", "numbers": [1, 1, 9, 9], "pixels": [1, 1, 9, 9]}
+    for task in tasks:
+        records = [{"id": f"r{row}", "row": row, "boxes": [box], "usage": None, "error": None} for row in task.rows]
+        on_computed(Computed(task, records, 0))
+
+
+def test_finished_blocks_are_drawn_from_their_answers(job, tmp_path):
+    for row in range(ROWS):
+        Image.new("RGB", (20, 20), (row, 0, 0)).save(tmp_path / f"{row}.png")
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    job("a", whole).run(boxed)
+    job("b").run(boxed)
+    assert job("b", later).run(boxed).new_rows == 0
+    pictures = [f"{row:06d}-r{row}.png" for row in range(ROWS)]
+    assert names(whole) == names(later) == [*pictures, "job.json"]
+    assert all((whole / name).read_bytes() == (later / name).read_bytes() for name in pictures)
+    (later / pictures[0]).unlink()
+    (later / pictures[1]).write_bytes(b"as it is")
+    job("b", later).run(boxed)
+    assert (later / pictures[0]).exists() and (later / pictures[1]).read_bytes() == b"as it is"
+
+
+def test_a_folder_of_drawings_belongs_to_one_job(job, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000-r0.png").write_bytes(b"mine")
+    with pytest.raises(QvlError, match="mine: is not empty and holds no job"):
+        job(drawings=tmp_path / "mine")
+    job(drawings=tmp_path / "drawn").run(answer)
+    with pytest.raises(QvlError, match=r"drawn: holds the output of another job \(it differs in seed\)"):
+        job("other", tmp_path / "drawn", seed=1)
+    with pytest.raises(OSError, match=r"rows\.jsonl"):
+        job("other", tmp_path / "rows.jsonl" / "drawn")
+    assert (tmp_path / "mine" / "000000-r0.png").read_bytes() == b"mine" and not (tmp_path / "other").exists()

@@ -23,16 +23,26 @@ LONGEST_NAME = 200
 
 
 def draw(
-    rows: Sequence[Row], records: Sequence[Record], root: Path, folder: Path, options: Options, *, exif: bool
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    root: Path,
+    folder: Path,
+    options: Options,
+    *,
+    exif: bool,
+    again: bool = True,
 ) -> None:
-    """Save the last picture of each row with boxes as ``NUMBER-ID.png``; log a picture that cannot be drawn."""
+    """Save the last picture of each row with boxes as ``NUMBER-ID.png``; log a picture that cannot be drawn.
+
+    Without `again` only missing ones are drawn.
+    """
     for row, record in zip(rows, records):
-        if boxes := _boxes(record):
+        path = folder / f"{row.number:06d}-{_safe(row.id or '')}.png"
+        if (boxes := _boxes(record)) and (again or not path.exists()):
             try:
                 source = located(_last_picture(row), root)
                 picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
-                named = [_on_picture(box, picture.size) for box in boxes]
-                draw_boxes(picture, named, folder / f"{row.number:06d}-{_safe(row.id or '')}.png")
+                draw_boxes(picture, [_on_picture(box, picture.size) for box in boxes], path)
             except QvlError as error:
                 log.warning("row %d is not drawn: %s", row.number, error)
 

@@ -161,7 +161,7 @@ class Job:
     max_failures : float
         Share of the rows that may fail before the job stops.
     drawings : Path, optional
-        Folder for pictures with the boxes of their answers.
+        Folder for pictures with the boxes of their answers, also those of earlier runs that it lacks.
     """
 
     def __init__(
@@ -195,7 +195,8 @@ class Job:
             "format": form,
             "options": options.fingerprint(),
         }
-        check_manifest(out, self._facts)
+        for folder in (out,) if drawings is None else (out, drawings):
+            check_manifest(folder, self._facts)
         if drawings is not None:
             drawings.mkdir(parents=True, exist_ok=True)
 
@@ -233,7 +234,7 @@ class Job:
         return progress
 
     def _planned(self, retry_failed: bool) -> tuple[Progress, list[Task]]:
-        """Return the progress of earlier runs, and the remaining tasks."""
+        """Return the progress of earlier runs, and the remaining tasks; draw what is not drawn yet."""
         progress, tasks, missing = Progress(len(self._source)), [], set(self._parts.missing())
         for first in range(0, len(self._source), self._block):
             block, end = first // self._block, min(first + self._block, len(self._source))
@@ -244,6 +245,7 @@ class Job:
             failures = tuple(first + i for i, record in enumerate(records) if is_failed(record))
             progress.rows += len(records)
             progress.failed += len(failures)
+            self._draw(Task(block, tuple(range(first, end))), records, again=False)
             if retry_failed and failures:
                 progress.rows -= len(failures)
                 progress.failed -= len(failures)
@@ -257,9 +259,13 @@ class Job:
             again = dict(zip(done.task.rows, records))
             records = [again.get(first + i, old) for i, old in enumerate(self._parts.read(done.task.block, count))]
         self._parts.write(done.task.block, records)
-        if self._drawings is not None:  # after the answers, which took longer
-            rows, root = rows_of(self._source, done.task), self._source.root
-            draw(rows, done.records, root, self._drawings, self._options, exif=self._upright)
+        self._draw(done.task, done.records, again=True)  # after the answers, which took longer
+
+    def _draw(self, task: Task, records: Sequence[Record], *, again: bool) -> None:
+        if self._drawings is not None:
+            write_manifest(self._drawings, self._facts)
+            rows, root = rows_of(self._source, task), self._source.root
+            draw(rows, records, root, self._drawings, self._options, exif=self._upright, again=again)
 
     def _check_failures(self, progress: Progress, example: Record | None) -> None:
         if progress.failed > self._max_failures * progress.total:
