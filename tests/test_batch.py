@@ -5,12 +5,15 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import sys
+from multiprocessing.connection import wait
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from qvl_runtime.batch import processes
 from qvl_runtime.batch.answers import Answerer, is_failed
 from qvl_runtime.batch.job import Computed, Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
@@ -330,6 +333,18 @@ def test_an_error_in_a_process_ends_a_job(job, tmp_path, folder):
         job(tmp_path / "out").run(lambda *work: in_processes([MINE], none, source, options(), *work))
 
 
+def test_ctrl_c_is_left_to_the_first_process(job, tmp_path, folder, monkeypatch):
+    def interrupt(connections):
+        for child in multiprocessing.active_children():  # they still import their modules
+            os.kill(child.pid, signal.SIGINT)
+        return wait(connections)
+
+    monkeypatch.setattr(processes, "wait", interrupt)
+    source, none = open_source(folder / "rows.jsonl"), ModelSpec(tmp_path / "none.qvl", {})
+    with pytest.raises(QvlError, match=r"none\.qvl"):
+        job(tmp_path / "out").run(lambda *work: in_processes([MINE], none, source, options(), *work))
+
+
 def test_lines_of_openai(demo_model, folder):
     content = base64.b64encode((folder / "a.png").read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
@@ -405,7 +420,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, spec, tmp_pat
     work = Job(spec, source, tmp_path / "out", options(), block=64, drawings=tmp_path / "drawn")
     assert work.run(answered).rows == 3
     assert records(parts(tmp_path / "out")) == found
-    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.png"))
     assert drawn == [f"000001-{'图' * 66}.png", f"000002-{'𠀀' * 49}_.png"]
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("row 0 is not drawn: ")
     assert f"{tmp_path}/0.png: no such file" in caplog.messages[0]

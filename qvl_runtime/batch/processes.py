@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -83,7 +85,8 @@ def in_processes(
             mine, theirs = context.Pipe()
             arguments = (theirs, list(processors), model, source, options)
             children.append(context.Process(target=_work, args=arguments, daemon=True))
-            children[-1].start()
+            with _without_interrupts():
+                children[-1].start()
             theirs.close()  # the child has the only one: its end is an `EOFError` here
             connections.append(mine)
         while missing:
@@ -104,6 +107,20 @@ def in_processes(
             child.terminate()
         for child in children:
             child.join()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Block Ctrl-C, also in processes that start meanwhile, which would end with a traceback each."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its start, which that of a first process includes, would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, processors: list[int], model: ModelSpec, source: Source, options: Options) -> None:
