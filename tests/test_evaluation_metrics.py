@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation import scores
 from qvl_runtime.evaluation.comparison import compare, resampled
 from qvl_runtime.evaluation.data import Sample
@@ -83,6 +86,39 @@ def test_stanfords_words_where_java_is():
     cases = golden()["cider"]
     texts = [text for case in cases for text in (case["answer"], *case["references"])]
     assert tokens.java_tokens(texts) == [word for case in cases for word in case["words"]]
+
+
+@pytest.fixture
+def java(monkeypatch):
+    """A program in place of Java that ends a line, as Stanford's does, at every separator of lines."""
+
+    class Program:
+        more = ""
+
+        def run(self, command, *, input, **options):
+            lines = re.split("\r\n|[\n\r\v\f\x85\u2028\u2029]", input.decode())
+            return subprocess.CompletedProcess(command, 0, ("\n".join(lines) + self.more).encode(), b"")
+
+    program = Program()
+    monkeypatch.setattr(tokens.shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(tokens, "_jar", lambda: Path("words.jar"))
+    monkeypatch.setattr(tokens.subprocess, "run", program.run)
+    return program
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", "\f", "\v", "\x85", "\u2028", "\u2029"])
+def test_a_caption_of_several_lines_stays_one(java, separator):
+    assert tokens.java_tokens([f"a{separator}cat", "", "two dogs"]) == ["a cat", "", "two dogs"]
+    assert tokens.java_tokens(["a cat", ""]) == ["a cat", ""]
+
+
+@pytest.mark.parametrize(("more", "lines"), [("\nx", 3), ("\n\n", 4)])
+def test_a_wrong_number_of_lines_is_refused(java, more, lines):
+    java.more = "\n"
+    assert tokens.java_tokens(["a cat", "two dogs"]) == ["a cat", "two dogs"]
+    java.more = more
+    with pytest.raises(QvlError, match=f"gave {lines} lines for 2 captions; take java off the PATH"):
+        tokens.java_tokens(["a cat", "two dogs"])
 
 
 def sample(key: str, truth, unit: str = "", group: str = "") -> Sample:

@@ -59,15 +59,21 @@ def java_tokens(texts: Sequence[str]) -> list[str] | None:
     if java is None or jar is None:
         return None
     command = [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    given = "\n".join(text.replace("\n", " ") for text in texts)
+    # The program begins a line at every separator of Unicode, also at a form feed or U+2028.
+    given = "\n".join(" ".join(text.splitlines()) for text in texts)
     try:
         done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise QvlError(f"{java}: the PTB tokenizer failed ({error}); take java off the PATH to do without") from None
     lines = done.stdout.decode().split("\n")
-    if len(lines) < len(texts):
-        raise QvlError(f"{java}: the PTB tokenizer gave {len(lines)} lines for {len(texts)} captions")
-    return [_kept(line.split(" ")) for line in lines[: len(texts)]]
+    if len(lines) == len(texts) + 1 and not lines[-1]:
+        lines.pop()  # a line end at the end of the output
+    if len(lines) != len(texts):
+        raise QvlError(
+            f"{java}: the PTB tokenizer gave {len(lines)} lines for {len(texts)} captions; take java off the PATH to "
+            "do without"
+        )
+    return [_kept(line.split(" ")) for line in lines]
 
 
 def own_tokens(texts: Sequence[str]) -> list[str]:
