@@ -134,6 +134,19 @@ def test_empty_slots_are_filled_in_order():
     assert raw(pieces, [PIL_IMAGE, b"bytes"]).images == [PIL_IMAGE, Path("p.png"), b"bytes"]
 
 
+def test_none_is_nothing_in_a_part():
+    """As data sets write parts that have one schema."""
+    parts = [{"image": "a.png", "text": None, "video": None}, {"text": "?", "box": None, "ref": None}]
+    assert raw(parts) == raw([{"image": "a.png"}, {"text": "?"}])
+
+
+def test_a_part_with_two_things_is_warned_of(caplog):
+    """The published code takes the first, too."""
+    assert raw([{"image": "a.png", "text": "lost"}, {"text": "?", "box": [1, 2, 3, 4]}]).images == ["a.png"]
+    assert "has a picture and a text: only the first is used; write a part for each" in caplog.text
+    assert "has a text and a box" in caplog.text
+
+
 def test_any_source_in_the_list_format():
     prompt = raw([{"image": ARRAY}, {"image": "odd</img>name"}, {"text": "?"}])
     assert prompt.images[0] is ARRAY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.video import Video
+
+log = logging.getLogger(__name__)
 
 Key = int | bytes
 """The content of a position: a token id, or the key of the picture whose features it holds."""
@@ -196,7 +199,7 @@ def part_text(part: Mapping[str, Any]) -> str:
 
 
 def checked_parts(content: Any) -> list[Mapping[str, Any]]:
-    """Check that a content is a list of parts."""
+    """Check that a content is a list of parts; warn of one with two things, of which published code takes the first."""
     if not isinstance(content, Sequence) or isinstance(content, str | bytes):
         raise QvlError(
             f"a prompt must be a str, a list of parts or messages, or token ids, not {type(content).__name__}"
@@ -204,7 +207,22 @@ def checked_parts(content: Any) -> list[Mapping[str, Any]]:
     for part in content:
         if not isinstance(part, Mapping):
             raise QvlError(f"a part of a prompt must be a dict, not {part!r:.80}")
+        if len(things := _things(part)) > 1:
+            log.warning(
+                "a part of the prompt has %s: only the first is used; write a part for each", " and ".join(things)
+            )
     return list(content)
+
+
+def _things(part: Mapping[str, Any]) -> list[str]:
+    """Name what a part holds. Some data sets write None for what it does not hold."""
+    found = {
+        "a picture": is_image_part(part),
+        "a video": part.get("video") is not None or part.get("type") == "video",
+        "a text": part.get("text") is not None,
+        "a box": part.get("box") is not None or part.get("ref") is not None,
+    }
+    return [name for name, there in found.items() if there]
 
 
 def checked_images(images: Any) -> list[ImageSource]:
