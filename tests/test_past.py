@@ -128,8 +128,12 @@ def test_a_write_that_fails_leaves_the_older_file(load, in_golden, tmp_path, mon
             model.save_past(file, history)
     assert file.read_bytes() == right and list(tmp_path.iterdir()) == [file]
     assert model.chat("And?", history, **GREEDY).timings.cached_tokens > 0, "the session is still there"
-    with pytest.raises(QvlError, match="cannot be written"):
-        model.save_past(tmp_path / "no" / "folder", history)
+    for path in (tmp_path / "no" / "folder", tmp_path, ".", "/", "", "a\0b"):
+        with pytest.raises(QvlError, match=r"cannot be written .*; name another file"):
+            model.save_past(path, history)
+    for path in (None, 5, b"x"):
+        with pytest.raises(QvlError, match=f"expected a path, not {type(path).__name__}"):
+            model.save_past(path, history)
 
 
 def test_keys_are_written_in_runs():

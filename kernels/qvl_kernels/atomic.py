@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,17 @@ def replacing(path: str | os.PathLike, *, private: bool = True, durable: bool = 
         Mode 0600; otherwise the umask decides.
     durable : bool
         Flush the file and its folder entry to disk, so that the file survives a power failure.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; also if `path` is none of a file, like "." or a name with a NUL character.
     """
     path = Path(path)
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{SUFFIX}")
     handle = os.open(
         partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600 if private else 0o666

@@ -21,6 +21,7 @@ from qvl_kernels.atomic import replacing
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_json
+from qvl_runtime.file.opening import as_path, shown
 from qvl_runtime.file.tensorfile import DTYPES, TensorFile
 from qvl_runtime.inputs.prompt import Key
 
@@ -43,7 +44,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
     QvlError
         If the file cannot be written. An existing file is then unchanged.
     """
-    store, length = state.store, len(keys)
+    path, store, length = as_path(path), state.store, len(keys)
     parts, entries, offset = store.saved(0, length), {}, 0
     for layer, (part, array) in itertools.product(range(store.layers), enumerate(parts)):
         entries[f"{layer}.{part}"] = _entry(array, offset)
@@ -67,7 +68,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
                     put(array.data)
             file.write(digest.digest())
     except OSError as error:
-        raise QvlError(f"{path}: cannot be written ({error.strerror})") from None
+        raise QvlError(f"{shown(path)}: cannot be written ({error.strerror}); name another file") from None
 
 
 @dataclasses.dataclass(frozen=True)
