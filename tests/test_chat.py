@@ -258,6 +258,40 @@ def test_show_draws_the_last_boxes(talk, tmp_path):
     assert talk.screen.complaints == ["the last answer has no boxes to show"]
 
 
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_show_does_not_overwrite_what_is_read(talk, tmp_path, form):
+    from qvl_runtime.boxes import Box
+
+    own, link = tmp_path / "own.png", tmp_path / "link.png"
+    shutil.copy("images/rgb_odd.png", own)
+    link.symlink_to(own)
+    before = own.read_bytes()
+    talk.history = [([{"image": form.format(own)}, {"text": "Where?"}], "There")]
+    talk._boxes = [Box(None, 100, 100, 500, 500)]
+    for out in (own, link, talk.model.blob.path):
+        talk.take(f"/show {out}")
+        assert talk.screen.complaints.pop() == f"{out}: is read here and would be overwritten; name another file"
+    assert own.read_bytes() == before
+    talk.take(f"/show {tmp_path}/other.png")
+    assert not talk.screen.complaints and (tmp_path / "other.png").exists()
+
+
+def test_save_overwrites_saved_conversations_alone(talk, tmp_path):
+    picture, file = tmp_path / "own.png", tmp_path / "x.json"
+    shutil.copy("images/rgb_odd.png", picture)
+    before = picture.read_bytes()
+    for path in (picture, talk.model.blob.path, tmp_path):
+        talk.take(f"/save {path}")
+        assert talk.screen.complaints.pop() == (
+            f"{path}: exists and is no conversation saved with /save; name another file"
+        )
+    assert picture.read_bytes() == before
+    talk.take(f"/save {file}")
+    talk.take("Hello")
+    talk.take(f"/save {file}")
+    assert not talk.screen.complaints and "Hello" in file.read_text()
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
     def interrupted(query, history, *, on_piece, **options):
         from qvl_runtime.engine.generation import Piece
@@ -294,6 +328,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
         "/save",
         "/save ~nosuchuser/a.json",
         "/save a\0b",
+        "/save .",
+        "/save /",
         "/load",
         "/load ~nosuchuser/a.json",
         "/load a\0b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -102,6 +103,16 @@ def test_draw_is_refused_before_the_answer(generate, tmp_path):
     ):
         status, out, err = generate(*arguments)
         assert (status, out, err.count("\n")) == (1, "", 1) and message in err
+
+
+def test_draw_does_not_overwrite_what_is_read(generate, tmp_path):
+    own = tmp_path / "own.png"
+    shutil.copy("images/rgb_odd.png", own)
+    before = own.read_bytes()
+    for arguments in (("x", "-i", own), (f"<img>{own}</img>x",), ("x", "-i", f"file://{own}")):
+        status, out, err = generate(*arguments, "--draw", own)
+        assert (status, out) == (1, "") and f"{own}: is read here and would be overwritten; name another" in err
+    assert own.read_bytes() == before
 
 
 def test_an_answer_cut_by_the_context_says_so(generate):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import textwrap
@@ -16,10 +17,10 @@ from PIL import Image
 
 from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
-from qvl_runtime.cli.saved_chat import FORMAT, read_saved
+from qvl_runtime.cli.saved_chat import FORMAT, is_saved, read_saved
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import size
-from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
+from qvl_runtime.cli.turns import check_no_input, is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
@@ -152,6 +153,8 @@ class Conversation:
         if not self._boxes:
             raise QvlError("the last answer has no boxes to show")
         out = user_path(_unquoted(rest) or "boxes.png")
+        seen = [source for query, _ in self.history for source in pictures(query)]
+        check_no_input(out, [self.model.blob.path, *seen, *self._waiting])
         picture = self._opened(self._spoken_of())
         for number, label in draw_boxes(picture, self._boxes, out).legend.items():
             self.screen.say(f"{number}: {label}")
@@ -214,6 +217,8 @@ class Conversation:
         if not rest:
             raise QvlError("/save needs a file name")
         path = user_path(_unquoted(rest))
+        if os.path.exists(path) and not is_saved(path):
+            raise QvlError(f"{path}: exists and is no conversation saved with /save; name another file")
         history = [(portable(query), answer) for query, answer in self.history]
         document = {"format": FORMAT, "system": self.system, "settings": self.settings, "history": history}
         try:

@@ -34,6 +34,7 @@ from qvl_runtime.cli.sampling import (
     read_schema,
 )
 from qvl_runtime.cli.text import printable, standard_input
+from qvl_runtime.cli.turns import check_no_input
 from qvl_runtime.drawing import check_extension, draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
@@ -91,6 +92,7 @@ def generate(
     picture: ImageSource | None = None
     if draw is not None:
         check_extension(draw)
+        check_no_input(draw, [model, *(image or ()), *split_images(text)[1::2]])
         source = _last_picture(text, image)
         picture = read_image(source, allow_urls=allow_urls)
         decode_image(picture, image_label(source))

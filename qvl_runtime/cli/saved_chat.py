@@ -55,6 +55,15 @@ def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], A
     return saved
 
 
+def is_saved(path: str | os.PathLike) -> bool:
+    """Whether a file is a saved conversation, as far as its format says."""
+    try:
+        content = read_regular(path, limit=MAX_JSON)
+        return parse_object(content, "", "").get("format") == FORMAT
+    except QvlError:
+        return False
+
+
 def _settings(found: Any, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise QvlError("'settings' is no object")

@@ -144,10 +144,20 @@ def refuse_url(url: str) -> NoReturn:
     )
 
 
+def local_path(source: str | os.PathLike) -> str | os.PathLike:
+    """Return the path that a ``file://`` URI names, or a path as it is.
+
+    Raises
+    ------
+    QvlError
+        For a URI of another machine, or a malformed one.
+    """
+    return _path_of_uri(source) if isinstance(source, str) and source[:7].lower() == "file://" else source
+
+
 def _read_file(path: str | os.PathLike) -> bytes:
     try:
-        name = _path_of_uri(path) if isinstance(path, str) and path[:7].lower() == "file://" else path
-        return read_regular(name, limit=MAX_FILE_BYTES)
+        return read_regular(local_path(path), limit=MAX_FILE_BYTES)
     except QvlError as error:
         raise QvlError(f"cannot read image {error}") from None
 
