@@ -141,6 +141,7 @@ CIRCLE["items"] = CIRCLE
         JsonSchema("{not json"),
         JsonSchema({"type": "nonsense"}),
         JsonSchema({"enum": {1}}),
+        JsonSchema('{"const":1e99999999999999999999}'),
         JsonSchema(CIRCLE),
         JsonSchema(functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(3000), {})),
     ],
@@ -190,6 +191,55 @@ def test_a_schema_without_end_is_refused_before_an_answer():
     with pytest.raises(QvlError, match="no text matches it, its required parts have no end"):
         JsonSchema(NODE | {"required": ["next"]}).start(_asked(50, ""))
     assert JsonSchema(NODE).start(_asked(50, "")).allowed().any()
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "integer", "minimum": 10**30}, f"minimum {10**30} would be rounded"),
+        ({"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 1}, f"minimum {2**53 + 1} would be rounded"),
+        ({"anyOf": [{"type": "number", "maximum": -(2**53) - 1}]}, f"maximum -{2**53 + 1} would be rounded"),
+        ({"enum": [1, {"a": [12345678901234567890123]}]}, "enum 12345678901234567890123 would be rounded"),
+        ({"properties": {"a": {"const": -(2**63)}}}, f"const -{2**63} would be rounded"),  # a crash
+        ({"items": {"const": 123456789.12345679}}, "const 123456789.12345679 would be rounded"),
+        ('{"const": 0.10000000000000000001}', "const 0.10000000000000000001 would be rounded"),
+        ({"$defs": {"a": {"exclusiveMaximum": 221.09414294659382}}, "$ref": "#/$defs/a"}, "221.09414294659382 would"),
+        ('{"const": ' + "9" * 5000 + "}", "const 9999999999999999999999999999999999999999 would be rounded"),
+        ('{"maximum": 1e999999999999}', "maximum 1E+999999999999 would be rounded"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1e-5}, "exclusiveMinimum 0 would be allowed"),
+        ({"exclusiveMinimum": 1.0, "exclusiveMaximum": 1.77}, "use minimum with the smallest number"),
+        ({"type": "number", "minimum": -0.3, "exclusiveMaximum": 0}, "use maximum with the largest number"),
+    ],
+)
+def test_numbers_that_would_be_others_are_refused(schema, said):
+    with pytest.raises(QvlError, match="the json_schema cannot be used: ") as caught:
+        JsonSchema(schema).start(_asked(50, ""))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _fits(schema, text: str) -> bool:
+    constraint = JsonSchema(schema).start(_asked(100, ""))
+    for token in TOKENIZER.encode_ordinary(text):
+        if not constraint.allowed()[token]:
+            return False
+        constraint.advance(token)
+    return bool(constraint.allowed()[list(STOPS)].any())
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"type": "integer", "minimum": 2**53 - 1, "maximum": 2**53}, f"{2**53}", f"{2**53 + 1}"),
+        ({"enum": [2**53, 1e-7, 0.3333333333333333]}, "0.3333333333333333", "0.3333333333333334"),
+        ({"enum": [2**53, 1e-7, 0.25]}, "0.0000001", "0.0000002"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, "0.01", "0"),
+        ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 0.55}, "0.51", "0.5"),
+        ({"type": "number", "exclusiveMinimum": -1, "exclusiveMaximum": -0.3}, "-0.9", "-1"),
+        ({"properties": {"minimum": {"type": "integer", "default": 10**30}}}, '{"minimum":7}', '{"minimum":"a"}'),
+    ],
+)
+def test_numbers_that_are_exact_are_taken(schema, inside, outside):
+    assert _fits(schema, inside) and not _fits(schema, outside)
 
 
 def test_a_form_that_only_the_empty_text_matches_is_a_form():

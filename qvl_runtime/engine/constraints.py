@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qvl_runtime.engine.schemas import has_end
+from qvl_runtime.engine.schemas import check_numbers, has_end
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
@@ -94,6 +94,7 @@ class JsonSchema:
             schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
             raise QvlError(f"the json_schema cannot be used: {_one_line(error)}") from None
+        check_numbers(schema)  # before llguidance, which some numbers crash
         constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
         if not has_end(json.loads(schema)):
             raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")

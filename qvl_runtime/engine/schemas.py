@@ -1,9 +1,101 @@
-"""Check that a JSON schema allows a finite document."""
+"""Check that a JSON schema allows a finite document, and that llguidance computes its numbers exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
+
+from qvl_runtime.errors import QvlError
+
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keys of objects that hold schemas by any name, such as "minimum"."""
+LARGEST = 1 << 53
+"""llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
+POWERS = 22
+"""float64 has these powers of ten exactly. A product of one with a factor up to `LARGEST` is rounded once only."""
+
+
+def check_numbers(schema: str) -> None:
+    """Refuse a schema with numbers of which llguidance would compute others: answers would break it.
+
+    Parameters
+    ----------
+    schema : str
+        JSON. What is none is not checked here.
+
+    Raises
+    ------
+    QvlError
+        Names the key and the number.
+    """
+    try:
+        parsed = json.loads(schema, parse_int=Decimal, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
+        return
+    for node in _nodes(parsed):
+        for key, value in _numbers(node):
+            if not _is_exact(value):
+                raise QvlError(
+                    f"the json_schema cannot be used: its {key} {value!s:.40} would be rounded; use numbers of at most "
+                    "15 digits"
+                )
+        for key, bound in _included(node):
+            remedy = "minimum with the smallest" if key == "exclusiveMinimum" else "maximum with the largest"
+            raise QvlError(
+                f"the json_schema cannot be used: its {key} {bound} would be allowed, because the other bound has the "
+                f"same whole part; use {remedy} number that you want"
+            )
+
+
+def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema and all schemas in it."""
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            yield node
+            for key, value in node.items():
+                if key in NAMED and isinstance(value, dict):
+                    waiting += value.values()
+                elif key not in ("const", "enum", "default", "examples"):
+                    waiting.append(value)
+
+
+def _numbers(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
+    """Yield the bounds of a schema, and the numbers among its allowed values."""
+    yield from ((key, node[key]) for key in BOUNDS if isinstance(node.get(key), Decimal))
+    waiting = [(key, node[key]) for key in ("const", "enum") if key in node]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Decimal):
+            yield key, value
+        elif isinstance(value, list | dict):
+            waiting += [(key, item) for item in (value.values() if isinstance(value, dict) else value)]
+
+
+def _is_exact(number: Decimal) -> bool:
+    _, digits, exponent = number.as_tuple()
+    factor = "".join(map(str, digits)).lstrip("0")
+    short = factor.rstrip("0")
+    power = int(exponent) + len(factor) - len(short)
+    return not short or (len(short) <= 16 and int(short) <= LARGEST and abs(power) <= POWERS and abs(number) <= LARGEST)
+
+
+def _included(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
+    """Yield the bounds to exclude that llguidance allows: the 0 of ``0 < x <= 0.2``, the 1 of ``1 < x < 1.5``."""
+    for low, high, sign in (("Minimum", "Maximum", 1), ("Maximum", "Minimum", -1)):
+        bound = node.get(f"exclusive{low}")
+        for other in (node.get(f"exclusive{high}"), node.get(high.lower())):
+            if not isinstance(bound, Decimal) or not isinstance(other, Decimal):
+                continue
+            if sign * (other - bound) > 0 and math.trunc(other) == bound:
+                yield f"exclusive{low}", bound
 
 
 def has_end(schema: Any) -> bool:
