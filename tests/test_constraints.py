@@ -194,6 +194,31 @@ def test_a_schema_without_end_is_refused_before_an_answer():
 
 
 @pytest.mark.parametrize(
+    ("form", "name", "text"),
+    [
+        (Regex("a{1000000}"), "regex", "aa"),
+        (JsonSchema({"type": "string", "pattern": "^a{1000000}$"}), "json_schema", '"aa'),
+    ],
+)
+def test_a_grammar_that_grows_too_large_is_one_short_line(form, name, text):
+    constraint = form.start(_asked(50, ""))
+    with pytest.raises(
+        QvlError, match=rf"^the {name} is too large \(.*too many expressions.*\); repeat less"
+    ) as caught:
+        for token in TOKENIZER.encode_ordinary(text):
+            constraint.allowed()
+            constraint.advance(token)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_schema_may_be_true_or_false():
+    for schema in ("true", " true\n"):
+        assert _fits(schema, '{"a":[1,"b"]}') and _fits(schema, "5")
+    with pytest.raises(QvlError, match=r"cannot be used: (no text matches it|Unsatisfiable)"):
+        JsonSchema("false").start(_asked(50, ""))
+
+
+@pytest.mark.parametrize(
     ("schema", "said"),
     [
         ({"type": "integer", "minimum": 10**30}, f"minimum {10**30} would be rounded"),

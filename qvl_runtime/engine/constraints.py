@@ -95,6 +95,7 @@ class JsonSchema:
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
             raise QvlError(f"the json_schema cannot be used: {_one_line(error)}") from None
         check_numbers(schema)  # before llguidance, which some numbers crash
+        schema = {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
         constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
         if not has_end(json.loads(schema)):
             raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
@@ -177,7 +178,7 @@ class _GrammarConstraint:
         problem = matcher.validate_grammar(built)
         if problem:
             raise QvlError(f"the {kind} cannot be used: {_one_line(problem)}")
-        self._matcher = matcher(_ll_tokenizer(tokenizer), built, log_level=0)
+        self._matcher, self._kind = matcher(_ll_tokenizer(tokenizer), built, log_level=0), kind
         self._stop_ids, self._size = stop_ids, tokenizer.vocab_size
         self._mask()
         if self._matcher.is_error():
@@ -193,13 +194,18 @@ class _GrammarConstraint:
     def allowed(self) -> np.ndarray:
         tokens = self._mask()
         if self._matcher.is_error():
-            raise QvlError(f"the grammar cannot continue: {_one_line(self._matcher.get_error())[:200]}")
+            raise self._too_large()
         tokens[list(self._stop_ids)] = self._matcher.is_accepting() or self._matcher.is_stopped()
         return tokens
 
     def advance(self, token: int) -> None:
         if token not in self._stop_ids and not self._matcher.consume_token(token):
-            raise QvlError(f"token {token} does not fit the grammar: {_one_line(self._matcher.get_error())}")
+            raise self._too_large()
+
+    def _too_large(self) -> QvlError:
+        """Return the error of a grammar that reached a limit of llguidance, without the state that it adds."""
+        reason = _one_line(self._matcher.get_error()).partition(" <state>")[0]
+        return QvlError(f"the {self._kind} is too large ({reason:.100}); repeat less in it, or shorter parts")
 
 
 @functools.lru_cache(maxsize=4)
