@@ -129,6 +129,8 @@ WRONG = {
     "schema of itself": ({"response_format": schema({"$ref": "#"})}, None),
     "schema elsewhere": ({"response_format": schema({"$ref": "file:///etc/passwd"})}, None),
     "grounding a word": ({"grounding": "yes"}, "grounding"),
+    "schema false": ({"response_format": schema(False)}, None),
+    "grounding too short": ({"grounding": True, "max_tokens": 2}, "max_tokens"),
     "grounding and a schema": ({"grounding": True, "response_format": {"type": "json_object"}}, "grounding"),
     "model a number": ({"model": 7}, "model"),
     "text too long": ({"messages": says("x" * ((1 << 20) + 1))}, "messages[0].content"),
@@ -279,6 +281,7 @@ def test_forms_hold_the_answer(served):
     )
     answer = served.chat("hi", response_format=one, max_tokens=40).json()["choices"][0]["message"]["content"]
     assert answer == '{"a":7}'
+    assert served.chat("hi", response_format=schema(True), max_tokens=2).status_code == 200
     answer = served.chat("hi", response_format={"type": "json_object"}, max_tokens=2).json()["choices"][0]
     assert answer["message"]["content"].startswith("{")
     found = served.chat([image_part(PNG), {"type": "text", "text": "2+2?"}], grounding=True, max_tokens=60).json()

@@ -76,5 +76,8 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, PromptTooLongError):
         return refused(str(error), code="context_length_exceeded")
     if isinstance(error, QvlError):
-        return refused(str(error))
+        said = str(error)
+        if said.startswith("max_new_tokens "):  # which is max_tokens in a request
+            return refused(said.replace("max_new_tokens", "max_tokens", 1), "max_tokens")
+        return refused(said)
     return ApiError(500, "internal server error; see the server's log")
