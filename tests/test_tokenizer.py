@@ -1,7 +1,9 @@
 """The tokenizer against the golden data: real vocabulary, tiny vocabulary, Qwen-7B."""
 
+import re
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,9 +98,14 @@ def test_slot_length_follows_n_queries():
 
 def test_padding_and_foreign_ids(tiny):
     assert tiny.decode([39, 617, 639, 39]) == "HH"
-    for bad in (640, -1):
-        with pytest.raises(QvlError, match=str(bad)):
-            tiny.decode([bad])
+    for bad in (640, -1, "a", 1.5, 39.0, None, [39]):
+        for before in ([], [tiny.special["<img>"]]):
+            with pytest.raises(QvlError, match=re.escape(f"token id {bad} is not in 0..639")):
+                tiny.decode([*before, bad])
+    for bad in ("a", b"a", 39, None):
+        with pytest.raises(QvlError, match=f"expected token ids to decode, got {type(bad).__name__}; pass a list"):
+            tiny.decode(bad)
+    assert tiny.decode(np.array([39, 39], np.int32)) == "HH"
 
 
 def test_what_only_begins_like_a_slot(tiny):

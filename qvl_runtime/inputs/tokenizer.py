@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Set
 
+import numpy as np
 import tiktoken
 
 from qvl_runtime.errors import QvlError
@@ -178,12 +179,14 @@ class Tokenizer:
         Raises
         ------
         QvlError
-            An id outside the embedding.
+            What is no sequence of ids, or an id outside the embedding.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode ids to bytes; see `decode`."""
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise QvlError(f"expected token ids to decode, got {type(ids).__name__}; pass a list of them")
         stream = self.byte_stream()
         return b"".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
@@ -199,8 +202,8 @@ class Tokenizer:
         QvlError
             An id outside the embedding.
         """
-        if not 0 <= token_id < self.vocab_size:
-            raise QvlError(f"token id {token_id} is not in 0..{self.vocab_size - 1}")
+        if not isinstance(token_id, int | np.integer) or not 0 <= token_id < self.vocab_size:
+            raise QvlError(f"token id {token_id!s:.40} is not in 0..{self.vocab_size - 1}")
         return self._bytes[token_id]
 
 

@@ -113,7 +113,7 @@ class _SlotStream(ByteStream):
         self._held: list[int] = []
 
     def push(self, token_id: int) -> bytes:
-        held = self._held
+        own, held = self._tokenizer.token_bytes(token_id), self._held
         if held:
             padded = held[-1] == self._pad
             if token_id == self._pad or (0 <= token_id < 256 and not padded):
@@ -127,7 +127,7 @@ class _SlotStream(ByteStream):
         if token_id == self._start:
             held.append(token_id)
             return before
-        return before + self._tokenizer.token_bytes(token_id)
+        return before + own
 
     def finish(self) -> bytes:
         held = b"".join(map(self._tokenizer.token_bytes, self._held))
