@@ -192,6 +192,8 @@ def test_the_limits_of_a_checkpoint_are_read(tmp_path):
         ({"type": "video"}, "list of its frames"),
         ({"type": "video_url", "video_url": {"url": "file:///film.mp4"}}, "list of its frames"),
         ({"video": []}, "list of its frames"),
+        ({"video": np.zeros((56, 84, 3), np.uint8)}, r"shape \[frames, height, width, 3\], not \[56, 84, 3\]"),
+        ({"video": np.zeros((2, 3, 56, 84), np.uint8)}, r"shape .* not \[3, 56, 84\]"),
         ({"video": ["a"], "fps": 0}, "'fps' of a video is 0"),
         ({"video": ["a"], "fps": "2"}, "'fps' of a video is '2'"),
         ({"video": ["a"], "fps": math.nan}, "'fps' of a video is nan"),
@@ -210,6 +212,13 @@ def test_refused(part, message, model):
     with pytest.raises(QvlError, match=message) as caught:
         model("q3-tied").generate([{"role": "user", "content": [part]}], max_new_tokens=1)
     assert "\n" not in str(caught.value)
+
+
+def test_an_array_of_frames(model):
+    made = model("q3-tied")
+    listed = [np.asarray(frame) for frame in frames(4)]
+    query = [made.prompts.build(asked(video), None, LOCAL) for video in (listed, np.stack(listed))]
+    assert query[0].ids == query[1].ids and query[0].keys == query[1].keys
 
 
 def test_frames_obey_the_access_of_pictures(model):

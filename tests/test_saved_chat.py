@@ -60,6 +60,9 @@ def test_what_was_saved_is_read(tmp_path):
         ({"history": [[[VIDEO | {"video": [7]}], "b"]]}, "question of turn 1"),
         ({"history": [[[VIDEO | {"times": ["0"]}], "b"]]}, "question of turn 1"),
         ({"history": [[[{"video": ["a.png"], "fps": "2"}], "b"]]}, "question of turn 1"),
+        ({"history": [[[{"video": ["a.png"], "fps": 10**400}], "b"]]}, "question of turn 1"),
+        ({"history": [[[VIDEO | {"times": [0, 10**400]}], "b"]]}, "question of turn 1"),
+        ({"history": [[[VIDEO | {"times": [0, float("inf")]}], "b"]]}, "question of turn 1"),
         ({"history": [["a", 7]]}, "answer of turn 1"),
     ],
 )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from types import UnionType
 from typing import Any, NamedTuple
 
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
+from qvl_runtime.inputs.video import is_number
 
 FORMAT = "qvl conversation 1"
 PIECES = ("text", "image", "ref", "box", "type", "url", "image_url", "video", "times", "fps")
 """Allowed keys of a query's pieces."""
-LISTS: dict[str, type | UnionType] = {"video": str, "times": int | float}
-"""Keys of lists, and what they hold."""
+LISTS: dict[str, Callable[[Any], bool]] = {"video": lambda source: isinstance(source, str), "times": is_number}
+"""Keys of lists, and the check of what they hold."""
 
 
 class SavedChat(NamedTuple):
@@ -108,7 +108,7 @@ def _is_piece(piece: Any) -> bool:
 
 def _fits(key: str, value: Any) -> bool:
     if key in LISTS:
-        return isinstance(value, list) and all(isinstance(element, LISTS[key]) for element in value)
+        return isinstance(value, list) and all(map(LISTS[key], value))
     if key == "fps":
-        return isinstance(value, int | float)
+        return is_number(value)
     return isinstance(value, str) or key in ("box", "image_url")

@@ -85,6 +85,8 @@ def is_video_part(part: Mapping[str, Any]) -> bool:
 def read_video(part: Mapping[str, Any]) -> Video:
     """Parse a part ``{"type": "video", "video": frames, "fps": 2.0}``, or with "times" instead of "fps".
 
+    The frames are a list of image sources, or an array ``[frames, height, width, channels]``.
+
     Raises
     ------
     QvlError
@@ -96,15 +98,20 @@ def read_video(part: Mapping[str, Any]) -> Video:
             "a video is a list of its frames, {'type': 'video', 'video': [image, …], 'fps': 2.0}; video files are not "
             f"opened: take frames from it; found {frames!r:.60}"
         )
+    if isinstance(frames, np.ndarray) and frames.ndim != 4:  # [height, width, 3] is one picture
+        raise QvlError(
+            f"a video as an array has the shape [frames, height, width, 3], not {list(frames.shape)}; pass a list of "
+            "pictures, or stack them"
+        )
     times = part.get("times")
     if times is None:
         fps = part.get("fps", FRAMES_PER_SECOND)
-        if not _is_number(fps) or fps < SLOWEST:
+        if not is_number(fps) or fps < SLOWEST:
             raise QvlError(f"the 'fps' of a video is {fps!r:.40}; expected frames a second, above 0")
         times = [i / fps for i in range(len(frames))]
     elif "fps" in part:
         raise QvlError("a video has 'fps' and 'times'; give one of them")
-    if not isinstance(times, Sequence | np.ndarray) or len(times) != len(frames) or not all(map(_is_number, times)):
+    if not isinstance(times, Sequence | np.ndarray) or len(times) != len(frames) or not all(map(is_number, times)):
         raise QvlError(f"the 'times' of a video must be {len(frames)} numbers, a second for each frame")
     times = [float(time) for time in times]
     if times[0] < 0 or any(a > b for a, b in itertools.pairwise(times)):
@@ -112,6 +119,7 @@ def read_video(part: Mapping[str, Any]) -> Video:
     return Video(tuple(frames), tuple(times))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a time in seconds or a rate of frames may be."""
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return real and abs(value) <= LATEST
