@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_chartqa_in_halves(folder):
     assert [(sample.group, sample.truth) for sample in found] == [
         ("human", ["1"]), ("augmented", ["1"]), ("augmented", ["2"]),
     ]  # fmt: skip
+    put(folder, "chartqa/test_augmented.jsonl", "")
+    with pytest.raises(qvl.QvlError, match=r"test_augmented.jsonl: holds no question"):
+        read(folder, "chartqa")
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name.startswith("refcoco")])
@@ -105,7 +109,15 @@ def test_phrases(folder, task):
     put(folder, name, line)
     found = read(folder, task)[0]
     assert found.texts == {"phrase": "the cat"} and found.truth == {"box": [1, 1.5, 4, 5], "size": [8, 6]}
-    for broken in ({"bbox": [1, 2, 3]}, {"bbox": [1, 2, 3, "4"]}, {"bbox": [4, 1, 1, 5]}, {"width": 0}, {"sent": None}):
+    for broken in (
+        {"bbox": [1, 2, 3]},
+        {"bbox": [1, 2, 3, "4"]},
+        {"bbox": [4, 1, 1, 5]},
+        {"width": 0},
+        {"sent": None},
+        {"bbox": [0, 0, 10, 10**400]},
+        {"height": math.inf},
+    ):
         put(folder, name, line, line | broken)
         with pytest.raises(qvl.QvlError, match=r"jsonl line 2: "):
             read(folder, task)
@@ -139,6 +151,9 @@ def test_mmbench_as_published_and_as_converted(folder):
     assert found[0].pictures == ((folder / "pictures/a.png").read_bytes(),)
     put(folder, f"{stem}.tsv", head, rows[0].replace("\tB\tc", "\tD\tc"))
     with pytest.raises(qvl.QvlError, match=r"tsv line 3: 'answer' is 'D'"):
+        read(folder, "mmbench_dev")
+    put(folder, f"{stem}.tsv", head, rows[0], "4" * 5000 + rows[1].removeprefix("1000004"))
+    with pytest.raises(qvl.QvlError, match=r"tsv line 5: 'index' is '4444.*, expected a number"):
         read(folder, "mmbench_dev")
     put(folder, f"{stem}.jsonl", choice(index=4), choice(index=1000004, answer=0))
     assert [(s.id, s.unit, s.truth) for s in read(folder, "mmbench_dev")] == [("4", "4", "B"), ("1000004", "4", "A")]

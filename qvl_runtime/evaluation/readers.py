@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,10 @@ from qvl_runtime.inputs.image_tags import split_images
 LETTERS = "ABCDE"
 CYCLE = 1_000_000
 """MMBench repeats a question with rotated options; each rotation adds this to the index."""
+
+LARGEST = 1e9
+"""Largest side or coordinate in pixels: what is beyond it cannot be computed with."""
+INDEX_DIGITS = 18
 
 Read = Callable[[Data], list[Sample]]
 
@@ -64,7 +67,11 @@ def halves(**names: str) -> Read:
 
     def read(data: Data) -> list[Sample]:
         parts = [answered(name, lambda line: line.texts("answer"), group) for group, name in names.items()]
-        return [sample for part in parts for sample in part(data)]
+        found = [part(data) for part in parts]
+        for samples, name in zip(found, names.values()):
+            if not samples:  # or the score would be that of the others
+                raise QvlError(f"{data.folder / name}: holds no question; {REMEDY}")
+        return [sample for samples in found for sample in samples]
 
     return read
 
@@ -110,8 +117,8 @@ def phrases(name: str) -> Read:
         for number, line in enumerate(data.lines(name)):
             box, size = line.take("bbox", list), [line.take(key, int, float) for key in ("width", "height")]
             numbers = [*box, *size]
-            if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-                raise line.wrong(f"'bbox' is {box!r:.60}, expected four numbers")
+            if len(box) != 4 or not all(isinstance(v, int | float) and abs(v) <= LARGEST for v in numbers):
+                raise line.wrong(f"'bbox' is {box!r:.60} on {size!r:.60}, expected four numbers up to {LARGEST:g}")
             if min(size) <= 0 or box[2] <= box[0] or box[3] <= box[1]:
                 raise line.wrong(f"the box {box!r:.60} or the size {size} is empty")
             picture = data.picture(line.take("image", str), line.where)
@@ -178,7 +185,7 @@ def circular(stem: str) -> Read:
 
 def _table_choice(data: Data, line: Line) -> Sample:
     options = [line[letter] for letter in LETTERS if line.get(letter)]
-    if not line["index"].isdecimal():
+    if not line["index"].isdecimal() or len(line["index"]) > INDEX_DIGITS:
         raise line.wrong(f"'index' is {line['index']!r:.40}, expected a number")
     if line["answer"] not in tuple(LETTERS[: len(options)]):
         raise line.wrong(f"'answer' is {line['answer']!r:.40}, expected the letter of a choice")
