@@ -220,7 +220,18 @@ def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"id": "2"}', b'{"id": "2", "seconds": 1}', b'{"id": "2", "seconds": 1, "text": 5}']
+    "line",
+    [
+        b'{"id": "2"}',
+        b'{"id": "2", "seconds": 1}',
+        b'{"id": "2", "seconds": 1, "text": 5}',
+        b'{"id": "2", "seconds": 1' + b"0" * 400 + b', "text": "x"}',
+        b'{"id": "2", "seconds": NaN, "text": "x"}',
+        b'{"id": "2", "seconds": 1, "likelihoods": ["x"]}',
+        b'{"id": "2", "seconds": 1, "likelihoods": [NaN]}',
+        b'{"id": "2", "seconds": 1, "text": "x", "boxes": [[1, 2]]}',
+        b'{"id": "2", "seconds": 1, "text": "x", "boxes": 1}',
+    ],
 )
 def test_a_broken_line_of_answers_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
@@ -231,6 +242,25 @@ def test_a_broken_line_of_answers_is_named(tmp_path, line):
     path.write_bytes(path.read_bytes() + line + b'\n{"id"\n')
     with pytest.raises(qvl.QvlError, match=r"a.jsonl line 3: is no answer"):
         AnswerFile(path, {"task": "t"})
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("gqa", {"likelihoods": [-1]}),
+        ("scienceqa", {"text": "A"}),
+        ("scienceqa", {"likelihoods": []}),
+        ("scienceqa", {"likelihoods": [-1] * 9}),
+    ],
+)
+def test_a_stored_answer_of_another_kind_is_refused(task, answer, gqa, base, tmp_path):
+    put(gqa, "scienceqa/scienceqa_test_img.jsonl", choice())
+    evaluate([base], task, gqa, out=tmp_path, device="cpu", limit=1)
+    path = tmp_path / f"{base.stem}.jsonl"
+    head, right = path.read_text().splitlines()
+    path.write_text(head + "\n" + json.dumps({"id": json.loads(right)["id"], "seconds": 1, **answer}) + "\n")
+    with pytest.raises(qvl.QvlError, match=r"\.jsonl: the answer '\d' is none of this task; remove the file"):
+        evaluate([base], task, gqa, out=tmp_path, device="cpu", limit=1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from qvl_runtime.file.opening import open_regular, read_regular
 MAX_FILE = 4 << 30
 SYNC_EVERY = 2.0
 """Seconds between syncs to disk: a power failure may lose so much, a kill nothing."""
+LARGEST = 1e9
+"""Largest number of an answer: seconds, a share of a picture, or minus a log probability."""
 
 
 class AnswerFile:
@@ -109,5 +111,13 @@ class AnswerFile:
 
 
 def _is_answer(record: Mapping[str, Any]) -> bool:
-    timed = isinstance(record.get("id"), str) and isinstance(record.get("seconds"), int | float)
-    return timed and (isinstance(record.get("text"), str) or isinstance(record.get("likelihoods"), list))
+    timed = isinstance(record.get("id"), str) and _are_numbers([record.get("seconds")])
+    boxes = record.get("boxes", [])
+    if not timed or not isinstance(boxes, list) or not all(_are_numbers(box) and len(box) == 4 for box in boxes):
+        return False
+    return isinstance(record.get("text"), str) or _are_numbers(record.get("likelihoods"))
+
+
+def _are_numbers(values: Any) -> bool:
+    listed = isinstance(values, list)
+    return listed and all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values)

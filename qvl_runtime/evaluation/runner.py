@@ -119,9 +119,15 @@ def ask(
     Raises
     ------
     QvlError
-        An invalid question; names its line.
+        An invalid question; names its line. An answer in `file` of another kind than the task's.
     """
     samples = asked.samples
+    for sample in samples:
+        if sample.id in file.answers and not _is_answer_to(task, sample, file.answers[sample.id]):
+            raise QvlError(
+                f"{file.path}: the answer {sample.id!r:.80} is none of this task; remove the file, or name another "
+                "folder with --out"
+            )
     left = [sample for sample in samples if sample.id not in file.answers]
     reset_peak()
     file.begin()
@@ -141,6 +147,11 @@ def ask(
             keep(sample, {"likelihoods": _likelihoods(model, task, words, sample)})
     answers: list[Answer] = [file.answers[sample.id] for sample in samples]
     return Asked(answers, sum(answer["seconds"] for answer in answers), peak_memory())
+
+
+def _is_answer_to(task: Task, sample: Sample, answer: Answer) -> bool:
+    """Whether an answer from a file has what the task's metric reads: a text, or a likelihood for each option."""
+    return "text" in answer if task.longest else len(answer.get("likelihoods", ())) == len(sample.letters)
 
 
 def _generate(
