@@ -34,6 +34,7 @@ from qvl_runtime.evaluation.answers import AnswerFile
 from qvl_runtime.evaluation.comparison import Row
 from qvl_runtime.evaluation.data import Sample
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
+from qvl_runtime.evaluation.metrics import tokens
 from qvl_runtime.evaluation.prompts import wording
 from qvl_runtime.evaluation.tasks import TASKS
 from qvl_runtime.families.generation_config import GenerationConfig
@@ -364,11 +365,27 @@ def test_wrong_usage(gqa, base, tmp_path, monkeypatch):
     for arguments, said in (
         ((base, other / base.name, "gqa"), f"two models are called {base.stem}"),
         ((base, "gqa", "--plot", tmp_path / "x.txt"), "no image format has this ending"),
+        ((base, "touchstone", "--plot", tmp_path / "x.png"), "touchstone has no score that a plot could show"),
         ((base, "mme_cognition"), "has no *.txt file"),
     ):
         ran = qvl_eval(*arguments, "--data", gqa)
         assert ran.exit_code == 1 and said in ran.output, ran.output
     assert not (Path.cwd() / "qvl-eval").exists()
+
+
+@pytest.mark.parametrize("missing", ["package", "java"])
+def test_what_a_metric_needs_is_checked_before_the_data(missing, base, tmp_path, monkeypatch):
+    def failing(command, **options):
+        raise OSError(8, "Exec format error")
+
+    if missing == "package":
+        monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    monkeypatch.setattr(tokens.shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(tokens, "_jar", lambda: tmp_path / "words.jar")
+    monkeypatch.setattr(tokens.subprocess, "run", failing)
+    said = "CIDEr needs pycocoevalcap" if missing == "package" else "the PTB tokenizer failed .*Exec format error"
+    with pytest.raises(qvl.QvlError, match=said):
+        evaluate([base], "flickr30k", tmp_path / "no data", device="cpu")
 
 
 @pytest.mark.parametrize(

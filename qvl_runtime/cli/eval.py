@@ -16,9 +16,10 @@ from rich.text import Text
 from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
 from qvl_runtime.cli.text import duration, size
 from qvl_runtime.engine.scheduler import MAX_BATCH
+from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
 from qvl_runtime.evaluation.plot import draw
-from qvl_runtime.evaluation.tasks import TASKS
+from qvl_runtime.evaluation.tasks import TASKS, find
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
 from qvl_runtime.plotting import check_path
@@ -59,6 +60,8 @@ def eval(
         raise typer.BadParameter("name at least one .qvl file, and a task as the last word")
     if plot is not None:
         check_path(plot)
+        if find(name).score is None:
+            raise QvlError(f"--plot: {name} has no score that a plot could show; leave out --plot")
     own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,7 +86,7 @@ def eval(
         print(f"{path}: {found.questions} answers for the task's own judge")
     if found.rows:
         Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
-    if plot is not None and found.rows:
+    if plot is not None:
         title = f"{found.task.title}: {found.task.metric}"
         draw(found.rows, plot, title=title, published=found.task.published)
     print(json.dumps(found.document))

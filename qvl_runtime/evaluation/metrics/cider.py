@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.metrics.tokens import java_tokens, own_tokens
+
+
+def check() -> None:
+    """Check that CIDEr can be computed, before hours of work.
+
+    Raises
+    ------
+    QvlError
+        If pycocoevalcap is not installed, or Java is and fails.
+    """
+    _package()
+    java_tokens(["a word"])
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, str]:
@@ -32,12 +45,8 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[
     Raises
     ------
     QvlError
-        If pycocoevalcap is not installed.
+        As for `check`.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise QvlError(f"CIDEr needs pycocoevalcap ({error}): pip install 'qvl-runtime[eval]'") from None
     texts = [text for caption, people in zip(answers, references, strict=True) for text in (caption, *people)]
     words = java_tokens(texts)
     tokenizer = "qvl" if words is None else "Stanford PTB"
@@ -46,5 +55,13 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[
     for number, people in enumerate(references):
         given[number] = [next(left)]
         true[number] = [next(left) for _ in people]
-    _, scores = Cider().compute_score(true, given)
+    _, scores = _package()().compute_score(true, given)
     return np.asarray(scores, np.float64), tokenizer
+
+
+def _package() -> Any:
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise QvlError(f"CIDEr needs pycocoevalcap ({error}): pip install 'qvl-runtime[eval]'") from None
+    return Cider
