@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import struct
 import time
 import zlib
@@ -91,6 +92,37 @@ def test_another_address_needs_a_key(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         main(["serve", "nothing.qvl"])
     assert left.value.code == 1 and "16 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("127.0.0.1:80", "--host 127.0.0.1 --port 80"),
+        ("[::1]:80", "--host ::1 --port 80"),
+        ("[::1]", "--host ::1\n"),
+        ("localhost:8080", "--host localhost --port 8080"),
+    ],
+)
+def test_a_port_in_the_address_is_named(host, said, monkeypatch, capsys):
+    monkeypatch.delenv("QVL_API_KEY", raising=False)
+    for more in ([], ["--no-key"]):
+        with pytest.raises(SystemExit) as left:
+            main(["serve", "nothing.qvl", "--host", host, *more])
+        assert left.value.code == 1
+        assert capsys.readouterr().err.endswith(f"--host {host}: give the address alone, {said.strip()}\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        *(("allow_hosts", name) for name in ("http://a.b", "*", "*.a.b", "a.b:80", "a b", "", 5)),
+        *(("allow_origins", name) for name in ("*", "a.b", "https://*.a.b", "https://a.b/page", "https://", None)),
+    ],
+)
+def test_names_that_no_request_has_are_refused(demo_model, option, wrong):
+    kind = option.removeprefix("allow_").removesuffix("s")
+    with pytest.raises(QvlError, match=f"^allowed {kind} {re.escape(repr(wrong))}: is no .*; give "):
+        create_app(demo_model, **{option: ["127.0.0.1" if kind == "host" else "http://[::1]:8080/", wrong]})
 
 
 # --------------------------------------------------------------------------------------------------- other sites' pages

@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -142,6 +143,9 @@ def _keys(path: Path | None) -> list[str]:
 
 
 def _check_address(host: str, keys: list[str], no_key: bool) -> None:
+    if found := re.fullmatch(r"\[(.*)\](?::(\d+))?|([^:]*):(\d+)", host):
+        name, port = found[1] or found[3], found[2] or found[4]
+        raise QvlError(f"--host {host}: give the address alone, --host {name}" + (f" --port {port}" if port else ""))
     if keys or no_key or _is_loopback(host):
         return
     raise QvlError(

@@ -25,7 +25,7 @@ from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
 from qvl_runtime.server.responses import error_response
 from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
-from qvl_runtime.server.security import Security
+from qvl_runtime.server.security import Security, check_names
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.serving import AnswerRoute, log_error
 
@@ -70,11 +70,12 @@ def create_app(
     Raises
     ------
     QvlError
-        For a str instead of a list of str.
+        For a str instead of a list of str, or a host or origin that no request can have.
     """
     for option, given in (("api_keys", api_keys), ("allow_hosts", allow_hosts), ("allow_origins", allow_origins)):
         if isinstance(given, str):  # its characters would be the items
             raise QvlError(f"{option} is a str; expected a list of str")
+    check_names(allow_hosts, allow_origins)
     service = Service(
         model,
         model.blob.path.stem if name is None else name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence, Set
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qvl_runtime.errors import QvlError
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.server.body import refuse_unread
 
@@ -33,6 +35,27 @@ ALLOWED = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
+
+
+def check_names(hosts: Sequence[str], origins: Sequence[str]) -> None:
+    """Refuse names that no request can match.
+
+    Parameters
+    ----------
+    hosts, origins : sequence of str
+        As for `Security`.
+
+    Raises
+    ------
+    QvlError
+        For a host with a scheme, a port or a wildcard, or an origin without a scheme or with a path.
+    """
+    for host in hosts:
+        if not isinstance(host, str) or not (re.fullmatch(r"[\w.-]+", host, re.ASCII) or _is_address(host)):
+            raise QvlError(f"allowed host {host!r:.200}: is no host name; give the name alone, like qvl.example.org")
+    for origin in origins:
+        if not isinstance(origin, str) or not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*?#@\s]+/?|null", origin.lower()):
+            raise QvlError(f"allowed origin {origin!r:.200}: is no web origin; give one like https://example.org")
 
 
 class Security:
