@@ -275,8 +275,9 @@ def test_pictures_stay_below_their_folder(tmp_path):
     (tmp_path / "out.png").write_bytes(b"x")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
     assert located("a/b.png", tmp_path / "in") == (tmp_path / "in/a/b.png").resolve()
+    assert located((tmp_path / "in/a b.png").as_uri(), tmp_path / "in") == (tmp_path / "in/a b.png").resolve()
     assert located("data:image/png;base64,", tmp_path) == "data:image/png;base64,"
-    for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "/etc/passwd"):
+    for name in ("../out.png", str(tmp_path / "out.png"), "link.png", "/etc/passwd", "file:///etc/passwd"):
         with pytest.raises(QvlError, match="is not below"):
             located(name, tmp_path / "in")
     (tmp_path / "in" / "loop").symlink_to("loop")

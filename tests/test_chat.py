@@ -72,6 +72,16 @@ def test_a_pasted_path_attaches(talk, tmp_path):
         assert dropped_file(line) is None
 
 
+def test_a_file_uri_attaches(talk, tmp_path):
+    path = tmp_path / "my cat.png"
+    Image.new("RGB", (20, 10)).save(path)
+    talk.attach(path.as_uri())
+    talk.take(f"/image {path.as_uri()}")
+    assert talk._waiting == [str(path)] * 2 and not talk.screen.complaints
+    talk.take("/image file://elsewhere/a.png")
+    assert "is no file URI (it names another machine)" in talk.screen.complaints[0]
+
+
 def test_undo_and_retry(talk):
     talk.take("one")
     talk.take("two")

@@ -11,7 +11,7 @@ from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import below
-from qvl_runtime.inputs.images import ImageSource, is_url
+from qvl_runtime.inputs.images import ImageSource, is_url, local_path
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import Whole, box_fields, described, sources_of, with_pictures
@@ -180,11 +180,11 @@ def located(source: str | bytes, root: Path) -> ImageSource:
     Raises
     ------
     QvlError
-        For a path outside of `root`.
+        For a path, or a ``file://`` URI, outside of `root`.
     """
     if not isinstance(source, str) or source[:5].lower() == "data:" or is_url(source):
         return source
-    path = below(root, source)
+    path = below(root, local_path(source))
     if path is None:
         raise QvlError(f"picture {source[:200]!r} is not below {root}; --images names the folder that has the pictures")
     return path

@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 from PIL import Image
 
@@ -25,7 +24,7 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.images import ImageSource, is_url, load_image
+from qvl_runtime.inputs.images import ImageSource, is_url, load_image, local_path
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
 
@@ -103,7 +102,7 @@ class Conversation:
             image = load_image(source, allow_urls=self.allow_urls)
             self._waiting.append(image)
         else:
-            path = str(user_path(source).absolute())
+            path = str(user_path(str(local_path(source))).absolute())
             image = self._opened(path)
             self._waiting.append(path)
         width, height = image.size
@@ -332,12 +331,10 @@ def _past(path: Path) -> Path:
 
 def dropped_file(line: str) -> Path | None:
     """Return the path if a line is only that of a picture, as terminals paste it: quoted, escaped, or a file URL."""
-    text = _unquoted(line)
-    if line.startswith("file://"):
-        try:
-            text = unquote(urlparse(line).path)
-        except ValueError:  # such as file://[::1
-            return None
+    try:
+        text = str(local_path(_unquoted(line)))
+    except QvlError:  # such as file://[::1
+        return None
     return user_path(text) if Path(text).suffix and _exists(text) else None
 
 
