@@ -26,6 +26,14 @@ log = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
+def check_device(device: str) -> None:
+    """Raise a QvlError for a device name that is unknown."""
+    if device not in DEVICES:
+        another = re.fullmatch("cuda:([0-9]+)", str(device))
+        remedy = f"; for that GPU set CUDA_VISIBLE_DEVICES={another[1]} and use cuda" if another else ""
+        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{remedy}")
+
+
 def backend(device: str) -> tuple[str, str]:
     """Resolve a device name to a backend ("cpu", "cuda" or "reference"), and the GPU's name or why none is usable.
 
@@ -36,10 +44,7 @@ def backend(device: str) -> tuple[str, str]:
     DeviceError
         If "cuda" is requested and there is no usable GPU.
     """
-    if device not in DEVICES:
-        another = re.fullmatch("cuda:([0-9]+)", str(device))
-        remedy = f"; for that GPU set CUDA_VISIBLE_DEVICES={another[1]} and use cuda" if another else ""
-        raise QvlError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{remedy}")
+    check_device(device)
     if device in ("cpu", "reference"):
         return device, ""
     from qvl_kernels import gpu

@@ -79,6 +79,14 @@ def test_impossible_questions_are_refused(blob, context, device, cache, message)
         fit(Blob(blob("tiny-vl", bits=4)), context, device, cache)
 
 
+@pytest.mark.parametrize(("option", "message"), [({"device": "tpu"}, "device 'tpu'"), ({"kv_cache": "q4"}, "is 'q4'")])
+def test_options_without_a_use_are_checked(blob, option, message):
+    from qvl_runtime.cli import info
+
+    with pytest.raises(QvlError, match=f"{message}.*; choose one of"):
+        info.info(blob("tiny-vl", bits=4), **{"device": "auto", "kv_cache": "fp16", **option})
+
+
 def test_a_gpu_is_asked_for_room_before_anything_is_loaded(blob):
     opened = Blob(blob("tiny-vl", bits=4))
 

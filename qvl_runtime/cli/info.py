@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress
 
-from qvl_runtime.backends import device_memory, gpu_facts
+from qvl_runtime.backends import check_device, device_memory, gpu_facts
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS, budget, remedies
 from qvl_runtime.cli.text import printable, size
@@ -38,6 +38,8 @@ def info(
       qvl info qwen-vl-chat.qvl --check
       qvl info qwen-vl-chat.qvl --context 8192 --kv-cache int8
     """
+    check_device(device)
+    _check_cache(kv_cache)
     blob = Blob(model)
     if check:
         _check(blob)
@@ -110,8 +112,7 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
     window = blob.config.max_position_embeddings
     if not 1 <= context <= window:
         raise QvlError(f"--context is {context}; the model's window is {window} tokens: choose 1 to {window}")
-    if kv_cache not in KV_CACHES:
-        raise QvlError(f"--kv-cache is {kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
+    _check_cache(kv_cache)
     backend, name, free = device_memory(device)
     needed = budget(blob, context, kv_cache, backend)
     fits = free is None or needed.total <= free
@@ -129,6 +130,11 @@ def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:
         "fits": fits,
         "remedies": [] if free is None or fits else remedies(blob, context, kv_cache, free, backend),
     }
+
+
+def _check_cache(kv_cache: str) -> None:
+    if kv_cache not in KV_CACHES:
+        raise QvlError(f"--kv-cache is {kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
 
 
 def _fit_text(memory: dict[str, Any]) -> list[str]:
