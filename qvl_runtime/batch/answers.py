@@ -16,7 +16,7 @@ from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import Whole, box_fields, described, sources_of, with_pictures
 from qvl_runtime.openai.errors import ApiError, of_exception
-from qvl_runtime.openai.forms import ChatForm, Form, TextForm
+from qvl_runtime.openai.formats import ChatFormat, ResponseFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import Sent, fetched
 from qvl_runtime.openai.requests import read_chat, read_completion
@@ -147,25 +147,25 @@ class Answerer:
 
     def _openai(self, row: Row, row_id: str) -> Question:
         own, body = self._model.generation_config, row.body or {}
-        form: Form
+        form: ResponseFormat
         if row.url == "/v1/completions":
             asked = read_completion(body, LIMITS, own)
-            form = TextForm(self._model.tokenizer, asked.logprobs is not None)
+            form = TextFormat(self._model.tokenizer, asked.logprobs is not None)
         else:
             asked = read_chat(body, LIMITS, own, self._options.allow_urls)
-            form = ChatForm(self._model.tokenizer, asked.logprobs is not None)
+            form = ChatFormat(self._model.tokenizer, asked.logprobs is not None)
         contents = fetched(sources_of(asked.prompt), LIMITS)
         prompt, pictures = with_pictures(self._model, asked.prompt, contents, LIMITS)
         seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed
         arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
         return Question(arguments, lambda results: self._answered(row, form, results, pictures))
 
-    def _answered(self, row: Row, form: Form, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
+    def _answered(self, row: Row, form: ResponseFormat, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
         answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
         prompt, new = results[0].prompt_tokens, sum(result.timings.new_tokens for result in results)
         body = {
             "id": f"{_name(row)}-body",
-            "object": "chat.completion" if isinstance(form, ChatForm) else "text_completion",
+            "object": "chat.completion" if isinstance(form, ChatFormat) else "text_completion",
             "created": 0,
             "model": self._model.blob.path.stem,
             "choices": [form.whole(answer) for answer in answers],

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
 from qvl_runtime.openai.errors import ApiError, of_exception
-from qvl_runtime.openai.forms import ChatForm, TextForm
+from qvl_runtime.openai.formats import ChatFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.requests import read_chat, read_completion
 from qvl_runtime.server.openapi import openapi_route
@@ -112,7 +112,7 @@ def _routes(service: Service) -> list[Route]:
     chat = AnswerRoute(
         service,
         lambda data: read_chat(data, limits, own, service.allow_urls),
-        lambda asked: ChatForm(tokenizer, asked.logprobs is not None),
+        lambda asked: ChatFormat(tokenizer, asked.logprobs is not None),
         kind="chat.completion",
         chunk="chat.completion.chunk",
         prefix="chatcmpl",
@@ -120,7 +120,7 @@ def _routes(service: Service) -> list[Route]:
     completion = AnswerRoute(
         service,
         lambda data: read_completion(data, limits, own),
-        lambda asked: TextForm(tokenizer, asked.logprobs is not None),
+        lambda asked: TextFormat(tokenizer, asked.logprobs is not None),
         kind="text_completion",
         chunk="text_completion",
         prefix="cmpl",

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from qvl_runtime.openai.answers import Part, Whole
 from qvl_runtime.openai.errors import ApiError, of_exception, refused
-from qvl_runtime.openai.forms import Envelope, Form, usage
+from qvl_runtime.openai.formats import Envelope, ResponseFormat, usage
 from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.requests import Asked
 from qvl_runtime.server.answers import Begun, End, Preparing
@@ -51,7 +51,7 @@ class AnswerRoute:
         self,
         service: Service,
         read: Callable[[Mapping[str, Any]], Asked],
-        form: Callable[[Asked], Form],
+        form: Callable[[Asked], ResponseFormat],
         *,
         kind: str,
         chunk: str,

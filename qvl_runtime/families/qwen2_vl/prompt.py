@@ -16,7 +16,7 @@ from typing import Any
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import ModelConfig
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
-from qvl_runtime.families.qwen2_vl.template import Form, Message, Piece, Template
+from qvl_runtime.families.qwen2_vl.template import Message, Piece, SpecialToken, Template
 from qvl_runtime.inputs.image_tags import cut_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, Picture
@@ -98,7 +98,7 @@ class Prompts:
         if isinstance(prompt, str):
             parts = self._places(prompt, access, self._vision_form)
             before = [Place(image) for image in fill([parts], images)]
-            return self._encode([*before, *self._forms(parts)], access, GROUNDING.opened(prompt))
+            return self._encode([*before, *self._special_tokens(parts)], access, GROUNDING.opened(prompt))
         messages = prompt if is_messages(prompt) else [{"role": "user", "content": checked_parts(prompt)}]
         read = [self._message(message, number, access) for number, message in enumerate(messages, 1)]
         self._check_roles(read)
@@ -203,7 +203,7 @@ class Prompts:
             elif is_video_part(part):
                 read.append(Place(read_video(part)))
             elif part.get("type") == "box" and "text" in part:
-                read += self._forms([part_text(part)], GROUNDING.tags & self.tokenizer.special.keys())
+                read += self._special_tokens([part_text(part)], GROUNDING.tags & self.tokenizer.special.keys())
             elif "text" in part:
                 read += self._places(part_text(part), access)
             else:
@@ -214,7 +214,7 @@ class Prompts:
         """Convert an earlier answer: special tokens of grounding, tools and reasoning are recognized."""
         structure = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
         vision = {form for form in self.tokenizer.special if re.fullmatch(r"<\|(vision|image|video)_\w+\|>", form)}
-        return self._forms([text], self.tokenizer.special.keys() - structure - vision)
+        return self._special_tokens([text], self.tokenizer.special.keys() - structure - vision)
 
     # ------------------------------------------------------------------------------------------------ pieces
     @property
@@ -235,15 +235,15 @@ class Prompts:
                 parts += [Place(None), plain] if j else [plain]
         return parts
 
-    def _forms(self, parts: Sequence[Piece], special: Any = None) -> list[Piece]:
-        """Convert special tokens in the texts of `parts` to `Form`."""
+    def _special_tokens(self, parts: Sequence[Piece], special: Any = None) -> list[Piece]:
+        """Convert special tokens in the texts of `parts` to `SpecialToken`."""
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, Place):
                 pieces.append(part)
                 continue
             cut = self.tokenizer.split_special(part, self.tokenizer.special.keys() if special is None else special)
-            pieces += [Form(piece) if i % 2 else piece for i, piece in enumerate(cut)]
+            pieces += [SpecialToken(piece) if i % 2 else piece for i, piece in enumerate(cut)]
         return pieces
 
     def _encode(self, pieces: Sequence[Piece], access: Access, opened: str = "") -> Prompt:
@@ -251,9 +251,9 @@ class Prompts:
         ids: list[int] = []
         slots: list[Slot] = []
         text = ""
-        seen = (part for piece in [*pieces, Form()] for part in self._seen(piece, access))
+        seen = (part for piece in [*pieces, SpecialToken()] for part in self._seen(piece, access))
         for piece in seen:
-            if isinstance(piece, str) and not isinstance(piece, Form):
+            if isinstance(piece, str) and not isinstance(piece, SpecialToken):
                 text += piece
                 continue
             ids += self.tokenizer.encode_ordinary(text)
@@ -273,7 +273,7 @@ class Prompts:
             return
         config = self.config
         tags = (config.vision_start_token_id, config.vision_end_token_id)
-        start, end = (Form(self.tokenizer.token_bytes(tag).decode()) for tag in tags)
+        start, end = (SpecialToken(self.tokenizer.token_bytes(tag).decode()) for tag in tags)
         source = piece.filled
         if not isinstance(source, Video):
             yield start
@@ -363,7 +363,7 @@ def _for_history(query: Any, parts: Parts) -> Any:
     """Return the query with its pictures: text if every picture is in an image tag, else parts."""
     found = sources(parts)
     tagged = isinstance(query, str) and len(cut_images(query)) == 2 * len(found) + 1
-    tags = any(isinstance(part, Form) for part in parts)  # box tags, which remain special
+    tags = any(isinstance(part, SpecialToken) for part in parts)  # box tags, which remain special
     if not (found or tags) or (tagged and all(isinstance(source, str | Path) for source in found)):
         return "".join(f"<img>{part.source!s}</img>" if isinstance(part, Place) else part for part in parts)
     return [_part(part) for part in parts if part != ""]
@@ -371,5 +371,5 @@ def _for_history(query: Any, parts: Parts) -> Any:
 
 def _part(part: str | Place) -> dict[str, Any]:
     if isinstance(part, str):
-        return {"type": "box" if isinstance(part, Form) else "text", "text": str(part)}
+        return {"type": "box" if isinstance(part, SpecialToken) else "text", "text": str(part)}
     return part.source.to_part() if isinstance(part.source, Video) else {"type": "image", "image": part.source}

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 from qvl_runtime.inputs.prompt import Parts, Place
 
 
-class Form(str):
+class SpecialToken(str):
     """A special token of a rendered prompt."""
 
     __slots__ = ()
 
 
-Piece = str | Form | Place
+Piece = str | SpecialToken | Place
 """A piece of a rendered prompt: text, a special token, or a picture or video with its vision tags."""
 
-START, END = Form("<|im_start|>"), Form("<|im_end|>")
+START, END = SpecialToken("<|im_start|>"), SpecialToken("<|im_end|>")
 
 
 @dataclasses.dataclass(frozen=True)

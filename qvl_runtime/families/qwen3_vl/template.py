@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen2_vl.template import END, START, Form, Message, Piece, Template
+from qvl_runtime.families.qwen2_vl.template import END, START, Message, Piece, SpecialToken, Template
 from qvl_runtime.inputs.prompt import Parts
 
-THINK, THOUGHT = Form("<think>"), Form("</think>")
-CALL, CALLED = Form("<tool_call>"), Form("</tool_call>")
-RESPONSE, RESPONDED = Form("<tool_response>"), Form("</tool_response>")
+THINK, THOUGHT = SpecialToken("<think>"), SpecialToken("</think>")
+CALL, CALLED = SpecialToken("<tool_call>"), SpecialToken("</tool_call>")
+RESPONSE, RESPONDED = SpecialToken("<tool_response>"), SpecialToken("</tool_response>")
 
 _TOOLS = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -12,7 +12,7 @@ from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.openai.answers import Part, Whole
 
 
-class Form(Protocol):
+class ResponseFormat(Protocol):
     """The response format of one request."""
 
     def head(self, index: int) -> dict[str, Any] | None:
@@ -60,8 +60,8 @@ def usage(answers: Sequence[Whole]) -> dict[str, Any]:
     }
 
 
-class ChatForm:
-    """Chat completions: `Form`.
+class ChatFormat:
+    """Chat completions: `ResponseFormat`.
 
     Parameters
     ----------
@@ -120,8 +120,8 @@ def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | No
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-class TextForm:
-    """Completions: `Form`.
+class TextFormat:
+    """Completions: `ResponseFormat`.
 
     Parameters
     ----------
