@@ -90,6 +90,28 @@ SHAPE = Checkpoint(VL).entry(f"{W1}.weight").shape
     [
         ({"use_dora": True}, {}, "'use_dora' is 'True'"),
         ({"bias": "all"}, {}, "'bias' is 'all'"),
+        ({"fan_in_fan_out": 0}, {}, "'fan_in_fan_out' is '0'"),
+        ({"alora_invocation_tokens": [1, 2]}, {}, r"'alora_invocation_tokens' is '\[1, 2\]'"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, {}, "'layer_replication' is "),
+        ({"trainable_token_indices": [7]}, {}, "'trainable_token_indices' is "),
+        ({"a_later_variant": True}, {}, "'a_later_variant' is 'True'"),
+        ({"\x1b[2J\n": 1}, {}, r"'\\x1b\[2J\\n' is '1'"),
+        ({"use_rslora": "false"}, {}, "'use_rslora' is 'false', expected bool"),
+        ({"r": "4"}, {}, "'r' is '4', expected int"),
+        ({"r": 8}, {}, "rank 4, but 'r' is 8 in adapter_config"),
+        ({"init_lora_weights": "pissa_niter_16"}, {}, "'init_lora_weights' is 'pissa_niter_16'.* changed the base"),
+        ({"init_lora_weights": "olora"}, {}, "'init_lora_weights' is 'olora'"),
+        ({"init_lora_weights": 1}, {}, "'init_lora_weights' is '1'"),
+        ({}, {f"base_model.model.{W1}.lora_A.default.weight": np.ones((4, SHAPE[1]), np.float32)}, "in two ways"),
+        ({}, {f"base_model.model.{W1}.modules_to_save.weight": np.ones(SHAPE, np.float32)}, "in two ways"),
+        ({}, {f"base_model.model.{W1}.weight": np.ones(SHAPE, np.float32)}, "in two ways"),
+        ({}, {f"base_model.model.{W1}.lora_B.weight": np.ones((SHAPE[0], 4), np.int8)}, "lora_B.* is int8, expected"),
+        ({}, {f"base_model.model.{W1}.lora_A.weight": np.ones((4, SHAPE[1]), bool)}, "lora_A.* is bool, expected"),
+        (
+            {},
+            {f"base_model.model.{name}.lora_{side}.weight": None for name in (C_ATTN, W1) for side in "AB"},
+            r"adapter_model\.safetensors: holds no tensor",
+        ),
         ({"peft_type": "IA3"}, {}, "'peft_type' is 'IA3'"),
         ({"lora_alpha": "x"}, {}, "'lora_alpha' is 'x'"),
         ({"lora_alpha": 10**400}, {}, "'lora_alpha' is '1000"),
@@ -116,6 +138,70 @@ def test_what_cannot_be_merged_is_refused(adapter, config, tensors, message):
     folder, _ = adapter(config, **tensors)
     with pytest.raises(QvlError, match=message):
         Merged(VL, folder)
+
+
+# What PEFT 0.21 writes for `LoraConfig(r=4, target_modules=[...])`.
+PEFT = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": {"base_model_class": "QWenLMHeadModel", "parent_library": "transformers_modules"},
+    "base_model_name_or_path": "Qwen/Qwen-VL-Chat",
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 4,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["c_attn", "w1"],
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.99}},
+        {"init_lora_weights": False, "layers_to_transform": [0], "layers_pattern": "h", "modules_to_save": []},
+        {"bias": None, "use_rslora": None, "use_dora": None, "r": None, "enable_lora": None, "merge_weights": False},
+    ],
+)
+def test_what_peft_writes_for_a_plain_adapter_is_merged(adapter, config):
+    folder, made = adapter(PEFT | config)
+    a, b = (made[f"base_model.model.{W1}.lora_{side}.weight"] for side in "AB")
+    want = Checkpoint(VL).tensor(f"{W1}.weight").astype(np.float64) + 2 * b.astype(np.float64) @ a
+    np.testing.assert_allclose(Merged(VL, folder).tensor(f"{W1}.weight"), want, rtol=0, atol=1e-5)
 
 
 def test_a_sum_that_cannot_be_stored_is_named_with_the_adapter(adapter, tmp_path):

@@ -10,22 +10,36 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from qvl_convert.checkpoint import Checkpoint, open_weights, read_json, read_tensor
 from qvl_runtime.errors import QvlError
+from qvl_runtime.families.reading import take
 from qvl_runtime.file.opening import as_path, open_regular
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.default)?)?\.(?P<kind>weight|bias)")
 PREFIX = "base_model.model."
 LARGEST = 1e6
 """Limit of `lora_alpha`, far beyond that of any adapter; merging does not overflow by it."""
-UNKNOWN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+"""Settings that `_Scaling` reads."""
+HARMLESS = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size"),
+    *("megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying"),
+)
+"""Settings of PEFT that do not change the sum: they name files and modules, or apply to the training alone."""
+NEUTRAL: tuple[Any, ...] = (None, [], {}, "")
+"""What every other setting must be, or False: PEFT writes all of them, and those of its variants are off like this."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Initial factors for which PEFT does not change the base weights, as it does for PiSSA, OLoRA, CorDA and LoftQ."""
 
 
 class Merged(Checkpoint):
@@ -41,19 +55,21 @@ class Merged(Checkpoint):
     Raises
     ------
     QvlError
-        If the adapter is damaged, of another type, or does not match the base model.
+        If the adapter is damaged, of another type, holds nothing, or does not match the base model.
     """
 
     def __init__(self, folder: str | os.PathLike, adapter: str | os.PathLike):
         super().__init__(folder)
         self._adapter = as_path(adapter)
         self._where = self._adapter / "adapter_config.json"
-        self._factor = _factor(read_json(self._where, "a PEFT adapter"), str(self._where))
+        self._scaling = _Scaling(read_json(self._where, "a PEFT adapter"), str(self._where))
         path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
         if path is None:
             raise QvlError(f"{self._adapter}: holds no {FILES[0]}; finish the download")
         self._path = path
         shard = open_weights(self._path)
+        if not shard.entries:
+            raise QvlError(f"{self._path}: holds no tensor; save the adapter again")
         self._low_rank: dict[str, dict[str, np.ndarray]] = {}
         self._saved: dict[str, np.ndarray] = {}
         for key in shard.entries:
@@ -76,7 +92,7 @@ class Merged(Checkpoint):
             return weight
         a, b = (self._low_rank[name][side].astype(np.float32) for side in "AB")
         merged = weight.astype(np.float32)
-        merged += (b * np.float32(self._factor(len(a)))) @ a
+        merged += (b * np.float32(self._scaling(len(a)))) @ a
         return merged
 
     def fingerprint(self) -> dict[str, str]:
@@ -86,16 +102,18 @@ class Merged(Checkpoint):
             while piece := file.read(1 << 20):
                 digest.update(piece)
         # The scaling at two ranks determines alpha and `use_rslora`.
-        digest.update(f"{self._factor(1)} {self._factor(4)}".encode())
+        digest.update(f"{self._scaling(1)} {self._scaling(4)}".encode())
         return super().fingerprint() | {f"{self._adapter.name}/{self._path.name}": digest.hexdigest()[:32]}
 
     def _take(self, key: str, array: np.ndarray) -> None:
         low_rank, saved = LOW_RANK.fullmatch(key), SAVED.fullmatch(key)
         if low_rank:
             name = self._known_as(f"{low_rank['module']}.weight")
+            twice = low_rank["side"] in self._low_rank.get(name, {}) or name in self._saved
             self._low_rank.setdefault(name, {})[low_rank["side"]] = array
         elif saved and ".lora_" not in key:
             name = self._known_as(f"{saved['module']}.{saved['kind']}")
+            twice = name in self._saved or name in self._low_rank
             self._saved[name] = array
         else:
             raise QvlError(f"{self._path}: {key!r:.100} is no part of a LoRA adapter that this program knows")
@@ -105,6 +123,10 @@ class Merged(Checkpoint):
             raise QvlError(
                 f"{self._path}: changes {name!r:.100}, which {self.folder} has not; do they belong together?"
             )
+        if twice:
+            raise QvlError(f"{self._path}: changes {name!r:.100} in two ways; only one can be meant: save it again")
+        if array.dtype.kind != "f" and array.dtype != BF16:
+            raise QvlError(f"{self._path}: {key!r:.100} is {array.dtype}, expected floating point; save it again")
         if not np.isfinite(array).all():
             raise QvlError(f"{self._path}: {key!r} holds a value that is not finite; download the adapter again")
         if name in self._saved and array.shape != self.entry(name).shape:
@@ -134,18 +156,45 @@ class Merged(Checkpoint):
                 f"{self._path}: {name!r} has factors of {list(b.shape)} and {list(a.shape)} for the base model's "
                 f"{list(shape)}; do they belong together?"
             )
-
-
-def _factor(config: dict[str, Any], where: str) -> Callable[[int], float]:
-    """Return the scaling of an adapter as a function of its rank."""
-    if config.get("peft_type", "LORA") != "LORA":
-        raise QvlError(f"{where}: 'peft_type' is {str(config['peft_type'])[:40]!r}; only 'LORA' is merged")
-    for key, known in UNKNOWN.items():
-        if config.get(key) not in (None, known):
+        if self._scaling.rank not in (None, len(a)):
             raise QvlError(
-                f"{where}: '{key}' is {str(config[key])[:60]!r}, only {known!r} is merged; merge it with PEFT"
+                f"{self._path}: {name!r} has factors of rank {len(a)}, but 'r' is {self._scaling.rank} in "
+                f"{self._where.name}; do they belong together?"
             )
-    alpha, rslora = config.get("lora_alpha"), bool(config.get("use_rslora"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -LARGEST <= alpha <= LARGEST:
-        raise QvlError(f"{where}: 'lora_alpha' is {str(alpha)[:40]!r}, expected a number up to {LARGEST:g}")
-    return lambda rank: alpha / (math.sqrt(rank) if rslora else rank)
+
+
+class _Scaling:
+    """What the product of an adapter's factors is multiplied with, from its ``adapter_config.json``.
+
+    Attributes
+    ----------
+    rank : int or None
+        The rank of all factors, if the file names it.
+    """
+
+    def __init__(self, config: dict[str, Any], where: str):
+        kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
+        if kind != "LORA":
+            raise QvlError(f"{where}: 'peft_type' is {str(kind)[:40]!r}; only 'LORA' is merged")
+        for key, value in config.items():
+            off = value is False or value in NEUTRAL or (key, value) == ("bias", "none")
+            if not off and key not in (*READ, *HARMLESS):
+                raise QvlError(
+                    f"{where}: {key!r:.60} is {str(value)[:60]!r}, which is not merged here; save a plain LoRA adapter"
+                )
+        if not (start is None or isinstance(start, bool) or str(start).lower() in PLAIN_STARTS):
+            raise QvlError(
+                f"{where}: 'init_lora_weights' is {str(start)[:40]!r}, with which training may have changed the base "
+                "model: save it with PEFT's path_initial_model_for_weight_conversion, or set it to true if the folder "
+                "to convert is the changed model"
+            )
+        self.rank = None if config.get("r") is None else take(config, "r", int, where)
+        alpha = config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -LARGEST <= alpha <= LARGEST:
+            raise QvlError(f"{where}: 'lora_alpha' is {str(alpha)[:40]!r}, expected a number up to {LARGEST:g}")
+        self._alpha = alpha
+        self._stabilized = config.get("use_rslora") is not None and take(config, "use_rslora", bool, where)
+
+    def __call__(self, rank: int) -> float:
+        """Return the scaling of factors of a rank."""
+        return self._alpha / (math.sqrt(rank) if self._stabilized else rank)
