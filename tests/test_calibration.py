@@ -123,9 +123,29 @@ def test_bad_samples_are_named_and_skipped_up_to_a_limit(folder, caplog, chat):
         calibration.load(folder / "data.json", chat)
 
 
+def test_a_warning_about_a_sample_is_one_short_line(folder, caplog, chat):
+    """A file must not be able to write lines of its own, or to a terminal's controls."""
+    odd = {"id": "x\x1b[2J\nqvl: done" + "y" * 300, "conversations": [{"from": "\x1b" * 300, "value": "Hello"}]}
+    (folder / "data.json").write_text(json.dumps([odd, conversation()]))
+    assert len(calibration.load(folder / "data.json", chat)) == 1
+    (said,) = caplog.messages
+    assert said.isprintable() and len(said) < len(str(folder)) + 250
+    (folder / "c\x1b.png").write_bytes(b"no picture")
+    calibration.load(folder, chat)
+    assert caplog.messages[-1].isprintable()
+
+
+def test_an_empty_text_is_a_bad_sample(folder, tokenizer, caplog, chat):
+    (folder / "data.jsonl").write_text('{"text": ""}\n{"text": "Only words."}\n')
+    (sample,) = calibration.load(folder / "data.jsonl", chat)
+    assert tokenizer.decode(sample.ids) == "Only words."
+    assert "line 1: skipped: its text is empty" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("d.jsonl", '{"text": ""}', "no usable sample"),
         ("d.json", "{", "not readable as JSON"),
         ("d.json", "{}", "no list of conversations"),
         ("d.json", "[]", "no usable sample"),

@@ -27,7 +27,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.config import Config
 from qvl_runtime.file.json_text import parse_json
-from qvl_runtime.file.opening import as_path, read_regular
+from qvl_runtime.file.opening import as_path, read_regular, shown
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Picture
@@ -134,7 +134,10 @@ def load(
         if len(samples) == count:
             break
         try:
-            samples.append(_cut(_sample(turns, _root(source), speaker), max_tokens))
+            sample = _sample(turns, _root(source), speaker)
+            if not sample.ids:
+                raise QvlError("its text is empty")
+            samples.append(_cut(sample, max_tokens))
         except QvlError as error:
             bad += 1
             log.warning("%s: skipped: %s", name, error)
@@ -177,7 +180,7 @@ def _read(path: Path) -> Iterator[Found]:
         # not `splitlines`: a string of JSON may hold other ends of lines, such as U+2028
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                name = f"{path}, line {number}"
+                name = f"{shown(path)}, line {number}"
                 yield name, _entry(parse_json(line, f"{name}:", FORM))
         return
     entries = parse_json(text, f"{path}:", FORM)
@@ -185,7 +188,7 @@ def _read(path: Path) -> Iterator[Found]:
         raise QvlError(f"{path}: holds no list of conversations; {FORM}")
     for number, entry in enumerate(entries, 1):
         label = entry.get("id", number) if isinstance(entry, dict) else number
-        yield f"{path}, sample {label}", _entry(entry)
+        yield f"{shown(path)}, sample {label!r:.60}", _entry(entry)
 
 
 def _entry(entry: Any) -> list[Turn] | str:
@@ -231,7 +234,7 @@ def _read_folder(folder: Path) -> Iterator[Found]:
         if os.path.lexists(caption):
             said = read_regular(caption, limit=MAX_CAPTION, remedy="a caption is a text file beside its picture")
             turns.append(("assistant", said.decode("utf-8", "replace").strip()))
-        yield str(path), turns
+        yield shown(path), turns
 
 
 def _builtin(rng: np.random.Generator, count: int, speaker: Speaker) -> list[Found]:
@@ -282,7 +285,7 @@ def _sample(turns: list[Turn] | str, root: Path, speaker: Speaker) -> Sample:
         return _without_pixels(speaker.prompts.build(_resolve(turns, root, speaker), None, LOCAL))
     for role, said in turns:
         if role not in SPEAKERS.values() or not isinstance(said, str | list):
-            raise QvlError(f"a turn is {role!r}: {str(said)[:40]!r}; expected 'user' or 'assistant' and a text")
+            raise QvlError(f"a turn is {role!r:.40}: {str(said)[:40]!r}; expected 'user' or 'assistant' and a text")
     if not any(role == "user" for role, _ in turns):
         raise QvlError("has no 'conversations' with a turn of the user")
     answer = _text(turns[-1][1]) if turns[-1][0] == "assistant" else None
