@@ -7,6 +7,7 @@ step to more bits with the largest error reduction per byte is taken until no st
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -32,12 +33,13 @@ def parse_size(text: str) -> int:
     Raises
     ------
     QvlError
-        For another format.
+        For another format, or a number beyond any file.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
-    if not found:
-        raise QvlError(f"--target-size {text!r}: give a size such as 5.5GB or 900MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    size = float(found[1]) * UNITS[found[2].upper()] if found else math.inf
+    if not math.isfinite(size):
+        raise QvlError(f"--target-size {text!r:.60}: give a size such as 5.5GB or 900MB")
+    return int(size)
 
 
 def allocate(
