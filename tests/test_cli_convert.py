@@ -117,6 +117,38 @@ def test_options_of_gptq_are_refused_without_it(qvl, tmp_path):
     fails(qvl("convert", BIN, tmp_path / "x.qvl", "--spill"), "spill", "gptq")
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "device 'foo' is unknown"),
+        (("--calibration-samples", 0), "the number of conversations is 0; expected 1 or more"),
+        (("--device", "cuda", "--verify", 1), "no GPU here"),
+    ],
+)
+def test_invalid_options_are_found_before_anything_is_written(qvl, tmp_path, monkeypatch, method, options, message):
+    """Whatever the method; and an unfinished file that --resume would continue stays."""
+    monkeypatch.setattr("qvl_kernels.gpu.available", lambda: (False, "no GPU here"))
+    partial = tmp_path / "x.qvl.partial"
+    partial.write_bytes(b"begun")
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", "--resume", "--method", method, *options), message)
+    assert partial.read_bytes() == b"begun"
+    assert list(tmp_path.iterdir()) == [partial]
+
+
+def test_a_calibration_without_its_gpu_leaves_no_file(qvl, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_kernels.gpu.available", lambda: (False, "no GPU here"))
+    options = ("--method", "gptq", "--device", "cuda", "--verify", 0)
+    fails(qvl("convert", BIN, tmp_path / "x.qvl", *options), "no GPU here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_gptq_that_are_valid_are_accepted_without_it(qvl, tmp_path):
+    """Scripts give them for every method."""
+    options = ("--device", "cuda", "--calibration-samples", 4)
+    assert qvl("convert", BIN, tmp_path / "x.qvl", *options)[::2] == (0, "")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
 def test_a_git_lfs_pointer_is_named_as_such(qvl, tmp_path, name):
     folder = linked(GOLDEN / "ckpt/tiny-vl", tmp_path / "clone")
@@ -154,7 +186,7 @@ def test_interrupt_is_130_and_leaves_the_unfinished_file(qvl, tmp_path, monkeypa
 
 @pytest.mark.parametrize("arguments", [
     ("convert",), ("convert", "a"), ("frobnicate",), ("info", "x", "--nonsense"),
-    ("verify", "x", "--reference", "y", "--max-new-tokens", "-1"),
+    ("verify", "x", "--reference", "y", "--max-new-tokens", "-1"), ("convert", "a", "b", "--verify", "-1"),
 ])  # fmt: skip
 def test_wrong_usage_is_2(qvl, arguments):
     status, out, err = qvl(*arguments)

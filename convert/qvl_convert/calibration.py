@@ -33,6 +33,7 @@ from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Picture
 from qvl_runtime.inputs.prompt import Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.options import whole_number
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,8 @@ def load(
         If nothing can be read, more than `MAX_BAD` samples are invalid (each is logged and skipped), or none is left.
     """
     rng, source = np.random.default_rng(seed), as_path(source)
-    for name, value in (("the number of conversations", count), ("max_tokens", max_tokens)):
-        if type(value) is not int or value < 1:
-            raise QvlError(f"{name} is {value!r}; expected 1 or more")
-    max_tokens = min(max_tokens, speaker.config.max_position_embeddings)
+    check_count(count)
+    max_tokens = min(whole_number("max_tokens", max_tokens, 1), speaker.config.max_position_embeddings)
     if str(source) == BUILTIN:
         found = _builtin(rng, count, speaker)
     else:
@@ -146,6 +145,11 @@ def load(
     if not samples:
         raise QvlError(f"{source}: holds no usable sample; expected conversations, texts or pictures")
     return samples
+
+
+def check_count(count: int) -> None:
+    """Raise a QvlError for an impossible number of samples."""
+    whole_number("the number of conversations", count, 1)
 
 
 def digest(samples: list[Sample]) -> str:

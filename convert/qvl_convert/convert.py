@@ -18,6 +18,7 @@ from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.progress import Progress, Report
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
+from qvl_runtime.backends import check_device
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
@@ -83,7 +84,12 @@ def convert(
     ------
     QvlError
         If the source or the settings are invalid. No file is left then.
+    DeviceError
+        If a calibration is to run on a GPU and none is usable.
     """
+    # also where nothing is calibrated: an error that appears with another method alone is found late
+    check_device(device)
+    calibration.check_count(calibration_samples)
     if method != "gptq" and target_size is None:
         if calibration_data != calibration.BUILTIN:
             raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
@@ -103,10 +109,11 @@ def convert(
     vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
+        target = parse_size(target_size)
         chosen = allocate(
             source,
             _samples(source, calibration_data, calibration_samples, parts=set(PARTS)),
-            parse_size(target_size),
+            target,
             group_size=group_size,
             size_of=lambda plans: _upper_size(_layout(source, plans, vectors)),
             device=device,

@@ -124,6 +124,13 @@ class Calibrated:
         Store the activations in a temporary folder, not in memory.
     report : callable
         Receives the work done and the whole work, in seconds on some machine.
+
+    Raises
+    ------
+    QvlError
+        For an unknown device.
+    DeviceError
+        If "cuda" is requested and there is no usable GPU.
     """
 
     def __init__(
@@ -134,7 +141,8 @@ class Calibrated:
         spill: bool = False,
         report: Report = lambda done, whole: None,
     ):
-        self.samples, self._device, self._spill, self._report = samples, device, spill, report
+        self.samples, self._spill, self._report = samples, spill, report
+        self._ops = make_ops(device)
 
     def __call__(
         self, source: Source, plans: list[MatrixPlan], pending: list[MatrixPlan], finished: Finished
@@ -153,9 +161,8 @@ class Calibrated:
     ) -> Iterator[tuple[MatrixPlan, Matrix]]:
         todo = {plan.spec.name: plan for plan in pending}
         calibrated = {name for name, plan in todo.items() if plan.method == "gptq"}
-        ops = make_ops(self._device)
         checkpoint = source.checkpoint
-        walk = Walk(ops, checkpoint.family, checkpoint.config, self.samples, checkpoint.reader, folder)
+        walk = Walk(self._ops, checkpoint.family, checkpoint.config, self.samples, checkpoint.reader, folder)
         published, quantized = Published(source), InFile(source, plans, finished)
         steps = stages(checkpoint.family, checkpoint.config)
         effort, specs = Effort(self._report, self.samples), {plan.spec.name: plan.spec for plan in plans}

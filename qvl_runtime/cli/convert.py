@@ -25,6 +25,7 @@ from qvl_convert.convert import convert as run
 from qvl_convert.progress import Progress as Tensors
 from qvl_convert.progress import Report
 from qvl_convert.writer import partial_path
+from qvl_runtime.backends import backend
 from qvl_runtime.cli.text import size
 
 SECONDS = 60
@@ -55,7 +56,9 @@ def convert(
     spill: Annotated[bool, typer.Option("--spill", help="Store activations on disk, not in memory. (*)")] = False,
     verify: Annotated[
         int | None,
-        typer.Option(help="Conversations to compare with the original afterwards.  [default: 2 with gptq, else 0]"),
+        typer.Option(
+            min=0, help="Conversations to compare with the original afterwards.  [default: 2 with gptq, else 0]"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT, complete or partial, if it exists.")] = False,
@@ -74,6 +77,10 @@ def convert(
       qvl convert Qwen-VL-Chat mine.qvl --lora my-fine-tune
       qvl convert Qwen-VL-Chat reference.qvl --bits 16
     """
+    if verify is None:
+        verify = 2 if method == "gptq" else 0
+    if verify:
+        backend(device)  # a missing GPU is found before the conversion, not after it
     try:
         with _bar(by_effort=method == "gptq") as (tensors, effort):
             run(
@@ -100,8 +107,6 @@ def convert(
             print(f"qvl: interrupted; {partial} is unfinished: --resume continues it", file=sys.stderr)
         raise
     print(f"{out}: {size(out.stat().st_size)}")
-    if verify is None:
-        verify = 2 if method == "gptq" else 0
     if verify:
         from qvl_runtime.cli.verify import verify as compare
 
