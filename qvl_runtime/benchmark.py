@@ -184,7 +184,7 @@ def _decoder_weights(model: Model) -> int:
 
 
 def peak_memory() -> int | None:
-    """Return the peak resident bytes of this process, or None if unknown."""
+    """Return the peak resident bytes of this process since its start, or None if unknown."""
     try:
         import resource
     except ImportError:  # Windows

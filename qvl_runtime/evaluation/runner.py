@@ -58,7 +58,7 @@ class Asked:
     seconds : float
         Time of the answers, in this and earlier runs.
     peak_memory : int or None
-        Peak resident bytes, including the mapped file; None if unknown.
+        Peak resident bytes of the run, including the mapped file; None if unknown.
     """
 
     answers: list[Answer]
@@ -146,7 +146,7 @@ def ask(
         for sample in left:
             keep(sample, {"likelihoods": _likelihoods(model, task, words, sample)})
     answers: list[Answer] = [file.answers[sample.id] for sample in samples]
-    return Asked(answers, sum(answer["seconds"] for answer in answers), peak_memory())
+    return Asked(answers, sum(answer["seconds"] for answer in answers), peak_since_reset())
 
 
 def _is_answer_to(task: Task, sample: Sample, answer: Answer) -> bool:
@@ -203,14 +203,14 @@ def _named(sample: Sample) -> Iterator[None]:
 
 
 def reset_peak() -> None:
-    """Reset `peak_memory`, if the system supports that."""
+    """Reset `peak_since_reset`, if the system supports that."""
     gc.collect()
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK)
 
 
-def peak_memory() -> int | None:
-    """Return the peak resident bytes since `reset_peak`."""
+def peak_since_reset() -> int | None:
+    """Return the peak resident bytes since `reset_peak`, or None if unknown."""
     with contextlib.suppress(OSError):
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
