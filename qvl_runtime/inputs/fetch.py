@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -74,8 +74,8 @@ def fetch(
                 where = urljoin(where, reply.getheader("Location", ""))
         raise QvlError(f"more than {MAX_REDIRECTS} redirects")
     except (OSError, ValueError, http.client.HTTPException) as error:  # QvlError is a ValueError
-        reason = f"took longer than {max_seconds:g} seconds" if isinstance(error, TimeoutError) else _one_line(error)
-        raise QvlError(f"cannot fetch {_one_line(url)}: {reason}; download it and pass the file") from None
+        reason = f"took longer than {max_seconds:g} seconds" if isinstance(error, TimeoutError) else excerpt(error)
+        raise QvlError(f"cannot fetch {excerpt(url)}: {reason}; download it and pass the file") from None
 
 
 class _Deadline:
@@ -103,13 +103,13 @@ class _Target(NamedTuple):
 def _parse(url: str) -> _Target:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
-        raise QvlError(f"{_one_line(parts.scheme) or 'nothing'}: is not a supported scheme; only http and https are")
+        raise QvlError(f"{excerpt(parts.scheme) or 'nothing'}: is not a supported scheme; only http and https are")
     if not parts.hostname or "@" in parts.netloc:
         raise QvlError("its URL names no host" if not parts.hostname else "its URL has a user name or password")
     try:
         host = parts.hostname.encode("idna").decode()
     except UnicodeError:
-        raise QvlError(f"the host {_one_line(parts.hostname)!r} cannot exist") from None
+        raise QvlError(f"the host {excerpt(parts.hostname)!r} cannot exist") from None
     secure = parts.scheme == "https"
     path = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe="/%?&=:;,+@!$'()*~[]")
     return _Target(secure, host, parts.port or (443 if secure else 80), path)
@@ -206,7 +206,7 @@ class _TimedReader(io.RawIOBase):
 
 def _content(reply: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if reply.status != 200:
-        raise QvlError(f"the server answers {reply.status} {_one_line(reply.reason)}")
+        raise QvlError(f"the server answers {reply.status} {excerpt(reply.reason)}")
     if (reply.length or 0) <= max_bytes:
         content = reply.read(max_bytes + 1)
         if reply.length:
@@ -214,9 +214,3 @@ def _content(reply: http.client.HTTPResponse, max_bytes: int) -> bytes:
         if len(content) <= max_bytes:
             return content
     raise QvlError(f"it is larger than {max_bytes:,} bytes")
-
-
-def _one_line(value: object) -> str:
-    text = " ".join(str(value).split())
-    text = text if len(text) <= 200 else f"{text[:197]}..."
-    return text if text.isprintable() else ascii(text)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.file.opening import read_regular, shown
 
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
@@ -181,7 +181,7 @@ def _read_stream(stream: BinaryIO) -> bytes:
             stream.seek(0)
         content = stream.read(MAX_FILE_BYTES + 1)
     except Exception as error:  # `read` may raise anything
-        raise QvlError(f"the image file cannot be read: {_one_line(error)}") from None
+        raise QvlError(f"the image file cannot be read: {excerpt(error) or type(error).__name__}") from None
     if not isinstance(content, bytes):
         raise QvlError(f"the image file gives {type(content).__name__}, not bytes: open it with mode 'rb'")
     if len(content) > MAX_FILE_BYTES:
@@ -218,7 +218,7 @@ def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Im
     except Image.UnidentifiedImageError:
         raise QvlError(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise QvlError(f"{label} is broken: {_one_line(error)}") from None
+        raise QvlError(f"{label} is broken: {excerpt(error) or type(error).__name__}") from None
 
 
 def _scaled(image: Image.Image, label: str) -> Image.Image:
@@ -251,10 +251,6 @@ def _check_size(width: int, height: int, label: str, limit: int = MAX_PIXELS) ->
         raise QvlError(f"{label} has {width} x {height} pixels, more than {limit}: shrink it first")
     if width * height == 0:
         raise QvlError(f"{label} has no pixels ({width} x {height})")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
