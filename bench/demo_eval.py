@@ -13,7 +13,7 @@ from pathlib import Path
 
 import demo_tasks
 import harness
-from skills import columns
+from skills import columns, prints_hanzi
 
 from qvl_runtime.evaluation.evaluate import evaluate
 from training.lexicon import LEVELS
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="keep files and answers here, and resume from them")
     args = parser.parse_args()
-    demo_tasks.check_level(parser, args.level)
+    demo_tasks.check_level(parser, args.level, prints_hanzi([], args.kinds))
     with tempfile.TemporaryDirectory() as folder:
         kept = args.folder or Path(folder)
         documents = run(kept, args.count, args.seed, args.level, args.kinds, args.device)

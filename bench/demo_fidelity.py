@@ -3,7 +3,8 @@
     python bench/demo_fidelity.py [--bits 4 3] [--level all] [--count 4] [--folder CHECKPOINT]
 
 Every part at int4, or at these bits, in groups of 128, by GPTQ and by rounding to nearest. GPTQ calibrates on
-conversations of the same kind with another seed. A table, then one JSON document as the last line.
+conversations of the same kind with another seed. Both print Chinese at every level, for the skill "read hanzi": install
+Debian's fonts-wqy-microhei. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import harness
-from skills import SKILLS, calibrated, write_conversations
+from demo_tasks import check_level
+from skills import SKILLS, calibrated, prints_hanzi, write_conversations
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--count", type=int, default=4, help="conversations for each skill and language")
     args = parser.parse_args()
+    check_level(parser, args.level, prints_hanzi(SKILLS, []))
     reports = {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)

@@ -19,7 +19,7 @@ import numpy as np
 
 from qvl_runtime.demo.conversations import SINGLE, Exchange, refer
 from qvl_runtime.demo.scenes import Scene, draw, random_scene
-from training.lexicon import LEVELS, scene_options
+from training.lexicon import LEVELS, check_hanzi_font, scene_options
 
 SIDE = 336
 TASKS = ("nocaps", "vqav2", "docvqa", "refcoco_val")
@@ -138,10 +138,12 @@ def write(folder: Path, count: int, seed: int, level: str) -> None:
     write_json(folder / "prompts.json", PROMPTS)
 
 
-def check_level(parser: argparse.ArgumentParser, level: str) -> None:
-    """End the script with one line if the font of a level is not installed."""
+def check_level(parser: argparse.ArgumentParser, level: str, hanzi: str = "") -> None:
+    """End the script with one line if the font of a level, or of what prints Chinese at any level, is not installed."""
     try:
         scene_options(level)
+        if hanzi:
+            check_hanzi_font(hanzi)
     except FileNotFoundError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 

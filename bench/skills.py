@@ -6,7 +6,9 @@
 
 Exact match, except for boxes (`find`, `ground`, places in `second`): a box is right if its IoU with the true one is at
 least 0.5; an answer with several is right if all its boxes are. A table, then one JSON document as the last line.
-Pictures with printed Chinese need the font of Debian's fonts-wqy-microhei, unless --level says otherwise.
+
+Printed Chinese needs the font of Debian's fonts-wqy-microhei: at --level all, and at every level for the skill
+"read hanzi" and for GPTQ, whose calibration has all skills.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+from demo_tasks import check_level
 from PIL import Image
 
 import qvl_runtime as qvl
@@ -40,7 +43,8 @@ KINDS = {
 }
 """The conversions compared; "int4" is the default, with ViT, adapter and head at 8 bits. GPTQ is `calibrated`."""
 CALIBRATION_SEED, CALIBRATION_COUNT = 40_000, 8
-READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), "read hanzi": (0, 0, 0, 1)}
+READ_HANZI = "read hanzi"
+READING = {"read digits": (1, 0, 0, 0), "read latin": (0, 0.6, 0.4, 0), READ_HANZI: (0, 0, 0, 1)}
 SIDE, SHORT = 336, 8
 SKILLS = (*(name for name in SINGLE if name != "read"), *READING, "compare 2", "compare 3")
 GROUPS = {
@@ -167,6 +171,13 @@ def summary(scores: dict[tuple[str, str], Score]) -> dict:
     return rows
 
 
+def prints_hanzi(skills: Iterable[str], kinds: Iterable[str]) -> str:
+    """What of these skills and conversions prints Chinese at every level; "" if nothing does."""
+    if READ_HANZI in skills:
+        return f"the skill {READ_HANZI!r}"
+    return next((f"the calibration of {kind!r}" for kind in kinds if kind.endswith("GPTQ")), "")
+
+
 def columns(paths: list[Path], kinds: list[str], level: str, folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of every column, converted if needed."""
     for path in paths:
@@ -192,10 +203,8 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, default="all", help="how hard the pictures are")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    try:
-        test = list(cases(args.seed, args.count, args.skills, args.level))
-    except FileNotFoundError as error:
-        parser.exit(1, f"skills.py: {error}\n")
+    check_level(parser, args.level, prints_hanzi(args.skills, [] if args.models else args.kinds))
+    test = list(cases(args.seed, args.count, args.skills, args.level))
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, blob in columns(args.models, args.kinds, args.level, Path(folder)):

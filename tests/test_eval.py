@@ -41,7 +41,9 @@ from qvl_runtime.families.generation_config import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import demo_eval
+import demo_fidelity
 import demo_tasks
+import skills
 
 COUNT = 3
 
@@ -121,6 +123,31 @@ def test_the_bench_names_the_package_of_a_missing_font(monkeypatch, capsys, tmp_
     told = capsys.readouterr().err
     assert left.value.code == 1 and told.count("\n") == 1
     assert "fonts-wqy-microhei" in told and "--level latin" in told
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [
+        (skills, [], "the skill 'read hanzi'"),
+        (skills, ["--skills", "find", "--kinds", "int8", "int4 all GPTQ"], "the calibration of 'int4 all GPTQ'"),
+        (demo_fidelity, [], "the skill 'read hanzi'"),
+        (demo_eval, [], "the calibration of 'int4 all GPTQ'"),
+    ],
+)
+def test_the_bench_names_what_prints_chinese_at_every_level(monkeypatch, capsys, tmp_path, script, arguments, named):
+    monkeypatch.setattr("training.lexicon.HANZI_FONTS", [str(tmp_path / "no.ttc")])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--level", "latin", *arguments])
+    with pytest.raises(SystemExit) as left:
+        script.main()
+    told = capsys.readouterr().err
+    assert left.value.code == 1 and told.count("\n") == 1
+    assert f"{named} prints Chinese" in told and "fonts-wqy-microhei" in told
+
+
+def test_the_bench_does_without_the_font_where_nothing_prints_chinese(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.lexicon.HANZI_FONTS", [str(tmp_path / "no.ttc")])
+    assert skills.prints_hanzi(["find", "read latin"], ["fp16", "int4 all RTN"]) == ""
+    assert len(list(skills.cases(3, 1, ["find", "read latin"], "latin"))) == 4
 
 
 class Stopped(Exception):

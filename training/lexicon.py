@@ -80,6 +80,15 @@ LEVELS = {
 }
 
 
+def check_hanzi_font(user: str, remedy: str = "") -> None:
+    """Raise a FileNotFoundError that names what prints Chinese, if there is no font for it."""
+    missing = [name for name in HANZI_FONTS if not Path(name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: {user} prints Chinese and needs this font; install Debian's fonts-wqy-microhei{remedy}"
+        )
+
+
 def scene_options(level: str) -> dict:
     """Arguments of `random_scene` for a level of difficulty.
 
@@ -90,12 +99,8 @@ def scene_options(level: str) -> dict:
     FileNotFoundError
         If there are Chinese characters to print and no font for them.
     """
-    missing = [name for name in HANZI_FONTS if not Path(name).exists()]
-    if missing and LEVELS[level]["shares"][3]:
-        raise FileNotFoundError(
-            f"{missing[0]}: level {level!r} prints Chinese and needs this font; install Debian's fonts-wqy-microhei "
-            "or choose --level latin"
-        )
+    if LEVELS[level]["shares"][3]:
+        check_hanzi_font(f"level {level!r}", "; or choose --level latin")
     return {
         "fonts": [name for name in LATIN_FONTS if not name or Path(name).exists()],
         "hanzi_fonts": HANZI_FONTS,
