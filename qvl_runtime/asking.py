@@ -287,8 +287,8 @@ class Asking:
         Parameters
         ----------
         requests : iterable of mapping
-            The arguments of `generate` by name (``{"prompt": …, "images": …, "seed": …}``), or those of `chat` if there
-            is a "query". The iterable is consumed lazily.
+            The arguments of `generate` by name (``{"prompt": …, "images": …, "seed": …}``), or those of `stream_chat`
+            if there is a "query". The iterable is consumed lazily.
         max_batch : int
             Largest number of requests in progress, up to 16.
         on_result : callable, optional
