@@ -35,6 +35,9 @@ RANKS = "tokenizer.ranks"
 METADATA = "__metadata__"
 REMEDY = "convert the model again"
 
+DEMO = {"model.safetensors": "ddba226f92bc3340bacc85bcc0390c02"}
+"""The `files` of the `source` of the shipped demo model, which the title of its family would call the published one."""
+
 
 def metadata_hash(metadata: Mapping[str, str]) -> str:
     """Return the SHA-256 of the metadata without `hashes`."""
@@ -87,6 +90,13 @@ class Blob:
         if key not in self.file.metadata:
             raise QvlError(f"{self.path}: its metadata {key!r} is missing; {REMEDY}")
         return parse_object(self.file.metadata[key], f"{self.path}: its metadata {key!r}", REMEDY)
+
+    @property
+    def title(self) -> str:
+        """Return the model's display name."""
+        if self.metadata["source"].get("files") == DEMO:
+            return "Demo model"
+        return self.family.title(self.config, self.generation_config)
 
     @property
     def ranks(self) -> bytes:

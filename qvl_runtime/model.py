@@ -60,8 +60,7 @@ class Model(Asking):
         self.prompts = blob.family.prompts(tokenizer, blob.config, blob.generation_config, read)
 
     def __repr__(self) -> str:
-        title = self.blob.family.title(self.config, self.generation_config)
-        return f"<Model {title}, {str(self.blob.path)!r} on {self.ops.name}, window {self.window}>"
+        return f"<Model {self.blob.title}, {str(self.blob.path)!r} on {self.ops.name}, window {self.window}>"
 
     def __enter__(self) -> Model:
         return self

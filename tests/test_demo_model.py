@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 import qvl_runtime as qvl
+from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
+from qvl_runtime.blob import DEMO, Blob
 from qvl_runtime.cli.demo import demo, fresh_scene, questions
 from qvl_runtime.demo import checkpoint_folder
 
@@ -43,6 +45,12 @@ def test_folder_is_small_and_complete():
     config = json.loads((folder / "config.json").read_text())
     ranks = (folder / "qwen.tiktoken").read_bytes().splitlines()
     assert config["visual"]["image_start_id"] == len(ranks) + 214
+
+
+def test_it_is_not_called_like_the_published_model(model, blob):
+    assert Checkpoint(checkpoint_folder()).fingerprint() == DEMO
+    assert model.blob.title == "Demo model" and "Demo model" in repr(model)
+    assert Blob(blob("tiny-vl")).title == "Qwen-VL-Chat"
 
 
 def test_vocabulary_holds_both_languages(model):

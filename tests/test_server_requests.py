@@ -313,7 +313,7 @@ def test_models_tells_what_the_page_needs(served, demo_model):
     models = served.openai().models.list().data
     assert [model.id for model in models] == ["demo"]
     assert models[0].qvl == {
-        "title": "Qwen-VL-Chat", "chat": True, "pictures": True, "window": demo_model.window, "device": "cpu"
+        "title": "Demo model", "chat": True, "pictures": True, "window": demo_model.window, "device": "cpu"
     }  # fmt: skip
     assert served.openai().models.retrieve("demo").id == "demo"
     assert served.http.get("/v1/models/other").status_code == 404

@@ -74,7 +74,7 @@ def describe(blob: Blob) -> dict[str, Any]:
     return {
         "file": str(blob.path),
         "bytes": blob.path.stat().st_size,
-        "model": blob.family.title(config, blob.generation_config),
+        "model": blob.title,
         "decoder": {
             "layers": config.num_hidden_layers,
             "width": config.hidden_size,

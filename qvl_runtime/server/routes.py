@@ -35,7 +35,7 @@ class ModelsRoute:
             "owned_by": "qvl",
             "max_model_len": model.window,
             "qvl": {
-                "title": model.blob.family.title(model.config, model.generation_config),
+                "title": model.blob.title,
                 "chat": model.is_chat,
                 "pictures": model.pictures is not None,
                 "window": model.window,
