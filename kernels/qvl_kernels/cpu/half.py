@@ -10,9 +10,24 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import finish
 from qvl_kernels.cpu.gemv import STEP_BYTES
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import fma, get_f16, get_f32, loads, piece, put_f32, rows, store, sum_all, zeros
+from qvl_kernels.cpu.simd import (
+    LANES,
+    fma,
+    get_f16,
+    get_f32,
+    loads,
+    piece,
+    prefetch_read,
+    put_f32,
+    rows,
+    store,
+    sum_all,
+    zeros,
+)
 from qvl_kernels.cpu.tiles import FEW_BYTES
 
+AHEAD = 2048
+"""Bytes of a row of weights between what is multiplied and what is prefetched, with registers of less than 512 bits."""
 ONE_STREAM = 4096
 """Columns of activations that fit the L1 cache. With more columns, eight rows share each load of activations; with
 fewer, sequential rows are faster."""
@@ -51,6 +66,8 @@ def _make_tile(lines: int, tokens: int):
         def tile(w, x, k, y):
             a, whole = none(), k // 16 * 16
             for i in range(0, whole, 16):
+                if tokens == 1 and LANES < 16:
+                    prefetch_read(w + 2 * i + AHEAD)
                 a = fma(load_x(x + 4 * i, 4 * k), load_w(w + 2 * i, 0), a)
             reduce(a, w + 2 * whole, x + 4 * whole, k - whole, k, y)
 
