@@ -53,7 +53,7 @@ vector = loads("f32", LANES)
 
 @intrinsic
 def nibble(typing, v, upper):
-    """Return low nibbles of i8 or, if `upper` is not 0, high nibbles as `simd.high` does."""
+    """Return low nibbles of i8 or, if `upper` is not 0, high nibbles as `simd.highs` does."""
 
     def codegen(context, b, sig, args):
         wide = ir.VectorType(ir.IntType(16), v.n // 2)

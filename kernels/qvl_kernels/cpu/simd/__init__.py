@@ -30,7 +30,7 @@ c)``, ``maximum``, ``minimum``, ``absolute``, ``root``, ``rint`` (f32 to i32, ti
 ``sar(v, k)``, ``choose_gt(a, b, x, y)`` (x where a > b), ``exp2(v)``; ``sum_all(v)``, ``max_all(v)`` (of one vector),
 ``sum_each(v)`` (i32), ``max_each(v)`` (f32; of every vector, as a vector of m); ``transpose(v)`` (m = n); ``dot``,
 ``dot_bytes``, ``widen``; scalars in memory: ``get_f32``, ``get_f16``, ``get_i32``, ``get_u8``, ``get_u16``,
-``put_f32``, ``put_f16``, ``put_i32``, ``put_i8``.
+``put_f32``, ``put_f16``, ``put_i32``.
 `k` and `i` must be literals or names of integers imported into the kernel's module (``simd.NAME`` is no literal).
 """
 
@@ -68,7 +68,6 @@ from qvl_kernels.cpu.simd.memory import (
     prefetch_write,
     put_f16,
     put_f32,
-    put_i8,
     put_i32,
     rows,
     splats,
@@ -141,7 +140,6 @@ __all__ = [
     "prefetch_write",
     "put_f16",
     "put_f32",
-    "put_i8",
     "put_i32",
     "rint",
     "root",

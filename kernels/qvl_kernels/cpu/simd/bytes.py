@@ -36,7 +36,7 @@ NARROW_OPERANDS = llvm.llvm_version_info[0] >= 22
 # Properties of `dot` on this processor that kernels need.
 UNSHIFTED = LEVEL.product == "vnni"
 HIGH_SHIFT = 4 if UNSHIFTED else 0
-"""`high` returns the nibble times 2**HIGH_SHIFT."""
+"""`highs` returns the nibble times 2**HIGH_SHIFT."""
 BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
 WORDS = LEVEL.words

@@ -306,7 +306,7 @@ def _putter(element, write=None):
     return f
 
 
-put_f32, put_i32, put_i8 = _putter(F32), _putter(I32), _putter(I8)
+put_f32, put_i32 = _putter(F32), _putter(I32)
 put_f16 = _putter(F32, lambda b, a, x: _store_half(b, a, broadcast(b, x, ir.VectorType(F32, 1))))
 
 
