@@ -20,6 +20,7 @@ from pathlib import Path
 import llvmlite
 import numpy as np
 
+from qvl_kernels import packing
 from qvl_kernels.cpu import features
 from qvl_kernels.ops import DeviceError
 
@@ -78,6 +79,7 @@ def source_hash() -> str:
         if source.parent == Path(__file__).parent and source.name in HOST:
             continue
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    digest.update(Path(packing.__file__).read_bytes())  # its constants are compiled in
     return digest.hexdigest()[:20]
 
 
