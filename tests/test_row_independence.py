@@ -65,6 +65,31 @@ def test_cached_attention(ops, rng, kind, heads, kv_heads, d):
         assert np.array_equal(got[: sum(pieces)], alone[: sum(pieces)])
 
 
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("heads,kv_heads,d", [(3, 3, 128), (2, 2, 24), (4, 2, 32)])
+def test_parts_of_a_long_past(rng, kind, heads, kv_heads, d):
+    """Where parts begin and become longer: attention depends neither on the threads nor on the rows beside a row."""
+    cache = CpuOps().kv_cache(1, kv_heads, d, 8300, kind)
+    cache.keys[:] = rng.integers(0, 256, cache.keys.shape) if kind == "int8" else normal(rng, *cache.keys.shape)
+    cache.values[:] = (
+        rng.integers(-127, 128, cache.values.shape) if kind == "int8" else normal(rng, *cache.values.shape)
+    )
+    cache.scales[:] = rng.random(cache.scales.shape).astype(np.float16) / 100
+    qkv = normal(rng, 3, (heads + 2 * kv_heads) * d) * 2
+
+    def attend(ops: CpuOps, first: int, last: int, position: int) -> np.ndarray:
+        out = poisoned(last - first, heads * d)
+        ops.cached_attention(qkv[first:last].copy(), cache, 0, np.array([position + first], np.int32), out=out)
+        return out
+
+    exact, few = CpuOps(activations="int16"), [CpuOps(activations="int8", threads=n) for n in (1, 2, 3, 8)]
+    for position in (0, 510, 511, 512, 2000, 8190, 8191, 8192):
+        want = attend(few[0], 0, 3, position)
+        assert np.linalg.norm(want - attend(exact, 0, 3, position)) <= 1e-4 * np.linalg.norm(want)
+        assert all(np.array_equal(attend(ops, 0, 3, position), want) for ops in few[1:])
+        assert all(np.array_equal(attend(few[2], row, row + 1, position)[0], want[row]) for row in range(3))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 12])
 @pytest.mark.parametrize("kv_heads", [5, 1])
 def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):

@@ -12,7 +12,7 @@ from numba import float32
 
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.attention_prefill import KEY_FACTOR, ROW, clear, end, scale_row, weigh
-from qvl_kernels.cpu.cached_attention import prefetch
+from qvl_kernels.cpu.cached_attention import most_parts, part_size, prefetch
 from qvl_kernels.cpu.quantize import take
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, unpack
 from qvl_kernels.cpu.simd import (
@@ -119,20 +119,25 @@ def _make(kind: str):
 
     def group_attention(args, thread, threads):
         (counters, qkv, tokens, kv_heads, group, d, keys, values, key_scales, value_scales, depth, width, capacity,
-         start, splits, out, factor, partial, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
+         start, most, out, factor, partial, scratch, scratch_bytes) = unpack(args, 20)  # fmt: skip
         lines, padded = (group + LINES - 1) // LINES * LINES, (d + 15) // 16 * 16
         queries, scores, sums, tops, totals = layout(scratch + thread * scratch_bytes, lines, padded)
-        record, items = 4 * (width + 16), tokens * kv_heads * splits
+        record, past = 4 * (width + 16), int(get_i32(start))
+        parts = most_parts(min(capacity, past + tokens), most)
+        items = tokens * kv_heads * parts
         for turn in range(threads):
             owner = (thread + turn) % threads
             item, stop = claim(counters, owner, threads, items, 1)
             while item < stop:
-                which, split = item // splits, item % splits
+                which, part = item // parts, item % parts
                 token = which // kv_heads
                 kv_head = which - token * kv_heads
-                length = min(capacity, int(get_i32(start)) + token + 1)
-                blocks = (length + 15) // 16
-                low, high = blocks * split // splits * 16, min(blocks * (split + 1) // splits * 16, length)
+                length = min(capacity, past + token + 1)
+                span = part_size(length, most)
+                low, high = part * span, min((part + 1) * span, length)
+                if low >= high:  # another query has more parts
+                    item, stop = claim(counters, owner, threads, items, 1)
+                    continue
                 q = qkv + 4 * (token * (group + 2) * kv_heads + kv_head * group) * d
                 begin(q, group, lines, d, as_f32(factor), queries, sums, tops, totals)
                 for first in range(low, high, KEYS):
@@ -156,11 +161,11 @@ def _make(kind: str):
                             mean(scores + line * ROW, held, v + c * size, width, sums + 4 * (line * padded + c),
                                  4 * padded, ahead, step)  # fmt: skip
                 head = which * group
-                if splits == 1:
+                if length <= span:
                     end(totals, sums, d, group, out + 4 * head * d, 4 * d)
                 else:
                     for line in range(group):
-                        target = partial + ((head + line) * splits + split) * record
+                        target = partial + ((head + line) * most + part) * record
                         for c in range(0, padded, 16):
                             store(target + 4 * c, load(sums + 4 * (line * padded + c)))
                         put_f32(target + 4 * width, get_f32(tops + 4 * line))

@@ -20,7 +20,8 @@ FEW = 16
 SMALL = 1 << 20
 """Number of weights, or of values of keys, below which the exact product is cheap."""
 SMALL_WIDTH = 591
-"""Heads times head size below which the matrix of queries, keys and values has fewer weights than `SMALL`."""
+"""Heads times head size below which attention is exact by default, too: with a key head for each query head, the matrix
+of queries, keys and values has fewer weights than `SMALL` then."""
 LARGE = 4 << 20
 """Results of at least this many bytes use non-temporal stores: they would be evicted before they are read."""
 ITEMS, SMALLEST = 8, 16
@@ -155,7 +156,7 @@ def cached_attention(
     """Add `Ops.cached_attention`; results do not depend on other queries. `factor`: the softmax scale, as a word."""
     d, group = cache.head_dim, out.shape[1] // (cache.kv_heads * cache.head_dim)
     if len(qkv) == 1 and group > 1:
-        group_attention(to, qkv, cache, layer, start, out, factor, 1)
+        group_attention(to, qkv, cache, layer, start, out, factor, most=1)
         return
     scratch = _attention_scratch(to, d, tiles.attention_scratch_bytes(d))
     if len(qkv) == 1:
@@ -177,20 +178,22 @@ def cached_attention(
 def attention_of_a_few(
     to: Recorder, qkv: np.ndarray, cache: CpuCache, layer: int, start: np.ndarray, out: np.ndarray, factor: int
 ) -> None:
-    """Add `Ops.cached_attention` if `attends_alone`: positions are split among threads that would be idle."""
+    """Add `Ops.cached_attention` if `attends_alone`: threads share the parts of a long past (`tiles.PART`)."""
     d, heads = cache.head_dim, out.shape[1] // cache.head_dim
-    splits = _splits(cache.kv_heads, to.threads)
     if heads != cache.kv_heads:
-        partial = group_attention(to, qkv, cache, layer, start, out, factor, splits)
+        partial = group_attention(to, qkv, cache, layer, start, out, factor, most=tiles.PARTS)
     else:
-        partial, vectors = _partial(to, len(qkv) * heads, splits, cache.width), 8 if cache.width == 128 else 1
+        partial, vectors = _partial(to, len(qkv) * heads, cache), 8 if cache.width == 128 else 1
         to.add(
             f"attention_{cache.dtype}_{16 * vectors}", to.counters, address(qkv), len(qkv), heads, d, address(start),
-            *cache.addresses(layer), cache.padded, cache.depth, cache.width, splits, address(out), factor, partial,
+            *cache.addresses(layer), cache.padded, cache.depth, cache.width, tiles.PARTS, address(out), factor, partial,
             to.memory("attend", 16384 * to.threads),
         )  # fmt: skip
-    if splits > 1:
-        to.add("attention_merge", partial, len(qkv) * heads, splits, cache.width, d, address(out))
+    if partial:
+        to.add(
+            "attention_merge", partial, len(qkv), heads, address(start), cache.padded, tiles.PARTS, cache.width, d,
+            address(out),
+        )  # fmt: skip
 
 
 def group_attention(
@@ -201,32 +204,25 @@ def group_attention(
     start: np.ndarray,
     out: np.ndarray,
     factor: int,
-    splits: int,
+    *,
+    most: int,
 ) -> int:
-    """Add the kernel for groups; return the address of its partial sums, if there are `splits`."""
+    """Add the kernel for groups, with at most so many parts; return the address of their sums, or 0."""
     d, heads = cache.head_dim, out.shape[1] // cache.head_dim
-    group, partial = heads // cache.kv_heads, _partial(to, len(qkv) * heads, splits, cache.width)
+    group, partial = heads // cache.kv_heads, _partial(to, len(qkv) * heads, cache) if most > 1 else 0
     scratch = _attention_scratch(to, d, tiles.group_attention_scratch_bytes(d, group))
     to.add(
         f"group_attention_{cache.dtype}", to.counters, address(qkv), len(qkv), cache.kv_heads, group, d,
-        *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start), splits, address(out), factor,
+        *cache.addresses(layer), cache.depth, cache.width, cache.padded, address(start), most, address(out), factor,
         partial, *scratch,
     )  # fmt: skip
     return partial
 
 
-def _splits(kv_heads: int, threads: int) -> int:
-    """Return the number of parts of the positions of each query and head, for balanced threads.
-
-    It does not depend on the number of queries, so that a query's result does not either.
-    """
-    if kv_heads % threads == 0 or kv_heads >= 8 * threads:
-        return 1
-    return -(-4 * threads // kv_heads)
-
-
-def _partial(to: Recorder, items: int, splits: int, width: int) -> int:
-    return to.memory("partial", items * splits * 4 * (width + 16)) if splits > 1 else 0
+def _partial(to: Recorder, items: int, cache: CpuCache) -> int:
+    """Return the address of the sums of parts of so many queries and heads; 0 if the cache fits one part."""
+    nbytes = items * tiles.PARTS * 4 * (cache.width + 16)
+    return to.memory("partial", nbytes) if cache.padded > tiles.PART else 0
 
 
 def query_blocks(segments: Sequence[int], most: Callable[[int], int]) -> np.ndarray:

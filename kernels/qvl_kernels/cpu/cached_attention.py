@@ -46,6 +46,7 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow, store_fours
+from qvl_kernels.cpu.tiles import PART
 
 CHUNK = 128
 """Positions per block of scores."""
@@ -157,6 +158,21 @@ for _kind in ("fp32", "fp16", "int8"):
 
 
 # ------------------------------------------------------------------------------------------------ attention
+@routine
+def part_size(length, most):
+    """Return the positions per part of a query that sees `length`, so that there are at most `most` parts."""
+    size = PART
+    while length > most * size:
+        size *= 2
+    return size
+
+
+@routine
+def most_parts(length, most):
+    """Return a number of parts that a query that sees `length` or less does not exceed."""
+    return min(most, (length + PART - 1) // PART)
+
+
 @routine
 def prefetch(start, nbytes):
     for i in range(0, nbytes, 64):
@@ -296,26 +312,30 @@ def _make_attention(kind: str, vectors: int):
 
     def attention(args, thread, threads):
         (counters, qkv, tokens, heads, head_dim, start, keys, values, key_scales, value_scales, capacity, depth, width,
-         splits, out, factor, partial, scratch) = unpack(args, 18)  # fmt: skip
+         most, out, factor, partial, scratch) = unpack(args, 18)  # fmt: skip
         query = scratch + thread * 16384
-        weights, whole = query + 4096, query + 8192
-        record, items = 4 * (width + 16), tokens * heads * splits
+        weights, whole, begin = query + 4096, query + 8192, int(get_i32(start))
+        record, parts = 4 * (width + 16), most_parts(min(capacity, begin + tokens), most)
+        items = tokens * heads * parts
         for turn in range(threads):
             owner = (thread + turn) % threads
             item, last = claim(counters, owner, threads, items, 1)
             while item < last:
-                which, split = item // splits, item % splits
+                which, part = item // parts, item % parts
                 token = which // heads
                 head = which - token * heads
-                length = min(int(get_i32(start)) + token + 1, capacity)
-                blocks = (length + 15) // 16
-                low, high = blocks * split // splits * 16, min(blocks * (split + 1) // splits * 16, length)
+                length = min(begin + token + 1, capacity)
+                span = part_size(length, most)
+                low, high = part * span, min((part + 1) * span, length)
+                if low >= high:  # another query has more parts
+                    item, last = claim(counters, owner, threads, items, 1)
+                    continue
                 prepare(qkv + 4 * (token * 3 * heads + head) * head_dim, head_dim, depth, as_f32(factor), query)
-                target = partial + item * record if splits > 1 else whole
+                target = whole if length <= span else partial + (which * most + part) * record
                 k, v = keys + head * capacity * depth * size, values + head * capacity * width * size
                 k_scales, v_scales = key_scales + 4 * head * capacity, value_scales + 4 * head * capacity
                 attend(query, k, v, k_scales, v_scales, depth, width, low, high, weights, target)
-                if splits == 1:
+                if length <= span:
                     merge(target, record, 1, width, head_dim, out + 4 * which * head_dim)
                 item, last = claim(counters, owner, threads, items, 1)
 
@@ -324,18 +344,18 @@ def _make_attention(kind: str, vectors: int):
 
 
 @routine
-def merge(partial, record, splits, width, head_dim, out):
+def merge(partial, record, parts, width, head_dim, out):
     """Merge the partial sums of one query and head."""
     top = LOWEST
-    for i in range(splits):
+    for i in range(parts):
         top = max(top, get_f32(partial + i * record + 4 * width))
     total = float32(0)
-    for i in range(splits):
+    for i in range(parts):
         p = partial + i * record + 4 * width
         total += get_f32(p + 4) * weight_of(get_f32(p) - top)
     for c in range(0, head_dim, 16):
         o = none()
-        for i in range(splits):
+        for i in range(parts):
             p = partial + i * record
             o = fma(load(p + 4 * c), exp2(splat(get_f32(p + 4 * width) - top)), o)
         o = o * (float32(1) / total)
@@ -352,12 +372,16 @@ def weight_of(x):
 
 @kernel
 def attention_merge(args, thread, threads):
-    """Run the second step of a split attention: `items` queries and heads of `splits` records each."""
-    partial, items, splits, width, head_dim, out = unpack(args, 6)
-    record = 4 * (width + 16)
-    first, last = share(items, thread, threads)
+    """Merge the parts of `heads` heads of each query, where there are several."""
+    partial, tokens, heads, start, capacity, most, width, head_dim, out = unpack(args, 9)
+    record, begin = 4 * (width + 16), int(get_i32(start))
+    first, last = share(tokens * heads, thread, threads)
     for item in range(first, last):
-        merge(partial + item * splits * record, record, splits, width, head_dim, out + 4 * item * head_dim)
+        length = min(capacity, begin + item // heads + 1)
+        size = part_size(length, most)
+        if length > size:
+            parts = (length + size - 1) // size
+            merge(partial + item * most * record, record, parts, width, head_dim, out + 4 * item * head_dim)
 
 
 for _kind in ("fp32", "fp16", "int8"):

@@ -28,6 +28,9 @@ LINES = 4
 """Heads of a group that share each key and value in `attention_group`."""
 QUERIES = 192
 """Queries per attention task."""
+PART, PARTS = 512, 16
+"""Positions per part of the attention of a few queries, and the most parts: of longer pasts they are twice as long, and
+so on. A part depends on its query's position alone, not on the threads."""
 KEYS = 256
 """Keys and values per conversion, and the largest head size."""
 
