@@ -244,3 +244,27 @@ def bad_calls(ops):
 def test_bad_arguments_are_refused(ops, name):
     with pytest.raises(ValueError):
         bad_calls(ops)[name]()
+
+
+def test_int8_keys_and_values_near_zero_keep_their_signs():
+    """Their scale is subnormal in fp16, and may be rounded to half of what it should be."""
+    ops, d, tops = CpuOps(), 16, np.geomspace(1e-5, 2e-3, 208, dtype=np.float32)
+    rng = np.random.default_rng(5)
+    cache, qkv = ops.kv_cache(1, 1, d, len(tops), "int8"), rng.standard_normal((len(tops), 3, d)).astype(np.float32)
+    qkv *= tops[:, None, None] / np.abs(qkv).max(axis=2, keepdims=True)
+    want = qkv[:, 1:].copy()
+    rope = np.repeat(np.float32([[1, 0]]), d // 2, axis=1).repeat(len(tops), 0)  # no rotation
+    rows = qkv.reshape(len(tops), 3 * d)
+    ops.rope_append(rows, rope=rope, logn=None, cache=cache, layer=0, start=np.zeros(1, np.int32))
+    stored = cache.keys.view(np.uint8).reshape(-1, d // 4, 16, 4).transpose(0, 2, 1, 3)
+    keys = stored.reshape(len(tops), d).astype(np.int32) - 128
+    for found, vectors in ((keys, want[:, 0]), (cache.values.reshape(len(tops), d).astype(np.int32), want[:, 1])):
+        large = np.abs(vectors) > 0.6 * tops[:, None]
+        assert np.array_equal(np.sign(found)[large], np.sign(vectors)[large])
+
+
+def test_the_hash_of_the_sources_covers_what_is_compiled_in(monkeypatch, tmp_path):
+    other = tmp_path / "packing.py"
+    other.write_text("SYMMETRIC_ZERO = {}")
+    monkeypatch.setattr(bundle.packing, "__file__", str(other))
+    assert bundle.source_hash.__wrapped__() != bundle.source_hash()

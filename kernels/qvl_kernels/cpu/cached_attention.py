@@ -28,6 +28,7 @@ from qvl_kernels.cpu.simd import (
     loads,
     max_all,
     maximum,
+    minimum,
     prefetch_read,
     put_f16,
     put_f32,
@@ -75,6 +76,12 @@ def int8_scale(x, n, scratch):
     return scale, scale if scale > 0 else float32(1)
 
 
+@routine
+def clamp(x):
+    """Limit codes to int8: a scale that is subnormal in fp16 may be much smaller than it should."""
+    return minimum(maximum(x, splat(-127)), splat(127))
+
+
 def _make_append(kind: str):
     size = {"fp32": 4, "fp16": 2, "int8": 1}[kind]
     if kind == "int8":
@@ -88,7 +95,7 @@ def _make_append(kind: str):
             put_f32(key_scales + where, scale)
             base = keys + ((head * (capacity // 16) + position // 16) * depth * 16) + position % 16 * 4
             for i in range(0, head_dim, 16):
-                q = rint(take(k + 4 * i, head_dim - i) / divisor)
+                q = rint(clamp(take(k + 4 * i, head_dim - i) / divisor))
                 store_bytes(t, q + 128)
                 for j in range(0, min(16, depth - i), 4):
                     put_i32(base + (i + j) * 16, get_i32(t + j))
@@ -96,7 +103,7 @@ def _make_append(kind: str):
             put_f32(value_scales + where, scale)
             base = values + (head * capacity + position) * width
             for i in range(0, head_dim, 16):
-                store_bytes(base + i, rint(take(v + 4 * i, head_dim - i) / divisor))
+                store_bytes(base + i, rint(clamp(take(v + 4 * i, head_dim - i) / divisor)))
 
     else:
 
