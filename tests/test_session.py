@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import threading
@@ -29,8 +30,8 @@ def pair(blob):
 
     def make(kv_cache="fp16", variant="base", device="cpu", bits=16, **options):
         path = blob("tiny-vl", variant, bits=bits)
-        first = qvl.load(path, device=device, kv_cache=kv_cache, **options)
-        return first, qvl.load(path, device=device, kv_cache=kv_cache, conversations=0)
+        options |= {"device": device, "kv_cache": kv_cache}
+        return qvl.load(path, **options), qvl.load(path, **options | {"conversations": 0})
 
     return make
 
@@ -195,6 +196,75 @@ def test_threads_do_not_mix(pair):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.fixture(params=[4])
+def coarse(request, pair):
+    """``coarse(**options)``: as `pair`, where prompts of more than 16 tokens are computed with other arithmetic."""
+
+    def make(**options):
+        first, second = pair(bits=request.param, activations="int8", **options)
+        assert first.decoder.coarse and second.decoder.coarse
+        return first, second
+
+    return make
+
+
+def _short_and_long() -> list[list[int]]:
+    """Prompts of up to 16 tokens and of more, with common prefixes."""
+    ids = [int(i) for i in np.random.default_rng(4).integers(32, 127, 60)]
+    return [ids, ids[:40] + [50] * 20, ids[:17], ids[:16], ids[:9], ids[:3] + [50] * 6, ids[:9] + [50] * 9]
+
+
+@pytest.mark.parametrize("conversations", [1, 2])
+def test_short_and_long_prompts_in_any_order(coarse, conversations):
+    """Each has had an answer before the next."""
+    model, fresh = coarse(conversations=conversations)
+    prompts = _short_and_long()
+    wanted = [fresh.generate(ids, max_new_tokens=3, logprobs=2) for ids in prompts]
+    for order in itertools.permutations(range(len(prompts)), 2):
+        for i in order:
+            _same(model.generate(prompts[i], max_new_tokens=3, logprobs=2), wanted[i])
+    for i in (0, 3):
+        for again in (False, True):
+            answer = model.generate(prompts[i], max_new_tokens=3, logprobs=2)
+            _same(answer, wanted[i])
+            assert (answer.timings.cached_tokens == len(prompts[i])) >= again, "a whole match is kept"
+
+
+@pytest.mark.parametrize("length", [9, 16])
+def test_what_follows_the_answer_to_a_short_prompt(coarse, length):
+    model, fresh = coarse()
+    ids = _short_and_long()[0][:length]
+    for more in (3, 30):
+        said = model.generate(ids, max_new_tokens=20).token_ids
+        following = [*ids, *said[: 20 if more > 3 else 2], *[60] * more]
+        options = {"max_new_tokens": 3, "logprobs": 2}
+        _same(model.generate(following, **options), fresh.generate(following, **options))
+
+
+def test_short_and_long_prompts_side_by_side(coarse):
+    model, fresh = coarse(conversations=0)
+    for first, second in itertools.permutations(_short_and_long(), 2):
+        wanted = fresh.generate(second, max_new_tokens=3, logprobs=2)
+        stream = model.stream(first, max_new_tokens=40)
+        next(stream)
+        _same(model.generate(second, max_new_tokens=3, logprobs=2), wanted)
+        stream.cancel()
+
+
+def test_a_saved_prompt_and_shorter_ones(coarse, tmp_path):
+    model, fresh = coarse()
+    prompts, path = _short_and_long(), tmp_path / "past"
+    model.generate(prompts[4], max_new_tokens=20)
+    assert not model._sessions.save(path, prompts[4], "") and not path.exists()
+    model.generate(prompts[0], max_new_tokens=3)
+    assert model._sessions.save(path, prompts[1], "") == 40
+    options = {"max_new_tokens": 3, "logprobs": 2}
+    for ids in prompts:
+        model.forget()
+        assert model._sessions.load(path, "") == 40
+        _same(model.generate(ids, **options), fresh.generate(ids, **options))
 
 
 def test_two_conversations_take_turns(pair):

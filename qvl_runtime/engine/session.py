@@ -86,6 +86,8 @@ class Session:
         Partition of the prefix cache.
     busy : bool
         Whether an answer uses it.
+    few : bool
+        Whether its positions have the arithmetic of a prompt of at most `FEW_ROWS` tokens, if the decoder is `coarse`.
     pending : tuple of int
         Tokens to feed in the next step.
     spare : int
@@ -99,7 +101,8 @@ class Session:
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
-        self.busy, self.pending, self.spare, self.beside = False, tuple[int, ...](), FEW_ROWS - 1, 0
+        self.busy, self.few = False, False
+        self.pending, self.spare, self.beside = tuple[int, ...](), FEW_ROWS - 1, 0
         self.unread: Unread | None = None
         self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
@@ -120,19 +123,25 @@ class Session:
         return self.state.window - self.state.length
 
     def shared(self, keys: Sequence[Key]) -> int:
-        """Return the length of the common prefix with a prompt."""
-        return _alike(self._keys[: self.length], keys)
+        """Return the length of the common prefix with a prompt; 0 if the prompt has other arithmetic."""
+        return _alike(self._keys[: self.length], keys) if self.few == self._few(keys) else 0
 
     def will_share(self, keys: Sequence[Key], alpha: int) -> int:
         """Return the length of the common prefix once this session's own prompt is computed."""
-        return _alike(self._prompt, keys) if self.state.rotary.alpha == alpha else 0
+        fits = self.state.rotary.alpha == alpha and self._few(self._prompt) == self._few(keys)
+        return _alike(self._prompt, keys) if fits else 0
+
+    def _few(self, keys: Sequence[Key]) -> bool:
+        """Return `few` for the positions of a prompt."""
+        return self.decoder.coarse and len(keys) <= FEW_ROWS
 
     def keep(self, prompt: Prompt) -> int:
         """Truncate to the common prefix with a prompt; return the number of its positions that are cached.
 
         That is the whole prompt only if the logits after exactly this prompt are cached, and 0 if the prompt needs
-        another scaling of the rotary base. If the decoder is `coarse`, more than `FEW_ROWS` tokens remain to be
-        computed, so that they use the same arithmetic as without a cache.
+        another scaling of the rotary base. If the decoder is `coarse`, all positions use the same arithmetic as without
+        a cache: those of a prompt of at most `FEW_ROWS` tokens are not kept for a longer one, nor the other way round,
+        and of a longer one more than `FEW_ROWS` tokens remain to be computed.
         """
         keys = self._prompt = prompt.keys
         self.state.begin(len(keys), prompt.slots)
@@ -141,17 +150,19 @@ class Session:
             self._prompted = None
         if kept == len(keys) and self._prompted != kept:
             kept -= 1
-        if self.decoder.coarse and kept < len(keys):
-            kept = max(0, min(kept, len(keys) - FEW_ROWS - 1)) if len(keys) > FEW_ROWS else kept
+        few = self._few(keys)
+        if self.decoder.coarse and not few and kept < len(keys):
+            kept = max(0, min(kept, len(keys) - FEW_ROWS - 1))
         self.truncate(kept)
+        self.few = few  # not before: after an interrupt the old positions would count as the prompt's
         return kept
 
     def copy(self, other: Session, count: int, capacity: int) -> None:
         """Copy the first `count` positions of another session."""
         self.truncate(0)
         self._prompted = None
+        self._keys, self.few = other._keys[:count], other.few
         self.state.take_over(other.state, count, capacity)
-        self._keys = other._keys[:count]
         if other._prompted == count:
             self.decoder.ops.copy(other._prompt_logits, self._prompt_logits)
             self._prompted = count
@@ -215,8 +226,9 @@ class Session:
         kv_file.write(path, self.state, self._keys[:length], identity)
 
     def resume(self, found: kv_file.SavedKV) -> None:
-        """Continue a saved session; see `kv_file.SavedKV.restore`."""
+        """Continue a saved session, which is not one of a `few` tokens; see `kv_file.SavedKV.restore`."""
         found.restore(self.state)
+        self.few = False
         self._keys, self._prompted = list(found.keys), None
 
     def fed(self, outcome: Outcome, row: int) -> None:
@@ -328,9 +340,12 @@ class Sessions:
             del self._idle[: max(0, len(self._idle) - self._limit)]
 
     def save(self, path: str | os.PathLike, keys: Sequence[Key], identity: str) -> int:
-        """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file)."""
+        """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file).
+
+        Sessions of a `few` tokens are not saved: their arithmetic is not that of a prompt with another turn.
+        """
         with self._lock:
-            own = [session for session in self._idle if session.salt is None]
+            own = [session for session in self._idle if session.salt is None and not session.few]
             session = max(own, key=lambda session: session.shared(keys), default=None)
             length = 0 if session is None else session.shared(keys)
             if session is None or not length:
