@@ -95,11 +95,29 @@ def test_parts_of_a_long_past(rng, kind, heads, kv_heads, d):
 def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
     """Up to 16 rows equal each row alone, also where more rows are rounded: checking drafts changes no answer."""
     ops, heads, d, length = CpuOps(activations="int8", threads=threads), 5, 128, 500
+    assert ops.coarse_attention(heads * d)
     qkv = normal(rng, length, (heads + 2 * kv_heads) * d)
     for kind in ("fp16", "int8"):
         first, second = (ops.kv_cache(1, kv_heads, d, length, kind) for _ in range(2))
         alone = attended(ops, qkv, first, heads, [480] + [1] * 20)
         assert np.array_equal(attended(ops, qkv, second, heads, [480, 3, 16, 1]), alone)
+
+
+@pytest.mark.parametrize("activations,heads,coarse", [("auto", 4, False), ("auto", 5, True), ("int16", 5, False)])
+@pytest.mark.parametrize("kv_heads", [1, None])
+def test_attention_that_depends_on_the_number_of_rows_says_so(rng, activations, heads, coarse, kv_heads):
+    ops, d, kv_heads = CpuOps(activations=activations, threads=2), 128, kv_heads or heads
+    assert ops.coarse_attention(heads * d) == coarse
+    qkv = normal(rng, 300, (heads + 2 * kv_heads) * d)
+
+    def last(pieces):
+        return attended(ops, qkv, ops.kv_cache(1, kv_heads, d, 300, "fp16"), heads, pieces)[-17:]
+
+    whole = last([300])
+    for count in (17, 100):
+        assert np.array_equal(last([300 - count, count]), whole)
+    for count in (1, 16):
+        assert np.array_equal(last([300 - count, count]), whole) != coarse
 
 
 @pytest.mark.parametrize("bits,group,asymmetric", [(4, 128, False), (4, 32, True), (8, 128, False)])

@@ -198,9 +198,12 @@ def test_threads_do_not_mix(pair):
     assert not failures
 
 
-@pytest.fixture(params=[4])
+@pytest.fixture(params=[4, 16])
 def coarse(request, pair):
-    """``coarse(**options)``: as `pair`, where prompts of more than 16 tokens are computed with other arithmetic."""
+    """``coarse(**options)``: as `pair`, where prompts of more than 16 tokens are computed with other arithmetic.
+
+    In the products of int4 weights and in attention, or in attention alone.
+    """
 
     def make(**options):
         first, second = pair(bits=request.param, activations="int8", **options)

@@ -187,6 +187,12 @@ class Ops(Protocol):
     def coarse(self, weight: Weight) -> bool:
         """Whether products of more than 16 rows use fewer bits than those of up to 16."""
 
+    def coarse_attention(self, width: int) -> bool:
+        """Whether `cached_attention` of more than 16 rows sums in another order than of up to 16.
+
+        `width`: columns of its `out`.
+        """
+
     def kv_cache(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str) -> KVCache:
         """Allocate a cache of `capacity` positions, for `kv_heads` heads of keys and values.
 

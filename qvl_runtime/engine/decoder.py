@@ -53,7 +53,8 @@ class Decoder(Protocol):
     ops : Ops
     vocab_size : int
     coarse : bool
-        Whether products of more than `FEW_ROWS` rows use fewer bits.
+        Whether more than `FEW_ROWS` rows use other arithmetic: products with fewer bits, or attention that sums in
+        another order.
     """
 
     ops: Ops

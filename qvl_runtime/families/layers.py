@@ -149,7 +149,8 @@ class Decoder:
         self.norm = weights.rms_norm(names.norm)
         self.head = self.embedding if names.head == names.embedding else weights.matrix(names.head)
         products = [w for b in self.blocks for w in (b.qkv, b.attention_out, b.gate, b.up, b.down)]
-        self.coarse = any(self.ops.coarse(w) for w in products)
+        width = self.config.num_attention_heads * self.config.head_dim
+        self.coarse = self.ops.coarse_attention(width) or any(self.ops.coarse(w) for w in products)
 
     def sequence(self, dtype: str, capacity: int, layers: int | None = None) -> SequenceState:
         def rotary(capacity: int) -> Rotary:

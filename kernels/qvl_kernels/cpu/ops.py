@@ -157,6 +157,9 @@ class CpuOps:
     def coarse(self, weight):
         return batched.takes_int8(weight, batched.FEW + 1, self.activations)
 
+    def coarse_attention(self, width):
+        return batched.attends_alone(width, batched.FEW, self.activations)
+
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CpuCache(layers, kv_heads, head_dim, capacity, dtype)
 

@@ -141,6 +141,9 @@ class CudaOps:
     def coarse(self, weight):
         return False
 
+    def coarse_attention(self, width):
+        return False
+
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CudaCache(self.memory, self.launch, layers, kv_heads, head_dim, capacity, dtype)
 

@@ -80,6 +80,9 @@ class ReferenceOps:
     def coarse(self, weight):
         return False
 
+    def coarse_attention(self, width):
+        return False
+
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return ReferenceCache(layers, kv_heads, head_dim, capacity, dtype)
 
