@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ COMPLETION = "_QVL_COMPLETE"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with status 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
     _show_any_character()
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that cannot be used gives an error
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # For completions the shell passes the words typed so far in the environment.
     typed = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeGuard
@@ -202,15 +201,14 @@ def _read_data_url(url: str) -> bytes:
 
 
 def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Image.Image:
+    # Pillow's warnings are left to the application: `catch_warnings` is not thread-safe.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = open_image()
-            _check_size(*image.size, label, MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_PIXELS)
-            rgb = _scaled(image, label).convert("RGB")
-            turn = UPRIGHT.get(_orientation(image)) if exif else None
-            return rgb if turn is None else rgb.transpose(turn)
+        image = open_image()
+        _check_size(*image.size, label, MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_PIXELS)
+        transparent = image.mode == "P" and "transparency" in image.info  # `convert` warns of what RGB cannot hold
+        rgb = (image.convert("RGBA") if transparent else _scaled(image, label)).convert("RGB")
+        turn = UPRIGHT.get(_orientation(image)) if exif else None
+        return rgb if turn is None else rgb.transpose(turn)
     except QvlError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
