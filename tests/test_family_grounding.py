@@ -54,6 +54,8 @@ def test_broken_json_answers():
         ('{"bbox_2d": [1, 2, 3, 1001], "label": "a"}', []),
         ('{"bbox_2d": [1, 2, 3, -1], "label": "a"}', []),
         ('{"bbox_2d": [1, 2, 3, NaN], "label": "a"}', []),
+        ('{"bbox_2d": [1, 2, 3, -Infinity], "label": "a"}', []),
+        ('{"bbox_2d": [1, 2, 3, 1%s], "label": "a"}' % ("0" * 400), []),
         ('{"bbox_2d": [1, 2, 3, true], "label": "a"}', []),
         ('{"bbox_2d": "1, 2, 3, 4"}', []),
         ("{" * 100_000, []),
