@@ -1,6 +1,8 @@
 """The output folder of a batch job: which job it belongs to, from when on, and what a killed job leaves in it."""
 
+import errno
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -68,6 +70,15 @@ def test_a_folder_with_other_files_is_left_as_it_is(job, tmp_path):
     with pytest.raises(QvlError, match="is not empty and holds no job"):
         job()
     assert names(tmp_path / "out") == ["part-000000.jsonl"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_takes_a_job(job, monkeypatch, number):
+    def refusing(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refusing)
+    assert job().run(answer).rows == ROWS
 
 
 def test_of_two_jobs_begun_at_once_one_has_the_folder(job, tmp_path):

@@ -6,7 +6,7 @@ from qvl_runtime.errors import QvlError
 
 
 def lock(handle: int, message: str) -> None:
-    """Lock an open file until it is closed. On Windows it does nothing.
+    """Lock an open file until it is closed. On Windows, and on a file system without locks, it does nothing.
 
     Parameters
     ----------
@@ -25,5 +25,7 @@ def lock(handle: int, message: str) -> None:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise QvlError(message) from None
+    except OSError:
+        return
