@@ -8,6 +8,7 @@ from qvl_runtime.engine import scheduler
 from qvl_runtime.engine.prefill import Unread, compute_slices, mixes
 from qvl_runtime.engine.session import Leave, Session
 from qvl_runtime.inputs.pictures import LOCAL
+from qvl_runtime.inputs.prompt import Prompt
 from qvl_runtime.slices import at_once
 from qvl_runtime.trace import no_trace
 
@@ -42,6 +43,37 @@ def test_a_picture_keeps_to_its_own_prompt(make):
     assert (first.length, second.length) == (0, 64)
     compute_slices([first, second], 512, no_trace)
     for session, work, logits in zip((first, second), (begins, continues), alone):
+        assert next(work, None) is None and session.unread is None
+        np.testing.assert_array_equal(session.logits(0), logits)
+
+
+@pytest.mark.parametrize("activations", ["int16", "int8"])
+def test_prompts_side_by_side_are_computed_to_their_ends(make, activations):
+    """One continues before a multiple of the slice's length."""
+    decoder = make(activations=activations).decoder
+    ids = [int(i) for i in np.random.default_rng(0).integers(32, 127, 150)]
+    prompts = [Prompt(ids, []), Prompt(ids[::-1][:40], [])]
+
+    def begun(prompt, cached):
+        session = Session(decoder, "fp16", 256)
+        for each in (Prompt([*prompt.ids[:cached], *[7] * 20], []), prompt) if cached else (prompt,):
+            session.keep(each)
+            work = session.prefill(each, [], 256)
+            if each is not prompt:
+                at_once(work)
+        assert session.length == cached
+        return session, work
+
+    alone = []
+    for prompt in prompts:
+        session, work = begun(prompt, 0)
+        at_once(work)
+        alone.append(session.logits(0))
+    (first, continues), (second, begins) = begun(prompts[0], 100), begun(prompts[1], 0)
+    next(continues)
+    next(begins)
+    compute_slices([first, second], 128, no_trace)
+    for session, work, logits in zip((first, second), (continues, begins), alone):
         assert next(work, None) is None and session.unread is None
         np.testing.assert_array_equal(session.logits(0), logits)
 

@@ -52,7 +52,7 @@ def slice_end(first: int, length: int, rows: int) -> int:
 
 
 def compute_slices(sessions: Sequence[Session], rows: int, check: Trace) -> None:
-    """Compute slices of about `rows` tokens of sessions with an unread prompt.
+    """Compute a slice of about `rows` tokens of a session with an unread prompt; of several sessions, all that is left.
 
     With several sessions `mixes` must hold for each. `check` is called after each layer; after an exception from it
     no session has changed.
@@ -62,8 +62,8 @@ def compute_slices(sessions: Sequence[Session], rows: int, check: Trace) -> None
         unread = session.unread
         assert unread is not None, "the prompt is computed already"
         session.state.reserve(unread.capacity)
-        first = session.length
-        chunk = unread.ids[first : slice_end(first, len(unread.ids), rows)]
+        first, length = session.length, len(unread.ids)
+        chunk = unread.ids[first : length if len(sessions) > 1 else slice_end(first, length, rows)]
         parts.append(np.asarray(chunk, np.int32))
         spans.append(Span(session.state, len(chunk)))
         for slot, values in unread.features:
