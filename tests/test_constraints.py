@@ -242,6 +242,13 @@ def test_numbers_that_would_be_others_are_refused(schema, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["x" * 3000, "\u202ex\x1b[2J"])
+def test_the_parsers_message_is_cut_and_escaped(kind):
+    with pytest.raises(QvlError, match=r"the json_schema cannot be used: '?Invalid type: ") as caught:
+        JsonSchema({"type": kind}).start(_asked(50, ""))
+    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+
+
 def _fits(schema, text: str) -> bool:
     constraint = JsonSchema(schema).start(_asked(100, ""))
     for token in TOKENIZER.encode_ordinary(text):

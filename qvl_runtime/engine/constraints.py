@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from qvl_runtime.engine.schemas import check_numbers, has_end
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
 
@@ -93,7 +93,7 @@ class JsonSchema:
         try:
             schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
-            raise QvlError(f"the json_schema cannot be used: {_one_line(error)}") from None
+            raise QvlError(f"the json_schema cannot be used: {excerpt(error)}") from None
         check_numbers(schema)  # before llguidance, which some numbers crash
         schema = {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
         constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
@@ -174,10 +174,10 @@ class _GrammarConstraint:
                 # With free whitespace a model could emit blanks between two fields forever.
                 built = matcher.grammar_from_json_schema(grammar, overrides={"whitespace_flexible": False})
         except (TypeError, ValueError) as error:
-            raise QvlError(f"the {kind} cannot be used: {_one_line(error)}") from None
+            raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
         problem = matcher.validate_grammar(built)
         if problem:
-            raise QvlError(f"the {kind} cannot be used: {_one_line(problem)}")
+            raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}")
         self._matcher, self._kind = matcher(_ll_tokenizer(tokenizer), built, log_level=0), kind
         self._stop_ids, self._size = stop_ids, tokenizer.vocab_size
         self._mask()
@@ -204,7 +204,7 @@ class _GrammarConstraint:
 
     def _too_large(self) -> QvlError:
         """Return the error of a grammar that reached a limit of llguidance, without the state that it adds."""
-        reason = _one_line(self._matcher.get_error()).partition(" <state>")[0]
+        reason = excerpt(self._matcher.get_error().partition("<state>")[0])
         return QvlError(f"the {self._kind} is too large ({reason:.100}); repeat less in it, or shorter parts")
 
 
@@ -213,7 +213,3 @@ def _ll_tokenizer(tokenizer: Tokenizer) -> Any:
     from llguidance.tiktoken import lltokenizer_from_encoding
 
     return lltokenizer_from_encoding(tokenizer.encoding, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eod_id)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
