@@ -108,16 +108,16 @@ def test_a_few_queries_of_a_large_model(rng, threads, kv_heads):
 def test_attention_that_depends_on_the_number_of_rows_says_so(rng, activations, heads, coarse, kv_heads):
     ops, d, kv_heads = CpuOps(activations=activations, threads=2), 128, kv_heads or heads
     assert ops.coarse_attention(heads * d) == coarse
-    qkv = normal(rng, 300, (heads + 2 * kv_heads) * d)
+    qkv = normal(rng, 700, (heads + 2 * kv_heads) * d)
 
     def last(pieces):
-        return attended(ops, qkv, ops.kv_cache(1, kv_heads, d, 300, "fp16"), heads, pieces)[-17:]
+        return attended(ops, qkv, ops.kv_cache(1, kv_heads, d, 700, "fp16"), heads, pieces)[-17:]
 
-    whole = last([300])
+    whole = last([700])
     for count in (17, 100):
-        assert np.array_equal(last([300 - count, count]), whole)
+        assert np.array_equal(last([700 - count, count]), whole)
     for count in (1, 16):
-        assert np.array_equal(last([300 - count, count]), whole) != coarse
+        assert np.array_equal(last([700 - count, count]), whole) != coarse
 
 
 @pytest.mark.parametrize("bits,group,asymmetric", [(4, 128, False), (4, 32, True), (8, 128, False)])
