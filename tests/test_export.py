@@ -122,6 +122,42 @@ def test_force_replaces_an_export_and_nothing_else(blob, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link", "file"}
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_path_through_a_missing_folder_removes_nothing(blob, tmp_path, monkeypatch, force):
+    model, photos = Blob(blob("tiny-vl", **KEPT)), tmp_path / "photos"
+    photos.mkdir()
+    monkeypatch.chdir(photos)
+    for name in ("config.json", "dear.jpg"):  # a name of an export, and another
+        (photos / name).write_text("precious")
+        for folder in ("../typo/../photos", "typo/..", tmp_path / "typo" / ".." / "photos"):
+            with pytest.raises(QvlError, match="its folder does not exist"):
+                export(model, folder, force=force)
+        assert (photos / name).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_partial_folder_is_replaced_only_by_force_and_only_if_it_is_an_exports(blob, tmp_path):
+    model, out, partial = Blob(blob("tiny-vl", **KEPT)), tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("precious")
+    for force, message in ((False, "exists already"), (True, "holds 'thesis.txt', which no export writes")):
+        with pytest.raises(QvlError, match=rf"out\.partial: {message}"):
+            export(model, out, force=force)
+    assert (partial / "thesis.txt").read_text() == "precious"
+    (partial / "thesis.txt").rename(partial / "00000.safetensors")
+    export(model, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_with_the_name_of_an_exports_file_is_kept(blob, tmp_path):
+    out = tmp_path / "out"
+    (out / "config.json").mkdir(parents=True)
+    (out / "config.json" / "letter").write_text("precious")
+    with pytest.raises(QvlError, match=r"out: holds 'config\.json', which is no regular file, and is not replaced"):
+        export(Blob(blob("tiny-vl", **KEPT)), out, force=True)
+    assert (out / "config.json" / "letter").read_text() == "precious"
+
+
 def test_the_source_file_is_not_replaced(blob, tmp_path):
     source = tmp_path / "models" / "config.json"
     source.parent.mkdir()
@@ -167,7 +203,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(blob, tmp_path, monkeypatch,
     monkeypatch.setattr(export_module, "save_file", full)
     with pytest.raises(QvlError, match=r"out: cannot be written \(No space left on device\); make room"):
         export(Blob(blob("tiny-vl", **KEPT)), tmp_path / "out")
-    with pytest.raises(QvlError, match=r"out: cannot be written \(No such file"):
+    with pytest.raises(QvlError, match="out: its folder does not exist; create it first"):
         export(Blob(blob("tiny-vl", **KEPT)), tmp_path / "no" / "out")
     with pytest.raises(QvlError, match="expected a path"):
         export(Blob(blob("tiny-vl", **KEPT)), None)

@@ -31,7 +31,8 @@ SHARD = 2 << 30
 """Bytes after which the next file begins."""
 
 INDEX, SETTINGS = "model.safetensors.index.json", "quantize_config.json"
-WEIGHTS = re.compile(r"model-\d+-of-\d+\.safetensors")
+WEIGHTS = re.compile(r"(model-\d+-of-)?\d{5,}\.safetensors")
+"""Weights, also under the names they have until their number is known."""
 
 
 def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> None:
@@ -41,50 +42,61 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
     ----------
     blob : Blob
     folder : path
-        The folder to create; its temporary name is ``FOLDER.partial``.
+        The folder to create, in one that exists; its temporary name is ``FOLDER.partial``.
     force : bool
-        Replace `folder` if it holds nothing but the files of an export.
+        Replace `folder` and ``FOLDER.partial`` if they hold nothing but the files of an export.
 
     Raises
     ------
     QvlError
-        If the folder exists or may not be replaced, or AutoGPTQ's layout cannot hold the decoder: 3 bits, different
+        If one of the two exists or may not be replaced, or AutoGPTQ's layout cannot hold the decoder: 3 bits, different
         bits or group sizes, or a matrix whose sides are not multiples of the values per 32-bit word. Also if the folder
         cannot be written, such as on a full disk; nothing is left then.
     """
     folder = as_path(folder)
     settings = _settings(blob)
     texts = _texts(blob, settings)
+    if not os.path.isdir(folder.parent):  # also in "typo/../folder", which resolves to a folder that may exist
+        raise QvlError(f"{folder}: its folder does not exist; create it first")
     _check_target(folder, blob, texts, force)
     target = Path(os.path.realpath(folder))
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _check_target(partial, blob, texts, force)
     try:
+        if os.path.lexists(partial):
+            shutil.rmtree(partial)
         partial.mkdir()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
         _write_weights(_tensors(blob, settings is not None), partial)
         _write_texts(texts, partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise QvlError(f"{folder}: cannot be written ({reason}); make room, or name another folder") from None
+            raise _unwritable(folder, error) from None
         raise
     try:
         _check_target(folder, blob, texts, force)
     except QvlError as error:  # another program has made it meanwhile
         raise QvlError(f"{error}; the export is complete in {partial}") from None
-    if target.exists():
+    if force and target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
 
 
+def _unwritable(folder: Path, error: Exception) -> QvlError:
+    reason = getattr(error, "strerror", None) or error
+    return QvlError(f"{folder}: cannot be written ({reason}); make room, or name another folder")
+
+
 def _check_target(folder: Path, blob: Blob, texts: dict[str, Any], force: bool) -> None:
     """Refuse a folder that exists; with `force`, one that holds anything but the files of an export."""
-    if not os.path.lexists(folder):
+    target = os.path.realpath(folder)
+    if not (os.path.lexists(folder) or os.path.lexists(target)):
         return
     if not force:
         raise QvlError(f"{folder}: exists already; choose another name, or --force to replace it")
-    target = os.path.realpath(folder)
     for kept in (blob.path, os.curdir):
         if Path(os.path.realpath(kept)).is_relative_to(target):
             what = f"the file {kept}" if kept is blob.path else "the current folder"
@@ -92,10 +104,11 @@ def _check_target(folder: Path, blob: Blob, texts: dict[str, Any], force: bool) 
     if os.path.lexists(target) and not os.path.isdir(target):
         raise QvlError(f"{folder}: is a file and is not replaced; choose another name")
     known = {*texts, INDEX, SETTINGS}
-    for name in os.listdir(target) if os.path.isdir(target) else ():
-        if name not in known and not WEIGHTS.fullmatch(name):
-            reason = f"holds {name!r:.100}, which no export writes, and is not replaced"
-            raise QvlError(f"{folder}: {reason}; choose another name")
+    for entry in os.scandir(target) if os.path.isdir(target) else ():
+        ours = entry.name in known or WEIGHTS.fullmatch(entry.name)
+        if not (ours and entry.is_file(follow_symlinks=False)):
+            why = "which is no regular file" if ours else "which no export writes"
+            raise QvlError(f"{folder}: holds {entry.name!r:.100}, {why}, and is not replaced; choose another name")
 
 
 def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
