@@ -302,6 +302,24 @@ def test_save_overwrites_saved_conversations_alone(talk, tmp_path):
     assert not talk.screen.complaints and "Hello" in file.read_text()
 
 
+def test_save_overwrites_keys_and_values_of_its_own_alone(talk, tmp_path):
+    file, past = tmp_path / "x.json", tmp_path / "x.json.past"
+    talk.take("Hello")
+    talk.take(f"/save {file}")
+    saved = past.read_bytes()
+    talk.take("And again")
+    talk.take(f"/save {file}")
+    assert not talk.screen.complaints and past.read_bytes() != saved
+    file.unlink()
+    for foreign in (b"precious", talk.model.blob.path.read_bytes()):
+        past.write_bytes(foreign)
+        talk.take(f"/save {file}")
+        assert talk.screen.complaints.pop() == (
+            f"{past}: exists and holds no keys and values saved with /save; name another file"
+        )
+        assert past.read_bytes() == foreign and not file.exists()
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
     def interrupted(query, history, *, on_piece, **options):
         from qvl_runtime.engine.generation import Piece

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
-from qvl_runtime.cli.saved_chat import FORMAT, is_saved, read_saved
+from qvl_runtime.cli.saved_chat import FORMAT, is_past, is_saved, read_saved
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import size
 from qvl_runtime.cli.turns import check_no_input, is_file, pictures, portable, user_path, words
@@ -218,6 +218,8 @@ class Conversation:
         path = user_path(_unquoted(rest))
         if os.path.exists(path) and not is_saved(path):
             raise QvlError(f"{path}: exists and is no conversation saved with /save; name another file")
+        if os.path.exists(_past(path)) and not is_past(_past(path)):
+            raise QvlError(f"{_past(path)}: exists and holds no keys and values saved with /save; name another file")
         history = [(portable(query), answer) for query, answer in self.history]
         document = {"format": FORMAT, "system": self.system, "settings": self.settings, "history": history}
         try:

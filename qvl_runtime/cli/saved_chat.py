@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from qvl_runtime.engine import kv_file
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
+from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.video import is_number
 
 FORMAT = "qvl conversation 1"
@@ -60,6 +62,14 @@ def is_saved(path: str | os.PathLike) -> bool:
     try:
         content = read_regular(path, limit=MAX_JSON)
         return parse_object(content, "", "").get("format") == FORMAT
+    except QvlError:
+        return False
+
+
+def is_past(path: str | os.PathLike) -> bool:
+    """Whether a file holds the keys and values of a saved conversation, as far as its format says."""
+    try:
+        return TensorFile(path).metadata.get("format") == kv_file.FORMAT
     except QvlError:
         return False
 
