@@ -286,6 +286,8 @@ def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
 def test_impossible_outputs(tmp_path):
     (tmp_path / "folder").mkdir()
     conversion_refused(BIN, tmp_path / "folder", "is a folder")
+    for path in ("", ".", "/"):
+        refused(lambda path=path: convert(BIN, path, force=True), "is a folder; name a file, such as")
     (tmp_path / "file").touch()
     conversion_refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
     refused(lambda: convert(BIN, tmp_path / "file" / "x.qvl"), "x.qvl: its folder does not exist")

@@ -39,8 +39,8 @@ def _order(name: str, dtype: np.dtype) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """Return the temporary name of an unfinished file."""
-    return path.with_name(path.name + ".partial")
+    """Return the temporary name of an unfinished file, also for a path without a name, such as ``.``."""
+    return path.parent / f"{path.name}.partial"
 
 
 class BlobWriter:
