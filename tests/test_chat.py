@@ -244,7 +244,7 @@ def test_urls_are_fetched_only_where_allowed(talk, monkeypatch):
     [
         ((0, 0, 1, 0.5), "(0,0),(999,500)"),
         ((0.1, 0.2, 0.3, 0.9), "(100,200),(300,900)"),
-        ((0.75, -3, 9, 0.5), "(750,0),(999,500)"),
+        ((0.75, 0, 1, 1), "(750,0),(999,999)"),
     ],
 )
 def test_a_box_is_asked_about_in_thousandths(talk, tmp_path, corners, box):
@@ -253,6 +253,29 @@ def test_a_box_is_asked_about_in_thousandths(talk, tmp_path, corners, box):
     x1, y1, x2, y2 = corners
     talk.take(f"/box {400 * x1} {200 * y1} {400 * x2} {200 * y2} What?")
     assert f"<box>{box}</box>What?" in talk.history[0][0]
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        "0 0 1e308 1e308",
+        "-1 0 5 5",
+        "0 -1 5 5",
+        "0 0 401 200",
+        "0 0 400 200.5",
+        "5 0 5 5",
+        "0 5 5 5",
+        "0 0 inf 5",
+        "0 0 9 nan",
+    ],
+)
+def test_a_box_outside_the_picture_is_refused(talk, tmp_path, corners):
+    Image.new("RGB", (400, 200)).save(tmp_path / "wide.png")
+    talk.take(f"/image {tmp_path}/wide.png")
+    talk.take(f"/box {corners} What?")
+    (complaint,) = talk.screen.complaints
+    assert complaint.startswith(f"/box {corners} is no box on a picture of 400 x 200 pixels; expected 0 <= x1")
+    assert not talk.history and len(talk._waiting) == 1
 
 
 def test_show_draws_the_last_boxes(talk, tmp_path):

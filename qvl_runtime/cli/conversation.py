@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -135,14 +134,18 @@ class Conversation:
         parts = rest.split(maxsplit=4)
         try:
             x1, y1, x2, y2 = (float(part) for part in parts[:4])
-            if not (x1 < x2 < math.inf and y1 < y2 < math.inf):
-                raise ValueError
         except ValueError:
             raise QvlError("/box needs four numbers, x1 y1 x2 y2 (left, top, right, bottom), in pixels") from None
         picture = self._last_picture()
         if self.model.pictures is None:
             raise QvlError("this model takes no pictures")
         read = self.model.pictures.reader.read(picture, Access(urls=self.allow_urls))
+        width, height = read.size
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # also refuses nan
+            raise QvlError(
+                f"/box {' '.join(parts[:4])} is no box on a picture of {width} x {height} pixels; "
+                "expected 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height"
+            )
         box = self.model.blob.family.grounding.mark((x1, y1, x2, y2), read)
         question = parts[4] if len(parts) > 4 else "What is this?"
         self._ask([{"type": "box", "text": box}, {"text": question}])
