@@ -403,6 +403,13 @@ def test_help_names_every_command(talk):
     assert all(f"/{name}" in text for name in talk._commands)
 
 
+@pytest.mark.parametrize("width", [0, 1, 4, 5])
+def test_help_in_a_narrow_terminal(talk, width):
+    talk.screen.console.width = width
+    talk.take("/help")
+    assert "    take back your" in "\n".join(talk.screen.said)
+
+
 class FakeTerminal(io.StringIO):
     def isatty(self) -> bool:
         return True

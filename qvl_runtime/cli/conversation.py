@@ -117,7 +117,7 @@ class Conversation:
 
     def _do_help(self, rest: str) -> None:
         """/help                     this list"""
-        width = self.screen.console.width
+        width = max(24, self.screen.console.width)  # a narrower terminal wraps the lines itself
         for command in self._commands.values():
             usage, text = re.split(r"\s{2,}", command.__doc__, maxsplit=1)
             self.screen.say(f"{usage}\n{textwrap.indent(textwrap.fill(text, width - 4), '    ')}")
