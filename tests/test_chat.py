@@ -397,6 +397,15 @@ def test_what_the_user_can_mend_is_one_line(talk, line):
     assert len(talk.history) == 1
 
 
+@pytest.mark.parametrize("command", ["/help", "/undo", "/retry", "/clear", "/quit"])
+def test_a_command_without_arguments_refuses_one(talk, command):
+    talk.take("Hello")
+    before = talk.history[:]
+    talk.take(f"{command}  2 ")
+    assert talk.screen.complaints == [f"{command} takes no argument; leave out '2'"]
+    assert talk.history == before and talk.open
+
+
 def test_help_names_every_command(talk):
     talk.take("/help")
     text = "\n".join(talk.screen.said)

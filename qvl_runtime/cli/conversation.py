@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -113,9 +114,15 @@ class Conversation:
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
             raise QvlError(f"/{name} is no command; /help lists them")
-        self._commands[name](rest.strip())
+        command, rest = self._commands[name], rest.strip()
+        if inspect.signature(command).parameters:
+            command(rest)
+        elif rest:
+            raise QvlError(f"/{name} takes no argument; leave out {rest!r:.100}")
+        else:
+            command()
 
-    def _do_help(self, rest: str) -> None:
+    def _do_help(self) -> None:
         """/help                     this list"""
         width = max(24, self.screen.console.width)  # a narrower terminal wraps the lines itself
         for command in self._commands.values():
@@ -164,7 +171,7 @@ class Conversation:
         if out.suffix.lower() == ".png":
             self.screen.picture(out)
 
-    def _do_undo(self, rest: str) -> None:
+    def _do_undo(self) -> None:
         """/undo                     take back your last question and its answer"""
         if not self.history:
             raise QvlError("there is nothing to undo")
@@ -172,7 +179,7 @@ class Conversation:
         self._boxes = []
         self.screen.say(f"took back {_shortened(query)}; turns left: {len(self.history)}")
 
-    def _do_retry(self, rest: str) -> None:
+    def _do_retry(self) -> None:
         """/retry                    ask the last question again"""
         if not self.history:
             raise QvlError("there is nothing to retry")
@@ -183,7 +190,7 @@ class Conversation:
             self.history = before
             raise
 
-    def _do_clear(self, rest: str) -> None:
+    def _do_clear(self) -> None:
         """/clear                    begin a new conversation; settings stay"""
         self.history, self._boxes, self._waiting, self._left_out = [], [], [], 0
         self.screen.say("a new conversation")
@@ -249,7 +256,7 @@ class Conversation:
             except QvlError as error:
                 raise QvlError(f"{error}; the conversation is computed again") from None
 
-    def _do_quit(self, rest: str) -> None:
+    def _do_quit(self) -> None:
         """/quit                     leave"""
         self.open = False
 
