@@ -124,6 +124,10 @@ WRONG = {
     "schema missing": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     "schema a number": ({"response_format": schema(123)}, "response_format.json_schema.schema"),
     "schema unknown type": ({"response_format": schema({"type": "elephant"})}, None),
+    "schema of json_object a number": (
+        {"response_format": {"type": "json_object", "schema": 123}},
+        "response_format.schema",
+    ),
     "schema too large": ({"response_format": schema({"enum": ["x" * 70_000]})}, "response_format.json_schema.schema"),
     "schema deep": ({"response_format": schema(nested(400))}, None),
     "schema of itself": ({"response_format": schema({"$ref": "#"})}, None),
@@ -279,8 +283,10 @@ def test_forms_hold_the_answer(served):
     one = schema(
         {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": False}
     )
-    answer = served.chat("hi", response_format=one, max_tokens=40).json()["choices"][0]["message"]["content"]
-    assert answer == '{"a":7}'
+    for form in (one, {"type": "json_object", "schema": one["json_schema"]["schema"]}):
+        answer = served.chat("hi", response_format=form, max_tokens=40).json()["choices"][0]["message"]["content"]
+        assert answer == '{"a":7}'
+    assert served.chat("hi", response_format={"type": "json_object", "schema": None}, max_tokens=2).status_code == 200
     assert served.chat("hi", response_format=schema(True), max_tokens=2).status_code == 200
     answer = served.chat("hi", response_format={"type": "json_object"}, max_tokens=2).json()["choices"][0]
     assert answer["message"]["content"].startswith("{")

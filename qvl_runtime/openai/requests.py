@@ -172,6 +172,10 @@ FOREIGN = ("structured_outputs", "guided_json", "guided_regex", "guided_choice",
 """Other servers' fields that restrict an answer. Without them it would be another one."""
 
 
+OBJECT = '{"type":"object"}'
+"""Schema of ``json_object`` without a schema."""
+
+
 def _constraint(fields: Fields, limits: Limits) -> Form | None:
     """Read the constraint: `response_format`, or `grounding`."""
     for name in FOREIGN:
@@ -184,14 +188,16 @@ def _constraint(fields: Fields, limits: Limits) -> Form | None:
     if grounding:
         raise refused("grounding and response_format exclude each other", "grounding")
     if kind == "json_object":
-        return JsonSchema('{"type":"object"}')
+        schema = form.get("schema")
+        return JsonSchema(OBJECT if schema is None else _schema(schema, "response_format.schema", limits))
     if kind != "json_schema":
         raise refused("response_format.type must be text, json_object or json_schema", "response_format.type")
-    return JsonSchema(_schema(form.object("json_schema").get("schema"), limits))
+    schema = form.object("json_schema").get("schema")
+    return JsonSchema(_schema(schema, "response_format.json_schema.schema", limits))
 
 
-def _schema(schema: Any, limits: Limits) -> str:
-    name = "response_format.json_schema.schema"
+def _schema(schema: Any, name: str, limits: Limits) -> str:
+    """Check the schema in the field `name`, and return it as JSON."""
     if not isinstance(schema, dict | bool):
         raise refused(f"{name} must be a JSON schema, not {describe(schema)}", name)
     try:
