@@ -13,6 +13,9 @@ from qvl_runtime.results import Stream
 if TYPE_CHECKING:
     from qvl_runtime.asking import Asking
 
+SEEDS = 1 << 64
+"""Number of seeds of OpenAI's API."""
+
 
 def answer_all(
     model: Asking,
@@ -108,6 +111,8 @@ class Asked:
 def one_each(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Expand the options of `Model.generate` to those of `Model.stream`, one set for each of `n` answers.
 
+    Seed 0 follows the seed 2**64 - 1, which is -1 in OpenAI's API.
+
     Raises
     ------
     QvlError
@@ -116,4 +121,9 @@ def one_each(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     n, seed = options.pop("n", None), options.pop("seed", None)
     first = seed if seed is None else whole_number("seed", seed)
     for i in range(1 if n is None else whole_number("n", n, 1)):
-        yield {**options, "seed": None if first is None else first + i}
+        yield {**options, "seed": None if first is None else _after(first, i)}
+
+
+def _after(first: int, i: int) -> int:
+    seed = first + i
+    return seed - SEEDS if first < SEEDS <= seed else seed

@@ -93,6 +93,19 @@ def test_several_answers_have_consecutive_seeds(served, demo_model, stream):
     assert texts == [one.text for one in expected] and len(set(texts)) == 3
 
 
+def test_seed_0_follows_seed_minus_1(served, demo_model):
+    fields = {"temperature": 1.5, "top_p": 1, "max_tokens": 8}
+    several = served.chat("Say something", n=2, seed=-1, **fields).json()["choices"]
+    alone = [served.chat("Say something", seed=seed, **fields).json()["choices"][0] for seed in (-1, 0)]
+    texts = [choice["message"]["content"] for choice in alone]
+    assert [choice["message"]["content"] for choice in several] == texts and texts[0] != texts[1]
+    message, options = [{"role": "user", "content": "Say something"}], {"temperature": 1.5, "max_new_tokens": 8}
+    offline = demo_model.generate_batch(
+        [{"prompt": message, "n": 2, "seed": (1 << 64) - 1, **options}]
+    )  # as in batches
+    assert [answer.text for answer in offline[0]] == texts
+
+
 def test_several_answers_are_computed_side_by_side(served, demo_model, monkeypatch):
     schema = {"type": "array", "minItems": 6, "maxItems": 6, "items": {"type": "integer", "minimum": 0, "maximum": 99}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}

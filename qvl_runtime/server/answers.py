@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
+from qvl_runtime.batching import one_each
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import NOTHING, Part, Whole, described, sources_of, with_pictures
@@ -87,15 +88,13 @@ class Answerer:
         with ThreadPoolExecutor(asked.n, thread_name_prefix="qvl-read") as pool:
             readings: list[Future[None]] = []
             try:
-                for index in range(asked.n):
+                for index, options in enumerate(one_each({"n": asked.n, "seed": asked.seed, **asked.options})):
                     with self._turn(contents):
                         switch.check()
                         emit(Preparing())
                         if prompt is None:
                             prompt, pictures = with_pictures(self.model, asked.prompt, contents, self.limits)
-                        seed = None if asked.seed is None else asked.seed + index
-                        options = {"seed": seed, "allow_paths": False, "cache_salt": salt, **asked.options}
-                        stream = self.model.stream(prompt, **options)
+                        stream = self.model.stream(prompt, allow_paths=False, cache_salt=salt, **options)
                     switch.watch(stream)
                     emit(Begun())
                     readings.append(pool.submit(read, index, stream))
