@@ -194,6 +194,7 @@ def test_a_body_that_is_no_request_is_refused(served, route, body, says):
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
     ],
@@ -271,6 +272,8 @@ def test_a_completion_is_of_the_raw_text(served, demo_model):
     ids = demo_model.tokenizer.encode("one two")
     by_ids = served.http.post("/v1/completions", json={**body, "prompt": ids}).json()["choices"][0]
     assert by_ids["text"] == expected.text
+    newer = {"prompt": "x", "max_completion_tokens": 5, "response_format": schema({"enum": [[1, 2, 3, 4, 5, 6, 7]]})}
+    assert served.http.post("/v1/completions", json=newer).json()["usage"]["completion_tokens"] == 5
 
 
 def test_a_prompt_longer_than_the_window_has_openais_code(served, demo_model):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qvl_runtime.batching import SEEDS
 from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.openai.errors import ApiError, refused
@@ -23,8 +24,6 @@ UNKNOWN = (
 )  # fmt: skip
 """Fields of OpenAI and vLLM without which an answer would be another one; null, 0, false and empty do not change it."""
 
-SEEDS = 1 << 63
-
 
 @dataclasses.dataclass
 class Asked:
@@ -36,7 +35,7 @@ class Asked:
     options : dict
         Options of `Model.stream`, without the seed.
     seed : int or None
-        Seed of the first answer; it increases by one for each further answer.
+        Seed of the first answer, from 0 to 2**64 - 1; see `one_each` for further answers.
     n : int
         Number of answers.
     stream, usage : bool
@@ -73,8 +72,7 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
         logprobs = top or 0
     elif top:
         raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
-    most = fields.integer("max_completion_tokens", 1, 1 << 31) or fields.integer("max_tokens", 1, 1 << 31)
-    options = _sampling(fields, limits, own) | {"max_new_tokens": most or own.max_new_tokens}
+    options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or own.max_new_tokens}
     options |= {"constraint": _constraint(fields, limits)}
     return _asked(fields, limits, read_messages(fields.get("messages"), limits, allow_urls), options, logprobs)
 
@@ -88,8 +86,7 @@ def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConf
         Names the invalid field.
     """
     fields = Fields(data)
-    most = fields.integer("max_tokens", 1, 1 << 31)
-    options = _sampling(fields, limits, own) | {"max_new_tokens": most or COMPLETION_TOKENS}
+    options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or COMPLETION_TOKENS}
     options |= {"constraint": _constraint(fields, limits)}
     logprobs = fields.integer("logprobs", 0, limits.top_logprobs)
     return _asked(fields, limits, read_prompt(fields.get("prompt"), limits), options, logprobs)
@@ -118,16 +115,21 @@ def _asked(
     n, best = fields.integer("n", 1, limits.n) or 1, fields.integer("best_of", 1, limits.n)
     if best not in (None, n):
         raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
-    seed = fields.integer("seed", -SEEDS, SEEDS - 1)
+    seed = fields.integer("seed", -SEEDS // 2, SEEDS // 2 - 1)
     return Asked(
         prompt=prompt,
         options=options | {"logprobs": logprobs},
-        seed=None if seed is None else seed % (2 * SEEDS),
+        seed=None if seed is None else seed % SEEDS,
         n=n,
         stream=fields.flag("stream"),
         usage=fields.object("stream_options").flag("include_usage"),
         logprobs=logprobs,
     )
+
+
+def _most(fields: Fields) -> int | None:
+    """Read the largest number of tokens."""
+    return fields.integer("max_completion_tokens", 1, 1 << 31) or fields.integer("max_tokens", 1, 1 << 31)
 
 
 def _sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def description(limits: Limits) -> Schema:
     """Return the OpenAPI document of a server with these limits."""
     chat = _body(
         {**_options(limits), **_messages(), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
-        | {"logprobs": _or_null({"type": "boolean"}), **_number("max_completion_tokens", 1, 1 << 31, "integer")},
+        | {"logprobs": _or_null({"type": "boolean"})},
         ["messages"],
     )
     completion = _body(
@@ -144,6 +144,7 @@ def _options(limits: Limits) -> Schema:
         **_number("frequency_penalty", -2, 2),
         **_number("seed", -(1 << 63), (1 << 63) - 1, "integer"),
         **_number("n", 1, limits.n, "integer"),
+        **_number("max_completion_tokens", 1, 1 << 31, "integer"),
         **_number("max_tokens", 1, 1 << 31, "integer"),
         "stop": {"anyOf": [stop, {**_list(stop), "maxItems": limits.stops}, {"type": "null"}]},
         "response_format": _or_null(form),
