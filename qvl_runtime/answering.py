@@ -16,7 +16,7 @@ from qvl_runtime.engine.job import Job, Work
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.scheduler import Scheduler
 from qvl_runtime.engine.session import Leave, Slice
-from qvl_runtime.errors import PromptTooLongError, QvlError
+from qvl_runtime.errors import NoRoomError, PromptTooLongError, QvlError
 from qvl_runtime.families.base import Grounding
 from qvl_runtime.inputs.pictures import PictureEncoder
 from qvl_runtime.inputs.prompt import Prompt, Slot, is_ids
@@ -81,11 +81,14 @@ class Answering:
         if len(prompt.ids) > self.window:
             pictures = sum(slot.picture.tokens for slot in prompt.slots)
             parts = f" ({pictures} of them pictures)" if pictures else ""
-            remedy = f", or load with a context of up to {self._largest}" if self.window < self._largest else ""
             raise PromptTooLongError(
-                f"the prompt takes {len(prompt.ids)} tokens{parts} and the window is {self.window}; "
-                f"shorten the prompt{remedy}"
+                f"the prompt takes {len(prompt.ids)} tokens{parts} and the window is {self.window}; {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        """Return what helps a prompt that is too long."""
+        more = f", or load with a context of up to {self._largest}" if self.window < self._largest else ""
+        return f"shorten the prompt{more}"
 
     def answer(
         self,
@@ -100,23 +103,38 @@ class Answering:
     ) -> Job:
         """Check the options and submit the job of one answer. The job's results are `Piece` objects."""
         self.check_length(prompt)
-        limit = min(whole_number("max_new_tokens", max_new_tokens), self.window - len(prompt.ids))
+        asked = whole_number("max_new_tokens", max_new_tokens)
+        limit = min(asked, self.window - len(prompt.ids))
         if logprobs is not None:
             whole_number("logprobs", logprobs)
         stops, constraint = stop_strings(stop), None
         if form is not None:
-            constraint = self._constraint(form, prompt, limit)
+            constraint = self._constraint(form, prompt, asked, limit)
         select = TokenSelector(sampler, list(prompt.ids), constraint, logprobs)
         work = self._pieces(prompt, select, stops, limit, speculate, salt)
         return self._scheduler.submit(work, len(prompt.ids), len(prompt.ids) + limit)
 
-    def _constraint(self, form: Form, prompt: Prompt, limit: int) -> Constraint:
-        """Start the constraint of an answer. If the model reasons first, half of `limit` is reserved for the answer."""
+    def _constraint(self, form: Form, prompt: Prompt, asked: int, limit: int) -> Constraint:
+        """Start the constraint of an answer. If the model reasons first, half of `limit` is reserved for the answer.
+
+        `limit` is `asked`, the `max_new_tokens` of the user, or what the window leaves of it.
+        """
         end = None if isinstance(form, AtLeast) else prompt.reasoning_end  # a minimum length counts the reasoning
         reasoning = 0 if end is None else max(1, limit // 2)
         grounding = self._grounding.constraint
         answer = Answer(self._tokenizer, self._stop_ids, limit - reasoning, prompt.opened, grounding)
-        constraint = form.start(answer)
+        try:
+            constraint = form.start(answer)
+        except NoRoomError as error:
+            needed = (
+                error.needed if end is None else max(2, 2 * error.needed - 1)
+            )  # the least with room after reasoning
+            if asked >= needed:
+                raise PromptTooLongError(
+                    f"the prompt takes {len(prompt.ids)} tokens and the window is {self.window}; {error.what} needs "
+                    f"{needed}; {self._remedy()}"
+                ) from None
+            raise NoRoomError(asked, error.what, needed) from None
         return constraint if end is None else ReasoningFirst(constraint, end, self._stop_ids, reasoning)
 
     def _pieces(

@@ -9,6 +9,24 @@ class PromptTooLongError(QvlError):
     """The prompt has more tokens than the window."""
 
 
+class NoRoomError(QvlError):
+    """`max_new_tokens` is too small for a complete answer.
+
+    Parameters
+    ----------
+    limit : int
+        `max_new_tokens`.
+    what : str
+        The shortest answer in words.
+    needed : int
+        The least `max_new_tokens` that is accepted.
+    """
+
+    def __init__(self, limit: int, what: str, needed: int):
+        super().__init__(f"max_new_tokens is {limit}; {what} needs {needed}")
+        self.what, self.needed = what, needed
+
+
 def excerpt(text: object) -> str:
     """Return foreign text, such as another library's message, for an error: one line, cut, escaped if not printable."""
     line = " ".join(str(text).split())

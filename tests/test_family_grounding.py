@@ -106,10 +106,13 @@ def test_constrained_answers(family):
         assert boxes and all(box.ref is not None for box in boxes)
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_no_room_for_a_box(family):
-    with pytest.raises(QvlError, match="max_new_tokens is 20"):
-        KINDS[family].constraint(tokenizer(family), frozenset({0}), 20, "")
+@pytest.mark.parametrize(("family", "needed"), [("q2", 24), ("q25", 135), ("q3", 131)])
+def test_no_room_for_a_box(family, needed):
+    """The message states the least number of tokens that is accepted."""
+    for limit in (1, 20, needed - 1):
+        with pytest.raises(QvlError, match=f"max_new_tokens is {limit}; .* needs {needed}$"):
+            KINDS[family].constraint(tokenizer(family), frozenset({0}), limit, "")
+    KINDS[family].constraint(tokenizer(family), frozenset({0}), needed, "")
 
 
 def test_opened_box():

@@ -9,13 +9,14 @@ import shutil
 import pytest
 from families import GOLDEN
 from rich.console import Console
+from serving import serving
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_runtime.cli.conversation import Conversation
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.engine.generation import Choice, Timings, stream_generate
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import PromptTooLongError, QvlError
 from qvl_runtime.results import collected
 
 
@@ -114,6 +115,19 @@ def test_raw_text_reasons_where_it_opens_the_tag(model):
     assert model.generate(ids, max_new_tokens=3).reasoning == result.reasoning
     with pytest.raises(QvlError, match="max_new_tokens"):
         model.generate(ids, max_new_tokens=1, constraint=qvl.Grounding())
+
+
+def test_no_room_for_a_box_after_reasoning(model):
+    """The message states the number that was given, and the least that is accepted."""
+    with pytest.raises(QvlError, match=r"^max_new_tokens is 260; a box with its label needs 261$"):
+        model.stream("<think>\n", max_new_tokens=260, constraint=qvl.Grounding())
+    model.stream("<think>\n", max_new_tokens=261, constraint=qvl.Grounding()).cancel()
+    prompt = model.tokenizer.encode("<think>\n") + [0] * model.window
+    with pytest.raises(PromptTooLongError, match=r"the window is \d+; a box with its label needs 261; shorten"):
+        model.stream(prompt[: model.window - 260], max_new_tokens=8192, constraint=qvl.Grounding())
+    with serving(model) as served:
+        error = served.chat("Hi", grounding=True, max_tokens=250).json()["error"]
+    assert error["message"] == "max_tokens is 250; a box with its label needs 261" and error["param"] == "max_tokens"
 
 
 def test_a_terminal_shows_reasoning_apart_and_a_pipe_none(model):

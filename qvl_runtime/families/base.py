@@ -66,7 +66,13 @@ class Grounding(Protocol):
         """Return all well-formed boxes of an answer, in order. `pictures` are those of the prompt. Never raises."""
 
     def constraint(self, tokenizer: Tokenizer, stop_ids: frozenset[int], limit: int, opened: str) -> Constraint:
-        """Return the constraint to this notation for an answer of at most `limit` tokens."""
+        """Return the constraint to this notation for an answer of at most `limit` tokens.
+
+        Raises
+        ------
+        NoRoomError
+            If a box may need more than `limit` tokens.
+        """
 
 
 C = TypeVar("C", bound=Config)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Constraint
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import NoRoomError, QvlError
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
@@ -141,7 +141,7 @@ class _GroundingConstraint:
                 )
         needed = self._cost() if opened else self._cost() + 1
         if limit < needed:
-            raise QvlError(f"max_new_tokens is {limit}; a box with its ref needs {needed}")
+            raise NoRoomError(limit, "a box with its ref", needed)
 
     def _cost(self) -> int:
         """Return the largest number of tokens to complete the open phrase and box."""

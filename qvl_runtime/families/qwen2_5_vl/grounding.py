@@ -9,7 +9,7 @@ from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Answer, Constraint, Regex
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import NoRoomError
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
@@ -76,9 +76,10 @@ class JsonGrounding:
         item = rf'\{{"bbox_2d": \[{corners}\], "label": "[^"\\\x00-\x1f\x{{10000}}-\x{{10FFFF}}]{{1,{LABEL}}}"\}}'
         # Every token has at least one byte, so that an answer has at most as many tokens as bytes.
         longest = len(f'{{"bbox_2d": [{", ".join([self.LONGEST] * 4)}], "label": ""}},\n\t') + 3 * LABEL
-        more = (limit - len(HEAD) - len(TAIL) - 1) // longest - 1
-        if more < 0:
-            raise QvlError(f"max_new_tokens is {limit}; a box with its label needs {limit - more * longest}")
+        needed = len(HEAD) + longest + len(TAIL) + 1
+        if limit < needed:
+            raise NoRoomError(limit, "a box with its label", needed)
+        more = (limit - needed) // longest
         pattern = rf"{re.escape(HEAD)}{item}(,\n\t{item}){{0,{more}}}{re.escape(TAIL)}"
         return Regex(pattern).start(Answer(tokenizer, stop_ids, limit, "", self.constraint))
 
