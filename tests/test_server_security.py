@@ -155,6 +155,26 @@ def test_a_named_site_and_the_own_page_may_ask(keyed):
     assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
 
 
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        (None, "authorization, content-type"),
+        ("authorization,content-type,x-stainless-os", "authorization, content-type, x-stainless-os"),
+        ("X-Stainless-Lang, a b, ,\xe4, *", "x-stainless-lang, *"),
+        (",".join(["a"] * 999), ", ".join(["a"] * 64)),
+    ],
+)
+def test_a_named_site_may_send_the_headers_that_it_asks_for(keyed, asked, allowed):
+    """openai-node adds its own to each request."""
+    headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    more = {} if asked is None else {"Access-Control-Request-Headers": asked}
+    encoded = {name: value.encode("latin-1") for name, value in (headers | more).items()}
+    response = keyed.http.options("/v1/chat/completions", headers=encoded)
+    assert response.headers["access-control-allow-headers"] == allowed
+    assert response.headers["access-control-expose-headers"] == "Retry-After"
+    assert "Access-Control-Request-Headers" in response.headers["vary"] and "Origin" in response.headers["vary"]
+
+
 def test_the_page_loads_nothing_from_elsewhere(served):
     for path in ("/", "/app.js", "/style.css"):
         response = served.http.get(path)

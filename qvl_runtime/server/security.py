@@ -32,9 +32,16 @@ HEADERS = {
 
 ALLOWED = {
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
+    "Vary": "Access-Control-Request-Headers",
 }
+"""Headers of the response to a preflight of an allowed origin."""
+
+ASKED_HEADERS = ("authorization", "content-type")
+"""Headers that an allowed origin may send if it asks for none."""
+
+MOST_ASKED = 64
+"""Largest number of headers that a preflight may ask for, each of 64 characters at most."""
 
 
 def check_names(hosts: Sequence[str], origins: Sequence[str]) -> None:
@@ -106,6 +113,7 @@ class Security:
                     written.setdefault(name, value)
                 if foreign is not None and self._is_named(foreign):
                     written["Access-Control-Allow-Origin"] = foreign
+                    written["Access-Control-Expose-Headers"] = "Retry-After"
                     written["Cross-Origin-Resource-Policy"] = "cross-origin"
                     written.add_vary_header("Origin")
             await send(message)
@@ -116,7 +124,8 @@ class Security:
             await refuse_unread(error, scope, receive, sending)
             return
         if scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers=ALLOWED if foreign else None)(scope, receive, sending)
+            allowed = ALLOWED | {"Access-Control-Allow-Headers": _asked_headers(headers)} if foreign else None
+            await Response(status_code=204, headers=allowed)(scope, receive, sending)
             return
         scope[SALT] = salt
         await self._app(scope, receive, sending)
@@ -151,6 +160,16 @@ class Security:
 
     def _is_named(self, origin: str) -> bool:
         return origin.lower() in self._origins
+
+
+def _asked_headers(headers: Headers) -> str:
+    """Return the header names that a preflight asks for, such as openai-node's ``x-stainless-os``.
+
+    A client library chooses them, and the server ignores those that it does not know.
+    """
+    asked = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",")]
+    valid = [name for name in asked if re.fullmatch(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}", name)]
+    return ", ".join(valid[:MOST_ASKED] or ASKED_HEADERS)
 
 
 def _digest(key: bytes) -> bytes:
