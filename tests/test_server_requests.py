@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 from serving import events, image_part, picture, png, serving
 
+from qvl_runtime.engine.generation import Logprob, Piece
+from qvl_runtime.openai.answers import Part
+from qvl_runtime.openai.formats import TextFormat
+
 USER = [{"role": "user", "content": "hi"}]
 PNG = png(picture(side=56))
 
@@ -274,6 +278,18 @@ def test_a_completion_is_of_the_raw_text(served, demo_model):
     assert by_ids["text"] == expected.text
     newer = {"prompt": "x", "max_completion_tokens": 5, "response_format": schema({"enum": [[1, 2, 3, 4, 5, 6, 7]]})}
     assert served.http.post("/v1/completions", json=newer).json()["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("parts", [1, 99])
+def test_offsets_of_tokens_count_characters_of_the_text(demo_model, parts):
+    """Also after a character of several tokens."""
+    text = "ab𠜎é𠜎 cd"
+    ids = demo_model.tokenizer.encode(text)
+    assert len(ids) > len(text), "no character takes several tokens"
+    form, entries = TextFormat(demo_model.tokenizer, True), [Logprob(token, -1.0, ()) for token in ids]
+    pieces = [Piece("x", logprobs=tuple(entries[i : i + parts])) for i in range(0, len(ids), parts)]
+    offsets = [offset for piece in pieces for offset in form.part(Part(0, piece))["logprobs"]["text_offset"]]
+    assert offsets == [len(demo_model.tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
 
 
 def test_a_prompt_longer_than_the_window_has_openais_code(served, demo_model):

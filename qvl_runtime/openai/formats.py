@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from qvl_runtime.engine.generation import Logprob
-from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
 from qvl_runtime.openai.answers import Part, Whole
 
 
@@ -132,7 +132,7 @@ class TextFormat:
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self._tokenizer, self._logprobs = tokenizer, logprobs
-        self._offset: dict[int, int] = {}
+        self._written: dict[int, tuple[StreamDecoder, int]] = {}
 
     def head(self, index: int) -> None:
         return None
@@ -154,13 +154,15 @@ class TextFormat:
         return {"index": index, "text": text, "logprobs": written, "finish_reason": None}
 
     def _tokens(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        tokens, offsets = [], []
+        # A character may span tokens: the text of each alone is longer than that of all.
+        decoder, written = self._written.get(index) or (StreamDecoder(self._tokenizer), 0)
+        offsets = []
         for entry in logprobs:
-            offsets.append(self._offset.get(index, 0))
-            tokens.append(self._text(entry.token_id))
-            self._offset[index] = offsets[-1] + len(tokens[-1])
+            offsets.append(written)
+            written += len(decoder.push(entry.token_id))
+        self._written[index] = decoder, written
         return {
-            "tokens": tokens,
+            "tokens": [self._text(entry.token_id) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
             "top_logprobs": [{self._text(token): value for token, value in entry.top} for entry in logprobs],
             "text_offset": offsets,
