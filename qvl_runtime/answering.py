@@ -126,9 +126,8 @@ class Answering:
         try:
             constraint = form.start(answer)
         except NoRoomError as error:
-            needed = (
-                error.needed if end is None else max(2, 2 * error.needed - 1)
-            )  # the least with room after reasoning
+            # with reasoning: the least of which half is enough
+            needed = error.needed if end is None else max(2, 2 * error.needed - 1)
             if asked >= needed:
                 raise PromptTooLongError(
                     f"the prompt takes {len(prompt.ids)} tokens and the window is {self.window}; {error.what} needs "
