@@ -51,8 +51,8 @@ def convert(
     calibration: Annotated[
         str, typer.Option(help="'builtin', fine-tuning JSON, JSON lines, or a folder of pictures. (*)")
     ] = "builtin",
-    calibration_samples: Annotated[int, typer.Option(help="Number of conversations. (*)")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda. (*)")] = "auto",
+    calibration_samples: Annotated[int, typer.Option(help="Number of conversations to calibrate with.")] = 32,
+    device: Annotated[str, typer.Option(help="For calibration and --verify: auto, cpu or cuda.")] = "auto",
     spill: Annotated[bool, typer.Option("--spill", help="Store activations on disk, not in memory. (*)")] = False,
     verify: Annotated[
         int | None,
@@ -66,8 +66,8 @@ def convert(
     """Make a .qvl file out of a Hugging Face model.
 
     Reads Qwen3-VL, Qwen2.5-VL, Qwen2-VL, Qwen-VL and Qwen-7B from safetensors or PyTorch files. AutoGPTQ and AWQ
-    versions are imported unchanged, FP8 versions are converted. No code of the model is run. Options with (*) are for
-    --method gptq or --target-size.
+    versions are imported unchanged, FP8 versions are converted. No code of the model is run. --method gptq and
+    --target-size calibrate; options with (*) are refused without either.
 
     \b
     Examples:

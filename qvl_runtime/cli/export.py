@@ -15,7 +15,7 @@ from qvl_runtime.cli.text import size
 def export(
     model: Annotated[Path, typer.Argument(help="A .qvl file.")],
     folder: Annotated[Path, typer.Argument(help="The folder to create.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace FOLDER if it is an export.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FOLDER, complete or partial, if an export.")] = False,
 ) -> None:
     """Write a .qvl file's weights as a Hugging Face model.
 
