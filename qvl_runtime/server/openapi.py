@@ -128,10 +128,10 @@ def _messages() -> Schema:
 
 def _options(limits: Limits) -> Schema:
     """Return the fields common to all answers."""
-    schema = {"schema": {"type": ["object", "boolean"]}}
+    schema = {"type": ["object", "boolean"]}
+    named = {"type": "object", "properties": {"schema": schema}}
     kinds = {"enum": ["text", "json_object", "json_schema"]}
-    form = {"type": "object", "properties": {"type": kinds, "json_schema": {"type": "object", "properties": schema}}}
-    form["properties"] |= {"schema": _or_null(schema["schema"])}
+    form = {"type": "object", "properties": {"type": kinds, "json_schema": named, "schema": _or_null(schema)}}
     stop = {**_TEXT, "maxLength": limits.stop_text}
     return {
         "model": _or_null(_TEXT),
