@@ -237,13 +237,19 @@ def test_short_and_long_prompts_in_any_order(coarse, conversations):
 
 @pytest.mark.parametrize("length", [9, 16])
 def test_what_follows_the_answer_to_a_short_prompt(coarse, length):
-    model, fresh = coarse()
-    ids = _short_and_long()[0][:length]
-    for more in (3, 30):
-        said = model.generate(ids, max_new_tokens=20).token_ids
-        following = [*ids, *said[: 20 if more > 3 else 2], *[60] * more]
-        options = {"max_new_tokens": 3, "logprobs": 2}
-        _same(model.generate(following, **options), fresh.generate(following, **options))
+    """It is kept with its answer, but for no other prompt that begins alike, whatever came between."""
+    model, fresh = coarse(conversations=1)
+    ids, options = _short_and_long()[0][:length], {"max_new_tokens": 3, "logprobs": 2}
+    said = model.generate(ids, max_new_tokens=20).token_ids
+    following = [*ids, *said, *[60] * 30]
+    assert model.generate(following, **options).timings.cached_tokens >= length + len(said) - 1
+    others = [[*ids, *[61] * 40], [*ids[:5], *[61] * 40], ids[:7], [*ids, *said[:2], *[60] * 3][:16], ids]
+    for other in others:
+        model.forget()
+        model.generate(ids, max_new_tokens=20)
+        model.generate(following, **options)
+        if len(other) <= 16 or other[: length + 1] != following[: length + 1]:
+            _same(model.generate(other, **options), fresh.generate(other, **options))
 
 
 def test_short_and_long_prompts_side_by_side(coarse):
@@ -260,14 +266,17 @@ def test_a_saved_prompt_and_shorter_ones(coarse, tmp_path):
     model, fresh = coarse()
     prompts, path = _short_and_long(), tmp_path / "past"
     model.generate(prompts[4], max_new_tokens=20)
-    assert not model._sessions.save(path, prompts[4], "") and not path.exists()
-    model.generate(prompts[0], max_new_tokens=3)
-    assert model._sessions.save(path, prompts[1], "") == 40
+    assert model._sessions.save(path, prompts[4], "") == len(prompts[4])
     options = {"max_new_tokens": 3, "logprobs": 2}
-    for ids in prompts:
-        model.forget()
-        assert model._sessions.load(path, "") == 40
-        _same(model.generate(ids, **options), fresh.generate(ids, **options))
+    for count, known in ((9, prompts[4]), (40, prompts[1])):
+        if count == 40:
+            model.forget()
+            model.generate(prompts[0], max_new_tokens=3)
+            assert model._sessions.save(path, known, "") == count
+        for ids in prompts:
+            model.forget()
+            assert model._sessions.load(path, "") == count
+            _same(model.generate(ids, **options), fresh.generate(ids, **options))
 
 
 def test_two_conversations_take_turns(pair):

@@ -36,8 +36,8 @@ def identity(*facts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()
 
 
-def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str) -> None:
-    """Save the first ``len(keys)`` positions of `state`.
+def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str, short: int = 0) -> None:
+    """Save the first ``len(keys)`` positions of `state`; `short` is that of `Session`.
 
     Raises
     ------
@@ -51,6 +51,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
         offset += array.nbytes
     entries[DIGEST] = _entry(np.empty(32, np.uint8), offset)
     facts = {"format": FORMAT, "identity": identity, "alpha": str(state.rotary.alpha), "keys": json.dumps(_runs(keys))}
+    facts |= {"short": str(short)} if short else {}
     header = json.dumps({"__metadata__": facts, **entries}).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
@@ -81,10 +82,13 @@ class SavedKV:
         The content of each position.
     alpha : int
         The NTK factor.
+    short : int
+        As in `Session`.
     """
 
     keys: list[Key]
     alpha: int
+    short: int
     _file: TensorFile
 
     def restore(self, state: SequenceState) -> None:
@@ -129,7 +133,7 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
         raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
     keys, alpha = _read_keys(file), _read_alpha(file)
     _check_finite(file)
-    return SavedKV(keys, alpha, file)
+    return SavedKV(keys, alpha, _read_short(file), file)
 
 
 def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
@@ -183,6 +187,13 @@ def _read_alpha(file: TensorFile) -> int:
     if alpha < 1 or alpha & (alpha + 1):  # 1, 3, 7, 15, …
         raise QvlError(f"{file.path}: has the NTK factor {text[:40]!r}, which no prompt has; {MALFORMED}")
     return alpha
+
+
+def _read_short(file: TensorFile) -> int:
+    text = file.metadata.get("short", "0")
+    if not re.fullmatch("[0-9]{1,4}", text):
+        raise QvlError(f"{file.path}: says {text[:40]!r} of its first prompt's length; {MALFORMED}")
+    return int(text)
 
 
 def _check_finite(file: TensorFile) -> None:

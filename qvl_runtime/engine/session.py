@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -86,8 +87,9 @@ class Session:
         Partition of the prefix cache.
     busy : bool
         Whether an answer uses it.
-    few : bool
-        Whether its positions have the arithmetic of a prompt of at most `FEW_ROWS` tokens, if the decoder is `coarse`.
+    short : int
+        If the decoder is `coarse`: length of the prompt of at most `FEW_ROWS` tokens that the session began with, whose
+        positions have other arithmetic than those of a longer one; 0 if it began with a longer one.
     pending : tuple of int
         Tokens to feed in the next step.
     spare : int
@@ -101,11 +103,12 @@ class Session:
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
-        self.busy, self.few = False, False
+        self.busy, self.short = False, 0
         self.pending, self.spare, self.beside = tuple[int, ...](), FEW_ROWS - 1, 0
         self.unread: Unread | None = None
         self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
+        self._fine = 0  # positions before this one have the arithmetic of few rows, if the session began so
         # Length of the last prompt, and the logits after it, for another answer to the same prompt.
         self._prompted: int | None = None
         self._prompt_logits = decoder.ops.empty((1, decoder.vocab_size))
@@ -123,16 +126,22 @@ class Session:
         return self.state.window - self.state.length
 
     def shared(self, keys: Sequence[Key]) -> int:
-        """Return the length of the common prefix with a prompt; 0 if the prompt has other arithmetic."""
-        return _alike(self._keys[: self.length], keys) if self.few == self._few(keys) else 0
+        """Return the length of the common prefix with a prompt, as far as the prompt may use it; see `keep`."""
+        return self._usable(_alike(self._keys[: self.length], keys), keys)
 
     def will_share(self, keys: Sequence[Key], alpha: int) -> int:
         """Return the length of the common prefix once this session's own prompt is computed."""
         fits = self.state.rotary.alpha == alpha and self._few(self._prompt) == self._few(keys)
-        return _alike(self._prompt, keys) if fits else 0
+        return self._usable(_alike(self._prompt, keys), keys) if fits else 0
+
+    def _usable(self, count: int, keys: Sequence[Key]) -> int:
+        """Return how many of the first `count` positions, which are those of a prompt, it may use."""
+        if self._few(keys):
+            return min(count, self._fine)
+        return count if count > self.short else 0
 
     def _few(self, keys: Sequence[Key]) -> bool:
-        """Return `few` for the positions of a prompt."""
+        """Whether a prompt is computed with the arithmetic of few rows, and longer ones are not."""
         return self.decoder.coarse and len(keys) <= FEW_ROWS
 
     def keep(self, prompt: Prompt) -> int:
@@ -140,8 +149,9 @@ class Session:
 
         That is the whole prompt only if the logits after exactly this prompt are cached, and 0 if the prompt needs
         another scaling of the rotary base. If the decoder is `coarse`, all positions use the same arithmetic as without
-        a cache: those of a prompt of at most `FEW_ROWS` tokens are not kept for a longer one, nor the other way round,
-        and of a longer one more than `FEW_ROWS` tokens remain to be computed.
+        a cache, unless the prompt continues an earlier answer: those of a prompt of at most `FEW_ROWS` tokens are not
+        kept for a longer one, nor the other way round, and of a longer one more than `FEW_ROWS` tokens remain to be
+        computed.
         """
         keys = self._prompt = prompt.keys
         self.state.begin(len(keys), prompt.slots)
@@ -152,16 +162,21 @@ class Session:
             kept -= 1
         few = self._few(keys)
         if self.decoder.coarse and not few and kept < len(keys):
-            kept = max(0, min(kept, len(keys) - FEW_ROWS - 1))
+            kept = self._usable(max(0, min(kept, len(keys) - FEW_ROWS - 1)), keys)
         self.truncate(kept)
-        self.few = few  # not before: after an interrupt the old positions would count as the prompt's
+        # not before: after an interrupt the old positions would count as the prompt's
+        if few:
+            self.short, self._fine = len(keys), sys.maxsize
+        else:
+            self.short, self._fine = self.short if kept else 0, min(self._fine, kept)
         return kept
 
     def copy(self, other: Session, count: int, capacity: int) -> None:
         """Copy the first `count` positions of another session."""
         self.truncate(0)
         self._prompted = None
-        self._keys, self.few = other._keys[:count], other.few
+        self._keys = other._keys[:count]
+        self.short, self._fine = max(self.short, other.short), min(self._fine, other._fine)
         self.state.take_over(other.state, count, capacity)
         if other._prompted == count:
             self.decoder.ops.copy(other._prompt_logits, self._prompt_logits)
@@ -223,12 +238,12 @@ class Session:
 
     def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
         """Write the first `length` positions to a file; see `kv_file.write`."""
-        kv_file.write(path, self.state, self._keys[:length], identity)
+        kv_file.write(path, self.state, self._keys[:length], identity, self.short)
 
     def resume(self, found: kv_file.SavedKV) -> None:
-        """Continue a saved session, which is not one of a `few` tokens; see `kv_file.SavedKV.restore`."""
+        """Continue a saved session; see `kv_file.SavedKV.restore`."""
         found.restore(self.state)
-        self.few = False
+        self.short, self._fine = found.short, 0
         self._keys, self._prompted = list(found.keys), None
 
     def fed(self, outcome: Outcome, row: int) -> None:
@@ -340,12 +355,9 @@ class Sessions:
             del self._idle[: max(0, len(self._idle) - self._limit)]
 
     def save(self, path: str | os.PathLike, keys: Sequence[Key], identity: str) -> int:
-        """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file).
-
-        Sessions of a `few` tokens are not saved: their arithmetic is not that of a prompt with another turn.
-        """
+        """Write what the idle sessions know of a prompt to a file; returns how many positions (0: no file)."""
         with self._lock:
-            own = [session for session in self._idle if session.salt is None and not session.few]
+            own = [session for session in self._idle if session.salt is None]
             session = max(own, key=lambda session: session.shared(keys), default=None)
             length = 0 if session is None else session.shared(keys)
             if session is None or not length:
