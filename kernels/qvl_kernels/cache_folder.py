@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qvl_kernels.atomic import SUFFIX, replacing
+from qvl_kernels.locks import lock_file
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +129,9 @@ def alone(folder: Path) -> Iterator[None]:
         return
     try:
         end = time.monotonic() + LONGEST_WAIT
-        if not _locked(descriptor):
+        if not lock_file(descriptor):
             log.warning("qvl: waiting for another process that is compiling kernels")
-            while time.monotonic() < end and not _locked(descriptor):
+            while time.monotonic() < end and not lock_file(descriptor):
                 time.sleep(0.1)
         yield
     finally:
@@ -138,19 +139,6 @@ def alone(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether waiting for the lock is over: it is taken, or there is none."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str = "compiled") -> None:

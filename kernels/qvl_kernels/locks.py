@@ -1,4 +1,4 @@
-"""Locks that are free in a forked child."""
+"""Locks that are free in a forked child, and locks of files against other processes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ def make_lock() -> threading.RLock:
     lock = threading.RLock()
     _locks.add(lock)
     return lock
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has locked it.
+
+    True also where there are no locks: on Windows, and on file systems without them.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _free_all() -> None:

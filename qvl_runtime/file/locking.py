@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qvl_kernels.locks import lock_file
 from qvl_runtime.errors import QvlError
 
 
@@ -19,13 +20,5 @@ def lock(handle: int, message: str) -> None:
     ------
     QvlError
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise QvlError(message) from None
-    except OSError:
-        return
+    if not lock_file(handle):
+        raise QvlError(message)
