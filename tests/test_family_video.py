@@ -88,6 +88,13 @@ def test_frames_that_share_a_position():
     assert delta == -2
 
 
+def test_positions_of_times_that_are_no_binary_fractions():
+    """The seconds between pairs, computed from 64 times a fifth of a second apart, are just below 0.4."""
+    settings, video = config("q25-untied"), read_video({"video": ["a"] * 64, "fps": 5})
+    assert video.pair_seconds < 0.4
+    assert [settings.frame_position(pair, video.pair_seconds) for pair in (4, 5, 10, 30)] == [3, 4, 8, 24]
+
+
 @pytest.mark.parametrize("case", FRAMES, ids=[case["ckpt"] for case in FRAMES])
 def test_features_of_frames(case, model):
     model, expected, made = model(case["ckpt"]), np.load(GOLDEN / case["file"]), []

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, VisionConfig
 from qvl_runtime.families.reading import check
 
@@ -71,4 +73,6 @@ class Qwen25Config(ModelConfig):
     VISION = Qwen25VisionConfig
 
     def frame_position(self, pair: int, seconds: float) -> int:
-        return int(pair * seconds * self.visual.tokens_per_second)
+        # In float32 as in the published code: the error of times in float64 must not change a whole number's floor.
+        step = np.float32(seconds) * np.float32(self.visual.tokens_per_second)
+        return int(np.float32(pair) * step)
