@@ -52,6 +52,21 @@ def test_rows_are_filtered_before_columns():
     assert hashes == ["0467ce0d03b42d0f", "23c40f23b5da8c2a"]
 
 
+@pytest.mark.parametrize(
+    ("height", "size", "expected"),
+    [
+        (700, (28, 392), "c3ad6946aa675890"),
+        (700, (28, 728), "a484ad61aa0c59ad"),
+        (404, (28, 392), "965e388928af26d8"),
+        (400, (28, 392), "8186a64d7820e9fb"),
+    ],
+)
+def test_columns_are_filtered_before_rows_in_a_very_high_picture(height, size, expected):
+    """More than 100 times as high as wide, and made lower: Pillow 12.3.0, of which these hashes are, does so."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, 4, 3), np.uint8))
+    assert sha256(np.asarray(resize(picture, *size)))[:16] == expected
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_settings_of_a_checkpoint(name, tmp_path):
     vision, published = config(name).visual, read(f"ckpt/{name}/preprocessor_config.json")

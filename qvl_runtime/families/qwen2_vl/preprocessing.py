@@ -65,12 +65,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize a picture with Pillow's antialiased bicubic filter; the result is the same in every version of Pillow.
+    """Resize a picture with Pillow's antialiased bicubic filter; the result is that of Pillow 12.3 in every version.
 
     Pillow filters one axis after the other and rounds to whole grey levels in between, so their order matters. Up to
-    version 12 a row's pixels are always filtered first. Version 13 may filter columns first where the height shrinks
-    (python-pillow/Pillow#9549), which changes pixels by up to 10 grey levels. The models were trained with the older
-    order. A call for each axis has that order in all versions.
+    version 12 a row's pixels are filtered first; since 12.3 not in a picture that is more than 100 times as high as
+    wide and becomes lower. Version 13 filters columns first more often (python-pillow/Pillow#9524 and #9549), which
+    changes pixels by up to 10 grey levels. The models were trained with the older order. A call for each axis has the
+    same order in all versions.
 
     Parameters
     ----------
@@ -79,8 +80,9 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     width, height : int
         Size of the result in pixels.
     """
-    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    return across.resize((width, height), Image.Resampling.BICUBIC)
+    columns_first = image.height > 100 * image.width and height < image.height
+    between = (image.width, height) if columns_first else (width, image.height)
+    return image.resize(between, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def patch_rows(frames: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
