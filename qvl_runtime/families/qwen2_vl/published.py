@@ -89,6 +89,9 @@ def _config(name: str, config: ModelConfig) -> dict[str, Any]:
         "spatial_merge_size": MERGE,
         "temporal_patch_size": FRAMES,
     }
+    ratio = data["vision_config"].get("mlp_ratio")
+    if ratio is not None and ratio.is_integer():  # transformers 5 refuses 4.0
+        data["vision_config"]["mlp_ratio"] = int(ratio)
     return {"architectures": [f"{name}ForConditionalGeneration"], **data, "torch_dtype": "float16"}
 
 
