@@ -234,6 +234,27 @@ def test_thinking():
     )
 
 
+def test_reasoning_is_kept_while_an_answer_waits_for_tools():
+    """That of the answers to the last question, whose tools have just answered, as in the published template."""
+    made, call = prompts("q3-tied", thinking=True), {"name": "clock", "arguments": {}}
+    asked = {"role": "user", "content": "Time?"}
+    first = {"role": "assistant", "content": "<think>\n\nHm.\n\n</think>\n\nWait.", "tool_calls": [call]}
+    second = {"role": "assistant", "content": "Again.\n</think>\n\n", "tool_calls": [call]}
+    plain = {"role": "assistant", "content": "<think>\n\n</think>\n\n", "tool_calls": [call]}
+    shown = {"role": "tool", "content": "12:00"}
+    called = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+
+    def answers(*messages):
+        text = text_of(made, build(made, [asked, *messages]))
+        return [turn.partition("<|im_end|>")[0] for turn in text.split("<|im_start|>assistant\n")[1:-1]]
+
+    kept = [f"<think>\nHm.\n</think>\n\nWait.\n{called}", f"<think>\nAgain.\n</think>\n\n{called}", called]
+    assert answers(first, shown, second, shown, plain, shown) == kept
+    dropped = [f"Wait.\n{called}", called]
+    assert answers(first, shown, second, shown, asked) == dropped
+    assert answers(first, shown, second, shown, asked, second, shown) == [*dropped, kept[1]]
+
+
 @pytest.mark.parametrize(
     ("prompt", "images", "message"),
     [

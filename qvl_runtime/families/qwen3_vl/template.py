@@ -37,7 +37,8 @@ class Qwen3Template(Template):
     Attributes
     ----------
     thinking : bool
-        Whether answers begin with reasoning, up to ``</think>``. The reasoning of earlier turns is omitted.
+        Whether answers begin with reasoning, up to ``</think>``. That of earlier answers is omitted, except between
+        the last question and the result of a tool: there the answer is not finished.
     tools : sequence of mapping
         JSON schemas of functions that the model may call.
     """
@@ -60,24 +61,27 @@ class Qwen3Template(Template):
     def turns(self, messages: Sequence[Message]) -> list[Piece]:
         pieces: list[Piece] = []
         roles = [message.role for message in messages]
-        for message, before, after in zip(messages, [None, *roles], [*roles[1:], None]):
+        questions = [i for i, role in enumerate(roles) if role == "user"]
+        asked = questions[-1] if questions and roles[-1] == "tool" else len(roles)
+        for i, (message, before, after) in enumerate(zip(messages, [None, *roles], [*roles[1:], None])):
             if message.role == "tool":
                 pieces += [] if before == "tool" else [START, "user"]
                 pieces += ["\n", RESPONSE, "\n", *message.content, "\n", RESPONDED]
                 pieces += [] if after == "tool" else [END, "\n"]
             elif message.role == "assistant":
-                pieces += self.turn(message.role, self._answer(message))
+                pieces += self.turn(message.role, self._answer(message, reasons=i > asked))
             else:
                 pieces += self.turn(message.role, message.content)
         return pieces
 
-    def _answer(self, message: Message) -> list[Piece]:
+    def _answer(self, message: Message, *, reasons: bool) -> list[Piece]:
+        """Render an answer and its calls of tools; `reasons` keeps its reasoning."""
         pieces: list[Piece] = list(message.content)
+        reasoning: list[Piece] = []
         if self.thinking and THOUGHT in pieces:
-            last = len(pieces) - pieces[::-1].index(THOUGHT)
-            pieces = pieces[last:]
-            if pieces and isinstance(pieces[0], str):
-                pieces[0] = pieces[0].lstrip("\n")
+            first, last = pieces.index(THOUGHT), len(pieces) - pieces[::-1].index(THOUGHT)
+            begin = first - pieces[first::-1].index(THINK) + 1 if THINK in pieces[:first] else 0
+            reasoning, pieces = _trimmed(pieces[begin:first], end=True), _trimmed(pieces[last:])
         # Only the Thinking models' template joins the parts before it looks whether there are any.
         apart = any(pieces) if self.thinking else bool(message.content)
         for call in message.calls:
@@ -86,10 +90,19 @@ class Qwen3Template(Template):
             pieces += ["\n"] if apart else []
             pieces += [CALL, f'\n{{"name": "{call["name"]}", "arguments": {text}}}\n', CALLED]
             apart = True
-        return pieces
+        return [THINK, "\n", *reasoning, "\n", THOUGHT, "\n\n", *pieces] if reasons and any(reasoning) else pieces
 
     def answer_head(self) -> list[Piece]:
         return [*super().answer_head(), *([THINK, "\n"] if self.thinking else [])]
+
+
+def _trimmed(pieces: list[Piece], *, end: bool = False) -> list[Piece]:
+    """Remove the newlines at the beginning, and at the end if asked for; both are texts, not special tokens."""
+    if pieces and isinstance(pieces[0], str):
+        pieces[0] = pieces[0].lstrip("\n")
+    if end and pieces and isinstance(pieces[-1], str):
+        pieces[-1] = pieces[-1].rstrip("\n")
+    return pieces
 
 
 def _json(value: Any) -> str:
