@@ -132,6 +132,7 @@ def test_an_empty_answer_of_a_chat_model_says_so(generate, monkeypatch):
     monkeypatch.setattr("qvl_runtime.model.Model.stream", lambda self, *a, **k: stream)
     status, out, err = generate("Hello")
     assert (status, out) == (0, "\n") and "--chat" in err
+    assert generate("Hello", "--chat")[2] == "qvl: the model ended its answer at once\n"
 
 
 def test_reasoning_that_leaves_no_room_says_so(generate, monkeypatch):

@@ -134,7 +134,7 @@ def generate(
             print(f"{number}: {label}", file=sys.stderr)
         if not result.boxes:
             print(f"qvl: the answer has no boxes: {draw} is the picture alone", file=sys.stderr)
-    if note := _note(loaded, result, max_new_tokens):
+    if note := _note(loaded, result, max_new_tokens, chat):
         print(f"qvl: {note}", file=sys.stderr)
 
 
@@ -147,7 +147,7 @@ def _last_picture(prompt: str, images: list[str] | None) -> ImageSource:
     raise QvlError("--draw needs a picture to draw on; name one with --image")
 
 
-def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
+def _note(model: Model, result: Result, max_new_tokens: int, chat: bool) -> str | None:
     """Explain an answer that ended early."""
     if result.finish_reason == "length" and len(result.token_ids) < max_new_tokens:
         window = model.config.max_position_embeddings
@@ -156,8 +156,8 @@ def _note(model: Model, result: Result, max_new_tokens: int) -> str | None:
     if result.finish_reason == "length" and result.reasoning and not result.text.strip():
         return f"the reasoning took all {max_new_tokens} tokens and left none for the answer: raise --max-new-tokens"
     if not result.text.strip() and result.finish_reason == "stop":
-        chat = "; this is a chat model: --chat asks it in a chat turn" if model.is_chat else ""
-        return f"the model ended its answer at once{chat}"
+        remedy = "; this is a chat model: --chat asks it in a chat turn" if model.is_chat and not chat else ""
+        return f"the model ended its answer at once{remedy}"
     return None
 
 
