@@ -306,7 +306,7 @@ class Conversation:
                 self._boxes = []
                 raise
         if result.left_out > self._left_out:
-            self.screen.say(f"(the context is full: the model no longer sees the oldest {result.left_out} turns)")
+            self.screen.say(f"(the context is full; oldest turns left out: {result.left_out})")
         if result.finish_reason == "length":
             full = result.prompt_tokens + len(result.token_ids) >= self.model.window
             remedy = "start with a larger --context" if full else "/set max_new_tokens allows more"

@@ -141,11 +141,12 @@ def _fit_text(memory: dict[str, Any]) -> list[str]:
     def needs(key: str) -> str:
         return size(memory[key])
 
+    vision = f" (vision {needs('vision')})" if memory["vision"] else ""
     free = "an unknown amount is free" if memory["free"] is None else f"{needs('free')} free"
     lines = [
         f"  with {memory['context']} tokens on {memory['device']}, {memory['kv_cache']} cache: "
         f"{needs('total')} needed, {free}",
-        f"    weights {needs('weights')} (vision {needs('vision')}), cache {needs('cache')}, "
+        f"    weights {needs('weights')}{vision}, cache {needs('cache')}, "
         f"work space {needs('workspace')}" + (f", driver {needs('reserve')}" if memory["reserve"] else ""),
     ]
     if not memory["fits"]:
@@ -165,7 +166,7 @@ def _text(facts: dict[str, Any]) -> str:
     shared = "" if decoder["kv_heads"] == decoder["heads"] else f" ({decoder['kv_heads']} of keys and values)"
     wider = "" if decoder["window"] == decoder["default_window"] else f" (--context: up to {decoder['window']})"
     lines.append(
-        f"  decoder      {decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads{shared}, "
+        f"  decoder      layers {decoder['layers']}, width {decoder['width']}, heads {decoder['heads']}{shared}, "
         f"vocabulary {decoder['tokens']}, window {decoder['default_window']}{wider}"
     )
     if facts["vision"]:

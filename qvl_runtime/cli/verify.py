@@ -72,7 +72,7 @@ def verify(
 def text(report: Report) -> str:
     """Format a report as a table."""
     lines = [
-        f"{report.samples} samples, {report.positions} tokens; perplexity of the original "
+        f"samples {report.samples}, tokens {report.positions}; perplexity of the original "
         f"{report.reference_perplexity:.4f}",
         f"{'':<26}{'this file':>12}{'noise floor':>14}",
     ]
@@ -95,10 +95,11 @@ def text(report: Report) -> str:
             + (f", {answers.unfinished} left out" if answers.unfinished else "")
         )
         if answers.first_difference:
-            lines.append(f"  the others first differ after {', '.join(map(str, answers.first_difference))} tokens")
+            equal = ", ".join(map(str, answers.first_difference))
+            lines.append(f"  tokens before the first difference of the others: {equal}")
         if answers.boxes:
             lines.append(
-                f"  {answers.boxes} boxes: IoU median {answers.iou_median:.3f}, p10 {answers.iou_p10:.3f}, "
+                f"  boxes {answers.boxes}: IoU median {answers.iou_median:.3f}, p10 {answers.iou_p10:.3f}, "
                 f"{answers.iou_under_half:.1%} under 0.5"
             )
     lines.append("noise floor: the original with every result rounded to bfloat16, against itself in full precision")

@@ -115,7 +115,7 @@ class QwenFamily(Generic[C]):
     def describe_vision(self, config: C) -> str:
         v = config.visual
         return (
-            f"{v.depth} layers, width {v.width}, {v.num_heads} heads, pictures of any size, a token for "
+            f"layers {v.depth}, width {v.width}, heads {v.num_heads}, pictures of any size, a token for "
             f"{v.factor} x {v.factor} pixels and {MAX_TOKENS} at most (--max-pixels: more)"
         )
 

@@ -101,7 +101,7 @@ class QwenVL:
     def describe_vision(self, config: ModelConfig) -> str:
         v = config.vision
         return (
-            f"{v.layers} layers, width {v.width}, {v.heads} heads, pictures {v.image_size} x {v.image_size}, "
+            f"layers {v.layers}, width {v.width}, heads {v.heads}, pictures {v.image_size} x {v.image_size}, "
             f"{v.n_queries} tokens each"
         )
 
