@@ -91,10 +91,15 @@ class TensorFile:
             raise QvlError(
                 f"{self.path}: its header has {length} bytes, more than {MAX_HEADER}; get the file from its publisher"
             )
+        if length > max(MAX_HEADER, size - 8):  # the first bytes of a text or a picture
+            raise QvlError(
+                f"{self.path}: is not a safetensors file (as .qvl files are), or its beginning is damaged; "
+                "check the path, or get the file again"
+            )
         if length > size - 8:
             raise QvlError(
                 f"{self.path}: its header claims {length} bytes of a {size}-byte file; "
-                "it is truncated or not a safetensors file: download it again"
+                "it is truncated: download it again"
             )
         header = parse_object(self._map[8 : 8 + length], f"{self.path}: its header", "download it again")
         try:
