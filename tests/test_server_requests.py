@@ -233,7 +233,17 @@ def test_another_model_is_not_found(served):
 ])  # fmt: skip
 def test_there_are_no_other_routes(served, method, path, status):
     response = served.http.request(method, path)
-    assert response.status_code == status and response.json()["error"]["message"]
+    said = response.json()["error"]["message"]
+    assert response.status_code == status and ("use POST" if "completions" in path else "") in said
+
+
+@pytest.mark.parametrize(("route", "body", "says"), [
+    ("chat/completions", {"prompt": "x"}, "messages is missing"),
+    ("completions", {"messages": USER}, "prompt is missing"),
+    ("chat/completions", {"messages": USER, "max_tokens": 0}, "max_tokens must be from 1 to 2147483648"),
+])  # fmt: skip
+def test_errors_say_what_to_give(served, route, body, says):
+    assert says in served.http.post(f"/v1/{route}", json=body).json()["error"]["message"]
 
 
 def test_stop_strings_and_lengths_end_an_answer(served):

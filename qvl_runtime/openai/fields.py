@@ -113,5 +113,5 @@ class Fields:
 
     def _in_range(self, name: str, value: float, low: float, high: float) -> float:
         if not low <= value <= high:
-            raise refused(f"{self.name(name)} must be from {low:g} to {high:g}", self.name(name))
+            raise refused(f"{self.name(name)} must be from {low} to {high}", self.name(name))
         return value

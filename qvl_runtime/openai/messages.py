@@ -88,6 +88,8 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
     ApiError
         For an unknown role or part, a wrong type, a picture that is not a URI, too many pictures, or too much text.
     """
+    if value is None:
+        raise refused("messages is missing: give an array of messages", "messages")
     listed = array(value, "messages")
     if not listed:
         raise refused("messages is empty: it needs a user's message", "messages")

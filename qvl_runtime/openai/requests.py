@@ -100,6 +100,8 @@ def read_prompt(value: Any, limits: Limits) -> str | list[int]:
         if not value or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in value):
             raise refused("prompt must be a string or an array of token ids", "prompt")
         return value
+    if value is None:
+        raise refused("prompt is missing: give a string or an array of token ids", "prompt")
     prompt = text(value, "prompt")
     if len(prompt) > limits.text:
         raise refused(f"prompt has more than {limits.text} characters", "prompt")

@@ -174,6 +174,9 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reasons = {404: "there is no such route; GET /openapi.json lists them", 405: "this route has another method"}
-    said = reasons.get(error.status_code, str(error.detail))
+    said = str(error.detail)
+    if error.status_code == 404:
+        said = "there is no such route; GET /openapi.json lists them"
+    elif error.status_code == 405:
+        said = f"this route takes no {request.method}; use {(error.headers or {}).get('Allow')}"
     return error_response(ApiError(error.status_code, said), error.headers)
