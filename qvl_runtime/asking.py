@@ -16,6 +16,7 @@ from qvl_runtime.families.base import Grounding, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.inputs.prompt import is_messages
 from qvl_runtime.options import batch_size, chat_window, given, named_options, one_constraint, salt, whole_number
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 
@@ -117,8 +118,17 @@ class Asking:
         min_new_tokens : int
             Number of tokens, with those of reasoning, before which no stop token is allowed. A string of `stop` still
             ends the answer.
-        temperature, …, seed
-            See `Sampler`. By default the answer is greedy.
+        temperature : float
+            0 takes the most likely token (greedy): then `top_k`, `top_p`, `min_p` and `seed` have no effect.
+        top_k, top_p, min_p
+            Draw from the k most likely tokens (0 is off), from the fewest whose probabilities reach p (1 is off), from
+            those that have at least p times the highest probability (0 is off).
+        repetition_penalty : float
+            For tokens of prompt and answer; 1 is off.
+        presence_penalty, frequency_penalty : float
+            For tokens of the answer, from -2 to 2; 0 is off.
+        seed : int, optional
+            The same seed gives the same answer; by default a random one.
         stop : str or sequence of str, optional
             Strings that end the answer. The answer does not include them.
         constraint : Form, optional
@@ -247,6 +257,10 @@ class Asking:
             As for `stream`, and if the model is a base model.
         """
         self._require_chat()
+        if is_messages(query):
+            raise QvlError("chat takes one question, and earlier turns in history: pass messages to generate or stream")
+        if system is not None and not isinstance(system, str):
+            raise QvlError(f"system is {system!r:.60}; expected a str")
         own = self.generation_config
         wanted = own.max_new_tokens if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens)
         sampler = Sampler(

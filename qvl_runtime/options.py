@@ -33,6 +33,10 @@ OTHER_NAMES = {
     "stop_strings": "stop",
     "num_return_sequences": "n",
     "form": "constraint",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "messages": "prompt",
+    "response_format": "constraint",
 }
 """Names that other libraries use, and an older one."""
 
