@@ -129,7 +129,7 @@ def test_known_buffers_are_tolerated(tmp_path):
 
 
 def test_missing_files(copy, tmp_path):
-    refused(tmp_path / "nowhere", "nowhere", "is no folder")
+    refused(tmp_path / "nowhere", "nowhere", "no such folder")
     for name, remedy in (("qwen.tiktoken", "download"), ("config.json", "Hugging Face")):
         moved = (copy / name).rename(tmp_path / name)
         refused(copy, name, "no such file", remedy)

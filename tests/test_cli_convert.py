@@ -95,8 +95,9 @@ def test_group_size_resume_and_force(qvl, tmp_path):
 
 
 def test_errors_are_one_line(qvl, tmp_path, blob):
-    fails(qvl("convert", tmp_path / "nowhere", tmp_path / "x.qvl"), "nowhere", "is no folder")
-    fails(qvl("convert", "no\nsuch\nfolder", tmp_path / "x.qvl"), "folder", "is no folder")
+    fails(qvl("convert", tmp_path / "nowhere", tmp_path / "x.qvl"), "nowhere", "no such folder", "none is downloaded")
+    fails(qvl("convert", BIN / "config.json", tmp_path / "x.qvl"), "config.json", "is no folder")
+    fails(qvl("convert", "no\nsuch\nfolder", tmp_path / "x.qvl"), "folder", "no such folder")
     fails(qvl("convert", BIN, tmp_path / "no" / "x.qvl"), "folder does not exist")
     fails(qvl("convert", BIN, tmp_path / "x.qvl", "--bits", "5"), "--bits 5", "choose 3, 4, 8 or 16")
     fails(qvl("convert", GOLDEN / "ckpt/tiny-vl-gptq", tmp_path / "x.qvl", "--bits", "8"), "cannot become 8")

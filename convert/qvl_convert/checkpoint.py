@@ -71,7 +71,10 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike):
         self.folder = as_path(folder)
         if not os.path.isdir(self.folder):
-            raise QvlError(f"{shown(self.folder)}: is no folder; give the folder of a Hugging Face model")
+            wrong = "is no folder" if os.path.exists(self.folder) else "no such folder"
+            raise QvlError(
+                f"{shown(self.folder)}: {wrong}; give the folder of a Hugging Face model: none is downloaded"
+            )
         self.raw_config = read_json(self.folder / "config.json")
         where = str(self.folder / "config.json")
         self.family = family_of(self.raw_config, where)

@@ -92,9 +92,12 @@ def convert(
     calibration.check_count(calibration_samples)
     if method != "gptq" and target_size is None:
         if calibration_data != calibration.BUILTIN:
-            raise QvlError(f"calibration data {calibration_data} are for method gptq or a target size; choose one")
+            raise QvlError(
+                f"calibration data {calibration_data} are for method gptq or a target size: give either, or leave out "
+                "the data"
+            )
         if spill:
-            raise QvlError("spill is for method gptq or a target size; choose one")
+            raise QvlError("spill is for method gptq or a target size: give either, or leave it out")
     if target_size is not None and (bits, vision_bits, head_bits) != (None, None, None):
         raise QvlError("a target size chooses the bits: leave out bits, vision_bits and head_bits, or the target size")
     default = 16 if bits == 16 else 8

@@ -85,7 +85,7 @@ class QwenVL:
         max_pixels: int | None = None,
     ) -> Callable[[Image.Image], Pixels]:
         if min_pixels is not None or max_pixels is not None:
-            raise QvlError("min_pixels and max_pixels are for models that take pictures of any size")
+            raise QvlError("min_pixels and max_pixels are for models that take pictures of any size: leave them out")
         given = {"mean": MEAN.tolist(), "std": STD.tolist(), **preprocessing}
         mean, std = three(given, "mean", "preprocessing"), three(given, "std", "preprocessing", 1 / LARGEST)
         return functools.partial(_pixels, config, np.array(mean, np.float32), np.array(std, np.float32))
