@@ -325,9 +325,9 @@ def test_bad_token_ids(ids, images, message):
 @pytest.mark.parametrize(
     ("prompt", "images", "message"),
     [
-        ("<img></img>", None, "1 empty image slots.*images has 0"),
-        ("<img></img>", ["a", "b"], "1 empty image slots.*images has 2"),
-        ("<img>a.png</img>", ["b"], "0 empty image slots.*images has 1"),
+        ("<img></img>", None, r"empty image slots .*: 1, images: 0;"),
+        ("<img></img>", ["a", "b"], r"empty image slots .*: 1, images: 2;"),
+        ("<img>a.png</img>", ["b"], r"empty image slots .*: 0, images: 1;"),
         ("<img>a.png", None, "unclosed"),
         ("x", "a.png", r"images=\[image\]"),
         ("x", ARRAY, r"images=\[image\]"),

@@ -168,7 +168,7 @@ def fill(spoken: Sequence[Parts], images: Sequence[ImageSource]) -> list[ImageSo
     extra = list(images[len(empty) :])
     if len(images) < len(empty) or (extra and count_places(spoken[-1:])):
         raise QvlError(
-            f"the prompt has {len(empty)} empty image slots, but images has {len(images)}: give one image for each"
+            f"empty image slots (<img></img>) in the prompt: {len(empty)}, images: {len(images)}; give one for each"
         )
     for place, image in zip(empty, images):
         place.source = image
