@@ -218,6 +218,15 @@ def test_load_names_a_picture_that_is_gone(talk, tmp_path):
     assert any("cat.png" in line and "gone" in line for line in talk.screen.said)
 
 
+def test_a_path_before_a_question_is_told_from_a_command(talk):
+    talk.take("/tmp/cat.png what is it?")
+    talk.take("/what is it?")
+    assert talk.screen.complaints == [
+        "/tmp/cat.png is no command; give a picture alone on a line, then the question",
+        "/what is no command; /help lists them",
+    ]
+
+
 def test_what_a_turn_holds_in_either_form():
     picture = Image.new("RGB", (20, 10))
     pieces = [{"image": "a.png"}, {"image_url": {"url": "http://x/b.png"}}, {"image": picture}, {"text": "What?"}]

@@ -113,6 +113,8 @@ class Conversation:
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
+            if "/" in name:  # the path of a picture, and a question, as other programs take them
+                raise QvlError(f"/{name} is no command; give a picture alone on a line, then the question")
             raise QvlError(f"/{name} is no command; /help lists them")
         command, rest = self._commands[name], rest.strip()
         if inspect.signature(command).parameters:
