@@ -22,7 +22,7 @@ from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import on_this_machine
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.batch.sources import open_source
-from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels
+from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels, ModelFile
 from qvl_runtime.cli.sampling import (
     FrequencyPenalty,
     MinP,
@@ -40,12 +40,12 @@ from qvl_runtime.errors import QvlError
 
 
 def batch(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    model: ModelFile,
     rows: Annotated[Path, typer.Argument(metavar="INPUT", help="A .jsonl, .parquet or .tar file, or a folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the answers, one file a block.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the answers, one file a block.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt of rows that have none.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures.  [default: that of INPUT]")] = None,
-    draw: Annotated[Path | None, typer.Option(help="Save pictures with the boxes of their answers here.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Folder for pictures with the boxes of their answers.")] = None,
     form: Annotated[str, typer.Option("--format", help="Format of the answers: jsonl or parquet.")] = "jsonl",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer failed rows again.")] = False,
     max_failures: Annotated[float, typer.Option(help="Stop when more than this share of the rows failed.")] = 0.1,

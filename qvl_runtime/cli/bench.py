@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
-from qvl_runtime.cli.loading import Activations, Device, KVCache, load_shown
+from qvl_runtime.cli.loading import Activations, Device, KVCache, ModelFile, load_shown
 from qvl_runtime.cli.text import duration, size
 from qvl_runtime.errors import QvlError
 
 
 def bench(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    model: ModelFile,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 32,
     rounds: Annotated[int, typer.Option(help="Number of measurements; medians are shown.")] = 3,

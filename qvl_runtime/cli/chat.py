@@ -24,7 +24,7 @@ from qvl_runtime.cli.text import standard_input
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="A .qvl file of a chat model.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .qvl file of a chat model.")],
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture for the first question.")
     ] = None,

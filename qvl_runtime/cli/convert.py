@@ -33,8 +33,8 @@ SECONDS = 60
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="Folder of the model: config, tokenizer and weights.")],
-    out: Annotated[Path, typer.Argument(help="The .qvl file to write.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the model: config, tokenizer and weights.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .qvl file to write.")],
     bits: Annotated[
         int | None,
         typer.Option(help="3, 4, 8 or 16: of the decoder's layers; 16 applies to all parts not named.  [default: 4]"),

@@ -9,12 +9,13 @@ import typer
 
 from qvl_convert.export import export as run
 from qvl_runtime.blob import Blob
+from qvl_runtime.cli.loading import ModelFile
 from qvl_runtime.cli.text import size
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to create.")],
+    model: ModelFile,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.")],
     force: Annotated[bool, typer.Option("--force", help="Replace FOLDER, complete or partial, if an export.")] = False,
 ) -> None:
     """Write a .qvl file's weights as a Hugging Face model.

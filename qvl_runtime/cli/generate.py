@@ -18,6 +18,7 @@ from qvl_runtime.cli.loading import (
     Device,
     KVCache,
     MaxPixels,
+    ModelFile,
     VisionDevice,
     load_shown,
 )
@@ -45,8 +46,8 @@ from qvl_runtime.results import Result
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: ModelFile,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")],
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; repeat for several.")
     ] = None,
@@ -64,7 +65,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Stop = None,
     schema: SchemaFile = None,
-    draw: Annotated[Path | None, typer.Option(help="Save the last picture with the answer's boxes here.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="File for the last picture with the answer's boxes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",

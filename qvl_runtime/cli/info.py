@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress
 from qvl_runtime.backends import check_device, device_memory, gpu_facts
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS, budget, remedies
+from qvl_runtime.cli.loading import ModelFile
 from qvl_runtime.cli.text import printable, size
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS
 
 
 def info(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    model: ModelFile,
     check: Annotated[bool, typer.Option("--check", help="Verify the hash of every tensor.")] = False,
     context: Annotated[
         int | None, typer.Option(help="Check the memory for this many tokens of prompt and answer.")

@@ -12,10 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A .qvl file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or reference.")]
 KVCache = Annotated[str, typer.Option(help="fp16, or int8 for half the memory.")]
 Activations = Annotated[str, typer.Option(help="CPU: int8 is fast, int16 more exact; auto: int8 for large matrices.")]
-ContextTokens = Annotated[int | None, typer.Option(help="Limit of prompt and answer, in tokens.")]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(help="Limit of prompt and answer, in tokens.  [default: the model's window, at most 32768]"),
+]
 VisionDevice = Annotated[str | None, typer.Option(help="Another device for the pictures, such as cpu.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Larger pictures are scaled down to this.  [default: 1280 tokens]")]
 AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Allow pictures from http(s) URLs.")]

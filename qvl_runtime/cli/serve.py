@@ -38,7 +38,7 @@ CONVERSATIONS = 4
 
 
 def serve(
-    model: Annotated[Path | None, typer.Argument(help="A .qvl file.")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A .qvl file.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the small model that comes with the package.")] = False,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8080,
@@ -75,7 +75,7 @@ def serve(
       QVL_API_KEY=... qvl serve qwen-vl-chat.qvl --host 0.0.0.0
     """
     if (model is None) != demo:
-        raise typer.BadParameter("give a .qvl file, or --demo")
+        raise typer.BadParameter("give either a .qvl file or --demo")
     for name in ("starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(name) is None:
             raise QvlError(f"qvl serve needs the package {name}; install it with: pip install 'qvl-runtime[serve]'")

@@ -16,13 +16,13 @@ from qvl_convert import calibration
 from qvl_convert.verify import Report, mismatch, open_reference
 from qvl_convert.verify import verify as run
 from qvl_convert.verify_plot import plot as draw
-from qvl_runtime.cli.loading import Device
+from qvl_runtime.cli.loading import Device, ModelFile
 from qvl_runtime.errors import QvlError
 from qvl_runtime.plotting import check_path
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="A .qvl file.")],
+    model: ModelFile,
     reference: Annotated[Path, typer.Option(help="The original: a folder, or a 16-bit .qvl file.")],
     lora: Annotated[Path | None, typer.Option(help="Folder of the merged adapter.")] = None,
     data: Annotated[
