@@ -279,11 +279,21 @@ def test_an_answer_tells_its_speed_and_the_room_left(open_page):
     page.wait_for_selector(".answer.waiting")
     page.evaluate("text => feed(text)", chunk("many words"))
     page.wait_for_selector(".answer.streaming")
+    page.wait_for_timeout(60)
     usage = {"prompt_tokens": 7000, "completion_tokens": 100}
     page.evaluate("text => feed(text)", f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
     page.wait_for_selector(".answer.done")
     assert re.fullmatch(r"[\d.]+ s · 100 tokens · \d+ tokens/s", page.locator(".actions small").inner_text())
     assert "7,100 of 8,192 tokens" in page.locator("#device.full").inner_text()
+    # What arrives at once says nothing about the speed.
+    ask(page, "two")
+    page.wait_for_selector(".answer.waiting")
+    page.evaluate(
+        "text => feed(text)",
+        f"{chunk('many words')}data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n",
+    )
+    page.wait_for_selector(".turn:nth-child(2) .answer.done")
+    assert re.fullmatch(r"[\d.]+ s · 100 tokens", page.locator(".turn:nth-child(2) .actions small").inner_text())
 
 
 def test_enter_of_an_input_method_does_not_send(open_page):

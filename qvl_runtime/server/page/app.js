@@ -11,7 +11,7 @@ import { Stage } from "/stage.js";
 import { t, translate } from "/strings.js";
 
 const $ = (id) => document.getElementById(id);
-const FEW = 8; // tokens of an answer too short to have a speed
+const [FEW, BRIEF] = [8, 50]; // tokens and milliseconds of an answer too short to have a speed
 const touch = matchMedia("(pointer: coarse)").matches;
 
 let model = null;
@@ -210,11 +210,11 @@ async function run() {
       }
     });
     turn.answer.state = "done";
-    const seconds = ((performance.now() - started) / 1000).toFixed(1);
     if (usage) {
-      turn.answer.note ||= t(usage.completion_tokens === 1 ? "spentOne" : "spent", seconds, usage.completion_tokens);
-      const speed = (usage.completion_tokens - 1) / ((performance.now() - turn.answer.began) / 1000);
-      if (usage.completion_tokens >= FEW) turn.answer.note = t("speed", turn.answer.note, speed.toFixed(speed < 10 ? 1 : 0));
+      const [tokens, now] = [usage.completion_tokens, performance.now()];
+      turn.answer.note ||= t(tokens === 1 ? "spentOne" : "spent", ((now - started) / 1000).toFixed(1), tokens);
+      const took = now - turn.answer.began, speed = (1000 * (tokens - 1)) / took;
+      if (tokens >= FEW && took >= BRIEF) turn.answer.note = t("speed", turn.answer.note, speed.toFixed(speed < 10 ? 1 : 0));
       showRoom(usage.prompt_tokens + usage.completion_tokens);
     }
     if (!turn.answer.text) turn.answer.note = t("empty");
