@@ -94,7 +94,7 @@ def _engine(part: str) -> llvm.ExecutionEngine:
 
 def _compiled(part: str, folder: cache_folder.CacheFolder, path: Path | None = None) -> llvm.ExecutionEngine:
     """Compile a part of the kernels, load it, and keep it at `path`."""
-    log.warning("qvl: compiling kernels for this processor, %s", folder.notice)
+    log.warning("qvl: compiling the %s kernels for this processor, %s", part, folder.notice)
     code = bundle.compile_kernels(part=part)
     engine = _load(code, part)
     if engine is None:
