@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -91,6 +93,19 @@ def test_only_the_registry_names_a_family(above):
 def test_no_file_is_long():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()}
     assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_LINES} == {}
+
+
+EXAMPLES = sorted(
+    name
+    for name, path in modules().items()
+    # those of a package's page open a file that is not here
+    if ">>>" in path.read_text(encoding="utf-8") and path.name != "__init__.py"
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_docstrings_are_true(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_mistakes_of_the_mutation_tests_can_be_made(monkeypatch):

@@ -26,7 +26,7 @@ def box_can_become(text: str) -> bool:
 
     Examples
     --------
-    >>> box_can_become("(12,7),(12"), box_can_become("(12,7),(13"), box_can_become("(12,7),(1")
+    >>> box_can_become("(12,7),(12,"), box_can_become("(12,7),(13,"), box_can_become("(12,7),(12")
     (False, True, True)
     """
     corners: list[int] = []

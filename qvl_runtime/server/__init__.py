@@ -1,5 +1,6 @@
 """The HTTP server: serves a model with OpenAI's API.
 
+>>> import qvl_runtime as qvl
 >>> from qvl_runtime.server import create_app
 >>> app = create_app(qvl.load("m.qvl"))     # any ASGI server runs it
 """
