@@ -44,6 +44,12 @@ class Drawing(NamedTuple):
     image: Image.Image
     legend: dict[int, str]
 
+    @property
+    def note(self) -> str:
+        """One line that says what the numbers stand for; empty if there are none."""
+        named = ", ".join(f"{number} is {label}" for number, label in self.legend.items())
+        return f"no installed font has the characters of labels that are drawn as numbers: {named}" if named else ""
+
 
 def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | None = None) -> Drawing:
     """Draw boxes and their labels on a copy of a picture.

@@ -125,9 +125,9 @@ def only_latin(monkeypatch):
 def test_label_without_a_font_becomes_a_number(only_latin):
     boxes = [Box("dog", 100, 300, 300, 800), Box("击掌", 500, 300, 800, 800)]
     drawing = draw_boxes(GREY, boxes)
-    assert drawing.legend == {2: "击掌"}
+    assert drawing.legend == {2: "击掌"} and drawing.note.endswith("drawn as numbers: 2 is 击掌")
     numbered = draw_boxes(GREY, [boxes[0], Box("2", 500, 300, 800, 800)])
-    assert numbered.legend == {}
+    assert numbered.legend == {} and numbered.note == ""
     np.testing.assert_array_equal(np.asarray(drawing.image), np.asarray(numbered.image))
 
 

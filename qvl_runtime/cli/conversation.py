@@ -167,8 +167,8 @@ class Conversation:
         seen = [source for query, _ in self.history for source in pictures(query)]
         check_no_input(out, [self.model.blob.path, *seen, *self._waiting])
         picture = self._opened(self._spoken_of())
-        for number, label in draw_boxes(picture, self._boxes, out).legend.items():
-            self.screen.say(f"{number}: {label}")
+        if note := draw_boxes(picture, self._boxes, out).note:
+            self.screen.say(note)
         self.screen.say(f"saved {out}")
         if out.suffix.lower() == ".png":
             self.screen.picture(out)

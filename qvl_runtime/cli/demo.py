@@ -81,10 +81,10 @@ def demo(
     results = [_ask(model, exchange, picture) for exchange in questions(rng, scene, languages)]
 
     boxes = [box for result in results for box in result.boxes]
-    legend = draw_boxes(picture, boxes, out / "boxes.png").legend
+    note = draw_boxes(picture, boxes, out / "boxes.png").note
     print(f"\n4. The boxes of the answers: {out / 'boxes.png'}")
-    for number, label in legend.items():
-        print(f"   {number}: {label}")
+    if note:
+        print(f"   {note}")
     spent = [result.timings for result in results]
     prompts, answers = (
         sum(getattr(t, count) for t in spent) / max(sum(getattr(t, seconds) for t in spent), 1e-9)

@@ -131,8 +131,8 @@ def generate(
     if picture is not None:
         upright = loaded.pictures is not None and loaded.pictures.reader.upright
         seen = load_image(picture, exif=upright)
-        for number, label in draw_boxes(seen, result.boxes, draw).legend.items():
-            print(f"{number}: {label}", file=sys.stderr)
+        if numbers := draw_boxes(seen, result.boxes, draw).note:
+            print(f"qvl: {numbers}", file=sys.stderr)
         if not result.boxes:
             print(f"qvl: the answer has no boxes: {draw} is the picture alone", file=sys.stderr)
     if note := _note(loaded, result, max_new_tokens, chat):
