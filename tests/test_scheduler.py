@@ -19,6 +19,8 @@ from helpers import Failing
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
+from qvl_kernels.cpu.runner import Pool
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.engine.prefill import slice_end
 from qvl_runtime.inputs.pictures import LOCAL
 
@@ -301,6 +303,21 @@ def test_the_thread_ends_when_idle_and_begins_again(make, monkeypatch):
             assert thread.daemon
             thread.join(20)
             assert not thread.is_alive()
+
+
+def test_no_thread_to_be_had_is_said_in_one_line_and_leaves_nothing_behind(make, monkeypatch):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    model = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", refused)
+        with pytest.raises(DeviceError, match=r"^no thread can be started \(can't start .*\): raise the"):
+            model.generate("x", max_new_tokens=2)
+        with pytest.raises(DeviceError, match="no thread can be started"):
+            Pool(2)
+    assert model._scheduler.load == (0, 0)
+    assert len(model.generate("x", max_new_tokens=2).token_ids) == 2
 
 
 def test_a_model_that_is_let_go_takes_its_thread_along(make):

@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from qvl_kernels.locks import make_lock
+from qvl_kernels.threads import start_thread
 from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
 from qvl_runtime.engine.job import Cancelled, Job, Work
 from qvl_runtime.engine.prefill import compute_slices, mixes
@@ -103,6 +104,8 @@ class Scheduler:
         with self._lock:
             if self._pid != os.getpid():
                 self._reset()
+            if self._thread is None:
+                self._thread = start_thread(_serve, (weakref.ref(self), self._bell), "qvl-engine")
             if self._busy:
                 self._inbox.append(job)
                 self._alone = None
@@ -110,19 +113,12 @@ class Scheduler:
                 self.sessions.release()  # an interrupt may have prevented `give`
                 self._alone = job
                 self._waiting.append(job)
-            self._ring()
+            self._bell.put(True)
         return job
 
     @property
     def _busy(self) -> bool:
         return bool(self._inbox or self._waiting or self._running)
-
-    def _ring(self) -> None:
-        self._bell.put(True)
-        if self._thread is None:
-            arguments = (weakref.ref(self), self._bell)
-            self._thread = threading.Thread(target=_serve, args=arguments, name="qvl-engine", daemon=True)
-            self._thread.start()
 
     def attend(self, job: Job, ready: Callable[[], bool]) -> None:
         """Run an only job in the calling thread, until `ready` or until there is another job."""

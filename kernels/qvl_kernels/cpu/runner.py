@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import struct
-import threading
 import weakref
 from typing import Any
 
@@ -17,6 +16,7 @@ from qvl_kernels.cpu import cache
 from qvl_kernels.cpu.processors import performance_processors
 from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import DeviceError
+from qvl_kernels.threads import start_thread
 
 WORDS = 32
 """Number of int64 words of an instruction: the kernel's address and up to 31 arguments."""
@@ -177,7 +177,7 @@ class Pool:
         owners = (self._control, lock, wake, addresses)
         for index, own in enumerate(wake, 1):
             arguments = (self._work, index, own, *owners)
-            threading.Thread(target=_serve, args=arguments, name=f"qvl-worker-{index}", daemon=True).start()
+            start_thread(_serve, arguments, f"qvl-worker-{index}")
         pid = os.getpid()
         weakref.finalize(self, _stop, pid, self._execute, *owners).atexit = False
         self._pid = pid
