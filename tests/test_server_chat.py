@@ -50,7 +50,7 @@ def test_a_stream_has_openais_chunks(served, demo_model):
     response = served.chat(content(), max_tokens=200, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     first, *middle, boxes, last, usage = events(response)
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == expected.text
     assert [box["ref"] for box in boxes["choices"][0]["delta"]["boxes"]] == [box.ref for box in expected.boxes]
     assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "stop"

@@ -74,7 +74,7 @@ class ChatFormat:
         self._tokenizer, self._logprobs = tokenizer, logprobs
 
     def head(self, index: int) -> dict[str, Any]:
-        return _chat_chunk(index, {"role": "assistant", "content": None})
+        return _chat_chunk(index, {"role": "assistant", "content": ""})
 
     def part(self, part: Part) -> dict[str, Any] | None:
         if not part.piece.text and not part.piece.logprobs:
