@@ -125,6 +125,12 @@ def test_names_that_no_request_has_are_refused(demo_model, option, wrong):
         create_app(demo_model, **{option: ["127.0.0.1" if kind == "host" else "http://[::1]:8080/", wrong]})
 
 
+def test_a_request_with_two_lengths_is_refused_and_nothing_behind_it_is_read(served):
+    head = "POST /v1/tokenize HTTP/1.1\nHost: localhost\nContent-Length: 6\nTransfer-Encoding: chunked"
+    received = served.raw(head, b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 400") and b"not both" in received and received.count(b"HTTP/1.1") == 1
+
+
 # --------------------------------------------------------------------------------------------------- other sites' pages
 @pytest.mark.parametrize(("host", "status"), [
     ("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1:8080", 200), ("[::1]:8080", 200), ("192.168.1.5", 200),

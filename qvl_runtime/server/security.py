@@ -105,6 +105,8 @@ class Security:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         foreign = origin if origin is not None and self._is_foreign(origin, headers.get("host", "")) else None
+        # A proxy that goes by the other length takes the end of this request for the next one, of another client.
+        two_lengths = "content-length" in headers and "transfer-encoding" in headers
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -116,9 +118,13 @@ class Security:
                     written["Access-Control-Expose-Headers"] = "Retry-After"
                     written["Cross-Origin-Resource-Policy"] = "cross-origin"
                     written.add_vary_header("Origin")
+                if two_lengths:
+                    written["Connection"] = "close"
             await send(message)
 
         try:
+            if two_lengths:
+                raise ApiError(400, "a request has Content-Length or Transfer-Encoding, not both")
             salt = self._check(scope, headers, foreign)
         except ApiError as error:
             await refuse_unread(error, scope, receive, sending)
