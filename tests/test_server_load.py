@@ -261,6 +261,11 @@ def test_a_silent_connection_is_closed(demo_model, monkeypatch):
                     assert channel.recv(1000) == b""
 
 
+def test_an_idle_connection_is_kept_as_long_as_the_documentation_says(served):
+    """Uvicorn's default is that of many clients: both would close it, or use it, in the same moment."""
+    assert served.listener.config.timeout_keep_alive == listening.HEAD_SECONDS == 20
+
+
 def test_no_thread_and_no_task_is_left(demo_model):
     before = threading.active_count()
     with serving(demo_model, limits=Limits(running=4, waiting=4, stop_seconds=0.3)) as server:

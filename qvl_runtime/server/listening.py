@@ -82,6 +82,7 @@ class Listener(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=int(HEAD_SECONDS),
                 timeout_graceful_shutdown=5,
             )
         )
