@@ -171,6 +171,8 @@ def test_a_wrong_request_is_refused(served, case):
         (b"123", "object"),
         (b"\xff", "UTF-8"),
         (b'{"temperature":NaN}', "NaN"),
+        (b'{"model":"demo","model":"demo"}', "a key twice"),
+        (b'{"messages":[{"role":"user","role":"user"}]}', "a key twice"),
         (b'{"temperature":1' + b"0" * 5000 + b"}", "the body holds a number of too many digits"),
         (b"[" * 50_000, "nested"),
         (b'{"x":[' + b"[]," * 200_000 + b"1]}", "values"),
