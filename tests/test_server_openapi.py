@@ -32,7 +32,7 @@ def test_every_route_of_the_api_is_described(served):
     described = served.http.get("/openapi.json").json()
     page = {"/", "/openapi.json"}
     own = {
-        (route.path, method.lower())
+        (route.path_format, method.lower())
         for route in served.app.routes
         for method in route.methods - {"HEAD"}
         if route.path not in page and "." not in route.path

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from serving import events, image_part, picture, png, serving
+from starlette.testclient import TestClient
 
 from qvl_runtime.engine.generation import Logprob, Piece
 from qvl_runtime.openai.answers import Part
 from qvl_runtime.openai.formats import TextFormat
+from qvl_runtime.server import create_app
 
 USER = [{"role": "user", "content": "hi"}]
 PNG = png(picture(side=56))
@@ -353,7 +355,19 @@ def test_models_tells_what_the_page_needs(served, demo_model):
         "title": "Demo model", "chat": True, "pictures": True, "window": demo_model.window, "device": "cpu"
     }  # fmt: skip
     assert served.openai().models.retrieve("demo").id == "demo"
-    assert served.http.get("/v1/models/other").status_code == 404
+    assert served.http.get("/v1/models/").json()["data"][0]["id"] == "demo"
+
+
+@pytest.mark.parametrize("path", ["other", "org/other", "org%2Fother", "demo/"])
+def test_a_model_of_another_name_is_not_found(served, path):
+    response = served.http.get(f"/v1/models/{path}")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+def test_the_name_of_a_model_may_have_slashes(demo_model):
+    client = TestClient(create_app(demo_model, "org/demo"), base_url="http://localhost")
+    for path in ("org/demo", "org%2Fdemo"):
+        assert client.get(f"/v1/models/{path}").json()["id"] == "org/demo"
 
 
 @pytest.mark.parametrize("content", [box()[0]["content"], [image_part(PNG)]])

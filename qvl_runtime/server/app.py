@@ -131,7 +131,7 @@ def _routes(service: Service) -> list[Route]:
         Route("/v1/completions", completion, methods=["POST"]),
         Route("/v1/tokenize", TokenizeRoute(service), methods=["POST"]),
         Route("/v1/models", models.all, methods=["GET"]),
-        Route("/v1/models/{name}", models.one, methods=["GET"]),
+        Route("/v1/models/{name:path}", models.one, methods=["GET"]),
         Route("/metrics", MetricsRoute(service).show, methods=["GET"]),
         openapi_route(limits),
     ]

@@ -48,7 +48,9 @@ class ModelsRoute:
         return json_response({"object": "list", "data": [self._listed]})
 
     async def one(self, request: Request) -> Response:
-        """Describe the model with this name."""
+        """Describe the model with this name, which may have slashes; without one as `all`."""
+        if not request.path_params["name"]:
+            return await self.all(request)
         check_model({"model": request.path_params["name"]}, self._name)
         return json_response(self._listed)
 
