@@ -326,6 +326,25 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
         assert "Traceback" not in server.stderr.read()
 
 
+def test_a_second_signal_ends_running_answers(demo_model, caplog):
+    """They are told so: their connections are not cut, and no traceback is logged."""
+    received = []
+    with serving(demo_model) as server:
+        channels = [server.connect() for _ in range(2)]
+        for channel, stream in zip(channels, (False, True)):
+            channel.sendall(request(stream=stream, **LONG))
+        wait_for(lambda: server.service.admission.running == 2)
+        for _ in range(2):
+            server.listener.handle_exit(signal.SIGTERM, None)
+        for channel in channels:
+            with channel:
+                received.append(b"".join(iter(lambda: channel.recv(65536), b"")))  # noqa: B023
+    whole, stream = received
+    assert whole.startswith(b"HTTP/1.1 503") and b"the server is stopping" in whole
+    assert stream.startswith(b"HTTP/1.1 200") and b"the server is stopping" in stream and stream.endswith(b"0\r\n\r\n")
+    assert not any(record.exc_info for record in caplog.records)
+
+
 @pytest.mark.parametrize("ending", ["done", "stop"])
 def test_a_client_that_leaves_as_its_turn_comes_passes_it_on(ending):
     async def scene() -> Admission:

@@ -90,6 +90,7 @@ class Listener(uvicorn.Server):
         self._listening = listening
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Task | None = None
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -106,11 +107,14 @@ class Listener(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop gracefully at the first signal, immediately at the second."""
-        if self._loop is not None and self._end is None:
-            self._loop.call_soon_threadsafe(self.stop)
-        else:
+        """Stop gracefully at the first signal, end running answers at the second, and leave at the third."""
+        self._signals += 1
+        if self._loop is None or self._signals > 2:
             self.should_exit = self.force_exit = True
+        elif self._signals == 2:
+            self._service.hurried = True
+        else:
+            self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
         """Begin a graceful stop; call on the event loop."""

@@ -32,6 +32,11 @@ class Service:
         Allow pictures from http(s) URLs.
     log_content : bool
         Log requests and answers.
+
+    Attributes
+    ----------
+    hurried : bool
+        Whether `stop` waits no longer; set it from any thread.
     """
 
     def __init__(self, model: Model, name: str, limits: Limits, *, allow_urls: bool, log_content: bool):
@@ -41,6 +46,7 @@ class Service:
         self.metrics = Metrics(self.admission)
         self.runner = Runner(self.admission, limits)
         self.answerer = Answerer(model, limits, self.metrics, threading.Semaphore(limits.preparing))
+        self.hurried = False
         self._parsing = asyncio.Semaphore(limits.preparing)
 
     async def checked(self, body: bytearray, read: Callable[[dict[str, Any]], R]) -> R:
@@ -55,11 +61,11 @@ class Service:
             return await asyncio.to_thread(work)
 
     async def stop(self) -> None:
-        """Refuse new requests, and wait for running ones within the limits."""
+        """Refuse new requests, and wait for running ones within the limits, or until `hurried`; then end them."""
         self.admission.stop()
         try:
             async with asyncio.timeout(self.limits.stop_seconds):
-                while self.admission.inside:
+                while self.admission.inside and not self.hurried:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             pass
