@@ -313,6 +313,17 @@ def test_two_runs_do_not_write_to_one_file(tmp_path):
         assert list(file.answers) == ["1"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file that is always full")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {"task": "t"}) as file, open("/dev/full", "wb", buffering=0) as full:
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_file", full)
+            with pytest.raises(qvl.QvlError, match=r"a.jsonl: cannot be written \(No space left.*\); make room"):
+                file.add("1", {"text": "a"})
+        assert not file.answers
+
+
 @pytest.mark.parametrize("kept", [0, 5])
 def test_a_killed_beginning_is_begun_again(tmp_path, kept):
     path = tmp_path / "a.jsonl"

@@ -52,12 +52,17 @@ class Parts:
         return [block for block in range(self._blocks) if self.path(block).name not in there]
 
     def write(self, block: int, records: Sequence[Record]) -> None:
-        """Write a block atomically."""
+        """Write a block atomically.
+
+        Raises
+        ------
+        QvlError
+            If it cannot be written, such as on a full disk.
+        """
         content = _to_lines(records)
         if self._form == "parquet":  # with the characters that lines would have: half of one is none
             content = to_parquet([json.loads(line) for line in content.splitlines()])
-        with replacing(self.path(block), private=False, durable=True) as file:
-            file.write(content)
+        _write(self.path(block), content)
 
     def read(self, block: int, rows: int) -> list[Record]:
         """Read the records of a block.
@@ -94,6 +99,14 @@ class Parts:
 
 def _is_partial(name: str) -> bool:
     return name.startswith((".part-", f".{MANIFEST}.")) and name.endswith(SUFFIX)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with replacing(path, private=False, durable=True) as file:
+            file.write(content)
+    except OSError as error:
+        raise QvlError(f"{path}: cannot be written ({error.strerror}); make room, and run again to go on") from None
 
 
 def _to_lines(records: Sequence[Record]) -> bytes:
@@ -138,8 +151,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, unless there is one."""
     if not (folder / MANIFEST).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / MANIFEST, private=False, durable=True) as file:
-            file.write(_to_manifest(facts))
+        _write(folder / MANIFEST, _to_manifest(facts))
 
 
 def _to_manifest(facts: Mapping[str, Any]) -> bytes:

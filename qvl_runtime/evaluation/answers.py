@@ -87,8 +87,12 @@ class AnswerFile:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        while line:
-            line = line[self._file.write(line) :]
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            remedy = "make room, and run again to go on"
+            raise QvlError(f"{self.path}: cannot be written ({error.strerror}); {remedy}") from None
 
     def _take_up(self, made_with: dict[str, Any]) -> int:
         """Read the answers of whole lines; return the bytes of these."""

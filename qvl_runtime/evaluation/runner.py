@@ -168,10 +168,10 @@ def _generate(
     )
 
     def on_result(index: int, result: Result | QvlError) -> None:
-        with _named(samples[index]):
-            if isinstance(result, QvlError):
+        if isinstance(result, QvlError):
+            with _named(samples[index]):
                 raise result
-            keep(samples[index], _record(model, result, boxes=not words.tagged))
+        keep(samples[index], _record(model, result, boxes=not words.tagged))
 
     model.generate_batch(requests, max_batch=max_batch, on_result=on_result)
 
