@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 
 import pytest
@@ -110,6 +111,38 @@ def test_pictures_of_a_folder(tmp_path):
     before = source.fingerprint()
     (tmp_path / "b.png").write_bytes(b"xy")
     assert open_source(tmp_path).fingerprint() != before
+
+
+def test_a_link_to_nothing_is_a_row(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").symlink_to("nothing")
+    source = open_source(tmp_path)
+    assert [row.id for row in source.rows(0, 2)] == ["a.png", "b.png"] and source.fingerprint()["bytes"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode")
+def test_ids_tell_names_apart_that_are_no_text(tmp_path):
+    for name in (b"caf\xe8.png", b"caf\xe9.png"):
+        open(os.path.join(os.fsencode(tmp_path), name), "wb").close()
+    rows = open_source(tmp_path).rows(0, 2)
+    assert [row.id for row in rows] == ["caf\\udce8.png", "caf\\udce9.png"]
+    assert [os.fsencode(row.pictures[0]) for row in rows] == [b"caf\xe8.png", b"caf\xe9.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Its pictures would be left out without a word."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").touch()
+    scan = os.scandir
+
+    def deny(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(QvlError, match=r"sub: cannot be read \(Permission denied\); make it readable"):
+        open_source(tmp_path)
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qvl_runtime.batch.rows import Ids, Row
 from qvl_runtime.errors import QvlError
@@ -14,14 +15,17 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", "
 
 
 class PictureFolder:
-    """The pictures below a folder, sorted by path; the paths are the ids. See `Source`."""
+    """The pictures below a folder, sorted by path; the paths are the ids. Links to folders are not followed.
+
+    See `Source`.
+    """
 
     openai = False
 
     def __init__(self, path: Path):
         self.root = path
         self._names: list[str] = []
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in os.walk(path, onerror=_unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             here = Path(folder).relative_to(path)
             shown = (name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
@@ -38,9 +42,20 @@ class PictureFolder:
         size = 0
         for name in self._names:
             ids.add(Row(0, name), name)
-            size += (self.root / name).stat().st_size
+            with contextlib.suppress(OSError):  # a link to nothing is a row that fails
+                size += (self.root / name).stat().st_size
         return {"pictures": len(self), "bytes": size, "names": ids.hexdigest()}
 
     def rows(self, start: int, stop: int) -> Sequence[Row]:
         named = enumerate(self._names[start:stop], start)
-        return [Row(number, name, None, (name,)) for number, name in named]
+        return [Row(number, _as_text(name), None, (name,)) for number, name in named]
+
+
+def _as_text(name: str) -> str:
+    """Escape bytes that are no UTF-8: as question marks in the output, two names could be one."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """Stop a walk, which would leave a folder out."""
+    raise QvlError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or move it elsewhere")
