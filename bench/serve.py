@@ -32,7 +32,7 @@ async def one(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[float
     async with client.stream("POST", "/v1/chat/completions", json={**request, **options}) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
-            if not first and '"content":"' in line:
+            if not first and '"delta":{"content":"' in line:
                 first = time.perf_counter() - began
             if line.startswith("data: {") and '"choices":[]' in line:
                 tokens = json.loads(line[6:])["usage"]["completion_tokens"]
@@ -103,7 +103,7 @@ async def crowd_client(port: int, kind: str, content: bytes) -> str:
             received += chunk
             if kind == "slow":
                 await asyncio.sleep(0.05)
-            if kind == "drops late" and b'"content":"' in received:
+            if kind == "drops late" and b'"delta":{"content":"' in received:
                 return "dropped"
         status = received[9:12].decode()
         complete = b"data: [DONE]" in received or (kind == "whole" and received.endswith(b"}"))
