@@ -20,6 +20,9 @@ from qvl_runtime.file.opening import below, read_regular, shown
 MAX_FILE = 4 << 30
 """Largest file of a task in bytes. VQAv2's annotations have 200 MB; MMBench's table contains its pictures."""
 
+MAX_FIELD = (1 << 31) - 1
+"""Largest field of a table in bytes: the csv module takes no larger limit on Windows."""
+
 REMEDY = "take the published file as it is"
 SHOWN = 3
 """Number of missing pictures named in an error."""
@@ -135,7 +138,7 @@ class Data:
 
     def table(self, name: str, needed: tuple[str, ...]) -> Iterator[Line]:
         """Yield the rows of a tab-separated file with a header; a row's number is that of its last line."""
-        csv.field_size_limit(MAX_FILE)
+        csv.field_size_limit(MAX_FIELD)
         reader = csv.DictReader(io.StringIO(self._text(name), newline=""), delimiter="\t", strict=True)
         try:
             missing = [key for key in needed if key not in (reader.fieldnames or ())]
