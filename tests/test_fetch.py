@@ -97,6 +97,10 @@ def test_chunks_and_replies_without_a_length():
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
         "2001:db8::1",
+        "::127.0.0.1",
+        "::ffff:0:127.0.0.1",
+        "fec0::1",
+        "4000::1",
     ],
 )
 def test_what_is_not_public(address):

@@ -36,7 +36,9 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip
     translated = ip.version == 6 and any(ip in net for net in TRANSLATED)
-    return ip.is_global and not ip.is_multicast and not translated
+    # What is reserved, such as the obsolete ::127.0.0.1, or site-local counts as global.
+    reserved = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+    return ip.is_global and not reserved and not translated
 
 
 def fetch(
