@@ -226,6 +226,8 @@ def test_a_schema_may_be_true_or_false():
         ({"anyOf": [{"type": "number", "maximum": -(2**53) - 1}]}, f"maximum -{2**53 + 1} would be rounded"),
         ({"enum": [1, {"a": [12345678901234567890123]}]}, "enum 12345678901234567890123 would be rounded"),
         ({"properties": {"a": {"const": -(2**63)}}}, f"const -{2**63} would be rounded"),  # a crash
+        ({"default": {"a": {"const": -(2**63)}}, "$ref": "#/default/a"}, f"const -{2**63} would be rounded"),
+        ({"x": {"properties": {"const": -(2**63)}}, "$ref": "#/x/properties"}, f"const -{2**63} would be rounded"),
         ({"items": {"const": 123456789.12345679}}, "const 123456789.12345679 would be rounded"),
         ('{"const": 0.10000000000000000001}', "const 0.10000000000000000001 would be rounded"),
         ({"$defs": {"a": {"exclusiveMaximum": 221.09414294659382}}, "$ref": "#/$defs/a"}, "221.09414294659382 would"),

@@ -11,8 +11,6 @@ from typing import Any
 from qvl_runtime.errors import QvlError
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keys of objects that hold schemas by any name, such as "minimum"."""
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
 POWERS = 22
@@ -52,7 +50,7 @@ def check_numbers(schema: str) -> None:
 
 
 def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema and all schemas in it."""
+    """Yield all objects in a schema: a reference can make a schema of each, also of a default or of a const's value."""
     waiting = [schema]
     while waiting:
         node = waiting.pop()
@@ -60,11 +58,7 @@ def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
             waiting += node
         elif isinstance(node, dict):
             yield node
-            for key, value in node.items():
-                if key in NAMED and isinstance(value, dict):
-                    waiting += value.values()
-                elif key not in ("const", "enum", "default", "examples"):
-                    waiting.append(value)
+            waiting += node.values()
 
 
 def _numbers(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
