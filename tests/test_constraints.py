@@ -244,6 +244,33 @@ def test_numbers_that_would_be_others_are_refused(schema, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "integer", "multipleOf": 999999999989}, "its multipleOf 999999999989 takes too long"),
+        ({"type": "integer", "multipleOf": -0.999983}, "its multipleOf -0.999983 takes too long"),
+        ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple must be at most 100000"),
+        ({"patternProperties": {f"^{i}": {} for i in range(65)}}, "it has more than 64 patternProperties"),
+        ({"allOf": [{"patternProperties": {f"^{i}": {}}} for i in range(65)]}, "more than 64 patternProperties"),
+    ],
+)
+def test_schemas_that_would_take_minutes_are_refused(schema, said):
+    """Nothing stops llguidance: a request of a hundred bytes took all memory."""
+    with pytest.raises(QvlError, match="the json_schema cannot be used: ") as caught:
+        JsonSchema(schema).start(_asked(50, ""))
+    assert said in str(caught.value)
+
+
+def test_usual_multiples_are_taken():
+    steps = [0.01, 0.05, 0.25, 2, 5, 12, 60, 100, 1024, 3_000_000]
+    schema = {
+        "type": "array",
+        "prefixItems": [{"type": "number", "multipleOf": step} for step in steps],
+        "items": False,
+    }
+    assert _fits(schema, "[0.02,0.15,0.75,4,10,36,120,300,2048,6000000]") and not _fits(schema, "[0.021]")
+
+
 @pytest.mark.parametrize("kind", ["x" * 3000, "\u202ex\x1b[2J"])
 def test_the_parsers_message_is_cut_and_escaped(kind):
     with pytest.raises(QvlError, match=r"the json_schema cannot be used: '?Invalid type: ") as caught:

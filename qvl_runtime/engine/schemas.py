@@ -13,12 +13,17 @@ from qvl_runtime.errors import QvlError
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
+MULTIPLES = 100_000
+"""Largest common multiple of all multipleOf of a schema, as whole numbers without zeros at the end. llguidance takes up
+to 20 microseconds and a kilobyte for each number below it, and cannot be stopped."""
+PATTERNS = 64
+"""Largest number of patternProperties of a schema, of which llguidance compares each with all others."""
 POWERS = 22
 """float64 has these powers of ten exactly. A product of one with a factor up to `LARGEST` is rounded once only."""
 
 
 def check_numbers(schema: str) -> None:
-    """Refuse a schema with numbers of which llguidance would compute others: answers would break it.
+    """Refuse a schema with numbers of which llguidance would compute others, or on which it would compute for minutes.
 
     Parameters
     ----------
@@ -30,6 +35,7 @@ def check_numbers(schema: str) -> None:
     QvlError
         Names the key and the number.
     """
+    multiple, patterns = 1, 0
     try:
         parsed = json.loads(schema, parse_int=Decimal, parse_float=Decimal)
     except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
@@ -47,6 +53,16 @@ def check_numbers(schema: str) -> None:
                 f"the json_schema cannot be used: its {key} {bound} would be allowed, because the other bound has the "
                 f"same whole part; use {remedy} number that you want"
             )
+        if isinstance(step := node.get("multipleOf"), Decimal) and step:
+            multiple = math.lcm(multiple, int(_factor(step).rstrip("0")))
+            if multiple > MULTIPLES:
+                raise QvlError(
+                    f"the json_schema cannot be used: its multipleOf {step!s:.40} takes too long, alone or with the "
+                    f"others; their least common multiple must be at most {MULTIPLES}"
+                )
+        patterns += len(named) if isinstance(named := node.get("patternProperties"), dict) else 0
+        if patterns > PATTERNS:
+            raise QvlError(f"the json_schema cannot be used: it has more than {PATTERNS} patternProperties; use fewer")
 
 
 def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
@@ -73,11 +89,15 @@ def _numbers(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
             waiting += [(key, item) for item in (value.values() if isinstance(value, dict) else value)]
 
 
+def _factor(number: Decimal) -> str:
+    """Return the digits of a number, without its point and the zeros before them."""
+    return "".join(map(str, number.as_tuple().digits)).lstrip("0")
+
+
 def _is_exact(number: Decimal) -> bool:
-    _, digits, exponent = number.as_tuple()
-    factor = "".join(map(str, digits)).lstrip("0")
+    factor = _factor(number)
     short = factor.rstrip("0")
-    power = int(exponent) + len(factor) - len(short)
+    power = int(number.as_tuple().exponent) + len(factor) - len(short)
     return not short or (len(short) <= 16 and int(short) <= LARGEST and abs(power) <= POWERS and abs(number) <= LARGEST)
 
 
