@@ -12,6 +12,7 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qvl_runtime.engine import schemas
 from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex, mask
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.schemas import has_end
@@ -185,6 +186,17 @@ TREE = {"$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
 )
 def test_a_document_without_end_fits_nothing(schema, ends):
     assert has_end(schema) == ends
+
+
+def test_a_chain_of_references_is_followed_once(monkeypatch):
+    """With 64 KB of them a request computed for seconds."""
+    count, asked = 200, []
+    whole = schemas._ends
+    monkeypatch.setattr(schemas, "_ends", lambda *given: asked.append(given) or whole(*given))
+    for names in (range(count), reversed(range(count))):
+        chain = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in names}
+        assert has_end({"$defs": {**chain, str(count): {}}, "$ref": "#/$defs/0"})
+    assert len(asked) < 10 * count
 
 
 def test_a_schema_without_end_is_refused_before_an_answer():

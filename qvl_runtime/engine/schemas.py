@@ -123,13 +123,19 @@ def has_end(schema: Any) -> bool:
     schema : dict or bool
         A valid JSON schema. References to other documents count as satisfied.
     """
-    references, known = set(_references(schema)), set[str]()
-    # Fixed point: references that are finite by themselves, then those that need only finite ones.
-    while True:
-        ended = {name for name in references - known if _ends(_target(schema, name), known)}
-        if not ended:
-            return _ends(schema, known)
-        known |= ended
+    targets = {name: _target(schema, name) for name in _references(schema)}
+    users: dict[str, set[str]] = {name: set() for name in targets}
+    for name, target in targets.items():
+        for other in _references(target):
+            users[other].add(name)
+    # References that are finite by themselves, then those that need only finite ones.
+    known, waiting = set[str](), list(targets)
+    while waiting:
+        name = waiting.pop()
+        if name not in known and _ends(targets[name], known):
+            known.add(name)
+            waiting += users[name]
+    return _ends(schema, known)
 
 
 def _references(schema: Any) -> Iterator[str]:
