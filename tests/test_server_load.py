@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import httpx
 import pytest
@@ -328,20 +329,16 @@ def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):
 
 def test_a_second_signal_ends_running_answers(demo_model, caplog):
     """They are told so: their connections are not cut, and no traceback is logged."""
-    received = []
-    with serving(demo_model) as server:
-        channels = [server.connect() for _ in range(2)]
-        for channel, stream in zip(channels, (False, True)):
-            channel.sendall(request(stream=stream, **LONG))
+    with serving(demo_model) as server, server.connect() as whole, server.connect() as stream:
+        whole.sendall(request(**LONG))
+        stream.sendall(request(stream=True, **LONG))
+        assert stream.recv(65536).startswith(b"HTTP/1.1 200")
         wait_for(lambda: server.service.admission.running == 2)
         for _ in range(2):
             server.listener.handle_exit(signal.SIGTERM, None)
-        for channel in channels:
-            with channel:
-                received.append(b"".join(iter(lambda: channel.recv(65536), b"")))  # noqa: B023
-    whole, stream = received
-    assert whole.startswith(b"HTTP/1.1 503") and b"the server is stopping" in whole
-    assert stream.startswith(b"HTTP/1.1 200") and b"the server is stopping" in stream and stream.endswith(b"0\r\n\r\n")
+        told, rest = (b"".join(iter(partial(channel.recv, 65536), b"")) for channel in (whole, stream))
+    assert told.startswith(b"HTTP/1.1 503") and b"the server is stopping" in told
+    assert b"the server is stopping" in rest and rest.endswith(b"0\r\n\r\n")
     assert not any(record.exc_info for record in caplog.records)
 
 
