@@ -16,7 +16,7 @@ import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_kernels.cpu.arrays import CpuCache
 from qvl_runtime.engine.session import Sessions
-from qvl_runtime.inputs.prompt import Window
+from qvl_runtime.inputs.prompt import Prompt, Window
 from qvl_runtime.results import collected
 
 CONVERSATIONS = int(os.environ.get("QVL_TEST_CONVERSATIONS", "12"))
@@ -131,6 +131,24 @@ def test_each_session_has_its_own_rotary_table(pair):
     pieces = [next(stream)]
     fresh.generate(ids, max_new_tokens=2)
     assert collected([*pieces, *stream], lambda text: []).token_ids == wanted.token_ids
+
+
+def test_only_computed_positions_of_a_running_answer_are_copied(pair):
+    """Its session has the keys of an earlier prompt, which another NTK factor made invalid."""
+    model, _ = pair(variant="long", conversations=4)
+    ids = [int(i) for i in np.random.default_rng(0).integers(32, 127, 150)]
+    model.generate([*ids[:40], *[50] * 60], max_new_tokens=1)
+    model.generate(ids, max_new_tokens=1)
+
+    def begun(ids):
+        with pytest.raises(StopIteration) as end:
+            next(model._sessions.begin(Prompt(ids, []), len(ids)))
+        return end.value.value
+
+    running, cached = begun(ids[:100])
+    assert (cached, running.length) == (0, 0)
+    other, cached = begun([*ids[:45], *[51] * 55])
+    assert other is not running and (cached, other.length) == (0, 0)
 
 
 def test_a_prompt_that_differs_in_its_last_token_alone_is_computed(pair):

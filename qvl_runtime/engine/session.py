@@ -308,8 +308,10 @@ class Sessions:
             yield Slice(False, len(keys), found)
         session = self.take(keys, capacity, salt)
         try:
-            if found is not None and _pays(found[1], session.shared(keys), len(keys)):
-                session.copy(*found, capacity)
+            if found is not None:
+                count = min(found[1], found[0].length)  # fewer if it was not waited for
+                if _pays(count, session.shared(keys), len(keys)):
+                    session.copy(found[0], count, capacity)
             return session, session.keep(prompt)
         except BaseException:
             self.give(session)
