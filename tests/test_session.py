@@ -280,6 +280,13 @@ def test_short_and_long_prompts_side_by_side(coarse):
         stream.cancel()
 
 
+def test_n_answers_share_a_short_prompt(coarse):
+    model, _ = coarse(conversations=4)
+    ids = _short_and_long()[4]
+    answers = model.generate(ids, n=3, seed=5, temperature=1.0, max_new_tokens=4)
+    assert [a.timings.cached_tokens for a in answers] == [0, len(ids), len(ids)]
+
+
 def test_a_saved_prompt_and_shorter_ones(coarse, tmp_path):
     model, fresh = coarse()
     prompts, path = _short_and_long(), tmp_path / "past"

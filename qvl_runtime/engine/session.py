@@ -176,7 +176,7 @@ class Session:
         self.truncate(0)
         self._prompted = None
         self._keys = other._keys[:count]
-        self.short, self._fine = max(self.short, other.short), min(self._fine, other._fine)
+        self.short, self._fine = other.short, other._fine
         self.state.take_over(other.state, count, capacity)
         if other._prompted == count:
             self.decoder.ops.copy(other._prompt_logits, self._prompt_logits)
