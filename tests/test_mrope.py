@@ -9,6 +9,7 @@ from families import config
 from qvl_kernels.reference import ReferenceOps
 from qvl_runtime.families.qwen2_vl.positions import position_ids, rotary_rows
 from qvl_runtime.families.qwen2_vl.rotary import Mrope
+from qvl_runtime.families.rope import TableRotary
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.prompt import Slot
 
@@ -72,6 +73,25 @@ def test_an_interrupt_leaves_no_wrong_rows():
     ops.broken = False
     rotary.place(20, [])
     np.testing.assert_array_equal(rotary.rope, expected("q2-tied", 20, [], 30))
+
+
+def test_an_interrupt_while_tables_grow_leaves_both_to_grow():
+    class Ops(ReferenceOps):
+        broken = False
+
+        def upload(self, array):
+            if self.broken:
+                raise KeyboardInterrupt
+            return super().upload(array)
+
+    ops = Ops()
+    rotary = TableRotary(ops, 8, lambda count, alpha: np.zeros((count, 4), np.float32), np.ones)
+    ops.broken = True
+    with pytest.raises(KeyboardInterrupt):
+        rotary.reserve(16)
+    ops.broken = False
+    rotary.reserve(16)
+    assert len(rotary.rope) == len(rotary.logn) == 16
 
 
 def test_sections_are_of_half_the_head():

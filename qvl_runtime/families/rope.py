@@ -53,8 +53,8 @@ class TableRotary:
         # Not uploaded: an upload may share memory, and this table is overwritten.
         array = self._ops.empty(rope.shape)
         self._ops.write(array, rope)
-        self.rope: Array = array
         self.logn: Array | None = None if self._logn is None else self._ops.upload(self._logn(capacity))
+        self.rope: Array = array  # last: `reserve` goes by its length
 
     def rescale(self, alpha: int) -> None:
         self.alpha = 0  # after an interrupt, alpha must match the table
