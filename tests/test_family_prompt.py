@@ -1,6 +1,8 @@
 """Prompts of the newer families: templates against the golden texts, places for pictures, and what is refused."""
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
@@ -16,6 +18,7 @@ from qvl_runtime.inputs.prompt import Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
 NAMES = {"Qwen2-VL and Qwen2.5-VL": "q2-tied", "Qwen3-VL": "q3-tied"}
+IMAGE = {"type": "image"}
 SIZES = {"one": (2, 3), "two": (1, 4)}
 CHATS = [row for row in read("tok/chat_tiny.json") if "video" not in str(row["messages"])]
 
@@ -152,6 +155,21 @@ def test_chat_turns():
     cut = chat(made, "Really?", history, window=Window(math.inf, size - 1))
     assert cut.left_out == 1
     assert cut.prompt.ids == build(made, wanted[2:]).ids
+
+
+@pytest.mark.parametrize("name", ["q2-tied", "q3-tied"])
+def test_each_picture_of_a_conversation_is_read_once(name):
+    read = []
+    made = prompts(name)
+    noted = dataclasses.replace(made, read=lambda source, access: read.append(source) or picture(source, access))
+    look, again = [{"type": "text", "text": "\nThis"}, IMAGE], [IMAGE, {"type": "text", "text": "?"}]
+    names = ["one", "two", "three"]
+    chatted = chat(noted, [IMAGE], [(look, "\nA dog."), (again, "No.")], names).prompt
+    assert read == names
+    said = zip(itertools.cycle(["user", "assistant"]), [look, "\nA dog.", again, "No.", [IMAGE]])
+    built = build(made, [{"role": role, "content": content} for role, content in said], names)
+    assert chatted.ids == built.ids
+    assert [(slot.start, slot.key) for slot in chatted.slots] == [(slot.start, slot.key) for slot in built.slots]
 
 
 def test_token_ids():

@@ -145,12 +145,11 @@ class Prompts:
         said = []
         for question, (_, answer) in zip(asked, turns):
             answered = [] if answer is None else [Message("assistant", self._answer(answer))]
-            said.append(self.template.turns([Message("user", question), *answered]))
-        lengths = [len(self._encode(turn, access).ids) for turn in said]
-        fixed = [len(self._encode(part, access).ids) for part in (first, last)]
-        left_out = window.left_out(fixed[0], lengths, fixed[1])
-        pieces = [*first, *(piece for turn in said[left_out:] for piece in turn), *last]
-        return ChatPrompt(self._encode(pieces, access), _for_history(query, asking), left_out)
+            said.append(self._encode(self.template.turns([Message("user", question), *answered]), access))
+        begun, asked_now = self._encode(first, access), self._encode(last, access)
+        left_out = window.left_out(len(begun.ids), [len(turn.ids) for turn in said], len(asked_now.ids))
+        prompt = _joined([begun, *said[left_out:], asked_now])
+        return ChatPrompt(prompt, _for_history(query, asking), left_out)
 
     def answer(self, text: str) -> list[int]:
         """Encode an earlier answer, including the token that ended it."""
@@ -310,7 +309,7 @@ class Prompts:
         pads = [i for i, token in enumerate(ids) if token in (self.config.image_token_id, self.config.video_token_id)]
         covered = [i for slot in slots for i in range(slot.start, slot.end)]
         if pads != covered:
-            stray = next(iter(sorted(set(pads) ^ set(covered))))
+            stray = min(set(pads) ^ set(covered))
             raise QvlError(
                 f"token {stray} of the prompt is a placeholder outside of a picture's slot: a slot is vision_start, as "
                 "many image_pad as the picture has tokens, vision_end"
@@ -337,6 +336,16 @@ class Prompts:
                 )
         self._check_slots(ids, slots)
         return Prompt(ids, slots, reasoning_end=self._reasoning_end(ids))
+
+
+def _joined(parts: Sequence[Prompt]) -> Prompt:
+    """Join the parts of a conversation. Each begins with a special token, so it is tokenized as in the whole."""
+    ids: list[int] = []
+    slots: list[Slot] = []
+    for part in parts:
+        slots += [slot._replace(start=len(ids) + slot.start) for slot in part.slots]
+        ids += part.ids
+    return Prompt(ids, slots, reasoning_end=parts[-1].reasoning_end)
 
 
 def _only_text(part: Mapping[str, Any], role: str) -> str:
