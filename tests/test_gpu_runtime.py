@@ -223,6 +223,26 @@ def test_matrices_are_uploaded_in_pieces(driver, monkeypatch):
     assert [(piece.args["first"], piece.grid) for piece in pieces] == [(0, (2, 3, 1)), (3, (2, 3, 1)), (6, (2, 2, 1))]
 
 
+def test_more_rows_than_a_grid_has_are_launched_in_pieces(ops, driver):
+    """A picture of Qwen2-VL may have 65,536 patches, and each is a row."""
+    rows, step = 70_000, 32_768
+    x, w = ops.empty((rows, 8)), ops.weight(matrix(64, 8, 16))
+    index, half = ops.empty((rows,), np.int32), ops.empty((rows, 64), np.float16)
+    out = ops.empty((rows, 8))
+    driver.launches.clear()
+    ops.gather(x, index, out=out)
+    ops.linear(x, w, out=half)
+    ops.embed(index, w, out=out)
+    gathers, products, embeds = (
+        [launch for launch in driver.launches if launch.name.startswith(name)] for name in ("gather", "linear", "embed")
+    )
+    for launches in (gathers[:3], gathers[3:], embeds):
+        assert [launch.grid[1] for launch in launches] == [step, step, rows - 2 * step]
+    assert [launch.args["x"] for launch in gathers] == 3 * [x.address] + [x[i * step :].address for i in range(3)]
+    assert [launch.args["out"] for launch in embeds] == [out[i * step :].address for i in range(3)]
+    assert len(products) == 1
+
+
 def test_wrong_calls_are_refused(ops):
     w = ops.weight(matrix(64, 128, 4))
     with pytest.raises(ValueError, match="128 columns"):

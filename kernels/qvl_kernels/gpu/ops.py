@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,9 @@ _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_
 
 _CONSTANTS = 8
 """Number of cached arrays of segment boundaries."""
+
+_MOST_ROWS = 1 << 15
+"""Most rows in the second dimension of a grid: CUDA allows 65535."""
 
 
 class _Rotation(NamedTuple):
@@ -133,7 +136,8 @@ class CudaOps:
         if source.dtype == target.dtype:
             self.queue(self.driver.move, target.address, source.address, source.nbytes, keep=(source, target))
         else:
-            self._gather(source, None, None, target, source.size, source.size, 1)
+            flat = (1, source.size)
+            self._gather(source.reshape(flat), None, None, target.reshape(flat))
 
     def weight(self, matrix: Matrix) -> DeviceMatrix:
         return to_device(self, matrix)
@@ -153,8 +157,10 @@ class CudaOps:
         _expect(out, (ids.shape[0], table.k), _FLOAT)
         kind, flags = table.kind.removesuffix("_fine"), s.PERMUTED if table.perm is not None else 0
         sizes = (table.k, table.rows, table.blocks, table.group_shift, flags)
-        grid = (table.blocks, ids.shape[0])
-        self.launch(f"embed.{kind}", grid, ids, table.codes, table.scales, table.perm, out, *sizes)
+        for piece in _pieces(ids.shape[0]):
+            some, to = ids[piece], out[piece]
+            grid = (table.blocks, some.shape[0])
+            self.launch(f"embed.{kind}", grid, some, table.codes, table.scales, table.perm, to, *sizes)
 
     def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
         if residual is not None:
@@ -207,7 +213,7 @@ class CudaOps:
             return _Input(x, norm.weight, w.perm, norm.eps, s.NORM | ordered)
         h = self.empty((x.shape[0], w.padded), np.float16)
         if norm is None:
-            self._gather(x, None, w.perm, h, w.k, w.padded, x.shape[0])
+            self._gather(x, None, w.perm, h)
         else:
             self._norm(x, norm, w.perm, h, w.padded)
         return _Input(h)
@@ -237,12 +243,16 @@ class CudaOps:
     def gather(self, x, index, *, out):
         _expect(index, index.shape[:1], np.dtype(np.int32))
         _expect(out, (index.shape[0], *x.shape[1:]), x.dtype)
-        self._gather(x, index, None, out, x.shape[1], x.shape[1], index.shape[0])
+        self._gather(x, index, None, out)
 
-    def _gather(self, x: DeviceArray, index, perm, out: DeviceArray, k: int, padded: int, rows: int) -> None:
+    def _gather(self, x: DeviceArray, index: DeviceArray | None, perm, out: DeviceArray) -> None:
+        k, padded = x.shape[1], out.shape[1]
         halves = (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF)
         flags = _flags((index, s.ROWS), (perm, s.PERMUTED), *halves)
-        self.launch("gather.any", (_elements(padded), rows), x, index, perm, out, k, padded, flags)
+        for piece in _pieces(out.shape[0]):
+            rows = (x[piece], None) if index is None else (x, index[piece])
+            to = out[piece]
+            self.launch("gather.any", (_elements(padded), to.shape[0]), *rows, perm, to, k, padded, flags)
 
     def add(self, x, y, *, out):
         _same_shape(x, y)
@@ -371,6 +381,11 @@ def _head_norm(norm: Norm | None, d: int) -> tuple[Array | None, float]:
 
 def _elements(size: int) -> int:
     return -(-size // s.ELEMENTS)
+
+
+def _pieces(rows: int) -> Iterator[slice]:
+    """Return the rows of each launch of a kernel whose grid has them in its second dimension."""
+    return (slice(first, first + _MOST_ROWS) for first in range(0, rows, _MOST_ROWS))
 
 
 def _same_shape(a, b) -> None:
