@@ -67,6 +67,29 @@ def test_a_picture_is_fetched(golden):
     assert f"Host: 127.0.0.1:{port}" in headers and "Accept-Encoding: identity" in headers
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://example.org/a", "example.org"),
+        ("https://example.org:8443/a", "example.org:8443"),
+        ("http://example.org/a", "example.org"),
+        ("http://example.org:443/a", "example.org:443"),
+    ],
+)
+def test_a_host_is_named_without_the_port_of_its_scheme(url, host, monkeypatch):
+    """Signatures of URLs cover the header: browsers leave the default port out."""
+    asked = []
+
+    def answer(request, channel):
+        asked.append(request)
+        channel.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with server(answer) as port:
+        monkeypatch.setattr(module, "_connect", lambda *given: socket.create_connection(("127.0.0.1", port)))
+        fetch(url)
+    assert f"Host: {host}" in asked[0].decode().split("\r\n")
+
+
 def test_chunks_and_replies_without_a_length():
     chunked = replies("HTTP/1.1 200 OK", "Transfer-Encoding: chunked", body=b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
     for answer in (chunked, replies("HTTP/1.0 200 OK", body=b"abcde")):

@@ -27,6 +27,7 @@ MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
+_PORTS = {True: 443, False: 80}  # by whether the scheme is https
 # IPv6 ranges that embed an IPv4 address, which a gateway may reach.
 TRANSLATED = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
 
@@ -114,7 +115,7 @@ def _parse(url: str) -> _Target:
         raise QvlError(f"the host {excerpt(parts.hostname)!r} cannot exist") from None
     secure = parts.scheme == "https"
     path = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe="/%?&=:;,+@!$'()*~[]")
-    return _Target(secure, host, parts.port or (443 if secure else 80), path)
+    return _Target(secure, host, parts.port or _PORTS[secure], path)
 
 
 def _get(target: _Target, deadline: _Deadline, allowed: Callable[[str], bool]) -> http.client.HTTPResponse:
@@ -122,6 +123,7 @@ def _get(target: _Target, deadline: _Deadline, allowed: Callable[[str], bool]) -
     channel = _connect(target, deadline, allowed)
     try:
         connection = http.client.HTTPConnection(target.host, target.port)
+        connection.default_port = _PORTS[target.secure]  # left out of the header Host, which servers may verify
         connection.sock = _TimedSocket(channel, deadline)
         headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "qvl", "Connection": "close"}
         connection.request("GET", target.path, headers=headers)
