@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
-from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource, load_image
+from qvl_runtime.saving import save
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
@@ -97,7 +95,7 @@ def draw_boxes(image: ImageSource, boxes: Sequence[Box], out_path: str | Path | 
     for left, top, label, font, colour in labels:
         _write_label(pen, picture.size, left, top, label, font, colour)
     if out_path is not None:
-        _save(picture, Path(out_path))
+        save(picture, out_path)
     return Drawing(picture, legend)
 
 
@@ -151,22 +149,3 @@ def _write_label(
     y = int(top - height if top >= height else min(top, max(0, size[1] - height)))
     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
     pen.text((x + 2 - x1, y + 2 - y1), label, fill="white", font=font)
-
-
-def check_extension(path: Path) -> str:
-    """Return the image format of a file extension. Raises QvlError for an unknown extension."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise QvlError(f"cannot save {str(path)!r}: no image format has the extension {path.suffix!r}; try .png")
-    return kind
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    kind = check_extension(path)
-    try:
-        data = io.BytesIO()
-        picture.save(data, kind)
-        with replacing(path, private=False) as file:
-            file.write(data.getbuffer())
-    except (OSError, KeyError) as error:
-        raise QvlError(f"cannot save {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None

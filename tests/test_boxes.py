@@ -161,9 +161,11 @@ def test_label_is_one_line():
 def test_saving(tmp_path):
     drawing = draw_boxes(GREY, [Box("dog", 0, 0, 500, 500)], tmp_path / "out.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(drawing.image))
-    for name, message in [("out.xyz", r"\.xyz"), ("out", "extension"), ("no/such/folder.png", "No such file")]:
-        with pytest.raises(QvlError, match=message):
+    for name in ("out.xyz", "out", "out.psd", "no/such/folder.png"):
+        with pytest.raises(QvlError, match=f"{name}: cannot be written"):
             draw_boxes(GREY, [], tmp_path / name)
+    with pytest.raises(QvlError, match=r"wide\.webp: cannot be written"):
+        draw_boxes(Image.new("RGB", (20_000, 1)), [], tmp_path / "wide.webp")
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 

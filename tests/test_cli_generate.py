@@ -99,6 +99,8 @@ def test_draw_is_refused_before_the_answer(generate, tmp_path):
     for arguments, message in (
         (("x", "--draw", tmp_path / "a.png"), "--image"),
         (("x", "-i", "images/rgb_odd.png", "--draw", tmp_path / "a.xyz"), ".xyz"),
+        (("x", "-i", "images/rgb_odd.png", "--draw", tmp_path / "a.psd"), "a.psd: cannot be written (no image format"),
+        (("x", "-i", "images/rgb_odd.png", "--draw", tmp_path / "no" / "a.png"), "in a folder that exists"),
         (("x", "-i", "nowhere.png", "--draw", tmp_path / "a.png"), "nowhere.png"),
     ):
         status, out, err = generate(*arguments)

@@ -19,7 +19,7 @@ LAYERS = (
     ("qvl_kernels",),
     ("qvl_runtime.errors", "qvl_runtime.slices", "qvl_runtime.trace"),
     ("qvl_runtime.file",),
-    ("qvl_runtime.inputs", "qvl_runtime.boxes", "qvl_runtime.drawing", "qvl_runtime.plotting"),
+    ("qvl_runtime.inputs", "qvl_runtime.boxes", "qvl_runtime.drawing", "qvl_runtime.saving"),
     ("qvl_runtime.engine",),
     ("qvl_runtime.families",),
     ("qvl_runtime.blob", "qvl_runtime.budget", "qvl_runtime.backends", "qvl_runtime.options", "qvl_runtime.results"),

@@ -25,7 +25,7 @@ from qvl_runtime.cli.main import _app
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.metrics.text import edit_distance
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.plotting import check_path
+from qvl_runtime.saving import check_path
 
 VL = GOLDEN / "ckpt" / "tiny-vl"
 INT4 = {"vision_bits": 4, "head_bits": 4, "group_size": 32}

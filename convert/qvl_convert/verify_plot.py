@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from qvl_convert.verify import Report
-from qvl_runtime.plotting import save
+from qvl_runtime.saving import save
 
 SIZE, MARGIN, GAP = (1200, 940), (90, 90), 90
 INK, GRID, LINE, FLOOR = (30, 30, 34), (224, 224, 228), (36, 84, 214), (150, 150, 158)

@@ -22,7 +22,7 @@ from qvl_runtime.evaluation.plot import draw
 from qvl_runtime.evaluation.tasks import TASKS, find
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
-from qvl_runtime.plotting import check_path
+from qvl_runtime.saving import check_path
 
 WIDTH = 120
 """Columns of a table that is not shown on a terminal."""

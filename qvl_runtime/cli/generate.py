@@ -36,13 +36,14 @@ from qvl_runtime.cli.sampling import (
 )
 from qvl_runtime.cli.text import printable, standard_input
 from qvl_runtime.cli.turns import check_no_input
-from qvl_runtime.drawing import check_extension, draw_boxes
+from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
+from qvl_runtime.saving import check_path
 
 
 def generate(
@@ -92,7 +93,7 @@ def generate(
     text = "".join(standard_input()).removesuffix("\n") if prompt == "-" else prompt
     picture: ImageSource | None = None
     if draw is not None:
-        check_extension(draw)
+        check_path(draw)
         check_no_input(draw, [model, *(image or ()), *split_images(text)[1::2]])
         source = _last_picture(text, image)
         picture = read_image(source, allow_urls=allow_urls)

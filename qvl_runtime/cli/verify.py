@@ -18,7 +18,7 @@ from qvl_convert.verify import verify as run
 from qvl_convert.verify_plot import plot as draw
 from qvl_runtime.cli.loading import Device, ModelFile
 from qvl_runtime.errors import QvlError
-from qvl_runtime.plotting import check_path
+from qvl_runtime.saving import check_path
 
 
 def verify(

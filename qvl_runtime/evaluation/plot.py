@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from qvl_runtime.evaluation.comparison import Row
-from qvl_runtime.plotting import save
+from qvl_runtime.saving import save
 
 WIDTH, ROW, TOP, LEFT, RIGHT, BOTTOM = 1000, 56, 90, 260, 60, 60
 INK, GRID, BAR, SPREAD, PUBLISHED = (30, 30, 34), (224, 224, 228), (120, 150, 226), (20, 40, 110), (190, 60, 30)

@@ -1,4 +1,4 @@
-"""Checking the path of a plot, and saving it."""
+"""Checking the path of a picture, and saving it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_path(path: str | os.PathLike) -> str:
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Write a plot atomically; the extension selects the format.
+    """Write a picture atomically; the extension selects the format.
 
     Raises
     ------
@@ -44,4 +44,5 @@ def save(image: Image.Image, path: str | Path) -> None:
         with replacing(path, private=False) as file:
             file.write(data.getbuffer())
     except (OSError, ValueError) as error:
-        raise QvlError(f"{shown(path)}: cannot be written ({error}); name a .png file elsewhere") from None
+        reason = getattr(error, "strerror", None) or error
+        raise QvlError(f"{shown(path)}: cannot be written ({reason}); name a .png file elsewhere") from None
