@@ -227,6 +227,7 @@ def bad_calls(ops):
         "ids": lambda: ops.embed(np.zeros(2, np.int64), w, out=x),
         "copy": lambda: ops.copy(x, out),
         "copy of integers": lambda: ops.copy(start, start.copy()),
+        "copy of integers to numbers": lambda: ops.copy(start, start.astype(np.float32)),
         "heads": lambda: ops.vision_attention(np.zeros((3, 50), f32), 2, out=np.zeros((3, 16), f32)),
         "keys": lambda: ops.cross_attention(mixed, mixed, mixed[:1], 2, out=mixed.copy()),
         "cache dtype": lambda: ops.kv_cache(2, 2, 8, 32, "int4"),

@@ -139,8 +139,9 @@ class CpuOps:
         return np.array(array)
 
     def copy(self, source, target):
-        if source.dtype == target.dtype and source.dtype not in (np.float32, np.float16):
-            raise ValueError(f"copy: expected float32 or float16, got {source.dtype.name}")
+        for array in (source, target):
+            if array.dtype not in (np.float32, np.float16):
+                raise ValueError(f"copy: expected float32 or float16, got {array.dtype.name}")
         check("source", source, source.dtype, target.shape)
         check("target", target, target.dtype, source.shape)
         with self._program() as program:
