@@ -287,7 +287,7 @@ def test_bundle_has_every_level_of_this_machine_and_those_of_others(compiled, mo
         assert file.read(other) == b"theirs"
 
 
-@pytest.mark.parametrize("how", ["cut", "changed", "no zip", "other sources", "no kernels"])
+@pytest.mark.parametrize("how", ["cut", "changed", "encrypted", "no zip", "other sources", "no kernels"])
 def test_bundle_that_does_not_serve_is_passed_over(how, folder, compiled, monkeypatch):
     assert build.main([str(bundle.BUNDLE)]) == 0
     whole, name = bundle.BUNDLE.read_bytes(), bundle.entry(features.selected().name)
@@ -296,6 +296,9 @@ def test_bundle_that_does_not_serve_is_passed_over(how, folder, compiled, monkey
     elif how == "changed":
         middle = whole.index(name.encode()) + 5000
         bundle.BUNDLE.write_bytes(whole[:middle] + bytes(100) + whole[middle + 100 :])
+    elif how == "encrypted":  # as a flag says
+        flags = whole.rindex(b"PK\x01\x02", 0, whole.rindex(name.encode())) + 8
+        bundle.BUNDLE.write_bytes(whole[:flags] + b"\x01" + whole[flags + 1 :])
     elif how == "no zip":
         bundle.BUNDLE.write_bytes(b"kernels")
     elif how == "other sources":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from fakes.gpu import FakeDriver
 from qvl_kernels import gpu
 from qvl_kernels.gpu import build, loader
 from qvl_kernels.gpu import driver as gpu_driver
+from qvl_kernels.gpu.bundle import Bundle
 from qvl_kernels.gpu.launcher import Image
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.ops import DeviceError
@@ -74,6 +76,28 @@ def test_kernels_come_from_the_package_or_the_cache_or_the_compiler(tmp_path, mo
     loader.BUNDLE.write_bytes(b"nonsense")
     with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
         loader.find((8, 6))
+
+
+def test_a_damaged_bundle_is_an_error_of_one_kind(tmp_path):
+    """Whichever byte is wrong: `locate` passes over a bundle of the cache folder for this error alone."""
+    path = tmp_path / "kernels.zip"
+    _bundle(path, "sources")
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "small.zip", "w", zipfile.ZIP_DEFLATED) as small:
+        small.writestr("manifest.json", whole.read("manifest.json"))
+    good = (tmp_path / "small.zip").read_bytes()
+    for manifest in ("[]", '"x"', '{"sources": "", "kernels": []}', '{"sources": "", "kernels": {"add.any": 3}}'):
+        with zipfile.ZipFile(path, "w") as bundle:
+            bundle.writestr("manifest.json", manifest)
+        with pytest.raises(DeviceError, match="is no bundle of GPU kernels"):
+            Bundle(path, 80, "cubin", io.BytesIO(path.read_bytes()))
+    refused = 0
+    for i, byte in enumerate(good):
+        for wrong in (byte ^ 1, byte ^ 255):
+            try:
+                Bundle(path, 80, "cubin", io.BytesIO(good[:i] + bytes([wrong]) + good[i + 1 :]))
+            except DeviceError:
+                refused += 1
+    assert refused > len(good)
 
 
 def test_no_kernels_and_no_compiler_is_said_in_one_line(tmp_path, monkeypatch):

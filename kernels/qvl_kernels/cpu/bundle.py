@@ -122,8 +122,8 @@ def shipped(level: str) -> bytes | None:
     try:
         with zipfile.ZipFile(BUNDLE) as file:
             return file.read(entry(level))
-    except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        return None
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None  # RuntimeError: a flag says that it is encrypted
 
 
 def machine() -> str:

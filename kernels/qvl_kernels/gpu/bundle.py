@@ -35,6 +35,8 @@ ALSO_SOURCES = ("signatures.py", "tiles.json", "build.py", "bundle.py", "turing.
 class Bundle(Mapping[str, Image]):
     """The kernels of one architecture, read lazily from a bundle.
 
+    If `file` is given, it is read instead of `path` and checked completely.
+
     Attributes
     ----------
     architecture : int
@@ -44,7 +46,10 @@ class Bundle(Mapping[str, Image]):
     sources : str
         Hash of the sources.
 
-    If `file` is given, it is read instead of `path` and checked completely.
+    Raises
+    ------
+    DeviceError
+        If the file cannot be read, or is damaged.
     """
 
     def __init__(self, path: Path, architecture: int, kind: str, file: BinaryIO | None = None):
@@ -56,7 +61,7 @@ class Bundle(Mapping[str, Image]):
             manifest = json.loads(self._zip.read("manifest.json"))
             self.sources: str = manifest["sources"]
             self._entries = {n: e[str(architecture)] for n, e in manifest["kernels"].items() if str(architecture) in e}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        except Exception as e:  # zipfile and zlib raise many types on damaged files
             raise DeviceError(
                 f"{path}: is no bundle of GPU kernels ({e}); delete it, or install qvl-runtime again"
             ) from e
