@@ -144,17 +144,10 @@ def choose_gt(typing, a, b, x, y):
     return result and (result(a, b, x, y), emit(result))
 
 
-def _unary(name):
-    @intrinsic
-    def f(typing, a):
-        emit = _elementwise(lambda b, v: call(b, f"llvm.{name}.{suffix(v.type)}", v.type, [v]))
-        return (a(a), emit(a)) if isinstance(a, Vec) else None
-
-    return f
-
-
-absolute = _unary("fabs")
-root = _unary("sqrt")
+@intrinsic
+def absolute(typing, a):
+    emit = _elementwise(lambda b, v: call(b, f"llvm.fabs.{suffix(v.type)}", v.type, [v]))
+    return (a(a), emit(a)) if isinstance(a, Vec) else None
 
 
 def _with_element(a, el, emit):
