@@ -147,10 +147,17 @@ def test_one_backend_serves_both_parts(blob, monkeypatch):
         assert len(made) == count
 
 
-def test_a_bad_number_of_threads_is_one_line(blob):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", "generate", str(blob("tiny-vl", bits=4)), "Hi"]
-    for variable, value in (("QVL_THREADS", "abc"), ("QVL_CPU", "sse9")):
-        environment = os.environ | {variable: value}
-        done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"qvl: {variable}={value}: expected ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("variable", "value", "verb", "arguments"),
+    [
+        ("QVL_THREADS", "abc", "generate", ["Hi"]),
+        ("QVL_CPU", "sse9", "generate", ["Hi"]),
+        ("QVL_CPU", "sse9", "info", ["--context", "100"]),
+    ],
+)
+def test_a_bad_variable_is_one_line(blob, variable, value, verb, arguments):
+    command = [sys.executable, "-m", "qvl_runtime.cli.main", verb, str(blob("tiny-vl", bits=4)), *arguments]
+    environment = os.environ | {variable: value}
+    done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"qvl: {variable}={value}: expected ") and done.stderr.count("\n") == 1

@@ -181,7 +181,7 @@ def test_unknown_or_missing_instruction_set(monkeypatch):
     for name, message in (("sse9", "expected one of"), ("neon", "lacks dotprod, neon"), ("avx512", "lacks")):
         monkeypatch.setenv("QVL_CPU", name)
         monkeypatch.setattr(features, "host_features", lambda: frozenset({"sse2"}))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DeviceError, match=message):
             features.selected.__wrapped__()
 
 

@@ -15,6 +15,8 @@ import platform
 
 import llvmlite.binding as llvm
 
+from qvl_kernels.ops import DeviceError
+
 
 @dataclasses.dataclass(frozen=True)
 class Level:
@@ -116,17 +118,23 @@ def compile_for(name: str) -> None:
 
 @functools.cache
 def selected() -> Level:
-    """Return the level of ``QVL_CPU``, else the best one of this processor."""
+    """Return the level of ``QVL_CPU``, else the best one of this processor.
+
+    Raises
+    ------
+    DeviceError
+        There is no such level, or this processor does not have it.
+    """
     if _compiled_for:
         return _compiled_for[0]
     name = os.environ.get("QVL_CPU", "")
     if not name:
         return next(level for level in LEVELS.values() if host_features().issuperset(level.needs))
     if name not in LEVELS:
-        raise ValueError(f"QVL_CPU={name}: expected one of {', '.join(LEVELS)}")
+        raise DeviceError(f"QVL_CPU={name}: expected one of {', '.join(LEVELS)}")
     missing = set(LEVELS[name].needs) - host_features()
     if missing:
-        raise ValueError(f"QVL_CPU={name}: this processor lacks {', '.join(sorted(missing))}; unset QVL_CPU")
+        raise DeviceError(f"QVL_CPU={name}: this processor lacks {', '.join(sorted(missing))}; unset QVL_CPU")
     return LEVELS[name]
 
 
