@@ -143,11 +143,14 @@ class ReasoningFirst:
         self._constraint, self._end, self._stop_ids, self._left = constraint, end, stop_ids, limit
         self._reasoning = True
 
+    @functools.cached_property
+    def _shape(self) -> tuple[int, ...]:
+        return self._constraint.allowed().shape
+
     def allowed(self) -> np.ndarray:
-        tokens = self._constraint.allowed()
         if not self._reasoning:
-            return tokens
-        tokens = np.full(tokens.shape, self._left > 1)
+            return self._constraint.allowed()
+        tokens = np.full(self._shape, self._left > 1)
         tokens[list(self._stop_ids)] = False
         tokens[self._end] = True
         return tokens
