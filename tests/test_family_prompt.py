@@ -306,6 +306,15 @@ def test_refused(prompt, images, message):
         build(prompts("q3-tied"), prompt, images)
 
 
+def test_arguments_nested_too_deep():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": deep}}]}
+    with pytest.raises(QvlError, match="no JSON"):
+        build(prompts("q3-tied"), [call, {"role": "tool", "content": "y"}])
+
+
 def test_tags_that_never_end_are_text():
     made = prompts("q2-tied")
     assert build(made, "<img>one</img>" + "<img>" * 200_000).pictures[0].content == "one"

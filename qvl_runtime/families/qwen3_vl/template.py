@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,5 +109,5 @@ def _trimmed(pieces: list[Piece], *, end: bool = False) -> list[Piece]:
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:  # ValueError: it contains itself
-        raise QvlError(f"a tool or its arguments are no JSON ({error}); found {value!r:.60}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # it contains itself, or is too deep
+        raise QvlError(f"a tool or its arguments are no JSON ({error}); found {reprlib.repr(value):.60}") from None
