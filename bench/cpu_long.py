@@ -61,14 +61,15 @@ def main() -> None:
     compute_slice(0)
     if arguments.realtime:
         harness.take_processors()
-    starts = [0, rows, 3 * rows, 7 * rows, 11 * rows, arguments.tokens - rows]
+    last = arguments.tokens - rows
+    starts = [*(start for start in (0, rows, 3 * rows, 7 * rows, 11 * rows) if start < last), last]
     found = []
     for start in starts:
         whole, alone = seconds(partial(compute_slice, start)), seconds(partial(attention, start))
         found.append({"start": start, "seconds": whole, "attention": alone, "rest": whole - alone})
         harness.print_row(found[-1])
     prompts = []
-    for length in (rows, 4 * rows, arguments.tokens):
+    for length in (*(length for length in (rows, 4 * rows) if length < arguments.tokens), arguments.tokens):
         begins = np.arange(0, length, rows)
         part = np.minimum(rows, length - begins) / rows
         taken = {
