@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,9 +142,8 @@ def write_file(writer: Any, tensors: list[Entry]) -> None:
 
 
 def add_tokenizer(writer: Any, name: str, vocabulary: int) -> None:
-    """Add the published vocabulary, which dashscope ships."""
-    found = importlib.util.find_spec("dashscope").submodule_search_locations[0]
-    ranks, alphabet = read_ranks((Path(found) / "resources" / "qwen.tiktoken").read_bytes()), letters()
+    """Add the published vocabulary."""
+    ranks, alphabet = read_ranks(published_vl.ranks_file().read_bytes()), letters()
     shown = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     forms = published_vl.FORMS[: published_vl.FORM_COUNTS[published_vl.SIZES[name][0]]]
     tokens = [*shown.values(), *forms]

@@ -106,7 +106,7 @@ def mutants(ptx_text: str) -> Iterator[Mutant]:
         if found := re.match(r"(?:cp\.async|wgmma)\.wait_group\S*\s+(\d+)", code):
             more = line[::-1].replace(found[1][::-1], str(int(found[1]) + 1)[::-1], 1)[::-1]
             yield Mutant("weaker wait", i + 1, line, more)
-        if re.match(r"atom\.acq_rel", re.sub(r"\.(global|gpu)", "", code)) or ".acq_rel" in code:
+        if ".acq_rel" in code:
             yield Mutant("fence", i + 1, line, line.replace(".acq_rel", ".relaxed"))
         if re.match(r"\s*@!?%p\d+\s+(?!bra)", line):
             yield Mutant("guard", i + 1, line, re.sub(r"@!?%p\d+\s+", "", line))

@@ -5,13 +5,13 @@ Vision sections omit keys with default values, as published files do.
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from qvl_runtime.families.qwen2_vl.vocabulary import letters, merges
+from qvl_runtime.inputs.tokenizer import read_ranks
 
 # model_type, then: heads, kv heads, hidden, layers, ffn, vocabulary, tied; the vision section
 _SMALL_3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -100,12 +100,14 @@ def preprocessing(name: str) -> dict[str, Any]:
     }
 
 
+def ranks_file() -> Path:
+    """The file of the published vocabulary, which the test dependency dashscope ships."""
+    return Path(importlib.util.find_spec("dashscope").submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+
+
 def write_tokenizer(folder: Path, name: str) -> None:
-    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` with the vocabulary that dashscope ships."""
-    found = importlib.util.find_spec("dashscope").submodule_search_locations[0]
-    lines = (Path(found) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-    alphabet = letters()
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` with the published vocabulary."""
+    ranks, alphabet = read_ranks(ranks_file().read_bytes()), letters()
     shown = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     (folder / "vocab.json").write_text(json.dumps({shown[token]: rank for token, rank in ranks.items()}))
     lines = [f"{shown[first]} {shown[second]}" for first, second in merges(ranks)]

@@ -14,7 +14,6 @@ which the test dependency dashscope ships. Tensors are streamed: memory stays be
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -204,8 +203,7 @@ def write_checkpoint(
     config = ModelConfig.from_dict(raw)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     shutil.copy(CONFIGS / "generation_config.json", folder)
-    vocabulary = Path(importlib.util.find_spec("dashscope").submodule_search_locations[0])
-    shutil.copy(vocabulary / "resources" / "qwen.tiktoken", folder)
+    shutil.copy(published_vl.ranks_file(), folder)
     write_shards(folder, published_order(config), layout == "pickle", config.num_hidden_layers, seed)
 
 

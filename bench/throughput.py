@@ -64,7 +64,7 @@ def whole(model: qvl.Model, prompts: list[list[int]], tokens: int) -> float:
     return time.perf_counter() - begin
 
 
-def bare(model: qvl.Model, run: DecodeStep, sessions: list[Session], prompts: list[list[int]], tokens: int) -> float:
+def bare(run: DecodeStep, sessions: list[Session], prompts: list[list[int]], tokens: int) -> float:
     """Seconds of the same products alone: prompts, as many in a slice as fit, then steps of all rows."""
     begin, at_once = time.perf_counter(), max(PREFILL_ROWS // len(prompts[0]), 1)
     for first in range(0, len(sessions), at_once):
@@ -149,7 +149,7 @@ def main() -> None:
     sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
     warm = rng.integers(300, 900, (2, options.prompt)).tolist()
     whole(model, warm, 2)
-    bare(model, run, sessions[:2], warm, 2)
+    bare(run, sessions[:2], warm, 2)
     for count in options.answers:
         found = []
         for turn in range(options.rounds):
@@ -159,7 +159,7 @@ def main() -> None:
                 module = sys.modules[__name__] if which == "bare" else scheduler
                 with timed((module, "compute_slices"), (module, "step")) as parts:
                     if which == "bare":
-                        seconds[which] = bare(model, run, sessions[:count], prompts, options.tokens)
+                        seconds[which] = bare(run, sessions[:count], prompts, options.tokens)
                     else:
                         seconds[which] = whole(model, prompts, options.tokens)
                 beside = seconds[which] - sum(parts.values())
