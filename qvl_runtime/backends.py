@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from qvl_kernels.ops import DeviceError, Ops
+from qvl_kernels.ops import PRECISIONS, DeviceError, Ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import VISION_PARTS, budget
 from qvl_runtime.errors import QvlError
@@ -63,10 +63,12 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
     Raises
     ------
     QvlError
-        For an unknown name, or an environment variable with an invalid value.
+        For an unknown name, or unknown `activations`, also where they have no effect.
     DeviceError
-        If "cuda" is requested and there is no usable GPU.
+        If "cuda" is requested and there is no usable GPU, or an environment variable has an invalid value.
     """
+    if activations not in PRECISIONS:
+        raise QvlError(f"activations {activations!r} are unknown; choose one of {', '.join(PRECISIONS)}")
     name, reason = backend(device)
     if name == "reference":
         from qvl_kernels.reference import ReferenceOps
@@ -86,12 +88,9 @@ def make_ops(device: str, activations: str = "auto", progress: Callable[[int], N
 
         if not gpu.absent():
             log.warning("qvl: no usable GPU (%s); running on the CPU", reason)
-    try:
-        from qvl_kernels.cpu import CpuOps
+    from qvl_kernels.cpu import CpuOps
 
-        return CpuOps(activations=activations)
-    except ValueError as error:
-        raise QvlError(str(error)) from None
+    return CpuOps(activations=activations)
 
 
 def tune(ops: Ops, blob: Blob) -> None:

@@ -171,6 +171,9 @@ def test_bad_load_arguments(blob):
         qvl.load(path, device="tpu")
     with pytest.raises(qvl.QvlError, match="kv_cache 'fp8'"):
         qvl.load(path, kv_cache="fp8")
+    for device in ("cpu", "reference"):
+        with pytest.raises(qvl.QvlError, match="activations 'int4' are unknown"):
+            qvl.load(path, device=device, activations="int4")
     with pytest.raises(qvl.QvlError, match="no such file"):
         qvl.load("missing.qvl")
     with pytest.raises(qvl.QvlError, match="context is '100'; expected a whole number"):

@@ -51,6 +51,10 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """The exact (erf) GELU, its tanh approximation, and ``x * sigmoid(1.702 x)``."""
 
 
+PRECISIONS = ("auto", "int16", "int8")
+"""What the CPU's products of many rows may do with activations; see `qvl_kernels.cpu.CpuOps`."""
+
+
 class DeviceError(RuntimeError):
     """A device is missing, unsupported or too small. The one-line message has a remedy."""
 

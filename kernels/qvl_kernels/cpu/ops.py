@@ -12,10 +12,9 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched, cache, choices, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
-from qvl_kernels.ops import Norm, check_segments, query_heads
+from qvl_kernels.ops import PRECISIONS, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
-ACTIVATIONS = ("auto", "int16", "int8")
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
 
 
@@ -79,8 +78,8 @@ class CpuOps:
     the memory is. With more cores it is the bottleneck, and a row costs less."""
 
     def __init__(self, *, activations: str = "auto", threads: int | None = None):
-        if activations not in ACTIVATIONS:
-            raise ValueError(f"activations {activations!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if activations not in PRECISIONS:
+            raise ValueError(f"activations {activations!r}: expected one of {', '.join(PRECISIONS)}")
         self.activations, self.threads = activations, threads or default_threads()
         self.choices = (choices.kept() if choices.wanted() else None) or choices.built_in()
         self._pool = Pool(self.threads)
