@@ -209,9 +209,11 @@ def make_blob() -> bytes:
         return out.read_bytes()
 
 
-def make_targets(wanted: list[str]) -> dict[str, Target]:
-    """The wanted targets by name; all of them if none is named."""
-    ckpt, linked = GOLDEN / "ckpt", Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
+def make_targets(wanted: list[str], scratch: Path) -> dict[str, Target]:
+    """The wanted targets by name; all of them if none is named. Their checkpoints lie in folders of `scratch`."""
+    ckpt, linked, family, asked = GOLDEN / "ckpt", *(scratch / name for name in ("linked", "family", "asked"))
+    for folder in (linked, family, asked):
+        folder.mkdir()
     vl = ckpt / "tiny-vl"
     for path in vl.iterdir():
         if path.name != "config.json":
@@ -222,8 +224,7 @@ def make_targets(wanted: list[str]) -> dict[str, Target]:
     parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image", "url": "data:,"}]}
     data = [{"id": "x", "conversations": said}, {"messages": [parts]}, {"text": "Words."}]
     adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_rslora": True, "rank_pattern": {}}
-    speaker, family = Checkpoint(vl), Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
-    asked = Path(tempfile.mkdtemp(prefix="qvl-fuzz-"))
+    speaker = Checkpoint(vl)
     for path in (GOLDEN / "families/ckpt/q3-tied").iterdir():
         (family / path.name).symlink_to(path)
     question = {"question_id": 1, "image": "data/a.png", "question": "What?"}
@@ -356,10 +357,11 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="the number of one mutant")
     args = parser.parse_args()
     logging.disable()  # calibration names what it skips
-    targets = make_targets(args.targets)
-    started = time.perf_counter()
-    first, count = (0, args.count) if args.only is None else (args.only, 1)
-    ends, failures = run(targets, count, args.seed, first)
+    with tempfile.TemporaryDirectory(prefix="qvl-fuzz-") as scratch:
+        targets = make_targets(args.targets, Path(scratch))
+        started = time.perf_counter()
+        first, count = (0, args.count) if args.only is None else (args.only, 1)
+        ends, failures = run(targets, count, args.seed, first)
     for line in failures[:50]:
         print(line)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
