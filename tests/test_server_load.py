@@ -364,3 +364,16 @@ def test_a_client_that_leaves_as_its_turn_comes_passes_it_on(ending):
 
     admission = asyncio.run(scene())
     assert (admission.running, admission.waiting) == (0, 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+@pytest.mark.parametrize(
+    ("now", "most", "wanted"),
+    [(1024, 1 << 20, 8192), (1024, 4096, 4096), (1 << 20, 1 << 20, None), (1024, -1, 8192), (-1, -1, None)],
+)
+def test_the_limit_of_open_files_is_raised_and_never_lowered(now, most, wanted, monkeypatch):
+    limits = []
+    monkeypatch.setattr(listening.resource, "getrlimit", lambda kind: (now, most))
+    monkeypatch.setattr(listening.resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    listening.allow_connections()
+    assert limits == ([] if wanted is None else [(wanted, most)])

@@ -145,13 +145,18 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def allow_connections() -> None:
+    """Raise this process's limit of open files, of which each connection is one. The default is 1024."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS if most == resource.RLIM_INFINITY else min(most, 2 * CONNECTIONS)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 def serve(app: Starlette, bound: socket.socket, listening: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM."""
     if sys.platform != "win32":
-        # Each connection is an open file, and the default limit is 1024.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 2 * CONNECTIONS if most == resource.RLIM_INFINITY else min(most, 2 * CONNECTIONS)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        allow_connections()
     listener = Listener(app, listening)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run([bound])
