@@ -126,6 +126,7 @@ WRONG = {
         }.items()
     },
     "response_format a word": ({"response_format": "json"}, "response_format"),
+    "response_format without a type": ({"response_format": {"json_schema": {}}}, "response_format.type"),
     "response_format unknown": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "schema missing": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     "schema a number": ({"response_format": schema(123)}, "response_format.json_schema.schema"),

@@ -187,7 +187,7 @@ def _constraint(fields: Fields, limits: Limits) -> Form | None:
             raise refused(f"this server knows no {name}; use response_format with a json_schema", name)
     grounding, form = fields.flag("grounding"), fields.object("response_format")
     kind = form.string("type")
-    if kind in (None, "text"):
+    if kind == "text" or not fields.get("response_format"):
         return Grounding() if grounding else None
     if grounding:
         raise refused("grounding and response_format exclude each other", "grounding")
