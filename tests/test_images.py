@@ -164,7 +164,7 @@ def test_exif_is_ignored_unless_it_is_asked_for(tmp_path):
     assert load_image(tmp_path / "a.jpg", exif=True).size == (30, 20)
 
 
-@pytest.mark.parametrize("source", [str(ODD), ODD, ODD.as_uri(), ODD.as_uri().replace("file", "FILE")])
+@pytest.mark.parametrize("source", [str(ODD), ODD, ODD.as_uri(), ODD.as_uri().replace("file", "FILE", 1)])
 def test_paths_can_be_switched_off(source):
     assert load_image(source).size == (173, 91)
     with pytest.raises(QvlError, match="no file is opened here"):
@@ -180,6 +180,32 @@ def test_a_small_jpeg2000_file_cannot_ask_for_much_memory(tmp_path):
         load_image(path)
     Image.new("RGB", (400, 300)).save(path)
     assert load_image(path).size == (400, 300)
+
+
+def test_a_small_bitmap_cannot_ask_for_much_time():
+    """Pillow decodes run-length encoding in Python, and fills a row that ends early one pixel after the other."""
+
+    def bitmap(width: int) -> bytes:
+        runs, palette = b"\1\1\0\0", bytes(1024)
+        head = struct.pack("<IiiHHIIiiII", 40, width, 1, 1, 8, 1, len(runs), 0, 0, 256, 0) + palette
+        return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(runs), 0, 0, 14 + len(head)) + head + runs
+
+    assert load_image(bitmap(300)).size == (300, 1)
+    for content in (bitmap(80_000_000), b"P1 9000 9000\n" + b"1" * 100):
+        with pytest.raises(QvlError, match="pixels, more than 16777216"):
+            load_image(content)
+
+
+def test_a_jpeg_cannot_ask_for_a_pass_with_every_few_bytes():
+    out = io.BytesIO()
+    Image.open(ODD).convert("RGB").save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(QvlError, match="the image data is a JPEG of more than 100 scans"):
+        load_image(whole[:-2] + scan * 100 + whole[-2:])
+    comment, pixels = b"\xff\xfe" + struct.pack(">H", 502) + scan[:2] * 250, np.asarray(load_image(whole))
+    for like in (whole + scan * 100, whole[:2] + comment + whole[2:]):  # what is no scan of the picture
+        assert (np.asarray(load_image(like)) == pixels).all()
 
 
 @pytest.mark.parametrize("seed", range(40))

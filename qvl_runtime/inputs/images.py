@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeGuard
@@ -21,8 +22,14 @@ ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Ima
 
 # A decoded picture of this size takes 270 MB. Pillow's limit for decompression bombs is the same.
 MAX_PIXELS = 89_478_485
-# OpenJPEG allocates 24 bytes a pixel, even for a file of 1.5 KB.
-MAX_JPEG2000_PIXELS = 16 << 20
+# OpenJPEG allocates 24 bytes a pixel, even for a file of 1.5 KB. Pillow has two decoders in Python, which take seconds
+# for this many pixels, even of a file of 1 KB.
+MAX_SLOW_PIXELS = 16 << 20
+PYTHON_DECODERS = ("bmp_rle", "ppm_plain")
+# Progressive files have ten. A scan of 14 bytes can cost a full pass over the picture; libtiff has the same limit.
+MAX_SCANS = 100
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+"""A marker of a JPEG, but those that have no length and may stand within a scan."""
 # The size of a bitmap of `MAX_PIXELS`.
 MAX_FILE_BYTES = 257 << 20
 # Formats that Pillow decodes by itself. For EPS it would run Ghostscript.
@@ -66,8 +73,8 @@ def load_image(
     Raises
     ------
     QvlError
-        No such file, not an image, more than `MAX_PIXELS` pixels, an array of another dtype, shape or range, or a
-        source that is not allowed.
+        No such file, not an image, more than `MAX_PIXELS` pixels or `MAX_SCANS` scans, an array of another dtype,
+        shape or range, or a source that is not allowed.
     """
     content = read_image(source, allow_urls=allow_urls, allow_paths=allow_paths)
     return decode_image(content, image_label(source), exif=exif)
@@ -117,6 +124,8 @@ def decode_image(content: bytes | Image.Image | np.ndarray, label: str, *, exif:
         return _to_rgb(lambda: content, label, exif)
     if not content:
         raise QvlError(f"{label} is empty (0 bytes)")
+    if content.startswith(b"\xff\xd8") and _scans(content) > MAX_SCANS:
+        raise QvlError(f"{label} is a JPEG of more than {MAX_SCANS} scans: save it again")
     return _to_rgb(lambda: Image.open(io.BytesIO(content), formats=FORMATS), label, exif)
 
 
@@ -204,7 +213,8 @@ def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Im
     # Pillow's warnings are left to the application: `catch_warnings` is not thread-safe.
     try:
         image = open_image()
-        _check_size(*image.size, label, MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_PIXELS)
+        slow = image.format == "JPEG2000" or any(tile[0] in PYTHON_DECODERS for tile in getattr(image, "tile", ()))
+        _check_size(*image.size, label, MAX_SLOW_PIXELS if slow else MAX_PIXELS)
         transparent = image.mode == "P" and "transparency" in image.info  # `convert` warns of what RGB cannot hold
         rgb = (image.convert("RGBA") if transparent else _scaled(image, label)).convert("RGB")
         turn = UPRIGHT.get(_orientation(image)) if exif else None
@@ -217,6 +227,18 @@ def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Im
         raise QvlError(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise QvlError(f"{label} is broken: {excerpt(error) or type(error).__name__}") from None
+
+
+def _scans(content: bytes) -> int:
+    """Count the scans of a JPEG as its decoder finds them, at most one more than `MAX_SCANS`.
+
+    Other bytes than a scan's may look like its marker: those of a thumbnail, or of a video that follows the picture.
+    """
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (marker := MARKER.search(content, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _scaled(image: Image.Image, label: str) -> Image.Image:
