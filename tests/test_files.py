@@ -136,6 +136,11 @@ def test_sizes_are_limited(tmp_path):
     refused(lambda: read_regular(path, limit=16 << 20), "larger than the 16 MiB")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs /proc")
+def test_a_file_that_opens_but_cannot_be_read():
+    refused(lambda: load_image("/proc/self/mem"), "/proc/self/mem: cannot be read (Input/output error)")
+
+
 def test_a_small_file_takes_little_memory_whatever_its_limit(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"abc")

@@ -59,8 +59,10 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
                 raise QvlError(f"{shown(path)}: is a Git-LFS pointer, not the file; fetch that with `git lfs pull`")
             os.lseek(descriptor, 0, os.SEEK_SET)
         return open(descriptor, "rb")
-    except BaseException:
+    except BaseException as error:
         os.close(descriptor)
+        if isinstance(error, OSError):  # such as /proc/self/mem, or a bad disk
+            raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
         raise
 
 
