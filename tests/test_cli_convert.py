@@ -240,16 +240,41 @@ def test_a_time_has_a_unit_that_fits():
     assert [duration(t) for t in (0.0003, 0.0142, 0.9999, 33.84)] == ["0.30 ms", "14.2 ms", "1.00 s", "33.8 s"]
 
 
-def test_an_ascii_terminal_shows_code_points(blob):
-    name = Path("圆") / blob("tiny-vl-bin").name
-    done = subprocess.run(
-        [sys.executable, "-m", "qvl_runtime", "info", str(name)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
-    )
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
-    assert "\\u5706" in done.stderr
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is the C locale's
+def test_an_ascii_terminal_shows_code_points(blob, tmp_path, errors):
+    (tmp_path / "圆.qvl").symlink_to(blob("tiny-vl-bin"))
+    for name, status in (("圆.qvl", 0), ("圆", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "qvl_runtime", "info", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONIOENCODING": f"ascii:{errors}"},
+        )
+        assert done.returncode == status and "\\u5706" in (done.stderr if status else done.stdout)
+        assert (done.stdout if status else done.stderr) == ""
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_output_is_written_nowhere(monkeypatch, blob, name):
+    """A descriptor that a shell closed makes the stream None."""
+    command = ["generate", str(blob("tiny-vl", bits=16)), "x", "--device", "reference", "--max-new-tokens", "2"]
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    written = getattr(sys, name)
+    assert caught.value.code == 0 and os.path.samestat(os.fstat(written.fileno()), os.stat(os.devnull))
+    written.write("圆\udcff")
+    written.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], []])
+def test_a_full_disk_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-u", "-m", "qvl_runtime", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "qvl: No space left on device\n")
 
 
 def test_a_message_has_no_control_characters(qvl, tmp_path):

@@ -37,7 +37,7 @@ COMPLETION = "_QVL_COMPLETE"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with status 0, 1 (one line on standard error), 2 (wrong usage) or 130."""
-    _show_any_character()
+    _repair_streams()
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that cannot be used gives an error
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -48,17 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _app(verb)(arguments, prog_name="qvl")
 
 
-def _show_any_character() -> None:
-    """Escape characters that the terminal's encoding lacks, instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+def _repair_streams() -> None:
+    """Escape characters that the terminal's encoding lacks, instead of raising an error; write nowhere if closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # This also takes the descriptor, which a file that is written would have otherwise.
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _app(wanted: str | None) -> typer.Typer:
     """Build the app. Only the wanted command is imported; the others have a summary."""
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.callback(invoke_without_command=True)(_root)
+    app.callback(invoke_without_command=True)(_guarded(_root))
     for verb, summary in VERBS.items():
         module = f"{__package__}.{verb}"
         if importlib.util.find_spec(module) is None:
