@@ -255,6 +255,34 @@ def test_existing_output_is_refused_without_force(tmp_path):
     Blob(out).check()
 
 
+def test_force_does_not_replace_what_is_read(tmp_path):
+    source, data = Path(shutil.copytree(BIN, tmp_path / "source")), tmp_path / "data.json"
+    data.write_text(json.dumps([{"text": "Words."}]))
+    linked = tmp_path / "linked.bin"
+    os.link(source / "pytorch_model-00001-of-00002.bin", linked)
+    before = {path: sha256(path) for path in (data, *source.iterdir())}
+    for out in (source / "config.json", source / "qwen.tiktoken", linked, data):
+        used = {"method": "gptq", "calibration_data": data, "device": "reference"}
+        conversion_refused(source, out, f"{out}: is read here and would be replaced", force=True, **used)
+    assert {path: sha256(path) for path in before} == before
+    convert(source, source / "x.qvl")
+    convert(source, source / "x.qvl", force=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+@pytest.mark.parametrize("option", ["force", "resume"])
+def test_two_conversions_do_not_write_one_file(tmp_path, option):
+    """The first to end would else name what the other has begun."""
+    out = tmp_path / "x.qvl"
+
+    def another(name, done, total):
+        if done < total:
+            refused(lambda: convert(BIN, out, **{option: True}), "x.qvl.partial: another conversion is writing it")
+
+    convert(BIN, out, progress=another)
+    Blob(out).check()
+
+
 def test_output_made_by_another_meanwhile_is_kept(tmp_path):
     out = tmp_path / "x.qvl"
 
@@ -340,6 +368,28 @@ def test_too_little_room_is_said_before_work_begins(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     conversion_refused(BIN, tmp_path / "x.qvl", "x.qvl", "needs", "free")
+
+
+def test_a_file_system_without_room_for_such_a_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        conversion_refused(BIN, tmp_path / "x.qvl", "x.qvl: cannot be written with", "bytes (File too large)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_refuses_the_rest_of_the_buffer_again(tmp_path):
+    """Closing the file must not hide what to do."""
+    vector = np.zeros(3, np.float32)
+    layout = {"small": (vector.shape, vector.dtype)}
+    writer = writer_module.BlobWriter(tmp_path / "x.qvl", layout, {}, resume=False, force=False)
+    with open("/dev/full", "r+b", buffering=0) as full:
+        os.dup2(full.fileno(), writer._file.fileno())
+    with pytest.raises(QvlError, match=r"x\.qvl: the disk is full.*--resume"), writer:
+        writer.write("small", vector)
 
 
 def test_a_disk_that_fills_up_is_one_line_and_can_be_resumed(tmp_path, monkeypatch):

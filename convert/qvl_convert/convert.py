@@ -109,6 +109,7 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
+    _check_no_input(Path(out), src, calibration_data, *(() if lora is None else (lora,)))
     vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
@@ -157,6 +158,14 @@ def convert(
             writer.write(RANKS, np.frombuffer(source.checkpoint.ranks, np.uint8))
         writer.finish()
         report(RANKS)
+
+
+def _check_no_input(out: Path, *inputs: str | os.PathLike) -> None:
+    """Refuse to replace a file that is read. A `.qvl` file in a folder that is read may be replaced."""
+    for source in map(Path, inputs) if out.is_file() else ():
+        for path in source.iterdir() if source.is_dir() else (source,):
+            if path.suffix != ".qvl" and path.exists() and path.samefile(out):
+                raise QvlError(f"{out}: is read here and would be replaced; name another file")
 
 
 def _samples(source: Source, data: str | os.PathLike, count: int, *, parts: set[str]) -> list[calibration.Sample]:

@@ -6,18 +6,21 @@ the tensor is written: the header of an unfinished file lists the finished tenso
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import METADATA, metadata_hash
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.locking import lock
 from qvl_runtime.file.tensorfile import DTYPES
 
 DATA_ALIGNMENT = 4096
@@ -62,7 +65,7 @@ class BlobWriter:
     Raises
     ------
     QvlError
-        If the file exists, the unfinished file has other settings, or the disk is full.
+        If the file exists, the unfinished file has other settings or is being written, or the disk is full.
 
     Notes
     -----
@@ -83,16 +86,42 @@ class BlobWriter:
             self._check_space()
         try:
             if not resume:
-                self.partial.unlink(missing_ok=True)  # open() would empty the file that a link names
+                self._remove_unfinished()
             self._file = open(self.partial, "r+b" if resume else "x+b")  # noqa: SIM115
         except (FileNotFoundError, NotADirectoryError):
             raise QvlError(f"{path}: its folder does not exist; create it first") from None
+        self._lock(self._file)
         self._done: set[str] = set()
         if resume:
             self._take_up()
         else:
+            self._begin()
+
+    def _lock(self, file: IO[bytes]) -> None:
+        """Refuse what another conversion writes: it would end with a file that holds something else."""
+        lock(file.fileno(), f"{self.partial}: another conversion is writing it; wait for it, or name another file")
+
+    def _remove_unfinished(self) -> None:
+        if self.partial.is_file():
+            with open(self.partial, "rb") as file:
+                self._lock(file)
+        self.partial.unlink(missing_ok=True)  # open() would empty the file that a link names
+
+    def _begin(self) -> None:
+        """Write the header, and give the file its size."""
+        try:
             self._file.write(self._header)
             self._file.truncate(self.size)
+        except OSError as error:  # such as a file system that holds no file of this size
+            self._close()
+            self.partial.unlink(missing_ok=True)
+            raise QvlError(
+                f"{self.path}: cannot be written with {self.size:,} bytes ({error.strerror}); name a file elsewhere"
+            ) from None
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
+            self._file.close()
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
@@ -215,10 +244,10 @@ class BlobWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
             return
-        self._file.close()
+        self._close()
         if isinstance(error, QvlError) and not self._complete:
             self.partial.unlink(missing_ok=True)
-        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QvlError(f"{self.path}: the disk is full; make room and continue with --resume") from None
 
 
