@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import qvl_runtime as qvl
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.cli.conversation import Conversation, dropped_file
 from qvl_runtime.cli.main import main
 from qvl_runtime.cli.screen import Screen
@@ -402,6 +403,29 @@ def test_what_the_user_can_mend_is_one_line(talk, line):
     assert len(talk.screen.complaints) == 1
     assert "\n" not in talk.screen.complaints[0]
     talk.take("/set top_p")
+    talk.take("Hello")
+    assert len(talk.history) == 1
+
+
+def test_a_conversation_survives_the_system(talk, tmp_path, monkeypatch):
+    talk.take("/image images/rgb_odd.png")
+    for error in (DeviceError("the GPU has no memory left"), MemoryError(), OSError(5, "Input/output error")):
+
+        def failing(*arguments, error=error, **options):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(talk.model, "chat", failing)
+            talk.take("Hello")
+        assert len(talk._waiting) == 1 and not talk.history
+    said = ["the GPU has no memory left", "there is not enough memory; close other programs or take a smaller model"]
+    assert talk.screen.complaints == [*said, "Input/output error"]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    talk.take("/image a.png")
+    assert talk.screen.complaints[3:] == ["No such file or directory"] and talk.failed
     talk.take("Hello")
     assert len(talk.history) == 1
 

@@ -18,7 +18,7 @@ from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.saved_chat import FORMAT, is_past, is_saved, read_saved
 from qvl_runtime.cli.screen import Screen
-from qvl_runtime.cli.text import size
+from qvl_runtime.cli.text import FAILURES, message, size
 from qvl_runtime.cli.turns import check_no_input, is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
@@ -73,7 +73,7 @@ class Conversation:
         self.screen.say(f"{self.model.blob.path.name} on {self.model.ops.name}. /help for commands, Ctrl-D to leave.")
 
     def take(self, line: str) -> None:
-        """Run one line. Errors of the user are shown, and the conversation continues.
+        """Run one line. Errors of the user and of the system are shown, and the conversation continues.
 
         Raises
         ------
@@ -90,9 +90,11 @@ class Conversation:
                 self._command(line)
             else:
                 self._ask(line)
-        except QvlError as error:
+        except BrokenPipeError:  # nobody reads the answers
+            raise
+        except FAILURES as error:
             self.failed = True
-            self.screen.complain(str(error))
+            self.screen.complain(message(error))
 
     def attach(self, source: str) -> None:
         """Add a picture, by its path or URL, to the next question."""
@@ -188,7 +190,7 @@ class Conversation:
         before, self.history = self.history, self.history[:-1]
         try:
             self._answer(before[-1][0])
-        except QvlError:
+        except FAILURES:
             self.history = before
             raise
 
@@ -278,7 +280,7 @@ class Conversation:
         try:
             parts = [{"text": asked}] if isinstance(asked, str) else asked
             self._answer([*({"image": source} for source in waiting), *parts] if waiting else asked)
-        except QvlError:
+        except FAILURES:
             self._waiting = waiting
             raise
 

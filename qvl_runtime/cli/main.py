@@ -14,9 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvl_kernels.ops import DeviceError
-from qvl_runtime.cli.text import one_line
-from qvl_runtime.errors import QvlError
+from qvl_runtime.cli.text import FAILURES, message
 
 VERBS = {
     "convert": "Make a .qvl file out of a Hugging Face model.",
@@ -103,21 +101,11 @@ def _guarded(verb: Callable) -> Callable:
             # The reader has closed the pipe; flushing at exit would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except MemoryError:
-            print("qvl: there is not enough memory; close other programs or take a smaller model", file=sys.stderr)
-            raise typer.Exit(1) from None
-        except (QvlError, DeviceError, OSError) as error:
-            print(f"qvl: {_one_line(error)}", file=sys.stderr)
+        except FAILURES as error:
+            print(f"qvl: {message(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return guarded
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return one_line(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.errors import QvlError
+
+FAILURES = (QvlError, DeviceError, OSError, MemoryError)
+"""Errors of the input and of the system, which are told in one line."""
 
 # Control characters can clear a terminal, set its title, or write to the clipboard.
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "�") | {ord("\n"): "\n", ord("\t"): "\t", 13: None}
@@ -19,6 +23,16 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return printable text without line ends."""
     return printable(" ".join(text.split()))
+
+
+def message(error: BaseException) -> str:
+    """Return what one of `FAILURES` says, in one line."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        text = "there is not enough memory; close other programs or take a smaller model"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return one_line(text)
 
 
 def size(nbytes: int) -> str:
