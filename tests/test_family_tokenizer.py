@@ -125,6 +125,8 @@ def test_ids_that_contradict():
         Tokenizer(ranks, {**special, "<x>": 699})
     with pytest.raises(QvlError, match="no '<|im_end|>'".replace("|", r"\|")):
         Tokenizer(ranks, {form: i for form, i in special.items() if form != "<|im_end|>"})
+    with pytest.raises(QvlError, match="special tokens are too long"):
+        Tokenizer(ranks, {**special, "x" * 1_000_000: 730})
     with pytest.raises(QvlError, match="vocab_size is 710"):
         Tokenizer(ranks, special, 710)
     assert Tokenizer(ranks, special, 768).decode([713, 714, 767]) == "<|video_pad|>"

@@ -102,7 +102,11 @@ def test_padding_and_foreign_ids(tiny):
         for before in ([], [tiny.special["<img>"]]):
             with pytest.raises(QvlError, match=re.escape(f"token id {bad} is not in 0..639")):
                 tiny.decode([*before, bad])
-    for bad in ("a", b"a", 39, None):
+    for bad in ("a\n", "\x1b[2J", np.zeros((2, 2), int)):
+        with pytest.raises(QvlError, match="is not in") as caught:
+            tiny.decode([bad])
+        assert str(caught.value).isprintable()
+    for bad in ("a", b"a", 39, None, np.array(39)):
         with pytest.raises(QvlError, match=f"expected token ids to decode, got {type(bad).__name__}; pass a list"):
             tiny.decode(bad)
     assert tiny.decode(np.array([39, 39], np.int32)) == "HH"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Set
 import numpy as np
 import tiktoken
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 
 # cl100k's pattern, but with digits one by one and contractions in either case.
 SPLIT_PATTERN = (
@@ -111,7 +111,8 @@ class Tokenizer:
     Raises
     ------
     QvlError
-        Two tokens share an id, or the embedding has fewer rows than the tokenizer has ids.
+        Two tokens share an id, the special tokens are too long, or the embedding has fewer rows than the tokenizer has
+        ids.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int], vocab_size: int | None = None):
@@ -132,9 +133,14 @@ class Tokenizer:
         self.eod_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
-        self._bpe = tiktoken.Encoding(
-            "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special
-        )
+        try:
+            self._bpe = tiktoken.Encoding(
+                "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special
+            )
+        except ValueError:  # it makes one regular expression of the special tokens
+            raise QvlError(
+                "the special tokens are too long; take the tokenizer from the model's own repository"
+            ) from None
         self._bytes = [b""] * self.vocab_size
         for token_id, token in owners.items():
             self._bytes[token_id] = token.encode() if isinstance(token, str) else token
@@ -185,7 +191,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode ids to bytes; see `decode`."""
-        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0:
             raise QvlError(f"expected token ids to decode, got {type(ids).__name__}; pass a list of them")
         stream = self.byte_stream()
         return b"".join([stream.push(token_id) for token_id in ids]) + stream.finish()
@@ -203,7 +209,7 @@ class Tokenizer:
             An id outside the embedding.
         """
         if not isinstance(token_id, int | np.integer) or not 0 <= token_id < self.vocab_size:
-            raise QvlError(f"token id {token_id!s:.40} is not in 0..{self.vocab_size - 1}")
+            raise QvlError(f"token id {excerpt(token_id):.40} is not in 0..{self.vocab_size - 1}")
         return self._bytes[token_id]
 
 
