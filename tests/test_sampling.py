@@ -1,6 +1,7 @@
 """Sampling against the golden data, and the guarantees about seeds and values."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_top_p_that_is_reached_exactly():
 def test_top_k_larger_than_the_vocabulary():
     logits = np.array([1, 2, 3], np.float32)
     np.testing.assert_array_equal(keep_top_k(logits, 50), logits)
+
+
+def test_numpy_scalars_compute_like_numbers():
+    logits = np.random.default_rng(3).normal(size=2000).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in (np.int8, np.uint8, np.int64):
+            options = {"temperature": np.float16(0.5), "top_k": kind(100), "seed": kind(1)}
+            assert (draws(Sampler(**options), logits, 20) == draws(Sampler(0.5, 100, seed=1), logits, 20)).all()
+        tiny = Sampler(1, seed=1, min_p=np.longdouble("1e-4000"))  # smaller than any float
+        assert tiny(logits, []) == Sampler(1, seed=1)(logits, [])
 
 
 def test_forbidden_tokens_are_never_drawn():

@@ -138,6 +138,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for off")
+        self.top_k = int(self.top_k)  # int8 has no room for a number of tokens
         for name, low, high, wanted in (
             ("temperature", 0, LARGEST, f"a number from 0 (greedy) to {LARGEST:g}"),
             ("top_p", 0, 1, "a number from 0 to 1 (off)"),
@@ -147,7 +148,9 @@ class Sampler:
             ("frequency_penalty", -2, 2, "a number from -2 to 2, 0 for off"),
         ):
             value = getattr(self, name)
+            value = float(value) if isinstance(value, np.floating) else value  # float16 does not reach `high`
             _check(name, value, _is_number(value) and low <= value <= high, wanted)
+            setattr(self, name, float(value))
         seed_fits = self.seed is None or (_is_integer(self.seed) and self.seed >= 0)
         _check("seed", self.seed, seed_fits, "a whole number from 0 up, or None")
 
