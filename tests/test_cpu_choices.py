@@ -215,13 +215,14 @@ def test_only_large_files_are_measured_for(demo_model, measured, monkeypatch):
 def test_bench_reports_the_choice(capsys):
     from rich.console import Console
 
-    def shown(**chosen) -> str:
+    def shown(file: str = "a", **chosen) -> str:
         speeds = Speeds(None, 1, 1, 1, None, None, None, None, None, **chosen)
-        conditions = {"file": "a", "device": "cpu", "threads": 2, "prompt_tokens": 1, "new_tokens": 1}
+        conditions = {"file": file, "device": "cpu", "threads": 2, "prompt_tokens": 1, "new_tokens": 1}
         Console(width=200).print(_table(speeds, conditions))
         return capsys.readouterr().out
 
     assert "prefetch" not in shown()
+    assert shown("a[bold]\x1b[2J.qvl").startswith("a[bold]\ufffd[2J.qvl on cpu")
     assert "512 KiB" in (text := shown(level2=512 << 10, ahead=2048)) and "2048 bytes (not measured)" in text
     text = shown(level2=512 << 10, ahead=1024, ahead_times={0: 1.2, 1024: 0.8, 2048: 1.0})
     assert "1024 bytes (0: 1.50, 2048: 1.25 of its time)" in text

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
 from qvl_runtime.cli.loading import Activations, Device, KVCache, ModelFile, load_shown
-from qvl_runtime.cli.text import duration, size
+from qvl_runtime.cli.text import duration, one_line, size
 from qvl_runtime.errors import QvlError
 
 
@@ -56,7 +57,9 @@ def bench(
 
 def _table(speeds: Speeds, conditions: dict) -> Table:
     threads = f", threads: {conditions['threads']}" if conditions["threads"] else ""
-    table = Table(title=f"{conditions['file']} on {conditions['device']}{threads}", title_justify="left")
+    # as text: a part of a file's name in brackets is no style
+    title = Text(one_line(f"{conditions['file']} on {conditions['device']}{threads}"))
+    table = Table(title=title, title_justify="left")
     for heading in ("", "measured", "of the machine's limit"):
         table.add_column(heading, justify="right" if heading else "left")
     if speeds.image is not None:
