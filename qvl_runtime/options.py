@@ -114,7 +114,7 @@ def one_constraint(constraint: Form | None, min_new_tokens: int = 0) -> Form | N
         name, is_schema = constraint.__name__, hasattr(constraint, "model_json_schema")
         hint = f"qvl.JsonSchema({name}.model_json_schema())" if is_schema else f"an object, {name}(...)"
         raise QvlError(f"constraint is the class {name}; pass {hint}")
-    if not hasattr(constraint, "start"):
+    if not callable(getattr(constraint, "start", None)):
         raise QvlError(
             f"constraint is {constraint!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()"
         )

@@ -154,6 +154,7 @@ class Pydantic:
         (lambda m: m.chat("x", system=5), "system is 5; expected a str"),
         (lambda m: m.chat("x", n=2), "chat() has no option 'n'"),
         (lambda m: m.generate("x", constraint="yes|no"), "expected qvl.Regex(...)"),
+        (lambda m: m.generate("x", constraint=range(3)), "expected qvl.Regex(...)"),
         (lambda m: m.generate("x", constraint=qvl.Regex), "is the class Regex; pass an object"),
         (lambda m: m.generate("x", constraint=Pydantic), "pass qvl.JsonSchema(Pydantic.model_json_schema())"),
         (lambda m: m.generate("x", stop=[1]), "stop is [1]; expected a str or a list of str"),

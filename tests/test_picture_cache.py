@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import refused
 from PIL import Image
 from safetensors.numpy import load_file
 from shards import safetensors_bytes
@@ -102,6 +103,8 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(QvlError, match="cache_dir"):
         PictureCache(SHAPE[1], 0, tmp_path / "file")
+    for name in ("a\0b", "\ud800", 3, ["a"]):
+        refused(lambda name=name: PictureCache(SHAPE[1], 0, name))
     cache = PictureCache(SHAPE[1], SIZE, tmp_path / "folder")
     (tmp_path / "folder").rmdir()
     with pytest.warns(UserWarning, match="cannot be written"):

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from qvl_kernels.atomic import replacing
 from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import as_path
 from qvl_runtime.file.tensorfile import TensorFile
 
 MEMORY_BYTES = 256 << 20
@@ -45,14 +46,15 @@ class PictureCache:
 
     def __init__(self, hidden: int, limit: int, folder: str | os.PathLike | None = None):
         self.hidden, self.limit = hidden, limit
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else as_path(folder)
         self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = make_lock()
         if self.folder is not None:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise QvlError(f"cache_dir {str(folder)!r} cannot be made ({error.strerror}); name a folder") from None
+            except (OSError, ValueError) as error:  # ValueError: no name of a file
+                reason = getattr(error, "strerror", None) or error
+                raise QvlError(f"cache_dir {str(folder)!r:.200} cannot be made ({reason}); name a folder") from None
 
     @property
     def nbytes(self) -> int:
