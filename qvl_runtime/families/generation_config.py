@@ -59,7 +59,7 @@ class GenerationConfig:
         check(
             config.chat_format in ("chatml", "raw"),
             where,
-            f"'chat_format' is {config.chat_format!r}, expected 'chatml' or 'raw'",
+            f"'chat_format' is {config.chat_format!r:.60}, expected 'chatml' or 'raw'",
         )
         for name, least in (("max_new_tokens", 1), ("max_window_size", 0)):
             value = getattr(config, name)

@@ -180,7 +180,7 @@ class ModelConfig:
         )
         for name, computed in (("rotary_pct", 1.0), ("no_bias", True), ("tie_word_embeddings", False)):
             value = data.get(name, computed)
-            check(value == computed, where, f"'{name}' is {value!r}; only {computed!r} is known")
+            check(value == computed, where, f"'{name}' is {value!r:.60}; only {computed!r} is known")
         if config.visual is not None:
             check(
                 config.visual.output_dim == config.hidden_size,
