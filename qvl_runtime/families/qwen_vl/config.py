@@ -57,7 +57,7 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> VisionConfig:
         where = f"{where}: visual"
-        check(isinstance(data, Mapping), where, f"is {data!r}, expected a section")
+        check(isinstance(data, Mapping), where, f"is {data!r:.60}, expected a section")
         kinds = {f.name: {"int": int, "float": float}[str(f.type)] for f in dataclasses.fields(cls)}
         config = cls(**{k: take(data, k, t, where, 256 if k == "n_queries" else None) for k, t in kinds.items()})
         limits = {"layers": MAX_LAYERS, "image_size": MAX_SIDE}
