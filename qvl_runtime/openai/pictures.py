@@ -21,9 +21,6 @@ from qvl_runtime.openai.limits import Limits
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """Formats that browsers send. Decoders of other formats have had more vulnerabilities."""
 
-SCANS = 100
-"""Largest number of scans of a JPEG. Progressive files have ten; a scan of a hundred bytes can cost a full pass."""
-
 SIDE = 65_535
 """Largest width or height of a picture, which is JPEG's. Pillow shrinks longer ones in hundreds of megabytes."""
 
@@ -94,8 +91,6 @@ def measured(content: bytes, number: int, limits: Limits, *, upright: bool) -> S
         Whether the model applies the EXIF orientation.
     """
     label = f"picture {number}"
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > SCANS:
-        raise refused(f"{label} is a JPEG of more than {SCANS} scans: save it again")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
