@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -377,3 +378,38 @@ def test_the_limit_of_open_files_is_raised_and_never_lowered(now, most, wanted, 
     monkeypatch.setattr(listening.resource, "setrlimit", lambda kind, pair: limits.append(pair))
     listening.allow_connections()
     assert limits == ([] if wanted is None else [(wanted, most)])
+
+
+def test_freed_memory_is_returned_when_no_request_is_left(demo_model, monkeypatch):
+    returned = threading.Event()
+    monkeypatch.setattr(listening, "return_freed_memory", returned.set)
+    with serving(demo_model) as served:
+        assert not returned.wait(1.5)
+        served.chat()
+        assert returned.wait(20)
+        returned.clear()
+        assert not returned.wait(1.5), "once only"
+
+
+FREED = """
+import ctypes
+from qvl_runtime.server.listening import return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [libc.malloc(1 << 16) for _ in range(512)]  # too small to be mapped one by one
+last = libc.malloc(1 << 16)  # keeps the heap from shrinking
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 16)
+    libc.free(block)
+before = resident()
+return_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
+def test_freed_memory_goes_to_the_system():
+    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) > 16 << 20

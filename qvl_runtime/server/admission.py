@@ -23,6 +23,15 @@ class Admission:
     Parameters
     ----------
     limits : Limits
+
+    Attributes
+    ----------
+    entered, inside : int
+        Numbers of requests that got a place so far, and that have one now.
+    running : int
+        Number of admitted requests.
+    stopping : bool
+        Whether no more are admitted.
     """
 
     def __init__(self, limits: Limits):
@@ -31,6 +40,7 @@ class Admission:
         self._reading: set[asyncio.Timeout] = set()
         self._held = 0
         self._mean = 1.0
+        self.entered = 0
         self.inside = 0
         self.running = 0
         self.stopping = False
@@ -53,6 +63,7 @@ class Admission:
             raise unavailable(STOPPING)
         if self.inside >= self._limits.running + self._limits.waiting:
             raise self._full("too many requests are waiting")
+        self.entered += 1
         self.inside += 1
         try:
             yield

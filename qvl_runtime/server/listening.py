@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import socket
 import sys
 import time
@@ -91,6 +92,7 @@ class Listener(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Task | None = None
         self._signals = 0
+        self._answered = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -104,6 +106,10 @@ class Listener(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection) and connection.is_stuck(now):
                     connection.transport.abort()
+            admission = self._service.admission
+            if admission.inside == 0 and admission.entered != self._answered:
+                self._answered = admission.entered
+                return_freed_memory()
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -125,6 +131,12 @@ class Listener(uvicorn.Server):
         with contextlib.suppress(Exception):
             await self._service.stop()
         self.should_exit = True
+
+
+def return_freed_memory() -> None:
+    """Let the C library return what it keeps to the system: after large pictures that is hundreds of megabytes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no such function, or no library to ask
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
