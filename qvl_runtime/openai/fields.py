@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qvl_runtime.openai.errors import refused
+from qvl_runtime.openai.errors import ApiError, refused
 
 
-def describe(value: Any) -> str:
-    """Return the JSON type of a value."""
-    names = {
+def wrong(value: Any, name: str, wanted: str) -> ApiError:
+    """Create the error of a field that is missing or has another type."""
+    kinds = {
         bool: "a boolean",
         int: "a number",
         float: "a number",
@@ -19,13 +19,15 @@ def describe(value: Any) -> str:
         list: "an array",
         dict: "an object",
     }
-    return names.get(type(value), "null")
+    if value is None:
+        return refused(f"{name} is missing: give {wanted}", name)
+    return refused(f"{name} must be {wanted}, not {kinds.get(type(value), type(value).__name__)}", name)
 
 
 def text(value: Any, name: str) -> str:
     """Check that a value is a valid Unicode string."""
     if not isinstance(value, str):
-        raise refused(f"{name} must be a string, not {describe(value)}", name)
+        raise wrong(value, name, "a string")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -36,14 +38,14 @@ def text(value: Any, name: str) -> str:
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
     """Check that a value is an object."""
     if not isinstance(value, dict):
-        raise refused(f"{name} must be an object, not {describe(value)}", name)
+        raise wrong(value, name, "an object")
     return value
 
 
 def array(value: Any, name: str) -> list[Any]:
     """Check that a value is an array."""
     if not isinstance(value, list):
-        raise refused(f"{name} must be an array, not {describe(value)}", name)
+        raise wrong(value, name, "an array")
     return value
 
 
@@ -72,7 +74,7 @@ class Fields:
         """Return a boolean; False if absent."""
         value = self._data.get(name)
         if value is not None and not isinstance(value, bool):
-            raise refused(f"{self.name(name)} must be true or false, not {describe(value)}", self.name(name))
+            raise wrong(value, self.name(name), "true or false")
         return bool(value)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
@@ -106,7 +108,7 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise refused(f"{self.name(name)} must be a number, not {describe(value)}", self.name(name))
+            raise wrong(value, self.name(name), "a number")
         if not -math.inf < value < math.inf:
             raise refused(f"{self.name(name)} is too large", self.name(name))
         return value

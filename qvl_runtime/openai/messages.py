@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from qvl_runtime.openai.errors import refused
-from qvl_runtime.openai.fields import array, describe, mapping, text
+from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import Sent, checked_url
 
@@ -88,8 +88,6 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
     ApiError
         For an unknown role or part, a wrong type, a picture that is not a URI, too many pictures, or too much text.
     """
-    if value is None:
-        raise refused("messages is missing: give an array of messages", "messages")
     listed = array(value, "messages")
     if not listed:
         raise refused("messages is empty: it needs a user's message", "messages")
@@ -115,7 +113,7 @@ class _Reader:
         if isinstance(content, str):
             return Message(ROLES[role], [self._counted(content, where)])
         if not isinstance(content, list):
-            raise refused(f"{where} must be a string or an array of parts, not {describe(content)}", where)
+            raise wrong(content, where, "a string or an array of parts")
         return Message(ROLES[role], [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)])
 
     def _part(self, part: Any, name: str, role: str) -> Part:

@@ -11,7 +11,7 @@ from qvl_runtime.batching import SEEDS
 from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.openai.errors import ApiError, refused
-from qvl_runtime.openai.fields import Fields, array, describe, text
+from qvl_runtime.openai.fields import Fields, array, text, wrong
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import Messages, read_messages
 
@@ -100,8 +100,6 @@ def read_prompt(value: Any, limits: Limits) -> str | list[int]:
         if not value or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in value):
             raise refused("prompt must be a string or an array of token ids", "prompt")
         return value
-    if value is None:
-        raise refused("prompt is missing: give a string or an array of token ids", "prompt")
     prompt = text(value, "prompt")
     if len(prompt) > limits.text:
         raise refused(f"prompt has more than {limits.text} characters", "prompt")
@@ -203,7 +201,7 @@ def _constraint(fields: Fields, limits: Limits) -> Form | None:
 def _schema(schema: Any, name: str, limits: Limits) -> str:
     """Check the schema in the field `name`, and return it as JSON."""
     if not isinstance(schema, dict | bool):
-        raise refused(f"{name} must be a JSON schema, not {describe(schema)}", name)
+        raise wrong(schema, name, "a JSON schema")
     try:
         written = json.dumps(schema)
     except RecursionError:
