@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from gpu_kernels import HALF, activations, ceil, close, constants, flags, launch, poisoned, reference
+from gpu_kernels import HALF, Poisoned, activations, ceil, close, constants, flags, launch, poisoned, reference
 
 from qvl_kernels.gpu import signatures as s
 from qvl_kernels.ops import Norm
@@ -120,6 +120,26 @@ def test_cached_attention(int8, t, heads, kv_heads, d, begin, rng):
     grid, start = (ceil(t, constants(name)["BM"]), heads), np.array([begin], np.int32)
     launch(name, grid, qkv, *cache.arguments, start, out, t, heads, kv_heads, begin + t + 3, d, d**-0.5)
     close(out, causal(qkv, cache, heads, begin), 3e-3)
+
+
+def test_rows_of_a_long_prompt_are_more_than_2_31_values_apart(rng):
+    """As of the logits of 209,716 tokens with Qwen3-VL-32B. Of the arrays only a head is touched, and takes memory."""
+    name, heads, d = "cached_attention.fp16.any", 1 << 20, 64
+    t = constants(name)["BM"] + 1
+    cache = filled_cache(rng, 1, t, d, False, t)
+    qkv, out = (sparse((t, columns * d), HALF, d, written) for columns, written in ((heads + 2, 1), (heads, 0)))
+    assert (t - 1) * heads * d == 1 << 31
+    qkv[:, :d] = rng.standard_normal((t, d))
+    launch(name, (2, 1), qkv, *cache.arguments, np.zeros(1, np.int32), out, t, heads, 1, t, d, d**-0.5)
+    close(np.array(out[:, :d]), causal(np.array(qkv[:, : 3 * d]), cache, 1, 0), 3e-3)
+
+
+def sparse(shape, dtype, columns, written):
+    """Zeros, of which the first columns are `written` or not, and no others."""
+    array = np.zeros(shape, dtype).view(Poisoned)
+    array.written = np.zeros(array.nbytes, np.uint8)
+    array.written.reshape(shape[0], -1)[:, : columns * array.itemsize] = written
+    return array
 
 
 def causal(qkv, cache, heads, begin):

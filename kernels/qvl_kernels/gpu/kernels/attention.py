@@ -56,7 +56,12 @@ def cached_attention(
     end = begin + t
     mask = (rm < t)[:, None] & (rd < width)[None, :]
     row = (heads + 2 * kv_heads) * width
-    q = tl.load(qkv + rm[:, None] * row + head * width + rd[None, :], mask=mask, other=0.0)
+    # counted from the tile's first row, since offsets from that of a long prompt need not fit int32
+    first = (tile * BM).to(tl.int64)
+    own = tl.arange(0, BM)[:, None]
+    qkv += first * row
+    out += first * (heads * width)
+    q = tl.load(qkv + own * row + head * width + rd[None, :], mask=mask, other=0.0)
     base = (head // (heads // kv_heads)).to(tl.int64) * capacity
     k += base * width
     v += base * width
@@ -80,7 +85,7 @@ def cached_attention(
             q, acc, largest, total, k, v, k_scale, v_scale, n0, position, end, rd, width, scale, True, INT8, BN
         )
     acc *= reciprocal(total)[:, None]
-    tl.store(out + rm[:, None] * (heads * width) + head * width + rd[None, :], to_half(acc), mask=mask)
+    tl.store(out + own * (heads * width) + head * width + rd[None, :], to_half(acc), mask=mask)
 
 
 @triton.jit
