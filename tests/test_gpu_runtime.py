@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fakes.gpu import Images, matrix
 
+from qvl_kernels.gpu import ops as gpu_ops
 from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
 from qvl_kernels.gpu.ops import CudaOps
@@ -241,6 +242,22 @@ def test_more_rows_than_a_grid_has_are_launched_in_pieces(ops, driver):
     assert [launch.args["x"] for launch in gathers] == 3 * [x.address] + [x[i * step :].address for i in range(3)]
     assert [launch.args["out"] for launch in embeds] == [out[i * step :].address for i in range(3)]
     assert len(products) == 1
+
+
+def test_a_product_of_more_values_than_offsets_reach_is_launched_in_pieces(ops, driver, monkeypatch):
+    """As of the logits of 80,000 tokens with Qwen3-VL-32B, whose rows have 25,600 values."""
+    monkeypatch.setattr(gpu_ops, "_MOST_VALUES", 128 * 40)
+    x, w = ops.empty((70, 100)), ops.weight(matrix(64, 100, 4))
+    out, norm = ops.empty((70, 64)), Norm(ops.empty((100,)), None, 1e-6)
+    driver.launches.clear()
+    ops.linear(x, w, out=out, norm=norm, residual=out, activation="gelu")
+    rows, *pieces = driver.launches
+    assert rows.grid[0] == 70 and [piece.args["m"] for piece in pieces] == [32, 32, 6]
+    for i, piece in enumerate(pieces):
+        at = out[32 * i :].address
+        assert piece.args["x"] == rows.args["out"] + 32 * i * 128 * 2
+        assert piece.args["out"] == piece.args["residual"] == at
+        assert piece.args["flags"] == signatures.RESIDUAL | signatures.GELU
 
 
 def test_wrong_calls_are_refused(ops):

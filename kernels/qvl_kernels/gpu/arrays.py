@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qvl_kernels.ops import Array
+
 
 class DeviceArray:
     """A contiguous array on the GPU, or a slice of its leading dimension.
@@ -54,3 +56,16 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {list(self.shape)} at {self.address:#x})"
+
+
+def same_shape(a: Array, b: Array) -> None:
+    """Raise a ValueError if the shapes of two arrays differ."""
+    if tuple(a.shape) != tuple(b.shape):
+        raise ValueError(f"arrays of shapes {list(a.shape)} and {list(b.shape)}, expected equal ones")
+
+
+def expect(array: Array, shape: tuple[int, ...], dtype: np.dtype | None = None) -> None:
+    """Raise a ValueError if an array has another shape, or another type if `dtype` is given."""
+    if tuple(array.shape) != tuple(shape) or (dtype is not None and array.dtype != dtype):
+        wanted = f"{dtype or ''} {list(shape)}".strip()
+        raise ValueError(f"{array} where {wanted} is expected")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qvl_kernels.gpu import signatures as s
-from qvl_kernels.gpu.arrays import DeviceArray
+from qvl_kernels.gpu.arrays import DeviceArray, expect, same_shape
 from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
@@ -37,6 +37,9 @@ _CONSTANTS = 8
 
 _MOST_ROWS = 1 << 15
 """Most rows in the second dimension of a grid: CUDA allows 65535."""
+
+_MOST_VALUES = 1 << 31
+"""Most values that a product may read: its kernels compute offsets in int32."""
 
 
 class _Rotation(NamedTuple):
@@ -121,7 +124,7 @@ class CudaOps:
     def write(self, target, values):
         self.queue.host_access("a write")
         values = np.ascontiguousarray(values, target.dtype)
-        _same_shape(target, values)
+        same_shape(target, values)
         self.uploader(values, target)
 
     def download(self, array):
@@ -132,7 +135,7 @@ class CudaOps:
         return values
 
     def copy(self, source, target):
-        _same_shape(source, target)
+        same_shape(source, target)
         if source.dtype == target.dtype:
             self.queue(self.driver.move, target.address, source.address, source.nbytes, keep=(source, target))
         else:
@@ -154,23 +157,29 @@ class CudaOps:
     # products
 
     def embed(self, ids, table, *, out):
-        _expect(out, (ids.shape[0], table.k), _FLOAT)
+        expect(out, (ids.shape[0], table.k), _FLOAT)
         kind, flags = table.kind.removesuffix("_fine"), s.PERMUTED if table.perm is not None else 0
         sizes = (table.k, table.rows, table.blocks, table.group_shift, flags)
-        for piece in _pieces(ids.shape[0]):
+        for piece in _pieces(ids.shape[0], _MOST_ROWS):
             some, to = ids[piece], out[piece]
             grid = (table.blocks, some.shape[0])
             self.launch(f"embed.{kind}", grid, some, table.codes, table.scales, table.perm, to, *sizes)
 
     def linear(self, x, w, *, out, norm=None, activation=None, residual=None):
         if residual is not None:
-            _expect(residual, out.shape, _FLOAT)
+            expect(residual, out.shape, _FLOAT)
         flags = 0 if activation is None else _ACTIVATIONS[activation]
         self._product(self._prepare(x, w, norm), w, out, residual, flags | _flags((residual, s.RESIDUAL)))
 
     def _product(self, x: _Input, w: DeviceMatrix, out: DeviceArray, residual: DeviceArray | None, flags: int) -> None:
         m = x.rows.shape[0]
-        _expect(out, (m, w.n))
+        expect(out, (m, w.n))
+        most = _MOST_VALUES // w.padded // FEW_ROWS * FEW_ROWS
+        if m > most:
+            for piece in _pieces(m, most):
+                added = None if residual is None else residual[piece]
+                self._product(_Input(x.rows[piece]), w, out[piece], added, flags)
+            return
         flags |= x.flags | _flags((w.bias, s.BIAS), (out.dtype == _HALF, s.OUT_HALF))
         name, tiles, split = self.tiles("linear", w, m)
         partials = self._partials(name, tiles, split if split > 1 else 0)
@@ -180,7 +189,7 @@ class CudaOps:
 
     def gate_up(self, x, gate, up, *, out, norm):
         m = x.shape[0]
-        _expect(out, (m, gate.n))
+        expect(out, (m, gate.n))
         alike = _alike(gate, up)
         if gate.kind == "int4" and alike and m <= FEW_ROWS:
             name, tiles, split = self.tiles("gate_up", gate, m)
@@ -209,7 +218,7 @@ class CudaOps:
             ordered = _flags((w.perm, s.ORDERED))
             if norm is None:
                 return _Input(x, perm=w.perm, flags=s.GATHER | ordered)
-            _expect(x, x.shape, _FLOAT)
+            expect(x, x.shape, _FLOAT)
             return _Input(x, norm.weight, w.perm, norm.eps, s.NORM | ordered)
         h = self.empty((x.shape[0], w.padded), np.float16)
         if norm is None:
@@ -231,32 +240,32 @@ class CudaOps:
     # elementwise
 
     def normalize(self, x, norm, *, out):
-        _same_shape(x, out)
+        same_shape(x, out)
         self._norm(x, norm, None, out, x.shape[1])
 
     def _norm(self, x: DeviceArray, norm: Norm, perm: DeviceArray | None, out: DeviceArray, padded: int) -> None:
-        _expect(x, x.shape, _FLOAT)
+        expect(x, x.shape, _FLOAT)
         flags = _flags((norm.bias, s.LAYER_NORM), (perm, s.PERMUTED), (out.dtype == _HALF, s.OUT_HALF))
         arguments = (x, norm.weight, norm.bias, perm, out, x.shape[1], padded, norm.eps, flags)
         self.launch(s.norm_kernel(x.shape[1]), (x.shape[0],), *arguments)
 
     def gather(self, x, index, *, out):
-        _expect(index, index.shape[:1], np.dtype(np.int32))
-        _expect(out, (index.shape[0], *x.shape[1:]), x.dtype)
+        expect(index, index.shape[:1], np.dtype(np.int32))
+        expect(out, (index.shape[0], *x.shape[1:]), x.dtype)
         self._gather(x, index, None, out)
 
     def _gather(self, x: DeviceArray, index: DeviceArray | None, perm, out: DeviceArray) -> None:
         k, padded = x.shape[1], out.shape[1]
         halves = (x.dtype == _HALF, s.X_HALF), (out.dtype == _HALF, s.OUT_HALF)
         flags = _flags((index, s.ROWS), (perm, s.PERMUTED), *halves)
-        for piece in _pieces(out.shape[0]):
+        for piece in _pieces(out.shape[0], _MOST_ROWS):
             rows = (x[piece], None) if index is None else (x, index[piece])
             to = out[piece]
             self.launch("gather.any", (_elements(padded), to.shape[0]), *rows, perm, to, k, padded, flags)
 
     def add(self, x, y, *, out):
-        _same_shape(x, y)
-        _same_shape(x, out)
+        same_shape(x, y)
+        same_shape(x, out)
         halves = (x.dtype == _HALF, s.X_HALF), (y.dtype == _HALF, s.Y_HALF), (out.dtype == _HALF, s.OUT_HALF)
         self.launch("add.any", (_elements(out.size),), x, y, out, out.size, _flags(*halves))
 
@@ -264,9 +273,9 @@ class CudaOps:
 
     def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
         rows, d = qkv.shape[0], qkv.shape[1] // (3 * heads)
-        _expect(qkv, (rows, 3 * heads * d), _HALF)
+        expect(qkv, (rows, 3 * heads * d), _HALF)
         if rope is not None:
-            _expect(rope, (rows, d), _FLOAT)
+            expect(rope, (rows, d), _FLOAT)
             if d % 2:
                 raise ValueError(f"a rotation of heads of {d}, which is odd")
             self.launch("rotate.any", (rows, -(-2 * heads // s.ROPE_HEADS)), qkv, rope, heads, d)
@@ -294,7 +303,7 @@ class CudaOps:
         self._attention((q, k, v), None, q.shape[0], k.shape[0], heads, 1, q.shape[1] // heads, out)
 
     def _attention(self, qkv: tuple, bounds, q_rows: int, k_rows: int, heads: int, parts: int, d: int, out) -> None:
-        _expect(out, (q_rows, heads * d), _HALF)
+        expect(out, (q_rows, heads * d), _HALF)
         if d > 128:
             raise ValueError(f"heads of {d}: the GPU kernels take at most 128")
         segments = "" if bounds is None else ".segments"
@@ -318,7 +327,7 @@ class CudaOps:
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
         t, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
-        _expect(out, (t, heads * d), _HALF)
+        expect(out, (t, heads * d), _HALF)
         arguments = (qkv, *cache.layer(layer), start, out)
         sizes = (t, heads, kv_heads, cache.stride, d, 1 / math.sqrt(d))
         family = "decode_attention" if t <= s.DECODE_ROWS else "cached_attention"
@@ -375,7 +384,7 @@ def _head_norm(norm: Norm | None, d: int) -> tuple[Array | None, float]:
         return None, 0.0
     if norm.bias is not None:
         raise ValueError("a norm of queries or keys has no bias")
-    _expect(norm.weight, (d,), _FLOAT)
+    expect(norm.weight, (d,), _FLOAT)
     return norm.weight, norm.eps
 
 
@@ -383,17 +392,6 @@ def _elements(size: int) -> int:
     return -(-size // s.ELEMENTS)
 
 
-def _pieces(rows: int) -> Iterator[slice]:
-    """Return the rows of each launch of a kernel whose grid has them in its second dimension."""
-    return (slice(first, first + _MOST_ROWS) for first in range(0, rows, _MOST_ROWS))
-
-
-def _same_shape(a, b) -> None:
-    if tuple(a.shape) != tuple(b.shape):
-        raise ValueError(f"arrays of shapes {list(a.shape)} and {list(b.shape)}, expected equal ones")
-
-
-def _expect(array: Array, shape: tuple[int, ...], dtype: np.dtype | None = None) -> None:
-    if tuple(array.shape) != tuple(shape) or (dtype is not None and array.dtype != dtype):
-        wanted = f"{dtype or ''} {list(shape)}".strip()
-        raise ValueError(f"{array} where {wanted} is expected")
+def _pieces(rows: int, most: int) -> Iterator[slice]:
+    """Return the rows of each launch of a kernel that takes at most `most`."""
+    return (slice(first, first + most) for first in range(0, rows, most))
