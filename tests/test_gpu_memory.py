@@ -7,11 +7,12 @@ import itertools
 
 import numpy as np
 import pytest
-from fakes.gpu import FakeDriver, matrix
+from fakes.gpu import FakeDriver, Images, matrix
 
 from qvl_kernels.gpu import memory as gpu_memory
 from qvl_kernels.gpu.cache import cache_bytes
 from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
+from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError
 
@@ -78,6 +79,18 @@ def test_what_was_freed_long_ago_makes_room_for_what_is_used_again(driver, monke
             memory.array((nbytes,), np.uint8)
     assert driver.allocations == 4, "each size once"
     assert free - driver.memory()[0] == 48 << 10, "the block of 40 KiB went"
+
+
+def test_a_deleted_backend_leaves_nothing_on_the_device(driver):
+    def use():
+        ops = CudaOps(driver, Images())
+        x, w, out = ops.empty((4, 1000), np.float16), ops.weight(matrix(256, 1000, 4)), ops.empty((4, 256))
+        ops.capture(lambda: ops.linear(x, w, out=out))()
+
+    use()
+    for _ in range(2):  # the memory goes after its last block
+        gc.collect()
+    assert not driver.buffers
 
 
 def test_large_blocks_are_not_kept(driver):

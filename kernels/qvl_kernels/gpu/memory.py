@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,7 @@ class Memory:
         self._pool: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
         self._pooled = 0
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+        weakref.finalize(self, _free, driver, self._pool).atexit = False
 
     def array(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> DeviceArray:
         """An uninitialized array."""
@@ -239,6 +240,14 @@ class Memory:
             while addresses and self._pooled > limit:
                 self._pooled -= nbytes
                 self.driver.free(addresses.pop())
+
+
+def _free(driver: Driver, pool: Mapping[int, list[int]]) -> None:
+    """Free the blocks that the memory of a deleted backend kept."""
+    with contextlib.suppress(DeviceError):  # as in `Memory.give`
+        for addresses in pool.values():
+            while addresses:
+                driver.free(addresses.pop())
 
 
 class Scratch:
