@@ -43,7 +43,7 @@ def raises(message: str, call) -> None:
         raise AssertionError(f"no error: {message}")
 
 
-def memory(driver: Driver) -> None:
+def memory(driver: Driver, library: ctypes.CDLL) -> None:
     free, total = driver.memory()
     assert free == total == 1 << 33
     a, b = driver.allocate(1000), driver.allocate(1000)
@@ -59,6 +59,11 @@ def memory(driver: Driver) -> None:
     driver.wait(driver.mark())
     driver.to_host(result, b)
     assert (result.view(np.uint8) == 7).all()
+    part = stage[10:].view(np.int8)
+    del stage
+    assert library.fake_pinned() == 1 and (part == 7).all()
+    del part
+    assert library.fake_pinned() == 0
     assert driver.seconds(driver.mark(), driver.mark()) == 0.001
     raises("out of memory: 1099.51 GB requested, 8.59 GB free", lambda: driver.allocate(1 << 40))
     raises("the driver reports", lambda: driver.free(12345))
@@ -113,7 +118,7 @@ def seam(library: ctypes.CDLL) -> None:
     assert (driver.name, driver.capability) == ("Fake GPU", (9, 0))
     assert driver.driver_version == divmod(int(os.environ["FAKE_CUDA_DRIVER"]) // 10, 100)
     assert (driver.shared_limit, driver.multiprocessors) == (101376, 20)
-    memory(driver)
+    memory(driver, library)
     launches(driver, library)
 
 

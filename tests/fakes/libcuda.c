@@ -27,13 +27,14 @@ typedef struct { char name[256]; int shared; } kernel_t;
 
 static launch_t on_launch;
 static graph_t *capturing;
-static int64_t in_use, peak;
+static int64_t in_use, peak, pinned;
 static int64_t allocations[1 << 16][2];
 static int handle;
 static __thread void *current;
 
 API fake_on_launch(launch_t f) { on_launch = f; return 0; }
 API fake_memory(int64_t *used, int64_t *most) { *used = in_use; *most = peak; return 0; }
+API fake_pinned(void) { return pinned; }
 
 static long setting(const char *name, long otherwise) { const char *s = getenv(name); return s ? atol(s) : otherwise; }
 static int64_t capacity(void) { return setting("FAKE_CUDA_MEMORY", 1l << 33); }
@@ -103,7 +104,16 @@ API cuMemFree_v2(ptr_t p) {
     }
   return INVALID;
 }
-API cuMemHostAlloc(void **p, size_t n, unsigned f) { *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096); return 0; }
+API cuMemHostAlloc(void **p, size_t n, unsigned f) {
+  *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096);
+  pinned++;
+  return 0;
+}
+API cuMemFreeHost(void *p) {
+  free(p);
+  pinned--;
+  return 0;
+}
 
 static int do_op(op_t *op) {
   if (op->kind == 0) memmove(op->target, op->source, op->size);

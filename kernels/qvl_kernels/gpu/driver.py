@@ -175,10 +175,19 @@ class Driver:
             self._ok(self._api.cuMemFree(address))
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Allocate page-locked host memory, uint8 [nbytes], for asynchronous copies. Never freed."""
+        """Allocate page-locked host memory, uint8 [nbytes], for asynchronous copies; freed with the last view of it."""
         self._enter()
         address = int(self._ok(self._api.cuMemHostAlloc(nbytes, 0)))
-        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        weakref.finalize(buffer, self._unpin, address).atexit = False
+        return np.ctypeslib.as_array(buffer)
+
+    def _unpin(self, address: int) -> None:
+        """Free page-locked memory after pending copies. After a fault that fails: see `memory.Memory.give`."""
+        if self._pid == os.getpid():
+            with contextlib.suppress(DeviceError):
+                self.synchronize()
+                self._ok(self._api.cuMemFreeHost(address))
 
     def to_device(self, address: int, values: np.ndarray) -> None:
         """Copy contiguous `values` to the device, in order with everything else.
