@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fakes.addresses import AddressDriver
 from fakes.gpu import FakeDriver, Images, matrix
 
 from qvl_kernels.gpu import memory as gpu_memory
@@ -15,6 +17,9 @@ from qvl_kernels.gpu.memory import Memory, Plan, Uploader, plan
 from qvl_kernels.gpu.ops import CudaOps
 from qvl_kernels.gpu.weights import device_bytes
 from qvl_kernels.ops import DeviceError
+from qvl_runtime.engine.decoder import Captured
+from qvl_runtime.engine.sequence import SequenceState
+from qvl_runtime.families.rope import TableRotary
 
 GB = 1_000_000_000
 
@@ -91,6 +96,40 @@ def test_a_deleted_backend_leaves_nothing_on_the_device(driver):
     for _ in range(2):  # the memory goes after its last block
         gc.collect()
     assert not driver.buffers
+
+
+def _sequence(ops: CudaOps) -> SequenceState:
+    """Of 512 positions, filled, with a captured step; each of 8 layers takes 2 MiB."""
+
+    def rotary(capacity):
+        return TableRotary(ops, capacity, lambda count, _: np.zeros((count, 128), np.float32))
+
+    shape = SimpleNamespace(num_hidden_layers=8, max_position_embeddings=4096, num_key_value_heads=8, head_dim=128)
+    state = SequenceState(ops, shape, rotary, "fp16", 512)
+    state.length = 512
+    qkv, out = ops.empty((1, 24 * 128), np.float16), ops.empty((1, 8 * 128), np.float16)
+    step = ops.capture(lambda: ops.cached_attention(qkv, state.store, 7, state.start, out=out))
+    state.captured[None] = Captured(state.arrays, {1: step})
+    return state
+
+
+@pytest.mark.parametrize("room", [5 << 20, 15 << 20])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_cache_without_room_to_grow_goes_whole(room, copied):
+    """A part of it that stayed would belong to nobody, or be used though it is freed."""
+    driver = AddressDriver(1 << 40)
+    ops = CudaOps(driver, Images())
+    state, other = _sequence(ops), _sequence(ops)
+    ops.memory.trim()
+    driver.total = driver.held + room
+    before = ops.memory.in_use
+    with pytest.raises(DeviceError, match="out of memory"):
+        state.take_over(other, 500, 4096) if copied else state.reserve(4096)
+    gc.collect()
+    assert state.length == 0
+    assert ops.memory.in_use <= before - cache_bytes(8, 8, 128, 512, "fp16")
+    state.reserve(512)
+    assert state.store.capacity == 512 and all(array.owner.release.alive for (array,) in state.store.arrays)
 
 
 def test_large_blocks_are_not_kept(driver):

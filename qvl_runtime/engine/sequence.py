@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -59,6 +61,10 @@ class Shape(Protocol):
 
     @property
     def head_dim(self) -> int: ...
+
+
+LOST = cast(KVCache, types.SimpleNamespace(capacity=0))
+"""In place of a cache until the next `SequenceState.reserve`. It takes no memory, so that it is there when none is."""
 
 
 class SequenceState:
@@ -151,28 +157,33 @@ class SequenceState:
         A cache grows by at least half, so that a long conversation is not copied at every turn.
         """
         if capacity > self.store.capacity:
-            # While moving, neither cache is complete: after an interrupt or an allocation failure it counts as empty.
             length, self.length = self.length, 0
-            try:
-                grown = min(self.store.capacity * 3 // 2, self._context)
-                self.store = self.store.resized(self._pages(max(capacity, grown)), length)
+            old, grown = self.store, min(self.store.capacity * 3 // 2, self._context)
+            pages = self._pages(max(capacity, grown))
+            with self._moving():
+                self.store = self._empty(pages) if old is LOST else old.resized(pages, length)
                 self.rotary.reserve(self.store.capacity)
-            except BaseException:
-                self.store = self._empty(PAGE)
-                raise
             self.length = length
 
     def take_over(self, other: SequenceState, length: int, capacity: int) -> None:
         """Copy the first `length` positions of another sequence with the same prefix, and grow to `capacity`."""
         self.length = 0
         self.rescale(other.rotary.alpha)
-        try:
+        with self._moving():
             self.store = other.store.resized(self._pages(max(capacity, length)), length, keep=True)
             self.rotary.reserve(self.store.capacity)
-        except BaseException:
-            self.store = self._empty(PAGE)
-            raise
         self.length = length
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Replace the cache, which is lost after an interrupt or an allocation failure: neither is complete then."""
+        self.captured.clear()  # they keep the old cache in memory
+        self.store = LOST
+        try:
+            yield
+        except BaseException:
+            self.store = LOST
+            raise
 
     def advance(self, count: int) -> None:
         """Mark `count` more positions as filled."""
