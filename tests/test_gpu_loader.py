@@ -29,6 +29,7 @@ from qvl_kernels.ops import DeviceError
         ((7, 5), (75, "cubin")),
         ((8, 0), (80, "cubin")),
         ((8, 6), (80, "cubin")),
+        ((8, 7), (80, "ptx")),
         ((8, 9), (80, "cubin")),
         ((9, 0), (90, "cubin")),
         ((10, 0), (80, "ptx")),

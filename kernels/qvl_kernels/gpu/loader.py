@@ -21,13 +21,16 @@ log = logging.getLogger(__name__)
 EXACT_FROM = 90
 """From this architecture on, code uses features of one GPU only. Older cubins run on all later minor versions."""
 
+TEGRA = 87
+"""Jetson Orin, which runs no cubin of another architecture (CUDA C++ programming guide, "Binary Compatibility")."""
+
 
 def choose(capability: tuple[int, int]) -> tuple[int, str]:
     """Return the architecture whose code runs on a GPU, and its kind: "cubin", or "ptx", which the driver compiles."""
     own = 10 * capability[0] + capability[1]
     for architecture in sorted(ARCHITECTURES, reverse=True):
         older = architecture // 10 == own // 10 and architecture <= own and architecture < EXACT_FROM
-        if architecture == own or older:
+        if architecture == own or (older and own != TEGRA):
             return architecture, "cubin"
     return PTX_ARCHITECTURE, "ptx"
 

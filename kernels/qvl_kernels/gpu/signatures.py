@@ -295,7 +295,7 @@ KERNELS: dict[str, Kernel] = {
 }
 
 ARCHITECTURES = (75, 80, 90, 120)
-"""Compute capabilities of the bundle; code for 80 also runs on 86, 87 and 89."""
+"""Compute capabilities of the bundle; code for 80 also runs on 86 and 89."""
 
 
 def types(name: str) -> dict[str, str]:
