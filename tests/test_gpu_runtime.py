@@ -5,6 +5,7 @@ Kernels are only recorded here; tests/test_gpu_model.py runs them, in the PTX in
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -258,6 +259,16 @@ def test_a_product_of_more_values_than_offsets_reach_is_launched_in_pieces(ops, 
         assert piece.args["x"] == rows.args["out"] + 32 * i * 128 * 2
         assert piece.args["out"] == piece.args["residual"] == at
         assert piece.args["flags"] == signatures.RESIDUAL | signatures.GELU
+
+
+def test_a_picture_whose_offsets_are_too_large_is_refused(ops, driver, monkeypatch):
+    """Of 621,379 patches with Qwen3-VL, which only a lower limit of 159 million pixels makes."""
+    monkeypatch.setattr(gpu_ops, "_MOST_VALUES", 40 * 3 * 2 * 16)
+    for rows in (40, 41):
+        qkv, out = ops.empty((rows, 3 * 2 * 16), np.float16), ops.empty((rows, 2 * 16), np.float16)
+        with contextlib.nullcontext() if rows == 40 else pytest.raises(DeviceError, match="41 patches is too large"):
+            ops.vision_attention(qkv, 2, out=out)
+    assert len(driver.launches) == 1
 
 
 def test_wrong_calls_are_refused(ops):

@@ -18,7 +18,7 @@ from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
 from qvl_kernels.gpu.tiles import COUNTERS, FEW_ROWS, Tiles
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
-from qvl_kernels.ops import Array, Norm, check_segments, query_heads
+from qvl_kernels.ops import Array, DeviceError, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -39,7 +39,7 @@ _MOST_ROWS = 1 << 15
 """Most rows in the second dimension of a grid: CUDA allows 65535."""
 
 _MOST_VALUES = 1 << 31
-"""Most values that a product may read: its kernels compute offsets in int32."""
+"""Most values that a product or `attention` may read: the kernels compute offsets in int32."""
 
 
 class _Rotation(NamedTuple):
@@ -306,6 +306,8 @@ class CudaOps:
         expect(out, (q_rows, heads * d), _HALF)
         if d > 128:
             raise ValueError(f"heads of {d}: the GPU kernels take at most 128")
+        if max(q_rows, k_rows) * parts * heads * d > _MOST_VALUES:
+            raise DeviceError(f"a picture of {k_rows} patches is too large for the GPU: lower the limits of its pixels")
         segments = "" if bounds is None else ".segments"
         name = f"{d}{segments}"
         if name not in s.KERNELS["attention"].variants:
