@@ -85,7 +85,10 @@ class Stream(Iterator[Piece]):
         return self._finish(self._job.join())
 
     def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` when the answer ends, in the engine's thread; at once if it has ended. It must not block."""
+        """Call `tell` when the answer ends, in the engine's thread; at once if it has ended. It must not block.
+
+        An exception from it is logged and changes no answer; if it is called at once, it is raised here.
+        """
         self._job.when_ended(tell)
 
     def cancel(self) -> None:

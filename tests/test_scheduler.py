@@ -417,6 +417,22 @@ def test_who_is_called_at_the_end_need_not_wait(computed_by, monkeypatch):
     assert ended.wait(30) and set(names) == {"qvl-engine"}
 
 
+def test_an_error_of_who_is_called_at_the_end_is_logged_and_the_engine_goes_on(make, caplog):
+    """A loop of asyncio that is closed raises one, for example."""
+    model, ended = make(), threading.Event()
+    wanted = model.generate(IDS[:9], max_new_tokens=8).token_ids
+
+    def failing():
+        raise RuntimeError("the loop is closed")
+
+    stream = model.stream(IDS[:9], max_new_tokens=8)
+    stream.when_ended(failing)
+    stream.when_ended(ended.set)
+    assert ended.wait(10) and stream.result().token_ids == wanted
+    assert model.generate_batch([{"prompt": IDS[:9], "max_new_tokens": 8}])[0].token_ids == wanted
+    assert "the loop is closed" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["_drop_ended", "_forget", "_decode", "_compute_slice", "give"])
 def test_ctrl_c_in_the_midst_of_a_tick_leaves_nothing_behind(make, monkeypatch, where):
     model = make()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 from qvl_runtime.engine.session import Leave, Session, Slice
 from qvl_runtime.errors import QvlError
+
+log = logging.getLogger(__name__)
 
 Work = Generator[Any, Leave | None, None]
 """A computation. It yields a `Slice` or a `Session` to be scheduled, and anything else as a result."""
@@ -110,7 +113,10 @@ class Job(Iterator[Any]):
         return self.results
 
     def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` when the job ends, in the thread that computes it; at once if it has ended."""
+        """Call `tell` when the job ends, in the thread that computes it; at once if it has ended.
+
+        An exception from it is logged, unless it is called at once.
+        """
         with self._telling:
             waits = self._work is not None
             if waits:
@@ -191,5 +197,8 @@ class Job(Iterator[Any]):
         if not self._over():
             self._ended.release()
         for tell in self._tell:
-            tell()
+            try:
+                tell()
+            except Exception:  # which would end the engine's thread, and all answers would wait for ever
+                log.exception("what is called at the end of an answer failed")
         self._owner = None
