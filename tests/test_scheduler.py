@@ -460,6 +460,30 @@ def test_ctrl_c_in_the_midst_of_a_tick_leaves_nothing_behind(make, monkeypatch, 
     assert not engine.sessions._busy
 
 
+def test_no_answer_waits_for_one_that_ctrl_c_ended(make, monkeypatch):
+    """It came twice: within the prompt, and as its session was to be returned. Another answer had come meanwhile."""
+    model, others = make(), []
+    wanted = model.generate(IDS[:60], max_new_tokens=4).token_ids
+    model.forget()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def interrupted_again(session):
+        monkeypatch.undo()
+        others.append(model.stream(IDS[:60], max_new_tokens=4))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.decoder, "forward", interrupted)
+    monkeypatch.setattr(model._sessions, "give", interrupted_again)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS[:60], max_new_tokens=4)
+    ended = threading.Event()
+    others[0].when_ended(ended.set)
+    assert ended.wait(10), "it waits for the prompt that was interrupted"
+    assert others[0].result().token_ids == wanted
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_computes_by_itself(make):
     model = make()

@@ -110,7 +110,6 @@ class Scheduler:
                 self._inbox.append(job)
                 self._alone = None
             else:
-                self.sessions.release()  # an interrupt may have prevented `give`
                 self._alone = job
                 self._waiting.append(job)
             self._bell.put(True)
@@ -223,6 +222,8 @@ class Scheduler:
             places = self.max_batch - len(self._running)
             if min(len(self._waiting), places) < self.max_batch // 4:
                 return
+        if not self._running:
+            self.sessions.release()  # an interrupt may have prevented `give`
         while self._waiting and len(self._running) < self.max_batch:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
