@@ -302,6 +302,32 @@ def _fits(schema, text: str) -> bool:
 @pytest.mark.parametrize(
     ("schema", "inside", "outside"),
     [
+        ({"properties": {"a": {"type": "integer"}}}, '{"b":"x"}', r'{"\u0061":"x"}'),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a"]}, '{"a":1,"b":2}', r'{"a":1,"\u0061":2}'),
+        ({"properties": {"\b": {"type": "integer"}}}, r'{"\b":5}', r'{"\u0008":"x"}'),
+        ({"patternProperties": {"^a": {"type": "integer"}}}, '{"ab":5}', r'{"\u0061b":"x"}'),
+        ({"type": "array", "x-guidance": {"item_separator": "; "}}, "[1,2]", "[1; 2]"),
+        ({"type": "object", "x-guidance": {"key_separator": "="}}, '{"a":2}', '{"a"=2}'),
+        ({"type": "array", "x-guidance": {"whitespace_pattern": "x"}}, "[1]", "[x1]"),
+    ],
+)
+def test_json_is_written_in_one_way(schema, inside, outside):
+    assert _fits(schema, inside) and not _fits(schema, outside)
+
+
+@pytest.mark.parametrize("text", ["\x01", "a\x7f"])
+def test_a_value_that_answers_never_have_is_refused(text):
+    schema = {"type": "object", "properties": {"a": {"const": [text]}}, "required": ["a"]}
+    with pytest.raises(QvlError, match=r"its const 'a?\\x(01|7f)' has a control character") as caught:
+        JsonSchema(schema).start(_asked(50, ""))
+    assert str(caught.value).isprintable()
+    assert _fits({"const": "\b\t\n\f\r\xa0"}, '"\\b\\t\\n\\f\\r\xa0"')
+    assert _fits({"properties": {"a\n\0": {}}}, r'{"a\n\u0000":1}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
         ({"type": "integer", "minimum": 2**53 - 1, "maximum": 2**53}, f"{2**53}", f"{2**53 + 1}"),
         ({"enum": [2**53, 1e-7, 0.3333333333333333]}, "0.3333333333333333", "0.3333333333333334"),
         ({"enum": [2**53, 1e-7, 0.25]}, "0.0000001", "0.0000002"),

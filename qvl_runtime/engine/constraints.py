@@ -13,9 +13,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qvl_runtime.engine.schemas import check_numbers, has_end
+from qvl_runtime.engine.schemas import check_schema, has_end
 from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.inputs.tokenizer import Tokenizer
+
+NOTATION: Any = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+"""How JSON is written, whatever a schema's "x-guidance" says. With free whitespace a model could emit blanks between
+two fields forever. With numeric escapes it could write a property's name in another way, and then any value."""
 
 
 class Constraint(Protocol):
@@ -94,7 +104,7 @@ class JsonSchema:
             schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
             raise QvlError(f"the json_schema cannot be used: {excerpt(error)}") from None
-        check_numbers(schema)  # before llguidance, which some numbers crash
+        check_schema(schema)  # before llguidance, which some schemas crash
         schema = {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
         constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
         if not has_end(json.loads(schema)):
@@ -174,8 +184,7 @@ class _GrammarConstraint:
             if kind == "regex":
                 built = matcher.grammar_from_regex(grammar)
             else:
-                # With free whitespace a model could emit blanks between two fields forever.
-                built = matcher.grammar_from_json_schema(grammar, overrides={"whitespace_flexible": False})
+                built = matcher.grammar_from_json_schema(grammar, overrides=NOTATION)
         except (TypeError, ValueError) as error:
             raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
         problem = matcher.validate_grammar(built)

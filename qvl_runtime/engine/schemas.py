@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from qvl_runtime.errors import QvlError
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Characters that JSON would have to write with a numeric escape; see `constraints.NOTATION`."""
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
 MULTIPLES = 100_000
@@ -22,8 +25,8 @@ POWERS = 22
 """float64 has these powers of ten exactly. A product of one with a factor up to `LARGEST` is rounded once only."""
 
 
-def check_numbers(schema: str) -> None:
-    """Refuse a schema with numbers of which llguidance would compute others, or on which it would compute for minutes.
+def check_schema(schema: str) -> None:
+    """Refuse a schema that llguidance would take for another one, or on which it would compute for minutes.
 
     Parameters
     ----------
@@ -33,7 +36,7 @@ def check_numbers(schema: str) -> None:
     Raises
     ------
     QvlError
-        Names the key and the number.
+        Names the key and the value.
     """
     multiple, patterns = 1, 0
     try:
@@ -41,8 +44,13 @@ def check_numbers(schema: str) -> None:
     except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
         return
     for node in _nodes(parsed):
-        for key, value in _numbers(node):
-            if not _is_exact(value):
+        for key, value in _values(node):
+            if isinstance(value, str) and CONTROL.search(value):
+                raise QvlError(
+                    f"the json_schema cannot be used: its {key} {value!a:.40} has a control character that no "
+                    "answer has; leave it out"
+                )
+            if isinstance(value, Decimal) and not _is_exact(value):
                 raise QvlError(
                     f"the json_schema cannot be used: its {key} {value!s:.40} would be rounded; use numbers of at most "
                     "15 digits"
@@ -77,13 +85,13 @@ def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
             waiting += node.values()
 
 
-def _numbers(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
-    """Yield the bounds of a schema, and the numbers among its allowed values."""
+def _values(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal | str]]:
+    """Yield the bounds of a schema, and the numbers and texts in its allowed values."""
     yield from ((key, node[key]) for key in BOUNDS if isinstance(node.get(key), Decimal))
     waiting = [(key, node[key]) for key in ("const", "enum") if key in node]
     while waiting:
         key, value = waiting.pop()
-        if isinstance(value, Decimal):
+        if isinstance(value, Decimal | str):
             yield key, value
         elif isinstance(value, list | dict):
             waiting += [(key, item) for item in (value.values() if isinstance(value, dict) else value)]
