@@ -142,6 +142,7 @@ CIRCLE["items"] = CIRCLE
         JsonSchema("{not json"),
         JsonSchema({"type": "nonsense"}),
         JsonSchema({"enum": {1}}),
+        JsonSchema({"minLength": "é" * 60}),  # a panic
         JsonSchema('{"const":1e99999999999999999999}'),
         JsonSchema(CIRCLE),
         JsonSchema(functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(3000), {})),

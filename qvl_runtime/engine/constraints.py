@@ -185,9 +185,11 @@ class _GrammarConstraint:
                 built = matcher.grammar_from_regex(grammar)
             else:
                 built = matcher.grammar_from_json_schema(grammar, overrides=NOTATION)
-        except (TypeError, ValueError) as error:
+            problem = matcher.validate_grammar(built)
+        except BaseException as error:  # a panic of llguidance is no Exception
+            if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "PanicException":
+                raise
             raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
-        problem = matcher.validate_grammar(built)
         if problem:
             raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}")
         self._matcher, self._kind = matcher(_ll_tokenizer(tokenizer), built, log_level=0), kind
