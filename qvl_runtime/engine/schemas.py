@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 from qvl_runtime.errors import QvlError
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON would have to write with a numeric escape; see `constraints.NOTATION`."""
+INDEX = re.compile("0|[1-9][0-9]{0,8}")
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
 MULTIPLES = 100_000
@@ -159,14 +161,17 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _target(schema: Any, reference: str) -> Any:
-    """Resolve a reference; True (the schema that everything matches) if it is not in this document."""
-    if not reference.startswith("#"):
+    """Resolve a reference; True (the schema that everything matches) if it is none by place in this document."""
+    if reference != "#" and not reference.startswith("#/"):
         return True
-    for step in reference[1:].split("/")[1:]:
+    for step in unquote(reference[1:]).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(schema, dict) or step not in schema:
+        if isinstance(schema, dict) and step in schema:
+            schema = schema[step]
+        elif isinstance(schema, list) and INDEX.fullmatch(step) and int(step) < len(schema):
+            schema = schema[int(step)]
+        else:
             return True
-        schema = schema[step]
     return schema
 
 
