@@ -253,6 +253,8 @@ def test_a_schema_may_be_true_or_false():
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 1e-5}, "exclusiveMinimum 0 would be allowed"),
         ({"exclusiveMinimum": 1.0, "exclusiveMaximum": 1.77}, "use minimum with the smallest number"),
         ({"type": "number", "minimum": -0.3, "exclusiveMaximum": 0}, "use maximum with the largest number"),
+        ({"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.2}]}, "exclusiveMinimum 0 would be allowed"),
+        ({"maximum": 0.2, "$ref": "#/$defs/a", "$defs": {"a": {"exclusiveMinimum": 0}}}, "exclusiveMinimum 0 would be"),
     ],
 )
 def test_numbers_that_would_be_others_are_refused(schema, said):
@@ -267,6 +269,7 @@ def test_numbers_that_would_be_others_are_refused(schema, said):
         ({"type": "integer", "multipleOf": 999999999989}, "its multipleOf 999999999989 takes too long"),
         ({"type": "integer", "multipleOf": -0.999983}, "its multipleOf -0.999983 takes too long"),
         ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple must be at most 100000"),
+        ({"allOf": [{"multipleOf": 1_000_000}, {"multipleOf": 65536}]}, "its multipleOf are too far apart for allOf"),
         ({"patternProperties": {f"^{i}": {} for i in range(65)}}, "it has more than 64 patternProperties"),
         ({"allOf": [{"patternProperties": {f"^{i}": {}}} for i in range(65)]}, "more than 64 patternProperties"),
     ],

@@ -1,4 +1,4 @@
-"""Check that a JSON schema allows a finite document, and that llguidance computes its numbers exactly."""
+"""Check that a JSON schema allows a finite document, and that llguidance takes it as it is, in time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from qvl_runtime.errors import QvlError
 
+APPLICATORS = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON would have to write with a numeric escape; see `constraints.NOTATION`."""
@@ -21,6 +22,7 @@ LARGEST = 1 << 53
 MULTIPLES = 100_000
 """Largest common multiple of all multipleOf of a schema, as whole numbers without zeros at the end. llguidance takes up
 to 20 microseconds and a kilobyte for each number below it, and cannot be stopped."""
+NOTES = frozenset(("$defs", "definitions", "$schema", "$id", "$comment", "title", "description", "default", "examples"))
 PATTERNS = 64
 """Largest number of patternProperties of a schema, of which llguidance compares each with all others."""
 POWERS = 22
@@ -40,39 +42,77 @@ def check_schema(schema: str) -> None:
     QvlError
         Names the key and the value.
     """
-    multiple, patterns = 1, 0
     try:
         parsed = json.loads(schema, parse_int=Decimal, parse_float=Decimal)
     except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
         return
-    for node in _nodes(parsed):
-        for key, value in _values(node):
-            if isinstance(value, str) and CONTROL.search(value):
-                raise QvlError(
-                    f"the json_schema cannot be used: its {key} {value!a:.40} has a control character that no "
-                    "answer has; leave it out"
+    nodes = list(_nodes(parsed))
+    for node in nodes:
+        _check_values(node)
+    if combined := any(map(_combines, nodes)):
+        _check_bounds(nodes)
+    else:
+        for node in nodes:
+            _check_bounds([node])
+    _check_multiples([step for node in nodes if isinstance(step := node.get("multipleOf"), Decimal) and step], combined)
+    _check_sizes(nodes)
+
+
+def _combines(node: Mapping[str, Any]) -> bool:
+    """Whether a schema may apply several of its parts to one value."""
+    several = node.get("allOf")
+    if isinstance(several, list) and len(several) > 1:
+        return True
+    return not node.keys().isdisjoint(APPLICATORS) and len(node.keys() - NOTES) > 1
+
+
+def _check_values(node: Mapping[str, Any]) -> None:
+    for key, value in _values(node):
+        if isinstance(value, str) and CONTROL.search(value):
+            raise _refused(f"its {key} {value!a:.40} has a control character that no answer has; leave it out")
+        if isinstance(value, Decimal) and not _is_exact(value):
+            raise _refused(f"its {key} {value!s:.40} would be rounded; use numbers of at most 15 digits")
+
+
+def _check_bounds(nodes: list[Mapping[str, Any]]) -> None:
+    """Refuse bounds to exclude that llguidance allows: the 0 of ``0 < x <= 0.2``, the 1 of ``1 < x < 1.5``."""
+    for low, high, sign in (("Minimum", "Maximum", 1), ("Maximum", "Minimum", -1)):
+        bounds = [n for node in nodes if isinstance(n := node.get(f"exclusive{low}"), Decimal)]
+        others = [node.get(key) for node in nodes for key in (f"exclusive{high}", high.lower())] if bounds else []
+        wholes = {
+            math.trunc(n): n for n in sorted((n for n in others if isinstance(n, Decimal)), key=lambda n: sign * n)
+        }
+        for bound in bounds:
+            if bound in wholes and sign * (wholes[bound] - bound) > 0:
+                remedy = "minimum with the smallest" if sign > 0 else "maximum with the largest"
+                raise _refused(
+                    f"its exclusive{low} {bound} would be allowed, because the other bound has the same whole part; "
+                    f"use {remedy} number that you want"
                 )
-            if isinstance(value, Decimal) and not _is_exact(value):
-                raise QvlError(
-                    f"the json_schema cannot be used: its {key} {value!s:.40} would be rounded; use numbers of at most "
-                    "15 digits"
-                )
-        for key, bound in _included(node):
-            remedy = "minimum with the smallest" if key == "exclusiveMinimum" else "maximum with the largest"
-            raise QvlError(
-                f"the json_schema cannot be used: its {key} {bound} would be allowed, because the other bound has the "
-                f"same whole part; use {remedy} number that you want"
+
+
+def _check_multiples(steps: list[Decimal], combined: bool) -> None:
+    multiple = 1
+    for step in steps:
+        multiple = math.lcm(multiple, int(_factor(step).rstrip("0")))
+        if multiple > MULTIPLES:
+            raise _refused(
+                f"its multipleOf {step!s:.40} takes too long, alone or with the others; their least common multiple "
+                f"must be at most {MULTIPLES}"
             )
-        if isinstance(step := node.get("multipleOf"), Decimal) and step:
-            multiple = math.lcm(multiple, int(_factor(step).rstrip("0")))
-            if multiple > MULTIPLES:
-                raise QvlError(
-                    f"the json_schema cannot be used: its multipleOf {step!s:.40} takes too long, alone or with the "
-                    f"others; their least common multiple must be at most {MULTIPLES}"
-                )
-        patterns += len(named) if isinstance(named := node.get("patternProperties"), dict) else 0
-        if patterns > PATTERNS:
-            raise QvlError(f"the json_schema cannot be used: it has more than {PATTERNS} patternProperties; use fewer")
+    if combined and steps:
+        exponent = min(int(step.as_tuple().exponent) for step in steps)
+        wholes = {abs(int(step.scaleb(-exponent))) for step in steps}
+        if len(wholes) > 1 and math.lcm(*wholes) * max(wholes) >= 1 << 32:
+            raise _refused(
+                "its multipleOf are too far apart for allOf and the like; use one, or numbers of a similar size"
+            )
+
+
+def _check_sizes(nodes: list[Mapping[str, Any]]) -> None:
+    counts = [len(named) for node in nodes if isinstance(named := node.get("patternProperties"), dict)]
+    if sum(counts) > PATTERNS:
+        raise _refused(f"it has more than {PATTERNS} patternProperties; use fewer")
 
 
 def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
@@ -111,15 +151,8 @@ def _is_exact(number: Decimal) -> bool:
     return not short or (len(short) <= 16 and int(short) <= LARGEST and abs(power) <= POWERS and abs(number) <= LARGEST)
 
 
-def _included(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal]]:
-    """Yield the bounds to exclude that llguidance allows: the 0 of ``0 < x <= 0.2``, the 1 of ``1 < x < 1.5``."""
-    for low, high, sign in (("Minimum", "Maximum", 1), ("Maximum", "Minimum", -1)):
-        bound = node.get(f"exclusive{low}")
-        for other in (node.get(f"exclusive{high}"), node.get(high.lower())):
-            if not isinstance(bound, Decimal) or not isinstance(other, Decimal):
-                continue
-            if sign * (other - bound) > 0 and math.trunc(other) == bound:
-                yield f"exclusive{low}", bound
+def _refused(reason: str) -> QvlError:
+    return QvlError(f"the json_schema cannot be used: {reason}")
 
 
 def has_end(schema: Any) -> bool:
