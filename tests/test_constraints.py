@@ -281,6 +281,15 @@ def test_schemas_that_would_take_minutes_are_refused(schema, said):
     assert said in str(caught.value)
 
 
+def test_a_name_does_not_count_twice():
+    schema = {"type": "object", "additionalProperties": {"type": "null"}}
+    with pytest.raises(QvlError, match="its minProperties 2 could count a name twice; list names in required"):
+        JsonSchema(schema | {"minProperties": 2}).start(_asked(50, ""))
+    assert _fits(schema | {"minProperties": 2, "required": ["a"]}, '{"a":null,"b":null}')
+    assert not _fits(schema | {"minProperties": 2, "required": ["a"]}, '{"a":null}')
+    assert _fits(schema | {"minProperties": 1}, '{"a":null}') and not _fits(schema | {"minProperties": 1}, "{}")
+
+
 def test_usual_multiples_are_taken():
     steps = [0.01, 0.05, 0.25, 2, 5, 12, 60, 100, 1024, 3_000_000]
     schema = {

@@ -55,6 +55,7 @@ def check_schema(schema: str) -> None:
         for node in nodes:
             _check_bounds([node])
     _check_multiples([step for node in nodes if isinstance(step := node.get("multipleOf"), Decimal) and step], combined)
+    _check_objects(nodes)
     _check_sizes(nodes)
 
 
@@ -107,6 +108,13 @@ def _check_multiples(steps: list[Decimal], combined: bool) -> None:
             raise _refused(
                 "its multipleOf are too far apart for allOf and the like; use one, or numbers of a similar size"
             )
+
+
+def _check_objects(nodes: list[Mapping[str, Any]]) -> None:
+    for node in nodes:
+        least, named = node.get("minProperties"), node.get("required")
+        if isinstance(least, Decimal) and least > (len(named) if isinstance(named, list) else 0) + 1:
+            raise _refused(f"its minProperties {least!s:.40} could count a name twice; list names in required")
 
 
 def _check_sizes(nodes: list[Mapping[str, Any]]) -> None:
