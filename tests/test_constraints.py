@@ -263,6 +263,9 @@ def test_numbers_that_would_be_others_are_refused(schema, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+MANY = {"type": "object", "properties": {f"{i}": {} for i in range(201)}, "additionalProperties": False}
+
+
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
@@ -270,6 +273,9 @@ def test_numbers_that_would_be_others_are_refused(schema, said):
         ({"type": "integer", "multipleOf": -0.999983}, "its multipleOf -0.999983 takes too long"),
         ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple must be at most 100000"),
         ({"allOf": [{"multipleOf": 1_000_000}, {"multipleOf": 65536}]}, "its multipleOf are too far apart for allOf"),
+        ({"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(60)]}, "more than 16 patterns"),
+        (MANY | {"minProperties": 1}, "it has minProperties or maxProperties for more than 200 properties"),
+        ({"allOf": [MANY, {"maxProperties": 1}]}, "it has minProperties or maxProperties for more than 200 properties"),
         ({"patternProperties": {f"^{i}": {} for i in range(65)}}, "it has more than 64 patternProperties"),
         ({"allOf": [{"patternProperties": {f"^{i}": {}}} for i in range(65)]}, "more than 64 patternProperties"),
     ],
@@ -279,6 +285,29 @@ def test_schemas_that_would_take_minutes_are_refused(schema, said):
     with pytest.raises(QvlError, match="the json_schema cannot be used: ") as caught:
         JsonSchema(schema).start(_asked(50, ""))
     assert said in str(caught.value)
+
+
+def _chain(definitions: int, levels: int, reference: str = "#/$defs/{}"):
+    """Definitions of as many levels, of which each refers to the next one."""
+    named = {
+        str(i): functools.reduce(
+            lambda inner, _: {"items": inner}, range(levels - 1), {"$ref": reference.format(i + 1)}
+        )
+        for i in range(definitions)
+    }
+    return {"$defs": {**named, str(definitions): {}}, "$ref": reference.format(0)}
+
+
+@pytest.mark.parametrize("form", [(17, 100), (800, 1), (8, 100, "#/%24defs/{}")])
+def test_deep_chains_of_references_are_refused(form):
+    """They overflowed llguidance's stack, which ended the process."""
+    with pytest.raises(QvlError, match="schemas it refers to have more than 800 levels together"):
+        JsonSchema(_chain(*form)).start(_asked(50, ""))
+
+
+@pytest.mark.parametrize("form", [(7, 100), (798, 1), (150, 5)])
+def test_usual_chains_of_references_are_taken(form):
+    assert _fits(_chain(*form), "[]")
 
 
 def test_a_name_does_not_count_twice():

@@ -14,15 +14,22 @@ from qvl_runtime.errors import QvlError
 
 APPLICATORS = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+COMBINED = 16
+"""Largest number of patterns of a schema that combines some: the time grows as a power of it."""
 CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON would have to write with a numeric escape; see `constraints.NOTATION`."""
 INDEX = re.compile("0|[1-9][0-9]{0,8}")
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
+LEVELS = 800
+"""Largest number of levels that the targets of all references have together: llguidance follows them by recursion, and
+about 1600 overflow the stack, which ends the process."""
 MULTIPLES = 100_000
 """Largest common multiple of all multipleOf of a schema, as whole numbers without zeros at the end. llguidance takes up
 to 20 microseconds and a kilobyte for each number below it, and cannot be stopped."""
 NOTES = frozenset(("$defs", "definitions", "$schema", "$id", "$comment", "title", "description", "default", "examples"))
+OPTIONAL = 200
+"""Largest number of properties with a minProperties or maxProperties. llguidance takes time with its square."""
 PATTERNS = 64
 """Largest number of patternProperties of a schema, of which llguidance compares each with all others."""
 POWERS = 22
@@ -55,8 +62,8 @@ def check_schema(schema: str) -> None:
         for node in nodes:
             _check_bounds([node])
     _check_multiples([step for node in nodes if isinstance(step := node.get("multipleOf"), Decimal) and step], combined)
-    _check_objects(nodes)
-    _check_sizes(nodes)
+    _check_objects(nodes, combined)
+    _check_sizes(parsed, nodes, combined)
 
 
 def _combines(node: Mapping[str, Any]) -> bool:
@@ -110,17 +117,43 @@ def _check_multiples(steps: list[Decimal], combined: bool) -> None:
             )
 
 
-def _check_objects(nodes: list[Mapping[str, Any]]) -> None:
-    for node in nodes:
+def _check_objects(nodes: list[Mapping[str, Any]], combined: bool) -> None:
+    counts = [len(named) if isinstance(named := node.get("properties"), dict) else 0 for node in nodes]
+    for node, count in zip(nodes, counts):
         least, named = node.get("minProperties"), node.get("required")
         if isinstance(least, Decimal) and least > (len(named) if isinstance(named, list) else 0) + 1:
             raise _refused(f"its minProperties {least!s:.40} could count a name twice; list names in required")
+        if not node.keys().isdisjoint(("minProperties", "maxProperties")) and (
+            (sum(counts) if combined else count) > OPTIONAL
+        ):
+            raise _refused(f"it has minProperties or maxProperties for more than {OPTIONAL} properties; use fewer")
 
 
-def _check_sizes(nodes: list[Mapping[str, Any]]) -> None:
+def _check_sizes(schema: Any, nodes: list[Mapping[str, Any]], combined: bool) -> None:
     counts = [len(named) for node in nodes if isinstance(named := node.get("patternProperties"), dict)]
     if sum(counts) > PATTERNS:
         raise _refused(f"it has more than {PATTERNS} patternProperties; use fewer")
+    if combined and sum("pattern" in node for node in nodes) > COMBINED:
+        raise _refused(f"it has more than {COMBINED} patterns and combines schemas by allOf or the like; use fewer")
+    levels = _levels(schema)
+    depths = (levels.get(id(_target(schema, name)), levels.get(id(schema), 0)) for name in set(_references(schema)))
+    if sum(depths) > LEVELS:
+        raise _refused(f"the schemas it refers to have more than {LEVELS} levels together; use fewer, or flatter ones")
+
+
+def _levels(schema: Any) -> dict[int, int]:
+    """Return how many objects each object or list of a schema has within each other, at most, by its identity."""
+    order, waiting = [], [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list | dict):
+            order.append(node)
+            waiting += node if isinstance(node, list) else node.values()
+    levels: dict[int, int] = {}
+    for node in reversed(order):
+        parts = node if isinstance(node, list) else node.values()
+        levels[id(node)] = isinstance(node, dict) + max((levels.get(id(part), 0) for part in parts), default=0)
+    return levels
 
 
 def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
