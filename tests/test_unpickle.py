@@ -69,6 +69,9 @@ def test_views_of_a_storage(tmp_path, shape, strides, offset):
     np.testing.assert_array_equal(array, expected)
 
 
+DOUBLED = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(9))
+
+
 def test_state_of_a_dictionary_and_parameters_are_accepted(tmp_path):
     tensor = tensor_call("0", 24, (24,), (1,))
     parameter = b"ctorch._utils\n_rebuild_parameter\n(" + tensor + b"\x89ccollections\nOrderedDict\n)RtR"
@@ -89,11 +92,14 @@ def test_state_of_a_dictionary_and_parameters_are_accepted(tmp_path):
         (tensor_call("0", 24, (-4,), (1,)), "negative"),
         (tensor_call("0", 24, (4,), (1,), offset=-1), "negative"),
         (tensor_call("0", 24, (2**30, 24), (0, 1)), "repeats"),
+        (tensor_call("0", 24, (12, 12), (1, 1)), "repeats"),
         (tensor_call("0", 24, (4, 6), (1,)), "strides"),
         (tensor_call("1", 24, (4,), (1,)), "'1'"),
         (tensor_call("0", 24, (4,), (1,), kind="Quantized"), "torch.QuantizedStorage"),
         # nested a hundred thousand times, this would crash the interpreter when it is looked up
         (tensor_call("0", 24, (4,), (1,)).replace(text("0"), b")" + b"\x85" * 9), "a storage without a name"),
+        # a tuple of two times the tuple before: sixty times, its text would take all memory
+        (tensor_call("0", 24, (4,), (1,)).replace(b"J\x18\0\0\0", DOUBLED), "claims no number of values"),
         (b"K\x07", "'w' in it is no tensor"),
         (text("os"), "'w' in it is no tensor"),
     ],

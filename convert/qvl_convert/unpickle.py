@@ -320,7 +320,9 @@ class _Interpreter:
         if type(key) is not str:  # hashing a deeply nested tuple would overflow the stack
             raise ValueError("a storage without a name")
         start, stop = self.storages[key]
-        if type(count) is not int or count < 0 or count * dtype.itemsize > stop - start:
+        if type(count) is not int:  # tuples in tuples, shared by the memo, would have a text without end
+            raise ValueError(f"storage {key!r} claims no number of values")
+        if count < 0 or count * dtype.itemsize > stop - start:
             raise ValueError(f"storage {key!r} claims {count} values, its record holds {stop - start} bytes")
         return _Storage(dtype, start, start + count * dtype.itemsize)
 
@@ -348,10 +350,10 @@ def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Pickled
         raise ValueError("a tensor without shape and strides")
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
         raise ValueError("a tensor with a negative or fractional size")
-    if any(size > 1 and stride == 0 for size, stride in zip(shape, strides)):
-        raise ValueError("a tensor that repeats its values")
     count = (storage.stop - storage.start) // storage.dtype.itemsize
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides) if size > 1)
     if math.prod(shape) and last >= count:
         raise ValueError(f"a tensor of shape {list(shape)} reaches past its storage of {count} values")
+    if math.prod(shape) > count:  # a copy would take more memory than the file has bytes
+        raise ValueError("a tensor that repeats its values")
     return PickledTensor(storage.dtype, shape, storage.start, storage.stop, offset, strides)
