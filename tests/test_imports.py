@@ -9,6 +9,7 @@ from families import GOLDEN
 from shards import changed_copy
 
 from qvl_convert.convert import convert
+from qvl_convert.fp8 import dequantize
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import MatrixSpec
@@ -172,6 +173,17 @@ def fp8_copy(folder, change=lambda tensors: None, **settings):
     return truth
 
 
+def with_scales(tensors: dict, dtype: type) -> None:
+    """Store all scales in another type."""
+    tensors |= {name: array.astype(dtype) for name, array in tensors.items() if name.endswith("_scale_inv")}
+
+
+@pytest.mark.parametrize("side", [160, 1 << 62, 10**30])
+def test_a_block_of_fp8_may_be_larger_than_the_matrix(side):
+    weight = np.ones((96, 160), ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(dequantize(weight, np.full((1, 1), 3, np.float32), (side, side)), 3)
+
+
 def test_fp8_is_turned_back_into_numbers(tmp_path):
     truth = fp8_copy(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "x.qvl", bits=16)
@@ -188,6 +200,8 @@ def test_fp8_is_turned_back_into_numbers(tmp_path):
     ("change", "settings", "message"),
     [
         (lambda t: t.pop(next(n for n in t if n.endswith("scale_inv"))), {}, "is missing or not of shape"),
+        (lambda t: with_scales(t, ml_dtypes.float8_e4m3fn), {}, "is float8_e4m3fn, expected 16 or 32 bits"),
+        (lambda t: with_scales(t, np.uint8), {}, "is uint8, expected 16 or 32 bits"),
         (lambda t: None, {"weight_block_size": [16, 16]}, "is missing or not of shape"),
         (lambda t: None, {"weight_block_size": None}, "'weight_block_size' is 'None'"),
         (lambda t: None, {"fmt": "e5m2"}, "'fmt' is 'e5m2'"),

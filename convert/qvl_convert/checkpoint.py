@@ -206,6 +206,9 @@ class Checkpoint:
         shape = tuple(-(-size // side) for size, side in zip(weight.shape, block))
         if scale not in self or self.entry(scale).shape != shape or weight.ndim != 2:
             raise QvlError(f"{self.path(name)}: {scale!r} is missing or not of shape {list(shape)}; download it again")
+        dtype = self.entry(scale).dtype
+        if dtype not in FLOATS or dtype == FP8:  # integers may be exponents
+            raise QvlError(f"{self.origin(scale)} is {dtype}, expected 16 or 32 bits of floating point; {fp8.REMEDY}")
         return fp8.dequantize(weight, self.vector(scale), block)
 
     def vector(self, name: str) -> np.ndarray:

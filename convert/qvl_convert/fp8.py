@@ -51,7 +51,7 @@ def dequantize(weight: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -
         float32 ``[n, k]``.
     """
     values = weight.astype(np.float32)
-    rows, columns = block
+    rows, columns = (min(side, size) for side, size in zip(block, weight.shape))  # a block may be larger than all
     scales = np.repeat(scales.astype(np.float32), columns, axis=1)[:, : values.shape[1]]
     for i, row in enumerate(scales):
         values[i * rows : (i + 1) * rows] *= row
