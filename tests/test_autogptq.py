@@ -148,6 +148,7 @@ def test_a_linear_left_at_16_bits_is_rounded(tmp_path, rng):
         ({"group_size": "128"}, ["'group_size'"]),
         ({"group_size": 0}, ["'group_size'"]),
         ({"group_size": 32}, ["qzeros", "shape"]),
+        ({"group_size": 1 << 63}, ["'group_size'", "multiple of 32"]),
     ],
 )
 def test_other_settings_are_conversion_refused(tmp_path, settings, parts):
@@ -157,6 +158,12 @@ def test_other_settings_are_conversion_refused(tmp_path, settings, parts):
 
 def test_8_bits_of_a_4_bit_model_are_refused_with_the_remedy(tmp_path):
     conversion_refused(ASYM, tmp_path / "x.qvl", "quantize_config.json", "cannot become 8", "--bits 4", bits=8)
+
+
+def test_weights_beyond_fp16_are_refused_at_16_bits(tmp_path):
+    folder = changed_copy(ASYM, tmp_path / "source", lambda t: t[f"{MODULE}.scales"].__setitem__((0, 3), 60000))
+    conversion_refused(folder, tmp_path / "x.qvl", f"{MODULE}.qweight", "beyond fp16's range", "--bits 4", bits=16)
+    convert(folder, tmp_path / "x.qvl")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class AutoGptq:
         known = {"quant_method": ("gptq",), "bits": (4, 8), "checkpoint_format": ("gptq",), "format": ("gptq",)}
         known_values(config, {**known, "is_marlin_format": (False,)}, path)
         size = config.get("group_size", -1)
-        if type(size) is not int or (size != -1 and (size <= 0 or size % 32)):
+        if type(size) is not int or (size != -1 and (not 0 < size < 1 << 31 or size % 32)):
             raise QvlError(f"{path}: 'group_size' is {str(size)[:60]!r}, expected -1 or a multiple of 32; {REMEDY}")
         return cls(config.get("bits", 4), size, path)
 

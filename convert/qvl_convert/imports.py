@@ -115,6 +115,10 @@ class Imported:
         """Whether a matrix has a bias. Some quantized layers have one although the original has none."""
         return any(bias_name(source) in self.checkpoint for source in spec.sources)
 
+    def origin(self, spec: MatrixSpec) -> str:
+        """Return file and name of the integers of a matrix, for errors."""
+        return self.checkpoint.origin(f"{_base(spec.source)}.qweight")
+
     def zeros(self, spec: MatrixSpec) -> np.ndarray | None:
         """Return zero points, uint8 ``[n, groups]``; None if all are symmetric."""
         parts = {source: self.layout.zeros(self.checkpoint, _base(source)) for source in spec.sources}

@@ -207,7 +207,7 @@ class Source:
             raise RuntimeError(f"{spec.name}: gptq looks at whole layers, not at one matrix")
         if self._imported is not None and spec.name in self.imported:
             matrix = self._imported.matrix(spec)
-            return matrix if plan.bits != 16 else _at_16_bits(matrix)
+            return matrix if plan.bits != 16 else _at_16_bits(matrix, self._imported.origin(spec))
         weight, bias, name = self.weight(spec), self.bias(spec), self.origin(spec)
         if plan.bits == 16:
             half = to_half(weight, name)
@@ -234,7 +234,10 @@ def to_half(weight: np.ndarray, name: str) -> np.ndarray:
     return half
 
 
-def _at_16_bits(matrix: Matrix) -> Matrix:
+def _at_16_bits(matrix: Matrix, name: str) -> Matrix:
     """Dequantize a weight to fp16 as the published code does."""
-    half = matrix.dequantize().astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = matrix.dequantize().astype(np.float16)
+    if not np.isfinite(half).all():
+        raise QvlError(f"{name} stands for a weight beyond fp16's range; use --bits {matrix.bits}")
     return Matrix(n=matrix.n, k=matrix.k, bits=16, group_size=BLOCK, weight=half, bias=matrix.bias)
