@@ -178,12 +178,14 @@ def test_full_disk_leaves_nothing_behind(folder, compiled, capfd, monkeypatch):
         assert compiled() == 1
     assert list(folder.iterdir()) == []
     assert "could not be kept" in capfd.readouterr().err
-    old, new = folder / "old.partial", folder / "new.partial"
-    for partial in (old, new):
+    old, new, other = folder / ".x.0123abcd.partial", folder / ".y.0123abcd.partial", folder / "model.qvl.partial"
+    for partial in (old, new, other):
         partial.write_bytes(b"of a process that was killed, or is still writing")
     os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
     assert compiled() == 1
     assert new.exists() and not old.exists()
+    assert other.exists(), "an unfinished conversion"
 
 
 @POSIX

@@ -71,14 +71,27 @@ def test_the_folder_has_a_limit(tmp_path, monkeypatch):
         cache.put(_key(number), _features(number))
         os.utime(_file(tmp_path, number), (number, number))
     size = _file(tmp_path, 0).stat().st_size
-    (tmp_path / "notes.txt").write_text("not ours")
+    others = "notes.txt", "model-00001-of-00002.safetensors"
+    for name in others:
+        (tmp_path / name).write_text("not ours")
+        os.utime(tmp_path / name, (0, 0))
     assert PictureCache(SHAPE[1], 0, tmp_path).get(_key(0)) is not None
     monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 3 * size)
     cache.put(_key(3), _features(3))
     assert [cache.get(_key(number)) is not None for number in range(4)] == [True, False, True, True]
     monkeypatch.setattr("qvl_runtime.inputs.picture_cache.FOLDER_BYTES", 1)
     cache.put(_key(4), _features(4))
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", _file(tmp_path, 4).name}, "the last one stays"
+    assert {path.name for path in tmp_path.iterdir()} == {*others, _file(tmp_path, 4).name}, "the last one stays"
+
+
+def test_the_folder_keeps_no_files_of_killed_processes(tmp_path):
+    cache = PictureCache(SHAPE[1], 0, tmp_path)
+    killed, kept = tmp_path / f".{_file(tmp_path, 1).name}.0123abcd.partial", tmp_path / "model.qvl.partial"
+    for path in (killed, kept):
+        path.write_bytes(b"a part")
+        os.utime(path, (0, 0))
+    cache.put(_key(1), _features(1))
+    assert sorted(tmp_path.iterdir()) == sorted([_file(tmp_path, 1), kept]), "an unfinished conversion stays"
 
 
 def test_a_damaged_file_counts_as_absent(tmp_path):

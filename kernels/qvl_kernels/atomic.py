@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 SUFFIX = ".partial"
 """Suffix of a file that is being written."""
+
+STALE_SECONDS = 3600
+"""Age at which the temporary file of a process that was killed is removed."""
+
+_TEMPORARY = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(SUFFIX)}", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -52,6 +59,14 @@ def replacing(path: str | os.PathLike, *, private: bool = True, durable: bool = 
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files that `replacing` left long ago in a process that was killed. Others may do so, too."""
+    for partial in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(partial.name) and time.time() - partial.stat().st_mtime > STALE_SECONDS:
+                partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

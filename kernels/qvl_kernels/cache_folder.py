@@ -18,13 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qvl_kernels.atomic import SUFFIX, replacing
+from qvl_kernels.atomic import remove_stale, replacing
 from qvl_kernels.locks import lock_file
 
 log = logging.getLogger(__name__)
-
-STALE_SECONDS = 3600
-"""Age at which the temporary file of a process that was killed is removed."""
 
 LONGEST_WAIT = 300
 """Seconds that a process waits for another one that compiles, before it compiles as well."""
@@ -147,7 +144,7 @@ def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str
     The warning says `what` was to be kept, and what will be `done` again.
     """
     try:
-        _remove_stale(path.parent)
+        remove_stale(path.parent)
         with replacing(path) as file:
             file.write(data)
     except OSError as error:
@@ -159,12 +156,3 @@ def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str
             error.strerror or error,
             done,
         )
-
-
-def _remove_stale(folder: Path) -> None:
-    for partial in folder.glob(f"*{SUFFIX}"):
-        try:
-            if time.time() - partial.stat().st_mtime > STALE_SECONDS:
-                partial.unlink()
-        except OSError:  # another process removed it first
-            continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from qvl_kernels.atomic import replacing
+from qvl_kernels.atomic import remove_stale, replacing
 from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import as_path
@@ -23,6 +24,9 @@ MEMORY_BYTES = 256 << 20
 
 FOLDER_BYTES = 2 << 30
 """Limit on disk: 512 pictures of Qwen-VL."""
+
+OURS = re.compile(r"[0-9a-f]{64}\.safetensors")
+"""Names of the files in the folder."""
 
 
 class PictureCache:
@@ -114,8 +118,11 @@ def _path(folder: Path, key: bytes) -> Path:
 
 def _tidy(folder: Path) -> None:
     """Remove least recently used files until the folder is below its limit. Another process may do so concurrently."""
+    remove_stale(folder)
     found = []
-    for path in folder.glob("*.safetensors"):
+    for path in folder.iterdir():
+        if not OURS.fullmatch(path.name):  # such as a checkpoint in the same folder
+            continue
         with contextlib.suppress(OSError):
             found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     total = sum(size for _, size, _ in found)
