@@ -1,6 +1,8 @@
 """GPTQ on whole models: its results, that they are better than rounding, and interruptions."""
 
+import errno
 import itertools
+import os
 import subprocess
 import sys
 
@@ -89,9 +91,24 @@ def test_spilled_activations_are_the_same(source, samples, tmp_path):
         for stage in _stages(source)[:-3]:
             walk.run(stage, weights)
         results.append([np.array(x) for x in walk.hidden])
-    assert len(list(tmp_path.iterdir())) == 3
+        assert all(isinstance(x, np.memmap) == (folder is not None) for x in walk.hidden)
+    assert not list(tmp_path.iterdir()), "a process that is killed leaves nothing"
     for a, b in zip(*results):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_full_disk_for_activations_is_one_line_and_can_be_resumed(whole, tmp_path, monkeypatch):
+    def full(*place):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {**ALL_INT4, "calibration_samples": 3, "spill": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(QvlError, match=r"qvl-\w+/\S+: the disk is full; .*--resume"):
+            convert(VL, tmp_path / "out.qvl", **options)
+    convert(VL, tmp_path / "out.qvl", **options, resume=True)
+    assert sha256(tmp_path / "out.qvl") == sha256(whole)
 
 
 def test_every_matrix_is_watched_with_the_inputs_it_gets(source, samples, monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from qvl_convert.hessian import Hessian
+from qvl_convert.spilling import spilled
 from qvl_convert.walk import Stage, Walk
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_runtime.families.weights import Tensors, Weights
@@ -129,9 +130,10 @@ class Pausing:
     def _keep(self, name: str, values: np.ndarray) -> np.ndarray:
         if self._spill is None:
             return values
-        path = self._spill / f"{name}.{self._prompt}.{self._product}.npy"  # the one before is still mapped
-        np.save(path, values)
-        return np.load(path, mmap_mode="r")
+        # the one before is still mapped
+        room = spilled(self._spill / f"{name}.{self._prompt}.{self._product}", values.shape, values.dtype)
+        room[...] = values
+        return room
 
 
 class PausingWeights(Weights):

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from qvl_convert.plan import Recipe, Source
+from qvl_convert.spilling import spilled
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_kernels.packing import Matrix
 from qvl_runtime.engine.decoder import Features, Span
@@ -168,7 +169,7 @@ class Walk:
         total = sum(rows for rows, _ in shapes)
         if self.spill is None or total == 0:
             return [np.empty(shape, np.float32) for shape in shapes]
-        whole = np.memmap(self.spill / f"{name}.float32", np.float32, "w+", shape=(total, shapes[0][1]))
+        whole = spilled(self.spill / f"{name}.float32", (total, shapes[0][1]), np.float32)
         return np.split(whole, np.cumsum([rows for rows, _ in shapes])[:-1])
 
     def _level(self, index: int) -> list[np.ndarray]:

@@ -248,7 +248,8 @@ class BlobWriter:
         if isinstance(error, QvlError) and not self._complete:
             self.partial.unlink(missing_ok=True)
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise QvlError(f"{self.path}: the disk is full; make room and continue with --resume") from None
+            full = error.filename or self.path  # a file of a calibration is on another disk
+            raise QvlError(f"{full}: the disk is full; make room and continue with --resume") from None
 
 
 def matrix_arrays(matrix: Matrix) -> dict[str, np.ndarray]:
