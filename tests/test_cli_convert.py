@@ -254,6 +254,14 @@ def test_an_ascii_terminal_shows_code_points(blob, tmp_path, errors):
         assert (done.stdout if status else done.stderr) == ""
 
 
+def test_an_interrupt_while_a_command_is_imported_is_130(qvl, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert qvl("info", "x.qvl") == (130, "", "")
+
+
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_a_closed_output_is_written_nowhere(monkeypatch, blob, name):
     """A descriptor that a shell closed makes the stream None."""

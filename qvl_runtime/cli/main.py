@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     words = typed.split()[1:] if COMPLETION in os.environ else arguments
     verb = next((word for word in words if not word.startswith("-")), None)
-    _app(verb)(arguments, prog_name="qvl")
+    try:
+        app = _app(verb)
+    except KeyboardInterrupt:  # the imports of a command take a second
+        sys.exit(INTERRUPTED)
+    app(arguments, prog_name="qvl")
 
 
 def _repair_streams() -> None:
