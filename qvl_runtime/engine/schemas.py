@@ -87,9 +87,9 @@ def _check_bounds(nodes: list[Mapping[str, Any]]) -> None:
     for low, high, sign in (("Minimum", "Maximum", 1), ("Maximum", "Minimum", -1)):
         bounds = [n for node in nodes if isinstance(n := node.get(f"exclusive{low}"), Decimal)]
         others = [node.get(key) for node in nodes for key in (f"exclusive{high}", high.lower())] if bounds else []
-        wholes = {
-            math.trunc(n): n for n in sorted((n for n in others if isinstance(n, Decimal)), key=lambda n: sign * n)
-        }
+        # of those with the same whole part, the one that allows the most
+        ordered = sorted((n for n in others if isinstance(n, Decimal)), key=lambda n: sign * n)
+        wholes = {Decimal(math.trunc(n)): n for n in ordered}
         for bound in bounds:
             if bound in wholes and sign * (wholes[bound] - bound) > 0:
                 remedy = "minimum with the smallest" if sign > 0 else "maximum with the largest"
