@@ -11,6 +11,10 @@ MAX_JSON = 16 << 20
 """Largest size of a JSON file in bytes. The parsed values take up to 30 times as much memory."""
 
 
+class DuplicateKeyError(ValueError):
+    """An object has a key twice."""
+
+
 def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
     """Parse JSON text, or UTF-8 bytes. `where` begins the error message and `remedy` ends it.
 
@@ -21,7 +25,7 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=_no_duplicates)
+        return json.loads(decoded, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise QvlError(f"{where} is not readable as JSON (it is nested too deeply); {remedy}") from None
     except ValueError as error:
@@ -36,8 +40,15 @@ def parse_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Create an object; an `object_pairs_hook` of the json module, which by itself takes the last of equal keys.
+
+    Raises
+    ------
+    DuplicateKeyError
+        If a key appears twice.
+    """
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
+        raise DuplicateKeyError("a key appears twice")
     return result
