@@ -18,6 +18,7 @@ from qvl_runtime.families.specs import MatrixSpec
 
 METHODS = ("rtn", "gptq")
 BITS = (3, 4, 8, 16)
+NO_HALF = "holds a weight that is not finite or beyond fp16's range; use --bits 8, 4 or 3"
 ROW_CHUNK = 16 << 20
 
 
@@ -215,13 +216,13 @@ class Source:
         return rtn.quantize(weight, plan.bits, plan.group_size, bias=bias, name=name)
 
 
-def to_half(weight: np.ndarray, name: str) -> np.ndarray:
+def to_half(weight: np.ndarray, name: str, problem: str = NO_HALF) -> np.ndarray:
     """Round a matrix to fp16, in slices of rows.
 
     Raises
     ------
     QvlError
-        If a value is not finite or beyond fp16's range of 65504.
+        If a value is not finite or beyond fp16's range of 65504: `name`, then `problem`.
     """
     half = np.empty(weight.shape, np.float16)
     rows = max(1, ROW_CHUNK // weight.shape[1])
@@ -230,14 +231,12 @@ def to_half(weight: np.ndarray, name: str) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             chunk[:] = weight[start : start + rows]
         if not np.isfinite(chunk).all():
-            raise QvlError(f"{name} holds a weight that is not finite or beyond fp16's range; use --bits 8, 4 or 3")
+            raise QvlError(f"{name} {problem}")
     return half
 
 
 def _at_16_bits(matrix: Matrix, name: str) -> Matrix:
     """Dequantize a weight to fp16 as the published code does."""
-    with np.errstate(over="ignore"):
-        half = matrix.dequantize().astype(np.float16)
-    if not np.isfinite(half).all():
-        raise QvlError(f"{name} stands for a weight beyond fp16's range; use --bits {matrix.bits}")
+    problem = f"stands for a weight beyond fp16's range; use --bits {matrix.bits}"
+    half = to_half(matrix.dequantize(), name, problem)
     return Matrix(n=matrix.n, k=matrix.k, bits=16, group_size=BLOCK, weight=half, bias=matrix.bias)
