@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from qvl_kernels.ops import DeviceError
 
 
-def start_thread(target: Callable[..., Any], args: Iterable[Any], name: str) -> threading.Thread:
+def start_thread(target: Callable[..., Any], args: tuple[Any, ...], name: str) -> threading.Thread:
     """Start a thread that does not keep the process alive.
 
     Raises
@@ -17,7 +17,7 @@ def start_thread(target: Callable[..., Any], args: Iterable[Any], name: str) -> 
     DeviceError
         If the system grants no further thread.
     """
-    thread = threading.Thread(target=target, args=tuple(args), name=name, daemon=True)
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as e:
