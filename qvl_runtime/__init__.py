@@ -10,6 +10,7 @@ from qvl_runtime.boxes import Box
 from qvl_runtime.engine.constraints import Grounding, JsonSchema, Regex
 from qvl_runtime.engine.generation import Piece, Timings
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.tools import ToolCall, Tools
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 from qvl_runtime.results import ChatResult, Result, Stream
@@ -27,6 +28,8 @@ __all__ = [
     "Result",
     "Stream",
     "Timings",
+    "ToolCall",
+    "Tools",
     "load",
 ]
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from qvl_runtime.engine.constraints import Form
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Grounding, Prompts
+from qvl_runtime.families.base import Calling, Grounding, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access
-from qvl_runtime.inputs.prompt import is_messages
+from qvl_runtime.inputs.prompt import is_ids, is_messages
+from qvl_runtime.inputs.tools import Tools, calls_in
 from qvl_runtime.options import batch_size, chat_window, given, named_options, one_constraint, salt, whole_number
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 
@@ -59,6 +61,7 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
+        tools: Tools | Sequence[Mapping[str, Any]] | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -97,6 +100,7 @@ class Asking:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         constraint: Form | None = None,
+        tools: Tools | Sequence[Mapping[str, Any]] | None = None,
         logprobs: int | None = None,
         speculate: bool = True,
         allow_paths: bool = True,
@@ -133,6 +137,10 @@ class Asking:
             Strings that end the answer. The answer does not include them.
         constraint : Form, optional
             Restricts the answer: `Regex`, `JsonSchema` or `Grounding`.
+        tools : Tools or sequence of mapping, optional
+            Functions that the model may call, for chat messages; see `Tools`. The calls are in the result. Append the
+            answer as a message of the role "assistant" and what each call returned as one of the role "tool" to get
+            the next answer.
         logprobs : int, optional
             Return the log probability of every token, and of this many most likely alternatives.
         speculate : bool
@@ -158,10 +166,18 @@ class Asking:
         sampler = Sampler(
             temperature, top_k, top_p, repetition_penalty, seed, min_p, presence_penalty, frequency_penalty
         )
-        made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls, salt(cache_salt)))
-        form = one_constraint(constraint, min_new_tokens)
+        access = Access(allow_paths, allow_urls, salt(cache_salt))
+        form, prompts, calls = one_constraint(constraint, min_new_tokens), self.prompts, None
+        if tools is not None:
+            tools = tools if isinstance(tools, Tools) else Tools(tools)
+            calling = self.calling(prompt)
+            prompts, form = calling.prompts(prompts, tools), calling.form(tools, form)
+            calls = functools.partial(calls_in, calling.reader)
+        made = prompts.build(prompt, images, access)
         job = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
-        return Stream(job, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made)))
+        return Stream(
+            job, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made), calls)
+        )
 
     @named_options
     def chat(
@@ -316,6 +332,20 @@ class Asking:
             does not affect the others.
         """
         return answer_all(self, requests, batch_size(max_batch), on_result)
+
+    def calling(self, prompt: Any) -> Calling:
+        """Return how the model takes the tools of a prompt.
+
+        Raises
+        ------
+        QvlError
+            If the model takes none, or the prompt is no conversation.
+        """
+        if self.blob.family.calling is None:
+            raise QvlError(f"{self.blob.path}: the chat template of {self.blob.title} has no tools; use Qwen3-VL")
+        if isinstance(prompt, str) or is_ids(prompt):
+            raise QvlError("tools need chat messages, in which the model's template lists them; found another prompt")
+        return self.blob.family.calling
 
     def _require_chat(self) -> None:
         if not self.is_chat:

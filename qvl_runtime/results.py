@@ -9,6 +9,7 @@ from typing import Any
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Logprob, Piece, Timings
 from qvl_runtime.engine.job import Job
+from qvl_runtime.inputs.tools import ToolCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Result:
         One for each of `token_ids` if requested, else empty.
     reasoning : str
         Reasoning before the answer, stripped; empty for a model without reasoning.
+    tool_calls : list of ToolCall
+        All well-formed calls of the text, if the request has tools.
     """
 
     text: str
@@ -41,6 +44,7 @@ class Result:
     timings: Timings
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
     reasoning: str = ""
+    tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +109,10 @@ class Stream(Iterator[Piece]):
             self.cancel()
 
 
-def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
-    """Join the pieces of an answer; `boxes` parses the boxes of its text."""
+def collected(
+    pieces: list[Piece], boxes: Callable[[str], list[Box]], calls: Callable[[str], list[ToolCall]] | None = None
+) -> Result:
+    """Join the pieces of an answer; `boxes` and `calls` parse the boxes and the calls of tools in its text."""
     text, last = "".join(piece.text for piece in pieces if not piece.reasoning), pieces[-1]
     assert last.finish_reason is not None and last.timings is not None
     return Result(
@@ -118,4 +124,5 @@ def collected(pieces: list[Piece], boxes: Callable[[str], list[Box]]) -> Result:
         timings=last.timings,
         logprobs=[entry for piece in pieces for entry in piece.logprobs],
         reasoning="".join(piece.text for piece in pieces if piece.reasoning).strip(),
+        tool_calls=[] if calls is None else calls(text),
     )

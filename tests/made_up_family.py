@@ -68,6 +68,7 @@ def _table(count, width):
 class MadeUp:
     model_type = "made_up"
     upright = False
+    calling = None
     grounding = SimpleNamespace(parse=lambda text, pictures: [])
 
     def read_config(self, data, where):

@@ -12,10 +12,12 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
 from qvl_runtime.families.qwen2_vl.template import Template
 from qvl_runtime.families.qwen2_vl.vocabulary import read_vocabulary
+from qvl_runtime.families.qwen3_vl.calling import CALLING
 from qvl_runtime.families.qwen3_vl.template import Qwen3Template
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.inputs.prompt import Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.tools import Tools
 
 NAMES = {"Qwen2-VL and Qwen2.5-VL": "q2-tied", "Qwen3-VL": "q3-tied"}
 IMAGE = {"type": "image"}
@@ -268,6 +270,10 @@ def test_reasoning_is_kept_while_an_answer_waits_for_tools():
 
     kept = [f"<think>\nHm.\n</think>\n\nWait.\n{called}", f"<think>\nAgain.\n</think>\n\n{called}", called]
     assert answers(first, shown, second, shown, plain, shown) == kept
+    field = {"role": "assistant", "content": "\nWait.", "reasoning_content": "\nHm.\n", "tool_calls": [call]}
+    none = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
+    assert answers(field, shown, none, shown) == [kept[0], f"<think>\nHm.\n</think>\n\n{called}"]
+    assert answers(field, shown, asked) == [f"\nWait.\n{called}"]
     dropped = [f"Wait.\n{called}", called]
     assert answers(first, shown, second, shown, asked) == dropped
     assert answers(first, shown, second, shown, asked, second, shown) == [*dropped, kept[1]]
@@ -291,6 +297,7 @@ def test_reasoning_is_kept_while_an_answer_waits_for_tools():
         (3, [], "must be a str"),
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}], [], "only an assistant's"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}], [], "'name' and 'arguments'"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": 1}], [], "the reasoning_content 1"),
         (
             [
                 {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1}}}]},
@@ -304,6 +311,17 @@ def test_reasoning_is_kept_while_an_answer_waits_for_tools():
 def test_refused(prompt, images, message):
     with pytest.raises(QvlError, match=message):
         build(prompts("q3-tied"), prompt, images)
+
+
+def test_a_tokenizer_without_tags():
+    made = prompts("q3-tied")
+    known = {form: i for form, i in made.tokenizer.special.items() if not form.startswith(("<tool", "</tool"))}
+    ranks = {made.tokenizer.token_bytes(i): i for i in range(made.tokenizer.special["<|endoftext|>"])}
+    bare = dataclasses.replace(made, tokenizer=Tokenizer(ranks, known, made.config.vocab_size))
+    with pytest.raises(QvlError, match="has no <tool_response>"):
+        build(bare, [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}])
+    with pytest.raises(QvlError, match="takes no tools: its tokenizer has no <tool_call>"):
+        CALLING.prompts(bare, Tools(TOOLS))
 
 
 def test_arguments_nested_too_deep():

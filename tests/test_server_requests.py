@@ -110,6 +110,12 @@ WRONG = {
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "a tool required": ({"tool_choice": "required"}, "tool_choice"),
     "a tool by name": ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    "tools of a model without": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
+    "calls of a model without": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, *USER]},
+        "messages",
+    ),
+    "result of a model without": ({"messages": [*USER, {"role": "tool", "content": "x"}]}, None),
     "best_of": ({"best_of": 2}, "best_of"),
     **{
         name: ({name: value}, name)

@@ -14,7 +14,7 @@ from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url, local_path
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
-from qvl_runtime.openai.answers import Whole, box_fields, described, sources_of, with_pictures
+from qvl_runtime.openai.answers import Whole, box_fields, call_reader, described, sources_of, with_pictures
 from qvl_runtime.openai.errors import ApiError, of_exception
 from qvl_runtime.openai.formats import ChatFormat, ResponseFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
@@ -153,7 +153,8 @@ class Answerer:
             form = TextFormat(self._model.tokenizer, asked.logprobs is not None)
         else:
             asked = read_chat(body, LIMITS, own, self._options.allow_urls)
-            form = ChatFormat(self._model.tokenizer, asked.logprobs is not None)
+            reader = call_reader(self._model, asked)
+            form = ChatFormat(self._model.tokenizer, asked.logprobs is not None, reader, f"call_{_name(row)}")
         contents = fetched(sources_of(asked.prompt), LIMITS)
         prompt, pictures = with_pictures(self._model, asked.prompt, contents, LIMITS)
         seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed

@@ -87,7 +87,7 @@ class Regex:
     pattern: str
 
     def start(self, answer: Answer) -> Constraint:
-        return _GrammarConstraint(answer.tokenizer, answer.stop_ids, "regex", self.pattern)
+        return _GrammarConstraint(answer, "regex", _built("regex", self.pattern))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +99,48 @@ class JsonSchema:
 
     schema: Mapping[str, Any] | str
 
-    def start(self, answer: Answer) -> Constraint:
+    def text(self) -> str:
+        """Return the schema as JSON of an object.
+
+        Raises
+        ------
+        QvlError
+            If it is no JSON, or llguidance would not compute it rightly or in time.
+        """
         try:
             schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
             raise QvlError(f"the json_schema cannot be used: {excerpt(error)}") from None
         check_schema(schema)  # before llguidance, which some schemas crash
-        schema = {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
-        constraint = _GrammarConstraint(answer.tokenizer, answer.stop_ids, "json_schema", schema)
+        return {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
+
+    def grammar(self) -> str:
+        """Return llguidance's form of the schema.
+
+        Raises
+        ------
+        QvlError
+            If it cannot be used.
+        """
+        schema = self.text()
+        built = _built("json_schema", schema)
         if not has_end(json.loads(schema)):
             raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
-        return constraint
+        return built
+
+    def start(self, answer: Answer) -> Constraint:
+        return _GrammarConstraint(answer, "json_schema", self.grammar())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lark:
+    """Text that matches a grammar in llguidance's Lark syntax; `kind` names it in errors."""
+
+    grammar: str
+    kind: str
+
+    def start(self, answer: Answer) -> Constraint:
+        return _GrammarConstraint(answer, self.kind, _built(self.kind, self.grammar))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,24 +207,11 @@ class ReasoningFirst:
 class _GrammarConstraint:
     """A grammar, evaluated by llguidance."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], kind: str, grammar: str):
+    def __init__(self, answer: Answer, kind: str, grammar: str):
         import llguidance
 
-        matcher = llguidance.LLMatcher
-        try:
-            if kind == "regex":
-                built = matcher.grammar_from_regex(grammar)
-            else:
-                built = matcher.grammar_from_json_schema(grammar, overrides=NOTATION)
-            problem = matcher.validate_grammar(built)
-        except BaseException as error:  # a panic of llguidance is no Exception
-            if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "PanicException":
-                raise
-            raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
-        if problem:
-            raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}")
-        self._matcher, self._kind = matcher(_ll_tokenizer(tokenizer), built, log_level=0), kind
-        self._stop_ids, self._size = stop_ids, tokenizer.vocab_size
+        self._matcher = llguidance.LLMatcher(_ll_tokenizer(answer.tokenizer), grammar, log_level=0)
+        self._kind, self._stop_ids, self._size = kind, answer.stop_ids, answer.tokenizer.vocab_size
         self._mask()
         if self._matcher.is_error():
             raise QvlError(f"the {kind} cannot be used: no text matches it")
@@ -220,6 +238,34 @@ class _GrammarConstraint:
         """Return the error of a grammar that reached a limit of llguidance, without the state that it adds."""
         reason = excerpt(self._matcher.get_error().partition("<state>")[0])
         return QvlError(f"the {self._kind} is too large ({reason:.100}); repeat less in it, or shorter parts")
+
+
+def _built(kind: str, grammar: str) -> str:
+    """Return a "regex", a "json_schema", or else Lark, in llguidance's form.
+
+    Raises
+    ------
+    QvlError
+        If llguidance does not take it.
+    """
+    import llguidance
+
+    matcher = llguidance.LLMatcher
+    try:
+        if kind == "regex":
+            built = matcher.grammar_from_regex(grammar)
+        elif kind == "json_schema":
+            built = matcher.grammar_from_json_schema(grammar, overrides=NOTATION)
+        else:
+            built = matcher.grammar_from_lark(grammar)
+        problem = matcher.validate_grammar(built)
+    except BaseException as error:  # a panic of llguidance is no Exception
+        if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
+    if problem:
+        raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}")
+    return built
 
 
 @functools.lru_cache(maxsize=4)

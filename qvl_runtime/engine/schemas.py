@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
@@ -61,9 +61,30 @@ def check_schema(schema: str) -> None:
     else:
         for node in nodes:
             _check_bounds([node])
-    _check_multiples([step for node in nodes if isinstance(step := node.get("multipleOf"), Decimal) and step], combined)
+    _check_multiples(_multiples(nodes), combined)
     _check_objects(nodes, combined)
     _check_sizes(parsed, nodes, combined)
+
+
+def check_together(schemas: Sequence[str]) -> None:
+    """Refuse schemas of one grammar on which llguidance would compute for minutes, though not on each alone.
+
+    Parameters
+    ----------
+    schemas : sequence of str
+        JSON that `check_schema` accepts.
+
+    Raises
+    ------
+    QvlError
+        Names the key and the value.
+    """
+    parsed = [json.loads(schema, parse_int=Decimal, parse_float=Decimal) for schema in schemas]
+    _check_multiples(_multiples(list(_nodes(parsed))), combined=False)
+
+
+def _multiples(nodes: Iterable[Mapping[str, Any]]) -> list[Decimal]:
+    return [step for node in nodes if isinstance(step := node.get("multipleOf"), Decimal) and step]
 
 
 def _combines(node: Mapping[str, Any]) -> bool:

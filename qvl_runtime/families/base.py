@@ -14,7 +14,7 @@ import numpy as np
 
 from qvl_kernels.ops import Array, Ops
 from qvl_runtime.boxes import Box
-from qvl_runtime.engine.constraints import Constraint
+from qvl_runtime.engine.constraints import Constraint, Form
 from qvl_runtime.engine.sequence import Rotary
 from qvl_runtime.families.config import Config
 from qvl_runtime.families.generation_config import GenerationConfig
@@ -25,6 +25,7 @@ from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, Picture, Pixels, Preprocess, Vision
 from qvl_runtime.inputs.prompt import ChatPrompt, Prompt, Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.tools import CallReader, Tools
 
 VisionStage = Callable[[np.ndarray, Pixels], Array]
 """Computes a stage for one picture. Arguments: the previous state, float32 ``[rows, width]`` on the host (unused by
@@ -75,6 +76,31 @@ class Grounding(Protocol):
         """
 
 
+class Calling(Protocol):
+    """A family's tools: how prompts list them, and how answers call them."""
+
+    def prompts(self, prompts: Any, tools: Tools) -> Prompts:
+        """Return the prompts of this family's model with tools listed in every conversation.
+
+        Raises
+        ------
+        QvlError
+            If the model's tokenizer cannot write calls.
+        """
+
+    def reader(self) -> CallReader:
+        """Create the reader of one answer."""
+
+    def form(self, tools: Tools, form: Form | None) -> Form | None:
+        """Return the form of an answer that may have calls; `form` is that of an answer without any.
+
+        Raises
+        ------
+        QvlError
+            If they exclude each other, or a function's parameters cannot be used.
+        """
+
+
 C = TypeVar("C", bound=Config)
 T = TypeVar("T", bound=Tokenizer)
 
@@ -87,6 +113,8 @@ class Family(Protocol[C, T]):
     model_type : str
         As in `config.json`.
     grounding : Grounding
+    calling : Calling or None
+        None for a family whose template has no tools.
     upright : bool
         Whether the EXIF orientation of pictures is applied.
     """
@@ -96,6 +124,9 @@ class Family(Protocol[C, T]):
 
     @property
     def grounding(self) -> Grounding: ...
+
+    @property
+    def calling(self) -> Calling | None: ...
 
     @property
     def upright(self) -> bool: ...

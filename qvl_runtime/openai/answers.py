@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.inputs.tools import CallReader
 from qvl_runtime.model import Model
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.pictures import Sent, measured
+from qvl_runtime.openai.requests import Asked
 from qvl_runtime.results import Result
 
 NOTHING = Access(paths=False)
@@ -43,6 +45,8 @@ def with_pictures(
     """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
     if not isinstance(prompt, Messages):
         return prompt, []
+    if model.blob.family.calling is None and any(turn.calls for turn in prompt.turns):
+        raise refused("this model's chat template has no tools, so no message may have tool_calls", "messages")
     if contents and model.pictures is None:
         raise refused("this model has no vision part: it takes no pictures", "messages")
     upright = model.pictures is not None and model.pictures.reader.upright
@@ -54,6 +58,12 @@ def with_pictures(
         return model.blob.family.grounding.mark(corners, read)
 
     return prompt.for_model(pictures, mark), pictures
+
+
+def call_reader(model: Model, asked: Asked) -> Callable[[], CallReader] | None:
+    """Return what creates the reader of an answer's calls, if the request has tools and the model takes them."""
+    calling = model.blob.family.calling
+    return None if calling is None or asked.options["tools"] is None else calling.reader
 
 
 def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from qvl_runtime.engine.generation import Logprob
 from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
+from qvl_runtime.inputs.tools import CallReader
 from qvl_runtime.openai.answers import Part, Whole
+from qvl_runtime.openai.tools import CallWriter
+from qvl_runtime.results import Result
 
 
 class ResponseFormat(Protocol):
@@ -68,39 +71,68 @@ class ChatFormat:
     tokenizer : Tokenizer
     logprobs : bool
         Whether to write the log probabilities of the tokens.
+    reader : callable, optional
+        Creates the reader of an answer's calls, if the request has tools.
+    call_id : str
+        Prefix of the ids of calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer, logprobs: bool):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        logprobs: bool,
+        reader: Callable[[], CallReader] | None = None,
+        call_id: str = "call",
+    ):
         self._tokenizer, self._logprobs = tokenizer, logprobs
+        self._reader, self._call_id = reader, call_id
+        self._writers: dict[int, CallWriter] = {}
 
     def head(self, index: int) -> dict[str, Any]:
         return _chat_chunk(index, {"role": "assistant", "content": ""})
 
     def part(self, part: Part) -> dict[str, Any] | None:
-        if not part.piece.text and not part.piece.logprobs:
+        if part.piece.reasoning:
+            delta = {"reasoning_content": part.piece.text}
+        else:
+            delta = self._writer(part.index).push(part.piece.text)
+        if not part.piece.logprobs and not any(delta.values()):
             return None
-        name = "reasoning_content" if part.piece.reasoning else "content"
-        return _chat_chunk(part.index, {name: part.piece.text}, self._tokens(part.piece.logprobs))
+        return _chat_chunk(part.index, delta, self._tokens(part.piece.logprobs))
 
     def ends(self, whole: Whole) -> list[dict[str, Any]]:
-        boxes = [_chat_chunk(whole.index, {"boxes": whole.boxes})] if whole.boxes else []
-        return [*boxes, _chat_chunk(whole.index, {}) | {"finish_reason": whole.result.finish_reason}]
+        rest = self._writer(whole.index).finish()
+        boxes = {"boxes": whole.boxes}
+        chunks = [_chat_chunk(whole.index, delta) for delta in (rest, boxes) if any(delta.values())]
+        return [*chunks, _chat_chunk(whole.index, {}) | {"finish_reason": _reason(whole.result)}]
 
     def whole(self, whole: Whole) -> dict[str, Any]:
+        writer = self._writer(whole.index)
+        said, rest = writer.push(whole.result.text), writer.finish()
+        calls = [*said.get("tool_calls", ()), *rest.get("tool_calls", ())]
+        content = said["content"] + rest["content"]
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": whole.result.text,
+            "content": content if content or not calls else None,
             "refusal": None,
             "boxes": whole.boxes,
         }
+        if calls:
+            message["tool_calls"] = [{key: call[key] for key in call if key != "index"} for call in calls]
         if whole.result.reasoning:
             message["reasoning_content"] = whole.result.reasoning
         return {
             "index": whole.index,
             "message": message,
             "logprobs": self._tokens(whole.result.logprobs),
-            "finish_reason": whole.result.finish_reason,
+            "finish_reason": _reason(whole.result),
         }
+
+    def _writer(self, index: int) -> CallWriter:
+        if index not in self._writers:
+            reader = None if self._reader is None else self._reader()
+            self._writers[index] = CallWriter(reader, f"{self._call_id}_{index}_")
+        return self._writers[index]
 
     def _tokens(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
         if not self._logprobs:
@@ -114,6 +146,10 @@ class ChatFormat:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         content = self._tokenizer.token_bytes(token)
         return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
+
+
+def _reason(result: Result) -> str:
+    return "tool_calls" if result.finish_reason == "stop" and result.tool_calls else result.finish_reason
 
 
 def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

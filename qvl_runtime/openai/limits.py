@@ -43,8 +43,10 @@ class Limits:
         Stop strings, and the characters of one.
     top_logprobs : int
         Alternatives of a token.
+    tools : int
+        Functions of a request.
     schema_bytes : int
-        Bytes of a JSON schema.
+        Bytes of a JSON schema, or of those of all functions whose calls are held to them.
     ping_seconds : float
         Interval of keep-alive comments in an idle stream.
     stop_seconds : float
@@ -69,6 +71,7 @@ class Limits:
     stops: int = 16
     stop_text: int = 256
     top_logprobs: int = 20
+    tools: int = 128
     schema_bytes: int = 64 << 10
     ping_seconds: float = 5.0
     stop_seconds: float = 60.0

@@ -10,8 +10,9 @@ from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import Sent, checked_url
+from qvl_runtime.openai.tools import read_calls
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Roles of a message, and their names for the model."""
 
 
@@ -33,10 +34,12 @@ Part = str | PicturePart | BoxPart
 
 
 class Message(NamedTuple):
-    """A message: the role for the model, and the parts."""
+    """A message: the role for the model, the parts, and an assistant's calls and reasoning."""
 
     role: str
     parts: list[Part]
+    calls: list[dict[str, Any]]
+    reasoning: str | None
 
 
 @dataclasses.dataclass
@@ -55,7 +58,15 @@ class Messages:
 
     def for_model(self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], int], str]) -> list[dict]:
         """Convert for `Model.stream`; `mark` writes a box on the picture with a number in the model's notation."""
-        return [{"role": turn.role, "content": _content(turn.parts, pictures, mark)} for turn in self.turns]
+        return [
+            {
+                "role": turn.role,
+                "content": _content(turn.parts, pictures, mark),
+                "tool_calls": turn.calls,
+                "reasoning_content": turn.reasoning,
+            }
+            for turn in self.turns
+        ]
 
 
 def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[..., str]) -> list[dict]:
@@ -107,14 +118,23 @@ class _Reader:
         role = text(data.get("role"), f"{name}.role")
         if role not in ROLES:
             raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(ROLES)}", f"{name}.role")
-        if data.get("tool_calls"):
-            raise refused(f"{name}.tool_calls: this server knows no tools", f"{name}.tool_calls")
         content, where = data.get("content"), f"{name}.content"
+        calls = read_calls(data.get("tool_calls"), f"{name}.tool_calls")
+        if calls and role != "assistant":
+            raise refused(f"{name}.tool_calls: only an assistant's message has calls", f"{name}.tool_calls")
+        for call in calls:
+            self._counted("".join(call.values()), f"{name}.tool_calls")
+        reasoning = data.get("reasoning_content") if role == "assistant" else None
+        if reasoning is not None:
+            self._counted(reasoning, f"{name}.reasoning_content")
+        if content is None and calls:
+            return Message(ROLES[role], [], calls, reasoning)
         if isinstance(content, str):
-            return Message(ROLES[role], [self._counted(content, where)])
+            return Message(ROLES[role], [self._counted(content, where)], calls, reasoning)
         if not isinstance(content, list):
             raise wrong(content, where, "a string or an array of parts")
-        return Message(ROLES[role], [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)])
+        parts = [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)]
+        return Message(ROLES[role], parts, calls, reasoning)
 
     def _part(self, part: Any, name: str, role: str) -> Part:
         part = mapping(part, name)

@@ -14,6 +14,7 @@ from qvl_runtime.openai.errors import ApiError, refused
 from qvl_runtime.openai.fields import Fields, array, text, wrong
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import Messages, read_messages
+from qvl_runtime.openai.tools import read_tools
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
@@ -62,10 +63,6 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
         Names the invalid field.
     """
     fields = Fields(data)
-    if fields.get("tools") or fields.get("functions"):
-        raise refused("this server knows no tools", "tools")
-    if fields.get("tool_choice") not in (None, "none", "auto"):
-        raise refused("this server knows no tools: tool_choice must be none or auto", "tool_choice")
     logprobs = None
     top = fields.integer("top_logprobs", 0, limits.top_logprobs)
     if fields.flag("logprobs"):
@@ -73,7 +70,7 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
     elif top:
         raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
     options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or own.max_new_tokens}
-    options |= {"constraint": _constraint(fields, limits)}
+    options |= {"constraint": _constraint(fields, limits), "tools": read_tools(fields, limits)}
     return _asked(fields, limits, read_messages(fields.get("messages"), limits, allow_urls), options, logprobs)
 
 

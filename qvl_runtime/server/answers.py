@@ -11,6 +11,7 @@ from typing import Any
 
 from qvl_runtime.batching import one_each
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import NOTHING, Part, Whole, described, sources_of, with_pictures
 from qvl_runtime.openai.errors import ApiError
@@ -81,7 +82,8 @@ class Answerer:
                 result = stream.result()
             except QvlError as error:
                 # The prompt was accepted: only a grammar of the request can still be invalid.
-                raise ApiError(500 if asked.options["constraint"] is None else 400, str(error)) from error
+                ours = asked.options["constraint"] is None and asked.options.get("tools") is None
+                raise ApiError(500 if ours else 400, str(error)) from error
             self.metrics.answer(result.timings, result.finish_reason)
             emit(Whole(index, result, described(result.boxes, pictures)))
 
@@ -106,13 +108,16 @@ class Answerer:
         watch.end()
         emit(End())
 
-    def tokenize(self, prompt: Messages | str | list[int], emit: Emit, switch: Switch) -> None:
+    def tokenize(self, prompt: Messages | str | list[int], tools: Tools | None, emit: Emit, switch: Switch) -> None:
         """Emit the token ids of a prompt as a list, including the placeholders of pictures."""
         contents = fetched(sources_of(prompt), self.limits, switch.check)
         with self._turn(contents):
             switch.check()
             made, _ = with_pictures(self.model, prompt, contents, self.limits)
-            emit(self.model.prompts.build(made, None, NOTHING).ids)
+            prompts = self.model.prompts
+            if tools is not None:
+                prompts = self.model.calling(made).prompts(prompts, tools)
+            emit(prompts.build(made, None, NOTHING).ids)
 
     def _turn(self, contents: Sequence[bytes]) -> contextlib.AbstractContextManager:
         """Return the semaphore to hold while preparing a prompt; text-only prompts do not wait."""

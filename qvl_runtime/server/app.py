@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence, Set
 
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
+from qvl_runtime.openai.answers import call_reader
 from qvl_runtime.openai.errors import ApiError, of_exception
 from qvl_runtime.openai.formats import ChatFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
@@ -112,7 +114,9 @@ def _routes(service: Service) -> list[Route]:
     chat = AnswerRoute(
         service,
         lambda data: read_chat(data, limits, own, service.allow_urls),
-        lambda asked: ChatFormat(tokenizer, asked.logprobs is not None),
+        lambda asked: ChatFormat(
+            tokenizer, asked.logprobs is not None, call_reader(service.model, asked), f"call_{secrets.token_hex(12)}"
+        ),
         kind="chat.completion",
         chunk="chat.completion.chunk",
         prefix="chatcmpl",

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qvl_runtime.inputs.tools import NAME
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import ROLES
 from qvl_runtime.server.responses import json_response
@@ -29,14 +30,14 @@ def description(limits: Limits) -> Schema:
     """Return the OpenAPI document of a server with these limits."""
     chat = _body(
         {**_options(limits), **_messages(), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
-        | {"logprobs": _or_null({"type": "boolean"})},
+        | {"logprobs": _or_null({"type": "boolean"}), **_tools(limits)},
         ["messages"],
     )
     completion = _body(
         {**_options(limits), "prompt": _prompt(), **_number("logprobs", 0, limits.top_logprobs, "integer")}, ["prompt"]
     )
     either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages()["messages"])}
-    tokenize = {"type": "object", "properties": {"model": _or_null({"type": "string"}), **either}}
+    tokenize = {"type": "object", "properties": {"model": _or_null(_TEXT), **either, **_tools(limits)}}
     one = _answer("the model", _ref("Model"))
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths = {
@@ -123,7 +124,24 @@ def _messages() -> Schema:
     ]
     parts[2]["properties"]["image"] = _COUNT
     content = {"anyOf": [_TEXT, _list({"anyOf": parts})]}
-    return {"messages": {**_list(_object(role={"enum": list(ROLES)}, content=content)), "minItems": 1}}
+    said = _object(role={"enum": list(ROLES)}, content=content)
+    call = _object(function=_object(name=_TEXT, arguments=_TEXT))
+    calling = _object(role={"const": "assistant"}, tool_calls={**_list(call), "minItems": 1})
+    return {"messages": {**_list({"anyOf": [said, calling]}), "minItems": 1}}
+
+
+def _tools(limits: Limits) -> Schema:
+    """Return the fields of functions that a model may call."""
+    name = {**_TEXT, "pattern": f"^{NAME.pattern}$"}
+    more = {"description": _TEXT, "parameters": {"type": "object"}, "strict": {"type": "boolean"}}
+    function = _body({"name": name, **more}, ["name"])
+    tool = _object(type={"const": "function"}, function=function)
+    chosen = _object(type={"const": "function"}, function=_object(name=_TEXT))
+    return {
+        "tools": _or_null({**_list(tool), "maxItems": limits.tools}),
+        "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required"]}, chosen, {"type": "null"}]},
+        "parallel_tool_calls": _or_null({"type": "boolean"}),
+    }
 
 
 def _options(limits: Limits) -> Schema:
@@ -156,6 +174,8 @@ def _options(limits: Limits) -> Schema:
 
 _ENVELOPE: dict[str, Schema] = {"id": _TEXT, "created": _COUNT, "model": _TEXT}
 _FINISH = {"enum": ["stop", "length"]}
+_ENDED = {"enum": [*_FINISH["enum"], "tool_calls"]}
+_CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _LOGPROBS = _or_null({"type": "object"})
 _BOX = _object(
     ref=_or_null(_TEXT),
@@ -163,8 +183,8 @@ _BOX = _object(
     pixels=_or_null(_list({"type": "integer"})),
     image=_or_null(_COUNT),
 )
-_MESSAGE = _object(role={"const": "assistant"}, content=_TEXT, refusal={"type": "null"}, boxes=_list(_BOX))
-_MESSAGE["properties"]["reasoning_content"] = _TEXT
+_MESSAGE = _object(role={"const": "assistant"}, content=_or_null(_TEXT), refusal={"type": "null"}, boxes=_list(_BOX))
+_MESSAGE["properties"] |= {"reasoning_content": _TEXT, "tool_calls": _list(_CALL)}
 _USAGE = _object(
     prompt_tokens=_COUNT,
     completion_tokens=_COUNT,
@@ -184,7 +204,7 @@ _RESULTS = {
     "Chat": _object(
         **_ENVELOPE,
         object={"const": "chat.completion"},
-        choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_FINISH)),
+        choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_ENDED)),
         usage=_USAGE,
     ),
     "Completion": _object(

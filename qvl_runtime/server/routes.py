@@ -12,9 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.openai.errors import refused, unavailable
+from qvl_runtime.openai.fields import Fields
 from qvl_runtime.openai.messages import Messages, read_messages
 from qvl_runtime.openai.requests import check_model, read_prompt
+from qvl_runtime.openai.tools import read_tools
 from qvl_runtime.server.admission import STOPPING
 from qvl_runtime.server.body import with_body
 from qvl_runtime.server.responses import json_response
@@ -64,10 +67,10 @@ class TokenizeRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
 
-        async def respond(prompt: Messages | str | list[int]) -> None:
+        async def respond(prompt: Messages | str | list[int], tools: Tools | None) -> None:
             try:
                 async with asyncio.timeout(service.limits.seconds):
-                    job = functools.partial(service.answerer.tokenize, prompt)
+                    job = functools.partial(service.answerer.tokenize, prompt, tools)
                     async with service.runner.run(job) as events:
                         ids = await next_event(events)
             except Exception as error:
@@ -76,17 +79,18 @@ class TokenizeRoute:
             await json_response(found)(scope, receive, send)
 
         async def handle(body: bytearray) -> None:
-            await until_gone(receive, respond(await service.checked(body, self._prompt)))
+            await until_gone(receive, respond(*await service.checked(body, self._prompt)))
 
         await with_body(service.admission, service.limits, scope, receive, send, handle)
 
-    def _prompt(self, data: dict[str, Any]) -> Messages | str | list[int]:
+    def _prompt(self, data: dict[str, Any]) -> tuple[Messages | str | list[int], Tools | None]:
         limits = self._service.limits
         if (data.get("messages") is None) == (data.get("prompt") is None):
             raise refused("give either messages or prompt")
         if data.get("messages") is not None:
-            return read_messages(data["messages"], limits, self._service.allow_urls)
-        return read_prompt(data["prompt"], limits)
+            messages = read_messages(data["messages"], limits, self._service.allow_urls)
+            return messages, read_tools(Fields(data), limits)
+        return read_prompt(data["prompt"], limits), None
 
 
 class HealthRoute:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from qvl_kernels.ops import Ops
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.base import Family, Grounding, VisionStage
+from qvl_runtime.families.base import Calling, Family, Grounding, VisionStage
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
 from qvl_runtime.families.qwen2_vl.config import MERGE, ModelConfig, section
@@ -57,6 +57,7 @@ class QwenFamily(Generic[C]):
     VISION: ClassVar[type[VisionTower]]
     VIDEO: ClassVar[VideoLimits] = VideoLimits(128 * 28 * 28, 768 * 28 * 28)
     grounding: Grounding
+    calling: Calling | None = None
     upright = True
 
     @property

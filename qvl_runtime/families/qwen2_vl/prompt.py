@@ -167,12 +167,15 @@ class Prompts:
         if calls and role != "assistant":
             raise QvlError(f"message {number} has the role {role!r}: only an assistant's has tool_calls")
         if role == "assistant":
+            reasoning = message.get("reasoning_content")
+            if reasoning is not None and not isinstance(reasoning, str):
+                raise QvlError(f"message {number} has the reasoning_content {reasoning!r:.60}; expected a str")
             if not content:
-                return Message(role, [], calls)
+                return Message(role, [], calls, reasoning)
             text = content
             if not isinstance(text, str):
                 text = "".join(_only_text(part, role) for part in checked_parts(text))
-            return Message(role, self._answer(text), calls)
+            return Message(role, self._answer(text), calls, reasoning)
         read = self._content(content, access)
         if role == "system" and count_places([read]):
             raise QvlError("the system's message takes no pictures: put them into the user's")
@@ -261,6 +264,8 @@ class Prompts:
                 slots.append(Slot(len(ids), piece.picture, piece.time))
                 ids += [piece.token] * piece.picture.tokens
             elif piece:
+                if piece not in self.tokenizer.special:
+                    raise QvlError(f"this model's tokenizer has no {piece}, which the chat template needs here")
                 ids.append(self.tokenizer.special[piece])
         self._check_slots(ids, slots)
         return Prompt(ids, slots, opened, self._reasoning_end(ids))

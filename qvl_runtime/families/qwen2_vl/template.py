@@ -33,11 +33,14 @@ class Message:
         assistant only calls tools; a list of parts without any text is one empty text.
     calls : list of mapping
         `name` and `arguments` of an assistant's tool calls.
+    reasoning : str, optional
+        Reasoning of an assistant, if its content does not begin with it.
     """
 
     role: str
     content: Parts
     calls: Sequence[Mapping[str, Any]] = ()
+    reasoning: str | None = None
 
 
 class Template:

@@ -8,6 +8,7 @@ from qvl_runtime.families.base import Family
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.qwen2_vl.family import QwenFamily
 from qvl_runtime.families.qwen2_vl.preprocessing import VideoLimits
+from qvl_runtime.families.qwen3_vl.calling import CALLING
 from qvl_runtime.families.qwen3_vl.config import Qwen3Config
 from qvl_runtime.families.qwen3_vl.grounding import RelativeGrounding
 from qvl_runtime.families.qwen3_vl.template import Qwen3Template
@@ -26,6 +27,7 @@ class Qwen3VL(QwenFamily[Qwen3Config]):
     VISION = Qwen3Vision
     VIDEO = VideoLimits(4096, 25165824, whole=True)
     grounding = RelativeGrounding()
+    calling = CALLING
 
     def title(self, config: Qwen3Config, generation: GenerationConfig) -> str:
         return f"{self.TITLE}-Thinking" if generation.thinking else self.TITLE

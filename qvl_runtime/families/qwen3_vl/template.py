@@ -79,7 +79,10 @@ class Qwen3Template(Template):
         """Render an answer and its calls of tools; `reasons` keeps its reasoning."""
         pieces: list[Piece] = list(message.content)
         reasoning: list[Piece] = []
-        if self.thinking and THOUGHT in pieces:
+        if self.thinking and message.reasoning is not None:
+            reasoning = [message.reasoning.strip("\n")]
+            pieces = _trimmed(pieces) if reasons else pieces
+        elif self.thinking and THOUGHT in pieces:
             first, last = pieces.index(THOUGHT), len(pieces) - pieces[::-1].index(THOUGHT)
             begin = first - pieces[first::-1].index(THINK) + 1 if THINK in pieces[:first] else 0
             reasoning, pieces = _trimmed(pieces[begin:first], end=True), _trimmed(pieces[last:])

@@ -43,6 +43,7 @@ class QwenVL:
 
     model_type = "qwen"
     grounding = GROUNDING
+    calling = None
     upright = False
 
     def read_config(self, data: Mapping[str, Any], where: str) -> ModelConfig:

@@ -1,0 +1,145 @@
+"""Qwen3-VL's notation of calls: a JSON object with name and arguments between <tool_call> tags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from qvl_runtime.engine.constraints import NOTATION, AtLeast, Form, JsonSchema, Lark
+from qvl_runtime.engine.schemas import check_together
+from qvl_runtime.errors import QvlError
+from qvl_runtime.families.qwen2_vl.prompt import Prompts
+from qvl_runtime.families.qwen3_vl.template import CALL, CALLED, Qwen3Template
+from qvl_runtime.inputs.tools import ToolCall, Tools
+
+SPACED = {**NOTATION, "item_separator": ", ", "key_separator": ": "}
+"""How held calls are written: with the blanks of the template, as the model writes them by itself."""
+
+
+class Calling:
+    """`qvl_runtime.families.base.Calling`."""
+
+    def prompts(self, prompts: Prompts, tools: Tools) -> Prompts:
+        assert isinstance(prompts.template, Qwen3Template)
+        if missing := [tag for tag in (CALL, CALLED) if tag not in prompts.tokenizer.special]:
+            raise QvlError(f"this model takes no tools: its tokenizer has no {missing[0]}")
+        template = dataclasses.replace(prompts.template, tools=tools.given)
+        return dataclasses.replace(prompts, template=template)
+
+    def reader(self) -> Reader:
+        return Reader()
+
+    def form(self, tools: Tools, form: Form | None) -> Form | None:
+        schema = form if isinstance(form, JsonSchema) else None
+        if form is not None and (tools.must_call or not isinstance(form, JsonSchema | AtLeast)):
+            raise QvlError("calls of tools are their own form; leave out the constraint, and min_new_tokens")
+        is_free = not tools.must_call and tools.parallel and not any(f.strict for f in tools.functions)
+        if schema is None and is_free:
+            return form
+        if isinstance(form, AtLeast):
+            raise QvlError("min_new_tokens and strict or single calls may contradict each other; leave out one")
+        return Lark(_grammar(tools, schema), "grammar of the tools")
+
+
+def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
+    """Write the grammar of answers with calls; if none is demanded, also of text, or of JSON that matches `schema`."""
+    single = not tools.parallel or tools.choice == tools.possible[0].name
+    lines = [
+        "start: calls" if tools.must_call else "start: TEXT? calls?" if schema is None else "start: calls | answer",
+        "calls: call" if single else 'calls: call ("\\n" call)*',
+        f'call: {CALL} "\\n" function "\\n" {CALLED}',
+        "function: " + " | ".join(f"f{i}" for i in range(len(tools.possible))),
+        r"TEXT: /(.|\n)+/",
+    ]
+    schemas = []
+    for i, (name, own, strict) in enumerate(tools.possible):
+        written = own if strict or tools.must_call else {"type": "object"}
+        try:
+            JsonSchema(written).grammar()
+        except QvlError as error:
+            raise QvlError(f"the function {name!r}: {error}") from None
+        schemas.append(json.dumps(written))
+        head = json.dumps(f'{{"name": "{name}", "arguments": ', ensure_ascii=False)
+        lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {_spaced(written)}"]
+    if schema is not None:
+        schema.grammar()
+        schemas.append(schema.text())
+        lines.append(f"answer: %json {_spaced(json.loads(schema.text()))}")
+    check_together(schemas)
+    return "\n".join(lines)
+
+
+def _spaced(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": SPACED})
+
+
+class Reader:
+    """`qvl_runtime.inputs.tools.CallReader`. A call that is not well-formed remains text."""
+
+    def __init__(self) -> None:
+        self._held, self._called = "", False
+
+    def push(self, text: str) -> list[str | ToolCall]:
+        self._held += text
+        found: list[str | ToolCall] = []
+        while (end := self._held.find(CALLED)) >= 0:
+            found += self._take(self._held.rfind(CALL, 0, end), end, end + len(CALLED))
+        begin = self._held.find(CALL)
+        return found + self._release(_before_tag(self._held) if begin < 0 else begin)
+
+    def finish(self) -> list[str | ToolCall]:
+        end = len(self._held)
+        found = self._take(self._held.rfind(CALL), end, end)
+        # Line ends after the last call separate nothing.
+        return [item for item in found if isinstance(item, ToolCall) or not self._called or item.strip("\n")]
+
+    def _take(self, begin: int, end: int, rest: int) -> list[str | ToolCall]:
+        """Take the text up to `rest` from what is held, with the call between `begin` (-1: none) and `end`."""
+        call = _call(self._held[begin + len(CALL) : end]) if begin >= 0 else None
+        if call is None:
+            text, self._held = self._held[:rest], self._held[rest:]
+            return [text] if text else []
+        found: list[str | ToolCall] = [text] if (text := self._held[:begin].rstrip("\n")) else []
+        self._held, self._called = self._held[rest:], True
+        return [*found, call]
+
+    def _release(self, count: int) -> list[str | ToolCall]:
+        """Return the first `count` characters of what is held, without the line ends that may precede a call."""
+        text = self._held[:count].rstrip("\n")
+        self._held = self._held[len(text) :]
+        return [text] if text else []
+
+
+def _before_tag(text: str) -> int:
+    """Return the number of characters before a tag that the end of `text` may begin."""
+    partial = next((n for n in range(len(CALL) - 1, 0, -1) if text.endswith(CALL[:n])), 0)
+    return len(text) - partial
+
+
+def _call(text: str) -> ToolCall | None:
+    """Parse a call; None if it has no name, no object of arguments, or what JSON cannot hold."""
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments")
+    return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(number)
+    return value
+
+
+CALLING = Calling()
