@@ -13,6 +13,7 @@ import pytest
 from families import GOLDEN, config, read
 from PIL import Image
 from rich.console import Console
+from serving import data_uri, png, serving
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -245,3 +246,42 @@ def test_a_saved_conversation_holds_a_video(about, model, tmp_path):
     for one in (talk, other):
         one.take("And then?")
     assert other.history[-1] == talk.history[-1] and not other.failed
+
+
+@pytest.mark.parametrize("name", ["q25-tied", "q3-tied"])
+def test_over_http(model, name):
+    """The answer is that of Python; frames count as pictures where a box names one."""
+    listed, made = frames(3), model(name)
+    sent = [data_uri(png(frame)) for frame in listed]
+    with serving(made) as server:
+        for about in ({}, {"fps": 1}, {"times": [0, 0.5, 3.0]}):
+            body = {"messages": asked(sent, **about), "max_tokens": 6, "temperature": 0}
+            whole = server.http.post("/v1/chat/completions", json=body).json()
+            own = made.generate(asked(listed, **about), max_new_tokens=6)
+            assert whole["choices"][0]["message"]["content"] == own.text
+            assert whole["usage"]["prompt_tokens"] == own.prompt_tokens
+        mixed = asked(sent)
+        mixed[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": data_uri(png(listed[0]))}})
+        mixed[0]["content"].append({"type": "box", "image": 3, "pixels": [0, 0, 64, 48]})
+        assert server.http.post("/v1/chat/completions", json={"messages": mixed, "max_tokens": 1}).status_code == 200
+        for about, message in [
+            ({"video": []}, "a video is a list of its frames"),
+            ({"video": sent[0]}, "messages[0].content[0].video must be an array"),
+            ({"video": [1]}, "messages[0].content[0].video[0] must be a string"),
+            ({"video": ["/etc/passwd"]}, "messages[0].content[0].video[0]: a picture must be a URI"),
+            ({"video": [data_uri(b"x")]}, "picture 0 is no image"),
+            ({"video": sent[:1] * 129}, "more than 128 frames"),
+            ({"video": [data_uri(png(Image.new("1", (4000, 4000))))] * 17}, "more than 256000000 pixels"),
+            ({"fps": "2"}, "the 'fps' of a video is '2'"),
+            ({"fps": 0}, "the 'fps' of a video is 0"),
+            ({"times": [0, 1]}, "must be 3 numbers"),
+            ({"times": [0, 1, "x"]}, "must be 3 numbers"),
+            ({"fps": 1, "times": [0, 1, 2]}, "give one of them"),
+        ]:
+            messages = [{"role": "user", "content": [{"type": "video", "video": sent, **about}]}]
+            refused = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+            assert refused.status_code == 400
+            assert message in refused.json()["error"]["message"]
+        messages = [{"role": "system", "content": asked(sent)[0]["content"]}, *asked(sent)]
+        refused = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+        assert "only a user's message" in refused.json()["error"]["message"]

@@ -48,7 +48,11 @@ WRONG = {
     "content half a character": ({"messages": says("\ud800")}, "messages[0].content"),
     "part a number": ({"messages": says([1])}, "messages[0].content[0]"),
     "part empty": ({"messages": says([{}])}, "messages[0].content[0].type"),
-    "part unknown": ({"messages": says([{"type": "video"}])}, "messages[0].content[0].type"),
+    "part unknown": ({"messages": says([{"type": "sound"}])}, "messages[0].content[0].type"),
+    "video of a model without": (
+        {"messages": says([{**image_part(PNG), "type": "video", "video": []}])},
+        None,
+    ),
     "text a list": ({"messages": says([{"type": "text", "text": []}])}, "messages[0].content[0].text"),
     "image_url a string": (
         {"messages": says([{"type": "image_url", "image_url": "data:image/png;base64,AA=="}])},

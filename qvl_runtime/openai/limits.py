@@ -27,8 +27,8 @@ class Limits:
         JSON values of a request.
     text : int
         Characters of all texts of a request.
-    pictures : int
-        Pictures of a request.
+    pictures, frames : int
+        Pictures of a request, and frames of its videos. All together have at most `pictures` times `pixels`.
     picture_bytes : int
         Bytes of a fetched picture.
     fetch_seconds : float
@@ -63,6 +63,7 @@ class Limits:
     values: int = 100_000
     text: int = 1 << 20
     pictures: int = 16
+    frames: int = 128
     picture_bytes: int = 20 << 20
     fetch_seconds: float = 30.0
     pixels: int = 16_000_000

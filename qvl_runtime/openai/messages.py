@@ -30,7 +30,14 @@ class BoxPart(NamedTuple):
     name: str
 
 
-Part = str | PicturePart | BoxPart
+class VideoPart(NamedTuple):
+    """A video: the numbers of its frames among the pictures, and its "fps" or "times", if given."""
+
+    numbers: range
+    timing: dict[str, Any]
+
+
+Part = str | PicturePart | BoxPart | VideoPart
 
 
 class Message(NamedTuple):
@@ -50,7 +57,7 @@ class Messages:
     ----------
     turns : list of Message
     sources : list of bytes or str
-        The pictures in order: image files, or allowed URLs.
+        The pictures, also those of videos, in order: image files, or allowed URLs.
     """
 
     turns: list[Message]
@@ -74,6 +81,8 @@ def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[...
     for part in parts:
         if isinstance(part, PicturePart):
             made.append({"type": "image", "image": pictures[part.number].content})
+        elif isinstance(part, VideoPart):
+            made.append({"type": "video", "video": [pictures[i].content for i in part.numbers], **part.timing})
         elif isinstance(part, BoxPart):
             _check_size(part, pictures)
             made.append({"type": "box", "text": mark(part.corners, part.number)})
@@ -97,7 +106,7 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
     Raises
     ------
     ApiError
-        For an unknown role or part, a wrong type, a picture that is not a URI, too many pictures, or too much text.
+        For an unknown role or part, a wrong type, a picture that is not a URI, too many of them, or too much text.
     """
     listed = array(value, "messages")
     if not listed:
@@ -112,7 +121,7 @@ class _Reader:
 
     def __init__(self, limits: Limits, allow_urls: bool):
         self.sources: list[str | bytes] = []
-        self._limits, self._allow_urls, self._text = limits, allow_urls, 0
+        self._limits, self._allow_urls, self._text, self._frames = limits, allow_urls, 0, 0
 
     def message(self, data: Any, name: str) -> Message:
         role = text(data.get("role"), f"{name}.role")
@@ -141,19 +150,31 @@ class _Reader:
         kind = text(part.get("type"), f"{name}.type")
         if kind == "text":
             return self._counted(part.get("text"), f"{name}.text")
-        if kind not in ("image_url", "box"):
-            raise refused(f"{name}.type is {kind[:40]!r}; it must be text, image_url or box", f"{name}.type")
+        if kind not in ("image_url", "box", "video"):
+            raise refused(f"{name}.type is {kind[:40]!r}; it must be text, image_url, video or box", f"{name}.type")
         if role != "user":
-            raise refused(f"{name}: only a user's message has pictures and boxes", name)
-        return self._picture(part, name) if kind == "image_url" else _box(part, name)
+            raise refused(f"{name}: only a user's message has pictures, videos and boxes", name)
+        if kind == "box":
+            return _box(part, name)
+        return self._picture(part, name) if kind == "image_url" else self._video(part, name)
 
     def _picture(self, part: Any, name: str) -> PicturePart:
         # OpenAI's format is an object. A string could be taken for a path.
         url = text(mapping(part.get("image_url"), f"{name}.image_url").get("url"), f"{name}.image_url.url")
-        if len(self.sources) == self._limits.pictures:
+        if len(self.sources) - self._frames == self._limits.pictures:
             raise refused(f"the request has more than {self._limits.pictures} pictures", name)
         self.sources.append(checked_url(url, f"{name}.image_url.url", self._allow_urls))
         return PicturePart(len(self.sources) - 1)
+
+    def _video(self, part: Any, name: str) -> VideoPart:
+        frames, first = array(part.get("video"), f"{name}.video"), len(self.sources)
+        self._frames += len(frames)
+        if self._frames > self._limits.frames:
+            raise refused(f"the videos of the request have more than {self._limits.frames} frames", name)
+        urls = [text(frame, f"{name}.video[{i}]") for i, frame in enumerate(frames)]
+        self.sources += [checked_url(url, f"{name}.video[{i}]", self._allow_urls) for i, url in enumerate(urls)]
+        timing = {key: part[key] for key in ("fps", "times") if part.get(key) is not None}
+        return VideoPart(range(first, len(self.sources)), timing)
 
     def _counted(self, value: Any, name: str) -> str:
         found = text(value, name)

@@ -29,14 +29,14 @@ def openapi_route(limits: Limits) -> Route:
 def description(limits: Limits) -> Schema:
     """Return the OpenAPI document of a server with these limits."""
     chat = _body(
-        {**_options(limits), **_messages(), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
+        {**_options(limits), **_messages(limits), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
         | {"logprobs": _or_null({"type": "boolean"}), **_tools(limits)},
         ["messages"],
     )
     completion = _body(
         {**_options(limits), "prompt": _prompt(), **_number("logprobs", 0, limits.top_logprobs, "integer")}, ["prompt"]
     )
-    either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages()["messages"])}
+    either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages(limits)["messages"])}
     tokenize = {"type": "object", "properties": {"model": _or_null(_TEXT), **either, **_tools(limits)}}
     one = _answer("the model", _ref("Model"))
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -114,15 +114,17 @@ def _prompt() -> Schema:
     return {"anyOf": [_TEXT, ids]}
 
 
-def _messages() -> Schema:
+def _messages(limits: Limits) -> Schema:
     uri = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
     coordinates = {**_list(_NUMBER), "minItems": 4, "maxItems": 4}
     parts = [
         _object(type={"const": "text"}, text=_TEXT),
         _object(type={"const": "image_url"}, image_url=uri),
         _object(type={"const": "box"}, pixels=coordinates),
+        _object(type={"const": "video"}, video={**_list(_TEXT), "minItems": 1, "maxItems": limits.frames}),
     ]
     parts[2]["properties"]["image"] = _COUNT
+    parts[3]["properties"] |= {"fps": _or_null(_NUMBER), "times": _or_null(_list(_NUMBER))}
     content = {"anyOf": [_TEXT, _list({"anyOf": parts})]}
     said = _object(role={"enum": list(ROLES)}, content=content)
     call = _object(function=_object(name=_TEXT, arguments=_TEXT))
