@@ -123,7 +123,7 @@ def decode_image(content: bytes | Image.Image | np.ndarray, label: str, *, exif:
     if isinstance(content, Image.Image):
         return _to_rgb(lambda: content, label, exif)
     if not content:
-        raise QvlError(f"{label} is empty (0 bytes)")
+        raise QvlError(f"{label} is empty (0 bytes): get the file again")
     if content.startswith(b"\xff\xd8") and _scans(content) > MAX_SCANS:
         raise QvlError(f"{label} is a JPEG of more than {MAX_SCANS} scans: save it again")
     return _to_rgb(lambda: Image.open(io.BytesIO(content), formats=FORMATS), label, exif)
@@ -224,9 +224,11 @@ def _to_rgb(open_image: Callable[[], Image.Image], label: str, exif: bool) -> Im
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise QvlError(f"{label} has more than {MAX_PIXELS} pixels: shrink it first") from None
     except Image.UnidentifiedImageError:
-        raise QvlError(f"{label} is no image in a known format ({', '.join(FORMATS)})") from None
+        raise QvlError(
+            f"{label} is no image in a known format ({', '.join(FORMATS)}): save it as PNG or JPEG"
+        ) from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise QvlError(f"{label} is broken: {excerpt(error) or type(error).__name__}") from None
+        raise QvlError(f"{label} is broken ({excerpt(error) or type(error).__name__}): get the file again") from None
 
 
 def _scans(content: bytes) -> int:
@@ -255,7 +257,7 @@ def _scaled(image: Image.Image, label: str) -> Image.Image:
 
 def _grey(values: np.ndarray, label: str) -> Image.Image:
     if not np.isfinite(values).all():
-        raise QvlError(f"{label} holds a value that is not finite")
+        raise QvlError(f"{label} holds a value that is not finite: save it with 8 or 16 bits")
     return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
 
 
