@@ -82,7 +82,7 @@ def test_a_past_of_something_else_is_refused(load, in_golden, tmp_path):
         load(variant="long"),
     )
     for other in others:
-        with pytest.raises(QvlError, match=r"past: .* another model, device, or cache type"):
+        with pytest.raises(QvlError, match=r"past: .* another model, device, cache type, or `activations`"):
             other.load_past(file)
         assert other.chat("What else?", history, **GREEDY).timings.cached_tokens == 0
     for text in (b"", b"no safetensors file"):
@@ -222,6 +222,7 @@ def test_a_forged_past_is_refused_however_right_its_digest(saved, tmp_path, chan
     with pytest.raises(QvlError) as caught:
         model.load_past(tmp_path / "forged")
     assert message in str(caught.value) and "forged: " in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("continue without it")
 
 
 def test_a_forgery_that_changes_nothing_is_taken(saved, tmp_path):

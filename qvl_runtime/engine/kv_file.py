@@ -27,7 +27,7 @@ from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"
-MALFORMED = "the file is malformed: the conversation has to be computed again"
+MALFORMED = "the file is malformed: continue without it"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -111,7 +111,9 @@ class SavedKV:
                 arrays = [self._file.array(f"{layer}.{part}") for part in range(parts)]
                 state.store.restore(layer, len(self.keys), arrays)
         except ValueError:
-            raise QvlError(f"{self._file.path}: its keys and values are of another shape than this model's") from None
+            raise QvlError(
+                f"{self._file.path}: its keys and values are of another shape than this model's: continue without it"
+            ) from None
         state.truncate(len(self.keys))
 
 
@@ -126,11 +128,14 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
     file = TensorFile(path)
     facts = file.metadata
     if facts.get("format") != FORMAT or DIGEST not in file:
-        raise QvlError(f"{path}: holds no keys and values of a conversation saved by this version")
+        raise QvlError(f"{path}: holds no keys and values of a conversation saved by this version: continue without it")
     if facts.get("identity") != identity:
-        raise QvlError(f"{path}: its keys and values are of another model, device, or cache type")
+        raise QvlError(
+            f"{path}: its keys and values are of another model, device, cache type, or `activations`: continue "
+            "without it"
+        )
     if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
-        raise QvlError(f"{path}: is damaged: its bytes are not those that were written")
+        raise QvlError(f"{path}: is damaged, its bytes are not those that were written: continue without it")
     keys, alpha = _read_keys(file), _read_alpha(file)
     _check_finite(file)
     return SavedKV(keys, alpha, _read_short(file), file)
