@@ -223,8 +223,18 @@ def one_answer(blob, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("changed", ["data", "limit", "prompts", "kv_cache", "model", "pictures"])
-def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob, tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("data", r"data: files: gqa/testdev_balanced\.jsonl"),
+        ("limit", "data: samples"),
+        ("prompts", "prompt"),
+        ("kv_cache", "options: kv_cache"),
+        ("model", "model"),
+        ("pictures", "data: samples"),
+    ],
+)
+def test_answers_of_another_run_are_not_taken_up(changed, named, one_answer, base, blob, tmp_path):
     shutil.copytree(one_answer, tmp_path, dirs_exist_ok=True)
     gqa, model, options = tmp_path / "data", base, {"limit": 1}
     if changed == "data":
@@ -242,7 +252,7 @@ def test_answers_of_another_run_are_not_taken_up(changed, one_answer, base, blob
         model = tmp_path / base.name
         model.write_bytes(blob("tiny-vl", "base", bits=8).read_bytes())
     with pytest.raises(
-        qvl.QvlError, match=r"its answers were made with different \w+; remove the file, or name another"
+        qvl.QvlError, match=f"its answers were made with different {named}; remove the file, or name another"
     ):
         evaluate([model], "gqa", gqa, out=tmp_path, device="cpu", **options)
 

@@ -104,9 +104,8 @@ class AnswerFile:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             record = parse_object(line, f"{self.path} line {number}", remedy)
             if number == 1:
-                differing = [key for key in {**record, **made_with} if record.get(key) != made_with.get(key)]
-                if differing:
-                    raise QvlError(f"{self.path}: its answers were made with different {differing[0]}; {remedy}")
+                if (differing := _differing(record, made_with)) is not None:
+                    raise QvlError(f"{self.path}: its answers were made with different {differing}; {remedy}")
             elif not _is_answer(record):
                 raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
             else:
@@ -125,3 +124,13 @@ def _is_answer(record: Mapping[str, Any]) -> bool:
 def _are_numbers(values: Any) -> bool:
     listed = isinstance(values, list)
     return listed and all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values)
+
+
+def _differing(record: Mapping[str, Any], made_with: Mapping[str, Any]) -> str | None:
+    """Return the name of the first setting that differs, such as "data: samples"; None if none does."""
+    for key in {**record, **made_with}:
+        one, other = record.get(key), made_with.get(key)
+        if one != other:
+            part = _differing(one, other) if isinstance(one, Mapping) and isinstance(other, Mapping) else None
+            return key if part is None else f"{key}: {part}"
+    return None
