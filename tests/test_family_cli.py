@@ -74,6 +74,16 @@ def test_bench_reads_a_tied_head_too(name, files, qvl):
     assert parts["decoder"]["bytes"] + head < found["bytes_per_token"] < parts["decoder"]["bytes"] + head + 20_000
 
 
+def test_bench_refuses_what_it_cannot_measure(files, qvl):
+    status, text, err = qvl("bench", files["q3-tied"], "--prompt-tokens", 5000, "--device", "reference")
+    message = (
+        "a prompt of 5000 tokens and an answer of 32 exceed its window of 4096; lower --prompt-tokens or --new-tokens"
+    )
+    assert (status, text, err) == (1, "", f"qvl: {files['q3-tied']}: {message}\n")
+    status, _, err = qvl("bench", files["q3-tied"], "--rounds", 0)
+    assert status == 2 and "'--rounds'" in err
+
+
 def test_max_pixels(files, qvl):
     def tokens(*options: object) -> int:
         arguments = ("-i", "images/big.png", "--max-new-tokens", 1, "--json", "--device", "cpu")

@@ -18,9 +18,9 @@ from qvl_runtime.errors import QvlError
 
 def bench(
     model: ModelFile,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Number of measurements; medians are shown.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Number of measurements; medians are shown.", min=1)] = 3,
     device: Device = "auto",
     kv_cache: KVCache = "fp16",
     activations: Activations = "auto",
@@ -36,10 +36,11 @@ def bench(
     """
     loaded = load_shown(model, device, kv_cache, activations=activations)
     window = loaded.config.max_position_embeddings
-    if min(prompt_tokens, new_tokens, rounds) < 1:
-        raise QvlError("--prompt-tokens, --new-tokens and --rounds must be at least 1")
     if prompt_tokens + new_tokens > window:
-        raise QvlError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's window of {window}")
+        raise QvlError(
+            f"{model}: a prompt of {prompt_tokens} tokens and an answer of {new_tokens} exceed its window of {window}; "
+            "lower --prompt-tokens or --new-tokens"
+        )
     speeds = measure(loaded, kv_cache=kv_cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
     conditions = {
         "file": model.name,
