@@ -493,6 +493,21 @@ def test_a_pipe_gets_answers_alone(blob, in_golden):
     assert "help" not in done.stdout
 
 
+def test_a_pipe_is_told_of_what_the_context_cuts(blob, in_golden):
+    """On standard error: nothing is left out in silence."""
+    talk = Conversation(qvl.load(blob("tiny-vl", bits=16), device="cpu", context=48), Spoken())
+    talk.take("/set temperature 0")
+    talk.take("/set max_new_tokens 4")
+    talk.take("Hello")
+    assert talk.screen.complaints == [], "as in `qvl generate`, the limit was the user's"
+    talk.take("/set max_new_tokens 500")
+    talk.take("And again")
+    assert talk.screen.complaints == [
+        "the context is full; oldest turns left out: 1",
+        "the answer was cut after 5 tokens; start with a larger --context",
+    ]
+
+
 @pytest.mark.parametrize(("lines", "status"), [("/set\n/quit\n/nonsense\n", 0), ("/nonsense\n/set\n", 1)])
 def test_the_status_of_a_pipe_tells_of_a_failed_line(blob, monkeypatch, capsys, lines, status):
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

@@ -310,11 +310,12 @@ class Conversation:
                 self._boxes = []
                 raise
         if result.left_out > self._left_out:
-            self.screen.say(f"(the context is full; oldest turns left out: {result.left_out})")
+            self.screen.warn(f"the context is full; oldest turns left out: {result.left_out}")
         if result.finish_reason == "length":
             full = result.prompt_tokens + len(result.token_ids) >= self.model.window
             remedy = "start with a larger --context" if full else "/set max_new_tokens allows more"
-            self.screen.say(f"(the answer was cut after {len(result.token_ids)} tokens; {remedy})")
+            tell = self.screen.warn if full or not result.text else self.screen.say
+            tell(f"the answer was cut after {len(result.token_ids)} tokens; {remedy}")
         self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
 
     def _opened(self, source: ImageSource) -> Image.Image:

@@ -26,6 +26,10 @@ class Screen:
             # The terminal wraps the line, so that a path can be copied whole.
             self.console.print(printable(text), style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Print a message about an answer: for a pipe on standard error."""
+        (self.say if self.console.is_terminal else self.complain)(text)
+
     def complain(self, text: str) -> None:
         """Print an error in one line on standard error."""
         print(f"qvl: {one_line(text)}", file=sys.stderr)
