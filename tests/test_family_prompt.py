@@ -295,6 +295,8 @@ def test_reasoning_is_kept_while_an_answer_waits_for_tools():
         ("<img></img>", [], "empty image slots .*: 1,"),
         ("<|image_pad|>", [], "token 0 .* placeholder"),
         (3, [], "must be a str"),
+        ([], [], "the prompt is empty"),
+        ([], ["one"], "the prompt is empty"),
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}], [], "only an assistant's"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}], [], "'name' and 'arguments'"),
         ([{"role": "assistant", "content": "x", "reasoning_content": 1}], [], "the reasoning_content 1"),

@@ -343,6 +343,12 @@ def test_bad_prompts(prompt, images, message):
         raw(prompt, images)
 
 
+@pytest.mark.parametrize("images", [None, ["a.png"]])
+def test_an_empty_turn(images):
+    with pytest.raises(QvlError, match="the prompt is empty"):
+        build_prompt([], images, TINY, chat=True)
+
+
 def test_a_million_tags_that_never_end():
     with pytest.raises(QvlError, match="unclosed"):
         raw("<img>" * 1_000_000)

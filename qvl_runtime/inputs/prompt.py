@@ -168,7 +168,8 @@ def fill(spoken: Sequence[Parts], images: Sequence[ImageSource]) -> list[ImageSo
     extra = list(images[len(empty) :])
     if len(images) < len(empty) or (extra and count_places(spoken[-1:])):
         raise QvlError(
-            f"empty image slots (<img></img>) in the prompt: {len(empty)}, images: {len(images)}; give one for each"
+            f"empty image slots (<img></img>, or picture parts without a source) in the prompt: {len(empty)}, images: "
+            f"{len(images)}; give one for each"
         )
     for place, image in zip(empty, images):
         place.source = image
@@ -212,6 +213,20 @@ def checked_parts(content: Any) -> list[Mapping[str, Any]]:
                 "a part of the prompt has %s: only the first is used; write a part for each", " and ".join(things)
             )
     return list(content)
+
+
+def user_message(parts: Any) -> dict[str, Any]:
+    """Return a list of parts as the user's message.
+
+    Raises
+    ------
+    QvlError
+        If it is no list of parts, or empty.
+    """
+    checked = checked_parts(parts)
+    if not checked:
+        raise QvlError("the prompt is empty; pass some text")
+    return {"role": "user", "content": checked}
 
 
 def _things(part: Mapping[str, Any]) -> list[str]:

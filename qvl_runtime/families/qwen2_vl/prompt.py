@@ -38,6 +38,7 @@ from qvl_runtime.inputs.prompt import (
     part_source,
     part_text,
     sources,
+    user_message,
 )
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.inputs.video import FramePair, Video, is_video_part, read_video
@@ -99,7 +100,7 @@ class Prompts:
             parts = self._places(prompt, access, self._vision_form)
             before = [Place(image) for image in fill([parts], images)]
             return self._encode([*before, *self._special_tokens(parts)], access, GROUNDING.opened(prompt))
-        messages = prompt if is_messages(prompt) else [{"role": "user", "content": checked_parts(prompt)}]
+        messages = prompt if is_messages(prompt) else [user_message(prompt)]
         read = [self._message(message, number, access) for number, message in enumerate(messages, 1)]
         self._check_roles(read)
         if fill([message.content for message in read], images):

@@ -38,6 +38,7 @@ from qvl_runtime.inputs.prompt import (
     part_source,
     part_text,
     sources,
+    user_message,
 )
 from qvl_runtime.inputs.tokenizer import splittable
 from qvl_runtime.inputs.video import Video
@@ -101,8 +102,7 @@ class QwenPrompts:
                 raise QvlError("this is a base model, which knows no chat messages: pass the prompt as one str")
             return self._prompt(self._from_messages(prompt, images, access), access)
         if self.is_chat and not isinstance(prompt, str):
-            message = {"role": "user", "content": checked_parts(prompt)}
-            return self._prompt(self._from_messages([message], images, access), access)
+            return self._prompt(self._from_messages([user_message(prompt)], images, access), access)
         parts = self._fill([self._read(prompt, access)], images)[-1]
         opened = opened_box(prompt) if isinstance(prompt, str) else ""
         return self._prompt(self._encode(parts, self._raw_forms(access)), access, opened)
