@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import re
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -40,6 +39,21 @@ SAMPLING: dict[str, Callable[[str], Any]] = {
 }
 SETTINGS: dict[str, Callable[[str], Any]] = {**SAMPLING, "max_new_tokens": int}
 
+COMMANDS = {
+    "/box X1 Y1 X2 Y2 [QUESTION]": "ask about a rectangle of the last picture, in its pixels",
+    "/clear": "begin a new conversation; settings stay",
+    "/help": "this list",
+    "/image FILE": "attach a picture to your next question",
+    "/load FILE.json": "continue a saved conversation",
+    "/quit": "leave",
+    "/retry": "ask the last question again",
+    "/save FILE.json": "save the conversation and its keys and values (a large file)",
+    "/set NAME VALUE": "temperature, top_p, top_k, max_new_tokens, seed, …; no VALUE: the model's own",
+    "/show [FILE.png]": "draw the last answer's boxes on its picture",
+    "/undo": "take back your last question and its answer",
+}
+"""What a user types, and what it does."""
+
 
 class Conversation:
     """A chat with its state; `take` handles one line at a time.
@@ -64,9 +78,8 @@ class Conversation:
         self._waiting: list[ImageSource] = []
         self._boxes: list[Box] = []
         self._left_out = 0
-        self._commands = {
-            name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
-        }
+        names = [usage.split()[0].removeprefix("/") for usage in COMMANDS]
+        self._commands = {name: getattr(self, f"_do_{name}") for name in names}
 
     def greet(self) -> None:
         """Show the model and the most important commands."""
@@ -127,21 +140,17 @@ class Conversation:
             command()
 
     def _do_help(self) -> None:
-        """/help                     this list"""
         width = max(24, self.screen.console.width)  # a narrower terminal wraps the lines itself
-        for command in self._commands.values():
-            usage, text = re.split(r"\s{2,}", command.__doc__, maxsplit=1)
+        for usage, text in COMMANDS.items():
             self.screen.say(f"{usage}\n{textwrap.indent(textwrap.fill(text, width - 4), '    ')}")
         self.screen.say("A line that is the path of a picture attaches it. Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _do_image(self, rest: str) -> None:
-        """/image FILE               attach a picture to your next question"""
         if not rest:
             raise QvlError("/image needs the path of a picture")
         self.attach(rest if is_url(rest) else _unquoted(rest))
 
     def _do_box(self, rest: str) -> None:
-        """/box X1 Y1 X2 Y2 [QUESTION]  ask about a rectangle of the last picture, in its pixels"""
         parts = rest.split(maxsplit=4)
         try:
             x1, y1, x2, y2 = (float(part) for part in parts[:4])
@@ -162,7 +171,6 @@ class Conversation:
         self._ask([{"type": "box", "text": box}, {"text": question}])
 
     def _do_show(self, rest: str) -> None:
-        """/show [FILE.png]          draw the last answer's boxes on its picture"""
         if not self._boxes:
             raise QvlError("the last answer has no boxes to show")
         out = user_path(_unquoted(rest) or "boxes.png")
@@ -176,7 +184,6 @@ class Conversation:
             self.screen.picture(out)
 
     def _do_undo(self) -> None:
-        """/undo                     take back your last question and its answer"""
         if not self.history:
             raise QvlError("there is nothing to undo")
         query, _ = self.history.pop()
@@ -184,7 +191,6 @@ class Conversation:
         self.screen.say(f"took back {_shortened(query)}; turns left: {len(self.history)}")
 
     def _do_retry(self) -> None:
-        """/retry                    ask the last question again"""
         if not self.history:
             raise QvlError("there is nothing to retry")
         before, self.history = self.history, self.history[:-1]
@@ -195,12 +201,10 @@ class Conversation:
             raise
 
     def _do_clear(self) -> None:
-        """/clear                    begin a new conversation; settings stay"""
         self.history, self._boxes, self._waiting, self._left_out = [], [], [], 0
         self.screen.say("a new conversation")
 
     def _do_set(self, rest: str) -> None:
-        """/set NAME VALUE           temperature, top_p, top_k, max_new_tokens, seed, …; no VALUE: the model's own"""
         name, _, value = rest.replace("=", " ").partition(" ")
         if not name:
             config = self.model.generation_config
@@ -226,7 +230,6 @@ class Conversation:
         self.screen.say(f"{name} {number}")
 
     def _do_save(self, rest: str) -> None:
-        """/save FILE.json           save the conversation and its keys and values (a large file)"""
         if not rest:
             raise QvlError("/save needs a file name")
         path = user_path(_unquoted(rest))
@@ -247,7 +250,6 @@ class Conversation:
             self.screen.say(f"saved {_past(path)}: {nbytes}, so that {tokens} tokens need not be computed again")
 
     def _do_load(self, rest: str) -> None:
-        """/load FILE.json           continue a saved conversation"""
         if not rest:
             raise QvlError("/load needs the name of a file that /save made")
         path = user_path(_unquoted(rest))
@@ -261,7 +263,6 @@ class Conversation:
                 raise QvlError(f"{error}; the conversation is computed again") from None
 
     def _do_quit(self) -> None:
-        """/quit                     leave"""
         self.open = False
 
     def _tell_loaded(self, path: Path) -> None:
