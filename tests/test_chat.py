@@ -15,6 +15,7 @@ from rich.console import Console
 
 import qvl_runtime as qvl
 from qvl_kernels.ops import DeviceError
+from qvl_runtime.cli.chat import _talk
 from qvl_runtime.cli.conversation import Conversation, dropped_file
 from qvl_runtime.cli.main import main
 from qvl_runtime.cli.screen import Screen
@@ -518,6 +519,19 @@ def test_the_status_of_a_pipe_tells_of_a_failed_line(blob, monkeypatch, capsys, 
     with pytest.raises(SystemExit) as caught:
         main(["chat", str(blob("tiny-vl", bits=16)), "--device", "reference"])
     assert (caught.value.code or 0) == status == capsys.readouterr().err.count("\n")
+
+
+def test_ctrl_z_stops_the_program(talk, monkeypatch):
+    from prompt_toolkit.application import Application, create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    stopped = []
+    monkeypatch.setattr(Application, "suspend_to_background", lambda self: stopped.append(talk.open))
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("/qu\x1ait\r\x04")
+        _talk(talk)
+    assert stopped == [True] and not talk.open
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")

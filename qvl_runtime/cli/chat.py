@@ -79,7 +79,7 @@ def _talk(conversation: Conversation) -> None:
     from prompt_toolkit import PromptSession
 
     conversation.greet()
-    session: PromptSession[str] = PromptSession()
+    session: PromptSession[str] = PromptSession(enable_suspend=True)  # Ctrl-Z, as in other programs
     while conversation.open:
         try:
             conversation.take(session.prompt("> "))
