@@ -164,6 +164,7 @@ def test_an_answer_follows_a_schema(generate, tmp_path):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps({"enum": ["yes", "no"]}))
     assert json.loads(generate("Is it?", "--json-schema", path)[1]) in ("yes", "no")
-    path.write_text("[]")
-    status, out, err = generate("Is it?", "--json-schema", path)
-    assert (status, out, err.count("\n")) == (1, "", 1) and str(path) in err
+    for wrong in ("[]", '{"type": "strin"}', '{"$ref": "#"}'):
+        path.write_text(wrong)
+        status, out, err = generate("Is it?", "--json-schema", path)
+        assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith(f"qvl: {path}")

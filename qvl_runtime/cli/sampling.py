@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qvl_runtime.engine.constraints import JsonSchema
+from qvl_runtime.engine.constraints import Answer, Constraint, JsonSchema
+from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
 
@@ -25,7 +27,20 @@ SchemaFile = Annotated[
 ]
 
 
-def read_schema(path: Path | None) -> JsonSchema | None:
+@dataclasses.dataclass(frozen=True)
+class FileSchema(JsonSchema):
+    """The JSON schema of a file, which its errors name."""
+
+    path: Path
+
+    def start(self, answer: Answer) -> Constraint:
+        try:
+            return super().start(answer)
+        except QvlError as error:
+            raise QvlError(f"{self.path}: {error}; correct it") from None
+
+
+def read_schema(path: Path | None) -> FileSchema | None:
     """Read the file of `--json-schema`.
 
     Raises
@@ -35,4 +50,5 @@ def read_schema(path: Path | None) -> JsonSchema | None:
     """
     if path is None:
         return None
-    return JsonSchema(json.dumps(parse_object(read_regular(path, limit=MAX_JSON), str(path), "correct it")))
+    schema = parse_object(read_regular(path, limit=MAX_JSON), str(path), "correct it")
+    return FileSchema(json.dumps(schema), path)
