@@ -90,7 +90,7 @@ def test_max_pixels(files, qvl):
         return json.loads(qvl("generate", files["q2-tied"], "x", *arguments, *options)[1])["prompt_tokens"]
 
     assert tokens("--max-pixels", 28 * 28 * 4) < 10 < tokens()
-    assert "one token takes 784 pixels" in qvl("serve", files["q2-tied"], "--max-pixels", 10)[2]
+    assert "one token takes 784 pixels" in qvl("serve", files["q2-tied"], "--port", 0, "--max-pixels", 10)[2]
 
 
 def test_the_default_window_is_capped(tmp_path, qvl):

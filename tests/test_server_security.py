@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import socket
 import struct
 import time
 import zlib
@@ -86,12 +87,22 @@ def test_another_address_needs_a_key(monkeypatch, capsys):
             main(["serve", "nothing.qvl", "--host", host])
         assert left.value.code == 1 and "without a key" in capsys.readouterr().err
     with pytest.raises(SystemExit) as left:
-        main(["serve", "nothing.qvl", "--host", "0.0.0.0", "--no-key"])
+        main(["serve", "nothing.qvl", "--host", "0.0.0.0", "--no-key", "--port", "0"])
     assert left.value.code == 1 and "nothing.qvl" in capsys.readouterr().err
     monkeypatch.setenv("QVL_API_KEY", "short")
     with pytest.raises(SystemExit) as left:
         main(["serve", "nothing.qvl"])
     assert left.value.code == 1 and "16 or more" in capsys.readouterr().err
+
+
+def test_an_address_that_cannot_be_used_is_told_before_the_model_is_read(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, number in (("127.0.0.1", port), ("192.0.2.1", 0)):  # the second is of no machine (RFC 5737)
+            with pytest.raises(SystemExit) as left:
+                main(["serve", "nothing.qvl", "--host", host, "--no-key", "--port", str(number)])
+            assert left.value.code == 1
+            assert capsys.readouterr().err.startswith(f"qvl: {host}:{number}: cannot listen there (")
 
 
 @pytest.mark.parametrize(

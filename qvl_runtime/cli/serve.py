@@ -84,6 +84,7 @@ def serve(
 
     keys = _keys(api_key_file)
     _check_address(host, keys, no_key)
+    bind(host, port).close()  # an error before the model is loaded; nobody is kept waiting meanwhile
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("qvl_runtime.server").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="qvl-demo-") as folder:
