@@ -276,13 +276,29 @@ def test_a_closed_output_is_written_nowhere(monkeypatch, blob, name):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["--version"], []])
+@pytest.mark.parametrize("arguments", [["-u", "--version"], ["--version"], ["-u", "--help"], ["info", "--help"]])
 def test_a_full_disk_is_one_line(arguments):
+    """Without -u Python writes at the end."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-u", "-m", "qvl_runtime", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        done = run_into(full, arguments)
     assert (done.returncode, done.stderr) == (1, "qvl: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["-u", "--version"], ["--version"], ["info", "--help"]])
+def test_a_pipe_that_nobody_reads_ends_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        done = run_into(pipe, arguments)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def run_into(file, arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run `qvl` with its output into a file; -u is for Python."""
+    unbuffered = [word for word in arguments if word == "-u"]
+    command = [sys.executable, *unbuffered, "-m", "qvl_runtime", *arguments[len(unbuffered) :]]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_message_has_no_control_characters(qvl, tmp_path):

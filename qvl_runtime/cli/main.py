@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -44,10 +45,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = typed.split()[1:] if COMPLETION in os.environ else arguments
     verb = next((word for word in words if not word.startswith("-")), None)
     try:
-        app = _app(verb)
+        _app(verb)(arguments, prog_name="qvl")
+        status = 0
     except KeyboardInterrupt:  # the imports of a command take a second
-        sys.exit(INTERRUPTED)
-    app(arguments, prog_name="qvl")
+        status = INTERRUPTED
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except OSError as error:  # the help cannot be written
+        status = _failed(error)
+    sys.exit(_written(status))
+
+
+def _failed(error: BaseException) -> int:
+    """Tell what failed, where standard error can be written; return the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"qvl: {message(error)}", file=sys.stderr)
+    return 1
+
+
+def _written(status: int) -> int:
+    """Write the rest of the output; return the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it ends, and would tell of that in its own way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError) and not status:
+            return _failed(error)
+        return status or 1
+    return status
 
 
 def _repair_streams() -> None:
@@ -101,13 +127,10 @@ def _guarded(verb: Callable) -> Callable:
             verb(*args, **kwargs)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # The reader has closed the pipe; flushing at exit would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader has closed the pipe
             raise typer.Exit(1) from None
         except FAILURES as error:
-            print(f"qvl: {message(error)}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise typer.Exit(_failed(error)) from None
 
     return guarded
 
