@@ -262,6 +262,25 @@ def test_an_interrupt_while_a_command_is_imported_is_130(qvl, monkeypatch):
     assert qvl("info", "x.qvl") == (130, "", "")
 
 
+@pytest.mark.parametrize("module", ["numpy", "typer"])
+def test_an_interrupt_at_the_start_is_quiet(module):
+    """An exception would be reported by whatever is being imported."""
+    program = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+from qvl_runtime.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, "info", "nix"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_a_closed_output_is_written_nowhere(monkeypatch, blob, name):
     """A descriptor that a shell closed makes the stream None."""

@@ -90,6 +90,18 @@ def test_only_the_registry_names_a_family(above):
     assert not [line for line in named if line.split()[-1] in families]
 
 
+def test_the_names_of_the_package_are_those_a_type_checker_sees():
+    import qvl_runtime as qvl
+
+    tree = ast.parse(modules()["qvl_runtime"].read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert seen == qvl._HOMES and set(qvl.__all__) <= set(dir(qvl))
+    for name, module in seen.items():
+        assert getattr(qvl, name) is getattr(importlib.import_module(module), name)
+    assert not hasattr(qvl, "nonsense")
+
+
 def test_no_file_is_long():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()}
     assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_LINES} == {}
