@@ -11,7 +11,7 @@ import numpy as np
 
 from qvl_runtime.engine.constraints import AtLeast, Form
 from qvl_runtime.engine.scheduler import MAX_BATCH
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.inputs.prompt import Window
 
 ANSWER_SHARE = 8
@@ -69,9 +69,9 @@ def named_options(function: Callable[P, R]) -> Callable[P, R]:
 def whole_number(name: str, value: Any, least: int = 0) -> int:
     """Check that `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise QvlError(f"{name} is {value!r}; expected a whole number")
+        raise QvlError(f"{name} is {excerpt(repr(value))}; expected a whole number")
     if value < least:
-        raise QvlError(f"{name} is {value}; expected {least} or more")
+        raise QvlError(f"{name} is {excerpt(value)}; expected {least} or more")
     return int(value)
 
 
@@ -86,7 +86,7 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     """Return `stop` as a list of strings."""
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
-        raise QvlError(f"stop is {stop!r:.60}; expected a str or a list of str")
+        raise QvlError(f"stop is {excerpt(repr(stop))}; expected a str or a list of str")
     return list(stops)
 
 
@@ -98,7 +98,7 @@ def given(value: Any, default: Any) -> Any:
 def salt(value: Any) -> str | None:
     """Check that `cache_salt` is a str or None."""
     if value is not None and not isinstance(value, str):
-        raise QvlError(f"cache_salt is {value!r:.60}; expected a str")
+        raise QvlError(f"cache_salt is {excerpt(repr(value))}; expected a str")
     return value
 
 
@@ -116,7 +116,8 @@ def one_constraint(constraint: Form | None, min_new_tokens: int = 0) -> Form | N
         raise QvlError(f"constraint is the class {name}; pass {hint}")
     if not callable(getattr(constraint, "start", None)):
         raise QvlError(
-            f"constraint is {constraint!r:.60}; expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()"
+            f"constraint is {excerpt(repr(constraint))}; "
+            "expected qvl.Regex(...), qvl.JsonSchema(...) or qvl.Grounding()"
         )
     return constraint
 

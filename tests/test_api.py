@@ -158,6 +158,10 @@ class Pydantic:
         (lambda m: m.generate("x", constraint=qvl.Regex), "is the class Regex; pass an object"),
         (lambda m: m.generate("x", constraint=Pydantic), "pass qvl.JsonSchema(Pydantic.model_json_schema())"),
         (lambda m: m.generate("x", stop=[1]), "stop is [1]; expected a str or a list of str"),
+        (lambda m: m.generate("x", stop=np.array([["a"], ["b"]])), "stop is array([['a'], ['b']]"),
+        (lambda m: m.generate("x", temperature=np.zeros((2, 2))), "temperature is array([[0., 0.], [0., 0.]])"),
+        (lambda m: m.generate("x", max_new_tokens=np.zeros((2, 2))), "max_new_tokens is array([[0., 0.], [0., 0.]])"),
+        (lambda m: m.generate("x", max_new_tokens=-(10**400)), "0...; expected 0 or more"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(tiny, call, message):

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 
 LARGEST = 1e6
 """Largest temperature and penalty of repetition; logits times this are still finite."""
@@ -231,4 +231,4 @@ def _is_integer(value: object) -> bool:
 
 def _check(name: str, value: object, fits: bool, wanted: str) -> None:
     if not fits:
-        raise QvlError(f"{name} is {value!r:.60}, expected {wanted}")
+        raise QvlError(f"{name} is {excerpt(repr(value))}, expected {wanted}")
