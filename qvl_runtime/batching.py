@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.errors import QvlError
+from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.options import whole_number
 from qvl_runtime.results import Stream
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SEEDS = 1 << 64
 """Number of seeds of OpenAI's API."""
+
+ANSWERS = 128
+"""Largest number of answers to one prompt, as in OpenAI's API. All of them are begun at once."""
 
 
 def answer_all(
@@ -26,7 +29,7 @@ def answer_all(
     """See `Asking.generate_batch`."""
     results: dict[int, Any] = {}
     if not isinstance(requests, Iterable) or isinstance(requests, str | Mapping):
-        raise QvlError(f"requests is {requests!r:.40}; expected dicts of options, one for each answer")
+        raise QvlError(f"requests is {excerpt(repr(requests))}; expected dicts of options, one for each answer")
     running: dict[int, Asked] = {}
     ended: SimpleQueue[int] = SimpleQueue()
 
@@ -75,7 +78,7 @@ class Asked:
 
     def __init__(self, model: Asking, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
         if not isinstance(request, Mapping):
-            raise QvlError(f"request {index} is {request!r:.60}; expected a dict of options")
+            raise QvlError(f"request {index} is {excerpt(repr(request))}; expected a dict of options")
         options = dict(request)
         self._several = "query" not in options and options.get("n") is not None
         self.streams: list[Stream] = []
@@ -120,7 +123,10 @@ def one_each(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     n, seed = options.pop("n", None), options.pop("seed", None)
     first = seed if seed is None else whole_number("seed", seed)
-    for i in range(1 if n is None else whole_number("n", n, 1)):
+    count = 1 if n is None else whole_number("n", n, 1)
+    if count > ANSWERS:
+        raise QvlError(f"n is {excerpt(count)}; a request has at most {ANSWERS} answers, so make several")
+    for i in range(count):
         yield {**options, "seed": None if first is None else _after(first, i)}
 
 

@@ -157,6 +157,7 @@ class Pydantic:
         (lambda m: m.generate("x", constraint=range(3)), "expected qvl.Regex(...)"),
         (lambda m: m.generate("x", constraint=qvl.Regex), "is the class Regex; pass an object"),
         (lambda m: m.generate("x", constraint=Pydantic), "pass qvl.JsonSchema(Pydantic.model_json_schema())"),
+        (lambda m: m.generate("x", n=129, max_new_tokens=0), "n is 129; a request has at most 128 answers, so make"),
         (lambda m: m.generate("x", stop=[1]), "stop is [1]; expected a str or a list of str"),
         (lambda m: m.generate("x", stop=np.array([["a"], ["b"]])), "stop is array([['a'], ['b']]"),
         (lambda m: m.generate("x", temperature=np.zeros((2, 2))), "temperature is array([[0., 0.], [0., 0.]])"),

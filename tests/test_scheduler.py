@@ -43,6 +43,7 @@ def test_a_batch_gives_results_in_order_and_errors_in_their_place(make, in_golde
         {"prompt": "x", "n": 2, "max_new_tokens": 3},
         {"prompt": "x", "temprature": 1},
         "no dict",
+        {"prompt": "x", "n": 129, "max_new_tokens": 0},
     ]
     results = model.generate_batch(iter(requests), max_batch=3, on_result=seen.__setitem__)
     assert [seen[i] for i in range(len(requests))] == results
@@ -50,7 +51,7 @@ def test_a_batch_gives_results_in_order_and_errors_in_their_place(make, in_golde
     assert results[0].token_ids == alone.generate(**requests[0]).token_ids
     assert results[2].token_ids == alone.chat(**requests[2]).token_ids and len(results[2].history) == 2
     assert [r.token_ids for r in results[3]] == [alone.generate("x", max_new_tokens=3).token_ids] * 2
-    for i, said in ((1, "empty"), (4, "temperature"), (5, "no dict")):
+    for i, said in ((1, "empty"), (4, "temperature"), (5, "no dict"), (6, "n is 129; ")):
         assert isinstance(results[i], qvl.QvlError) and said in str(results[i])
     for wrong in (0, 17):
         with pytest.raises(qvl.QvlError, match=f"max_batch is {wrong}"):
