@@ -94,6 +94,19 @@ def test_the_folder_keeps_no_files_of_killed_processes(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([_file(tmp_path, 1), kept]), "an unfinished conversion stays"
 
 
+def test_a_store_lists_the_folder_once(tmp_path, monkeypatch):
+    cache, listed = PictureCache(SHAPE[1], 0, tmp_path), []
+
+    def counted(function):
+        return lambda path: listed.append(path) or function(path)
+
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir"):  # pathlib uses either
+            patch.setattr(os, name, counted(getattr(os, name)))
+        cache.put(_key(1), _features(1))
+    assert [Path(path) for path in listed] == [tmp_path]
+
+
 def test_a_damaged_file_counts_as_absent(tmp_path):
     cache = PictureCache(SHAPE[1], 0, tmp_path)
     cache.put(_key(1), _features(1))

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,12 +61,12 @@ def replacing(path: str | os.PathLike, *, private: bool = True, durable: bool = 
         raise
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files that `replacing` left long ago in a process that was killed. Others may do so, too."""
-    for partial in folder.glob(f"*{SUFFIX}"):
+def remove_stale(paths: Iterable[Path]) -> None:
+    """Remove those files that `replacing` left long ago in a process that was killed. Others may do so, too."""
+    for path in paths:
         with contextlib.suppress(OSError):
-            if _TEMPORARY.fullmatch(partial.name) and time.time() - partial.stat().st_mtime > STALE_SECONDS:
-                partial.unlink()
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

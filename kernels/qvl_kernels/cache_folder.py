@@ -144,7 +144,7 @@ def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str
     The warning says `what` was to be kept, and what will be `done` again.
     """
     try:
-        remove_stale(path.parent)
+        remove_stale(path.parent.iterdir())
         with replacing(path) as file:
             file.write(data)
     except OSError as error:

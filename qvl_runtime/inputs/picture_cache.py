@@ -118,9 +118,10 @@ def _path(folder: Path, key: bytes) -> Path:
 
 def _tidy(folder: Path) -> None:
     """Remove least recently used files until the folder is below its limit. Another process may do so concurrently."""
-    remove_stale(folder)
+    paths = list(folder.iterdir())
+    remove_stale(paths)
     found = []
-    for path in folder.iterdir():
+    for path in paths:
         if not OURS.fullmatch(path.name):  # such as a checkpoint in the same folder
             continue
         with contextlib.suppress(OSError):
