@@ -1,9 +1,11 @@
-"""Checking the path of a picture, and saving it."""
+"""Checking the path of an output, and saving a picture."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +13,7 @@ from PIL import Image
 from qvl_kernels.atomic import replacing
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import as_path, shown
+from qvl_runtime.inputs.images import local_path
 
 
 def check_path(path: str | os.PathLike) -> str:
@@ -28,6 +31,30 @@ def check_path(path: str | os.PathLike) -> str:
     if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
         raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
     return str(kind)
+
+
+def check_no_input(out: Path, inputs: Iterable[object]) -> None:
+    """Refuse to write a file over one that is read.
+
+    Parameters
+    ----------
+    out : Path
+    inputs : iterable
+        Paths, and sources of pictures. Those that are no files are skipped.
+
+    Raises
+    ------
+    QvlError
+        If `out` is one of them, also through a link.
+    """
+    for source in inputs:
+        # Not a file, or one that does not exist.
+        with contextlib.suppress(OSError, ValueError, QvlError):
+            if isinstance(source, str | Path) and os.path.samefile(out, local_path(source)):
+                break
+    else:
+        return
+    raise QvlError(f"{out}: is read here and would be overwritten; name another file")
 
 
 def save(image: Image.Image, path: str | Path) -> None:

@@ -263,7 +263,7 @@ def test_force_does_not_replace_what_is_read(tmp_path):
     before = {path: sha256(path) for path in (data, *source.iterdir())}
     for out in (source / "config.json", source / "qwen.tiktoken", linked, data):
         used = {"method": "gptq", "calibration_data": data, "device": "reference"}
-        conversion_refused(source, out, f"{out}: is read here and would be replaced", force=True, **used)
+        conversion_refused(source, out, f"{out}: is read here and would be overwritten", force=True, **used)
     assert {path: sha256(path) for path in before} == before
     convert(source, source / "x.qvl")
     convert(source, source / "x.qvl", force=True)

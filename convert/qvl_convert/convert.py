@@ -22,6 +22,7 @@ from qvl_runtime.backends import check_device
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
+from qvl_runtime.saving import check_no_input
 
 
 def convert(
@@ -109,7 +110,7 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
-    _check_no_input(Path(out), src, calibration_data, *(() if lora is None else (lora,)))
+    check_no_input(Path(out), _files(src, calibration_data, *(() if lora is None else (lora,))))
     vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
@@ -160,12 +161,12 @@ def convert(
         report(RANKS)
 
 
-def _check_no_input(out: Path, *inputs: str | os.PathLike) -> None:
-    """Refuse to replace a file that is read. A `.qvl` file in a folder that is read may be replaced."""
-    for source in map(Path, inputs) if out.is_file() else ():
+def _files(*inputs: str | os.PathLike) -> Iterator[Path]:
+    """Return the files that are read, but not the `.qvl` files among them, which may be replaced."""
+    for source in map(Path, inputs):
         for path in source.iterdir() if source.is_dir() else (source,):
-            if path.suffix != ".qvl" and path.exists() and path.samefile(out):
-                raise QvlError(f"{out}: is read here and would be replaced; name another file")
+            if path.suffix != ".qvl":
+                yield path
 
 
 def _samples(source: Source, data: str | os.PathLike, count: int, *, parts: set[str]) -> list[calibration.Sample]:

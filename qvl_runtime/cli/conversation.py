@@ -18,7 +18,7 @@ from qvl_runtime.boxes import Box
 from qvl_runtime.cli.saved_chat import FORMAT, is_past, is_saved, read_saved
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.text import FAILURES, message, size
-from qvl_runtime.cli.turns import check_no_input, is_file, pictures, portable, user_path, words
+from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
@@ -26,6 +26,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image, local_path
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
+from qvl_runtime.saving import check_no_input
 
 SAMPLING: dict[str, Callable[[str], Any]] = {
     "temperature": float,

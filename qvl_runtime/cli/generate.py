@@ -35,7 +35,6 @@ from qvl_runtime.cli.sampling import (
     read_schema,
 )
 from qvl_runtime.cli.text import printable, standard_input
-from qvl_runtime.cli.turns import check_no_input
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
@@ -43,7 +42,7 @@ from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, load_image, read_image
 from qvl_runtime.model import Model
 from qvl_runtime.results import Result
-from qvl_runtime.saving import check_path
+from qvl_runtime.saving import check_no_input, check_path
 
 
 def generate(

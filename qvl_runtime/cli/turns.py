@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.image_tags import split_images
-from qvl_runtime.inputs.images import ImageSource, load_image, local_path
+from qvl_runtime.inputs.images import ImageSource, load_image
 
 SOURCE_KEYS = ("image", "image_url", "url")
 """Keys of a piece that may hold a picture."""
@@ -96,27 +94,3 @@ def is_file(path: str | Path) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):  # too long for a path, or a NUL byte
         return False
-
-
-def check_no_input(out: Path, inputs: Iterable[object]) -> None:
-    """Refuse to write a file over one that is read: a picture, or the model.
-
-    Parameters
-    ----------
-    out : Path
-    inputs : iterable
-        Paths, and sources of pictures. Those that are no files are skipped.
-
-    Raises
-    ------
-    QvlError
-        If `out` is one of them, also through a link.
-    """
-    for source in inputs:
-        # Not a file, or one that does not exist.
-        with contextlib.suppress(OSError, ValueError, QvlError):
-            if isinstance(source, str | Path) and os.path.samefile(out, local_path(source)):
-                break
-    else:
-        return
-    raise QvlError(f"{out}: is read here and would be overwritten; name another file")
