@@ -279,6 +279,27 @@ def test_rows_of_parquet_files(tmp_path):
         open_source(tmp_path)
 
 
+def test_a_large_row_group_is_read_in_pieces(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pictures = [number.to_bytes(2, "big") * 10_000 for number in range(1600)]
+    table = pa.table({"id": [str(number) for number in range(1600)], "image": pictures})
+    path = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, write_batch_size=16)
+    source, usual = open_source(path), pa.default_memory_pool()
+    pa.set_memory_pool(measured := pa.proxy_memory_pool(usual))
+    try:
+        for start in (0, 1000, 1597):
+            assert [row.pictures[0] for row in source.rows(start, start + 3)] == pictures[start : start + 3]
+    finally:
+        pa.set_memory_pool(usual)
+    assert measured.max_memory() < path.stat().st_size // 2
+    source._starts[1] += 1
+    with pytest.raises(QvlError, match=r"in.parquet: has fewer rows than it names"):
+        source.rows(1599, 1601)
+
+
 def test_parquet_files_that_are_broken_are_refused(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

@@ -14,6 +14,10 @@ from qvl_runtime.errors import QvlError
 
 COLUMNS = ("id", "prompt", "image", "images")
 SCAN_ROWS = 4096
+READ_BYTES = 4 << 20
+"""Rows that are decoded at once have about this size. A row group may hold the pictures of the whole file."""
+BUFFER_BYTES = 1 << 20
+"""Bytes of a column that are read at once. Without a buffer pyarrow reads all of a row group."""
 
 
 def pyarrow() -> Any:
@@ -77,10 +81,19 @@ class ParquetFiles:
             index, inner = self._groups[group]
             with _opened(self._paths[index]) as file:
                 columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-                table = file.read_row_group(inner, columns=columns).slice(number - first, end - number)
-                for fields in table.to_pylist():
-                    yield row_of_fields(number, fields)
-                    number += 1
+                nbytes = max(file.metadata.row_group(inner).total_byte_size, 1)
+                at_once = READ_BYTES * (self._starts[group + 1] - first) // nbytes
+                place = first
+                for batch in file.iter_batches(min(max(at_once, 1), SCAN_ROWS), row_groups=[inner], columns=columns):
+                    if place + len(batch) > number:
+                        for fields in batch.slice(number - place, end - number).to_pylist():
+                            yield row_of_fields(number, fields)
+                            number += 1
+                    place += len(batch)
+                    if number == end:
+                        break
+                else:
+                    raise QvlError(f"{self._paths[index]}: has fewer rows than it names; check the file")
 
 
 @contextlib.contextmanager
@@ -89,7 +102,7 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise QvlError(f"{path}: no such file, or no regular one; name the input")
     try:
-        with arrow.parquet.ParquetFile(path) as file:
+        with arrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             yield file
     except QvlError:
         raise
