@@ -171,6 +171,13 @@ def gqa(folder) -> Path:
     return write_gqa(folder)
 
 
+def test_a_folder_that_cannot_be_made_is_named(gqa, base, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(qvl.QvlError, match=rf"{out}: cannot be made \(.*\); name another folder with --out"):
+            evaluate([base], "gqa", gqa, out=out, device="cpu")
+
+
 def test_a_run_that_was_stopped_goes_on(gqa, base, tmp_path, monkeypatch):
     evaluate([base], "gqa", gqa, out=tmp_path / "whole", device="cpu")
     asked = []

@@ -97,7 +97,10 @@ def evaluate(
     asked = questions(task, data, limit=limit, seed=seed)
     wordings = [wording(Blob(path), task.prompt, prompts) for path in models]
     folder = Path("qvl-eval") / name if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QvlError(f"{folder}: cannot be made ({error.strerror}); name another folder with --out") from None
     options: dict[str, Any] = {"kv_cache": kv_cache, "activations": activations}
     if max_pixels is not None:
         options["max_pixels"] = max_pixels
