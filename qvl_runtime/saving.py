@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,13 +23,17 @@ def check_path(path: str | os.PathLike) -> str:
     Raises
     ------
     QvlError
-        For an unknown extension, or a folder that is missing or not writable.
+        For an unknown extension, a folder that is missing or not writable, or what is no regular file.
     """
     path = as_path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
-    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK) or os.path.isdir(path):
+    try:
+        usable = stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        usable = isinstance(error, FileNotFoundError)
+    if not usable or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")
     return str(kind)
 

@@ -26,6 +26,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.tensors import tensors
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 from qvl_runtime.file.tensorfile import TensorFile
+from qvl_runtime.saving import check_path
 
 CKPT = GOLDEN / "ckpt"
 VL, BIN = CKPT / "tiny-vl", CKPT / "tiny-vl-bin"
@@ -309,6 +310,17 @@ def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
     convert(GOLDEN / "ckpt" / "tiny-vl", tmp_path / "out.qvl")
     assert calls == ["fsync", (0, 0, os.POSIX_FADV_DONTNEED)]
     assert size == [(tmp_path / "out.qvl").stat().st_size]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """As root, a conversion to /dev/null would leave a file there."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for force in (False, True):
+        conversion_refused(BIN, pipe, "pipe.png: is no regular file and is not replaced", force=force)
+    refused(lambda: check_path(pipe), "pipe.png: cannot be written")
+    assert pipe.is_fifo()
 
 
 def test_impossible_outputs(tmp_path):

@@ -126,6 +126,8 @@ class BlobWriter:
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
             raise QvlError(f"{self.path}: is a folder; name a file, such as {self.path / 'model.qvl'}")
+        if self.path.exists() and not self.path.is_file():  # such as /dev/null, for which root needs no permission
+            raise QvlError(f"{self.path}: is no regular file and is not replaced; choose another name")
         if self.path.exists() and not self._force:
             raise QvlError(f"{self.path}: exists already; choose another name, or --force to replace it")
 
