@@ -31,7 +31,7 @@ def check_path(path: str | os.PathLike) -> str:
         raise QvlError(f"{shown(path)}: cannot be written (no image format has this ending); name a .png file")
     try:
         usable = stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:  # ValueError: a NUL character
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
         usable = isinstance(error, FileNotFoundError)
     if not usable or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise QvlError(f"{shown(path)}: cannot be written; name a .png file in a folder that exists and is yours")

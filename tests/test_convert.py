@@ -328,6 +328,8 @@ def test_impossible_outputs(tmp_path):
     conversion_refused(BIN, tmp_path / "folder", "is a folder")
     for path in ("", ".", "/"):
         refused(lambda path=path: convert(BIN, path, force=True), "is a folder; name a file, such as")
+    conversion_refused(BIN, tmp_path / "a\0b", "a path has no NUL character")
+    refused(lambda: convert(BIN, 5), "expected a path, not int")
     (tmp_path / "file").touch()
     conversion_refused(BIN, tmp_path / "no" / "x.qvl", "folder does not exist")
     refused(lambda: convert(BIN, tmp_path / "file" / "x.qvl"), "x.qvl: its folder does not exist")

@@ -176,6 +176,8 @@ def test_a_folder_that_cannot_be_made_is_named(gqa, base, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file/x"):
         with pytest.raises(qvl.QvlError, match=rf"{out}: cannot be made \(.*\); name another folder with --out"):
             evaluate([base], "gqa", gqa, out=out, device="cpu")
+    with pytest.raises(qvl.QvlError, match="a path has no NUL character"):
+        evaluate([base], "gqa", gqa, out=tmp_path / "a\0b", device="cpu")
 
 
 def test_a_run_that_was_stopped_goes_on(gqa, base, tmp_path, monkeypatch):

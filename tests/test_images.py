@@ -80,7 +80,7 @@ BIG = png(10_000, 10_000)
     ("source", "message"),
     [
         ("no/such/file.png", "cannot read image no/such/file.png: no such file"),
-        ("a\0b.png", "null"),
+        ("a\0b.png", "NUL"),
         (GOLDEN, "a folder, not a regular file"),
         (b"", "empty.*get the file again"),
         (b"no image at all", "known format.*save it as PNG"),

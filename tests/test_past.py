@@ -128,7 +128,9 @@ def test_a_write_that_fails_leaves_the_older_file(load, in_golden, tmp_path, mon
             model.save_past(file, history)
     assert file.read_bytes() == right and list(tmp_path.iterdir()) == [file]
     assert model.chat("And?", history, **GREEDY).timings.cached_tokens > 0, "the session is still there"
-    for path in (tmp_path / "no" / "folder", tmp_path, ".", "/", "", "a\0b"):
+    with pytest.raises(QvlError, match="a path has no NUL character"):
+        model.save_past("a\0b", history)
+    for path in (tmp_path / "no" / "folder", tmp_path, ".", "/", ""):
         with pytest.raises(QvlError, match=r"cannot be written .*; name another file"):
             model.save_past(path, history)
     for path in (None, 5, b"x"):

@@ -22,6 +22,7 @@ from qvl_runtime.backends import check_device
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS, VectorSpec
+from qvl_runtime.file.opening import as_path
 from qvl_runtime.saving import check_no_input
 
 
@@ -88,6 +89,7 @@ def convert(
     DeviceError
         If a calibration is to run on a GPU and none is usable.
     """
+    out = as_path(out)
     # also where nothing is calibrated: an error that appears with another method alone is found late
     check_device(device)
     calibration.check_count(calibration_samples)
@@ -110,7 +112,7 @@ def convert(
         method=method,
     )
     source = Source(Checkpoint(src) if lora is None else Merged(src, lora))
-    check_no_input(Path(out), _files(src, calibration_data, *(() if lora is None else (lora,))))
+    check_no_input(out, _files(src, calibration_data, *(() if lora is None else (lora,))))
     vectors = [spec for spec in source.specs if isinstance(spec, VectorSpec)]
     chosen = None
     if target_size is not None:
@@ -134,7 +136,7 @@ def convert(
         calibrated = Calibrated(samples, device=device, spill=spill, report=effort)
         used = {"data": Path(calibration_data).name, "samples": len(samples), "hash": calibration.digest(samples)}
         metadata["calibration"] = json.dumps(used)
-    writer = BlobWriter(Path(out), layout, metadata, resume=resume, force=force)
+    writer = BlobWriter(out, layout, metadata, resume=resume, force=force)
     with writer:
 
         def finished(plan: MatrixPlan) -> Matrix:

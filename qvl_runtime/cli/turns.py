@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.opening import as_path
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, load_image
 
@@ -80,10 +81,8 @@ def user_path(text: str) -> Path:
     QvlError
         If there is no such user, or the path is invalid.
     """
-    if "\0" in text:
-        raise QvlError(f"{text!r}: a path has no NUL character; leave it out")
     try:
-        return Path(text).expanduser()
+        return as_path(text).expanduser()
     except RuntimeError:
         raise QvlError(f"{text}: there is no such user; write the path without ~") from None
 

@@ -17,6 +17,7 @@ from qvl_runtime.evaluation.prompts import Wording, wording
 from qvl_runtime.evaluation.runner import Asked, Questions, ask, made_with, questions
 from qvl_runtime.evaluation.scores import captions
 from qvl_runtime.evaluation.tasks import Task, find
+from qvl_runtime.file.opening import as_path
 from qvl_runtime.loading import load
 
 
@@ -96,7 +97,7 @@ def evaluate(
         cider.check()
     asked = questions(task, data, limit=limit, seed=seed)
     wordings = [wording(Blob(path), task.prompt, prompts) for path in models]
-    folder = Path("qvl-eval") / name if out is None else out
+    folder = Path("qvl-eval") / name if out is None else as_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

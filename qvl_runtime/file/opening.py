@@ -96,9 +96,12 @@ def as_path(value: str | os.PathLike) -> Path:
         If it is not a path.
     """
     try:
-        return Path(value)
+        path = Path(value)
     except TypeError:
         raise QvlError(f"expected a path, not {type(value).__name__}") from None
+    if "\0" in str(path):
+        raise QvlError(f"{shown(path)}: a path has no NUL character; leave it out")
+    return path
 
 
 def below(folder: Path, name: str | os.PathLike) -> Path | None:
