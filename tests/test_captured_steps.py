@@ -8,6 +8,7 @@ import pytest
 
 import qvl_runtime as qvl
 from qvl_kernels.cpu import CpuOps
+from qvl_kernels.cpu.runner import WORDS, Address, Program
 from qvl_runtime.engine.decoder import DecodeStep
 
 
@@ -64,6 +65,16 @@ def test_a_moved_step_uses_the_other_arrays_only(ops, dtype):
     for layer in range(2):
         for a, b in zip(new.cache.saved(layer, 3), same.cache.saved(layer, 3)):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_number_like_an_address_stays():
+    """Addresses may be small: the heap of a Python without PIE lies below 4 GB."""
+    program = Program()
+    program.add("copy", Address(4096), 4096, 64, Address(64))
+    program.add("copy", 64, Address(4096))
+    places, index = program.find([Address(64), Address(4096)])
+    assert places.tolist() == [1, 4, WORDS + 2] and index.tolist() == [1, 0, 1]
+    assert (program.words().reshape(-1)[places] == np.array([64, 4096])[index]).all()
 
 
 def test_a_step_is_not_moved_to_other_shapes_nor_where_inputs_share_memory(ops):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qvl_kernels.cpu.runner import Program, aligned
+from qvl_kernels.cpu.runner import Address, Program, aligned
 from qvl_kernels.ops import Array, Move, restored
 from qvl_kernels.packing import Matrix, packed_shapes, product_bits, round_up
 
@@ -20,14 +20,14 @@ CACHE_DTYPES: dict[str, np.dtype] = {
 }
 
 
-def address(array: Any) -> int:
+def address(array: Any) -> Address:
     """Return the address of a numpy array; 0 for None."""
     if array is None:
-        return 0
+        return Address(0)
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a third of the time of the attribute
+        return Address(ctypes.addressof(ctypes.c_char.from_buffer(array)))  # a third of the time of the attribute
     except (TypeError, ValueError):  # read-only, empty, or not contiguous
-        return int(array.ctypes.data)
+        return Address(array.ctypes.data)
 
 
 def check(name: str, array: Array, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -96,14 +96,15 @@ class CpuCache:
         firsts, strides = [address(part) for part in parts], [part.nbytes // layers for part in parts]
         self._addresses = [self._parts(*(a + layer * b for a, b in zip(firsts, strides))) for layer in range(layers)]
 
-    def _parts(self, keys: int, values: int, scales: int) -> tuple[int, int, int, int]:
-        return keys, values, scales, scales + self.scales.nbytes // (2 * self.layers)
+    def _parts(self, keys: int, values: int, scales: int) -> tuple[Address, Address, Address, Address]:
+        value_scales = scales + self.scales.nbytes // (2 * self.layers)
+        return Address(keys), Address(values), Address(scales), Address(value_scales)
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.scales.nbytes
 
-    def addresses(self, layer: int) -> tuple[int, int, int, int]:
+    def addresses(self, layer: int) -> tuple[Address, Address, Address, Address]:
         """Return the addresses of keys, values, key scales and value scales of a layer."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer {layer} of a cache of {self.layers}")
@@ -152,11 +153,11 @@ def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
 
 
 def movable(program: Program, inputs: Sequence[Any]) -> Move | None:
-    """See `Ops.movable`. Addresses are found among all words of a program: no other word has more than 32 bits."""
+    """See `Ops.movable`."""
     every, kinds = [_addresses(value) for value in inputs], [_kind(value) for value in inputs]
-    known = np.array([place for one in every for place in one], np.int64)
-    if sum(len(set(one)) for one in every) != len(np.unique(known)) or known.min() < 1 << 32:
-        return None  # inputs share memory, or an address looks like another word
+    known = [place for one in every for place in one]
+    if sum(len(set(one)) for one in every) != len(set(known)):
+        return None  # inputs share memory
     places, index = program.find(known)
     program.release(*inputs)
 
@@ -170,7 +171,7 @@ def movable(program: Program, inputs: Sequence[Any]) -> Move | None:
     return move
 
 
-def _addresses(value: np.ndarray | CpuCache | None) -> list[int]:
+def _addresses(value: np.ndarray | CpuCache | None) -> list[Address]:
     if isinstance(value, CpuCache):
         return [place for layer in range(value.layers) for place in value.addresses(layer)]
     return [] if value is None else [address(value)]

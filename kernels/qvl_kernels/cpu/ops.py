@@ -212,7 +212,8 @@ class CpuOps:
     def _activations(self, program: Program, x: np.ndarray, w: CpuWeight, norm: Norm | None) -> tuple[int, ...]:
         """Convert x for products with `w`: float32 for fp16 weights, else two planes or words."""
         rows, k = x.shape
-        source, parameters = address(x), (0, 0, 0)
+        source: int = address(x)
+        parameters = (0, 0, 0)
         if norm is not None:
             parameters = self._norm(program, norm, k)
         if norm is not None and (w.perm or w.bits == 16):

@@ -8,6 +8,7 @@ import platform
 import re
 import struct
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,10 @@ def default_threads() -> int:
     return performance_processors()
 
 
+class Address(int):
+    """The address of an array or a cache. The type tells it from a number of the same value."""
+
+
 class Program:
     """Instructions, and the arrays that they refer to."""
 
@@ -79,12 +84,17 @@ class Program:
         released = {id(owner) for owner in owners}
         self._keep = [owner for owner in self._keep if id(owner) not in released]
 
-    def find(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places in `words` (flat) that hold one of `addresses`, int64 ``[n]``, and its first index."""
-        words, order = self.words().reshape(-1), np.argsort(addresses, kind="stable")
-        index = order[np.minimum(np.searchsorted(addresses, words, sorter=order), len(addresses) - 1)]
-        places = np.flatnonzero((addresses[index] == words) & (words != 0))
-        return places, index[places]
+    def find(self, addresses: Sequence[Address]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places in `words` (flat) that hold one of `addresses`, and its index, int64 ``[n]`` each."""
+        index = {address: i for i, address in enumerate(addresses)}
+        found = [
+            (row * WORDS + column, index[word])
+            for row, words in enumerate(self._rows)
+            for column, word in enumerate(words)
+            if type(word) is Address and word in index
+        ]
+        places, indices = np.array(found, np.int64).reshape(-1, 2).T
+        return places, indices
 
     def words(self) -> np.ndarray:
         """Return the instructions, int64 ``[instructions, WORDS]``."""
