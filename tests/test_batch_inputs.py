@@ -233,6 +233,20 @@ def test_impossible_sizes_in_a_tar_are_refused(tmp_path, size, kind):
         open_source(tmp_path / "in.tar")
 
 
+def test_a_damaged_header_in_a_tar_is_refused(tmp_path):
+    """Rows after it would be lost in silence."""
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "001.png", b"p" * 600)
+        add(tar, "002.png", b"p" * 600)
+    content = bytearray((tmp_path / "in.tar").read_bytes())
+    content[1536 + 148] ^= 1
+    (tmp_path / "in.tar").write_bytes(content)
+    with pytest.raises(QvlError, match="a header in it is damaged"):
+        open_source(tmp_path / "in.tar")
+    (tmp_path / "in.tar").write_bytes(content[:1536])  # without the blocks that end an archive
+    assert len(open_source(tmp_path / "in.tar")) == 1
+
+
 def test_a_tar_that_is_cut_off_is_refused(tmp_path):
     with tarfile.open(tmp_path / "whole.tar", "w") as tar:
         add(tar, "001.png", b"p" * 600)

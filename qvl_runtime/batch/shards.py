@@ -142,6 +142,10 @@ def _members(path: Path) -> Iterator[Member]:
                         error = f"{member.name[:200]!r} is a link or no plain file; put the file itself into the tar"
                     yield Member(member.name, suffix, member.offset_data, member.size, error)
                 tar.members = []  # type: ignore[attr-defined]  # It would keep them all.
+            # A header that it cannot read is the end to it.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("a header in it is damaged")
     except QvlError:
         raise
     except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
