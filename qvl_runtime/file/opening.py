@@ -108,9 +108,10 @@ def below(folder: Path, name: str | os.PathLike) -> Path | None:
     """Resolve `name` against `folder`, following links; None if the result lies outside `folder`, or cannot exist."""
     try:
         path = Path(folder, name).resolve()
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: a link to itself
+        looped = any(part.is_symlink() for part in (path, *path.parents))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a link to itself, which Python 3.13 leaves as it is
         return None
-    return path if path.is_relative_to(folder.resolve()) else None
+    return path if path.is_relative_to(folder.resolve()) and not looped else None
 
 
 def shown(path: str | os.PathLike) -> str:
