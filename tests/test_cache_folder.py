@@ -328,6 +328,65 @@ def test_numba_keeps_its_own_cache_in_the_folder(folder, monkeypatch):
     assert list((folder / "numba").rglob("*.nbi")) and numba.config.CACHE_DIR == ""
 
 
+@POSIX
+def test_what_numba_runs_is_in_a_private_folder(folder):
+    """Numba makes its files with the process's umask, and reads them whoever wrote them."""
+    from qvl_convert.jit import jit
+
+    cache_folder._find.cache_clear()
+    folder.mkdir(0o755, parents=True)
+    before = os.umask(0)
+    try:
+        assert jit()(_double)(np.arange(3)).tolist() == [0, 2, 4]
+    finally:
+        os.umask(before)
+    assert (folder / "numba").stat().st_mode & 0o777 == 0o700
+    assert list((folder / "numba").rglob("*.nbi"))
+
+
+@POSIX
+def test_a_folder_that_others_may_write_to_is_not_numbas(folder, caplog):
+    from qvl_convert.jit import jit
+
+    cache_folder._find.cache_clear()
+    (folder / "numba").mkdir(parents=True)
+    (folder / "numba").chmod(0o770)
+    assert jit()(_double)(np.arange(3)).tolist() == [0, 2, 4]
+    assert not list((folder / "numba").iterdir())
+    assert "others may write to" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_file_of_numba_is_compiled_again(folder, suffix):
+    """A power failure leaves empty files."""
+    from qvl_convert.jit import jit
+
+    cache_folder._find.cache_clear()
+    for _ in range(2):
+        assert jit()(_double)(np.arange(3)).tolist() == [0, 2, 4]
+        (file,) = (folder / "numba").rglob(f"*.{suffix}")
+        assert file.stat().st_size
+        file.write_bytes(b"")
+
+
+def test_a_full_disk_keeps_nothing_of_numba_and_ends_nothing(folder, caplog, monkeypatch):
+    from numba.core.caching import IndexDataCacheFile
+
+    from qvl_convert.jit import jit
+
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache_folder._find.cache_clear()
+    monkeypatch.setattr(IndexDataCacheFile, "_save_data", full)
+    assert jit()(_double)(np.arange(3)).tolist() == [0, 2, 4]
+    assert "could not be kept" in caplog.text and "No space left" in caplog.text
+
+
+def _double(x):
+    return x * 2
+
+
 def test_numba_without_a_folder(monkeypatch):
     """Read-only packages and no home: compiled for this process only."""
     from qvl_convert.jit import jit

@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
 
 from qvl_kernels import cache_folder
+
+FOLDER = "numba"
+"""Numba runs what it finds there, whoever wrote it; so it is a folder that only this user may enter."""
 
 
 def jit(**options: Any) -> Callable[[Callable], Callable]:
     """Decorate with a parallel `numba.njit`, cached in the cache folder if there is one.
 
-    Numba reads its setting for the cache folder when a function is decorated. It is changed for that moment only.
+    Numba reads its setting for the cache folder when a function's cache is made. It is changed for that moment only.
     """
 
     def decorate(function: Callable) -> Callable:
-        folder, before = cache_folder.find().path, numba.config.CACHE_DIR
-        try:
-            numba.config.CACHE_DIR = str(folder / "numba") if folder else before
-            return numba.njit(function, parallel=True, cache=folder is not None, **options)
-        finally:
-            numba.config.CACHE_DIR = before
+        made = numba.njit(function, parallel=True, **options)
+        if folder := _folder(cache_folder.find().path):
+            before = numba.config.CACHE_DIR
+            try:
+                numba.config.CACHE_DIR = str(folder)
+                with contextlib.suppress(RuntimeError):  # its source is no file, such as in a zip
+                    made._cache = _Cache(function, folder)
+            finally:
+                numba.config.CACHE_DIR = before
+        return made
 
     return decorate
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a function. What cannot be read is compiled again, and what cannot be written is not kept."""
+
+    def __init__(self, function: Callable, folder: Path):
+        super().__init__(function)
+        self._folder = folder
+
+    def load_overload(self, *args: Any) -> Any:
+        try:
+            return super().load_overload(*args)
+        except Exception:  # pickle raises any for damaged bytes
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, *args: Any) -> None:
+        try:
+            super().save_overload(*args)
+        except OSError as error:
+            _warn(self._folder, error.strerror)
+
+
+@functools.cache
+def _folder(parent: Path | None) -> Path | None:
+    return parent and cache_folder.subfolder(FOLDER)
+
+
+@functools.cache
+def _warn(folder: Path, reason: str) -> None:
+    """Warn once, not of each function."""
+    cache_folder.warn_of(OSError(None, reason), folder, "the compiled functions of the conversion")

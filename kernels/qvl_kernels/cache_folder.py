@@ -75,6 +75,25 @@ def _find(named: str) -> CacheFolder:
     return CacheFolder(None, problem)
 
 
+def subfolder(name: str) -> Path | None:
+    """Return a folder in `find` that only this user may read, made if need be; None if kernels cannot be stored."""
+    folder = find().path
+    if folder is None:
+        return None
+    path = folder / name
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        problem = foreign(path, os.lstat(path))
+        if not problem:
+            path.chmod(0o700)  # files that are made in it later may be open to all
+    except OSError as error:
+        problem = f"{path} cannot be used ({error.strerror})"
+    if problem:
+        log.warning("qvl: nothing is kept in %s, because %s; remove it", path, problem)
+        return None
+    return path
+
+
 def _default() -> Path:
     if platform.system() == "Windows":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
@@ -148,11 +167,16 @@ def store(path: Path, data: bytes, what: str = "the compiled kernels", done: str
         with replacing(path) as file:
             file.write(data)
     except OSError as error:
-        log.warning(
-            "qvl: %s could not be kept in %s (%s) and will be %s again; make room there, or set QVL_CACHE_DIR to "
-            "another folder",
-            what,
-            path.parent,
-            error.strerror or error,
-            done,
-        )
+        warn_of(error, path.parent, what, done)
+
+
+def warn_of(error: OSError, folder: Path, what: str = "the compiled kernels", done: str = "compiled") -> None:
+    """Log that `what` could not be kept in a folder and will be `done` again."""
+    log.warning(
+        "qvl: %s could not be kept in %s (%s) and will be %s again; make room there, or set QVL_CACHE_DIR to "
+        "another folder",
+        what,
+        folder,
+        error.strerror or error,
+        done,
+    )
