@@ -345,6 +345,16 @@ def test_ctrl_c_is_left_to_the_first_process(job, tmp_path, folder, monkeypatch)
         job(tmp_path / "out").run(lambda *work: in_processes([MINE], none, source, options(), *work))
 
 
+def test_ctrl_c_before_a_process_has_begun(tmp_path, folder, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_without_interrupts", interrupted)
+    source, none = open_source(folder / "rows.jsonl"), ModelSpec(tmp_path / "none.qvl", {})
+    with pytest.raises(KeyboardInterrupt):
+        in_processes([MINE], none, source, options(), [], lambda computed: None)
+
+
 def test_lines_of_openai(demo_model, folder):
     content = base64.b64encode((folder / "a.png").read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}

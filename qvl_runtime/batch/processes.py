@@ -84,9 +84,10 @@ def in_processes(
         for processors in processes:
             mine, theirs = context.Pipe()
             arguments = (theirs, list(processors), model, source, options)
-            children.append(context.Process(target=_work, args=arguments, daemon=True))
+            child = context.Process(target=_work, args=arguments, daemon=True)
             with _without_interrupts():
-                children[-1].start()
+                child.start()
+                children.append(child)  # one that has not begun cannot be ended
             theirs.close()  # the child has the only one: its end is an `EOFError` here
             connections.append(mine)
         while missing:
