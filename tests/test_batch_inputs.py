@@ -193,6 +193,15 @@ def test_samples_of_tar_files(tmp_path):
             open_source(tmp_path)
 
 
+def test_prompts_of_other_encodings_in_a_tar(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "1.txt", "\ufeffWas ist größer?".encode())  # Windows' editor begins UTF-8 so
+        add(tar, "2.txt", "Was ist größer?".encode("latin-1"))
+    marked, other = open_source(tmp_path / "in.tar").rows(0, 2)
+    assert (marked.prompt, marked.error) == ("Was ist größer?", None)
+    assert (other.id, other.error) == ("2", "'2.txt' is not UTF-8; save it as such")
+
+
 def test_what_is_no_file_in_a_tar_is_a_bad_row(tmp_path):
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         add(tar, "x", b"", type=tarfile.DIRTYPE)

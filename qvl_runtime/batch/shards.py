@@ -85,7 +85,10 @@ class TarShards:
                 if member.suffix in SUFFIXES:
                     fields["images"].append(content)
                 elif member.suffix == ".txt":
-                    fields["prompt"] = content.decode("utf-8", "replace")
+                    try:
+                        fields["prompt"] = content.decode("utf-8-sig")
+                    except UnicodeDecodeError:
+                        return Row(number, sample.key, error=f"{member.name[:200]!r} is not UTF-8; save it as such")
                 elif member.suffix == ".json":
                     try:
                         told = parse_object(content, f"{sample.key}.json", "correct it")
