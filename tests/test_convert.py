@@ -284,6 +284,32 @@ def test_two_conversions_do_not_write_one_file(tmp_path, option):
     Blob(out).check()
 
 
+@pytest.mark.parametrize("begins", ["before", "after"])
+def test_of_two_conversions_begun_at_once_one_has_the_file(tmp_path, monkeypatch, begins):
+    """The other one begins while the first makes its file: before that is there, or before it is locked."""
+    out, layout, others = tmp_path / "x.qvl", {"a": ((4,), np.dtype(np.float32))}, []
+
+    def begin(force: bool) -> writer_module.BlobWriter:
+        return writer_module.BlobWriter(out, layout, {}, resume=False, force=force)
+
+    def opened(path, mode):
+        if mode != "x+b" or others:
+            return open(path, mode)
+        others.append(None)
+        if begins == "before":
+            others[0] = begin(False)
+        file = open(path, mode)  # noqa: SIM115
+        if begins == "after":
+            others[0] = begin(True)
+        return file
+
+    monkeypatch.setattr(writer_module, "open", opened, raising=False)
+    refused(lambda: begin(False), "x.qvl.partial: another conversion is writing it")
+    others[0].write("a", np.arange(4, dtype=np.float32))
+    others[0].finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.qvl"]
+
+
 def test_output_made_by_another_meanwhile_is_kept(tmp_path):
     out = tmp_path / "x.qvl"
 

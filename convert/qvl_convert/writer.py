@@ -76,6 +76,7 @@ class BlobWriter:
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
         self.path = path
         self.partial = partial_path(path)
+        self._other = f"{self.partial}: another conversion is writing it; wait for it, or name another file"
         self._force, self._complete = force, False
         self._refuse_existing()
         self._plan(layout, metadata)
@@ -88,6 +89,8 @@ class BlobWriter:
             if not resume:
                 self._remove_unfinished()
             self._file = open(self.partial, "r+b" if resume else "x+b")  # noqa: SIM115
+        except FileExistsError:
+            raise QvlError(self._other) from None
         except (FileNotFoundError, NotADirectoryError):
             raise QvlError(f"{path}: its folder does not exist; create it first") from None
         self._lock(self._file)
@@ -99,13 +102,18 @@ class BlobWriter:
 
     def _lock(self, file: IO[bytes]) -> None:
         """Refuse what another conversion writes: it would end with a file that holds something else."""
-        lock(file.fileno(), f"{self.partial}: another conversion is writing it; wait for it, or name another file")
+        lock(file.fileno(), self._other)
+        # Before it was locked, another one may have removed it or finished it.
+        if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+            raise QvlError(self._other)
 
     def _remove_unfinished(self) -> None:
         if self.partial.is_file():
             with open(self.partial, "rb") as file:
                 self._lock(file)
-        self.partial.unlink(missing_ok=True)  # open() would empty the file that a link names
+                self.partial.unlink()
+        elif os.path.lexists(self.partial):  # open() would empty the file that a link names
+            self.partial.unlink()
 
     def _begin(self) -> None:
         """Write the header, and give the file its size."""
@@ -232,13 +240,16 @@ class BlobWriter:
         if hasattr(os, "posix_fadvise"):
             # out of the page cache, so that it comes back in large pages when it is mapped
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._file.close()
+        self._file.flush()
+        if os.name == "nt":  # where an open file cannot be renamed
+            self._file.close()
         self._complete = True
         try:
             self._refuse_existing()
         except QvlError as error:  # another program has made it meanwhile
             raise QvlError(f"{error}; the conversion is complete in {self.partial}") from None
         os.replace(self.partial, self.path)
+        self._file.close()  # not before: another conversion could begin where this one is
 
     def __enter__(self) -> BlobWriter:
         return self
