@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -136,6 +137,15 @@ def test_a_write_that_fails_leaves_the_older_file(load, in_golden, tmp_path, mon
     for path in (None, 5, b"x"):
         with pytest.raises(QvlError, match=f"expected a path, not {type(path).__name__}"):
             model.save_past(path, history)
+
+
+def test_what_a_killed_write_has_left_goes(load, in_golden, tmp_path):
+    model, left = load(), [tmp_path / f".past.0123456{digit}.partial" for digit in "78"]
+    for file in left:
+        file.write_bytes(b"half")
+    os.utime(left[0], (0, 0))
+    model.save_past(tmp_path / "past", _talk(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left[1].name, "past"]
 
 
 def test_keys_are_written_in_runs():

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qvl_kernels.atomic import replacing
+from qvl_kernels.atomic import remove_stale, replacing
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_json
@@ -39,6 +39,8 @@ def identity(*facts: object) -> str:
 def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str, short: int = 0) -> None:
     """Save the first ``len(keys)`` positions of `state`; `short` is that of `Session`.
 
+    What a process that was killed while saving has left in the folder is removed after an hour: it may be gigabytes.
+
     Raises
     ------
     QvlError
@@ -56,6 +58,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
     try:
+        remove_stale(path.parent.iterdir())
         with replacing(path) as file:
 
             def put(data: bytes | memoryview) -> None:
