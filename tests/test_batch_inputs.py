@@ -266,6 +266,18 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path):
             open_source(tmp_path / "in.tar")
 
 
+def test_joined_tars_are_refused(tmp_path):
+    """As `cat 0.tar 1.tar` makes them: readers stop at the end of the first."""
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        add(tar, "001.png", b"p" * 600)
+    one = (tmp_path / "one.tar").read_bytes()
+    (tmp_path / "padded.tar").write_bytes(one + bytes(5000))
+    assert len(open_source(tmp_path / "padded.tar")) == 1
+    (tmp_path / "two.tar").write_bytes(one + one.replace(b"001.png", b"002.png"))
+    with pytest.raises(QvlError, match=r"two\.tar: goes on after its end at byte 1536, as joined archives do"):
+        open_source(tmp_path / "two.tar")
+
+
 def test_another_prompt_of_the_same_length_is_another_input(tmp_path):
     found = []
     for prompt in (b"What is red?", b"What is blu?"):

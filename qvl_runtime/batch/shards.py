@@ -149,6 +149,12 @@ def _members(path: Path) -> Iterator[Member]:
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("a header in it is damaged")
+            while piece := file.read(MAX_TEXT):
+                if piece.strip(b"\0"):
+                    raise QvlError(
+                        f"{path}: goes on after its end at byte {tar.offset}, as joined archives do, of which only the "
+                        "first would be read; pack all their files into one, or name a folder of archives"
+                    )
     except QvlError:
         raise
     except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
