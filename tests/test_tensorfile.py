@@ -74,7 +74,7 @@ def entry(start: int, stop: int, shape: list | None = None, dtype: object = "U8"
         (with_header({"__metadata__": None}), "malformed"),
         (with_header(b'{"a": 1, "a": 2}'), "not readable as JSON .*twice"),
         (with_header({"a": entry(0, 4)}), "truncated"),
-        (with_header({"a": entry(0, 4)}, b"12345"), "truncated"),
+        (with_header({"a": entry(0, 4)}, b"12345"), "describes 72; something else follows"),
         (with_header({"a": entry(0, 4), "b": entry(3, 5)}, b"12345"), "overlaps"),
         (with_header({"a": entry(0, 4), "b": entry(0, 4)}, b"1234"), "overlaps"),
         (with_header({"a": entry(0, 2), "b": entry(3, 5)}, b"12345"), "gap"),

@@ -116,8 +116,9 @@ class TensorFile:
                 raise QvlError(f"{self.path}: tensor {name!r:.100} overlaps another or leaves a gap; download it again")
             end = entry.stop
         if end != size:
+            wrong = "it is truncated" if size < end else "something else follows"
             raise QvlError(
-                f"{self.path}: holds {size} bytes where its header describes {end}; it is truncated: download it again"
+                f"{self.path}: holds {size} bytes where its header describes {end}; {wrong}: download it again"
             )
         return entries, metadata
 
