@@ -61,10 +61,11 @@ def test_saved_modules_replace_the_bases(adapter):
     norm = np.full(Checkpoint(VL).entry("transformer.ln_f.weight").shape, 0.5, np.float32)
     head = np.ones(Checkpoint(VL).entry("lm_head.weight").shape, np.float16)
     folder, _ = adapter(
+        {"modules_to_save": ["ln_f", "lm_head", "of_another_model"]},
         **{
             "base_model.model.transformer.ln_f.weight": norm,
             "base_model.model.lm_head.modules_to_save.weight": head,
-        }
+        },
     )
     merged = Merged(VL, folder)
     np.testing.assert_array_equal(merged.vector("transformer.ln_f.weight"), norm)
@@ -112,6 +113,7 @@ SHAPE = Checkpoint(VL).entry(f"{W1}.weight").shape
             {f"base_model.model.{name}.lora_{side}.weight": None for name in (C_ATTN, W1) for side in "AB"},
             r"adapter_model\.safetensors: holds no tensor",
         ),
+        ({"modules_to_save": ["wte", "lm_head"]}, {}, "holds no 'wte', which 'modules_to_save' in adapter_config"),
         ({"peft_type": "IA3"}, {}, "'peft_type' is 'IA3'"),
         ({"lora_alpha": "x"}, {}, "'lora_alpha' is 'x'"),
         ({"lora_alpha": 10**400}, {}, "'lora_alpha' is '1000"),

@@ -62,7 +62,8 @@ class Merged(Checkpoint):
         super().__init__(folder)
         self._adapter = as_path(adapter)
         self._where = self._adapter / "adapter_config.json"
-        self._scaling = _Scaling(read_json(self._where, "a PEFT adapter"), str(self._where))
+        config = read_json(self._where, "a PEFT adapter")
+        self._scaling = _Scaling(config, str(self._where))
         path = next((self._adapter / name for name in FILES if os.path.lexists(self._adapter / name)), None)
         if path is None:
             raise QvlError(f"{self._adapter}: holds no {FILES[0]}; finish the download")
@@ -76,6 +77,7 @@ class Merged(Checkpoint):
             self._take(key.removeprefix(PREFIX), read_tensor(shard, key))
         for name, pair in self._low_rank.items():
             self._check_pair(name, pair)
+        self._check_saved(config.get("modules_to_save"))
 
     def origin(self, name: str) -> str:
         """Return file and name of a tensor as `Checkpoint.origin` does; with the adapter's file if that changes it."""
@@ -161,6 +163,16 @@ class Merged(Checkpoint):
                 f"{self._path}: {name!r} has factors of rank {len(a)}, but 'r' is {self._scaling.rank} in "
                 f"{self._where.name}; do they belong together?"
             )
+
+    def _check_saved(self, modules: Any) -> None:
+        """Refuse an adapter without the modules that it says it holds: the base's would be kept in their place."""
+        for module in modules if isinstance(modules, list) else ():
+            meant = [name for name in self.names if f".{module}." in f".{name}"]
+            if meant and self._saved.keys().isdisjoint(meant):
+                raise QvlError(
+                    f"{self._path}: holds no {str(module)!r:.60}, which 'modules_to_save' in {self._where.name} names; "
+                    "save the adapter again"
+                )
 
 
 class _Scaling:
