@@ -54,6 +54,15 @@ def test_those_used_longest_ago_leave():
     assert nothing.get(_key(0)) is None and nothing.nbytes == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems protect a user's folders by themselves")
+def test_what_others_may_have_written_is_ignored(tmp_path):
+    PictureCache(SHAPE[1], 0, tmp_path).put(_key(1), _features(1))
+    _file(tmp_path, 1).chmod(0o666)
+    assert PictureCache(SHAPE[1], 0, tmp_path).get(_key(1)) is None
+    _file(tmp_path, 1).chmod(0o644)
+    assert PictureCache(SHAPE[1], 0, tmp_path).get(_key(1)) is not None
+
+
 def test_a_folder_outlives_the_memory(tmp_path):
     folder = tmp_path / "a" / "cache"
     PictureCache(SHAPE[1], 0, folder).put(_key(1), _features(1))

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from qvl_kernels.atomic import remove_stale, replacing
+from qvl_kernels.cache_folder import foreign
 from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import as_path
@@ -39,7 +40,8 @@ class PictureCache:
     limit : int
         Bytes of features in memory; the least recently used are evicted. 0 disables the cache.
     folder : Path, optional
-        Folder for ``KEY.safetensors`` files, which only this user may read. Damaged or unrelated files are ignored.
+        Folder for ``KEY.safetensors`` files, which only this user may read. Damaged or unrelated files, and those that
+        others may have written, are ignored.
         Beyond `FOLDER_BYTES` the least recently used files are removed.
 
     Raises
@@ -91,9 +93,11 @@ class PictureCache:
 
     def _read(self, path: Path, key: bytes) -> np.ndarray | None:
         try:
+            if foreign(path, path.stat()):
+                return None
             file = TensorFile(path)
             features = np.array(file.array("features"))
-        except QvlError:
+        except (OSError, QvlError):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # records the last use
