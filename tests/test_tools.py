@@ -88,6 +88,13 @@ def check(call) -> None:
         ('<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}</tool_call>", None, []),
         ('<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "</tool_call>", None, []),
         ('<tool_call>{"name": "f", "arguments": {"a": "</tool"}}</tool_call>', "", ["f"]),
+        ('<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>', "", ["f"]),
+        ('<tool_call>{"name": "f", "arguments": {"a": "<tool_call>"}}</tool_call>', "", ["f"]),
+        ('a<tool_call>{"name": "f", "arguments": {"<tool_call></tool_call>": "</tool_call>"}}', "a", ["f"]),
+        (f'a\n<tool_call>{{"broken</tool_call>\nb{CALL}', 'a\n<tool_call>{"broken</tool_call>\nb', ["clock"]),
+        (f'<tool_call>{{"broken</tool_call>{CALL}', '<tool_call>{"broken</tool_call>', ["clock"]),
+        ('<tool_call>{"broken</tool_call> on', None, []),
+        ("<tool_call>" + "9" * 5000 + "</tool_call>", None, []),
         ("", "", []),
     ],
 )

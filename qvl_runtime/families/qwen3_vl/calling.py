@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ from qvl_runtime.inputs.tools import ToolCall, Tools
 
 SPACED = {**NOTATION, "item_separator": ", ", "key_separator": ": "}
 """How held calls are written: with the blanks of the template, as the model writes them by itself."""
+
+STRING_END = re.compile(r'["\x00-\x1f]')
+"""What may end a string of JSON, rightly or wrongly."""
 
 
 class Calling:
@@ -81,35 +85,48 @@ class Reader:
 
     def __init__(self) -> None:
         self._held, self._called = "", False
+        self._read = 0  # up to which the tags of what is held belong to a string of a call
 
     def push(self, text: str) -> list[str | ToolCall]:
         self._held += text
         found: list[str | ToolCall] = []
-        while (end := self._held.find(CALLED)) >= 0:
-            found += self._take(self._held.rfind(CALL, 0, end), end, end + len(CALLED))
-        begin = self._held.find(CALL)
-        return found + self._release(_before_tag(self._held) if begin < 0 else begin)
+        while (end := self._held.find(CALLED, self._read)) >= 0:
+            goes_on = self._read > 0 and not STRING_END.search(self._held, self._read, end)
+            begin, call = (0, None) if goes_on else self._find(end)
+            if call is None and begin is not None:
+                self._read = end + len(CALLED)
+            else:
+                found += self._take(begin, call, end + len(CALLED))
+        first = self._held.find(CALL)
+        return found + self._release(_before_tag(self._held) if first < 0 else first)
 
     def finish(self) -> list[str | ToolCall]:
-        end = len(self._held)
-        found = self._take(self._held.rfind(CALL), end, end)
+        begin, call = self._find(len(self._held))
+        found = self._take(begin, call, len(self._held))
         # Line ends after the last call separate nothing.
         return [item for item in found if isinstance(item, ToolCall) or not self._called or item.strip("\n")]
 
-    def _take(self, begin: int, end: int, rest: int) -> list[str | ToolCall]:
-        """Take the text up to `rest` from what is held, with the call between `begin` (-1: none) and `end`."""
-        call = _call(self._held[begin + len(CALL) : end]) if begin >= 0 else None
-        if call is None:
-            text, self._held = self._held[:rest], self._held[rest:]
-            return [text] if text else []
-        found: list[str | ToolCall] = [text] if (text := self._held[:begin].rstrip("\n")) else []
-        self._held, self._called = self._held[rest:], True
-        return [*found, call]
+    def _find(self, end: int) -> tuple[int | None, ToolCall | None]:
+        """Return the first tag with a call up to `end`, and the call: None if its text ends within a string."""
+        begin = self._held.find(CALL, 0, end)
+        while begin >= 0:
+            call, in_string = _call(self._held[begin + len(CALL) : end])
+            if call is not None or in_string:
+                return begin, call
+            begin = self._held.find(CALL, begin + len(CALL), end)
+        return None, None
+
+    def _take(self, begin: int | None, call: ToolCall | None, rest: int) -> list[str | ToolCall]:
+        """Take the text up to `rest` from what is held, where a call may begin."""
+        held, self._held, self._read = self._held, self._held[rest:], 0
+        text = held[:rest] if call is None else held[:begin].rstrip("\n")
+        self._called |= call is not None
+        return [item for item in (text, call) if item]
 
     def _release(self, count: int) -> list[str | ToolCall]:
         """Return the first `count` characters of what is held, without the line ends that may precede a call."""
         text = self._held[:count].rstrip("\n")
-        self._held = self._held[len(text) :]
+        self._held, self._read = self._held[len(text) :], max(0, self._read - len(text))
         return [text] if text else []
 
 
@@ -119,17 +136,22 @@ def _before_tag(text: str) -> int:
     return len(text) - partial
 
 
-def _call(text: str) -> ToolCall | None:
-    """Parse a call; None if it has no name, no object of arguments, or what JSON cannot hold."""
+def _call(text: str) -> tuple[ToolCall | None, bool]:
+    """Parse a call; None if it has no name, no object of arguments, or what JSON cannot hold.
+
+    The second value is whether the text ends within a string: a tag after it belongs to the string.
+    """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # half a character
+    except json.JSONDecodeError as error:
+        return None, error.msg.startswith("Unterminated string")
     except (ValueError, RecursionError):
-        return None
+        return None, False
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
+        return None, False
     arguments = value.get("arguments")
-    return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else None
+    return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else None, False
 
 
 def _refuse(constant: str) -> NoReturn:
