@@ -176,14 +176,14 @@ def test_free_answers_are_those_of_the_prompt_with_tools(model):
     assert kept > 3 and held.token_ids[:kept] == plain.token_ids[:kept], "text before a call is free"
 
 
-def _follows(model, tools, constraint, text: str) -> list[bool]:
-    """Whether each token of a text, and its end, is allowed."""
+def _follows(model, tools, constraint, text: str, *, typed: bool = False) -> list[bool]:
+    """Whether each token of a text, and its end, is allowed; `typed`: its tags are plain text."""
     from qvl_runtime.engine.constraints import Answer
 
     answer = Answer(model.tokenizer, model.stop_ids, 1000, "", model.grounding.constraint)
     state = CALLING.form(tools, constraint).start(answer)
-    allowed = []
-    for token in [*model.tokenizer.encode(text), model.tokenizer.im_end_id]:
+    allowed, encode = [], model.tokenizer.encode_ordinary if typed else model.tokenizer.encode
+    for token in [*encode(text), model.tokenizer.im_end_id]:
         allowed.append(bool(state.allowed()[token]))
         if not allowed[-1]:
             return allowed
@@ -215,6 +215,13 @@ def test_what_the_grammar_allows(model):
         (qvl.Tools(TOOLS), schema, loose, True),
     ]:
         assert all(_follows(model, tools, form, text)) == fits, (tools, text)
+
+
+def test_strict_calls_cannot_be_typed_as_text(model):
+    """A reader would take them for calls, whose arguments no grammar has held."""
+    strict = qvl.Tools([{**CLOCK, "strict": True}])
+    assert not all(_follows(model, strict, None, CALL.replace("{}}", '{"a": 1}}'), typed=True))
+    assert all(_follows(model, strict, None, "a <tool_call or </tool_call>\n<tool_calls>", typed=True))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
         "calls: call" if single else 'calls: call ("\\n" call)*',
         f'call: {CALL} "\\n" function "\\n" {CALLED}',
         "function: " + " | ".join(f"f{i}" for i in range(len(tools.possible))),
-        r"TEXT: /(.|\n)+/",
+        # A tag in plain letters would begin a call, too, but one that no grammar holds.
+        rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{CALL}(.|\n)*/",
     ]
     schemas = []
     for i, (name, own, strict) in enumerate(tools.possible):
