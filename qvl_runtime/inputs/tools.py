@@ -12,6 +12,9 @@ from qvl_runtime.errors import QvlError
 NAME = re.compile(r"[\w.:/-]{1,64}")
 """A function's name: templates write it between quotes, without escapes."""
 
+CHOICES = ("auto", "none", "required")
+"""Choices of tools that name no function."""
+
 
 class Function(NamedTuple):
     """A function.
@@ -89,6 +92,8 @@ def _function(tool: Any, index: int) -> Function:
     name, schema, strict = function.get("name"), function.get("parameters"), function.get("strict")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise QvlError(f"{where} has the name {name!r:.80}; use 1 to 64 letters, digits, and . : / _ -")
+    if name in CHOICES:
+        raise QvlError(f"{where} has the name {name!r}, which is a choice of tools; rename the function")
     if schema is None:
         schema = {"properties": {}, "additionalProperties": False}
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
