@@ -230,6 +230,7 @@ def test_unknown_fields_and_nulls_are_ignored(served):
         logprobs=None, response_format=None, stream=None, tools=[], logit_bias={}, n=None, unheard_of=[{}],
         echo=False, suffix="", best_of=1, min_tokens=0, ignore_eos=False, stop_token_ids=[], allowed_token_ids=None,
         bad_words=[], use_beam_search=False, continue_final_message=False, tool_choice="auto",
+        functions=[], function_call="none",
     )  # fmt: skip
     assert more.status_code == 200 and more.json()["choices"] == plain
 

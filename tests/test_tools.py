@@ -373,6 +373,7 @@ def test_a_row_of_a_job(model, tmp_path):
         ({"tools": [CLOCK], "grounding": True}, None),
         ({"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}}, None),
         ({"functions": [CLOCK]}, "functions"),
+        ({"function_call": {"name": "clock"}}, "function_call"),
         ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function.name"),
         (

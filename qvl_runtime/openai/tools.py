@@ -21,8 +21,8 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
     ApiError
         Names the invalid field.
     """
-    for name in ("functions", "function_call"):
-        if fields.get(name):
+    for name, neutral in (("functions", ()), ("function_call", ("none", "auto"))):
+        if fields.get(name) and fields.get(name) not in neutral:
             raise refused(f"this server knows no {name}; use tools and tool_choice", name)
     choice, parallel = _choice(fields), fields.get("parallel_tool_calls")
     given = [] if fields.get("tools") is None else array(fields.get("tools"), "tools")
