@@ -254,6 +254,8 @@ def test_what_excludes_tools(model, demo_model):
     mult = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9973}}}
     far = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9967}}}
     several = [{"name": "f", "parameters": mult}, {"name": "g", "parameters": far}]
+    named = {"patternProperties": {f"^{i}{i}": {} for i in range(33)}}
+    patterns = [{"name": "f", "parameters": named}, {"name": "g", "parameters": named}]
     for options, message in [
         ({"prompt": "raw text", "tools": TOOLS}, "tools need chat messages"),
         ({"prompt": [1, 2], "tools": TOOLS}, "tools need chat messages"),
@@ -266,6 +268,7 @@ def test_what_excludes_tools(model, demo_model):
             "the function 'f': the json_schema cannot be used",
         ),
         ({"tools": qvl.Tools(several, "required")}, "multipleOf"),
+        ({"tools": qvl.Tools(patterns, "required")}, "more than 64 patternProperties"),
         ({"tools": [{"name": "f", "parameters": {"default": {1}}}]}, "no JSON"),
     ]:
         with pytest.raises(QvlError, match=message):

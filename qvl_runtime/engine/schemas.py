@@ -49,10 +49,7 @@ def check_schema(schema: str) -> None:
     QvlError
         Names the key and the value.
     """
-    try:
-        parsed = json.loads(schema, parse_int=Decimal, parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
-        return
+    parsed = _parsed(schema)
     nodes = list(_nodes(parsed))
     for node in nodes:
         _check_values(node)
@@ -72,15 +69,24 @@ def check_together(schemas: Sequence[str]) -> None:
     Parameters
     ----------
     schemas : sequence of str
-        JSON that `check_schema` accepts.
+        JSON. What is none is not checked here.
 
     Raises
     ------
     QvlError
         Names the key and the value.
     """
-    parsed = [json.loads(schema, parse_int=Decimal, parse_float=Decimal) for schema in schemas]
-    _check_multiples(_multiples(list(_nodes(parsed))), combined=False)
+    nodes = list(_nodes([_parsed(schema) for schema in schemas]))
+    _check_multiples(_multiples(nodes), combined=False)
+    _check_patterns(nodes)
+
+
+def _parsed(schema: str) -> Any:
+    """Return a schema with exact numbers; None if it is no JSON."""
+    try:
+        return json.loads(schema, parse_int=Decimal, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: 1e99999999999999999999
+        return None
 
 
 def _multiples(nodes: Iterable[Mapping[str, Any]]) -> list[Decimal]:
@@ -150,10 +156,14 @@ def _check_objects(nodes: list[Mapping[str, Any]], combined: bool) -> None:
             raise _refused(f"it has minProperties or maxProperties for more than {OPTIONAL} properties; use fewer")
 
 
-def _check_sizes(schema: Any, nodes: list[Mapping[str, Any]], combined: bool) -> None:
+def _check_patterns(nodes: list[Mapping[str, Any]]) -> None:
     counts = [len(named) for node in nodes if isinstance(named := node.get("patternProperties"), dict)]
     if sum(counts) > PATTERNS:
         raise _refused(f"it has more than {PATTERNS} patternProperties; use fewer")
+
+
+def _check_sizes(schema: Any, nodes: list[Mapping[str, Any]], combined: bool) -> None:
+    _check_patterns(nodes)
     if combined and sum("pattern" in node for node in nodes) > COMBINED:
         raise _refused(f"it has more than {COMBINED} patterns and combines schemas by allOf or the like; use fewer")
     levels = _levels(schema)

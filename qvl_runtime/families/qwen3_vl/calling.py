@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from qvl_runtime.engine.constraints import NOTATION, AtLeast, Form, JsonSchema, Lark
@@ -14,7 +14,7 @@ from qvl_runtime.engine.schemas import check_together
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
 from qvl_runtime.families.qwen3_vl.template import CALL, CALLED, Qwen3Template
-from qvl_runtime.inputs.tools import ToolCall, Tools
+from qvl_runtime.inputs.tools import Function, ToolCall, Tools
 
 SPACED = {**NOTATION, "item_separator": ", ", "key_separator": ": "}
 """How held calls are written: with the blanks of the template, as the model writes them by itself."""
@@ -59,22 +59,26 @@ def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
         # A tag in plain letters would begin a call, too, but one that no grammar holds.
         rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{CALL}(.|\n)*/",
     ]
-    schemas = []
-    for i, (name, own, strict) in enumerate(tools.possible):
-        written = own if strict or tools.must_call else {"type": "object"}
-        try:
-            JsonSchema(written).grammar()
-        except QvlError as error:
-            raise QvlError(f"the function {name!r}: {error}") from None
-        schemas.append(json.dumps(written))
-        head = json.dumps(f'{{"name": "{name}", "arguments": ', ensure_ascii=False)
-        lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {_spaced(written)}"]
+    held = [own if strict or tools.must_call else {"type": "object"} for _, own, strict in tools.possible]
+    forms = [JsonSchema(own) for own in held]
+    # All that is quick before llguidance computes the first.
+    texts = [_named(function, form.text) for function, form in zip(tools.possible, forms)]
+    check_together(texts if schema is None else [*texts, schema.text()])
+    for i, (function, form) in enumerate(zip(tools.possible, forms)):
+        _named(function, form.grammar)
+        head = json.dumps(f'{{"name": "{function.name}", "arguments": ', ensure_ascii=False)
+        lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {_spaced(held[i])}"]
     if schema is not None:
         schema.grammar()
-        schemas.append(schema.text())
         lines.append(f"answer: %json {_spaced(json.loads(schema.text()))}")
-    check_together(schemas)
     return "\n".join(lines)
+
+
+def _named(function: Function, check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except QvlError as error:
+        raise QvlError(f"the function {function.name!r}: {error}") from None
 
 
 def _spaced(schema: Mapping[str, Any]) -> str:
