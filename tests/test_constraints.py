@@ -228,6 +228,16 @@ def test_a_grammar_that_grows_too_large_is_one_short_line(form, name, text):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_a_grammar_too_large_for_its_first_token_says_so():
+    step = 99991
+    numbers = {
+        str(n): {"type": "integer", "multipleOf": step, "minimum": step * n + 1, "maximum": step * (n + 1)}
+        for n in range(40)
+    }
+    with pytest.raises(QvlError, match=r"the json_schema is too large \(fuel exhausted"):
+        JsonSchema({"type": "object", "properties": numbers}).start(_asked(50, ""))
+
+
 def test_a_schema_may_be_true_or_false():
     for schema in ("true", " true\n"):
         assert _fits(schema, '{"a":[1,"b"]}') and _fits(schema, "5")

@@ -214,6 +214,8 @@ class _GrammarConstraint:
         self._kind, self._stop_ids, self._size = kind, answer.stop_ids, answer.tokenizer.vocab_size
         self._mask()
         if self._matcher.is_error():
+            if not self._matcher.get_error().startswith("NoExtension"):
+                raise self._too_large()
             raise QvlError(f"the {kind} cannot be used: no text matches it")
 
     def _mask(self) -> np.ndarray:
