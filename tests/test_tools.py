@@ -120,6 +120,8 @@ def test_text_is_not_held_longer_than_needed():
     assert reader.push("a\n") == ["a"]
     assert reader.push("b <too") == ["\nb "]
     assert reader.push("k") == ["<took"]
+    assert reader.push(" <tool_call>") == [" "], "a call may follow"
+    assert reader.push(" is a tag. ") == ["<tool_call> is a tag. "]
     assert reader.push(f" {CALL[:20]}") == [" "]
     assert reader.push(CALL[20:]) == [("clock", {})]
     assert reader.finish() == []

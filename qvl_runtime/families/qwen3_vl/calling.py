@@ -19,6 +19,8 @@ from qvl_runtime.inputs.tools import Function, ToolCall, Tools
 SPACED = {**NOTATION, "item_separator": ", ", "key_separator": ": "}
 """How held calls are written: with the blanks of the template, as the model writes them by itself."""
 
+BEGIN = re.compile(rf"{CALL}\s*(?:\{{|\Z)")
+"""Where a call may begin; a tag before anything else is text, which need not be held."""
 STRING_END = re.compile(r'["\x00-\x1f]')
 """What may end a string of JSON, rightly or wrongly."""
 
@@ -102,8 +104,8 @@ class Reader:
                 self._read = end + len(CALLED)
             else:
                 found += self._take(begin, call, end + len(CALLED))
-        first = self._held.find(CALL)
-        return found + self._release(_before_tag(self._held) if first < 0 else first)
+        first = BEGIN.search(self._held)
+        return found + self._release(_before_tag(self._held) if first is None else first.start())
 
     def finish(self) -> list[str | ToolCall]:
         begin, call = self._find(len(self._held))
@@ -113,12 +115,10 @@ class Reader:
 
     def _find(self, end: int) -> tuple[int | None, ToolCall | None]:
         """Return the first tag with a call up to `end`, and the call: None if its text ends within a string."""
-        begin = self._held.find(CALL, 0, end)
-        while begin >= 0:
-            call, in_string = _call(self._held[begin + len(CALL) : end])
+        for match in BEGIN.finditer(self._held, 0, end):
+            call, in_string = _call(self._held[match.start() + len(CALL) : end])
             if call is not None or in_string:
-                return begin, call
-            begin = self._held.find(CALL, begin + len(CALL), end)
+                return match.start(), call
         return None, None
 
     def _take(self, begin: int | None, call: ToolCall | None, rest: int) -> list[str | ToolCall]:
