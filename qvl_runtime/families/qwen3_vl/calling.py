@@ -69,10 +69,10 @@ def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
     for i, (function, form) in enumerate(zip(tools.possible, forms)):
         _named(function, form.grammar)
         head = json.dumps(f'{{"name": "{function.name}", "arguments": ', ensure_ascii=False)
-        lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: %json {_spaced(held[i])}"]
+        lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: {_json(held[i], SPACED)}"]
     if schema is not None:
         schema.grammar()
-        lines.append(f"answer: %json {_spaced(json.loads(schema.text()))}")
+        lines.append(f"answer: {_json(json.loads(schema.text()), NOTATION)}")
     return "\n".join(lines)
 
 
@@ -83,8 +83,8 @@ def _named(function: Function, check: Callable[[], str]) -> str:
         raise QvlError(f"the function {function.name!r}: {error}") from None
 
 
-def _spaced(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": SPACED})
+def _json(schema: Mapping[str, Any], notation: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": notation})
 
 
 class Reader:
