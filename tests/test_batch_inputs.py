@@ -29,10 +29,15 @@ def only(source):
 
 def test_the_pictures_of_a_request_are_counted(tmp_path):
     picture = {"type": "image_url", "image_url": {"url": "data:,x"}}
-    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "?"}, picture]}, {"content": "a"}, 7]
+    video = {"type": "video", "video": ["data:,x"] * 3}
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "?"}, picture, video, {**video, "video": 1}]},
+        {"content": "a"},
+        7,
+    ]
     lines = [{"custom_id": f"{i}", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": m}}
              for i, m in enumerate((messages, None, [{"content": {"type": "image_url"}}]))]  # fmt: skip
-    assert [row.picture_count for row in open_source(write(tmp_path / "rows.jsonl", *lines)).rows(0, 3)] == [2, 0, 0]
+    assert [row.picture_count for row in open_source(write(tmp_path / "rows.jsonl", *lines)).rows(0, 3)] == [5, 0, 0]
 
 
 def test_rows_of_lines(tmp_path):
@@ -46,10 +51,12 @@ def test_rows_of_lines(tmp_path):
         {"id": "b", "image": 3},
         {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}},
         {"custom_id": "d", "method": "GET", "url": "/v1/models", "body": {}},
+        {"id": "e", "prompt": "What?", "image_path": "x.png"},
+        {"id": "f", "prompt": "What?", "image_path": "x.png", "image": "x.png"},
     )
     source = open_source(path)
     rows = source.rows(0, len(source))
-    assert [row.number for row in rows] == list(range(7))
+    assert [row.number for row in rows] == list(range(9))
     assert (rows[0].id, rows[0].prompt, rows[0].pictures, rows[0].error) == ("a", "What?", ("x.png",), None)
     assert (rows[1].id, rows[1].prompt, rows[1].pictures) == ("7", None, ("y.png", "data:,z"))
     assert rows[2].id is None and "line 4" in rows[2].error and "JSON" in rows[2].error
@@ -57,6 +64,7 @@ def test_rows_of_lines(tmp_path):
     assert rows[4].id == "b" and "no picture" in rows[4].error
     assert rows[5].url == "/v1/completions" and rows[5].body == {"prompt": "x"} and rows[5].error is None
     assert rows[6].id == "d" and "only POST" in rows[6].error
+    assert "has image_path, but no image" in rows[7].error and rows[8].pictures == ("x.png",)
     assert source.root == tmp_path
 
 
@@ -309,6 +317,9 @@ def test_rows_of_parquet_files(tmp_path):
     pyarrow.parquet.write_table(tables[0], tmp_path / "2.parquet")
     with pytest.raises(QvlError, match=r"2.parquet: row 1 has the id 'a' of"):
         open_source(tmp_path)
+    pyarrow.parquet.write_table(pa.table({"id": ["a"], "img": ["a.png"]}), tmp_path / "2.parquet")
+    with pytest.raises(QvlError, match="has a column img, but no image"):
+        open_source(tmp_path / "2.parquet")
     pyarrow.parquet.write_table(pa.table({"name": ["a"]}), tmp_path / "2.parquet")
     with pytest.raises(QvlError, match="has no column id"):
         open_source(tmp_path)

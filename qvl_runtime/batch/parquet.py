@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.batch.rows import Ids, Row, row_of_fields
+from qvl_runtime.batch.rows import Ids, Row, misnamed, row_of_fields
 from qvl_runtime.errors import QvlError
 
 COLUMNS = ("id", "prompt", "image", "images")
@@ -52,6 +52,8 @@ class ParquetFiles:
             with _opened(path) as file:
                 if "id" not in file.schema_arrow.names:
                     raise QvlError(f"{path}: has no column id; it has {', '.join(file.schema_arrow.names)[:200]}")
+                if name := misnamed(file.schema_arrow.names):
+                    raise QvlError(f"{path}: has a column {name}, but no image; call it image, or images for lists")
                 for group in range(file.num_row_groups):
                     self._groups.append((index, group))
                     self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from qvl_runtime.errors import QvlError
+
+MISNAMED = ("image_path", "image_file", "image_url", "img", "picture", "pictures", "photo")
+"""Names that other tools give to "image"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +45,12 @@ class Row:
 
     @property
     def picture_count(self) -> int:
-        """Number of its pictures, in OpenAI's format as far as the messages can be read."""
+        """Number of its pictures and frames, in OpenAI's format as far as the messages can be read."""
         contents = [message.get("content") for message in _mappings((self.body or {}).get("messages"))]
-        parts = itertools.chain.from_iterable(map(_mappings, contents))
-        return len(self.pictures) + sum(part.get("type") == "image_url" for part in parts)
+        parts = list(itertools.chain.from_iterable(map(_mappings, contents)))
+        videos = [part.get("video") for part in parts if part.get("type") == "video"]
+        frames = sum(len(video) for video in videos if isinstance(video, list))
+        return len(self.pictures) + sum(part.get("type") == "image_url" for part in parts) + frames
 
 
 class Source(Protocol):
@@ -102,6 +107,13 @@ class Ids:
         return self._digest.hexdigest()
 
 
+def misnamed(names: Container[str]) -> str | None:
+    """Return the name under which a row without an "image" seems to have one; its picture would be ignored."""
+    if "image" in names or "images" in names:
+        return None
+    return next((name for name in MISNAMED if name in names), None)
+
+
 def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
     """Parse a row ``{"id", "prompt", "image" or "images"}``; an invalid row has an `error`."""
     row_id = fields.get("id")
@@ -117,6 +129,8 @@ def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
     given = fields.get("images") if fields.get("image") is None else [fields["image"]]
     if given is not None and not isinstance(given, list):
         return Row(number, row_id, error=f"images is {given!r:.60}; it must be a list")
+    if name := misnamed(fields):
+        return Row(number, row_id, error=f"the row has {name}, but no image; call it image, or images for a list")
     pictures = []
     for value in given or ():
         picture = _picture(value)
