@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from serving import events, image_part, picture, png, serving
 from starlette.testclient import TestClient
@@ -187,7 +189,8 @@ def test_a_wrong_request_is_refused(served, case):
         (b'{"model":"demo","model":"demo"}', "a key twice"),
         (b'{"messages":[{"role":"user","role":"user"}]}', "a key twice"),
         (b'{"temperature":1' + b"0" * 5000 + b"}", "the body holds a number of too many digits"),
-        (b"[" * 50_000, "nested"),
+        # Python 3.14 reads this deep, and finds that it does not end.
+        (b"[" * 50_000, "nested" if sys.version_info < (3, 14) else "not JSON"),
         (b'{"x":[' + b"[]," * 200_000 + b"1]}", "values"),
         (b"a=1&b=2", "not JSON"),
     ],
