@@ -53,10 +53,11 @@ def test_rows_of_lines(tmp_path):
         {"custom_id": "d", "method": "GET", "url": "/v1/models", "body": {}},
         {"id": "e", "prompt": "What?", "image_path": "x.png"},
         {"id": "f", "prompt": "What?", "image_path": "x.png", "image": "x.png"},
+        {"id": "g", "prompt": "What?", "video": ["x.png"]},
     )
     source = open_source(path)
     rows = source.rows(0, len(source))
-    assert [row.number for row in rows] == list(range(9))
+    assert [row.number for row in rows] == list(range(10))
     assert (rows[0].id, rows[0].prompt, rows[0].pictures, rows[0].error) == ("a", "What?", ("x.png",), None)
     assert (rows[1].id, rows[1].prompt, rows[1].pictures) == ("7", None, ("y.png", "data:,z"))
     assert rows[2].id is None and "line 4" in rows[2].error and "JSON" in rows[2].error
@@ -65,6 +66,7 @@ def test_rows_of_lines(tmp_path):
     assert rows[5].url == "/v1/completions" and rows[5].body == {"prompt": "x"} and rows[5].error is None
     assert rows[6].id == "d" and "only POST" in rows[6].error
     assert "has image_path, but no image" in rows[7].error and rows[8].pictures == ("x.png",)
+    assert rows[9].error == "the row has video, which is not read; give its frames in a line of OpenAI's format"
     assert source.root == tmp_path
 
 

@@ -52,8 +52,8 @@ class ParquetFiles:
             with _opened(path) as file:
                 if "id" not in file.schema_arrow.names:
                     raise QvlError(f"{path}: has no column id; it has {', '.join(file.schema_arrow.names)[:200]}")
-                if name := misnamed(file.schema_arrow.names):
-                    raise QvlError(f"{path}: has a column {name}, but no image; call it image, or images for lists")
+                if found := misnamed(file.schema_arrow.names):
+                    raise QvlError(f"{path}: has a column {found}")
                 for group in range(file.num_row_groups):
                     self._groups.append((index, group))
                     self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)

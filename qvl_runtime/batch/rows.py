@@ -108,10 +108,13 @@ class Ids:
 
 
 def misnamed(names: Container[str]) -> str | None:
-    """Return the name under which a row without an "image" seems to have one; its picture would be ignored."""
+    """Return what a row without an "image" seems to have instead, which would be ignored, and the remedy."""
     if "image" in names or "images" in names:
         return None
-    return next((name for name in MISNAMED if name in names), None)
+    if name := next((name for name in ("video", "videos") if name in names), None):
+        return f"{name}, which is not read; give its frames in a line of OpenAI's format"
+    name = next((name for name in MISNAMED if name in names), None)
+    return name and f"{name}, but no image; call it image, or images for a list"
 
 
 def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
@@ -129,8 +132,8 @@ def row_of_fields(number: int, fields: Mapping[str, Any]) -> Row:
     given = fields.get("images") if fields.get("image") is None else [fields["image"]]
     if given is not None and not isinstance(given, list):
         return Row(number, row_id, error=f"images is {given!r:.60}; it must be a list")
-    if name := misnamed(fields):
-        return Row(number, row_id, error=f"the row has {name}, but no image; call it image, or images for a list")
+    if found := misnamed(fields):
+        return Row(number, row_id, error=f"the row has {found}")
     pictures = []
     for value in given or ():
         picture = _picture(value)
