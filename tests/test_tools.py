@@ -124,7 +124,10 @@ def test_text_is_not_held_longer_than_needed():
     assert reader.push(" is a tag. ") == ["<tool_call> is a tag. "]
     assert reader.push(f" {CALL[:20]}") == [" "]
     assert reader.push(CALL[20:]) == [("clock", {})]
-    assert reader.finish() == []
+    wrong = '<tool_call>{"a</tool_call>'
+    assert reader.push(wrong) == [], "the string may go on"
+    assert reader.push(wrong) == [wrong], "it ended, and is tried no more"
+    assert reader.finish() == [wrong]
 
 
 # ------------------------------------------------------------------------------------------------ constrained answers

@@ -102,6 +102,7 @@ class Reader:
             begin, call = (0, None) if goes_on else self._find(end)
             if call is None and begin is not None:
                 self._read = end + len(CALLED)
+                found += self._release(begin)  # its tags begin no call; kept, they would be tried again at each end
             else:
                 found += self._take(begin, call, end + len(CALLED))
         first = BEGIN.search(self._held)
