@@ -24,7 +24,8 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
     for name, neutral in (("functions", ()), ("function_call", ("none", "auto"))):
         if fields.get(name) and fields.get(name) not in neutral:
             raise refused(f"this server knows no {name}; use tools and tool_choice", name)
-    choice, parallel = _choice(fields), fields.get("parallel_tool_calls")
+    choice = _choice(fields)
+    parallel = fields.get("parallel_tool_calls") is None or fields.flag("parallel_tool_calls")
     given = [] if fields.get("tools") is None else array(fields.get("tools"), "tools")
     if not given:
         if choice not in ("auto", "none"):
@@ -32,11 +33,9 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
         return None
     if len(given) > limits.tools:
         raise refused(f"tools has more than {limits.tools} functions", "tools")
-    if parallel is not None:
-        parallel = fields.flag("parallel_tool_calls")
     listed = [mapping(tool, f"tools[{i}]") for i, tool in enumerate(given)]
     try:
-        tools = Tools(listed, "auto" if choice == "none" else choice, parallel is not False)
+        tools = Tools(listed, "auto" if choice == "none" else choice, parallel)
     except QvlError as error:
         raise refused(str(error), "tools") from None
     _check_sizes(tools, limits)
