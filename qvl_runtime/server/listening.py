@@ -154,6 +154,9 @@ def bind(host: str, port: int) -> socket.socket:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise QvlError(f"{host}:{port}: cannot listen there ({reason}); choose another --host or --port") from None
     bound.setblocking(False)
+    # Connections inherit it. Otherwise a piece waits until the client acknowledges the one before, after 40 ms; asyncio
+    # only does it where the protocol was named when the socket was made.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return bound
 
 
