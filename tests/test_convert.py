@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -336,6 +337,23 @@ def test_a_finished_file_leaves_the_page_cache(tmp_path, monkeypatch):
     convert(GOLDEN / "ckpt" / "tiny-vl", tmp_path / "out.qvl")
     assert calls == ["fsync", (0, 0, os.POSIX_FADV_DONTNEED)]
     assert size == [(tmp_path / "out.qvl").stat().st_size]
+
+
+def test_a_file_that_is_given_up_is_not_resumed_meanwhile(tmp_path, monkeypatch):
+    """The other conversion would lose its file."""
+    out, layout, unlink, tried = tmp_path / "x.qvl", {"a": ((4,), np.dtype(np.float32))}, Path.unlink, []
+
+    def unlinked(path, **options):
+        tried.append(path.name)
+        resume = functools.partial(writer_module.BlobWriter, out, layout, {}, resume=True, force=False)
+        refused(resume, "x.qvl.partial: another conversion is writing it")
+        unlink(path, **options)
+
+    writer = writer_module.BlobWriter(out, layout, {}, resume=False, force=False)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    with pytest.raises(QvlError, match="invalid"), writer:
+        raise QvlError("invalid")
+    assert tried == ["x.qvl.partial"] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")

@@ -26,6 +26,8 @@ from qvl_runtime.file.tensorfile import DTYPES
 DATA_ALIGNMENT = 4096
 PIECE = 16 << 20
 NO_HASH = "0" * 64
+OPEN_FILES_STAY = os.name == "nt"
+"""Whether an open file can be neither renamed nor removed. There no file is locked, either."""
 # Wide and even sizes first, so that every tensor is aligned without gaps, which safetensors forbids.
 SUFFIX_ORDER = ("qweight", "scales")
 DTYPE_ORDER = ("float32", "int32", "float16", "uint8")
@@ -76,7 +78,7 @@ class BlobWriter:
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], *, resume: bool, force: bool):
         self.path = path
         self.partial = partial_path(path)
-        self._other = f"{self.partial}: another conversion is writing it; wait for it, or name another file"
+        self._busy = f"{self.partial}: another conversion is writing it; wait for it, or name another file"
         self._force, self._complete = force, False
         self._refuse_existing()
         self._plan(layout, metadata)
@@ -90,7 +92,7 @@ class BlobWriter:
                 self._remove_unfinished()
             self._file = open(self.partial, "r+b" if resume else "x+b")  # noqa: SIM115
         except FileExistsError:
-            raise QvlError(self._other) from None
+            raise QvlError(self._busy) from None
         except (FileNotFoundError, NotADirectoryError):
             raise QvlError(f"{path}: its folder does not exist; create it first") from None
         self._lock(self._file)
@@ -102,13 +104,13 @@ class BlobWriter:
 
     def _lock(self, file: IO[bytes]) -> None:
         """Refuse what another conversion writes: it would end with a file that holds something else."""
-        lock(file.fileno(), self._other)
+        lock(file.fileno(), self._busy)
         # Before it was locked, another one may have removed it or finished it.
         if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
-            raise QvlError(self._other)
+            raise QvlError(self._busy)
 
     def _remove_unfinished(self) -> None:
-        if self.partial.is_file():
+        if self.partial.is_file() and not OPEN_FILES_STAY:
             with open(self.partial, "rb") as file:
                 self._lock(file)
                 self.partial.unlink()
@@ -121,8 +123,7 @@ class BlobWriter:
             self._file.write(self._header)
             self._file.truncate(self.size)
         except OSError as error:  # such as a file system that holds no file of this size
-            self._close()
-            self.partial.unlink(missing_ok=True)
+            self._discard()
             raise QvlError(
                 f"{self.path}: cannot be written with {self.size:,} bytes ({error.strerror}); name a file elsewhere"
             ) from None
@@ -130,6 +131,13 @@ class BlobWriter:
     def _close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
             self._file.close()
+
+    def _discard(self) -> None:
+        """Remove the unfinished file while it is locked: another conversion could resume it."""
+        if OPEN_FILES_STAY:
+            self._close()
+        self.partial.unlink(missing_ok=True)
+        self._close()
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
@@ -240,14 +248,13 @@ class BlobWriter:
         if hasattr(os, "posix_fadvise"):
             # out of the page cache, so that it comes back in large pages when it is mapped
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._file.flush()
-        if os.name == "nt":  # where an open file cannot be renamed
-            self._file.close()
         self._complete = True
         try:
             self._refuse_existing()
         except QvlError as error:  # another program has made it meanwhile
             raise QvlError(f"{error}; the conversion is complete in {self.partial}") from None
+        if OPEN_FILES_STAY:
+            self._file.close()
         os.replace(self.partial, self.path)
         self._file.close()  # not before: another conversion could begin where this one is
 
@@ -257,10 +264,11 @@ class BlobWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
             return
-        self._close()
         if isinstance(error, QvlError) and not self._complete:
-            self.partial.unlink(missing_ok=True)
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._discard()
+            return
+        self._close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = error.filename or self.path  # a file of a calibration is on another disk
             raise QvlError(f"{full}: the disk is full; make room and continue with --resume") from None
 
