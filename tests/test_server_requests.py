@@ -116,6 +116,7 @@ WRONG = {
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "a tool required": ({"tool_choice": "required"}, "tool_choice"),
     "a tool by name": ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    "a tool with the name of a choice": ({"tool_choice": {"type": "function", "function": {"name": "auto"}}}, "tools"),
     "parallel_tool_calls a word": ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
     "tools of a model without": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
     "calls of a model without": (

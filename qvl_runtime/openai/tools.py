@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs.tools import CallReader, ToolCall, Tools
+from qvl_runtime.inputs.tools import CHOICES, CallReader, ToolCall, Tools
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import Fields, array, mapping, text
 from qvl_runtime.openai.limits import Limits
@@ -46,13 +46,16 @@ def _choice(fields: Fields) -> str:
     """Return "none", "auto", "required", or the name of a function."""
     if not isinstance(fields.get("tool_choice"), dict):
         choice = fields.string("tool_choice") or "auto"
-        if choice not in ("none", "auto", "required"):
+        if choice not in CHOICES:
             raise refused("tool_choice must be none, auto, required or a function", "tool_choice")
         return choice
     chosen = fields.object("tool_choice")
     if chosen.string("type") != "function":
         raise refused("tool_choice.type must be function", "tool_choice.type")
-    return text(chosen.object("function").get("name"), "tool_choice.function.name")
+    name = text(chosen.object("function").get("name"), "tool_choice.function.name")
+    if name in CHOICES:  # it would be taken for that choice
+        raise refused(f"no function may have the name {name!r}, which is a choice of tools; rename it", "tools")
+    return name
 
 
 def _check_sizes(tools: Tools, limits: Limits) -> None:
