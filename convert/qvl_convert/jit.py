@@ -62,6 +62,7 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _folder(parent: Path | None) -> Path | None:
+    """Return Numba's folder in that of the cache; kept, so that a warning comes once and not for each function."""
     return parent and cache_folder.subfolder(FOLDER)
 
 

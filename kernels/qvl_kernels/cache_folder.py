@@ -76,7 +76,10 @@ def _find(named: str) -> CacheFolder:
 
 
 def subfolder(name: str) -> Path | None:
-    """Return a folder in `find` that only this user may read, made if need be; None if kernels cannot be stored."""
+    """Return a folder below that of `find` which only this user may enter, created if need be.
+
+    None if there is no cache folder, or, with a warning, if another user could change this one.
+    """
     folder = find().path
     if folder is None:
         return None

@@ -41,7 +41,8 @@ class Tools:
     ----------
     given : sequence of mapping
         ``{"name", "description", "parameters"}`` of each function, or OpenAI's ``{"type": "function", "function": …}``
-        around it. `parameters` is the JSON schema of its arguments. With ``"strict": True`` calls always match it.
+        around it. `parameters` is the JSON schema of its arguments; without it there are none. With
+        ``"strict": True`` calls always match it.
     choice : str
         "auto" lets the model choose, "required" demands a call, and a function's name a call of this function. Demanded
         calls always match their schemas.
@@ -51,6 +52,7 @@ class Tools:
     Attributes
     ----------
     functions : list of Function
+        Those of `given`, in its order.
 
     Raises
     ------

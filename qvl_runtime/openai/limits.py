@@ -26,7 +26,7 @@ class Limits:
     values : int
         JSON values of a request.
     text : int
-        Characters of all texts of a request.
+        Characters of all texts of a request, and again of its tools as JSON.
     pictures, frames : int
         Pictures of a request, and frames of its videos. All together have at most `pictures` times `pixels`.
     picture_bytes : int

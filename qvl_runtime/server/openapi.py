@@ -176,7 +176,7 @@ def _options(limits: Limits) -> Schema:
 
 _ENVELOPE: dict[str, Schema] = {"id": _TEXT, "created": _COUNT, "model": _TEXT}
 _FINISH = {"enum": ["stop", "length"]}
-_ENDED = {"enum": [*_FINISH["enum"], "tool_calls"]}
+_CHAT_FINISH = {"enum": [*_FINISH["enum"], "tool_calls"]}
 _CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _LOGPROBS = _or_null({"type": "object"})
 _BOX = _object(
@@ -206,7 +206,7 @@ _RESULTS = {
     "Chat": _object(
         **_ENVELOPE,
         object={"const": "chat.completion"},
-        choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_ENDED)),
+        choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_CHAT_FINISH)),
         usage=_USAGE,
     ),
     "Completion": _object(

@@ -17,12 +17,12 @@ from qvl_runtime.families.qwen3_vl.template import CALL, CALLED, Qwen3Template
 from qvl_runtime.inputs.tools import Function, ToolCall, Tools
 
 SPACED = {**NOTATION, "item_separator": ", ", "key_separator": ": "}
-"""How held calls are written: with the blanks of the template, as the model writes them by itself."""
+"""How constrained calls are written: with the blanks of the template, as the model writes them by itself."""
 
 BEGIN = re.compile(rf"{CALL}\s*(?:\{{|\Z)")
 """Where a call may begin; a tag before anything else is text, which need not be held."""
 STRING_END = re.compile(r'["\x00-\x1f]')
-"""What may end a string of JSON, rightly or wrongly."""
+"""What may end a string of JSON: its quote, or a control character, which is an error."""
 
 
 class Calling:
@@ -77,6 +77,7 @@ def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
 
 
 def _named(function: Function, check: Callable[[], str]) -> str:
+    """Return the result of a check of a function's schema; its errors name the function."""
     try:
         return check()
     except QvlError as error:
@@ -123,7 +124,7 @@ class Reader:
         return None, None
 
     def _take(self, begin: int | None, call: ToolCall | None, rest: int) -> list[str | ToolCall]:
-        """Take the text up to `rest` from what is held, where a call may begin."""
+        """Take what is held up to `rest`: the text before `begin` and the call there, or text alone without a call."""
         held, self._held, self._read = self._held, self._held[rest:], 0
         text = held[:rest] if call is None else held[:begin].rstrip("\n")
         self._called |= call is not None
