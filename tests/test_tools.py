@@ -256,6 +256,11 @@ def test_unusable_tools(given, choice, message):
         qvl.Tools(given, choice)
 
 
+def test_parallel_is_true_or_false():
+    with pytest.raises(QvlError, match="parallel of the tools is 'no'; expected True or False"):
+        qvl.Tools(TOOLS, parallel="no")
+
+
 def test_what_excludes_tools(model, demo_model):
     mult = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9973}}}
     far = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9967}}}

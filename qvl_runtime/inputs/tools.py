@@ -57,7 +57,8 @@ class Tools:
     Raises
     ------
     QvlError
-        A function that cannot be read, a name that is used twice, or a choice that names none.
+        A function that cannot be read, a name that is used twice, a choice that names none, or `parallel` of another
+        type.
     """
 
     given: Sequence[Mapping[str, Any]]
@@ -74,6 +75,8 @@ class Tools:
             raise QvlError(f"tools has two functions named {twice[0]!r}; rename one")
         if self.choice not in ("auto", "required", *names):
             raise QvlError(f"the choice of tools is {self.choice!r:.80}; expected auto, required or a function's name")
+        if not isinstance(self.parallel, bool):
+            raise QvlError(f"parallel of the tools is {self.parallel!r:.60}; expected True or False")
 
     @property
     def must_call(self) -> bool:
