@@ -24,6 +24,7 @@ from serving import Served, serving
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.openai.errors import ApiError
+from qvl_runtime.openai.formats import ChatFormat
 from qvl_runtime.server import Limits, listening
 from qvl_runtime.server.admission import Admission
 from qvl_runtime.server.metrics import Watch
@@ -162,6 +163,16 @@ def test_a_stream_says_that_it_is_alive(small, monkeypatch):
     monkeypatch.setattr(Watch, "piece", lambda *args: time.sleep(0.1) or piece(*args))
     text = small.chat("?", stream=True).text
     assert text.startswith("data: ") and ": ping\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stream_says_that_it_is_alive_while_a_call_is_not_complete(demo_model, monkeypatch):
+    """Its parts come, each before the time is over, and nothing is sent."""
+    piece = Watch.piece
+    monkeypatch.setattr(Watch, "piece", lambda *args: time.sleep(0.02) or piece(*args))
+    monkeypatch.setattr(ChatFormat, "part", lambda *args: None)
+    with serving(demo_model, limits=Limits(ping_seconds=0.1)) as server:
+        text = server.chat(stream=True, **{**LONG, "max_tokens": 20}).text
+    assert ": ping\n\n" in text and text.endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -132,21 +132,29 @@ class EventStream:
     ----------
     send : callable
         The ASGI callable.
+
+    Attributes
+    ----------
+    started : bool
+        Whether the head was sent.
+    sent : float
+        Time of the event loop at which something was sent last.
     """
 
     def __init__(self, send: Send):
-        self._send, self.started = send, False
+        self._send, self.started, self.sent = send, False, 0.0
 
     async def start(self) -> None:
         """Send the response head."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-        self.started = True
+        self.started, self.sent = True, asyncio.get_running_loop().time()
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, events: bytes) -> None:
         """Send complete events."""
         if events:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
+            self.sent = asyncio.get_running_loop().time()
 
     async def end(self) -> None:
         """End the response."""
@@ -207,10 +215,13 @@ async def next_event(events: asyncio.Queue) -> Any:
 async def _until_end(
     events: asyncio.Queue, stream: EventStream | None = None, ping: float | None = None
 ) -> AsyncIterator[Part | Whole]:
-    """Yield the parts and answers of a job; send a ping to a stream after `ping` idle seconds."""
+    """Yield the parts and answers of a job; send a ping to a stream to which nothing was sent for `ping` seconds.
+
+    Parts may come meanwhile: those of a call are sent when it is complete.
+    """
     while True:
         try:
-            async with asyncio.timeout(ping):
+            async with asyncio.timeout_at(None if stream is None or ping is None else stream.sent + ping):
                 event = await next_event(events)
         except TimeoutError:
             if stream is not None:
