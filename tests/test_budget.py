@@ -156,7 +156,7 @@ def test_one_backend_serves_both_parts(blob, monkeypatch):
     ],
 )
 def test_a_bad_variable_is_one_line(blob, variable, value, verb, arguments):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", verb, str(blob("tiny-vl", bits=4)), *arguments]
+    command = [sys.executable, "-m", "qvl_runtime", verb, str(blob("tiny-vl", bits=4)), *arguments]
     environment = os.environ | {variable: value}
     done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""

@@ -538,7 +538,7 @@ def test_ctrl_z_stops_the_program(talk, monkeypatch):
 def test_in_a_real_terminal(blob, in_golden, tmp_path):
     """Chinese input, history with the arrow keys, a command, and leaving with Ctrl-D."""
     name = f"qvl-{time.time_ns()}"
-    program = f"{sys.executable} -m qvl_runtime.cli.main chat {blob('tiny-vl', bits=16)} --device cpu"
+    program = f"{sys.executable} -m qvl_runtime chat {blob('tiny-vl', bits=16)} --device cpu"
 
     def tmux(*arguments: str) -> str:
         return subprocess.run(["tmux", "-L", name, *arguments], capture_output=True, text=True, timeout=60).stdout

@@ -378,7 +378,7 @@ def on_terminal(command: list[str]) -> str:
 
 
 def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", "convert", str(BIN)]
+    command = [sys.executable, "-m", "qvl_runtime", "convert", str(BIN)]
     shown = on_terminal([*command, str(tmp_path / "a.qvl")])
     assert "962.8" in shown
     piped = subprocess.run([*command, str(tmp_path / "b.qvl")], capture_output=True, text=True, check=True)

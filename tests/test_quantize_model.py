@@ -198,7 +198,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path):
 
 
 def test_the_command_calibrates_and_ends_with_a_comparison(whole, tmp_path):
-    command = [sys.executable, "-m", "qvl_runtime.cli.main", "convert", VL, tmp_path / "out.qvl", "--method", "gptq"]
+    command = [sys.executable, "-m", "qvl_runtime", "convert", VL, tmp_path / "out.qvl", "--method", "gptq"]
     command += ["--vision-bits", "4", "--head-bits", "4", "--group-size", "32", "--device", "reference", "--spill"]
     command += ["--calibration-samples", "3", "--verify", "1"]
     shown = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)

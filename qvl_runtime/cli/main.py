@@ -133,7 +133,3 @@ def _guarded(verb: Callable) -> Callable:
             raise typer.Exit(_failed(error)) from None
 
     return guarded
-
-
-if __name__ == "__main__":
-    main()
