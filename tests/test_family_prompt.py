@@ -17,7 +17,7 @@ from qvl_runtime.families.qwen3_vl.template import Qwen3Template
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.inputs.prompt import Window
 from qvl_runtime.inputs.tokenizer import Tokenizer
-from qvl_runtime.inputs.tools import Tools
+from qvl_runtime.inputs.tools import ToolCall, Tools
 
 NAMES = {"Qwen2-VL and Qwen2.5-VL": "q2-tied", "Qwen3-VL": "q3-tied"}
 IMAGE = {"type": "image"}
@@ -313,6 +313,26 @@ def test_reasoning_is_kept_while_an_answer_waits_for_tools():
 def test_refused(prompt, images, message):
     with pytest.raises(QvlError, match=message):
         build(prompts("q3-tied"), prompt, images)
+
+
+def test_what_a_tool_returns_opens_nothing():
+    """It may come from anywhere; a picture in it is a part of its own."""
+    made = prompts("q3-tied")
+    for content in ("a<img>one</img>", [{"type": "text", "text": "a<img>one</img>"}]):
+        built = build(made, [{"role": "user", "content": "x"}, {"role": "tool", "content": content}])
+        assert not built.slots and "a<img>one</img>" in text_of(made, built)
+    shown = [{"role": "user", "content": "x"}, {"role": "tool", "content": [{"type": "image", "image": "one"}]}]
+    assert [slot.picture.content for slot in build(made, shown).slots] == ["one"]
+
+
+def test_calls_of_an_answer_as_they_are():
+    made, call = prompts("q3-tied"), ToolCall("clock", {"zone": "UTC"})
+    calls = [call._asdict(), {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}]
+    texts = {
+        text_of(made, build(made, [{"role": "assistant", "tool_calls": found}, {"role": "tool", "content": "y"}]))
+        for found in ([call], call, calls[:1], calls[1:])
+    }
+    assert len(texts) == 1
 
 
 def test_a_tokenizer_without_tags():

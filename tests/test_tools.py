@@ -337,6 +337,12 @@ def test_tools_that_must_not_be_called(served):
     assert counts[0] == counts[1] < counts[2]
 
 
+def test_a_demanded_call_comes_before_the_form_of_an_answer(served):
+    fields = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 60}
+    answers = [served.chat(**fields, **more).json() for more in ({}, {"response_format": {"type": "json_object"}})]
+    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["tool_calls"] * 2
+
+
 def test_several_answers_with_calls_and_logprobs(served):
     fields = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False, "n": 3, "seed": 1}
     fields |= {"max_tokens": 100, "temperature": 1.0, "logprobs": True}
@@ -381,11 +387,10 @@ def test_a_row_of_a_job(model, tmp_path):
         ({"tools": [CLOCK], "tool_choice": "clock"}, "tool_choice"),
         ({"tools": [CLOCK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function"}}, "tool_choice.function.name"),
-        ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tools"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tools": [{"name": "none"}], "tool_choice": {"type": "function", "function": {"name": "none"}}}, "tools"),
         ({"tools": [CLOCK], "parallel_tool_calls": "yes"}, "parallel_tool_calls"),
-        ({"tools": [CLOCK], "grounding": True}, None),
-        ({"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}}, None),
+        ({"tools": [CLOCK], "grounding": True}, "grounding"),
         ({"functions": [CLOCK]}, "functions"),
         ({"function_call": {"name": "clock"}}, "function_call"),
         ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),

@@ -70,7 +70,12 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
     elif top:
         raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
     options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or own.max_new_tokens}
-    options |= {"constraint": _constraint(fields, limits), "tools": read_tools(fields, limits)}
+    constraint, tools = _constraint(fields, limits), read_tools(fields, limits)
+    if tools is not None and isinstance(constraint, Grounding):
+        raise refused("grounding and tools exclude each other", "grounding")
+    if tools is not None and tools.must_call:
+        constraint = None  # the form of an answer, but this one is calls
+    options |= {"constraint": constraint, "tools": tools}
     return _asked(fields, limits, read_messages(fields.get("messages"), limits, allow_urls), options, logprobs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -35,9 +36,14 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
         raise refused(f"tools has more than {limits.tools} functions", "tools")
     listed = [mapping(tool, f"tools[{i}]") for i, tool in enumerate(given)]
     try:
-        tools = Tools(listed, "auto" if choice == "none" else choice, parallel)
+        tools = Tools(listed, parallel=parallel)
     except QvlError as error:
         raise refused(str(error), "tools") from None
+    names = [function.name for function in tools.functions]
+    if choice not in ("none", "auto", "required", *names):
+        raise refused(f"tool_choice names {choice[:80]!r}; tools has {', '.join(names):.200}", "tool_choice")
+    if choice != "none":
+        tools = dataclasses.replace(tools, choice=choice)
     _check_sizes(tools, limits)
     return None if choice == "none" else tools
 

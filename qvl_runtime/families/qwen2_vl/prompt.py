@@ -41,6 +41,7 @@ from qvl_runtime.inputs.prompt import (
     user_message,
 )
 from qvl_runtime.inputs.tokenizer import Tokenizer
+from qvl_runtime.inputs.tools import ToolCall
 from qvl_runtime.inputs.video import FramePair, Video, is_video_part, read_video
 
 
@@ -177,7 +178,9 @@ class Prompts:
             if not isinstance(text, str):
                 text = "".join(_only_text(part, role) for part in checked_parts(text))
             return Message(role, self._answer(text), calls, reasoning)
-        read = self._content(content, access)
+        # What a tool returns is foreign text, which must not open a file.
+        texts = dataclasses.replace(access, paths=False) if role == "tool" else access
+        read = self._content(content, texts)
         if role == "system" and count_places([read]):
             raise QvlError("the system's message takes no pictures: put them into the user's")
         return Message(role, read)
@@ -365,7 +368,9 @@ def _tool_calls(calls: Any, number: int) -> list[Mapping[str, Any]]:
     if calls is None:
         return []
     functions = []
-    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]:
+    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str | ToolCall) else [calls]:
+        if isinstance(call, ToolCall):
+            call = call._asdict()
         function = call.get("function", call) if isinstance(call, Mapping) else None
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if not isinstance(function, Mapping) or not named or not isinstance(function.get("arguments"), str | Mapping):
