@@ -108,9 +108,9 @@ def below(folder: Path, name: str | os.PathLike) -> Path | None:
     """Resolve `name` against `folder`, following links; None if the result lies outside `folder`, or cannot exist."""
     try:
         path = Path(folder, name).resolve()
-        looped = any(part.is_symlink() for part in (path, *path.parents))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: a link to itself, which Python 3.13 leaves as it is
         return None
+    looped = any(map(os.path.islink, (path, *path.parents)))
     return path if path.is_relative_to(folder.resolve()) and not looped else None
 
 
