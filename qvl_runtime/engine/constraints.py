@@ -114,22 +114,22 @@ class JsonSchema:
         check_schema(schema)  # before llguidance, which some schemas crash
         return {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
 
-    def grammar(self) -> str:
-        """Return llguidance's form of the schema.
-
-        Raises
-        ------
-        QvlError
-            If it cannot be used.
-        """
-        schema = self.text()
-        built = _built("json_schema", schema)
-        if not has_end(json.loads(schema)):
-            raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
-        return built
-
     def start(self, answer: Answer) -> Constraint:
-        return _GrammarConstraint(answer, "json_schema", self.grammar())
+        return _GrammarConstraint(answer, "json_schema", schema_grammar(self.text()))
+
+
+def schema_grammar(text: str) -> str:
+    """Return llguidance's form of a schema that `JsonSchema.text` returned.
+
+    Raises
+    ------
+    QvlError
+        If it cannot be used.
+    """
+    built = _built("json_schema", text)
+    if not has_end(json.loads(text)):
+        raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
+    return built
 
 
 @dataclasses.dataclass(frozen=True)

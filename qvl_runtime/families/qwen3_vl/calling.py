@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from qvl_runtime.engine.constraints import NOTATION, AtLeast, Form, JsonSchema, Lark
+from qvl_runtime.engine.constraints import NOTATION, AtLeast, Form, JsonSchema, Lark, schema_grammar
 from qvl_runtime.engine.schemas import check_together
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
@@ -62,17 +63,17 @@ def _grammar(tools: Tools, schema: JsonSchema | None) -> str:
         rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{CALL}(.|\n)*/",
     ]
     held = [own if strict or tools.must_call else {"type": "object"} for _, own, strict in tools.possible]
-    forms = [JsonSchema(own) for own in held]
     # All that is quick before llguidance computes the first.
-    texts = [_named(function, form.text) for function, form in zip(tools.possible, forms)]
-    check_together(texts if schema is None else [*texts, schema.text()])
-    for i, (function, form) in enumerate(zip(tools.possible, forms)):
-        _named(function, form.grammar)
+    texts = [_named(function, JsonSchema(own).text) for function, own in zip(tools.possible, held)]
+    answer = None if schema is None else schema.text()
+    check_together(texts if answer is None else [*texts, answer])
+    for i, (function, text) in enumerate(zip(tools.possible, texts)):
+        _named(function, functools.partial(schema_grammar, text))
         head = json.dumps(f'{{"name": "{function.name}", "arguments": ', ensure_ascii=False)
         lines += [f'f{i}: {head} a{i} "}}"', f"a{i}: {_json(held[i], SPACED)}"]
-    if schema is not None:
-        schema.grammar()
-        lines.append(f"answer: {_json(json.loads(schema.text()), NOTATION)}")
+    if answer is not None:
+        schema_grammar(answer)
+        lines.append(f"answer: {_json(json.loads(answer), NOTATION)}")
     return "\n".join(lines)
 
 
