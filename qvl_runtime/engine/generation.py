@@ -245,6 +245,11 @@ def _piece(text: str, choices: Sequence[Choice], reasoning: bool = False) -> Pie
     return Piece(text, tuple([choice.token for choice in choices]), logprobs=logprobs, reasoning=reasoning)
 
 
+def overlap(text: str, form: str) -> int:
+    """Return how many characters at the end of a text may begin `form`, which is longer."""
+    return next((n for n in range(min(len(form) - 1, len(text)), 0, -1) if text.endswith(form[:n])), 0)
+
+
 class StopStrings:
     """Ends a stream of text before the first stop string, which may arrive in parts."""
 
@@ -262,11 +267,7 @@ class StopStrings:
         if spans:
             self.found = True
             return self._release(min(spans)[1])
-        return self._release(len(self.held) - max(map(self._overlap, self.stops), default=0))
-
-    def _overlap(self, stop: str) -> int:
-        """Return the length of the longest suffix of the held text that is a prefix of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(self.held)), 0, -1) if self.held.endswith(stop[:n])), 0)
+        return self._release(len(self.held) - max((overlap(self.held, stop) for stop in self.stops), default=0))
 
     def _release(self, count: int) -> str:
         text, self.held = self.held[:count], self.held[count:]

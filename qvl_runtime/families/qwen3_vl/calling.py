@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from qvl_runtime.engine.constraints import NOTATION, AtLeast, Form, JsonSchema, Lark, schema_grammar
+from qvl_runtime.engine.generation import overlap
 from qvl_runtime.engine.schemas import check_together
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.prompt import Prompts
@@ -108,7 +109,7 @@ class Reader:
             else:
                 found += self._take(begin, call, end + len(CALLED))
         first = BEGIN.search(self._held)
-        return found + self._release(_before_tag(self._held) if first is None else first.start())
+        return found + self._release(len(self._held) - overlap(self._held, CALL) if first is None else first.start())
 
     def finish(self) -> list[str | ToolCall]:
         begin, call = self._find(len(self._held))
@@ -136,12 +137,6 @@ class Reader:
         text = self._held[:count].rstrip("\n")
         self._held, self._read = self._held[len(text) :], max(0, self._read - len(text))
         return [text] if text else []
-
-
-def _before_tag(text: str) -> int:
-    """Return the number of characters before a tag that the end of `text` may begin."""
-    partial = next((n for n in range(len(CALL) - 1, 0, -1) if text.endswith(CALL[:n])), 0)
-    return len(text) - partial
 
 
 def _call(text: str) -> tuple[ToolCall | None, bool]:
