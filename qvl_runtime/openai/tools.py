@@ -40,7 +40,7 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
     except QvlError as error:
         raise refused(str(error), "tools") from None
     names = [function.name for function in tools.functions]
-    if choice not in ("none", "auto", "required", *names):
+    if choice not in (*CHOICES, *names):
         raise refused(f"tool_choice names {choice[:80]!r}; tools has {', '.join(names):.200}", "tool_choice")
     if choice != "none":
         tools = dataclasses.replace(tools, choice=choice)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from qvl_runtime.inputs.tools import NAME
+from qvl_runtime.inputs.tools import CHOICES, NAME
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import ROLES
 from qvl_runtime.server.responses import json_response
@@ -141,7 +141,7 @@ def _tools(limits: Limits) -> Schema:
     chosen = _object(type={"const": "function"}, function=_object(name=_TEXT))
     return {
         "tools": _or_null({**_list(tool), "maxItems": limits.tools}),
-        "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required"]}, chosen, {"type": "null"}]},
+        "tool_choice": {"anyOf": [{"enum": list(CHOICES)}, chosen, {"type": "null"}]},
         "parallel_tool_calls": _or_null({"type": "boolean"}),
     }
 
