@@ -1,6 +1,6 @@
 """Send malformed requests to `qvl serve`: none may get a status of 500 or more, and none may hang.
 
-    python bench/attack_server.py [MODEL.qvl] [--count 10000] [--seed 0] [--clients 8]
+    python bench/attack_server.py [MODEL.qvl] [--count 10000] [--seed 0] [--clients 8] [--device cpu]
 
 Requests have valid values in every field. Some values are then replaced: by another type, a number out of range, half a
 character, a deep or long value; and the bytes of some requests are damaged. Without a model the demo model is served.
@@ -236,13 +236,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    with running(arguments.model) as process:
+    with running(arguments.model, "--device", arguments.device) as process:
         before = process.state()
         results = attack(process, arguments.count, arguments.seed, arguments.clients)
         results |= {"before": before, "after": process.state()}
     print(f"{results['requests']} requests, {len(results['faults'])} faults, slowest {results['slowest']:.1f} s")
-    harness.print_document(seed=arguments.seed, **results)
+    harness.print_document(device=arguments.device, seed=arguments.seed, **results)
     sys.exit(bool(results["faults"]))
 
 

@@ -1,6 +1,6 @@
 """Interrupt answers at random moments, and compare the next answer with that of an uninterrupted run.
 
-    python bench/interrupts.py MODEL.qvl [--count 10000] [--seed 0]
+    python bench/interrupts.py MODEL.qvl [--count 10000] [--seed 0] [--device cpu]
 
 Exit status 1 after the first difference, or if an answer takes longer than ten seconds.
 """
@@ -83,11 +83,12 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
     import qvl_runtime as qvl
 
-    model = qvl.load(options.model, device="cpu")
+    model = qvl.load(options.model, device=options.device)
 
     def answer() -> list[int]:
         return list(model.generate("A man and a dog", max_new_tokens=6).token_ids)

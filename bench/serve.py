@@ -1,7 +1,7 @@
 """Throughput and time to first token of `qvl serve` by number of clients.
 
-    python bench/serve.py [MODEL.qvl] [--clients 1 2 4 8 16] [--tokens 32] [--requests 32]
-    python bench/serve.py [MODEL.qvl] --crowd 1000 [--waiting 64]
+    python bench/serve.py [MODEL.qvl] [--clients 1 2 4 8 16] [--tokens 32] [--requests 32] [--device cpu]
+    python bench/serve.py [MODEL.qvl] --crowd 1000 [--waiting 64] [--device cpu]
 
 Every client asks its own questions, one after the other. `--crowd` starts that many clients at the same time; some of
 them read slowly and some disconnect. Without a model the demo model is served.
@@ -147,8 +147,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--crowd", type=int)
     parser.add_argument("--waiting", type=int, default=Limits.waiting)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    with running(arguments.model, "--waiting", str(arguments.waiting)) as process:
+    with running(arguments.model, "--device", arguments.device, "--waiting", str(arguments.waiting)) as process:
         if arguments.crowd:
             asyncio.run(crowd(process, 16, arguments.tokens))  # loads everything before the first reading
             before = settled(process)
@@ -159,7 +160,7 @@ def main() -> None:
         else:
             results = {"rows": throughput(process, arguments.clients, arguments.requests, arguments.tokens)}
     what = "demo" if arguments.model is None else arguments.model.name
-    harness.print_document(model=what, **results)
+    harness.print_document(model=what, device=arguments.device, **results)
 
 
 if __name__ == "__main__":

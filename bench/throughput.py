@@ -1,11 +1,12 @@
 """Tokens a second of the engine with 1, 4, 8 and 16 answers at once, compared with its bare steps.
 
-    python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3]
+    python bench/throughput.py MODEL.qvl [--answers 1 4 8 16] [--prompt 64] [--tokens 32] [--rounds 3] [--device cpu]
     python bench/throughput.py MODEL.qvl --gap 2000
 
 Bare steps: the decoder alone computes the prompts in the largest slices and the same number of steps of as many rows,
 without scheduler, sampler and text. Both are timed in turns; the ratio is the median of the rounds. The seconds in
-slices, in steps and outside of them are printed for each round, which shows changes of the machine's speed.
+slices, in steps and outside of them are printed for each round, which shows changes of the machine's speed. On a GPU
+slices and steps are only launched: waiting for them counts as outside.
 
 `--gap` starts an answer and, while it runs, a prompt of that many tokens and a picture. It prints the longest time
 between two tokens of the answer and the number of slices computed in that time.
@@ -135,15 +136,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gap", type=int, metavar="TOKENS")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     most = max(options.answers)
     # Sessions are reused, like those of the bare steps: prompts share no prefix, but memory is allocated.
-    model = qvl.load(options.model, device="cpu", conversations=most, kv_cache_bytes=1 << 40)
+    model = qvl.load(options.model, device=options.device, conversations=most, kv_cache_bytes=1 << 40)
+    told = {"device": options.device, "threads": getattr(model.ops, "threads", None)}
     model._answering._stop_ids = frozenset()  # so that all answers have the same length
     if options.gap:
         found = gap(model, options.gap)
         harness.print_row(found)
-        harness.print_document(threads=model.ops.threads, **found)
+        harness.print_document(**told, **found)
         return
     run, rng, rows = DecodeStep(model.decoder), np.random.default_rng(0), []
     sessions = [Session(model.decoder, "fp16", options.prompt + options.tokens) for _ in range(most)]
@@ -171,7 +174,7 @@ def main() -> None:
         ratio = float(np.median([b / w for b, w in found]))
         rows.append({"answers": count, "tokens/s": done / medians[1], "bare": done / medians[0], "ratio": ratio})
         harness.print_row(rows[-1])
-    harness.print_document(threads=model.ops.threads, prompt=options.prompt, tokens=options.tokens, rows=rows)
+    harness.print_document(**told, prompt=options.prompt, tokens=options.tokens, rows=rows)
 
 
 if __name__ == "__main__":
