@@ -46,7 +46,7 @@ HEAD = ((151936, 4096),)
 FEW = {"BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (3, 4, 5)}
 MANY = {"BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
 WAVES = (1, 2, 4, 8)
-"""`waves` in tiles.json to try for products of few rows; they need no compilation."""
+"""`waves` in tiles.json to try for the smallest tiles, which decide for all of few rows; they need no compilation."""
 
 FULL = 2048
 """Rows of activations that keep every multiprocessor busy."""
@@ -122,7 +122,7 @@ class Trial:
 
     @contextlib.contextmanager
     def alone(self):
-        """With this kernel, and no split, for products of many rows; for those of few rows there is no other."""
+        """With this kernel for products of many rows; for those of few rows there is no other."""
         tiles = self.ops.tiles
         if self.many:
             self.ops.tiles = lambda _, w, m: (self.name, self._tiles(w.rows, m), 1)
@@ -187,13 +187,12 @@ def tune(name: str, ops, pool, end: float) -> tuple[dict[str, int] | None, list]
     shapes = candidates(WORK[name][3])
     futures = {pool.submit(compile_candidate, name, architecture, shape): shape for shape in shapes}
     saved = ops.launch.images[name]
-    # a tile of 16 rows is timed with few, but may also serve many: without a cost it would never
-    kept = {"cost": own["cost"]} if "cost" in own else {}
+    kept = {"optimizer": own["optimizer"]} if "optimizer" in own else {}
     for future in concurrent.futures.as_completed(futures):
         compiled = future.result()
         if compiled is None or time.monotonic() > end:
             continue
-        for chosen in [{}] if trial.many else [{"waves": waves} for waves in WAVES]:
+        for chosen in [{"waves": waves} for waves in WAVES] if "waves" in own else [{}]:
             shape = futures[future] | kept | chosen
             with using(name, architecture, shape):
                 if not install(ops, name, compiled):

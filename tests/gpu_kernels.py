@@ -135,6 +135,14 @@ class OnDevice:
                    flags(PERMUTED=perm is not None, LAYER_NORM=norm.bias is not None, OUT_HALF=True))  # fmt: skip
         return out
 
+    def prepare_few(self, x, norm):
+        """The same of few rows, with the bits of a lone row."""
+        m, k = x.shape
+        out, perm = poisoned((m, self.padded), HALF), self.matrix.perm
+        launch("few_norm.any", (m,), x, norm.weight, perm, out, self.blocks, k, k, norm.eps,
+               flags(ORDERED=perm is not None))  # fmt: skip
+        return out
+
 
 def given(x, w: OnDevice, programs, split, norm=None, lone=False):
     """A product's arguments for its input, the eps, and the flags; `lone`: its programs prepare the row."""
@@ -155,7 +163,7 @@ def tiles(kind: str) -> list[int]:
 
 def linear(x, w: OnDevice, out, *, rows=16, split=1, norm=None, activation=None, residual=None, gate=None,
            lone=False):  # fmt: skip
-    """A product with tiles of `rows`, or the nearest number that there is for these weights."""
+    """A product with tiles of `rows`, or the nearest number that there is for these weights; what it prepared."""
     name = f"linear.{w.kind}.rows{min(tiles(w.kind), key=lambda found: abs(found - rows))}"
     shape = constants(name)
     m, n = x.shape[0], w.matrix.n
@@ -168,6 +176,7 @@ def linear(x, w: OnDevice, out, *, rows=16, split=1, norm=None, activation=None,
                          OUT_HALF=out.dtype == HALF, GELU=activation == "gelu", GELU_TANH=activation == "gelu_tanh",
                          QUICK_GELU=activation == "quick_gelu"))  # fmt: skip
     assert not counters.any()
+    return source[3]
 
 
 def activations(rng, m, k, *, outlier=False):

@@ -24,12 +24,27 @@ from qvl_kernels.gpu.signatures import ARCHITECTURES
 
 SAMPLE = {
     "few rows": lambda rng: products.test_linear("int4", "split", rng),
-    "many rows": lambda rng: products.test_linear("int4", "tile of 128, split", rng),
+    "many rows": lambda rng: products.test_linear("int4", "few rows of a tile of 128", rng),
     "some rows": lambda rng: products.test_a_gate_is_applied_to_the_sums(64, rng),
     "bytes": lambda rng: products.test_linear("int8", "asymmetric, bias", rng),
     "halves": lambda rng: products.test_linear("fp16", "gelu, residual", rng),
     "gate and up": lambda rng: products.test_gate_up(5, 65, 640, 8, 3, np.float32, False, False, rng),
     "gate and up of a lone row": lambda rng: products.test_gate_up(1, 65, 1100, 8, 2, np.float32, True, False, rng),
+    "any few rows": lambda rng: products.test_a_row_of_a_product_has_the_same_bits_whatever_the_others(
+        products.FEW, "int4", rng
+    ),
+    "any many rows": lambda rng: products.test_a_row_of_a_product_has_the_same_bits_whatever_the_others(
+        products.MANY, "int8", rng
+    ),
+    "norm of few rows": lambda rng: products.test_few_rows_are_normalized_with_the_bits_of_a_lone_one(
+        "int4", 2560, True, rng
+    ),
+    "drafts": lambda rng: attention.test_attention_of_a_token_has_the_same_bits_whatever_comes_after(
+        True, 128, 62, rng
+    ),
+    "cut prompt": lambda rng: attention.test_attention_of_a_prompt_has_the_same_bits_however_it_is_cut(
+        False, 128, 70, rng
+    ),
     "rope": lambda rng: attention.test_rope_append(True, "norms", rng),
     "decode": lambda rng: attention.test_decode_attention(True, 5, 12, 2, 32, 9, rng),
     "one token": lambda rng: attention.test_decode_attention(False, 1, 7, 1, 128, 40, rng),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -171,6 +173,46 @@ def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
            None, None, None, None, t, heads, kv_heads, begin + t + 3, d, d**-0.5, 0.0, 0.0, 0)  # fmt: skip
     assert not counters.any()
     close(out, causal(qkv, cache, heads, begin), 1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("d, begin", [(128, 0), (128, 62), (128, 2046), (24, 285)])
+def test_attention_of_a_token_has_the_same_bits_whatever_comes_after(int8, d, begin, rng):
+    """Tokens of one step, as drafts are, beside one token a step; at the ends of tiles and of turns, too."""
+    t, heads, kv_heads, capacity = 5, 4, 2, begin + 8
+    cache = filled_cache(rng, kv_heads, capacity, d, int8, begin + t)
+    qkv = activations(rng, t, (heads + 2 * kv_heads) * d).astype(HALF)
+    name = f"decode_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
+
+    def attended(first, count):
+        out, counters = poisoned((count, heads * d), HALF), np.zeros(4, np.int32)
+        grid = kv_heads * ceil(count * heads // kv_heads, constants(name)["BM"]), SPLITS
+        partials = poisoned(count * heads * SPLITS * 129)
+        rows, start = qkv[first : first + count].copy(), np.array([begin + first], np.int32)
+        sizes = count, heads, kv_heads, capacity, d, d**-0.5, 0.0, 0.0, 0
+        launch(name, grid, rows, *cache.arguments, start, out, partials, counters, None, None, None, None, *sizes)
+        return np.array(out)
+
+    np.testing.assert_array_equal(attended(0, t), np.concatenate([attended(i, 1) for i in range(t)]))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("d, begin", [(128, 0), (128, 70), (24, 33)])
+def test_attention_of_a_prompt_has_the_same_bits_however_it_is_cut(int8, d, begin, rng):
+    t, heads, capacity = 200, 1, begin + 203
+    cache = filled_cache(rng, heads, capacity, d, int8, begin + t)
+    qkv = activations(rng, t, 3 * heads * d).astype(HALF)
+    name = f"cached_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
+
+    def attended(first, count):
+        out, grid = poisoned((count, heads * d), HALF), (ceil(count, constants(name)["BM"]), heads)
+        rows, start = qkv[first : first + count].copy(), np.array([begin + first], np.int32)
+        launch(name, grid, rows, *cache.arguments, start, out, count, heads, heads, capacity, d, d**-0.5)
+        return np.array(out)
+
+    whole = attended(0, t)
+    for cuts in ((0, 64, 81, t), (0, 17, 145, t)):
+        np.testing.assert_array_equal(whole, np.concatenate([attended(a, b - a) for a, b in itertools.pairwise(cuts)]))
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -151,8 +151,7 @@ def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch, rows):
     before = signatures.tile(name, architecture)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         best, timed = tune.tune(name, ops, pool, time.monotonic() + 60)
-    assert best["cost"] == before["cost"] if rows == 16 else "cost" not in best
-    assert best["BN"] == 32 and len(timed) == 1 + 3 * len(tune.WAVES)
+    assert best["BN"] == 32 and len(timed) == 1 + 3 * (len(tune.WAVES) if rows == 8 else 1)
     assert signatures.tile(name, architecture) == before
     assert ops.launch.constants(name)["BN"] == before["BN"]
 

@@ -49,14 +49,16 @@ def test_the_attention_of_a_recorded_token_rotates_and_appends(ops, driver, case
     ("norm, in order", ["linear.int4.rows8"], signatures.NORM | signatures.ORDERED),
     ("in order", ["linear.int4.rows8"], signatures.GATHER | signatures.ORDERED),
     ("as it is", ["linear.int4.rows8"], 0),
-    ("two rows", ["norm.1024", "linear.int4.rows8"], 0),
+    ("two rows", ["few_norm.any", "linear.int4.rows8"], 0),
+    ("17 rows", ["norm.1024", "linear.int4.rows32"], 0),
+    ("unaligned", ["norm.1024", "linear.int4.rows8"], 0),
     ("mean", ["norm.1024", "linear.int4.rows8"], 0),
     ("other numbers", ["gather.any", "linear.int4.rows8"], 0),
 ])  # fmt: skip
 def test_a_lone_row_is_prepared_by_the_product(ops, driver, case, names, flags):
-    rows, k = 2 if case == "two rows" else 1, 256
+    rows, k = {"two rows": 2, "17 rows": 17}.get(case, 1), 250 if case == "unaligned" else 256
     w = ops.weight(matrix(128, k, 4, perm=np.arange(k, dtype=np.int32)[::-1].copy() if "order" in case else None))
-    normed = case in ("norm", "norm, in order", "two rows", "mean")
+    normed = case in ("norm", "norm, in order", "two rows", "17 rows", "unaligned", "mean")
     x = ops.empty((rows, k), np.float32 if normed or case == "other numbers" else np.float16)
     norm = Norm(ops.empty((k,)), ops.empty((k,)) if case == "mean" else None, 1e-6) if normed else None
     driver.launches.clear()
@@ -67,7 +69,7 @@ def test_a_lone_row_is_prepared_by_the_product(ops, driver, case, names, flags):
 
 @pytest.mark.parametrize(("k", "names"), [
     (1024, ["gate_up.int4.rows8"]),
-    (16384, ["norm.4096", "gate_up.int4.rows8"]),
+    (16384, ["few_norm.any", "gate_up.int4.rows8"]),
 ])  # fmt: skip
 def test_programs_of_gate_and_up_prepare_few_columns(ops, driver, k, names):
     gate, up = (ops.weight(matrix(128, k, 4)) for _ in range(2))

@@ -66,7 +66,7 @@ LINEAR_CASES = {
     },
     "tile of 128": {"m": 130, "n": 65, "k": 256, "rows": 128, "asymmetric": True},
     "tile of 256": {"m": 260, "n": 40, "k": 256, "rows": 256},
-    "tile of 128, split": {"m": 33, "n": 65, "k": 256, "rows": 128, "split": 2, "bias": True, "dtype": HALF},
+    "few rows of a tile of 128": {"m": 33, "n": 65, "k": 256, "rows": 128, "bias": True, "dtype": HALF},
 }
 KINDS = {"int4": (4, 128), "int4 in 64s": (4, 64), "int4 in 32s": (4, 32), "int8": (8, 128), "int8 in 32s": (8, 32),
          "fp16": (16, 128)}  # fmt: skip
@@ -123,6 +123,44 @@ def test_a_split_product_has_the_same_bits_every_time(rng):
     np.testing.assert_array_equal(first, second)
 
 
+FEW = {1: 8, 3: 8, 8: 8, 9: 16, 16: 16}
+MANY = {17: 32, 40: 64, 64: 64, 130: 128, 260: 256}
+"""Rows of x, and of a tile."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few", "many"])
+def test_a_row_of_a_product_has_the_same_bits_whatever_the_others(sizes, kind, rng):
+    """And wherever it is in its tile."""
+    bits, group = KINDS[kind]
+    w, found = OnDevice(matrix(rng, 65, 640, bits, group, asymmetric=bits < 16, bias=True)), dict[int, np.ndarray]()
+    x = activations(rng, max(sizes) + 1, 640).astype(HALF)
+    for first, (m, rows) in enumerate(sizes.items()):
+        out = poisoned((m, 65))
+        linear(x[first % 2 :][:m].copy(), w, out, rows=rows, split=3 if sizes is FEW else 1)
+        for at, row in enumerate(np.array(out)):
+            np.testing.assert_array_equal(row, found.setdefault(first % 2 + at, row))
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_a_row_of_gate_and_up_has_the_same_bits_whatever_the_others(lone, rng):
+    gate, up = (OnDevice(matrix(rng, 40, 640, 4)) for _ in range(2))
+    norm = Norm(rng.uniform(0.5, 2, 640).astype(np.float32), None, 1e-6)
+    x, found = activations(rng, 16, 640), []
+    for m in (1, 8, 16):
+        out, name = poisoned((m, 40)), f"gate_up.int4.rows{8 if m <= 8 else 16}"
+        shape = constants(name)
+        count = gate.rows // shape["BN"]
+        partials, counters = poisoned((count, 4, shape["BM"] * shape["BN"])), np.zeros(count, np.int32)
+        source, eps, known = given(x[:1], gate, 4 * count, 2, norm, True) if m == 1 and lone else (
+            (gate.prepare_few(x[:m], norm), None, None, None), 0.0, 0)  # fmt: skip
+        launch(name, (count, 4), *source, gate.codes, gate.scales, None, up.codes, up.scales, None, out, partials,
+               counters, m, 40, gate.rows, gate.blocks, gate.shift, 640, eps, known)  # fmt: skip
+        found.append(np.array(out))
+    np.testing.assert_array_equal(found[0], found[1][:1])
+    np.testing.assert_array_equal(found[1], found[2][:8])
+
+
 def test_products_beyond_fp16_saturate(rng):
     """Infinity would become NaN in the next norm; the float32 residual stream keeps the true value."""
     w, x = matrix(rng, 32, 128, 4), activations(rng, 2, 128) * 6e4
@@ -171,6 +209,23 @@ def test_programs_prepare_a_lone_row(kind, case, rng):
     reference.linear(x if norm else x.astype(HALF).astype(np.float32), w, out=expected, norm=norm)
     linear(x, OnDevice(w), out, norm=norm, lone=True, **options)
     close(out, expected, 4e-3)
+
+
+@pytest.mark.parametrize("k, perm", [(16, False), (1040, False), (2560, True), (3584, False), (5120, False)])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp16"])
+def test_few_rows_are_normalized_with_the_bits_of_a_lone_one(kind, k, perm, rng):
+    """The sum of squares has an order; the programs of a product keep what they normalize in `prepared`."""
+    bits = KINDS[kind][0]
+    w = OnDevice(matrix(rng, 33, k, bits, perm=perm and bits < 16))
+    norm = Norm(rng.uniform(0.5, 2, k).astype(np.float32), None, 1e-6)
+    x, expected = activations(rng, 5, k, outlier=True), poisoned((5, k))
+    few = w.prepare_few(x, norm)
+    reference.normalize(x, norm, out=expected)
+    close(few[:, :k], expected if w.matrix.perm is None else expected[:, w.matrix.perm], 1e-3)
+    np.testing.assert_array_equal(few[:, k:], 0)
+    for row, rows in ((0, 8), (1, 16), (4, 8)):
+        prepared = linear(x[row : row + 1], w, poisoned((1, 33)), rows=rows, norm=norm, lone=True)
+        np.testing.assert_array_equal(prepared[0], few[row])
 
 
 @pytest.mark.parametrize("m, n, k, rows, split, dtype, lone", [

@@ -11,6 +11,7 @@ import gc
 import itertools
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +73,29 @@ def test_the_tile_follows_the_number_of_rows(ops, driver, rows, tile):
 
 
 def test_tile_and_split_keep_the_multiprocessors_busy(driver, monkeypatch):
-    """As measured on an H100: 104 tiles of 128 rows are better than 52 of 256; few tiles share their columns."""
+    """As measured on an H100: 104 tiles of 128 rows are better than 52 of 256; few rows share their columns."""
     monkeypatch.setattr(driver, "multiprocessors", 132)
     ops = CudaOps(driver, Images(90))
     picture, w = ops.weight(matrix(1664, 1664, 8)), ops.weight(matrix(1664, 8192, 8))
     assert ops.tiles("linear", picture, 1024) == ("linear.int8.rows128", 104, 1)
     assert ops.tiles("linear", picture, 4096) == ("linear.int8.rows256", 208, 1)
-    _, tiles, split = ops.tiles("linear", w, 256)
+    _, tiles, split = ops.tiles("linear", w, 1)
     assert split > 1 and tiles < 132 <= 2 * tiles * split
+
+
+@pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
+@pytest.mark.parametrize("multiprocessors", [10, 28, 132])
+def test_the_number_of_parts_of_a_sum_does_not_depend_on_the_rows(driver, monkeypatch, architecture, multiprocessors):
+    """Among few rows, and among many: a row's result would."""
+    monkeypatch.setattr(driver, "multiprocessors", multiprocessors)
+    tiles = CudaOps(driver, Images(architecture)).tiles
+    for (rows, blocks), kind in itertools.product(
+        ((128, 2), (1536, 20), (70_016, 8)), ("int4", "int4_fine", "int8", "int8_fine", "fp16")
+    ):
+        w = types.SimpleNamespace(kind=kind, rows=rows, blocks=blocks)
+        for family in ("linear", "gate_up") if kind == "int4" else ("linear",):
+            assert len({tiles(family, w, m)[2] for m in range(1, 17)}) == 1
+        assert {tiles("linear", w, m)[2] for m in (17, 32, 33, 64, 65, 200, 512, 4096)} == {1}
 
 
 @pytest.mark.parametrize("family", ["linear", "gate_up"])
@@ -99,15 +115,15 @@ def test_gate_and_up_share_a_kernel_only_when_alike(ops, driver):
     x, out = ops.empty((2, 128)), ops.empty((2, 64), np.float16)
     order = np.random.default_rng(0).permutation(128)
     for gate, up, names in (
-        (matrix(64, 128, 4), matrix(64, 128, 4), ["norm.1024", "gate_up.int4.rows8"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["norm.1024", "gate_up.int4.rows8"]),
-        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), ["norm.1024", "linear.int4.rows8"] * 2),
+        (matrix(64, 128, 4), matrix(64, 128, 4), ["few_norm.any", "gate_up.int4.rows8"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4, perm=order), ["few_norm.any", "gate_up.int4.rows8"]),
+        (matrix(64, 128, 4, perm=order), matrix(64, 128, 4), ["few_norm.any", "linear.int4.rows8"] * 2),
         (
             matrix(64, 128, 4),
             matrix(64, 128, 4, 32),
-            ["norm.1024", "linear.int4.rows8", "norm.1024", "linear.int4_fine.rows16"],
+            ["few_norm.any", "linear.int4.rows8", "few_norm.any", "linear.int4_fine.rows16"],
         ),
-        (matrix(64, 128, 8), matrix(64, 128, 8), ["norm.1024", "linear.int8.rows8", "linear.int8.rows8"]),
+        (matrix(64, 128, 8), matrix(64, 128, 8), ["few_norm.any", "linear.int8.rows8", "linear.int8.rows8"]),
     ):
         weights = ops.weight(gate), ops.weight(up)
         driver.launches.clear()
@@ -145,7 +161,7 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
     append, attend = driver.launches
     assert append.name == f"rope_append.{dtype}" and append.grid == (rows, -(-(heads + kv_heads) // 8), 1)
     assert append.args["flags"] == signatures.Q_NORM | signatures.K_NORM and append.args["logn"] == 0
-    few = rows <= signatures.DECODE_ROWS
+    few = rows <= signatures.FEW_ROWS
     assert attend.name == f"{'decode' if few else 'cached'}_attention.{dtype}.any"
     assert attend.grid == ((kv_heads * -(-rows * heads // kv_heads // 16), 4, 1) if few else (1, heads, 1))
     both, *both_scales = cache.arrays[layer]

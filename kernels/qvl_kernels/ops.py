@@ -189,7 +189,7 @@ class Ops(Protocol):
         """Prepare a matrix for products."""
 
     def coarse(self, weight: Weight) -> bool:
-        """Whether products of more than 16 rows use fewer bits than those of up to 16."""
+        """Whether a row of a product of more than 16 rows differs from the same one among up to 16: in bits or sums."""
 
     def coarse_attention(self, width: int) -> bool:
         """Whether `cached_attention` of more than 16 rows sums in another order than of up to 16.

@@ -83,8 +83,8 @@ class Decoder(Protocol):
 
 
 FEW_ROWS = 16
-"""Largest number of rows of a decode step. On the CPU such products use 16-bit activations, and a row's result does not
-depend on the other rows: an answer is the same alone and in a batch."""
+"""Largest number of rows of a decode step. A row's result does not depend on the other rows, nor does it among more of
+them: an answer is the same alone and in a batch."""
 
 
 MOST_CAPTURED = 64

@@ -86,6 +86,11 @@ def _store_matrix(instruction: Instruction, match: re.Match) -> Executor:
     return strict(instruction.operands, run)
 
 
+def _multiplied(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """float32 ``left @ right.T`` of halves, rounded once: a value does not depend on its place in the matrix."""
+    return np.matmul(left.astype(np.float64), right.astype(np.float64).swapaxes(-1, -2)).astype(np.float32)
+
+
 # products of a warp -------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +121,7 @@ def _product(instruction: Instruction, match: re.Match) -> Executor:
     def run(group: Group, mask: Mask) -> None:
         warps = _warps(group, mask)
         left, right = _left(_halves(group, a, warps)), np.concatenate(_halves(group, b, warps), 2)
-        product = np.matmul(left, right.swapaxes(1, 2)).reshape(len(warps), 2, 8, 4, 2)
+        product = _multiplied(left, right).reshape(len(warps), 2, 8, 4, 2)
         results = []
         for i, read in enumerate(sums):
             before = spread(read(group), group.lanes).reshape(-1, WARP)[warps]
@@ -252,7 +257,7 @@ def _wide_product(instruction: Instruction, match: re.Match) -> Executor:
                 x, granules = _operand(group, _uniform(left(group), lanes), 64, bool(transposed_a), warpgroup)
                 used.append(granules)
             # [warp, half of its 16 rows, 8 rows, 8 columns each, 4 threads of a row, 2 columns of a thread]
-            fragments = (x @ y.T).reshape(4, 2, 8, columns // 8, 4, 2)
+            fragments = _multiplied(x, y).reshape(4, 2, 8, columns // 8, 4, 2)
             _add(group, out, fragments, bool(_uniform(keep(group), lanes)), lanes)
             products.begin(group, warpgroup, out, used)
 

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from qvl_kernels import bundles
 from qvl_kernels.gpu.bundle import BUNDLE, PTX_ARCHITECTURE, TRITON_VERSION, Bundle, source_hash
@@ -29,7 +30,7 @@ from qvl_kernels.ops import DeviceError
 
 _WITH_PTX = (75, PTX_ARCHITECTURE)
 
-_MULTIPLES_OF_16 = {"rows"}
+_MULTIPLES_OF_16 = {"rows", "stride"}
 """Integer arguments that are always multiples of 16; the compiler uses this."""
 
 
@@ -88,7 +89,7 @@ def compile_kernel(name: str, architecture: int) -> Compiled:
     }
     if architecture in _WITH_PTX:
         options["ptx_version"] = 75
-    with _compiler_settings(architecture):
+    with _compiler_settings(architecture, shape.get("optimizer", architecture)):
         result = triton.compile(
             ASTSource(
                 source,
@@ -153,18 +154,30 @@ def _triton() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _compiler_settings(architecture: int) -> Iterator[None]:
-    """Disable line numbers, which triple the code's size, and use an empty cache, without code of other hooks."""
+def _compiler_settings(architecture: int, optimizer: int) -> Iterator[None]:
+    """Disable line numbers, which triple the code's size, and use an empty cache, without code of other hooks.
+
+    `optimizer`: the architecture whose instructions are chosen.
+    """
     from triton import knobs
 
     from qvl_kernels.gpu import turing
+
+    def other(backend: Any, stages: dict | None = None, options: Any = None, *_: Any) -> tuple[str, str] | None:
+        """Triton's hook; see `turing.stages`."""
+        if stages is None:
+            return f"optimizer-{optimizer}", f"optimizer-{optimizer}"
+        stages["ttgir"] = lambda source, metadata: backend.make_ttgir(source, metadata, options, optimizer)
+        return None
+
+    hook = turing.stages if architecture == 75 else None if optimizer == architecture else other
 
     with contextlib.ExitStack() as stack:
         for group in (knobs.runtime, knobs.compilation, knobs.cache):
             stack.enter_context(group.scope())
         knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
         knobs.compilation.disable_line_info = True
-        knobs.runtime.add_stages_inspection_hook = turing.stages if architecture == 75 else None
+        knobs.runtime.add_stages_inspection_hook = hook
         yield
 
 

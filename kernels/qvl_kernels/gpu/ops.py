@@ -16,7 +16,7 @@ from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
-from qvl_kernels.gpu.tiles import COUNTERS, FEW_ROWS, Tiles
+from qvl_kernels.gpu.tiles import COUNTERS, Tiles
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
 from qvl_kernels.ops import Array, DeviceError, Norm, check_segments, query_heads
 from qvl_kernels.packing import Matrix
@@ -34,6 +34,9 @@ _ACTIVATIONS = {"gelu": s.GELU, "gelu_tanh": s.GELU_TANH, "quick_gelu": s.QUICK_
 
 _CONSTANTS = 8
 """Number of cached arrays of segment boundaries."""
+
+_ALIGNED = 16
+"""Divides the number of columns of rows that `few_norm` normalizes."""
 
 _MOST_ROWS = 1 << 15
 """Most rows in the second dimension of a grid: CUDA allows 65535."""
@@ -146,10 +149,10 @@ class CudaOps:
         return to_device(self, matrix)
 
     def coarse(self, weight):
-        return False
+        return True
 
     def coarse_attention(self, width):
-        return False
+        return True
 
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CudaCache(self.memory, self.launch, layers, kv_heads, head_dim, capacity, dtype)
@@ -174,7 +177,7 @@ class CudaOps:
     def _product(self, x: _Input, w: DeviceMatrix, out: DeviceArray, residual: DeviceArray | None, flags: int) -> None:
         m = x.rows.shape[0]
         expect(out, (m, w.n))
-        most = _MOST_VALUES // w.padded // FEW_ROWS * FEW_ROWS
+        most = _MOST_VALUES // w.padded // s.FEW_ROWS * s.FEW_ROWS
         if m > most:
             for piece in _pieces(m, most):
                 added = None if residual is None else residual[piece]
@@ -191,7 +194,7 @@ class CudaOps:
         m = x.shape[0]
         expect(out, (m, gate.n))
         alike = _alike(gate, up)
-        if gate.kind == "int4" and alike and m <= FEW_ROWS:
+        if gate.kind == "int4" and alike and m <= s.FEW_ROWS:
             name, tiles, split = self.tiles("gate_up", gate, m)
             prepared = self._prepare(x, gate, norm, within=-(-gate.blocks // split) <= _PREPARED_BLOCKS)
             partials = self._partials(name, tiles, 2 * split)
@@ -214,15 +217,19 @@ class CudaOps:
             raise ValueError(f"a product of x {list(x.shape)} with a weight of {w.k} columns")
         if norm is None and x.dtype == _HALF and w.perm is None and w.padded == w.k:
             return _Input(x)
-        if within and x.shape[0] == 1 and (x.dtype == _HALF if norm is None else norm.bias is None):
-            ordered = _flags((w.perm, s.ORDERED))
+        m, ordered = x.shape[0], _flags((w.perm, s.ORDERED))
+        aligned = norm is not None and norm.bias is None and w.k % _ALIGNED == 0
+        if within and m == 1 and (x.dtype == _HALF if norm is None else aligned):
             if norm is None:
                 return _Input(x, perm=w.perm, flags=s.GATHER | ordered)
             expect(x, x.shape, _FLOAT)
             return _Input(x, norm.weight, w.perm, norm.eps, s.NORM | ordered)
-        h = self.empty((x.shape[0], w.padded), np.float16)
+        h = self.empty((m, w.padded), np.float16)
         if norm is None:
             self._gather(x, None, w.perm, h)
+        elif aligned and m <= s.FEW_ROWS:
+            expect(x, x.shape, _FLOAT)
+            self.launch("few_norm.any", (m,), x, norm.weight, w.perm, h, w.blocks, w.k, w.k, norm.eps, ordered)
         else:
             self._norm(x, norm, w.perm, h, w.padded)
         return _Input(h)
@@ -332,10 +339,10 @@ class CudaOps:
         expect(out, (t, heads * d), _HALF)
         arguments = (qkv, *cache.layer(layer), start, out)
         sizes = (t, heads, kv_heads, cache.stride, d, 1 / math.sqrt(d))
-        family = "decode_attention" if t <= s.DECODE_ROWS else "cached_attention"
+        family = "decode_attention" if t <= s.FEW_ROWS else "cached_attention"
         name = f"{family}.{cache.dtype}.{'128' if d == 128 else 'any'}"
         rows = self.launch.constants(name)["BM"]
-        if t <= s.DECODE_ROWS:
+        if t <= s.FEW_ROWS:
             splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
             partials = self.empty((t * heads, splits, 128 + 1))
             grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)

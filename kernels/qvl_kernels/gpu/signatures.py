@@ -41,6 +41,10 @@ from typing import Any
 ROW_PADDING = 128
 """Rows of a weight on the device are padded to a multiple of this."""
 
+FEW_ROWS = 16
+"""Up to this number of rows of x reading the weights takes most of a product's time. Its programs then share columns,
+and gate and up one kernel. The result of a row does not depend on the others among few rows, nor among many."""
+
 # flags of `linear`, `gate_up`
 BIAS, GELU, RESIDUAL, OUT_HALF, GELU_TANH, QUICK_GELU, GATE = 1, 2, 4, 8, 16, 32, 64
 NORM, GATHER, ORDERED = 128, 256, 512
@@ -50,9 +54,6 @@ LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
 HAS_ZEROS = 1
 # flags of `rope_append`, `decode_attention`
 LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
-
-DECODE_ROWS = 16
-"""Largest number of tokens for `decode_attention`; more use `cached_attention`."""
 
 DECODE_SPLITS = 16
 """Largest number of parts of the positions in `decode_attention`."""
@@ -145,9 +146,9 @@ KERNELS: dict[str, Kernel] = {
     # products ---------------------------------------------------------------------------------------------------
     # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. If programs split the columns,
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
-    # arrive: the same bits every time. `counters`: one a tile. flags: BIAS, one of GELU, GELU_TANH and
-    # QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF (out is fp16), NORM or GATHER,
-    # ORDERED.
+    # arrive: the same bits every time. Tiles of more than FEW_ROWS rows have a split of 1. `counters`: one a tile.
+    # flags: BIAS, one of GELU, GELU_TANH and QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF
+    # (out is fp16), NORM or GATHER, ORDERED.
     "linear": Kernel(
         "matmul.linear",
         _arguments(
@@ -188,7 +189,15 @@ KERNELS: dict[str, Kernel] = {
         {str(chunk): {"CHUNK": chunk} for chunk in NORM_CHUNKS},
         "(m,)",
     ),
-    # The same without a norm: cast, pad and permute, of the rows index (int32 [m]) names. A plain copy of any shape is
+    # out fp16 [m, 128 * blocks]: the RMSNorm of few rows as programs of a product compute that of a lone row, the same
+    # bits. stride is k, a multiple of 16. flags: ORDERED.
+    "few_norm": Kernel(
+        "lone.few_norm",
+        _arguments("x:*fp32 weight:*fp32 perm:*i32 out:*fp16 blocks:i32 k:i32 stride:i32 eps:fp32 flags:i32"),
+        {"any": {}},
+        "(m,)",
+    ),
+    # `norm` without a norm: cast, pad and permute, of the rows index (int32 [m]) names. A plain copy of any shape is
     # one row of k = padded = its size. flags: ROWS (index is read), PERMUTED, X_HALF (x is fp16), OUT_HALF.
     "gather": Kernel(
         "elementwise.gather",
@@ -229,10 +238,10 @@ KERNELS: dict[str, Kernel] = {
         _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for few t. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it reads once, and
-    # each of its programs has a part of the positions. partials: float32 [t * heads, splits, 128 + 1]; counters: one a
-    # tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what it does is done
-    # first, with the same bits, but qkv stays.
+    # The same for t of at most FEW_ROWS. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it
+    # reads once, and its programs take BN positions each in turns. partials: float32 [t * heads, splits, 128 + 1];
+    # counters: one a tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what
+    # it does is done first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
@@ -342,9 +351,12 @@ def _entry(name: str, architecture: int) -> dict[str, Any] | None:
 def tile(name: str, architecture: int) -> dict[str, Any]:
     """Return a kernel's entry in tiles.json: `warps`, `stages`, `registers` of a thread at most, compile-time values.
 
-    Those of products also have what `tiles` needs: for few rows `waves`, the target number of programs per
-    multiprocessor of a split; for many rows `cost`, the microseconds in which a multiprocessor multiplies 128 x 128 x
-    128; tiles of 16 rows serve for both.
+    `optimizer` is the architecture whose matrix instructions the compiler chooses, if not the kernel's own: on Hopper
+    tiles of 8 rows use those of sm_80, which add columns in another order than Hopper's, and tiles of 16 have to agree.
+
+    Those of products also have what `tiles` needs: the smallest tiles `waves`, the target number of programs per
+    multiprocessor of a split; tiles of many rows `cost`, the microseconds in which a multiprocessor multiplies 128 x
+    128 x 128.
     """
     found = _entry(name, architecture)
     if found is None:

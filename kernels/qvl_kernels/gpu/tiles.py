@@ -3,11 +3,11 @@
 With few rows the weights are read once whatever is chosen, so the smallest tile is taken, and columns are split until
 the multiprocessors are busy. With many rows every choice has its price, and the one with the shortest estimated time is
 taken. The tiles and their costs are in tiles.json.
+
+A row gets the same bits whatever the other rows are: the number of parts of the columns depends on the weight alone.
 """
 
 from __future__ import annotations
-
-import itertools
 
 from qvl_kernels.gpu import signatures as s
 from qvl_kernels.gpu.launcher import Launcher
@@ -16,23 +16,11 @@ from qvl_kernels.gpu.weights import DeviceMatrix
 COUNTERS = 1 << 16
 """Largest number of tiles of a product that is split along k."""
 
-FEW_ROWS = 16
-"""Up to this number of rows, reading the weights takes most of the time, and gate and up can share a kernel."""
-
 _MAX_SPLIT = 16
 """Most parts of the columns with few rows."""
 
 _SHARE = 4
 """Fewest blocks of 128 columns in a part with few rows, unless the product has fewer."""
-
-_SPLITS = (1, 2, 3, 4, 5, 6, 8)
-"""Numbers of parts of the columns to choose from with many rows."""
-
-_BLOCK = 0.19
-"""Fewest microseconds for a block of 128 columns, with many rows on an H100; so are the following ones."""
-
-_STORE, _SUM = 4.95, 0.6
-"""Microseconds in which a program stores 128 x 128 partial sums, and in which the last one reads those of one part."""
 
 _SMALL = 0.25
 """Tiles of up to this share of 128 x 128 are computed beside others on the same multiprocessor."""
@@ -61,7 +49,7 @@ class Tiles:
         Parameters
         ----------
         family : str
-            "linear", or for at most `FEW_ROWS` rows "gate_up".
+            "linear", or for at most `signatures.FEW_ROWS` rows "gate_up".
         w : DeviceMatrix
             The weight; the first of two.
         m : int
@@ -80,44 +68,40 @@ class Tiles:
         found = self._chosen.get(key)
         if found is None:
             names = [n for n in s.names(self._launch.images.architecture, family) if n.split(".")[1] == w.kind]
-            found = self._chosen[key] = self._for_few(names, w, m) if m <= FEW_ROWS else self._for_many(names, w, m)
+            choose = self._for_few if m <= s.FEW_ROWS else self._for_many
+            found = self._chosen[key] = choose(names, w, m)
         return found
 
     def _for_few(self, names: list[str], w: DeviceMatrix, m: int) -> tuple[str, int, int]:
-        """The smallest tile; about `waves` programs a multiprocessor, which share the columns of its tiles."""
-        name = next(n for n in names if m <= self._launch.constants(n)["BM"])
-        tiles = self._count(name, w, m)
-        programs = tiles * (2 if name.startswith("gate_up") else 1)
-        wanted = self._launch.tile(name)["waves"] * self._multiprocessors // programs
+        """The smallest tile; of a lone row, about `waves` programs a multiprocessor share the columns of its tiles."""
+        first = names[0]
+        tiles = self._count(first, w, 1)
+        programs = tiles * (2 if first.startswith("gate_up") else 1)
+        wanted = self._launch.tile(first)["waves"] * self._multiprocessors // programs
         split = min(max(wanted, 1), _MAX_SPLIT, max(w.blocks // _SHARE, 1)) if tiles <= COUNTERS else 1
-        return name, tiles, _without_empty(split, w.blocks)
+        name = next(n for n in names if m <= self._launch.constants(n)["BM"])
+        return name, self._count(name, w, m), _without_empty(split, w.blocks)
 
     def _for_many(self, names: list[str], w: DeviceMatrix, m: int) -> tuple[str, int, int]:
-        """The fastest tile and split, as estimated."""
-        many = [n for n in names if "cost" in self._launch.tile(n)]
-        splits = sorted({_without_empty(split, w.blocks) for split in _SPLITS})
-        choices = [(n, p) for n, p in itertools.product(many, splits) if p == 1 or self._count(n, w, m) <= COUNTERS]
-        name, split = min(choices, key=lambda choice: self._microseconds(w, m, *choice))
-        return name, self._count(name, w, m), split
+        """The fastest tile, as estimated."""
+        name = min((n for n in names if "cost" in self._launch.tile(n)), key=lambda n: self._microseconds(w, m, n))
+        return name, self._count(name, w, m), 1
 
     def _count(self, name: str, w: DeviceMatrix, m: int) -> int:
         """Return the number of tiles."""
         constants = self._launch.constants(name)
         return -(-m // constants["BM"]) * (w.rows // constants["BN"])
 
-    def _microseconds(self, w: DeviceMatrix, m: int, name: str, split: int) -> float:
+    def _microseconds(self, w: DeviceMatrix, m: int, name: str) -> float:
         """Estimate the time of a product of many rows, to compare choices; fitted on an H100 (bench/README.md).
 
-        It is that of the multiprocessor with the most programs: each has its part of the blocks, and each block takes
-        `cost` for every 128 x 128 of a tile, or `_BLOCK` in all. If the columns are split, the programs also store
-        their sums, and the last one of a tile reads those of all.
+        It is that of the multiprocessor with the most programs: each block takes `cost` for every 128 x 128 of a tile.
         """
         constants = self._launch.constants(name)
         size = constants["BM"] * constants["BN"] / 128**2
-        programs = -(-self._count(name, w, m) * split // self._multiprocessors)
+        programs = -(-self._count(name, w, m) // self._multiprocessors)
         together = max(programs, _ALONE if size <= _SMALL else 1)
-        products = -(-w.blocks // split) * max(_BLOCK, together * size * self._launch.tile(name)["cost"])
-        return products + (size * (_STORE * programs + _SUM * split) if split > 1 else 0.0)
+        return w.blocks * together * size * self._launch.tile(name)["cost"]
 
 
 def _without_empty(split: int, blocks: int) -> int:

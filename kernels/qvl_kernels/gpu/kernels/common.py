@@ -26,6 +26,9 @@ Q_NORM = tl.constexpr(2)
 K_NORM = tl.constexpr(4)
 ROPE = tl.constexpr(8)
 
+FEW = tl.constexpr(16)
+"""Rows of the largest tile of a product of few rows; see `signatures.FEW_ROWS`."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -1,8 +1,9 @@
 """Attention of a few new tokens over the cache, with positions split among programs (flash decoding).
 
 The queries of one head of keys, of all tokens and all heads of its group, are the rows of one tile: each key is read
-once. The length is read on the device, so a captured launch serves every step. The programs of a tile write `partials`;
-the last one merges them in a fixed order.
+once. The length is read on the device, so a captured launch serves every step. The programs of a tile take tiles of
+positions in turns and write `partials`; the last one merges them in a fixed order. Which program has a position does
+not depend on the length: a token gets the same bits whatever tokens come after it.
 """
 
 import triton
@@ -69,9 +70,6 @@ def decode_attention(
     end = begin + t
     position = begin + token
     splits = tl.num_programs(1)
-    share = tl.cdiv(tl.cdiv(end, BN), splits) * BN
-    low = part * share
-    high = tl.minimum(low + share, end)
     slot = (kv_head * (t * group) + row) * splits
     if flags & ROPE:
         # of one token: every program rotates the queries for itself, one of them appends
@@ -79,7 +77,7 @@ def decode_attention(
         at, first, second, gain = rotated(
             qkv, rope, logn, q_norm, k_norm, begin - begin, begin, which, heads, kv_heads, width, q_eps, k_eps, flags
         )
-        chosen = (row == group) & (low <= begin) & (begin < high)
+        chosen = (row == group) & (begin // BN % splits == part)
         append(at, first, second, k, v, k_scale, v_scale, chosen, which - heads, begin, kv_heads, capacity, width, INT8)
         q = tl.reshape(tl.permute(tl.join(to_half(first * gain), to_half(second * gain)), (0, 2, 1)), (BM, 128))
         tl.debug_barrier()
@@ -93,9 +91,9 @@ def decode_attention(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, 128), tl.float32)
-    for n0 in range(low, high, BN):
+    for n0 in range(part * BN, end, splits * BN):
         rn = n0 + tl.arange(0, BN)
-        seen = rn < high
+        seen = rn < end
         keys = tl.load(k + rn[:, None] * width + rk[None, :], mask=seen[:, None] & in_key[None, :], other=0)
         values = tl.load(v + rn[:, None] * width + rd[None, :], mask=seen[:, None] & in_head[None, :], other=0)
         scores = tl.dot(q, tl.trans(as_half(keys, INT8)))

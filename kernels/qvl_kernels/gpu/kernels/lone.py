@@ -3,12 +3,9 @@
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import GATHER, NORM, ORDERED, load_row, to_half
+from qvl_kernels.gpu.kernels.common import FEW, GATHER, NORM, ORDERED, load_row, to_half
 
 CHUNK = tl.constexpr(1024)
-
-LARGEST = tl.constexpr(16)
-"""Rows of the largest tile that may be for a lone row."""
 
 
 @triton.jit
@@ -46,6 +43,35 @@ def _normalized(x, weight, perm, out, k, eps, first, end, flags):
 
 
 @triton.jit
+def few_norm(x, weight, perm, out, blocks, k, stride, eps, flags):
+    """Normalize each of a few rows, with the bits that a lone row gets.
+
+    `stride` is k. The order of a sum depends on which thread loads what: the compiler has to know that a row is aligned
+    as a lone row is.
+    """
+    row = tl.program_id(0)
+    x += row * stride
+    out += row * (128 * blocks)
+    end = 128 * blocks
+    if (end <= 4 * CHUNK) & ((flags & ORDERED) == 0):
+        # all at once, in the order of the sums of `_normalized`
+        i = tl.arange(0, CHUNK)
+        a, b = load_row(x, i, k), load_row(x, CHUNK + i, k)
+        c, d = load_row(x, 2 * CHUNK + i, k), load_row(x, 3 * CHUNK + i, k)
+        a_gain, b_gain = load_row(weight, i, k), load_row(weight, CHUNK + i, k)
+        c_gain, d_gain = load_row(weight, 2 * CHUNK + i, k), load_row(weight, 3 * CHUNK + i, k)
+        squares = a * a + b * b
+        squares += c * c + d * d
+        factor = tl.rsqrt(tl.sum(squares, 0) / k + eps)
+        tl.store(out + i, to_half(a * factor * a_gain), mask=i < end)
+        tl.store(out + CHUNK + i, to_half(b * factor * b_gain), mask=CHUNK + i < end)
+        tl.store(out + 2 * CHUNK + i, to_half(c * factor * c_gain), mask=2 * CHUNK + i < end)
+        tl.store(out + 3 * CHUNK + i, to_half(d * factor * d_gain), mask=3 * CHUNK + i < end)
+    else:
+        _normalized(x, weight, perm, out, k, eps, 0, end, flags)
+
+
+@triton.jit
 def _lone_row(x, weight, perm, out, k, eps, low, high, flags):
     """Prepare blocks of 128 columns as the weight has them, fp16; return the address where column 0 would be.
 
@@ -75,7 +101,7 @@ def rows_of(x, weight, perm, prepared, m, m0, blocks, split, k, eps, low, high, 
     """
     rm = (m0 + tl.arange(0, BM)) % m
     rows = x + rm[None, :] * (128 * blocks)
-    if BM > LARGEST:
+    if BM > FEW:
         return rows
     if flags & (NORM | GATHER):
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

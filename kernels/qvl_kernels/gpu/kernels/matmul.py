@@ -14,6 +14,7 @@ import triton.language as tl
 from qvl_kernels.gpu.kernels.common import (
     BIAS,
     BIAS_UP,
+    FEW,
     GATE,
     GELU,
     GELU_TANH,
@@ -27,9 +28,6 @@ from qvl_kernels.gpu.kernels.common import (
     unpack_scale,
 )
 from qvl_kernels.gpu.kernels.lone import rows_of
-
-SCALED_SUMS = tl.constexpr(32)
-"""Up to this number of rows of x the sums are scaled, above it the weights."""
 
 PART = tl.constexpr(32)
 """Columns of a tile that are finished at once."""
@@ -164,9 +162,10 @@ def _add_block(
     """Return acc + the product of a block's 128 columns.
 
     With few rows of x, scaling the sums is cheaper than scaling the weights; the weights are then also exact in fp16.
+    All tiles of few rows compute a row in the same way, and so do all tiles of many.
     Each product takes 64 columns: on Hopper a program waits for its end, since the weights are in registers.
     """
-    SCALED: tl.constexpr = FINE or BM > SCALED_SUMS
+    SCALED: tl.constexpr = FINE or BM > FEW
     first, second, scale = _weights(codes, scales, rn, block, rows, group_shift, BITS, FINE, SCALED)
     if SCALED:
         acc = tl.dot(second, x[1], tl.dot(first, x[0], acc))
@@ -323,12 +322,14 @@ def linear(
             w = tl.load(w_rows + half * 64, eviction_policy="evict_first")
             acc = tl.dot(w, tl.load(x_rows + half * 64 + i[:, None]), acc)
 
-    done = split == 1
-    if split > 1:
-        tl.store(_slot(partials, tl.program_id(1), split, BM, BN), acc)
-        done = last_to_arrive(counters + tl.program_id(0), split)
-        if done:
-            acc = _sum_parts(partials, 0, split, split, BM, BN)
+    done = True
+    if BM <= FEW:
+        done = split == 1
+        if split > 1:
+            tl.store(_slot(partials, tl.program_id(1), split, BM, BN), acc)
+            done = last_to_arrive(counters + tl.program_id(0), split)
+            if done:
+                acc = _sum_parts(partials, 0, split, split, BM, BN)
     if done:
         _finish(acc, bias, residual, out, m0, n0, m, n, flags, BN)
 
