@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from qvl_convert.plan import MatrixPlan, Recipe, Source
 from qvl_convert.progress import Progress, Report
 from qvl_convert.writer import BlobWriter, Layout
 from qvl_kernels.packing import Matrix
+from qvl_runtime import __version__
 from qvl_runtime.backends import check_device
 from qvl_runtime.blob import FORMAT, RANKS, VERSION
 from qvl_runtime.errors import QvlError
@@ -207,7 +207,7 @@ def _metadata(source: Source, plans: list[MatrixPlan]) -> dict[str, str]:
         "source": {
             "name": checkpoint.folder.resolve().name,
             "files": checkpoint.fingerprint(),
-            "made_by": f"qvl {version('qvl-runtime')}",
+            "made_by": f"qvl {__version__}",
         },
     }
     return {"format": FORMAT, "version": VERSION, **{key: json.dumps(value) for key, value in values.items()}}
