@@ -196,11 +196,13 @@ class Driver:
         memory asynchronously.
         """
         self._enter()
+        self._leave_capture()
         self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._raw_stream))
 
     def to_host(self, target: np.ndarray, address: int) -> None:
         """Copy from the device to contiguous `target`, synchronously."""
         self._enter()
+        self._leave_capture()
         self._ok(self._api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, self._raw_stream))
         self.synchronize()
 
@@ -294,21 +296,27 @@ class Driver:
         Uses driver calls, because cuda-core's graphs need CUDA 12.3.
         """
         self._enter()
+        self._leave_capture()
         api = self._api
-        self._ok(api.cuStreamBeginCapture(self._raw_stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
-        self._capturing = True
+        self._capturing = True  # before the driver does: a KeyboardInterrupt may come anywhere
         try:
+            self._ok(api.cuStreamBeginCapture(self._raw_stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
             work()
         finally:
-            recorded = api.cuStreamEndCapture(self._raw_stream)
-            self._capturing = False
-            while self._freed:
-                self.free(self._freed.pop())
+            recorded = self._leave_capture()
         graph = self._ok(recorded)
         try:
             return Graph(self._ok(api.cuGraphInstantiate(graph, 0)), api.cuGraphExecDestroy)
         finally:
             api.cuGraphDestroy(graph)
+
+    def _leave_capture(self) -> tuple:
+        """End a capture, if there is one that a KeyboardInterrupt left; return the driver's status, and the graph."""
+        recorded = self._api.cuStreamEndCapture(self._raw_stream) if self._capturing else ()
+        self._capturing = False
+        while self._freed:
+            self.free(self._freed.pop())
+        return recorded
 
     def replay(self, graph: Graph) -> None:
         """Launch a captured graph."""
