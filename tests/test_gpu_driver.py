@@ -48,6 +48,10 @@ def test_memory_launches_and_graphs(library, version):
     _run(library, "seam", driver=version)
 
 
+def test_an_interrupt_within_a_capture_ends_it(library):
+    _run(library, "interrupted")
+
+
 def _bundle(folder: Path) -> None:
     """Kernels for sm_90 in the loader's cache."""
     images, kernels = Images(90), {}

@@ -67,6 +67,17 @@ def test_greedy_tokens_are_those_of_the_published_code(load, int4_blob, text, kv
     assert result.token_ids == expected[:4] and len(expected) >= 4
 
 
+def test_an_answer_is_the_same_alone_and_among_others(load, int4_blob):
+    """Prompts on both sides of 16 tokens, drafts among the rows of steps; tokens and log probabilities to the bit."""
+    prompts = [[5, 6, 7], [*range(40, 60)], [*range(60, 66)] * 4]
+    asked = [{"prompt": ids, "max_new_tokens": 4, "logprobs": 2, "seed": 1, "temperature": 0.7} for ids in prompts]
+    asked[2]["temperature"] = 0
+    alone = load(int4_blob, conversations=0)
+    expected = [alone.generate(**one) for one in asked]
+    for one, other in zip(load(int4_blob, conversations=0).generate_batch(asked), expected, strict=True):
+        assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+
+
 def test_image_features_are_within_the_noise_of_fp16(load, blob):
     vision = np.load(GOLDEN / "vis" / "tiny-vl-bin_base.npz")
     features = load(blob("tiny-vl-bin", bits=16)).encode_image(GOLDEN / "images" / "rgb_odd.png")

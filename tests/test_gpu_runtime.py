@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import itertools
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from fakes.gpu import Images, matrix
 
+from qvl_kernels.gpu import attention as gpu_attention
 from qvl_kernels.gpu import ops as gpu_ops
 from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
@@ -176,6 +178,39 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
     assert attend.args["scale"] == 0.25
 
 
+def test_sequences_of_a_step_are_attended_to_in_branches_that_share_nothing(ops, driver):
+    heads, kv_heads, d, counts = 6, 3, 16, (1, 5, 2)
+    caches = [ops.kv_cache(2, kv_heads, d, 100, "fp16") for _ in counts]
+    rows = [(ops.empty((n, 12 * d), np.float16), ops.empty((n, heads * d), np.float16)) for n in counts]
+    start, x = ops.upload(np.zeros(1, np.int32)), ops.empty((4,))
+
+    def attend(layer, i):
+        ops.cached_attention(rows[i][0], caches[i], layer, start, out=rows[i][1])
+
+    def step():
+        for layer in range(2):
+            ops.add(x, x, out=x)
+            ops.side_by_side([functools.partial(attend, layer, i) for i in range(len(counts))])
+        ops.side_by_side([functools.partial(attend, 0, 0)])
+
+    ops.capture(step)()
+    attended = [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
+    assert [launch.branch for launch in attended] == [0, 1, 2, 0, 1, 2, None]
+    assert all(launch.branch is None for launch in driver.launches if launch.name == "add.any")
+    for layer in (attended[:3], attended[3:6]):
+        ends = 0, 0
+        for launch, count in sorted(zip(layer, counts), key=lambda pair: pair[0].args["partials"]):
+            begins = [launch.args[name] for name in ("partials", "counters")]
+            assert all(begin >= end for begin, end in zip(begins, ends))
+            ends = begins[0] + count * heads * launch.grid[1] * 129 * 4, begins[1] + launch.grid[0] * 4
+    scratch = [[launch.args["partials"] for launch in layer] for layer in (attended[:3], attended[3:6])]
+    assert set(scratch[0]) == set(scratch[1]), "the next layer's is the same"
+    driver.launches.clear()
+    ops.side_by_side([functools.partial(attend, 0, i) for i in range(len(counts))])
+    assert [launch.branch for launch in driver.launches] == [None] * 3
+    assert len({launch.args["counters"] for launch in driver.launches}) == 1
+
+
 def test_segments_are_uploaded_once_and_outlive_what_was_captured(ops, driver):
     qkv, out = ops.empty((7, 3 * 16), np.float16), ops.empty((7, 16), np.float16)
     before = ops.memory.in_use
@@ -263,7 +298,7 @@ def test_more_rows_than_a_grid_has_are_launched_in_pieces(ops, driver):
 
 def test_a_product_of_more_values_than_offsets_reach_is_launched_in_pieces(ops, driver, monkeypatch):
     """As of the logits of 80,000 tokens with Qwen3-VL-32B, whose rows have 25,600 values."""
-    monkeypatch.setattr(gpu_ops, "_MOST_VALUES", 128 * 40)
+    monkeypatch.setattr(gpu_ops, "MOST_VALUES", 128 * 40)
     x, w = ops.empty((70, 100)), ops.weight(matrix(64, 100, 4))
     out, norm = ops.empty((70, 64)), Norm(ops.empty((100,)), None, 1e-6)
     driver.launches.clear()
@@ -279,7 +314,7 @@ def test_a_product_of_more_values_than_offsets_reach_is_launched_in_pieces(ops, 
 
 def test_a_picture_whose_offsets_are_too_large_is_refused(ops, driver, monkeypatch):
     """Of 621,379 patches with Qwen3-VL, which only a lower limit of 159 million pixels makes."""
-    monkeypatch.setattr(gpu_ops, "_MOST_VALUES", 40 * 3 * 2 * 16)
+    monkeypatch.setattr(gpu_attention, "MOST_VALUES", 40 * 3 * 2 * 16)
     for rows in (40, 41):
         qkv, out = ops.empty((rows, 3 * 2 * 16), np.float16), ops.empty((rows, 2 * 16), np.float16)
         with contextlib.nullcontext() if rows == 40 else pytest.raises(DeviceError, match="41 patches is too large"):

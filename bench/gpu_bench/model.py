@@ -26,7 +26,7 @@ ROWS = 512
 
 
 def decode() -> dict:
-    """Token by token with 512 and with 8000 tokens of context, and prefill, compared with the copy bandwidth."""
+    """Token by token with 512 and with 8000 tokens of context, several answers at once, and prefill."""
     ops, config = common.make_ops(), common.true_config()
     rate = copy_bandwidth(ops)
     decoder = common.decoder(common.synthetic(ops, config, common.BITS))
@@ -36,12 +36,13 @@ def decode() -> dict:
             found[f"{kind} {length}"] = _decode(ops, decoder, kind, length, rate)
             rows.append([f"{kind}, {length}", *_cells(found[f"{kind} {length}"])])
     table(f"Decode, {_weight_bytes(decoder) / GB:.2f} GB of weights a token", ("cache, context", *FIGURES), rows)
+    found["together"] = _together("qwen-vl", decoder, 512)
     found["prefill"] = _prefill(ops, decoder)
     return found
 
 
 def newer() -> dict:
-    """A token of newer models with 1024 tokens of context, compared with the copy bandwidth."""
+    """A token of newer models with 1024 tokens of context, compared with the copy bandwidth; and answers at once."""
     rows, found, length = [], {}, 1024
     for name, published in common.newer_configs().items():
         ops, family = common.make_ops(), family_of(published, name)
@@ -49,6 +50,7 @@ def newer() -> dict:
         decoder = common.decoder(common.synthetic(ops, config, common.BITS, family), family)
         found[name] = _decode(ops, decoder, "fp16", length, rate)
         rows.append([name, _weight_bytes(decoder) / GB, *_cells(found[name])])
+        found[name]["together"] = _together(name, decoder, length)
         del decoder, ops
         gc.collect()
     table(f"Decode of newer models, {length} tokens of context", ("model", "GB a token", *FIGURES), rows)
@@ -108,6 +110,25 @@ def _decode(ops, decoder: Decoder, kind: str, length: int, rate: float) -> dict[
     cache = cache_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, length, kind)
     graph, loop, limit = float(np.median(graphs)), float(np.median(loops)), (_weight_bytes(decoder) + cache) / rate
     return {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
+
+
+def _together(name: str, decoder: Decoder, length: int) -> dict[str, float]:
+    """Seconds of a step of several answers, each with `length` tokens of context."""
+    rows, found = [], {}
+    for count in (1, 2, 4, 8, 16):
+        sequences = [decoder.sequence("fp16", length + STEPS + 3) for _ in range(count)]
+        for sequence in sequences:
+            common.clear(decoder.ops, sequence.store)
+            sequence.truncate(length)
+        step, times = DecodeStep(decoder), []
+        for _ in range(STEPS + 3):
+            begin = time.perf_counter()
+            step([(sequence, (7,)) for sequence in sequences]).best(0)
+            times.append(time.perf_counter() - begin)
+        seconds = found[str(count)] = float(np.median(times[3:]))
+        rows.append([count, seconds * 1e3, count / seconds])
+    table(f"{name}: answers at once, {length} tokens of context each", ("answers", "ms a step", "tokens/s"), rows)
+    return found
 
 
 def prefill(decoder: Decoder, sequence: SequenceState, ids: list[int], images: list) -> None:

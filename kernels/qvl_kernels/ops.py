@@ -316,6 +316,9 @@ class Ops(Protocol):
         `step` runs at most once, while recording; its results are undefined.
         """
 
+    def side_by_side(self, works: Sequence[Callable[[], None]]) -> None:
+        """Run pieces of work of which none uses what another computes; in a captured step they may run at once."""
+
     def movable(self, replay: Callable[[], None], inputs: Sequence[Array | KVCache | None]) -> Move | None:
         """Return a function that makes a captured step use other arrays and caches in place of `inputs`.
 

@@ -1,10 +1,11 @@
 """What the runtime does through the real cuda-core, on the driver library built from libcuda.c.
 
-driver_run.py LIBRARY seam | model BLOB | refused | full | foreign | forked
+driver_run.py LIBRARY seam | interrupted | model BLOB | refused | full | foreign | forked
 """
 
 import ctypes
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -109,6 +110,19 @@ def launches(driver: Driver, library: ctypes.CDLL) -> None:
     assert seen[2:] == [("replayed", 2)] * 2
     driver.to_host(result, a)
     assert not result.any()
+
+    def branches() -> None:
+        driver.streams.fork()
+        for i in range(3):
+            driver.streams.branch(i)
+            driver.launch(kernel, (3, 2, 1), arguments)
+        driver.streams.join(3)
+
+    del seen[:]
+    first = driver.streams.stream
+    driver.replay(driver.capture(branches))
+    assert seen == [(STORE, *expected)] * 3 + [("replayed", i) for i in (1, 2, 3)], seen
+    assert driver.streams.stream is first, "later work is ordered after all branches"
     assert driver.load(b"// PTX", "ptx", "other", 32, 0).name == "other"
     raises("does not take kernel x", lambda: driver.load(b"nonsense", "cubin", "x", 32, 0))
 
@@ -120,6 +134,45 @@ def seam(library: ctypes.CDLL) -> None:
     assert (driver.shared_limit, driver.multiprocessors) == (101376, 20)
     memory(driver, library)
     launches(driver, library)
+
+
+def interrupted(library: ctypes.CDLL) -> None:
+    """A KeyboardInterrupt at any line of a capture leaves neither the stream capturing nor memory that is not freed."""
+    driver = Driver()
+    a, result, lines = driver.allocate(256), np.empty(256, np.uint8), itertools.count()
+
+    def work() -> None:
+        driver.streams.fork()
+        driver.streams.branch(1)
+        driver.fill(a, 0, 256)
+        driver.streams.join(2)
+
+    def trace(frame, event, argument):
+        if Path(frame.f_code.co_filename).name not in ("driver.py", "streams.py"):
+            return None
+        if event == "line" and next(seen) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    driver.capture(work)
+    for line in lines:
+        b, seen = driver.allocate(256), itertools.count()
+        free = driver.memory()[0]
+        sys.settrace(trace)
+        try:
+            driver.capture(work)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        driver.free(b)
+        driver.to_host(result, a)
+        assert driver.memory()[0] == free + 256, line
+        driver.fill(a, 7, 256)
+        driver.to_host(result, a)
+        assert (result == 7).all(), f"line {line}: the stream is still captured"
+    assert line > 20
 
 
 def model(library: ctypes.CDLL, path: str) -> None:
@@ -220,7 +273,7 @@ def collected(library: ctypes.CDLL) -> None:
 if __name__ == "__main__":
     path, part, *rest = sys.argv[1:]
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
-    parts = [seam, model, refused, full, foreign, forked, lacking, faulty, collected]
+    parts = [seam, interrupted, model, refused, full, foreign, forked, lacking, faulty, collected]
     {function.__name__: function for function in parts}[part](library, *rest)
     assert not {"torch", "triton"} & sys.modules.keys()
     print("done")

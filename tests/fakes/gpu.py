@@ -40,6 +40,7 @@ class Launch:
     name: str
     grid: tuple[int, int, int]
     args: dict[str, int | float]
+    branch: int | None = None
 
 
 def choose(token: int, out: int, rows: int, logits: int, size: int) -> None:
@@ -47,6 +48,22 @@ def choose(token: int, out: int, rows: int, logits: int, size: int) -> None:
     (ctypes.c_int32 * rows).from_address(out)[:] = [token] * rows
     values = np.ctypeslib.as_array((ctypes.c_float * (rows * size)).from_address(logits)).reshape(rows, size)
     values[:] = np.arange(size) == token
+
+
+class FakeStreams:
+    """Stands in for `qvl_kernels.gpu.streams.Streams`: branches run one after the other, and a launch knows its own."""
+
+    def __init__(self, issue):
+        self._issue, self.index = issue, None
+
+    def fork(self):
+        assert self.index is None
+
+    def branch(self, index):
+        self._issue(setattr, self, "index", index)
+
+    def join(self, count):
+        self._issue(setattr, self, "index", None)
 
 
 class FakeDriver:
@@ -64,6 +81,7 @@ class FakeDriver:
         self.launches: list[Launch] = []
         self.allocations = 0
         self._tape = None
+        self.streams = FakeStreams(self._issue)
 
     def memory(self):
         return self.total - sum(len(b) for b in self.buffers.values()), self.total
@@ -157,7 +175,7 @@ class FakeDriver:
         ctypes.memset(address, value, nbytes)
 
     def _run(self, launch, kernel, args):
-        self.launches.append(launch)
+        self.launches.append(dataclasses.replace(launch, branch=self.streams.index))
         if self.executor is not None:
             self.executor(launch)
 

@@ -118,6 +118,10 @@ class CpuOps:
         program.words()
         return Replay(self._pool, program)
 
+    def side_by_side(self, works):
+        for work in works:
+            work()
+
     def movable(self, replay, inputs):
         return arrays.movable(replay.program, inputs)
 

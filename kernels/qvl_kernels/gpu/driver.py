@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qvl_kernels.gpu.streams import Streams
 from qvl_kernels.ops import DeviceError
 
 MINIMUM_DRIVER = (12, 0)
@@ -136,8 +137,7 @@ class Driver:
         self._context, self._pid = 0, os.getpid()
         with self._errors("cannot be used"):
             self._enter()
-            self._stream = self._device.create_stream()
-        self._raw_stream = api.CUstream(int(self._stream.handle))
+            self.streams = Streams(api, self._device, self._ok)
         properties = self._device.properties
         self.shared_limit = properties.max_shared_memory_per_block_optin
         self.multiprocessors = properties.multiprocessor_count
@@ -197,24 +197,24 @@ class Driver:
         """
         self._enter()
         self._leave_capture()
-        self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._raw_stream))
+        self._ok(self._api.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self.streams.raw))
 
     def to_host(self, target: np.ndarray, address: int) -> None:
         """Copy from the device to contiguous `target`, synchronously."""
         self._enter()
         self._leave_capture()
-        self._ok(self._api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, self._raw_stream))
+        self._ok(self._api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, self.streams.raw))
         self.synchronize()
 
     def move(self, target: int, source: int, nbytes: int) -> None:
         """Copy within the device."""
         self._enter()
-        self._ok(self._api.cuMemcpyDtoDAsync(target, source, nbytes, self._raw_stream))
+        self._ok(self._api.cuMemcpyDtoDAsync(target, source, nbytes, self.streams.raw))
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
         """Set every byte."""
         self._enter()
-        self._ok(self._api.cuMemsetD8Async(address, value, nbytes, self._raw_stream))
+        self._ok(self._api.cuMemsetD8Async(address, value, nbytes, self.streams.raw))
 
     # kernels
 
@@ -252,7 +252,7 @@ class Driver:
             config = self._core.LaunchConfig(grid=grid, block=(kernel.threads, 1, 1), shmem_size=kernel.shared)
             self._configs[key] = config
         try:  # a context manager takes half as long as the launch
-            self._core.launch(self._stream, config, kernel.handle, *args)
+            self._core.launch(self.streams.stream, config, kernel.handle, *args)
         except Exception as e:
             raise self._error_of(f"does not run kernel {kernel.name}", e) from e
 
@@ -261,13 +261,13 @@ class Driver:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._enter()
-        self._ok(self._api.cuStreamSynchronize(self._raw_stream))
+        self._ok(self._api.cuStreamSynchronize(self.streams.raw))
 
     def mark(self) -> Mark:
         """Record a point in the stream."""
         self._enter()
         mark = Mark(self._ok(self._api.cuEventCreate(0)), self._api.cuEventDestroy)
-        self._ok(self._api.cuEventRecord(mark.event, self._raw_stream))
+        self._ok(self._api.cuEventRecord(mark.event, self.streams.raw))
         return mark
 
     def wait(self, mark: Mark) -> None:
@@ -300,7 +300,7 @@ class Driver:
         api = self._api
         self._capturing = True  # before the driver does: a KeyboardInterrupt may come anywhere
         try:
-            self._ok(api.cuStreamBeginCapture(self._raw_stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+            self._ok(api.cuStreamBeginCapture(self.streams.raw, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
             work()
         finally:
             recorded = self._leave_capture()
@@ -312,7 +312,8 @@ class Driver:
 
     def _leave_capture(self) -> tuple:
         """End a capture, if there is one that a KeyboardInterrupt left; return the driver's status, and the graph."""
-        recorded = self._api.cuStreamEndCapture(self._raw_stream) if self._capturing else ()
+        self.streams.use(0)
+        recorded = self._api.cuStreamEndCapture(self.streams.raw) if self._capturing else ()
         self._capturing = False
         while self._freed:
             self.free(self._freed.pop())
@@ -321,7 +322,7 @@ class Driver:
     def replay(self, graph: Graph) -> None:
         """Launch a captured graph."""
         self._enter()
-        self._ok(self._api.cuGraphLaunch(graph.handle, self._raw_stream))
+        self._ok(self._api.cuGraphLaunch(graph.handle, self.streams.raw))
 
     def _enter(self) -> None:
         """Make the GPU current in this thread; another library may have changed it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -44,6 +45,24 @@ class Queue:
         """Forget the action recorded last, for another to take its place."""
         assert self._tape, "only what is recorded can be taken back"
         self._tape.pop()
+
+    @contextlib.contextmanager
+    def branches(self) -> Iterator[Callable[[], None]]:
+        """Record branches, which the device may run at the same time; each begins with a call of what this yields.
+
+        They use different scratch memory.
+        """
+        count = 0
+
+        def begin() -> None:
+            nonlocal count
+            self(self.driver.streams.branch, count)
+            count += 1
+
+        self(self.driver.streams.fork)
+        with self.memory.scratch.apart():
+            yield begin
+        self(self.driver.streams.join, count)
 
     def host_access(self, what: str) -> None:
         """Raise an error during recording: host transfers cannot be captured."""

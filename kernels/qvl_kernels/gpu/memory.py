@@ -261,6 +261,7 @@ class Scratch:
         self._memory = memory
         self._free: dict[int, list[int]] = collections.defaultdict(list)
         self._steps = 0
+        self._held: list[tuple[int, int]] | None = None
         self.recording = False
 
     @contextlib.contextmanager
@@ -275,6 +276,17 @@ class Scratch:
             raise
         finally:
             self.recording = False
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Use no block twice within the context: its work may run at the same time."""
+        self._held = held = list[tuple[int, int]]()
+        try:
+            yield
+        finally:
+            self._held = None
+            for address, nbytes in held:
+                self.give(address, nbytes)
 
     def release(self) -> None:
         """Note that a captured step was deleted."""
@@ -291,6 +303,9 @@ class Scratch:
 
     def give(self, address: int, nbytes: int) -> None:
         """Free a block; see `Memory.give`."""
+        if self._held is not None:
+            self._held.append((address, nbytes))
+            return
         if self._steps:
             self._free[nbytes].append(address)
         else:

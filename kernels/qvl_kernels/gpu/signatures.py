@@ -147,8 +147,8 @@ KERNELS: dict[str, Kernel] = {
     # out [m, n] = activation?(x @ w.T + bias?) + residual?; `_fine`: groups of 32 or 64. If programs split the columns,
     # the partial sums meet in `partials`, float32 [tiles, split, BM * BN], and are added in order by the last to
     # arrive: the same bits every time. Tiles of more than FEW_ROWS rows have a split of 1. `counters`: one a tile.
-    # flags: BIAS, one of GELU, GELU_TANH and QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead), OUT_HALF
-    # (out is fp16), NORM or GATHER, ORDERED.
+    # flags: BIAS, one of GELU, GELU_TANH and QUICK_GELU, RESIDUAL or GATE (silu(residual) is a factor instead),
+    # OUT_HALF (out is fp16), NORM or GATHER, ORDERED.
     "linear": Kernel(
         "matmul.linear",
         _arguments(

@@ -158,6 +158,10 @@ class ReferenceOps:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
 
+    def side_by_side(self, works):
+        for work in works:
+            work()
+
     def movable(self, replay, inputs):
         return None
 
