@@ -37,12 +37,13 @@ def poisoned(shape, dtype=np.float32):
     return array
 
 
-def launch(name, grid, *args, observer=None):
-    """Run a kernel with the launch arguments of its signature, on the arrays where they are."""
+def launch(name, grid, *args, reached=(), observer=None):
+    """Run a kernel with the launch arguments of its signature on the arrays where they are; `reached` are those that it
+    finds by an address in another."""
     driver = PtxDriver(seed=len(name) + sum(grid))
     driver.observer = observer
     launcher = Launcher(driver, Queue(driver, Memory(driver)), images)
-    arrays = [value for value in args if isinstance(value, np.ndarray)]
+    arrays = [value for value in (*args, *reached) if isinstance(value, np.ndarray)]
     for array, written in {owner(array)[0].ctypes.data: owner(array) for array in arrays}.values():
         driver.adopt(array, written)
     launcher(name, grid, *(on_device(value) if isinstance(value, np.ndarray) else value for value in args))

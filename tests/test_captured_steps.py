@@ -1,14 +1,18 @@
 """Captured steps of several sequences, which are reused when the sequences change."""
 
+import ctypes
 import gc
 import weakref
 
 import numpy as np
 import pytest
+from fakes.gpu import FakeDriver, Images
 
 import qvl_runtime as qvl
+from qvl_kernels import gpu
 from qvl_kernels.cpu import CpuOps
 from qvl_kernels.cpu.runner import WORDS, Address, Program
+from qvl_kernels.gpu.ops import CudaOps
 from qvl_runtime.engine.decoder import DecodeStep
 
 
@@ -124,3 +128,21 @@ def test_steps_of_other_sequences_are_not_captured_again(blob, monkeypatch):
     del longer
     gc.collect()
     assert last() is None
+
+
+def test_on_a_gpu_a_step_serves_sequences_of_any_capacity(blob, monkeypatch):
+    driver = FakeDriver()
+    monkeypatch.setattr(gpu, "available", lambda: (True, driver.name))
+    monkeypatch.setattr(gpu, "CudaOps", lambda **options: CudaOps(driver, Images(), **options), raising=False)
+    decoder = qvl.load(blob("tiny-vl-gptq", bits=4, vision_bits=8, head_bits=16), device="cuda").decoder
+    captures, capture = [], decoder.ops.capture
+    monkeypatch.setattr(decoder.ops, "capture", lambda step: captures.append(1) or capture(step))
+    run = DecodeStep(decoder)
+    for capacities in ((16, 300, 16), (300, 16, 16), (600, 600, 300)):
+        members = [decoder.sequence("int8", capacity) for capacity in capacities]
+        driver.launches.clear()
+        run([(sequence, [1]) for sequence in members])
+        reached = [x.args["entry"] for x in driver.launches if x.name.startswith("decode_attention")]
+        caches = [sequence.store.layer(layer)[0].address for layer in range(2) for sequence in members]
+        assert [ctypes.c_int64.from_address(entry).value for entry in reached[:6]] == caches
+    assert captures == [1]

@@ -69,7 +69,7 @@ def test_rope_append(int8, case, rng):
     reference.rope_append(rotated, rope=rope, logn=logn, cache=expected, layer=0, start=start,
                           q_norm=norms[0], k_norm=norms[1])  # fmt: skip
     launch(f"rope_append.{cache.kind}", (t, ceil(all_heads, s.ROPE_HEADS)), qkv, rope, logn,
-           *(n and n.weight for n in norms), *cache.arguments, start, heads, kv_heads, capacity, d,
+           *(n and n.weight for n in norms), *cache.arguments, start, None, heads, kv_heads, capacity, d,
            *(n.eps if n else 0.0 for n in norms), flags(LOGN=scaled, Q_NORM=normed[0], K_NORM=normed[1]))  # fmt: skip
     new = slice(begin, begin + t)
     close(qkv[:, : heads * d], rotated[:, : heads * d], 1e-3)
@@ -169,7 +169,7 @@ def test_decode_attention(int8, t, heads, kv_heads, d, begin, rng):
     name = f"decode_attention.{cache.kind}.{'128' if d == 128 else 'any'}"
     tiles, splits = kv_heads * ceil(t * heads // kv_heads, constants(name)["BM"]), SPLITS if t == 1 else s.DECODE_SPLITS
     partials, counters = poisoned(t * heads * splits * 129), np.zeros(tiles, np.int32)
-    launch(name, (tiles, splits), qkv, *cache.arguments, np.array([begin], np.int32), out, partials, counters,
+    launch(name, (tiles, splits), qkv, *cache.arguments, np.array([begin], np.int32), None, out, partials, counters,
            None, None, None, None, t, heads, kv_heads, begin + t + 3, d, d**-0.5, 0.0, 0.0, 0)  # fmt: skip
     assert not counters.any()
     close(out, causal(qkv, cache, heads, begin), 1e-3)
@@ -190,7 +190,7 @@ def test_attention_of_a_token_has_the_same_bits_whatever_comes_after(int8, d, be
         partials = poisoned(count * heads * SPLITS * 129)
         rows, start = qkv[first : first + count].copy(), np.array([begin + first], np.int32)
         sizes = count, heads, kv_heads, capacity, d, d**-0.5, 0.0, 0.0, 0
-        launch(name, grid, rows, *cache.arguments, start, out, partials, counters, None, None, None, None, *sizes)
+        launch(name, grid, rows, *cache.arguments, start, None, out, partials, counters, None, None, None, None, *sizes)
         return np.array(out)
 
     np.testing.assert_array_equal(attended(0, t), np.concatenate([attended(i, 1) for i in range(t)]))
@@ -220,7 +220,7 @@ def test_attention_of_a_prompt_has_the_same_bits_however_it_is_cut(int8, d, begi
     (1, 1, 128, 0, False), (8, 1, 128, 64, True), (6, 2, 24, 31, True), (14, 2, 80, 1030, False),
 ])  # fmt: skip
 def test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(int8, heads, kv_heads, d, begin, normed, rng):
-    """Bit for bit: the cache, and what is attended to."""
+    """Bit for bit: the cache, and what is attended to; also if the arrays of the sequence are in a table."""
     capacity = begin + 4
     rope, logn = rope_tables(rng, capacity, d)
     weights = [rng.uniform(0.5, 2, d).astype(np.float32) if normed else None for _ in range(2)]
@@ -228,22 +228,30 @@ def test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(int8, hea
     qkv, found = activations(rng, 1, (heads + 2 * kv_heads) * d).astype(HALF), []
     kind, start = "int8" if int8 else "fp16", np.array([begin], np.int32)
     name = f"decode_attention.{kind}.{'128' if d == 128 else 'any'}"
-    seed, sizes = rng.integers(1 << 30), (heads, kv_heads, capacity, d)
-    for fused in (False, True):
+    seed = rng.integers(1 << 30)
+    for fused, listed in itertools.product((False, True), repeat=2):
         layer = kv_heads, capacity, d, int8
         cache = filled_cache(np.random.default_rng(seed), *layer, begin) if begin else Cache(*layer)
         row, out, counters = qkv.copy(), poisoned((1, heads * d), HALF), np.zeros(kv_heads, np.int32)
-        partials, tables = poisoned(heads * SPLITS * 129), (rope, logn, *weights)
+        partials, tables, there = poisoned(heads * SPLITS * 129), (rope, logn), s.LISTED * listed
+        arrays, extra, sizes = (*cache.arguments, start, None), (), (heads, kv_heads, capacity, d)
+        if listed:
+            extra = tuple(array for array in (*cache.arguments, start, *tables) if array is not None)
+            addresses = [0 if array is None else array.ctypes.data for array in (*cache.arguments, start, *tables)]
+            arrays, tables = (*[None] * 5, np.array([*addresses, capacity], np.int64)), (None, None)
+            sizes = (heads, kv_heads, 0, d)
         if not fused:
             grid = 1, ceil(heads + kv_heads, s.ROPE_HEADS)
-            launch(f"rope_append.{kind}", grid, row, *tables, *cache.arguments, start, *sizes, 1e-6, 1e-5, flags_)
-            tables = (None,) * 4
-        launch(name, (kv_heads, SPLITS), row, *cache.arguments, start, out, partials, counters, *tables, 1,
-               *sizes, d**-0.5, 1e-6, 1e-5, flags_ | s.ROPE if fused else 0)  # fmt: skip
+            launch(f"rope_append.{kind}", grid, row, *tables, *weights, *arrays, *sizes, 1e-6, 1e-5, flags_ | there,
+                   reached=extra)  # fmt: skip
+        launch(name, (kv_heads, SPLITS), row, *arrays, out, partials, counters,
+               *((*tables, *weights) if fused else (None,) * 4), 1, *sizes, d**-0.5, 1e-6, 1e-5,
+               (flags_ | s.ROPE if fused else 0) | there, reached=extra)  # fmt: skip
         assert not counters.any()
         found.append([out, *(array[:, begin] for array in cache.arguments if array is not None)])
-    for one, other in zip(*found):
-        np.testing.assert_array_equal(one, other)
+    for every in zip(*found):
+        for other in every[1:]:
+            np.testing.assert_array_equal(every[0], other)
 
 
 @pytest.mark.parametrize("variant, d", [("64", 64), ("72", 72), ("80", 80), ("104", 104), ("128", 128), ("any", 104),

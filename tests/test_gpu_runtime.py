@@ -13,6 +13,7 @@ import itertools
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -197,18 +198,81 @@ def test_sequences_of_a_step_are_attended_to_in_branches_that_share_nothing(ops,
     attended = [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
     assert [launch.branch for launch in attended] == [0, 1, 2, 0, 1, 2, None]
     assert all(launch.branch is None for launch in driver.launches if launch.name == "add.any")
-    for layer in (attended[:3], attended[3:6]):
-        ends = 0, 0
-        for launch, count in sorted(zip(layer, counts), key=lambda pair: pair[0].args["partials"]):
-            begins = [launch.args[name] for name in ("partials", "counters")]
-            assert all(begin >= end for begin, end in zip(begins, ends))
-            ends = begins[0] + count * heads * launch.grid[1] * 129 * 4, begins[1] + launch.grid[0] * 4
+    for layer, name in itertools.product((attended[:3], attended[3:6]), ("partials", "counters")):
+        end = 0
+        for launch, count in sorted(zip(layer, counts), key=lambda pair: pair[0].args[name]):
+            assert launch.args[name] >= end
+            end = launch.args[name] + 4 * (
+                count * heads * launch.grid[1] * 129 if name == "partials" else launch.grid[0]
+            )
     scratch = [[launch.args["partials"] for launch in layer] for layer in (attended[:3], attended[3:6])]
     assert set(scratch[0]) == set(scratch[1]), "the next layer's is the same"
     driver.launches.clear()
     ops.side_by_side([functools.partial(attend, 0, i) for i in range(len(counts))])
     assert [launch.branch for launch in driver.launches] == [None] * 3
     assert len({launch.args["counters"] for launch in driver.launches}) == 1
+
+
+def _sequence(ops, capacity: int) -> list:
+    """The arrays of a sequence: cache, rope, logn, start."""
+    tables = ops.empty((capacity, 16)), ops.empty((capacity,))
+    return [ops.kv_cache(2, 3, 16, capacity, "int8"), *tables, ops.upload(np.zeros(1, np.int32))]
+
+
+def _entries(launches) -> list[list[int]]:
+    return [np.ctypeslib.as_array((ctypes.c_int64 * 8).from_address(x.args["entry"])).tolist() for x in launches]
+
+
+def _expected(sequences) -> list[list[int]]:
+    """The entries of every layer."""
+    return [
+        [*(array.address for array in cache.layer(layer)), start.address, rope.address, logn.address, cache.stride]
+        for layer in range(2)
+        for cache, rope, logn, start in sequences
+    ]
+
+
+def test_a_step_of_several_sequences_serves_others(ops, driver):
+    rows = [(ops.empty((n, 12 * 16), np.float16), ops.empty((n, 6 * 16), np.float16)) for n in (1, 3)]
+    first, others = ([_sequence(ops, capacity) for capacity in pair] for pair in ((100, 300), (500, 100)))
+
+    def attend(layer, i):
+        (qkv, out), (cache, rope, logn, start) = rows[i], first[i]
+        ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=layer, start=start)
+        ops.cached_attention(qkv, cache, layer, start, out=out)
+
+    def step():
+        for layer in range(2):
+            ops.side_by_side([functools.partial(attend, layer, i) for i in range(2)])
+
+    def attended():
+        driver.launches.clear()
+        replay()
+        return [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
+
+    replay = ops.capture(step)
+    assert all(launch.args["k"] == launch.args["start"] == launch.args["rope"] == 0 for launch in attended())
+    assert all(launch.args["flags"] & signatures.LISTED for launch in driver.launches)
+    assert _entries(attended()) == _expected(first)
+
+    inputs, cache = [array for sequence in first for array in sequence], weakref.ref(first[0][0])
+    assert ops.movable(replay, inputs[1:]) is None and ops.movable(replay, inputs[:4] + inputs[:4]) is None
+    move = ops.movable(replay, inputs)
+    first.clear()
+    inputs.clear()
+    gc.collect()
+    assert cache() is None, "a movable step keeps its arrays alive"
+    other = [array for sequence in others for array in sequence]
+    assert move(other) and _entries(attended()) == _expected(others)
+    assert not move([*other[:2], None, *other[3:]]) and not move([ops.kv_cache(2, 3, 16, 100, "fp16"), *other[1:]])
+    assert _entries(attended()) == _expected(others), "a refused move changes nothing"
+
+
+def test_a_step_of_one_sequence_stays_with_it(ops):
+    cache, rope, logn, start = _sequence(ops, 100)
+    qkv, out = ops.empty((1, 12 * 16), np.float16), ops.empty((1, 6 * 16), np.float16)
+    replay = ops.capture(lambda: ops.side_by_side([lambda: ops.cached_attention(qkv, cache, 0, start, out=out)]))
+    assert ops.movable(replay, [cache, rope, logn, start]) is None
 
 
 def test_segments_are_uploaded_once_and_outlive_what_was_captured(ops, driver):

@@ -112,22 +112,28 @@ def _decode(ops, decoder: Decoder, kind: str, length: int, rate: float) -> dict[
     return {"graph": graph, "loop": loop, "limit": limit, "share": limit / loop}
 
 
-def _together(name: str, decoder: Decoder, length: int) -> dict[str, float]:
-    """Seconds of a step of several answers, each with `length` tokens of context."""
+def _together(name: str, decoder: Decoder, length: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step of several answers, each with `length` tokens of context; and if every step one of the answers
+    ends and another takes its place."""
     rows, found = [], {}
     for count in (1, 2, 4, 8, 16):
-        sequences = [decoder.sequence("fp16", length + STEPS + 3) for _ in range(count)]
+        sequences = [decoder.sequence("fp16", length + 2 * STEPS) for _ in range(count + 1)]
         for sequence in sequences:
             common.clear(decoder.ops, sequence.store)
             sequence.truncate(length)
-        step, times = DecodeStep(decoder), []
-        for _ in range(STEPS + 3):
-            begin = time.perf_counter()
-            step([(sequence, (7,)) for sequence in sequences]).best(0)
-            times.append(time.perf_counter() - begin)
-        seconds = found[str(count)] = float(np.median(times[3:]))
-        rows.append([count, seconds * 1e3, count / seconds])
-    table(f"{name}: answers at once, {length} tokens of context each", ("answers", "ms a step", "tokens/s"), rows)
+        step, times = DecodeStep(decoder), {"same": [], "others": []}
+        for kind, taken in times.items():
+            for turn in range(STEPS):
+                first = turn % (count + 1) if kind == "others" else 0
+                members = (sequences[first:] + sequences[:first])[:count]
+                begin = time.perf_counter()
+                step([(sequence, (7,)) for sequence in members]).best(0)
+                taken.append(time.perf_counter() - begin)
+        seconds = {kind: float(np.median(taken)) for kind, taken in times.items()}
+        found[str(count)] = seconds
+        rows.append([count, *(s * 1e3 for s in seconds.values()), *(count / s for s in seconds.values())])
+    header = ("answers", "ms a step", "with another", "tokens/s", "with another")
+    table(f"{name}: answers at once, {length} tokens of context each", header, rows)
     return found
 
 

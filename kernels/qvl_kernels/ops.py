@@ -162,12 +162,15 @@ class Ops(Protocol):
         The most precise cache ("fp32" or "fp16"), for scoring.
     row_cost : float
         Time of each further row of a small batch, relative to one row: the cost of an additional drafted token.
+    any_capacity : bool
+        Whether a captured step can be moved to caches of other capacities.
     """
 
     name: str
     activation_dtype: np.dtype
     score_cache_dtype: str
     row_cost: float
+    any_capacity: bool
 
     # memory
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.float32) -> Array:

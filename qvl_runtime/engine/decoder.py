@@ -188,13 +188,15 @@ class DecodeStep:
         return replay
 
     def _captured_together(self, fed: Sequence[tuple[SequenceState, Sequence[int]]]) -> Callable[[], None]:
-        """Return a step of these sequences: one captured with others of the same capacities, if it can be moved."""
+        """Return a step of these sequences: one captured with others, of the same capacities where these are fixed, if
+        it can be moved."""
         arrays = [array for sequence, _ in fed for array in (*sequence.arrays, sequence.start)]
         if not _same(arrays, self._arrays):
             self._members += 1
             self._together = {rows: step for rows, step in self._together.items() if step.move is not None}
             self._arrays = arrays  # last: after an interrupt all this is done again
-        rows = tuple([(len(tokens), sequence.store.capacity) for sequence, tokens in fed])
+        fixed = not self.ops.any_capacity
+        rows = tuple([(len(tokens), sequence.store.capacity * fixed) for sequence, tokens in fed])
         known = self._together.get(rows)
         if known is None or not self._moved(known):
             if len(self._together) >= MOST_CAPTURED:

@@ -12,9 +12,10 @@ import numpy as np
 from qvl_kernels.gpu import signatures as s
 from qvl_kernels.gpu.arrays import DeviceArray, expect
 from qvl_kernels.gpu.driver import Driver
-from qvl_kernels.gpu.graph import Queue
+from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
+from qvl_kernels.gpu.table import SequenceTable, Used
 from qvl_kernels.gpu.tiles import COUNTERS
 from qvl_kernels.ops import Array, DeviceError, Norm, check_segments, query_heads
 
@@ -34,16 +35,14 @@ MOST_VALUES = 1 << 31
 
 
 class _Rotation(NamedTuple):
-    """A `rope_append` of one row that was recorded: its place on the tape, what it works on, and its launch."""
+    """A `rope_append` that was recorded: its place on the tape, what it works on, and its launch."""
 
     place: tuple[int, int] | None
     where: tuple
-    operands: tuple[DeviceArray | None, ...]
+    sequence: tuple
+    norms: tuple[DeviceArray | None, ...]
     epsilons: tuple[float, ...]
     flags: int
-
-
-_NO_ROTATION = _Rotation(None, (), (None,) * 4, (0.0, 0.0), 0)
 
 
 class AttentionOps:
@@ -59,6 +58,7 @@ class AttentionOps:
         driver.fill(self._counters.address, 0, self._counters.nbytes)
         self._first_counter, self._apart = 0, False
         self._rotation: _Rotation | None = None
+        self._table = SequenceTable(self.memory, self.uploader)
         self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
     def vision_attention(self, qkv, heads, *, out, rope=None, segments=None):
@@ -110,42 +110,65 @@ class AttentionOps:
         heads = query_heads(qkv.shape[1], cache)
         grid = (qkv.shape[0], -(-(heads + cache.kv_heads) // s.ROPE_HEADS))
         weights, epsilons = zip(*(_head_norm(norm, cache.head_dim) for norm in (q_norm, k_norm)))
-        flags = flags_of((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM))
-        sizes = (heads, cache.kv_heads, cache.stride, cache.head_dim, *epsilons, flags)
-        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *cache.layer(layer), start, *sizes)
-        if self.queue.place is not None and qkv.shape[0] == 1:
-            operands, where = (rope, logn, *weights), (qkv.address, cache, layer, start.address)
-            self._rotation = _Rotation(self.queue.place, where, operands, epsilons, flags | s.ROPE)
+        *arrays, rope, logn, capacity, listed = found = self._sequence(Used(cache, layer, start, rope, logn))
+        flags = flags_of((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM)) | listed
+        sizes = (heads, cache.kv_heads, capacity, cache.head_dim, *epsilons, flags)
+        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *arrays, *sizes)
+        if self.queue.place is not None:
+            where = qkv.address, cache, layer, start.address
+            self._rotation = _Rotation(self.queue.place, where, found, weights, epsilons, flags)
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
         t, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
         expect(out, (t, heads * d), _HALF)
-        arguments = (qkv, *cache.layer(layer), start, out)
-        sizes = (t, heads, kv_heads, cache.stride, d, 1 / math.sqrt(d))
-        family = "decode_attention" if t <= s.FEW_ROWS else "cached_attention"
-        name = f"{family}.{cache.dtype}.{'128' if d == 128 else 'any'}"
+        scale, variant = 1 / math.sqrt(d), f"{cache.dtype}.{'128' if d == 128 else 'any'}"
+        if t > s.FEW_ROWS:
+            name = f"cached_attention.{variant}"
+            grid = (-(-t // self.launch.constants(name)["BM"]), heads)
+            sizes = (t, heads, kv_heads, cache.stride, d, scale)
+            self.launch(name, grid, qkv, *cache.layer(layer), start, out, *sizes)
+            return
+        name = f"decode_attention.{variant}"
         rows = self.launch.constants(name)["BM"]
-        if t <= s.FEW_ROWS:
-            splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
-            partials = self.memory.array((t * heads, splits, 128 + 1), _FLOAT)
-            grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)
-            counters = self._counters[self._first_counter :]
-            if self._apart:
-                self._first_counter += -(-grid[0] // _COUNTERS) * _COUNTERS
-            rotation, self._rotation = self._rotation, None
-            found = self.queue.place, (qkv.address, cache, layer, start.address)
-            if rotation is not None and rotation[:2] == found and heads // kv_heads < rows:
-                self.queue.take_back()
-            else:
-                rotation = _NO_ROTATION
-            operands = (*arguments, partials, counters, *rotation.operands)
-            self.launch(name, grid, *operands, *sizes, *rotation.epsilons, rotation.flags)
+        splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
+        partials = self.memory.array((t * heads, splits, 128 + 1), _FLOAT)
+        grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)
+        counters = self._counters[self._first_counter :]
+        if self._apart:
+            self._first_counter += -(-grid[0] // _COUNTERS) * _COUNTERS
+        rotation, self._rotation = self._rotation, None
+        if rotation is None or rotation[:2] != (self.queue.place, (qkv.address, cache, layer, start.address)):
+            rotation = None
+        sequence = self._sequence(Used(cache, layer, start, None, None)) if rotation is None else rotation.sequence
+        *arrays, rope, logn, capacity, flags = sequence
+        if rotation is not None and t == 1 and heads // kv_heads < rows:
+            self.queue.take_back()
+            tables, epsilons, flags = (rope, logn, *rotation.norms), rotation.epsilons, rotation.flags | s.ROPE
         else:
-            self.launch(name, (-(-t // rows), heads), *arguments, *sizes)
+            tables, epsilons = (None,) * 4, (0.0, 0.0)
+        sizes = (t, heads, kv_heads, capacity, d, scale, *epsilons, flags)
+        self.launch(name, grid, qkv, *arrays, out, partials, counters, *tables, *sizes)
 
-    def forget_rotation(self) -> None:
-        """Note that the last `rope_append` is no longer the last thing that was recorded."""
-        self._rotation = None
+    def _sequence(self, used: Used) -> tuple:
+        """Return a launch's arguments for a sequence: k, v, their scales, start, entry; rope, logn; capacity; flags."""
+        if self._apart:
+            return (*[None] * 5, self._table.add(used), None, None, 0, s.LISTED)
+        return (*used.cache.layer(used.layer), used.start, None, used.rope, used.logn, used.cache.stride, 0)
+
+    # steps
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        self._table = table = SequenceTable(self.memory, self.uploader)
+        try:
+            replay = self.queue.capture(step)
+        finally:
+            self._rotation = None
+        table.upload()
+        replay.table = table
+        return replay
+
+    def movable(self, replay, inputs):
+        return replay.table.movable(inputs)
 
     def side_by_side(self, works):
         self._apart = len(works) > 1 and self.queue.place is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -64,6 +65,11 @@ class CudaCache:
     @property
     def nbytes(self) -> int:
         return cache_bytes(self.layers, self.kv_heads, self.head_dim, self.capacity, self.dtype)
+
+    @functools.cached_property
+    def addresses(self) -> np.ndarray:
+        """int64 ``[layers, 4]``: those of keys, values and their scales, 0 where there are none."""
+        return np.array([[0 if a is None else a.address for a in self.layer(i)] for i in range(self.layers)], np.int64)
 
     def layer(self, index: int) -> tuple:
         """Return the launch arguments of one layer: keys, values, and their scales."""

@@ -100,7 +100,15 @@ def _owners(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Replay:
-    """A captured step; call it to replay."""
+    """A captured step; call it to replay.
+
+    Attributes
+    ----------
+    table : table.SequenceTable
+        Through which it finds the arrays of sequences. Set by whoever recorded it.
+    """
+
+    table: Any
 
     def __init__(self, driver: Driver, graph: Any, keep: Any):
         self._driver, self._graph, self._keep = driver, graph, keep

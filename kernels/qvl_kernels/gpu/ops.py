@@ -12,7 +12,6 @@ from qvl_kernels.gpu.arrays import DeviceArray, expect, same_shape
 from qvl_kernels.gpu.attention import MOST_VALUES, AttentionOps, flags_of
 from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.gpu.driver import Driver
-from qvl_kernels.gpu.graph import Replay
 from qvl_kernels.gpu.launcher import Images
 from qvl_kernels.gpu.tiles import Tiles
 from qvl_kernels.gpu.weights import DeviceMatrix, to_device
@@ -65,6 +64,7 @@ class CudaOps(AttentionOps):
     name = "cuda"
     activation_dtype = _HALF
     score_cache_dtype = "fp16"
+    any_capacity = True
     row_cost = 0.1
     """Not measured: the time of a small batch is that of reading the weights, which all rows share."""
 
@@ -253,15 +253,6 @@ class CudaOps(AttentionOps):
         t, size = logits.shape
         values, indices = self.empty((t, s.ARGMAX_PARTS)), self.empty((t, s.ARGMAX_PARTS), np.int32)
         self.launch("argmax.any", (s.ARGMAX_PARTS, t), logits, out, values, indices, self._counters, size)
-
-    def capture(self, step: Callable[[], None]) -> Replay:
-        try:
-            return self.queue.capture(step)
-        finally:
-            self.forget_rotation()
-
-    def movable(self, replay, inputs):
-        return None
 
     def synchronize(self):
         self.driver.synchronize()

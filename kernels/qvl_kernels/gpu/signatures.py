@@ -53,7 +53,7 @@ BIAS_UP = 2
 LAYER_NORM, PERMUTED, X_HALF, Y_HALF, ROWS = 1, 2, 4, 16, 32
 HAS_ZEROS = 1
 # flags of `rope_append`, `decode_attention`
-LOGN, Q_NORM, K_NORM, ROPE = 1, 2, 4, 8
+LOGN, Q_NORM, K_NORM, ROPE, LISTED = 1, 2, 4, 8, 16
 
 DECODE_SPLITS = 16
 """Largest number of parts of the positions in `decode_attention`."""
@@ -214,12 +214,13 @@ KERNELS: dict[str, Kernel] = {
     ),
     # attention; qkv, q, out are fp16, scale is 1/sqrt(d) ----------------------------------------------------------
     # Rotates q in place and appends k and v at start[0] + t. `int8` quantizes the cache: k and v point at int8. flags:
-    # LOGN (the rotated q times logn), Q_NORM, K_NORM (RMSNorm of each head before, weights float32 [d]).
+    # LOGN (the rotated q times logn), Q_NORM, K_NORM (RMSNorm of each head before, weights float32 [d]); LISTED: the
+    # arrays of the sequence and the capacity are not those given, but in `entry`, int64 [8], as in table.py.
     "rope_append": Kernel(
         "rope.rope_append",
         _arguments(
-            f"qkv:*fp16 rope:*fp32 logn:*fp32 q_norm:*fp32 k_norm:*fp32 {_CACHE} heads:i32 kv_heads:i32 capacity:i32 "
-            "d:i32 q_eps:fp32 k_eps:fp32 flags:i32"
+            f"qkv:*fp16 rope:*fp32 logn:*fp32 q_norm:*fp32 k_norm:*fp32 {_CACHE} entry:*i64 heads:i32 kv_heads:i32 "
+            "capacity:i32 d:i32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         {"fp16": {"INT8": False}, "int8": {"INT8": True}},
         "(t, ceil((heads + kv_heads) / ROPE_HEADS))",
@@ -240,12 +241,12 @@ KERNELS: dict[str, Kernel] = {
     ),
     # The same for t of at most FEW_ROWS. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it
     # reads once, and its programs take BN positions each in turns. partials: float32 [t * heads, splits, 128 + 1];
-    # counters: one a tile. flags, for one token and fewer heads than BM a head of keys: ROPE, and `rope_append`'s: what
-    # it does is done first, with the same bits, but qkv stays.
+    # counters: one a tile. flags: LISTED as above; for one token and fewer heads than BM a head of keys ROPE, and
+    # `rope_append`'s: what it does is done first, with the same bits, but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
-            f"qkv:*fp16 {_CACHE} out:*fp16 partials:*fp32 counters:*i32 rope:*fp32 logn:*fp32 q_norm:*fp32 "
+            f"qkv:*fp16 {_CACHE} entry:*i64 out:*fp16 partials:*fp32 counters:*i32 rope:*fp32 logn:*fp32 q_norm:*fp32 "
             "k_norm:*fp32 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         _CACHE_VARIANTS,

@@ -58,6 +58,7 @@ class ReferenceOps:
     activation_dtype = np.dtype(np.float32)
     score_cache_dtype = "fp32"
     row_cost = 1.0
+    any_capacity = False
 
     def empty(self, shape, dtype=np.float32):
         return np.empty(shape, dtype)

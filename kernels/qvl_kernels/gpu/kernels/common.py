@@ -25,6 +25,7 @@ LOGN = tl.constexpr(1)
 Q_NORM = tl.constexpr(2)
 K_NORM = tl.constexpr(4)
 ROPE = tl.constexpr(8)
+LISTED = tl.constexpr(16)
 
 FEW = tl.constexpr(16)
 """Rows of the largest tile of a product of few rows; see `signatures.FEW_ROWS`."""
@@ -91,6 +92,32 @@ def unpack_scale(packed):
     scale = (packed & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     zero = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return scale, zero
+
+
+@triton.jit
+def _given_or_listed(given, entry, column: tl.constexpr, listed):
+    """Of a pointer made of an integer the compiler would not believe that it is aligned; so this is an offset."""
+    size: tl.constexpr = given.dtype.element_ty.primitive_bitwidth // 8
+    away = (tl.load(entry + column, mask=listed, other=0) - given.to(tl.int64)) // size
+    return given + tl.multiple_of(tl.where(listed, away, 0), 16 // size)
+
+
+@triton.jit
+def given_or_listed(
+    k, v, k_scale, v_scale, start, rope, logn, capacity, entry, flags, INT8: tl.constexpr
+):  # fmt: skip
+    """Return the arrays of a sequence as they are, or with LISTED those of an entry of `table.SequenceTable`."""
+    listed = (flags & LISTED) != 0
+    k = _given_or_listed(k, entry, 0, listed)
+    v = _given_or_listed(v, entry, 1, listed)
+    if INT8:
+        k_scale = _given_or_listed(k_scale, entry, 2, listed)
+        v_scale = _given_or_listed(v_scale, entry, 3, listed)
+    start = _given_or_listed(start, entry, 4, listed)
+    rope = _given_or_listed(rope, entry, 5, listed)
+    logn = _given_or_listed(logn, entry, 6, listed)
+    capacity = tl.where(listed, tl.load(entry + 7, mask=listed, other=0).to(tl.int32), capacity)
+    return k, v, k_scale, v_scale, start, rope, logn, capacity
 
 
 @triton.jit

@@ -9,7 +9,17 @@ not depend on the length: a token gets the same bits whatever tokens come after 
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import LOG2_E, ROPE, as_half, exp2, last_to_arrive, reciprocal, to_half, weigh
+from qvl_kernels.gpu.kernels.common import (
+    LOG2_E,
+    ROPE,
+    as_half,
+    exp2,
+    given_or_listed,
+    last_to_arrive,
+    reciprocal,
+    to_half,
+    weigh,
+)
 from qvl_kernels.gpu.kernels.rope import append, rotated
 
 MOST_SPLITS = tl.constexpr(16)
@@ -41,10 +51,13 @@ def _merge(partials, logs, first, count, out, head, heads, group, width, splits)
 
 @triton.jit
 def decode_attention(
-    qkv, k, v, k_scale, v_scale, start, out, partials, counters, rope, logn, q_norm, k_norm,
+    qkv, k, v, k_scale, v_scale, start, entry, out, partials, counters, rope, logn, q_norm, k_norm,
     t, heads, kv_heads, capacity, d, scale, q_eps, k_eps, flags,
     INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    k, v, k_scale, v_scale, start, rope, logn, capacity = given_or_listed(
+        k, v, k_scale, v_scale, start, rope, logn, capacity, entry, flags, INT8
+    )
     tile = tl.program_id(0)
     part = tl.program_id(1)
     group = heads // kv_heads

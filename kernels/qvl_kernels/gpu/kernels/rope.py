@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.kernels.common import K_NORM, LOGN, Q_NORM, to_half
+from qvl_kernels.gpu.kernels.common import K_NORM, LOGN, Q_NORM, given_or_listed, to_half
 
 HEADS = tl.constexpr(8)
 HALF = tl.constexpr(64)
@@ -102,9 +102,12 @@ def append(
 
 @triton.jit
 def rope_append(
-    qkv, rope, logn, q_norm, k_norm, k, v, k_scale, v_scale, start, heads, kv_heads, capacity, d, q_eps, k_eps, flags,
-    INT8: tl.constexpr,
+    qkv, rope, logn, q_norm, k_norm, k, v, k_scale, v_scale, start, entry, heads, kv_heads, capacity, d, q_eps, k_eps,
+    flags, INT8: tl.constexpr,
 ):  # fmt: skip
+    k, v, k_scale, v_scale, start, rope, logn, capacity = given_or_listed(
+        k, v, k_scale, v_scale, start, rope, logn, capacity, entry, flags, INT8
+    )
     token = tl.program_id(0)
     position = tl.load(start) + token
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
