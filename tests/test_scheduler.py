@@ -7,6 +7,8 @@ import gc
 import itertools
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -504,3 +506,33 @@ def test_a_forked_child_computes_by_itself(make):
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert stream.result().token_ids == wanted
+
+
+LEAVE = """
+import gc, sys, threading, time, weakref
+import qvl_runtime as qvl
+
+def release():
+    time.sleep(0.3)
+    print("released by", thread, flush=True)
+
+class Weights:
+    pass
+
+model = qvl.load(sys.argv[1], device="cpu")
+model._scheduler.weights = Weights()
+weakref.finalize(model._scheduler.weights, release).atexit = False
+model.generate([5, 6, 7], max_new_tokens=1)
+scheduler, thread = weakref.ref(model._scheduler), "the engine"
+del model
+gc.collect()
+while scheduler() is not None:
+    time.sleep(0.001)
+"""
+
+
+def test_a_program_ends_after_its_thread_has_released_a_model(blob):
+    """The thread may be in a call of a GPU's driver, which would abort."""
+    command = [sys.executable, "-c", LEAVE, str(blob("tiny-vl", bits=16))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "released by the engine\n" and not result.stderr

@@ -106,6 +106,7 @@ class Scheduler:
                 self._reset()
             if self._thread is None:
                 self._thread = start_thread(_serve, (weakref.ref(self), self._bell), "qvl-engine")
+                _threads.add(self._thread)
             if self._busy:
                 self._inbox.append(job)
                 self._alone = None
@@ -142,16 +143,14 @@ class Scheduler:
             return self._thread is None
 
     def stop(self) -> None:
-        """End all jobs at the next layer and wait for the thread, before the interpreter exits."""
+        """End all jobs at the next layer, and the thread soon."""
         self._stopped = True
         for job in [*self._running, *self._waiting]:
             job.cancel()
         if self._pid == os.getpid():
             if self.device.acquire(timeout=IDLE_SECONDS):
                 self.device.release()
-            if self._thread is not None:
-                self._bell.put(False)
-                self._thread.join(IDLE_SECONDS)
+            self._bell.put(False)
 
     # for the engine's thread
     def run(self) -> bool:
@@ -323,12 +322,19 @@ class Scheduler:
 
 
 _all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
+    """End all threads before the interpreter does: in a call of the GPU's driver it would end them by an abort.
+
+    A thread may also be releasing a model whose scheduler is already gone.
+    """
     for scheduler in list(_all):
         scheduler.stop()
+    for thread in list(_threads):
+        thread.join(IDLE_SECONDS)
 
 
 def _serve(owner: weakref.ref[Scheduler], bell: SimpleQueue[bool]) -> None:
