@@ -162,6 +162,8 @@ class Ops(Protocol):
         The most precise cache ("fp32" or "fp16"), for scoring.
     row_cost : float
         Time of each further row of a small batch, relative to one row: the cost of an additional drafted token.
+    slice_rows : int
+        Tokens of a prompt to compute between two steps of other answers, which wait for them.
     any_capacity : bool
         Whether a captured step can be moved to caches of other capacities.
     """
@@ -170,6 +172,7 @@ class Ops(Protocol):
     activation_dtype: np.dtype
     score_cache_dtype: str
     row_cost: float
+    slice_rows: int
     any_capacity: bool
 
     # memory

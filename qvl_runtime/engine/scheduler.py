@@ -31,11 +31,8 @@ from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, s
 MAX_BATCH = FEW_ROWS
 """Largest number of concurrent answers: each has at least one row of a step."""
 
-SLICE_ROWS = 64
-"""Prompt tokens per slice while other answers are decoded."""
-
 SHARED_ROWS = 128
-"""The same if several prompts end in it: their answers then begin, and end, in fuller steps."""
+"""Fewest tokens of a slice in which several prompts end: their answers then begin, and end, in fuller steps."""
 
 IDLE_SECONDS = 5.0
 """Idle time after which the thread ends."""
@@ -193,7 +190,8 @@ class Scheduler:
         job = self._next_slice()
         if job is not None:
             self.slices += 1
-            self._compute_slice(job, SLICE_ROWS if decoding and not self._prompts_first else PREFILL_ROWS)
+            fewer = decoding and not self._prompts_first
+            self._compute_slice(job, self.sessions.decoder.ops.slice_rows if fewer else PREFILL_ROWS)
         self.ticks += 1
 
     def _drop_ended(self) -> None:

@@ -59,6 +59,7 @@ class ReferenceOps:
     score_cache_dtype = "fp32"
     row_cost = 1.0
     any_capacity = False
+    slice_rows = 64
 
     def empty(self, shape, dtype=np.float32):
         return np.empty(shape, dtype)
