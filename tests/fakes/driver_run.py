@@ -66,7 +66,7 @@ def memory(driver: Driver, library: ctypes.CDLL) -> None:
     del part
     assert library.fake_pinned() == 0
     assert driver.seconds(driver.mark(), driver.mark()) == 0.001
-    raises("out of memory: 1099.51 GB requested, 8.59 GB free", lambda: driver.allocate(1 << 40))
+    raises("out of memory: 1099.512 GB requested, 8.590 GB free", lambda: driver.allocate(1 << 40))
     raises("the driver reports", lambda: driver.free(12345))
     driver.free(a)
     driver.free(b)

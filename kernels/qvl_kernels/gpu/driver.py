@@ -159,7 +159,7 @@ class Driver:
         status, address = self._api.cuMemAlloc(nbytes)
         if status == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise DeviceError(
-                f"{self.name} is out of memory: {nbytes / 1e9:.2f} GB requested, {self.memory()[0] / 1e9:.2f} GB free; "
+                f"{self.name} is out of memory: {nbytes / 1e9:.3f} GB requested, {self.memory()[0] / 1e9:.3f} GB free; "
                 "close other programs that use it, or take an int8 KV cache or a shorter context"
             )
         return int(self._ok((status, address)))
