@@ -157,6 +157,7 @@ def interrupted(library: ctypes.CDLL) -> None:
     driver.capture(work)
     for line in lines:
         b, seen = driver.allocate(256), itertools.count()
+        driver.fill(a, 0, 256)
         free = driver.memory()[0]
         sys.settrace(trace)
         try:
@@ -166,11 +167,10 @@ def interrupted(library: ctypes.CDLL) -> None:
             pass
         finally:
             sys.settrace(None)
+        driver.fill(a, 7, 256)
         driver.free(b)
         driver.to_host(result, a)
         assert driver.memory()[0] == free + 256, line
-        driver.fill(a, 7, 256)
-        driver.to_host(result, a)
         assert (result == 7).all(), f"line {line}: the stream is still captured"
     assert line > 20
 

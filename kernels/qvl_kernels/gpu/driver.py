@@ -298,12 +298,15 @@ class Driver:
         self._enter()
         self._leave_capture()
         api = self._api
-        self._capturing = True  # before the driver does: a KeyboardInterrupt may come anywhere
+        mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         try:
-            self._ok(api.cuStreamBeginCapture(self.streams.raw, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+            self._capturing = True  # before the driver does: a KeyboardInterrupt may come anywhere
+            self._ok(api.cuStreamBeginCapture(self.streams.raw, mode))
             work()
-        finally:
             recorded = self._leave_capture()
+        except BaseException:
+            self._leave_capture()  # again, if that was interrupted: work that follows would be recorded, not done
+            raise
         graph = self._ok(recorded)
         try:
             return Graph(self._ok(api.cuGraphInstantiate(graph, 0)), api.cuGraphExecDestroy)
