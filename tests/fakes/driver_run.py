@@ -134,6 +134,10 @@ def seam(library: ctypes.CDLL) -> None:
     assert (driver.shared_limit, driver.multiprocessors) == (101376, 20)
     memory(driver, library)
     launches(driver, library)
+    assert library.fake_events() > 0
+    del driver
+    gc.collect()
+    assert library.fake_events() == 0, "events outlive the driver"
 
 
 def interrupted(library: ctypes.CDLL) -> None:

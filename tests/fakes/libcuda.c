@@ -27,7 +27,7 @@ typedef struct { char name[256]; int shared; } kernel_t;
 
 static launch_t on_launch;
 static graph_t *capturing;
-static int64_t in_use, peak, pinned;
+static int64_t in_use, peak, pinned, events;
 static int64_t allocations[1 << 16][2];
 static int handle;
 static __thread void *current;
@@ -35,6 +35,7 @@ static __thread void *current;
 API fake_on_launch(launch_t f) { on_launch = f; return 0; }
 API fake_memory(int64_t *used, int64_t *most) { *used = in_use; *most = peak; return 0; }
 API fake_pinned(void) { return pinned; }
+API fake_events(void) { return events; }
 
 static long setting(const char *name, long otherwise) { const char *s = getenv(name); return s ? atol(s) : otherwise; }
 static int64_t capacity(void) { return setting("FAKE_CUDA_MEMORY", 1l << 33); }
@@ -69,7 +70,8 @@ API cuCtxGetDevice_v2(int *d, void *c) { *d = 0; return 0; }
 API cuStreamGetCtx(void *s, void **c) { *c = &handle; return 0; }
 API cuStreamCreate(void **s, unsigned f) { *s = &handle; return setting("FAKE_CUDA_STREAM", 0); }
 API cuStreamCreateWithPriority(void **s, unsigned f, int p) { return cuStreamCreate(s, f); }
-API cuEventCreate(void **e, unsigned f) { *e = &handle; return 0; }
+API cuEventCreate(void **e, unsigned f) { *e = &handle; events++; return 0; }
+API cuEventDestroy_v2(void *e) { events--; return 0; }
 API cuEventSynchronize(void *e) { return current ? 0 : INVALID_CONTEXT; }
 API cuEventElapsedTime_v2(float *ms, void *a, void *b) { *ms = 1; return 0; }
 API cuGetErrorName(int e, const char **s) { *s = "FAKE_ERROR"; return 0; }

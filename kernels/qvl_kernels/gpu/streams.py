@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Streams:
         while len(self._known) <= index:
             stream = self._device.create_stream()
             event = self._check(self._api.cuEventCreate(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            weakref.finalize(self, self._api.cuEventDestroy, event).atexit = False
             self._known.append((stream, self._api.CUstream(int(stream.handle)), event))
         self.stream, self.raw, _ = self._known[index]
 
