@@ -43,7 +43,8 @@ DECODER = ((12288, 4096), (4096, 4096), (4096, 11008))
 VISION = ((4992, 1664), (1664, 1664), (8192, 1664), (1664, 8192))
 HEAD = ((151936, 4096),)
 
-FEW = {"BN": (32, 64, 128), "warps": (1, 2, 4), "stages": (3, 4, 5)}
+FEW = {"BN": (32, 64, 128), "warps": (4,), "stages": (3, 4, 5)}
+"""As many warps as `few_norm`: the norm of a lone row, which the smallest tiles compute, is the same sum."""
 MANY = {"BN": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
 WAVES = (1, 2, 4, 8)
 """`waves` in tiles.json to try for the smallest tiles, which decide for all of few rows; they need no compilation."""
@@ -184,16 +185,16 @@ def tune(name: str, ops, pool, end: float) -> tuple[dict[str, int] | None, list]
     trial = Trial(ops, name)
     want, base = trial.results(), trial.seconds()
     timed = [(1.0, own)]
-    shapes = candidates(WORK[name][3])
+    kept = {"optimizer": own["optimizer"]} if "optimizer" in own else {}
+    shapes = [shape | kept for shape in candidates(WORK[name][3])]
     futures = {pool.submit(compile_candidate, name, architecture, shape): shape for shape in shapes}
     saved = ops.launch.images[name]
-    kept = {"optimizer": own["optimizer"]} if "optimizer" in own else {}
     for future in concurrent.futures.as_completed(futures):
         compiled = future.result()
         if compiled is None or time.monotonic() > end:
             continue
         for chosen in [{"waves": waves} for waves in WAVES] if "waves" in own else [{}]:
-            shape = futures[future] | kept | chosen
+            shape = futures[future] | chosen
             with using(name, architecture, shape):
                 if not install(ops, name, compiled):
                     break

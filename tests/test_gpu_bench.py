@@ -129,15 +129,14 @@ def test_wrong_arguments_are_refused():
         _bench().main(["--only", "nonsense"])
 
 
-@pytest.mark.parametrize("rows", [8, 16])
-def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch, rows):
-    from gpu_bench import common
-
-    tune, ops = _bench("gpu_tune"), common.make_ops()
-    name, architecture = f"linear.int4.rows{rows}", ops.launch.images.architecture
+@pytest.mark.parametrize(("rows", "architecture"), [(8, 80), (16, 80), (16, 90)])
+def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch, rows, architecture):
+    tune, ops, tried = _bench("gpu_tune"), CudaOps(FakeDriver(), Images(architecture)), []
+    name = f"linear.int4.rows{rows}"
     monkeypatch.setitem(tune.WORK, name, (((256, 128),), 4, (rows,), {"BN": (32, 64), "warps": (1, 4)}))
 
     def compiled(name, architecture, shape):
+        tried.append(shape)
         if shape["warps"] == 1 and shape["BN"] == 64:
             return None
         return tune.Compiled(b"", b"", name, shape["warps"], 0, {"BM": rows, "BN": shape["BN"]})
@@ -151,9 +150,20 @@ def test_tuning_keeps_what_is_faster(rehearsal, monkeypatch, rows):
     before = signatures.tile(name, architecture)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         best, timed = tune.tune(name, ops, pool, time.monotonic() + 60)
+    assert {shape.get("optimizer") for shape in (*tried, best)} == {before.get("optimizer")}
     assert best["BN"] == 32 and len(timed) == 1 + 3 * (len(tune.WAVES) if rows == 8 else 1)
     assert signatures.tile(name, architecture) == before
     assert ops.launch.constants(name)["BN"] == before["BN"]
+
+
+@pytest.mark.parametrize("architecture", signatures.ARCHITECTURES)
+def test_the_norm_of_a_lone_row_is_summed_by_as_many_threads_as_that_of_few(architecture):
+    """Also with what tuning tries: otherwise its bits differ."""
+    few = signatures.tile("few_norm.any", architecture)["warps"]
+    smallest = [name for name in signatures.names(architecture) if "waves" in signatures.tile(name, architecture)]
+    assert len(smallest) == 6 and {signatures.tile(name, architecture)["warps"] for name in smallest} == {few}
+    work = _bench("gpu_tune").WORK
+    assert {warps for name in smallest if name in work for warps in work[name][3]["warps"]} == {few}
 
 
 def test_tuned_shapes_are_written_beside_the_others(tmp_path):
