@@ -3,7 +3,7 @@
     python bench/batch_equal.py MODEL.qvl [MODEL.qvl …] [--count 1000] [--seed 0] [--kv-cache fp16 int8] [--device cpu]
 
 Prompts with shared beginnings, chats, pictures, constraints, seeds, stop strings, log probabilities, several answers to
-one prompt, drafts, salts, and answers that are cancelled. Exit status 1 if an answer differs, as some may on a GPU.
+one prompt, drafts, salts, and answers that are cancelled. Exit status 1 if an answer differs.
 """
 
 from __future__ import annotations
