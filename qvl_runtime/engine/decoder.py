@@ -53,8 +53,8 @@ class Decoder(Protocol):
     ops : Ops
     vocab_size : int
     coarse : bool
-        Whether more than `FEW_ROWS` rows use other arithmetic: products with fewer bits, or attention that sums in
-        another order.
+        Whether more than `FEW_ROWS` rows use other arithmetic: products with fewer bits, or products or attention
+        with sums in another order.
     """
 
     ops: Ops
