@@ -253,6 +253,8 @@ def test_a_step_of_several_sequences_serves_others(ops, driver):
     replay = ops.capture(step)
     assert all(launch.args["k"] == launch.args["start"] == launch.args["rope"] == 0 for launch in attended())
     assert all(launch.args["flags"] & signatures.LISTED for launch in driver.launches)
+    rotated = [x for x in driver.launches if x.name.startswith("rope_append") or x.args["flags"] & signatures.ROPE]
+    assert len(rotated) == 4 and all(launch.args["flags"] & signatures.LOGN for launch in rotated)
     assert _entries(attended()) == _expected(first)
 
     inputs, cache = [array for sequence in first for array in sequence], weakref.ref(first[0][0])

@@ -110,8 +110,9 @@ class AttentionOps:
         heads = query_heads(qkv.shape[1], cache)
         grid = (qkv.shape[0], -(-(heads + cache.kv_heads) // s.ROPE_HEADS))
         weights, epsilons = zip(*(_head_norm(norm, cache.head_dim) for norm in (q_norm, k_norm)))
+        flags = flags_of((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM))
         *arrays, rope, logn, capacity, listed = found = self._sequence(Used(cache, layer, start, rope, logn))
-        flags = flags_of((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM)) | listed
+        flags |= listed
         sizes = (heads, cache.kv_heads, capacity, cache.head_dim, *epsilons, flags)
         self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *arrays, *sizes)
         if self.queue.place is not None:
