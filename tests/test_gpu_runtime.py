@@ -270,6 +270,26 @@ def test_a_step_of_several_sequences_serves_others(ops, driver):
     assert _entries(attended()) == _expected(others), "a refused move changes nothing"
 
 
+def test_a_step_that_cannot_be_captured_keeps_no_memory(ops):
+    qkv, out = ops.empty((1, 12 * 16), np.float16), ops.empty((1, 6 * 16), np.float16)
+    sequences, before = [_sequence(ops, 100) for _ in range(2)], ops.memory.in_use
+
+    def attend(cache, rope, logn, start):
+        ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=0, start=start)
+        ops.cached_attention(qkv, cache, 0, start, out=out)
+
+    def step():
+        ops.side_by_side([functools.partial(attend, *sequence) for sequence in sequences])
+        raise DeviceError("out of memory")
+
+    with pytest.raises(DeviceError):
+        ops.capture(step)
+    held = sum(cache.nbytes for cache, *_ in sequences)
+    sequences.clear()
+    gc.collect()
+    assert ops.memory.in_use <= before - held
+
+
 def test_a_step_of_one_sequence_stays_with_it(ops):
     cache, rope, logn, start = _sequence(ops, 100)
     qkv, out = ops.empty((1, 12 * 16), np.float16), ops.empty((1, 6 * 16), np.float16)

@@ -163,7 +163,7 @@ class AttentionOps:
         try:
             replay = self.queue.capture(step)
         finally:
-            self._rotation = None
+            self._table, self._rotation = SequenceTable(self.memory, self.uploader), None  # they refer to caches
         table.upload()
         replay.table = table
         return replay
