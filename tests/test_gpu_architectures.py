@@ -42,6 +42,9 @@ SAMPLE = {
     "drafts": lambda rng: attention.test_attention_of_a_token_has_the_same_bits_whatever_comes_after(
         True, 128, 62, rng
     ),
+    "lone rows": lambda rng: attention.test_one_launch_attends_for_the_lone_rows_of_several_sequences(
+        True, 4, 2, 128, False, rng
+    ),
     "cut prompt": lambda rng: attention.test_attention_of_a_prompt_has_the_same_bits_however_it_is_cut(
         False, 128, 70, rng
     ),

@@ -254,6 +254,42 @@ def test_attention_of_a_token_rotates_and_appends_as_the_kernel_for_it(int8, hea
             np.testing.assert_array_equal(every[0], other)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, d, scaled", [(4, 2, 128, False), (3, 3, 24, True)])
+def test_one_launch_attends_for_the_lone_rows_of_several_sequences(int8, heads, kv_heads, d, scaled, rng):
+    """With the bits of a launch for each, whatever their lengths, and in every cache."""
+    begins, kind, found = (70, 0, 301), "int8" if int8 else "fp16", []
+    name, seed = f"decode_attention.{kind}.{'128' if d == 128 else 'any'}", rng.integers(1 << 30)
+    qkv = activations(rng, len(begins), (heads + 2 * kv_heads) * d).astype(HALF)
+    tables = [rope_tables(rng, begin + 9, d) for begin in begins]
+    starts = [np.array([begin], np.int32) for begin in begins]
+    norm, flags_ = rng.uniform(0.5, 2, d).astype(np.float32), s.LISTED | flags(Q_NORM=True, ROPE=True, LOGN=scaled)
+    for together in (True, False):
+        layers = [(kv_heads, begin + 5, d, int8) for begin in begins]
+        caches = [filled_cache(np.random.default_rng(seed), *layer, begin) if begin else Cache(*layer)
+                  for layer, begin in zip(layers, begins)]  # fmt: skip
+        sequences = [(*cache.arguments, start, *table) for cache, start, table in zip(caches, starts, tables)]
+        entries = np.array([[*(0 if array is None else array.ctypes.data for array in sequence), begin + 5]
+                            for sequence, begin in zip(sequences, begins)], np.int64)  # fmt: skip
+        extra = tuple(array for sequence in sequences for array in sequence if array is not None)
+        out = poisoned((len(begins), heads * d), HALF)
+        for some in (slice(0, 3),) if together else (slice(0, 1), slice(1, 2), slice(2, 3)):
+            rows = qkv[some].copy()
+            mine, counters = poisoned((len(rows), heads * d), HALF), np.zeros(len(rows) * kv_heads, np.int32)
+            partials = poisoned(len(rows) * heads * SPLITS * 129)
+            launch(name, (len(rows) * kv_heads, SPLITS), rows, *[None] * 5, entries[some].copy(), mine, partials,
+                   counters, None, None, norm, None, 1, heads, kv_heads, 0, d, d**-0.5, 1e-6, 0.0, flags_,
+                   reached=extra)  # fmt: skip
+            assert not counters.any()
+            out[some] = mine
+        new = [
+            array[:, begin] for cache, begin in zip(caches, begins) for array in cache.arguments if array is not None
+        ]
+        found.append([np.array(out), *new])
+    for one, other in zip(*found):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("variant, d", [("64", 64), ("72", 72), ("80", 80), ("104", 104), ("128", 128), ("any", 104),
                                         ("any", 20)])  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 75, 128])

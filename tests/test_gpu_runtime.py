@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import itertools
 import subprocess
@@ -25,7 +24,7 @@ from qvl_kernels.gpu import ops as gpu_ops
 from qvl_kernels.gpu import signatures
 from qvl_kernels.gpu.graph import Replay
 from qvl_kernels.gpu.ops import CudaOps
-from qvl_kernels.ops import DeviceError, Norm
+from qvl_kernels.ops import Attended, DeviceError, Norm
 from qvl_kernels.packing import pack
 
 TESTS = Path(__file__).parent
@@ -179,122 +178,131 @@ def test_attention_gets_the_layer_it_asked_for(ops, driver, dtype, rows, heads):
     assert attend.args["scale"] == 0.25
 
 
-def test_sequences_of_a_step_are_attended_to_in_branches_that_share_nothing(ops, driver):
-    heads, kv_heads, d, counts = 6, 3, 16, (1, 5, 2)
-    caches = [ops.kv_cache(2, kv_heads, d, 100, "fp16") for _ in counts]
-    rows = [(ops.empty((n, 12 * d), np.float16), ops.empty((n, heads * d), np.float16)) for n in counts]
-    start, x = ops.upload(np.zeros(1, np.int32)), ops.empty((4,))
+def _sequence(ops, capacity: int, rows: int, layer: int = 0) -> Attended:
+    tables = ops.empty((capacity, 16)), ops.empty((capacity,))
+    return Attended(rows, *tables, ops.kv_cache(2, 3, 16, capacity, "int8"), layer, ops.upload(np.zeros(1, np.int32)))
 
-    def attend(layer, i):
-        ops.cached_attention(rows[i][0], caches[i], layer, start, out=rows[i][1])
+
+def _arrays(sequences) -> list:
+    """As the engine lists them."""
+    return [array for one in sequences for array in (one.cache, one.rope, one.logn, one.start)]
+
+
+def _attention(ops, sequences, layers=2):
+    """A step that attends to all layers of some sequences, with 6 heads of 16."""
+    rows = sum(one.rows for one in sequences)
+    qkv, out, x = ops.empty((rows, 12 * 16), np.float16), ops.empty((rows, 6 * 16), np.float16), ops.empty((4,))
 
     def step():
-        for layer in range(2):
+        for layer in range(layers):
             ops.add(x, x, out=x)
-            ops.side_by_side([functools.partial(attend, layer, i) for i in range(len(counts))])
-        ops.side_by_side([functools.partial(attend, 0, 0)])
+            ops.attend(qkv, [one._replace(layer=layer) for one in sequences], out=out)
 
-    ops.capture(step)()
-    attended = [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
-    assert [launch.branch for launch in attended] == [0, 1, 2, 0, 1, 2, None]
-    assert all(launch.branch is None for launch in driver.launches if launch.name == "add.any")
-    for layer, name in itertools.product((attended[:3], attended[3:6]), ("partials", "counters")):
-        end = 0
-        for launch, count in sorted(zip(layer, counts), key=lambda pair: pair[0].args[name]):
-            assert launch.args[name] >= end
-            end = launch.args[name] + 4 * (
-                count * heads * launch.grid[1] * 129 if name == "partials" else launch.grid[0]
-            )
-    scratch = [[launch.args["partials"] for launch in layer] for layer in (attended[:3], attended[3:6])]
-    assert set(scratch[0]) == set(scratch[1]), "the next layer's is the same"
+    return step
+
+
+def _attended(driver, replay) -> list:
     driver.launches.clear()
-    ops.side_by_side([functools.partial(attend, 0, i) for i in range(len(counts))])
-    assert [launch.branch for launch in driver.launches] == [None] * 3
-    assert len({launch.args["counters"] for launch in driver.launches}) == 1
-
-
-def _sequence(ops, capacity: int) -> list:
-    """The arrays of a sequence: cache, rope, logn, start."""
-    tables = ops.empty((capacity, 16)), ops.empty((capacity,))
-    return [ops.kv_cache(2, 3, 16, capacity, "int8"), *tables, ops.upload(np.zeros(1, np.int32))]
+    replay()
+    return [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
 
 
 def _entries(launches) -> list[list[int]]:
-    return [np.ctypeslib.as_array((ctypes.c_int64 * 8).from_address(x.args["entry"])).tolist() for x in launches]
+    """Of the sequences of all launches: as many as there are tiles of lone rows, or one."""
+    found = []
+    for launch in launches:
+        count = launch.grid[0] // 3 if launch.args["t"] == 1 else 1
+        values = (ctypes.c_int64 * (8 * count)).from_address(launch.args["entry"])
+        found += np.ctypeslib.as_array(values).reshape(count, 8).tolist()
+    return found
 
 
 def _expected(sequences) -> list[list[int]]:
     """The entries of every layer."""
     return [
-        [*(array.address for array in cache.layer(layer)), start.address, rope.address, logn.address, cache.stride]
+        [*(a.address for a in (*one.cache.layer(layer), one.start, one.rope, one.logn)), one.cache.stride]
         for layer in range(2)
-        for cache, rope, logn, start in sequences
+        for one in sequences
     ]
 
 
-def test_a_step_of_several_sequences_serves_others(ops, driver):
-    rows = [(ops.empty((n, 12 * 16), np.float16), ops.empty((n, 6 * 16), np.float16)) for n in (1, 3)]
-    first, others = ([_sequence(ops, capacity) for capacity in pair] for pair in ((100, 300), (500, 100)))
+def test_sequences_of_a_step_are_attended_to_in_branches_that_share_nothing(ops, driver):
+    """Those with one row in one branch."""
+    counts = 5, 2, 1, 1
+    sequences = [_sequence(ops, 100, rows) for rows in counts]
+    attended = _attended(driver, ops.capture(_attention(ops, sequences)))
+    assert [(launch.branch, launch.args["t"]) for launch in attended] == [(0, 5), (1, 2), (2, 1)] * 2
+    assert all(launch.branch is None for launch in driver.launches if launch.name == "add.any")
+    assert [launch.branch for launch in driver.launches if launch.name == "rope_append.int8"] == [0, 1] * 2
+    for layer, name in itertools.product((attended[:3], attended[3:]), ("partials", "counters")):
+        end = 0
+        for launch, rows in sorted(zip(layer, (5, 2, 2)), key=lambda pair: pair[0].args[name]):
+            assert launch.args[name] >= end
+            end = launch.args[name] + 4 * (rows * 6 * launch.grid[1] * 129 if name == "partials" else launch.grid[0])
+    scratch = [{launch.args["partials"] for launch in layer} for layer in (attended[:3], attended[3:])]
+    assert scratch[0] == scratch[1], "the next layer's is the same"
+    driver.launches.clear()
+    _attention(ops, sequences)()
+    assert {launch.branch for launch in driver.launches} == {None}
+    assert not any(launch.args.get("entry") for launch in driver.launches)
 
-    def attend(layer, i):
-        (qkv, out), (cache, rope, logn, start) = rows[i], first[i]
-        ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=layer, start=start)
-        ops.cached_attention(qkv, cache, layer, start, out=out)
 
-    def step():
-        for layer in range(2):
-            ops.side_by_side([functools.partial(attend, layer, i) for i in range(2)])
+@pytest.mark.parametrize("counts", [(1, 1), (3, 1), (2, 2), (1,) * 16])
+def test_a_step_of_several_sequences_serves_others(ops, driver, counts):
+    first, others = ([_sequence(ops, n, rows) for n, rows in zip(itertools.cycle(pair), counts)]
+                     for pair in ((100, 300), (500, 100)))  # fmt: skip
+    replay = ops.capture(_attention(ops, first))
+    attended = _attended(driver, replay)
+    assert all(launch.args["k"] == launch.args["start"] == launch.args["rope"] == 0 for launch in attended)
+    assert all(launch.args["flags"] & signatures.LISTED for launch in attended)
+    rotated = [x for x in driver.launches if x.name.startswith("rope_append") or x.args.get("t") == 1]
+    assert len(rotated) == len(attended) and all(launch.args["flags"] & signatures.LOGN for launch in rotated)
+    assert len(attended) == 2 * (1 if counts[0] == 1 else 2) and _entries(attended) == _expected(first)
 
-    def attended():
-        driver.launches.clear()
-        replay()
-        return [launch for launch in driver.launches if launch.name.startswith("decode_attention")]
-
-    replay = ops.capture(step)
-    assert all(launch.args["k"] == launch.args["start"] == launch.args["rope"] == 0 for launch in attended())
-    assert all(launch.args["flags"] & signatures.LISTED for launch in driver.launches)
-    rotated = [x for x in driver.launches if x.name.startswith("rope_append") or x.args["flags"] & signatures.ROPE]
-    assert len(rotated) == 4 and all(launch.args["flags"] & signatures.LOGN for launch in rotated)
-    assert _entries(attended()) == _expected(first)
-
-    inputs, cache = [array for sequence in first for array in sequence], weakref.ref(first[0][0])
+    inputs, cache = _arrays(first), weakref.ref(first[0].cache)
     assert ops.movable(replay, inputs[1:]) is None and ops.movable(replay, inputs[:4] + inputs[:4]) is None
     move = ops.movable(replay, inputs)
     first.clear()
     inputs.clear()
     gc.collect()
     assert cache() is None, "a movable step keeps its arrays alive"
-    other = [array for sequence in others for array in sequence]
-    assert move(other) and _entries(attended()) == _expected(others)
+    other = _arrays(others)
+    assert move(other) and _entries(_attended(driver, replay)) == _expected(others)
     assert not move([*other[:2], None, *other[3:]]) and not move([ops.kv_cache(2, 3, 16, 100, "fp16"), *other[1:]])
-    assert _entries(attended()) == _expected(others), "a refused move changes nothing"
+    assert _entries(_attended(driver, replay)) == _expected(others), "a refused move changes nothing"
 
 
 def test_a_step_that_cannot_be_captured_keeps_no_memory(ops):
-    qkv, out = ops.empty((1, 12 * 16), np.float16), ops.empty((1, 6 * 16), np.float16)
-    sequences, before = [_sequence(ops, 100) for _ in range(2)], ops.memory.in_use
-
-    def attend(cache, rope, logn, start):
-        ops.rope_append(qkv, rope=rope, logn=logn, cache=cache, layer=0, start=start)
-        ops.cached_attention(qkv, cache, 0, start, out=out)
+    sequences, before = [_sequence(ops, 100, 1) for _ in range(2)], ops.memory.in_use
 
     def step():
-        ops.side_by_side([functools.partial(attend, *sequence) for sequence in sequences])
+        _attention(ops, sequences)()
         raise DeviceError("out of memory")
 
     with pytest.raises(DeviceError):
         ops.capture(step)
-    held = sum(cache.nbytes for cache, *_ in sequences)
+    held = sum(one.cache.nbytes for one in sequences)
     sequences.clear()
     gc.collect()
     assert ops.memory.in_use <= before - held
 
 
+def test_entries_of_a_launch_follow_each_other(ops, driver):
+    """In tables of 256 entries, too: 37 layers of 7 sequences."""
+    sequences = [_sequence(ops, 100, 1) for _ in range(7)]
+    sequences = [one._replace(cache=ops.kv_cache(37, 3, 16, 100, "fp16")) for one in sequences]
+    replay = ops.capture(_attention(ops, sequences, layers=37))
+    keys = [entry[0] for entry in _entries(_attended(driver, replay))]
+    assert keys == [one.cache.layer(layer)[0].address for layer in range(37) for one in sequences]
+    others = [one._replace(cache=ops.kv_cache(37, 3, 16, 64, "fp16")) for one in reversed(sequences)]
+    assert ops.movable(replay, _arrays(sequences))(_arrays(others))
+    keys = [entry[0] for entry in _entries(_attended(driver, replay))]
+    assert keys == [one.cache.layer(layer)[0].address for layer in range(37) for one in others]
+
+
 def test_a_step_of_one_sequence_stays_with_it(ops):
-    cache, rope, logn, start = _sequence(ops, 100)
-    qkv, out = ops.empty((1, 12 * 16), np.float16), ops.empty((1, 6 * 16), np.float16)
-    replay = ops.capture(lambda: ops.side_by_side([lambda: ops.cached_attention(qkv, cache, 0, start, out=out)]))
-    assert ops.movable(replay, [cache, rope, logn, start]) is None
+    sequence = _sequence(ops, 100, 1)
+    assert ops.movable(ops.capture(_attention(ops, [sequence])), _arrays([sequence])) is None
 
 
 def test_segments_are_uploaded_once_and_outlive_what_was_captured(ops, driver):
@@ -409,6 +417,8 @@ def test_a_picture_whose_offsets_are_too_large_is_refused(ops, driver, monkeypat
 
 
 def test_wrong_calls_are_refused(ops):
+    with pytest.raises(ValueError, match="17 rows of a sequence"):
+        ops.capture(_attention(ops, [_sequence(ops, 100, 17), _sequence(ops, 100, 1)]))
     w = ops.weight(matrix(64, 128, 4))
     with pytest.raises(ValueError, match="128 columns"):
         ops.linear(ops.empty((2, 64)), w, out=ops.empty((2, 64)))

@@ -72,7 +72,8 @@ def _kernels(ops: CudaOps) -> dict:
             if not isinstance(value, np.ndarray):
                 return value
             if value.dtype == np.int64:  # addresses here, of arrays there
-                return ops.upload(np.array([places.get(address, address) for address in value.tolist()]))
+                there = [places.get(address, address) for address in value.reshape(-1).tolist()]
+                return ops.upload(np.array(there).reshape(value.shape))
             return arrays.setdefault((value.ctypes.data, value.nbytes), (value, ops.upload(value)))[1]
 
         places: dict = {}

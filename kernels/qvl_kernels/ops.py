@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -142,6 +142,29 @@ def restored(parts: Sequence[tuple[tuple[int, ...], np.dtype]], arrays: Sequence
     if found != list(parts):
         raise ValueError(f"these arrays are not of this cache: expected {list(parts)}, found {found}")
     return arrays
+
+
+class Attended(NamedTuple):
+    """Rows of a batch that belong to one sequence, and what `Ops.rope_append` needs for them."""
+
+    rows: int
+    rope: Array
+    logn: Array | None
+    cache: KVCache
+    layer: int
+    start: Array
+
+
+def attend_in_turn(
+    ops: Ops, qkv: Array, sequences: Sequence[Attended], out: Array, q_norm: Norm | None, k_norm: Norm | None
+) -> None:
+    """Do what `Ops.attend` does, one sequence after the other."""
+    first = 0
+    for rows, rope, logn, cache, layer, start in sequences:
+        some, end = qkv[first : first + rows], first + rows
+        ops.rope_append(some, rope=rope, logn=logn, cache=cache, layer=layer, start=start, q_norm=q_norm, k_norm=k_norm)
+        ops.cached_attention(some, cache, layer, start, out=out[first:end])
+        first = end
 
 
 Move = Callable[[Sequence[Array | KVCache | None]], bool]
@@ -309,6 +332,20 @@ class Ops(Protocol):
         slices. out ``[T, heads * d]``.
         """
 
+    def attend(
+        self,
+        qkv: Array,
+        sequences: Sequence[Attended],
+        *,
+        out: Array,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> None:
+        """`rope_append` and `cached_attention` for the rows of several sequences, which follow each other.
+
+        Afterwards all of `qkv` is unspecified.
+        """
+
     # choosing
     def argmax(self, logits: Array, *, out: Array) -> None:
         """``out [T] int32``: index of the largest value of each row of logits [T, V], the first of ties.
@@ -321,9 +358,6 @@ class Ops(Protocol):
 
         `step` runs at most once, while recording; its results are undefined.
         """
-
-    def side_by_side(self, works: Sequence[Callable[[], None]]) -> None:
-        """Run pieces of work of which none uses what another computes; in a captured step they may run at once."""
 
     def movable(self, replay: Callable[[], None], inputs: Sequence[Array | KVCache | None]) -> Move | None:
         """Return a function that makes a captured step use other arrays and caches in place of `inputs`.

@@ -32,7 +32,8 @@ MAX_BATCH = FEW_ROWS
 """Largest number of concurrent answers: each has at least one row of a step."""
 
 SHARED_ROWS = 128
-"""Fewest tokens of a slice in which several prompts end: their answers then begin, and end, in fuller steps."""
+"""Tokens for which a slice always has room if several prompts end in it: their answers then begin, and end, in fuller
+steps."""
 
 IDLE_SECONDS = 5.0
 """Idle time after which the thread ends."""

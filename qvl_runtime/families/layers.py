@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qvl_kernels.ops import Array, Norm, Ops, Weight
+from qvl_kernels.ops import Array, Attended, Norm, Ops, Weight
 from qvl_runtime.engine.decoder import Features, Span
 from qvl_runtime.engine.sequence import Rotary, SequenceState
 from qvl_runtime.families.weights import Weights
@@ -76,30 +75,13 @@ class Block:
     def __call__(self, ops: Ops, work: Workspace, spans: Sequence[Span], index: int) -> None:
         """Run on ``work.x`` in place and append keys and values to the sequences."""
         ops.linear(work.x, self.qkv, out=work.qkv, norm=self.attention_norm)
-        attentions, first = list[Callable[[], None]](), 0
-        for sequence, count in spans:
-            qkv, attended = work.qkv[first : first + count], work.attended[first : first + count]
-            attentions.append(partial(self._attend, ops, qkv, sequence, index, attended))
-            first += count
-        ops.side_by_side(attentions)
+        sequences = [
+            Attended(count, s.rotary.rope, s.rotary.logn, s.store, s.layer(index), s.start) for s, count in spans
+        ]
+        ops.attend(work.qkv, sequences, out=work.attended, q_norm=self.q_norm, k_norm=self.k_norm)
         ops.linear(work.attended, self.attention_out, out=work.x, residual=work.x)
         ops.gate_up(work.x, self.gate, self.up, out=work.hidden, norm=self.mlp_norm)
         ops.linear(work.hidden, self.down, out=work.x, residual=work.x)
-
-    def _attend(self, ops: Ops, qkv: Array, sequence: SequenceState, index: int, out: Array) -> None:
-        """Append the keys and values of a sequence's rows, and attend to all that it has."""
-        layer, rotary = sequence.layer(index), sequence.rotary
-        ops.rope_append(
-            qkv,
-            rope=rotary.rope,
-            logn=rotary.logn,
-            cache=sequence.store,
-            layer=layer,
-            start=sequence.start,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-        )
-        ops.cached_attention(qkv, sequence.store, layer, sequence.start, out=out)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ class FakeStreams:
         self._issue, self.index = issue, None
 
     def fork(self):
-        assert self.index is None
+        pass
 
     def branch(self, index):
         self._issue(setattr, self, "index", index)

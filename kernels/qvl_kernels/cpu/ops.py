@@ -12,7 +12,7 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched, cache, choices, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
-from qvl_kernels.ops import PRECISIONS, Norm, check_segments, query_heads
+from qvl_kernels.ops import PRECISIONS, Norm, attend_in_turn, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -119,10 +119,6 @@ class CpuOps:
             self._local.recording = None
         program.words()
         return Replay(self._pool, program)
-
-    def side_by_side(self, works):
-        for work in works:
-            work()
 
     def movable(self, replay, inputs):
         return arrays.movable(replay.program, inputs)
@@ -368,6 +364,9 @@ class CpuOps:
         return heads
 
     # ---------------------------------------------------------------------------------------------- choosing
+    def attend(self, qkv, sequences, *, out, q_norm=None, k_norm=None):
+        attend_in_turn(self, qkv, sequences, out, q_norm, k_norm)
+
     def argmax(self, logits, *, out):
         check("logits", logits, F32, (None, None))
         check("out", out, I32, (len(logits),))

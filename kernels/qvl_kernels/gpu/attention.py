@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qvl_kernels.gpu import signatures as s
 from qvl_kernels.gpu.arrays import DeviceArray, expect
+from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.graph import Queue, Replay
 from qvl_kernels.gpu.launcher import Images, Launcher
 from qvl_kernels.gpu.memory import Memory, Uploader
-from qvl_kernels.gpu.table import SequenceTable, Used
+from qvl_kernels.gpu.table import SequenceTable
 from qvl_kernels.gpu.tiles import COUNTERS
-from qvl_kernels.ops import Array, DeviceError, Norm, check_segments, query_heads
+from qvl_kernels.ops import Array, Attended, DeviceError, Norm, check_segments, query_heads
 
 _HALF, _FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 
@@ -27,26 +29,33 @@ _FEWEST_SPLITS = 4
 _CONSTANTS = 8
 """Number of cached arrays of segment boundaries."""
 
-_COUNTERS = 4
+_COUNTERS_ALIGNED = 4
 """Each branch's counters begin at a multiple of this, as an argument of a kernel has to."""
 
 MOST_VALUES = 1 << 31
 """Most values that a product or `attention` may read: the kernels compute offsets in int32."""
 
 
-class _Rotation(NamedTuple):
-    """A `rope_append` that was recorded: its place on the tape, what it works on, and its launch."""
+class _Given(NamedTuple):
+    """The launch arguments for a sequence, or for several in a table."""
 
-    place: tuple[int, int] | None
-    where: tuple
-    sequence: tuple
-    norms: tuple[DeviceArray | None, ...]
-    epsilons: tuple[float, ...]
+    arrays: tuple[DeviceArray | None, ...]
+    rope: DeviceArray | None
+    logn: DeviceArray | None
+    capacity: int
     flags: int
 
 
+class _Norms(NamedTuple):
+    """The launch arguments for the norms of queries and keys."""
+
+    weights: tuple[DeviceArray | None, ...] = (None, None)
+    epsilons: tuple[float, ...] = (0.0, 0.0)
+    flags: int = 0
+
+
 class AttentionOps:
-    """The part of `CudaOps` that rotates and attends; see there for the parameters."""
+    """The part of `CudaOps` that rotates and attends, and with it what captured steps need; see there."""
 
     def __init__(self, driver: Driver, images: Images, progress: Callable[[int], None]):
         self.driver = driver
@@ -56,8 +65,6 @@ class AttentionOps:
         self.uploader = Uploader(driver, progress)
         self._counters = self.memory.array((COUNTERS,), np.int32)
         driver.fill(self._counters.address, 0, self._counters.nbytes)
-        self._first_counter, self._apart = 0, False
-        self._rotation: _Rotation | None = None
         self._table = SequenceTable(self.memory, self.uploader)
         self._bounds: collections.OrderedDict[tuple[int, ...], DeviceArray] = collections.OrderedDict()
 
@@ -107,63 +114,100 @@ class AttentionOps:
         self.launch(name, grid, *qkv, bounds, out, q_rows, k_rows, heads, parts, d, 1 / math.sqrt(d))
 
     def rope_append(self, qkv, *, rope, logn, cache, layer, start, q_norm=None, k_norm=None):
-        heads = query_heads(qkv.shape[1], cache)
-        grid = (qkv.shape[0], -(-(heads + cache.kv_heads) // s.ROPE_HEADS))
-        weights, epsilons = zip(*(_head_norm(norm, cache.head_dim) for norm in (q_norm, k_norm)))
-        flags = flags_of((logn, s.LOGN), (q_norm, s.Q_NORM), (k_norm, s.K_NORM))
-        *arrays, rope, logn, capacity, listed = found = self._sequence(Used(cache, layer, start, rope, logn))
-        flags |= listed
-        sizes = (heads, cache.kv_heads, capacity, cache.head_dim, *epsilons, flags)
-        self.launch(f"rope_append.{cache.dtype}", grid, qkv, rope, logn, *weights, *arrays, *sizes)
-        if self.queue.place is not None:
-            where = qkv.address, cache, layer, start.address
-            self._rotation = _Rotation(self.queue.place, where, found, weights, epsilons, flags)
+        used = Attended(qkv.shape[0], rope, logn, cache, layer, start)
+        self._rope_append(qkv, used, _given(used), _norms(q_norm, k_norm, cache.head_dim))
 
     def cached_attention(self, qkv, cache, layer, start, *, out):
-        t, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
-        expect(out, (t, heads * d), _HALF)
-        scale, variant = 1 / math.sqrt(d), f"{cache.dtype}.{'128' if d == 128 else 'any'}"
-        if t > s.FEW_ROWS:
-            name = f"cached_attention.{variant}"
-            grid = (-(-t // self.launch.constants(name)["BM"]), heads)
-            sizes = (t, heads, kv_heads, cache.stride, d, scale)
-            self.launch(name, grid, qkv, *cache.layer(layer), start, out, *sizes)
-            return
-        name = f"decode_attention.{variant}"
-        rows = self.launch.constants(name)["BM"]
-        splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
-        partials = self.memory.array((t * heads, splits, 128 + 1), _FLOAT)
-        grid = (kv_heads * -(-t * (heads // kv_heads) // rows), splits)
-        counters = self._counters[self._first_counter :]
-        if self._apart:
-            self._first_counter += -(-grid[0] // _COUNTERS) * _COUNTERS
-        rotation, self._rotation = self._rotation, None
-        if rotation is None or rotation[:2] != (self.queue.place, (qkv.address, cache, layer, start.address)):
-            rotation = None
-        sequence = self._sequence(Used(cache, layer, start, None, None)) if rotation is None else rotation.sequence
-        *arrays, rope, logn, capacity, flags = sequence
-        if rotation is not None and t == 1 and heads // kv_heads < rows:
-            self.queue.take_back()
-            tables, epsilons, flags = (rope, logn, *rotation.norms), rotation.epsilons, rotation.flags | s.ROPE
-        else:
-            tables, epsilons = (None,) * 4, (0.0, 0.0)
-        sizes = (t, heads, kv_heads, capacity, d, scale, *epsilons, flags)
-        self.launch(name, grid, qkv, *arrays, out, partials, counters, *tables, *sizes)
+        given = _Given((*cache.layer(layer), start, None), None, None, cache.stride, 0)
+        self._cached_attention(qkv, cache, given, out)
 
-    def _sequence(self, used: Used) -> tuple:
-        """Return a launch's arguments for a sequence: k, v, their scales, start, entry; rope, logn; capacity; flags."""
-        if self._apart:
-            return (*[None] * 5, self._table.add(used), None, None, 0, s.LISTED)
-        return (*used.cache.layer(used.layer), used.start, None, used.rope, used.logn, used.cache.stride, 0)
+    def attend(self, qkv, sequences, *, out, q_norm=None, k_norm=None):
+        """In a captured step several sequences are in a table; their launches are branches, one for all lone rows."""
+        if self.queue.recording:
+            parts = list(self._parts(qkv, sequences))
+        else:
+            parts = [[one] for one in sequences]
+        listed, norms = len(sequences) > 1 and self.queue.recording, _norms(q_norm, k_norm, sequences[0].cache.head_dim)
+        with self.queue.branches(len(parts)) as begin:
+            first, counter = 0, 0
+            for part in parts:
+                begin()
+                last = first + sum(one.rows for one in part)
+                given = self._listed(part) if listed else _given(part[0])
+                counter += self._attend(qkv[first:last], part, given, norms, out[first:last], counter)
+                first = last
+
+    def _parts(self, qkv, sequences) -> Iterator[list]:
+        """Yield sequences that a launch can serve together: lone rows, or one sequence."""
+
+        def kind(one) -> tuple[bool, bool]:
+            return one.rows == 1 and self._rotates(qkv, one.cache), one.logn is None
+
+        for (lone, _), some in itertools.groupby(sequences, kind):
+            part = list(some)
+            yield from [part] if lone else ([one] for one in part)
+
+    def _rotates(self, qkv: DeviceArray, cache: CudaCache) -> bool:
+        """Whether the attention of a lone row can rotate and append: its tile has room for the keys' head."""
+        group = query_heads(qkv.shape[1], cache) // cache.kv_heads
+        return group < self.launch.constants(f"decode_attention.{_variant(cache)}")["BM"]
+
+    def _attend(self, qkv, part, given: _Given, norms: _Norms, out, counter: int) -> int:
+        """Launch for one part; return the number of counters in use from `counter` on."""
+        one = part[0]
+        if one.rows == 1 and self._rotates(qkv, one.cache):
+            flags = given.flags | norms.flags | s.ROPE | flags_of((one.logn, s.LOGN))
+            return self._decode_attention(qkv, one.cache, 1, given, out, norms, flags, counter)
+        self._rope_append(qkv, one, given, norms)
+        return self._cached_attention(qkv, one.cache, given, out, counter)
+
+    def _rope_append(self, qkv, used, given: _Given, norms: _Norms) -> None:
+        cache, heads = used.cache, query_heads(qkv.shape[1], used.cache)
+        grid = (used.rows, -(-(heads + cache.kv_heads) // s.ROPE_HEADS))
+        flags = given.flags | norms.flags | flags_of((used.logn, s.LOGN))
+        sizes = (heads, cache.kv_heads, given.capacity, cache.head_dim, *norms.epsilons, flags)
+        tables = (given.rope, given.logn, *norms.weights)
+        self.launch(f"rope_append.{cache.dtype}", grid, qkv, *tables, *given.arrays, *sizes)
+
+    def _cached_attention(self, qkv, cache: CudaCache, given: _Given, out, counter: int = 0) -> int:
+        t, d, heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache)
+        if t <= s.FEW_ROWS:
+            return self._decode_attention(qkv, cache, t, given, out, _Norms(), given.flags, counter)
+        if given.flags & s.LISTED:
+            raise ValueError(f"{t} rows of a sequence in a captured step of several: at most {s.FEW_ROWS}")
+        expect(out, (t, heads * d), _HALF)
+        name = f"cached_attention.{_variant(cache)}"
+        grid = (-(-t // self.launch.constants(name)["BM"]), heads)
+        sizes = (t, heads, cache.kv_heads, given.capacity, d, 1 / math.sqrt(d))
+        self.launch(name, grid, qkv, *given.arrays[:-1], out, *sizes)
+        return 0
+
+    def _decode_attention(
+        self, qkv, cache: CudaCache, t: int, given: _Given, out, norms: _Norms, flags: int, counter: int
+    ) -> int:
+        """Attention of sequences with `t` rows each; with ROPE it rotates and appends first. Return its counters."""
+        rows, d, heads, kv_heads = qkv.shape[0], cache.head_dim, query_heads(qkv.shape[1], cache), cache.kv_heads
+        expect(out, (rows, heads * d), _HALF)
+        name = f"decode_attention.{_variant(cache)}"
+        splits = min(max(2 * self.driver.multiprocessors // kv_heads, _FEWEST_SPLITS), s.DECODE_SPLITS)
+        partials = self.memory.array((rows * heads, splits, 128 + 1), _FLOAT)
+        tiles = rows // t * kv_heads * -(-t * (heads // kv_heads) // self.launch.constants(name)["BM"])
+        sizes = (t, heads, kv_heads, given.capacity, d, 1 / math.sqrt(d), *norms.epsilons, flags)
+        scratch, tables = (partials, self._counters[counter:]), (given.rope, given.logn, *norms.weights)
+        self.launch(name, (tiles, splits), qkv, *given.arrays, out, *scratch, *tables, *sizes)
+        return -(-tiles // _COUNTERS_ALIGNED) * _COUNTERS_ALIGNED
+
+    def _listed(self, part) -> _Given:
+        return _Given((*[None] * 5, self._table.add(part)), None, None, 0, s.LISTED)
 
     # steps
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        self._table = table = SequenceTable(self.memory, self.uploader)
+        table = self._table
         try:
             replay = self.queue.capture(step)
         finally:
-            self._table, self._rotation = SequenceTable(self.memory, self.uploader), None  # they refer to caches
+            self._table = SequenceTable(self.memory, self.uploader)  # the other one refers to caches
         table.upload()
         replay.table = table
         return replay
@@ -171,19 +215,19 @@ class AttentionOps:
     def movable(self, replay, inputs):
         return replay.table.movable(inputs)
 
-    def side_by_side(self, works):
-        self._apart = len(works) > 1 and self.queue.place is not None
-        try:
-            if not self._apart:
-                for work in works:
-                    work()
-                return
-            with self.queue.branches() as begin:
-                for work in works:
-                    begin()
-                    work()
-        finally:
-            self._first_counter, self._apart = 0, False
+
+def _variant(cache: CudaCache) -> str:
+    return f"{cache.dtype}.{'128' if cache.head_dim == 128 else 'any'}"
+
+
+def _given(used) -> _Given:
+    cache = used.cache
+    return _Given((*cache.layer(used.layer), used.start, None), used.rope, used.logn, cache.stride, 0)
+
+
+def _norms(q_norm: Norm | None, k_norm: Norm | None, d: int) -> _Norms:
+    weights, epsilons = zip(*(_head_norm(norm, d) for norm in (q_norm, k_norm)))
+    return _Norms(weights, epsilons, flags_of((q_norm, s.Q_NORM), (k_norm, s.K_NORM)))
 
 
 def flags_of(*conditions: tuple) -> int:

@@ -37,31 +37,22 @@ class Queue:
             self._keep += _owners(keep)
 
     @property
-    def place(self) -> tuple[int, int] | None:
-        """Identifies the action recorded last; None while nothing is."""
-        return None if self._tape is None else (id(self._tape), len(self._tape))
-
-    def take_back(self) -> None:
-        """Forget the action recorded last, for another to take its place."""
-        assert self._tape, "only what is recorded can be taken back"
-        self._tape.pop()
+    def recording(self) -> bool:
+        """Whether a step is recorded."""
+        return self._tape is not None
 
     @contextlib.contextmanager
-    def branches(self) -> Iterator[Callable[[], None]]:
-        """Record branches, which the device may run at the same time; each begins with a call of what this yields.
-
-        They use different scratch memory.
+    def branches(self, count: int) -> Iterator[Callable[[], None]]:
+        """Record `count` branches, which the device may run at the same time; each begins with a call of what is
+        yielded. They use different scratch memory. While nothing is recorded, or if there is one, they are no branches.
         """
-        count = 0
-
-        def begin() -> None:
-            nonlocal count
-            self(self.driver.streams.branch, count)
-            count += 1
-
+        if count == 1 or not self.recording:
+            yield lambda: None
+            return
+        indices = iter(range(count))
         self(self.driver.streams.fork)
         with self.memory.scratch.apart():
-            yield begin
+            yield lambda: self(self.driver.streams.branch, next(indices))
         self(self.driver.streams.join, count)
 
     def host_access(self, what: str) -> None:

@@ -239,10 +239,11 @@ KERNELS: dict[str, Kernel] = {
         _CACHE_VARIANTS,
         "(ceil(t / BM), heads)",
     ),
-    # The same for t of at most FEW_ROWS. A tile is BM of the t * heads / kv_heads queries of a head of keys, which it
-    # reads once, and its programs take BN positions each in turns. partials: float32 [t * heads, splits, 128 + 1];
-    # counters: one a tile. flags: LISTED as above; for one token and fewer heads than BM a head of keys ROPE, and
-    # `rope_append`'s: what it does is done first, with the same bits, but qkv stays.
+    # The same for at most FEW_ROWS rows, with LISTED of several sequences, t rows of each. A tile is BM of the
+    # t * heads / kv_heads queries of a head of keys, which it reads once, and its programs take BN positions each in
+    # turns. partials: float32 [rows * heads, splits, 128 + 1]; counters: one a tile. flags: LISTED as above; for t of 1
+    # and fewer heads than BM a head of keys ROPE, and `rope_append`'s: what it does is done first, with the same bits,
+    # but qkv stays.
     "decode_attention": Kernel(
         "decode_attention.decode_attention",
         _arguments(
@@ -250,7 +251,7 @@ KERNELS: dict[str, Kernel] = {
             "k_norm:*fp32 t:i32 heads:i32 kv_heads:i32 capacity:i32 d:i32 scale:fp32 q_eps:fp32 k_eps:fp32 flags:i32"
         ),
         _CACHE_VARIANTS,
-        "(kv_heads * ceil(t * heads / kv_heads / BM), splits): splits <= DECODE_SPLITS",
+        "(sequences * kv_heads * ceil(t * heads / kv_heads / BM), splits): splits <= DECODE_SPLITS",
     ),
     # Attention of q_rows over k_rows. Rows of q, k, v are parts * heads * d apart and heads parts * d apart. parts is 3
     # for patches, whose q, k, v are all the one array that holds them side by side; 1 for separate arrays. out

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qvl_kernels.ops import Norm, check_segments, query_heads, restored
+from qvl_kernels.ops import Norm, attend_in_turn, check_segments, query_heads, restored
 from qvl_kernels.packing import Matrix
 from qvl_kernels.reference.functions import ACTIVATIONS, attention, dequantize_kv, quantize_kv, rotate, silu
 from qvl_kernels.sizes import MappedSizes
@@ -154,15 +154,14 @@ class ReferenceOps:
         visible = np.arange(end) <= np.arange(begin, end)[:, None]
         out[...] = attention(q, k, v, visible).reshape(out.shape)
 
+    def attend(self, qkv, sequences, *, out, q_norm=None, k_norm=None):
+        attend_in_turn(self, qkv, sequences, out, q_norm, k_norm)
+
     def argmax(self, logits, *, out):
         out[...] = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         return step
-
-    def side_by_side(self, works):
-        for work in works:
-            work()
 
     def movable(self, replay, inputs):
         return None

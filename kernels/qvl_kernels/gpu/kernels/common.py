@@ -26,6 +26,8 @@ Q_NORM = tl.constexpr(2)
 K_NORM = tl.constexpr(4)
 ROPE = tl.constexpr(8)
 LISTED = tl.constexpr(16)
+ENTRY = tl.constexpr(8)
+"""Values of an entry of `table.SequenceTable`."""
 
 FEW = tl.constexpr(16)
 """Rows of the largest tile of a product of few rows; see `signatures.FEW_ROWS`."""

@@ -4,12 +4,15 @@ The queries of one head of keys, of all tokens and all heads of its group, are t
 once. The length is read on the device, so a captured launch serves every step. The programs of a tile take tiles of
 positions in turns and write `partials`; the last one merges them in a fixed order. Which program has a position does
 not depend on the length: a token gets the same bits whatever tokens come after it.
+
+One launch serves sequences with equally many tokens, whose rows and entries of the table follow each other.
 """
 
 import triton
 import triton.language as tl
 
 from qvl_kernels.gpu.kernels.common import (
+    ENTRY,
     LOG2_E,
     ROPE,
     as_half,
@@ -55,13 +58,14 @@ def decode_attention(
     t, heads, kv_heads, capacity, d, scale, q_eps, k_eps, flags,
     INT8: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    k, v, k_scale, v_scale, start, rope, logn, capacity = given_or_listed(
-        k, v, k_scale, v_scale, start, rope, logn, capacity, entry, flags, INT8
-    )
-    tile = tl.program_id(0)
-    part = tl.program_id(1)
     group = heads // kv_heads
     tiles = tl.cdiv(t * group, BM)
+    tile = tl.program_id(0) % (kv_heads * tiles)
+    sequence = tl.program_id(0) // (kv_heads * tiles)
+    k, v, k_scale, v_scale, start, rope, logn, capacity = given_or_listed(
+        k, v, k_scale, v_scale, start, rope, logn, capacity, entry + sequence * ENTRY, flags, INT8
+    )
+    part = tl.program_id(1)
     kv_head = tile // tiles
     # a row of the tile is a token and one of the heads of its group
     row = tile % tiles * BM + tl.arange(0, BM)
@@ -83,7 +87,10 @@ def decode_attention(
     end = begin + t
     position = begin + token
     splits = tl.num_programs(1)
-    slot = (kv_head * (t * group) + row) * splits
+    qkv += sequence * t * ((heads + 2 * kv_heads) * width)
+    out += sequence * t * (heads * width)
+    first_slot = sequence * t * heads * splits
+    slot = first_slot + (kv_head * (t * group) + row) * splits
     if flags & ROPE:
         # of one token: every program rotates the queries for itself, one of them appends
         which = tl.where(row < group, head, tl.where(row == group, heads + kv_head, heads + kv_heads))
@@ -118,14 +125,14 @@ def decode_attention(
             weights *= tl.load(v_scale + base + rn, mask=seen, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(weights.to(tl.float16), as_half(values, INT8), acc * shrink[:, None])
 
-    # [t * heads, splits, 128] sums, then [t * heads, splits] logarithms (base 2) of their totals
-    logs = partials + t * heads * (splits * 128)
+    # [rows * heads, splits, 128] sums, then [rows * heads, splits] logarithms (base 2) of their totals
+    logs = partials + tl.num_programs(0) // (kv_heads * tiles) * t * heads * (splits * 128)
     divisor = tl.where(total > 0, total, 1.0)
     acc *= reciprocal(divisor)[:, None]
     tl.store(partials + (slot + part)[:, None] * 128 + rd[None, :], acc, mask=inside[:, None])
     tl.store(logs + slot + part, tl.where(total > 0, largest + tl.log2(divisor), float("-inf")), mask=inside)
-    if last_to_arrive(counters + tile, splits):
+    if last_to_arrive(counters + tl.program_id(0), splits):
         rows = t * group
-        at = kv_head * rows * splits
+        at = first_slot + kv_head * rows * splits
         for first_row in range(tile % tiles * BM, tl.minimum(tile % tiles * BM + BM, rows), MERGED):
             _merge(partials + at * 128, logs + at, first_row, rows, out, kv_head * group, heads, group, width, splits)
