@@ -54,7 +54,7 @@ class Counted:
 
     def __getattr__(self, name):
         operation = getattr(self.ops, name)
-        if name not in ("vision_attention", "cached_attention"):
+        if name not in ("vision_attention", "attend"):
             return operation
 
         def counted(*args, **options):

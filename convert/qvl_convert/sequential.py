@@ -24,7 +24,7 @@ from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_runtime.families.weights import Tensors, Weights
 
 SEQUENTIAL_STAGES = ("vision", "decoder")
-SKIPPED = frozenset(("normalize", "add", "gather", "copy", "vision_attention", "rope_append", "cached_attention"))
+SKIPPED = frozenset(("normalize", "add", "gather", "copy", "vision_attention", "attend"))
 """Operations between products; `write`, `upload` and `empty` only prepare arrays."""
 
 
