@@ -512,16 +512,13 @@ LEAVE = """
 import gc, sys, threading, time, weakref
 import qvl_runtime as qvl
 
-def release():
-    time.sleep(0.3)
-    print("released by", thread, flush=True)
-
 class Weights:
-    pass
+    def __del__(self):
+        time.sleep(0.3)
+        print("released by", thread, flush=True)
 
 model = qvl.load(sys.argv[1], device="cpu")
 model._scheduler.weights = Weights()
-weakref.finalize(model._scheduler.weights, release).atexit = False
 model.generate([5, 6, 7], max_new_tokens=1)
 scheduler, thread = weakref.ref(model._scheduler), "the engine"
 del model
