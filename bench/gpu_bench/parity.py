@@ -76,8 +76,7 @@ def _kernels(ops: CudaOps) -> dict:
                 return ops.upload(np.array(there).reshape(value.shape))
             return arrays.setdefault((value.ctypes.data, value.nbytes), (value, ops.upload(value)))[1]
 
-        places: dict = {}
-        places |= {array.ctypes.data: upload(array).address for array in reached}
+        places = {array.ctypes.data: upload(array).address for array in reached}
         ops.launch(name, grid, *map(upload, args))
         for value, array in arrays.values():
             result = ops.download(array)

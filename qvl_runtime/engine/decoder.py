@@ -195,8 +195,8 @@ class DecodeStep:
             self._members += 1
             self._together = {rows: step for rows, step in self._together.items() if step.move is not None}
             self._arrays = arrays  # last: after an interrupt all this is done again
-        fixed = not self.ops.any_capacity
-        rows = tuple([(len(tokens), sequence.store.capacity * fixed) for sequence, tokens in fed])
+        anywhere = self.ops.any_capacity
+        rows = tuple([(len(tokens), None if anywhere else sequence.store.capacity) for sequence, tokens in fed])
         known = self._together.get(rows)
         if known is None or not self._moved(known):
             if len(self._together) >= MOST_CAPTURED:

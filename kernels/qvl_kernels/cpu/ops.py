@@ -363,10 +363,10 @@ class CpuOps:
             raise ValueError(f"start {start[0]}: {len(qkv)} more positions do not fit a cache of {cache.capacity}")
         return heads
 
-    # ---------------------------------------------------------------------------------------------- choosing
     def attend(self, qkv, sequences, *, out, q_norm=None, k_norm=None):
         attend_in_turn(self, qkv, sequences, out, q_norm, k_norm)
 
+    # ---------------------------------------------------------------------------------------------- choosing
     def argmax(self, logits, *, out):
         check("logits", logits, F32, (None, None))
         check("out", out, I32, (len(logits),))

@@ -123,11 +123,9 @@ class AttentionOps:
 
     def attend(self, qkv, sequences, *, out, q_norm=None, k_norm=None):
         """In a captured step several sequences are in a table; their launches are branches, one for all lone rows."""
-        if self.queue.recording:
-            parts = list(self._parts(qkv, sequences))
-        else:
-            parts = [[one] for one in sequences]
-        listed, norms = len(sequences) > 1 and self.queue.recording, _norms(q_norm, k_norm, sequences[0].cache.head_dim)
+        recording = self.queue.recording
+        parts = list(self._parts(qkv, sequences)) if recording else [[one] for one in sequences]
+        listed, norms = recording and len(sequences) > 1, _norms(q_norm, k_norm, sequences[0].cache.head_dim)
         with self.queue.branches(len(parts)) as begin:
             first, counter = 0, 0
             for part in parts:
@@ -205,11 +203,10 @@ class AttentionOps:
     def capture(self, step: Callable[[], None]) -> Replay:
         table = self._table
         try:
-            replay = self.queue.capture(step)
+            replay = self.queue.capture(step, table)
         finally:
             self._table = SequenceTable(self.memory, self.uploader)  # the other one refers to caches
         table.upload()
-        replay.table = table
         return replay
 
     def movable(self, replay, inputs):

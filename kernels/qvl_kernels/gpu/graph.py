@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvl_kernels.gpu.arrays import DeviceArray
 from qvl_kernels.gpu.driver import Driver
 from qvl_kernels.gpu.memory import Memory
+
+if TYPE_CHECKING:
+    from qvl_kernels.gpu.table import SequenceTable
 
 
 class Queue:
@@ -60,8 +63,8 @@ class Queue:
         if self._tape is not None:
             raise RuntimeError(f"{what} moves data between host and GPU: not possible within a captured step")
 
-    def capture(self, step: Callable[[], None]) -> Replay:
-        """Record the work of `step`."""
+    def capture(self, step: Callable[[], None], table: SequenceTable) -> Replay:
+        """Record the work of `step`, which finds the arrays of sequences through `table`."""
         if self._tape is not None:
             raise RuntimeError("a captured step cannot capture another")
         with self.memory.scratch.record():
@@ -77,7 +80,7 @@ class Queue:
                 for action, args in tape:
                     action(*args)
 
-            replay = Replay(self.driver, self.driver.capture(play), keep)
+            replay = Replay(self.driver, self.driver.capture(play), keep, table)
         weakref.finalize(replay, self.memory.scratch.release).atexit = False
         return replay
 
@@ -95,14 +98,12 @@ class Replay:
 
     Attributes
     ----------
-    table : table.SequenceTable
-        Through which it finds the arrays of sequences. Set by whoever recorded it.
+    table : SequenceTable
+        Through which it finds the arrays of sequences.
     """
 
-    table: Any
-
-    def __init__(self, driver: Driver, graph: Any, keep: Any):
-        self._driver, self._graph, self._keep = driver, graph, keep
+    def __init__(self, driver: Driver, graph: Any, keep: Any, table: SequenceTable):
+        self._driver, self._graph, self._keep, self.table = driver, graph, keep, table
 
     def __call__(self) -> None:
         self._driver.replay(self._graph)
