@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from qvl_kernels.control_group import available_memory
 from qvl_kernels.ops import PRECISIONS, DeviceError, Ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import VISION_PARTS, budget
@@ -181,8 +182,13 @@ def free_bytes(ops: Ops, blob: Blob) -> int:
 def free_memory() -> int | None:
     """Return the available bytes of main memory, or None if unknown.
 
-    Cached files, such as a mapped blob, count as available.
+    Cached files, such as a mapped blob, count as available. A container's limit counts.
     """
+    found = (_machine_memory(), available_memory())
+    return min((size for size in found if size is not None), default=None)
+
+
+def _machine_memory() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)

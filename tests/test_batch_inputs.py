@@ -404,6 +404,23 @@ def test_memory_nodes(tmp_path, monkeypatch):
     assert processes.memory_nodes(tmp_path / "none") == [[0, 1, 2, 9]]
 
 
+def _placed(tmp_path, monkeypatch, size, rows, max_batch, limit):
+    """Return the processors of each process for a job; [] if it is computed in this one."""
+    monkeypatch.setattr(processes, "memory_nodes", lambda: [[0, 1, 2], [4, 5, 6]])
+    monkeypatch.setattr(processes, "processor_limit", lambda: limit)
+    monkeypatch.setattr(processes, "Worker", lambda *arguments: lambda *more: None)
+    monkeypatch.setattr(processes, "WORTH", 1000)
+    seen = []
+    monkeypatch.setattr(processes, "in_processes", lambda *arguments: seen.append(arguments[0]))
+    path = tmp_path / "model.qvl"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    options = Options(None, {}, 0, max_batch, allow_urls=False)
+    tasks = [Task(0, tuple(range(rows)))]
+    processes.on_this_machine(ModelSpec(path, {}), None, options, None, tasks, None)
+    return seen[0] if seen else []
+
+
 @pytest.mark.parametrize(
     ("size", "rows", "max_batch", "expected"),
     [
@@ -414,17 +431,13 @@ def test_memory_nodes(tmp_path, monkeypatch):
     ],
 )
 def test_a_small_model_has_more_processes(tmp_path, monkeypatch, size, rows, max_batch, expected):
-    monkeypatch.setattr(processes, "memory_nodes", lambda: [[0, 1, 2], [4, 5, 6]])
-    monkeypatch.setattr(processes, "WORTH", 1000)
-    seen = []
-    monkeypatch.setattr(processes, "in_processes", lambda *arguments: seen.append(arguments[0]))
-    path = tmp_path / "model.qvl"
-    with open(path, "wb") as file:
-        file.truncate(size)
-    options = Options(None, {}, 0, max_batch, allow_urls=False)
-    tasks = [Task(0, tuple(range(rows)))]
-    processes.on_this_machine(ModelSpec(path, {}), None, options, None, tasks, None)
-    assert seen == [expected]
+    assert _placed(tmp_path, monkeypatch, size, rows, max_batch, None) == expected
+
+
+@pytest.mark.parametrize("size", [processes.SMALL, processes.SMALL + 1])
+def test_a_limited_container_has_one_process(tmp_path, monkeypatch, size):
+    assert _placed(tmp_path, monkeypatch, size, 2000, 16, 5.5) == []
+    assert _placed(tmp_path, monkeypatch, size, 2000, 16, 6.0) != []
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners and modes as on POSIX")

@@ -6,14 +6,15 @@ import os
 
 import pytest
 
-from qvl_kernels.cpu import runner
+from qvl_kernels.cpu import processors, runner
 from qvl_kernels.cpu.processors import performance_processors
 
 
 @pytest.fixture
 def mine(monkeypatch):
-    """Processors 0 to 7 are available, and no variable sets the number of threads."""
+    """Processors 0 to 7 are available without a limit, and no variable sets the number of threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(processors, "processor_limit", lambda: None)
     for name in ("QVL_THREADS", "NUMBA_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -45,6 +46,12 @@ def test_intel_names_its_performance_cores(mine, tmp_path, listed, count):
 
 def test_all_processors_count_where_the_system_says_nothing(mine, tmp_path):
     assert performance_processors(tmp_path) == 8
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0.25, 1), (1.0, 1), (2.9, 2), (8.0, 8), (64.0, 8)])
+def test_a_container_has_threads_for_whole_processors(mine, monkeypatch, tmp_path, limit, count):
+    monkeypatch.setattr(processors, "processor_limit", lambda: limit)
+    assert performance_processors(tmp_path) == count
 
 
 def test_the_number_of_threads_is_theirs(mine, monkeypatch):

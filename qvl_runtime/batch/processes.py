@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from qvl_kernels.control_group import processor_limit
 from qvl_kernels.cpu.processors import parse_list
 from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.job import Computed, Task, Worker
@@ -49,10 +50,16 @@ def on_this_machine(
     tasks: Sequence[Task],
     on_computed: Callable[[Computed], None],
 ) -> None:
-    """Compute tasks on the CPU, in this process if one is enough; `on_record` is called in that case only."""
+    """Compute tasks on the CPU, in this process if one is enough; `on_record` is called in that case only.
+
+    A container that may use fewer processors than it sees has one process: others may be pinned to the same ones.
+    """
     model = ModelSpec(model.path, model.load | {"device": "cpu"})  # so that no process looks for a GPU again
     nodes, each = memory_nodes(), 1
-    if model.path.stat().st_size <= SMALL:
+    limit = processor_limit()
+    if limit is not None and limit < sum(map(len, nodes)):
+        nodes = nodes[:1]
+    elif model.path.stat().st_size <= SMALL:
         rows = sum(len(task.rows) for task in tasks)
         each = max(1, min(len(nodes[0]), rows // WORTH)) if options.max_batch > 1 else 1
     processes = [node[i::each] for node in nodes for i in range(min(each, len(node)))]

@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from qvl_kernels.control_group import processor_limit
+
 SYSTEM = Path("/sys/devices")
 
 SLOW = 0.6
@@ -19,14 +21,17 @@ def performance_processors(system: Path = SYSTEM) -> int:
     """Return the number of processors available to this process, without efficiency cores if there are others.
 
     Linux names the capacity of each processor (`cpu_capacity`), or those of Intel's performance cores; macOS has their
-    number. Elsewhere all count as alike.
+    number. Elsewhere all count as alike. A container's limit counts in whole processors: threads that share less wait
+    for one another.
     """
     if sys.platform == "darwin":
         return _performance_processors_of_macos() or os.cpu_count() or 1
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     mine = os.sched_getaffinity(0)
-    return len(mine & (_large(mine, system) or _intel(system))) or len(mine)
+    count = len(mine & (_large(mine, system) or _intel(system))) or len(mine)
+    limit = processor_limit()
+    return count if limit is None else max(1, min(count, int(limit)))
 
 
 def _large(mine: set[int], system: Path) -> set[int]:
