@@ -32,6 +32,8 @@ class Result:
         One for each of `token_ids` if requested, else empty.
     reasoning : str
         Reasoning before the answer, stripped; empty for a model without reasoning.
+    reasoning_tokens : int
+        How many of `token_ids`, from the first on, are the reasoning's.
     tool_calls : list of ToolCall
         All well-formed calls of the text, if the request has tools.
     """
@@ -44,6 +46,7 @@ class Result:
     timings: Timings
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
     reasoning: str = ""
+    reasoning_tokens: int = 0
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
 
 
@@ -124,5 +127,6 @@ def collected(
         timings=last.timings,
         logprobs=[entry for piece in pieces for entry in piece.logprobs],
         reasoning="".join(piece.text for piece in pieces if piece.reasoning).strip(),
+        reasoning_tokens=sum(len(piece.token_ids) for piece in pieces if piece.reasoning),
         tool_calls=[] if calls is None else calls(text),
     )

@@ -16,7 +16,7 @@ from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import Whole, box_fields, call_reader, described, sources_of, with_pictures
 from qvl_runtime.openai.errors import ApiError, of_exception
-from qvl_runtime.openai.formats import ChatFormat, ResponseFormat, TextFormat
+from qvl_runtime.openai.formats import ChatFormat, ChoiceFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import Sent, fetched
 from qvl_runtime.openai.requests import read_chat, read_completion
@@ -147,7 +147,7 @@ class Answerer:
 
     def _openai(self, row: Row, row_id: str) -> Question:
         own, body = self._model.generation_config, row.body or {}
-        form: ResponseFormat
+        form: ChoiceFormat
         if row.url == "/v1/completions":
             asked = read_completion(body, LIMITS, own)
             form = TextFormat(self._model.tokenizer, asked.logprobs is not None)
@@ -161,7 +161,7 @@ class Answerer:
         arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
         return Question(arguments, lambda results: self._answered(row, form, results, pictures))
 
-    def _answered(self, row: Row, form: ResponseFormat, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
+    def _answered(self, row: Row, form: ChoiceFormat, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
         answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
         prompt, new = results[0].prompt_tokens, sum(result.timings.new_tokens for result in results)
         body = {

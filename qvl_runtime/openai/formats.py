@@ -1,4 +1,4 @@
-"""Response formats: OpenAI's chat completions and completions, whole or in chunks."""
+"""Chat completions and completions in OpenAI's format, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,44 @@ from qvl_runtime.engine.generation import Logprob
 from qvl_runtime.inputs.tokenizer import StreamDecoder, Tokenizer
 from qvl_runtime.inputs.tools import CallReader
 from qvl_runtime.openai.answers import Part, Whole
+from qvl_runtime.openai.errors import ApiError
+from qvl_runtime.openai.requests import Asked
 from qvl_runtime.openai.tools import CallWriter
 from qvl_runtime.results import Result
 
 
-class ResponseFormat(Protocol):
-    """The response format of one request."""
+class Reply(Protocol):
+    """The response to one request: a body, or the events of a stream.
+
+    Attributes
+    ----------
+    tail : bytes
+        What follows the last event of a stream.
+    """
+
+    tail: bytes
+
+    def body(self, answers: Sequence[Whole]) -> dict[str, Any]:
+        """Return the body of a response that is no stream."""
+
+    def begin(self) -> list[dict[str, Any]]:
+        """Return the first events of a stream."""
+
+    def part(self, part: Part) -> list[dict[str, Any]]:
+        """Return the events of a piece of an answer."""
+
+    def complete(self, whole: Whole) -> list[dict[str, Any]]:
+        """Return the events of an answer's end."""
+
+    def end(self, answers: Sequence[Whole]) -> list[dict[str, Any]]:
+        """Return the last events of a stream."""
+
+    def failed(self, problem: ApiError) -> list[dict[str, Any]]:
+        """Return the last events of a stream that fails."""
+
+
+class ChoiceFormat(Protocol):
+    """The format of the choices of one request."""
 
     def head(self, index: int) -> dict[str, Any] | None:
         """Return the choice of a chunk before the text, or None."""
@@ -60,11 +92,67 @@ def usage(answers: Sequence[Whole]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": answers[0].result.timings.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.result.reasoning_tokens for answer in answers)},
     }
 
 
+def token_logprobs(tokenizer: Tokenizer, logprobs: Sequence[Logprob]) -> list[dict[str, Any]]:
+    """Return the log probabilities of tokens, and of their alternatives."""
+
+    def described(token: int, logprob: float) -> dict[str, Any]:
+        content = tokenizer.token_bytes(token)
+        return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
+
+    return [
+        described(entry.token_id, entry.logprob) | {"top_logprobs": [described(*top) for top in entry.top]}
+        for entry in logprobs
+    ]
+
+
+class Choices:
+    """Choices of a format in their envelopes: `Reply`.
+
+    Parameters
+    ----------
+    form : ChoiceFormat
+    asked : Asked
+    model : str
+        Name of the model for clients.
+    kind, chunk, prefix : str
+        OpenAI's name of the object, that of a stream's, and the prefix of its id.
+    """
+
+    tail = b"data: [DONE]\n\n"
+
+    def __init__(self, form: ChoiceFormat, asked: Asked, model: str, *, kind: str, chunk: str, prefix: str):
+        self._form, self._asked = form, asked
+        self._whole, self._chunk = Envelope(kind, prefix, model), Envelope(chunk, prefix, model)
+
+    def body(self, answers: Sequence[Whole]) -> dict[str, Any]:
+        return self._whole.around([self._form.whole(answer) for answer in answers], usage=usage(answers))
+
+    def begin(self) -> list[dict[str, Any]]:
+        return self._chunks([self._form.head(index) for index in range(self._asked.n)])
+
+    def part(self, part: Part) -> list[dict[str, Any]]:
+        return self._chunks([self._form.part(part)])
+
+    def complete(self, whole: Whole) -> list[dict[str, Any]]:
+        return self._chunks(self._form.ends(whole))
+
+    def end(self, answers: Sequence[Whole]) -> list[dict[str, Any]]:
+        return [self._chunk.around([], usage=usage(answers))] if self._asked.usage else []
+
+    def failed(self, problem: ApiError) -> list[dict[str, Any]]:
+        return [problem.body()]
+
+    def _chunks(self, choices: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+        more = {"usage": None} if self._asked.usage else {}
+        return [self._chunk.around([choice], **more) for choice in choices if choice]
+
+
 class ChatFormat:
-    """Chat completions: `ResponseFormat`.
+    """Chat completions: `ChoiceFormat`.
 
     Parameters
     ----------
@@ -137,15 +225,7 @@ class ChatFormat:
     def _tokens(self, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        listed = [
-            self._token(entry.token_id, entry.logprob) | {"top_logprobs": [self._token(*top) for top in entry.top]}
-            for entry in logprobs
-        ]
-        return {"content": listed, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        content = self._tokenizer.token_bytes(token)
-        return {"token": content.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(content)}
+        return {"content": token_logprobs(self._tokenizer, logprobs), "refusal": None}
 
 
 def _reason(result: Result) -> str:
@@ -157,7 +237,7 @@ def _chat_chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | No
 
 
 class TextFormat:
-    """Completions: `ResponseFormat`.
+    """Completions: `ChoiceFormat`.
 
     Parameters
     ----------

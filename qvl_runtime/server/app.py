@@ -20,9 +20,9 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import call_reader
 from qvl_runtime.openai.errors import ApiError, of_exception
-from qvl_runtime.openai.formats import ChatFormat, TextFormat
+from qvl_runtime.openai.formats import ChatFormat, Choices, Reply, TextFormat
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.requests import read_chat, read_completion
+from qvl_runtime.openai.requests import Asked, read_chat, read_completion
 from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
 from qvl_runtime.server.responses import error_response
@@ -111,24 +111,20 @@ def create_app(
 def _routes(service: Service) -> list[Route]:
     own, limits = service.model.generation_config, service.limits
     tokenizer = service.model.tokenizer
-    chat = AnswerRoute(
-        service,
-        lambda data: read_chat(data, limits, own, service.allow_urls),
-        lambda asked: ChatFormat(
-            tokenizer, asked.logprobs is not None, call_reader(service.model, asked), f"call_{secrets.token_hex(12)}"
-        ),
-        kind="chat.completion",
-        chunk="chat.completion.chunk",
-        prefix="chatcmpl",
-    )
-    completion = AnswerRoute(
-        service,
-        lambda data: read_completion(data, limits, own),
-        lambda asked: TextFormat(tokenizer, asked.logprobs is not None),
-        kind="text_completion",
-        chunk="text_completion",
-        prefix="cmpl",
-    )
+
+    def chat_reply(asked: Asked) -> Reply:
+        reader, call = call_reader(service.model, asked), f"call_{secrets.token_hex(12)}"
+        form = ChatFormat(tokenizer, asked.logprobs is not None, reader, call)
+        return Choices(
+            form, asked, service.name, kind="chat.completion", chunk="chat.completion.chunk", prefix="chatcmpl"
+        )
+
+    def completion_reply(asked: Asked) -> Reply:
+        form = TextFormat(tokenizer, asked.logprobs is not None)
+        return Choices(form, asked, service.name, kind="text_completion", chunk="text_completion", prefix="cmpl")
+
+    chat = AnswerRoute(service, lambda data: read_chat(data, limits, own, service.allow_urls), chat_reply)
+    completion = AnswerRoute(service, lambda data: read_completion(data, limits, own), completion_reply)
     models = ModelsRoute(service)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),

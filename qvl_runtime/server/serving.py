@@ -7,14 +7,14 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
 from qvl_runtime.openai.answers import Part, Whole
 from qvl_runtime.openai.errors import ApiError, of_exception, refused
-from qvl_runtime.openai.formats import Envelope, ResponseFormat, usage
+from qvl_runtime.openai.formats import Reply
 from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.requests import Asked
 from qvl_runtime.server.answers import Begun, End, Preparing
@@ -24,16 +24,17 @@ from qvl_runtime.server.responses import json_response
 from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
 
+A = TypeVar("A", bound=Asked)
+
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 LAST_SECONDS = 5.0
 """Seconds for sending a stream the reason of its end."""
 
 
-class AnswerRoute:
+class AnswerRoute(Generic[A]):
     """A route that returns answers, as an ASGI application.
 
     Parameters
@@ -41,24 +42,17 @@ class AnswerRoute:
     service : Service
     read : callable
         Validates the JSON of a request.
-    form : callable
-        Creates the response format.
-    kind, prefix : str
-        OpenAI's name of the object, and the prefix of its id. Chunks of chats have another name.
+    reply : callable
+        Creates the response to a request.
     """
 
     def __init__(
         self,
         service: Service,
-        read: Callable[[Mapping[str, Any]], Asked],
-        form: Callable[[Asked], ResponseFormat],
-        *,
-        kind: str,
-        chunk: str,
-        prefix: str,
+        read: Callable[[Mapping[str, Any]], A],
+        reply: Callable[[A], Reply],
     ):
-        self._service, self._read, self._form = service, read, form
-        self._kind, self._chunk, self._prefix = kind, chunk, prefix
+        self._service, self._read, self._reply = service, read, reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, arrived = self._service, time.monotonic()
@@ -71,8 +65,8 @@ class AnswerRoute:
 
         await with_body(service.admission, service.limits, scope, receive, send, handle)
 
-    async def _respond(self, asked: Asked, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
+    async def _respond(self, asked: A, arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
+        service, reply = self._service, self._reply(asked)
         stream = EventStream(send)
         try:
             async with asyncio.timeout(service.limits.seconds):
@@ -80,9 +74,9 @@ class AnswerRoute:
                 async with service.runner.run(job) as events:
                     await _begun(events, service.limits.prepare_seconds)
                     if asked.stream:
-                        await self._stream(asked, events, stream)
+                        await self._stream(reply, events, stream)
                     else:
-                        await self._whole(asked, events, scope, receive, send)
+                        await self._whole(reply, events, scope, receive, send)
         except Exception as error:
             problem = problem_of(error, service)
             if not stream.started:
@@ -90,33 +84,27 @@ class AnswerRoute:
             # A client that reads nothing does not read this either.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_SECONDS):
-                    await stream.send(to_json_event(problem.body()) + DONE)
+                    await stream.send(to_json_events(reply.failed(problem)) + reply.tail)
                     await stream.end()
 
-    async def _whole(self, asked: Asked, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _whole(self, reply: Reply, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
         ended = [event async for event in _until_end(events) if isinstance(event, Whole)]
         answers = sorted(ended, key=lambda answer: answer.index)
-        form, envelope = self._form(asked), Envelope(self._kind, self._prefix, self._service.name)
         self._log(answers)
-        response = json_response(envelope.around([form.whole(answer) for answer in answers], usage=usage(answers)))
-        await response(scope, receive, send)
+        await json_response(reply.body(answers))(scope, receive, send)
 
-    async def _stream(self, asked: Asked, events: asyncio.Queue, stream: EventStream) -> None:
-        form, envelope = self._form(asked), Envelope(self._chunk, self._prefix, self._service.name)
-        more = {"usage": None} if asked.usage else {}
+    async def _stream(self, reply: Reply, events: asyncio.Queue, stream: EventStream) -> None:
         answers: list[Whole] = []
         await stream.start()
-        heads = [head for index in range(asked.n) if (head := form.head(index))]
-        await stream.send(b"".join(to_json_event(envelope.around([head], **more)) for head in heads))
+        await stream.send(to_json_events(reply.begin()))
         async for event in _until_end(events, stream, self._service.limits.ping_seconds):
             if isinstance(event, Whole):
                 answers.append(event)
-            choices = form.ends(event) if isinstance(event, Whole) else [form.part(event)]
-            await stream.send(b"".join(to_json_event(envelope.around([c], **more)) for c in choices if c))
+            told = reply.complete(event) if isinstance(event, Whole) else reply.part(event)
+            await stream.send(to_json_events(told))
         answers.sort(key=lambda answer: answer.index)
         self._log(answers)
-        last = to_json_event(envelope.around([], usage=usage(answers))) if asked.usage else b""
-        await stream.send(last + DONE)
+        await stream.send(to_json_events(reply.end(answers)) + reply.tail)
         await stream.end()
 
     def _log(self, answers: list[Whole]) -> None:
@@ -161,9 +149,12 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def to_json_event(value: Any) -> bytes:
-    """Encode a value as a server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
+def to_json_events(values: Sequence[dict[str, Any]]) -> bytes:
+    """Encode objects as server-sent events, with their types as names if they have any."""
+    return b"".join(
+        (b"event: %s\n" % value["type"].encode() if "type" in value else b"") + b"data: " + to_json(value) + b"\n\n"
+        for value in values
+    )
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
