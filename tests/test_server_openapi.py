@@ -16,6 +16,11 @@ KNOWN = {
         "grounding": True,
         "n": 2,
     },
+    "/v1/responses": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "one two"}]}],
+        "max_output_tokens": 5,
+        "include": ["message.output_text.logprobs"],
+    },
     "/v1/completions": {"prompt": "one two", "max_tokens": 3, "logprobs": 2},
     "/v1/tokenize": {"prompt": "one two"},
 }
@@ -83,11 +88,11 @@ def test_random_requests_get_what_the_description_says(described):
         @given(operation.as_strategy())
         def ask(case) -> None:
             if isinstance(case.body, dict):
-                case.body["max_tokens"] = 2
+                case.body |= {"max_tokens": 2, "max_output_tokens": 2}
             response = case.call()
             reached.setdefault(case.path, []).append(response.status_code)
             assert response.status_code < 500
             case.validate_response(response, checks=conforms)
 
         ask()
-    assert len(reached) == 7
+    assert len(reached) == 8

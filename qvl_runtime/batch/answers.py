@@ -18,12 +18,17 @@ from qvl_runtime.openai.answers import Whole, box_fields, call_reader, described
 from qvl_runtime.openai.errors import ApiError, of_exception
 from qvl_runtime.openai.formats import ChatFormat, ChoiceFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.pictures import Sent, fetched
-from qvl_runtime.openai.requests import read_chat, read_completion
+from qvl_runtime.openai.pictures import fetched
+from qvl_runtime.openai.requests import Asked, read_chat, read_completion
+from qvl_runtime.openai.response_reply import ResponseReply
+from qvl_runtime.openai.response_requests import ResponseAsked, read_response
 from qvl_runtime.results import Result
 
 Record = dict[str, Any]
 """An output record, as JSON types."""
+
+ToBody = Callable[[Sequence[Whole]], dict[str, Any]]
+"""Makes the body of a response of the answers to a row in OpenAI's format."""
 
 LIMITS = Limits()
 """Limits for rows in OpenAI's format."""
@@ -146,33 +151,55 @@ class Answerer:
         return place if encoder is None else encoder.reader.read(place, Access(urls=self._options.allow_urls))
 
     def _openai(self, row: Row, row_id: str) -> Question:
-        own, body = self._model.generation_config, row.body or {}
-        form: ChoiceFormat
-        if row.url == "/v1/completions":
+        own, body, urls = self._model.generation_config, row.body or {}, self._options.allow_urls
+        asked: Asked
+        if row.url == "/v1/responses":
+            asked = response = read_response(body, LIMITS, own, urls)
+            to_body = self._response(row, response)
+        elif row.url == "/v1/completions":
             asked = read_completion(body, LIMITS, own)
-            form = TextFormat(self._model.tokenizer, asked.logprobs is not None)
+            to_body = self._choices(row, TextFormat(self._model.tokenizer, asked.logprobs is not None))
         else:
-            asked = read_chat(body, LIMITS, own, self._options.allow_urls)
-            reader = call_reader(self._model, asked)
-            form = ChatFormat(self._model.tokenizer, asked.logprobs is not None, reader, f"call_{_name(row)}")
+            asked = read_chat(body, LIMITS, own, urls)
+            reader, logprobs = call_reader(self._model, asked), asked.logprobs is not None
+            to_body = self._choices(row, ChatFormat(self._model.tokenizer, logprobs, reader, f"call_{_name(row)}"))
         contents = fetched(sources_of(asked.prompt), LIMITS)
         prompt, pictures = with_pictures(self._model, asked.prompt, contents, LIMITS)
         seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed
         arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
-        return Question(arguments, lambda results: self._answered(row, form, results, pictures))
 
-    def _answered(self, row: Row, form: ChoiceFormat, results: Sequence[Result], pictures: Sequence[Sent]) -> Record:
-        answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
-        prompt, new = results[0].prompt_tokens, sum(result.timings.new_tokens for result in results)
-        body = {
-            "id": f"{_name(row)}-body",
-            "object": "chat.completion" if isinstance(form, ChatFormat) else "text_completion",
-            "created": 0,
-            "model": self._model.blob.path.stem,
-            "choices": [form.whole(answer) for answer in answers],
-            "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
-        }
-        return _response(row, 200, body)
+        def answered(results: Sequence[Result]) -> Record:
+            answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
+            return _response(row, 200, to_body(answers))
+
+        return Question(arguments, answered)
+
+    def _response(self, row: Row, asked: ResponseAsked) -> ToBody:
+        create = call_reader(self._model, asked)
+        reader, model = None if create is None else create(), self._model.blob.path.stem
+        reply = ResponseReply(asked, self._model.tokenizer, model, reader, _name(row), created=0)
+
+        def to_body(answers: Sequence[Whole]) -> dict[str, Any]:
+            body = reply.body(answers)
+            body["usage"]["input_tokens_details"]["cached_tokens"] = 0  # it depends on the rows before
+            return body
+
+        return to_body
+
+    def _choices(self, row: Row, form: ChoiceFormat) -> ToBody:
+        def to_body(answers: Sequence[Whole]) -> dict[str, Any]:
+            prompt = answers[0].result.prompt_tokens
+            new = sum(answer.result.timings.new_tokens for answer in answers)
+            return {
+                "id": f"{_name(row)}-body",
+                "object": "chat.completion" if isinstance(form, ChatFormat) else "text_completion",
+                "created": 0,
+                "model": self._model.blob.path.stem,
+                "choices": [form.whole(answer) for answer in answers],
+                "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+            }
+
+        return to_body
 
 
 def located(source: str | bytes, root: Path) -> ImageSource:
@@ -237,7 +264,7 @@ def why(record: Record) -> str:
 def tokens(record: Record) -> int:
     """Return the number of generated tokens of a record."""
     usage = (record["response"]["body"] if record.get("response") is not None else record).get("usage")
-    return usage["completion_tokens"] if usage else 0
+    return usage.get("completion_tokens", usage.get("output_tokens")) if usage else 0
 
 
 def _response(row: Row, status: int, body: dict[str, Any]) -> Record:

@@ -17,6 +17,9 @@ from qvl_runtime.file.opening import open_regular
 MAX_LINE = 64 << 20
 """Largest line in bytes. An embedded picture takes four thirds of its file's size."""
 
+URLS = ("/v1/chat/completions", "/v1/responses", "/v1/completions")
+"""What lines of OpenAI's batch format may ask."""
+
 INDEX_EVERY = 64
 """Number of lines per entry of the index."""
 
@@ -93,8 +96,8 @@ def _openai(count: int, fields: Mapping[str, Any]) -> Row:
     row_id, body, url = fields.get("custom_id"), fields.get("body"), fields.get("url")
     if not isinstance(row_id, str) or not row_id:
         return Row(count, None, body={}, error="custom_id must be a text")
-    if fields.get("method", "POST") != "POST" or url not in ("/v1/chat/completions", "/v1/completions"):
-        return Row(count, row_id, body={}, error="only POST to /v1/chat/completions and /v1/completions is known")
+    if fields.get("method", "POST") != "POST" or url not in URLS:
+        return Row(count, row_id, body={}, error=f"only POST to {', '.join(URLS)} is known")
     if not isinstance(body, Mapping):
         return Row(count, row_id, body={}, error="body must be an object")
     return Row(count, row_id, url=url, body=body)

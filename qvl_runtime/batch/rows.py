@@ -45,12 +45,13 @@ class Row:
 
     @property
     def picture_count(self) -> int:
-        """Number of its pictures and frames, in OpenAI's format as far as the messages can be read."""
-        contents = [message.get("content") for message in _mappings((self.body or {}).get("messages"))]
+        """Number of its pictures and frames, in OpenAI's format as far as the messages or items can be read."""
+        body = self.body or {}
+        contents = [message.get("content") for key in ("messages", "input") for message in _mappings(body.get(key))]
         parts = list(itertools.chain.from_iterable(map(_mappings, contents)))
         videos = [part.get("video") for part in parts if part.get("type") == "video"]
         frames = sum(len(video) for video in videos if isinstance(video, list))
-        return len(self.pictures) + sum(part.get("type") == "image_url" for part in parts) + frames
+        return len(self.pictures) + sum(part.get("type") in ("image_url", "input_image") for part in parts) + frames
 
 
 class Source(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qvl_runtime.openai.errors import refused
@@ -38,6 +38,8 @@ class VideoPart(NamedTuple):
 
 
 Part = str | PicturePart | BoxPart | VideoPart
+ReadPart = Callable[[Mapping[str, Any], str, str], Part]
+"""Reads a part: its fields, its name in errors, and the role of its message."""
 
 
 class Message(NamedTuple):
@@ -111,19 +113,26 @@ def read_messages(value: Any, limits: Limits, allow_urls: bool) -> Messages:
     listed = array(value, "messages")
     if not listed:
         raise refused("messages is empty: it needs a user's message", "messages")
-    reader = _Reader(limits, allow_urls)
+    reader = MessageReader(limits, allow_urls)
     turns = [reader.message(mapping(data, f"messages[{i}]"), f"messages[{i}]") for i, data in enumerate(listed)]
     return Messages(turns, reader.sources)
 
 
-class _Reader:
-    """Reads messages, and counts pictures and characters."""
+class MessageReader:
+    """Reads messages, and counts pictures and characters.
+
+    Attributes
+    ----------
+    sources : list of bytes or str
+        The pictures so far; see `Messages`.
+    """
 
     def __init__(self, limits: Limits, allow_urls: bool):
         self.sources: list[str | bytes] = []
         self._limits, self._allow_urls, self._text, self._frames = limits, allow_urls, 0, 0
 
-    def message(self, data: Any, name: str) -> Message:
+    def message(self, data: Mapping[str, Any], name: str) -> Message:
+        """Read the message in the field `name`."""
         role = text(data.get("role"), f"{name}.role")
         if role not in ROLES:
             raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(ROLES)}", f"{name}.role")
@@ -132,38 +141,45 @@ class _Reader:
         if calls and role != "assistant":
             raise refused(f"{name}.tool_calls: only an assistant's message has calls", f"{name}.tool_calls")
         for call in calls:
-            self._counted("".join(call.values()), f"{name}.tool_calls")
+            self.counted("".join(call.values()), f"{name}.tool_calls")
         reasoning = data.get("reasoning_content") if role == "assistant" else None
         if reasoning is not None:
-            self._counted(reasoning, f"{name}.reasoning_content")
+            self.counted(reasoning, f"{name}.reasoning_content")
         if content is None and calls:
             return Message(ROLES[role], [], calls, reasoning)
-        if isinstance(content, str):
-            return Message(ROLES[role], [self._counted(content, where)], calls, reasoning)
-        if not isinstance(content, list):
-            raise wrong(content, where, "a string or an array of parts")
-        parts = [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)]
-        return Message(ROLES[role], parts, calls, reasoning)
+        return Message(ROLES[role], self.content(content, where, role, self.part), calls, reasoning)
 
-    def _part(self, part: Any, name: str, role: str) -> Part:
-        part = mapping(part, name)
+    def content(self, value: Any, name: str, role: str, read: ReadPart) -> list[Part]:
+        """Read a text, or an array of parts, each with `read`."""
+        if isinstance(value, str):
+            return [self.counted(value, name)]
+        if not isinstance(value, list):
+            raise wrong(value, name, "a string or an array of parts")
+        return [read(mapping(part, f"{name}[{i}]"), f"{name}[{i}]", role) for i, part in enumerate(value)]
+
+    def part(self, part: Mapping[str, Any], name: str, role: str) -> Part:
+        """Read a part of a message with this role."""
         kind = text(part.get("type"), f"{name}.type")
         if kind == "text":
-            return self._counted(part.get("text"), f"{name}.text")
+            return self.counted(part.get("text"), f"{name}.text")
         if kind not in ("image_url", "box", "video"):
             raise refused(f"{name}.type is {kind[:40]!r}; it must be text, image_url, video or box", f"{name}.type")
         if role != "user":
             raise refused(f"{name}: only a user's message has pictures, videos and boxes", name)
         if kind == "box":
             return _box(part, name)
-        return self._picture(part, name) if kind == "image_url" else self._video(part, name)
-
-    def _picture(self, part: Any, name: str) -> PicturePart:
+        if kind == "video":
+            return self._video(part, name)
         # OpenAI's format is an object. A string could be taken for a path.
-        url = text(mapping(part.get("image_url"), f"{name}.image_url").get("url"), f"{name}.image_url.url")
+        image = mapping(part.get("image_url"), f"{name}.image_url")
+        return self.picture(image.get("url"), f"{name}.image_url.url")
+
+    def picture(self, url: Any, name: str) -> PicturePart:
+        """Read the URI of a picture."""
+        url = text(url, name)
         if len(self.sources) - self._frames == self._limits.pictures:
             raise refused(f"the request has more than {self._limits.pictures} pictures", name)
-        self.sources.append(checked_url(url, f"{name}.image_url.url", self._allow_urls))
+        self.sources.append(checked_url(url, name, self._allow_urls))
         return PicturePart(len(self.sources) - 1)
 
     def _video(self, part: Any, name: str) -> VideoPart:
@@ -176,7 +192,8 @@ class _Reader:
         timing = {key: part[key] for key in ("fps", "times") if part.get(key) is not None}
         return VideoPart(range(first, len(self.sources)), timing)
 
-    def _counted(self, value: Any, name: str) -> str:
+    def counted(self, value: Any, name: str) -> str:
+        """Read a text, and count its characters."""
         found = text(value, name)
         self._text += len(found)
         if self._text > self._limits.text:

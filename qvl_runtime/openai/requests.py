@@ -10,6 +10,7 @@ from typing import Any
 from qvl_runtime.batching import SEEDS
 from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
 from qvl_runtime.families.generation_config import GenerationConfig
+from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.openai.errors import ApiError, refused
 from qvl_runtime.openai.fields import Fields, array, text, wrong
 from qvl_runtime.openai.limits import Limits
@@ -69,14 +70,10 @@ def read_chat(data: Mapping[str, Any], limits: Limits, own: GenerationConfig, al
         logprobs = top or 0
     elif top:
         raise refused("top_logprobs needs logprobs to be true", "top_logprobs")
-    options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or own.max_new_tokens}
-    constraint, tools = _constraint(fields, limits), read_tools(fields, limits)
-    if tools is not None and isinstance(constraint, Grounding):
-        raise refused("grounding and tools exclude each other", "grounding")
-    if tools is not None and tools.must_call:
-        constraint = None  # the form of an answer, but this one is calls
-    options |= {"constraint": constraint, "tools": tools}
-    return _asked(fields, limits, read_messages(fields.get("messages"), limits, allow_urls), options, logprobs)
+    options = read_sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or own.max_new_tokens}
+    options |= read_forms(fields, _chat_form(fields, limits), read_tools(fields, limits))
+    messages = read_messages(fields.get("messages"), limits, allow_urls)
+    return Asked(prompt=messages, **read_common(fields, limits, options, logprobs))
 
 
 def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConfig) -> Asked:
@@ -88,10 +85,11 @@ def read_completion(data: Mapping[str, Any], limits: Limits, own: GenerationConf
         Names the invalid field.
     """
     fields = Fields(data)
-    options = _sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or COMPLETION_TOKENS}
-    options |= {"constraint": _constraint(fields, limits)}
+    options = read_sampling(fields, limits, own) | {"max_new_tokens": _most(fields) or COMPLETION_TOKENS}
+    options |= {"constraint": read_forms(fields, _chat_form(fields, limits), None)["constraint"]}
     logprobs = fields.integer("logprobs", 0, limits.top_logprobs)
-    return _asked(fields, limits, read_prompt(fields.get("prompt"), limits), options, logprobs)
+    prompt = read_prompt(fields.get("prompt"), limits)
+    return Asked(prompt=prompt, **read_common(fields, limits, options, logprobs))
 
 
 def read_prompt(value: Any, limits: Limits) -> str | list[int]:
@@ -108,9 +106,8 @@ def read_prompt(value: Any, limits: Limits) -> str | list[int]:
     return prompt
 
 
-def _asked(
-    fields: Fields, limits: Limits, prompt: Messages | str | list[int], options: dict[str, Any], logprobs: int | None
-) -> Asked:
+def read_common(fields: Fields, limits: Limits, options: dict[str, Any], logprobs: int | None) -> dict[str, Any]:
+    """Read what all requests have; return the attributes of `Asked` but its prompt."""
     for name in UNKNOWN:
         if fields.get(name):
             raise refused(f"this server knows no {name}", name)
@@ -118,15 +115,14 @@ def _asked(
     if best not in (None, n):
         raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
     seed = fields.integer("seed", -SEEDS // 2, SEEDS // 2 - 1)
-    return Asked(
-        prompt=prompt,
-        options=options | {"logprobs": logprobs},
-        seed=None if seed is None else seed % SEEDS,
-        n=n,
-        stream=fields.flag("stream"),
-        usage=fields.object("stream_options").flag("include_usage"),
-        logprobs=logprobs,
-    )
+    return {
+        "options": options | {"logprobs": logprobs},
+        "seed": None if seed is None else seed % SEEDS,
+        "n": n,
+        "stream": fields.flag("stream"),
+        "usage": fields.object("stream_options").flag("include_usage"),
+        "logprobs": logprobs,
+    }
 
 
 def _most(fields: Fields) -> int | None:
@@ -134,7 +130,7 @@ def _most(fields: Fields) -> int | None:
     return fields.integer("max_completion_tokens", 1, 1 << 31) or fields.integer("max_tokens", 1, 1 << 31)
 
 
-def _sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:
+def read_sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:
     """Read the sampling options; defaults are those of the model."""
     given = {
         "temperature": fields.number("temperature", 0, 100),
@@ -180,24 +176,50 @@ OBJECT = '{"type":"object"}'
 """Schema of ``json_object`` without a schema."""
 
 
-def _constraint(fields: Fields, limits: Limits) -> Form | None:
-    """Read the constraint: `response_format`, or `grounding`."""
+def read_forms(fields: Fields, form: JsonSchema | None, tools: Tools | None) -> dict[str, Any]:
+    """Return the options "constraint" and "tools" of `Model.stream`; `form` is the one that the request names."""
     for name in FOREIGN:
         if fields.get(name):
-            raise refused(f"this server knows no {name}; use response_format with a json_schema", name)
-    grounding, form = fields.flag("grounding"), fields.object("response_format")
+            raise refused(f"this server knows no {name}; use response_format (text.format) with a json_schema", name)
+    grounding = fields.flag("grounding")
+    if grounding and (form is not None or tools is not None):
+        raise refused("grounding excludes tools and another form of the answer", "grounding")
+    constraint: Form | None = Grounding() if grounding else form
+    if tools is not None and tools.must_call:
+        constraint = None  # the form of an answer, but this one is calls
+    return {"constraint": constraint, "tools": tools}
+
+
+def _chat_form(fields: Fields, limits: Limits) -> JsonSchema | None:
+    form = fields.object("response_format")
+    return read_form(form, form.object("json_schema"), limits) if fields.get("response_format") else None
+
+
+def read_form(form: Fields, named: Fields, limits: Limits) -> JsonSchema | None:
+    """Read the form of an answer.
+
+    Parameters
+    ----------
+    form : Fields
+        Those with the type.
+    named : Fields
+        Those with the schema, for the type ``json_schema``.
+    limits : Limits
+
+    Raises
+    ------
+    ApiError
+        Names the invalid field.
+    """
     kind = form.string("type")
-    if kind == "text" or not fields.get("response_format"):
-        return Grounding() if grounding else None
-    if grounding:
-        raise refused("grounding and response_format exclude each other", "grounding")
+    if kind == "text":
+        return None
     if kind == "json_object":
         schema = form.get("schema")
-        return JsonSchema(OBJECT if schema is None else _schema(schema, "response_format.schema", limits))
+        return JsonSchema(OBJECT if schema is None else _schema(schema, form.name("schema"), limits))
     if kind != "json_schema":
-        raise refused("response_format.type must be text, json_object or json_schema", "response_format.type")
-    schema = form.object("json_schema").get("schema")
-    return JsonSchema(_schema(schema, "response_format.json_schema.schema", limits))
+        raise refused(f"{form.name('type')} must be text, json_object or json_schema", form.name("type"))
+    return JsonSchema(_schema(named.get("schema"), named.name("schema"), limits))
 
 
 def _schema(schema: Any, name: str, limits: Limits) -> str:

@@ -23,6 +23,8 @@ from qvl_runtime.openai.errors import ApiError, of_exception
 from qvl_runtime.openai.formats import ChatFormat, Choices, Reply, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.requests import Asked, read_chat, read_completion
+from qvl_runtime.openai.response_reply import ResponseReply
+from qvl_runtime.openai.response_requests import ResponseAsked, read_response
 from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
 from qvl_runtime.server.responses import error_response
@@ -123,11 +125,18 @@ def _routes(service: Service) -> list[Route]:
         form = TextFormat(tokenizer, asked.logprobs is not None)
         return Choices(form, asked, service.name, kind="text_completion", chunk="text_completion", prefix="cmpl")
 
+    def response_reply(asked: ResponseAsked) -> Reply:
+        create = call_reader(service.model, asked)
+        reader, number = None if create is None else create(), secrets.token_hex(12)
+        return ResponseReply(asked, tokenizer, service.name, reader, number, int(time.time()))
+
     chat = AnswerRoute(service, lambda data: read_chat(data, limits, own, service.allow_urls), chat_reply)
     completion = AnswerRoute(service, lambda data: read_completion(data, limits, own), completion_reply)
+    response = AnswerRoute(service, lambda data: read_response(data, limits, own, service.allow_urls), response_reply)
     models = ModelsRoute(service)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", response, methods=["POST"]),
         Route("/v1/completions", completion, methods=["POST"]),
         Route("/v1/tokenize", TokenizeRoute(service), methods=["POST"]),
         Route("/v1/models", models.all, methods=["GET"]),

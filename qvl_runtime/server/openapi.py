@@ -36,12 +36,20 @@ def description(limits: Limits) -> Schema:
     completion = _body(
         {**_options(limits), "prompt": _prompt(), **_number("logprobs", 0, limits.top_logprobs, "integer")}, ["prompt"]
     )
+    response = _body(
+        {**_common(limits), **_input(limits), **_number("top_logprobs", 0, limits.top_logprobs, "integer")}
+        | {"max_output_tokens": _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})}
+        | {"text": _or_null({"type": "object", "properties": {"format": _or_null(_form(flat=True))}})}
+        | {"include": _or_null(_list(_TEXT)), **_tools(limits, flat=True)},
+        ["input"],
+    )
     either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages(limits)["messages"])}
     tokenize = {"type": "object", "properties": {"model": _or_null(_TEXT), **either, **_tools(limits)}}
     one = _answer("the model", _ref("Model"))
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths = {
         "/v1/chat/completions": {"post": _asking("Answer messages", chat, _ref("Chat"), streams=True)},
+        "/v1/responses": {"post": _asking("Answer items", response, _ref("Response"), streams=True)},
         "/v1/completions": {"post": _asking("Continue a text", completion, _ref("Completion"), streams=True)},
         "/v1/tokenize": {"post": _asking("Count tokens", tokenize, _ref("Tokens"))},
         "/v1/models": {"get": _operation("List the model", _answer("a list of one", _ref("Models")))},
@@ -116,29 +124,53 @@ def _prompt() -> Schema:
 
 def _messages(limits: Limits) -> Schema:
     uri = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
-    coordinates = {**_list(_NUMBER), "minItems": 4, "maxItems": 4}
-    parts = [
-        _object(type={"const": "text"}, text=_TEXT),
-        _object(type={"const": "image_url"}, image_url=uri),
-        _object(type={"const": "box"}, pixels=coordinates),
-        _object(type={"const": "video"}, video={**_list(_TEXT), "minItems": 1, "maxItems": limits.frames}),
-    ]
-    parts[2]["properties"]["image"] = _COUNT
-    parts[3]["properties"] |= {"fps": _or_null(_NUMBER), "times": _or_null(_list(_NUMBER))}
-    content = {"anyOf": [_TEXT, _list({"anyOf": parts})]}
+    parts = [_object(type={"const": "text"}, text=_TEXT), _object(type={"const": "image_url"}, image_url=uri)]
+    content = {"anyOf": [_TEXT, _list({"anyOf": [*parts, *_own_parts(limits)]})]}
     said = _object(role={"enum": list(ROLES)}, content=content)
     call = _object(function=_object(name=_TEXT, arguments=_TEXT))
     calling = _object(role={"const": "assistant"}, tool_calls={**_list(call), "minItems": 1})
     return {"messages": {**_list({"anyOf": [said, calling]}), "minItems": 1}}
 
 
-def _tools(limits: Limits) -> Schema:
-    """Return the fields of functions that a model may call."""
+def _input(limits: Limits) -> Schema:
+    """Return the fields of a response's input."""
+    texts = _object(type={"enum": ["input_text", "output_text"]}, text=_TEXT)
+    image = _object(type={"const": "input_image"}, image_url=_TEXT)
+    content = {"anyOf": [_TEXT, _list({"anyOf": [texts, image, *_own_parts(limits)]})]}
+    items = [
+        _object(role={"enum": [role for role in ROLES if role != "tool"]}, content=content),
+        _object(type={"const": "reasoning"}, summary=_list(_object(text=_TEXT))),
+        _object(type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+        _object(type={"const": "function_call_output"}, call_id=_TEXT, output={"anyOf": [_TEXT, _list(texts)]}),
+    ]
+    items[0]["properties"]["type"] = {"const": "message"}
+    return {
+        "input": {"anyOf": [_TEXT, {**_list({"anyOf": items}), "minItems": 1}]},
+        "instructions": _or_null(_TEXT),
+    }
+
+
+def _own_parts(limits: Limits) -> list[Schema]:
+    """Return the parts that are not OpenAI's: boxes and videos."""
+    coordinates = {**_list(_NUMBER), "minItems": 4, "maxItems": 4}
+    box = _object(type={"const": "box"}, pixels=coordinates)
+    video = _object(type={"const": "video"}, video={**_list(_TEXT), "minItems": 1, "maxItems": limits.frames})
+    box["properties"]["image"] = _COUNT
+    video["properties"] |= {"fps": _or_null(_NUMBER), "times": _or_null(_list(_NUMBER))}
+    return [box, video]
+
+
+def _tools(limits: Limits, *, flat: bool = False) -> Schema:
+    """Return the fields of functions that a model may call; those of responses are `flat`."""
     name = {**_TEXT, "pattern": f"^{NAME.pattern}$"}
-    more = {"description": _TEXT, "parameters": {"type": "object"}, "strict": {"type": "boolean"}}
-    function = _body({"name": name, **more}, ["name"])
-    tool = _object(type={"const": "function"}, function=function)
-    chosen = _object(type={"const": "function"}, function=_object(name=_TEXT))
+    function: Schema = {"name": name, "description": _TEXT, "parameters": {"type": "object"}}
+    function["strict"] = {"type": "boolean"}
+    kind = {"const": "function"}
+    if flat:
+        tool, chosen = _body({"type": kind, **function}, ["type", "name"]), _object(type=kind, name=_TEXT)
+    else:
+        tool = _object(type=kind, function=_body(function, ["name"]))
+        chosen = _object(type=kind, function=_object(name=_TEXT))
     return {
         "tools": _or_null({**_list(tool), "maxItems": limits.tools}),
         "tool_choice": {"anyOf": [{"enum": list(CHOICES)}, chosen, {"type": "null"}]},
@@ -146,12 +178,16 @@ def _tools(limits: Limits) -> Schema:
     }
 
 
-def _options(limits: Limits) -> Schema:
-    """Return the fields common to all answers."""
+def _form(*, flat: bool) -> Schema:
+    """Return the schema of an answer's form; that of responses is `flat`."""
     schema = {"type": ["object", "boolean"]}
-    named = {"type": "object", "properties": {"schema": schema}}
     kinds = {"enum": ["text", "json_object", "json_schema"]}
-    form = {"type": "object", "properties": {"type": kinds, "json_schema": named, "schema": _or_null(schema)}}
+    more = {} if flat else {"json_schema": {"type": "object", "properties": {"schema": schema}}}
+    return {"type": "object", "properties": {"type": kinds, "schema": _or_null(schema), **more}}
+
+
+def _common(limits: Limits) -> Schema:
+    """Return the fields common to all requests."""
     stop = {**_TEXT, "maxLength": limits.stop_text}
     return {
         "model": _or_null(_TEXT),
@@ -163,13 +199,20 @@ def _options(limits: Limits) -> Schema:
         **_number("presence_penalty", -2, 2),
         **_number("frequency_penalty", -2, 2),
         **_number("seed", -(1 << 63), (1 << 63) - 1, "integer"),
+        "stop": {"anyOf": [stop, {**_list(stop), "maxItems": limits.stops}, {"type": "null"}]},
+        "grounding": _or_null({"type": "boolean"}),
+        "stream": _or_null({"type": "boolean"}),
+    }
+
+
+def _options(limits: Limits) -> Schema:
+    """Return the further fields of chat completions and completions."""
+    return {
+        **_common(limits),
         **_number("n", 1, limits.n, "integer"),
         **_number("max_completion_tokens", 1, 1 << 31, "integer"),
         **_number("max_tokens", 1, 1 << 31, "integer"),
-        "stop": {"anyOf": [stop, {**_list(stop), "maxItems": limits.stops}, {"type": "null"}]},
-        "response_format": _or_null(form),
-        "grounding": _or_null({"type": "boolean"}),
-        "stream": _or_null({"type": "boolean"}),
+        "response_format": _or_null(_form(flat=False)),
         "stream_options": _or_null({"type": "object", "properties": {"include_usage": {"type": "boolean"}}}),
     }
 
@@ -192,7 +235,16 @@ _USAGE = _object(
     completion_tokens=_COUNT,
     total_tokens=_COUNT,
     prompt_tokens_details=_object(cached_tokens=_COUNT),
+    completion_tokens_details=_object(reasoning_tokens=_COUNT),
 )
+_SAID = _object(type={"const": "output_text"}, text=_TEXT, annotations=_list({}), boxes=_list(_BOX))
+_THOUGHT = _object(type={"const": "reasoning_text"}, text=_TEXT)
+_ITEM = {"id": _TEXT, "status": {"enum": ["completed", "incomplete"]}}
+_ITEMS = [
+    _object(**_ITEM, type={"const": "message"}, role={"const": "assistant"}, content=_list(_SAID)),
+    _object(**_ITEM, type={"const": "reasoning"}, summary=_list({}), content=_list(_THOUGHT)),
+    _object(**_ITEM, type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+]
 _MODEL = _object(
     id=_TEXT,
     object={"const": "model"},
@@ -208,6 +260,15 @@ _RESULTS = {
         object={"const": "chat.completion"},
         choices=_list(_object(index=_COUNT, message=_MESSAGE, logprobs=_LOGPROBS, finish_reason=_CHAT_FINISH)),
         usage=_USAGE,
+    ),
+    "Response": _object(
+        id=_TEXT,
+        object={"const": "response"},
+        created_at=_COUNT,
+        model=_TEXT,
+        status=_ITEM["status"],
+        output=_list({"anyOf": _ITEMS}),
+        usage=_object(input_tokens=_COUNT, output_tokens=_COUNT, total_tokens=_COUNT),
     ),
     "Completion": _object(
         **_ENVELOPE,
