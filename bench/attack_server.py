@@ -39,10 +39,24 @@ ROUTES: dict[str, dict[str, list[Any]]] = {
             {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
         ],
     },
+    "/v1/responses": {
+        **SAMPLING, "n": [1], "instructions": ["Be brief."], "max_output_tokens": [1, 2, 3], "metadata": [{"a": "b"}],
+        "include": [["message.output_text.logprobs"], []], "top_logprobs": [0, 2], "grounding": [True, False],
+        "text": [{"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}, "verbosity": "low"}],
+        "tools": [[], [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]],
+        "tool_choice": [
+            "auto", {"type": "function", "name": "f"},
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+        ],
+        "parallel_tool_calls": [True, False], "store": [True], "previous_response_id": [None],
+    },
     "/v1/completions": {**SAMPLING, "logprobs": [0, 2], "prompt": ["hello", [1, 2, 3]], "echo": [False]},
     "/v1/tokenize": {"prompt": ["hello"], "model": ["demo"]},
 }  # fmt: skip
 """The fields of every route, with valid values."""
+
+ENDS = [b"data: [DONE]", *(b"event: response." + end for end in (b"completed", b"incomplete", b"failed"))]
+"""The ends of streams."""
 
 SCHEMAS: list[Any] = [
     {"type": "string", "pattern": "((a{1,99}){1,99}){1,99}"}, {"$ref": "#"}, {"type": ["string", "null"]},
@@ -88,6 +102,31 @@ def messages(rng: random.Random) -> list[dict[str, Any]]:
     return [{"role": role, "content": content(rng) if role == "user" else "ok"} for role in roles]
 
 
+def items(rng: random.Random) -> Any:
+    """The input of a response."""
+    if rng.random() < 0.2:
+        return "hi"
+    made: list[Any] = []
+    for message in messages(rng):
+        parts = message["content"]
+        if isinstance(parts, list):
+            parts = [_input_part(part) for part in parts]
+        made.append({**message, "content": parts})
+    more: list[Any] = [
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
+        {"type": "item_reference", "id": "m"},
+    ]
+    return [*made, *rng.sample(more, rng.choice([0, 0, 1, 3]))]
+
+
+def _input_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "image_url":
+        return {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "low"}
+    return part | {"type": "input_text"} if part["type"] == "text" else part
+
+
 def mutated(rng: random.Random, value: Any, share: float) -> Any:
     """A value in which some places have another one."""
     if rng.random() < share:
@@ -117,11 +156,13 @@ def damaged(rng: random.Random, body: bytes) -> bytes:
 
 def request(rng: random.Random) -> tuple[bool, bytes, bytes]:
     """A request: whether its length is as it says, head and body."""
-    route = rng.choice([*ROUTES, "/v1/chat/completions", "/v1/chat/completions"])
+    route = rng.choice([*ROUTES, "/v1/chat/completions", "/v1/responses"])
     fields = ROUTES[route]
     chosen = rng.sample(list(fields), rng.randrange(min(6, len(fields)) + 1))
     body = {name: rng.choice(fields[name]) for name in chosen} | {"max_tokens": 2}
-    if route != "/v1/completions" and (route != "/v1/tokenize" or rng.random() < 0.5):
+    if route == "/v1/responses":
+        body["input"] = items(rng)
+    elif route != "/v1/completions" and (route != "/v1/tokenize" or rng.random() < 0.5):
         body["messages"] = messages(rng)
     elif route == "/v1/completions":
         body.setdefault("prompt", "hello")
@@ -130,13 +171,15 @@ def request(rng: random.Random) -> tuple[bool, bytes, bytes]:
         body["response_format"] = schema
     body = mutated(rng, body, rng.choice([0.0, 0.03, 0.1, 0.3]))
     if isinstance(body, dict):
-        for name in ("max_tokens", "max_completion_tokens"):  # a long answer is no hang
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):  # a long answer is no hang
             if isinstance(body.get(name), int | float) and body[name] > 4:
                 body[name] = 4
         if isinstance(body.get("n"), int) and body["n"] > 2:
             body["n"] = rng.choice([2, 9])
         if not {"max_tokens", "max_completion_tokens"} & body.keys():
             body["max_tokens"] = 4
+        if route == "/v1/responses" and not body.get("max_output_tokens"):
+            body["max_output_tokens"] = 4
     try:
         written = json.dumps(body).encode()
     except (ValueError, RecursionError):
@@ -187,7 +230,7 @@ def fault(received: bytes, framed: bool) -> str | None:
         return f"status {status} without an error in OpenAI's form"
     if b"Traceback" in received or b"/etc/passwd:" in received or b"root:" in received:
         return "shows the server's insides"
-    if b"text/event-stream" in received and status == "200" and b"data: [DONE]" not in received:
+    if b"text/event-stream" in received and status == "200" and not any(end in received for end in ENDS):
         return "a stream without an end"
     return None
 

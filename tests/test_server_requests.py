@@ -249,7 +249,8 @@ def test_another_model_is_not_found(served):
 
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/v1/chat/completions", 405), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405),
-    ("GET", "/v1/responses/resp_1", 404), ("GET", "/slots", 404), ("GET", "/v1/streams", 404), ("GET", "/page/app.js", 404),
+    ("GET", "/v1/responses/resp_1", 404), ("GET", "/slots", 404), ("GET", "/v1/streams", 404),
+    ("GET", "/page/app.js", 404),
     ("GET", "/../../etc/passwd", 404), ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404), ("POST", "/health", 405),
 ])  # fmt: skip
 def test_there_are_no_other_routes(served, method, path, status):
