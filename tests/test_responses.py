@@ -284,6 +284,23 @@ def test_wrong_requests(served, fields, param):
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("stream", ["false", "true"])
+@pytest.mark.parametrize("field", [
+    '"metadata": %s', '"text": {"x": %s}', '"include": [], "reasoning": %s',
+    '"tools": [{"type": "function", "name": "f", "x": %s}], "tool_choice": "none"',
+    '"tool_choice": {"type": "allowed_tools", "tools": [], "x": %s}',
+])  # fmt: skip
+def test_what_a_response_repeats_can_be_written(served, field, stream):
+    statuses = set()
+    nested = ['{"a":' * depth + "1" + "}" * depth for depth in (5, 700, 900, 950, 970, 980, 990)]
+    for value in [*nested, '{"a": 1e400}']:
+        body = f'{{"input": "hi", "max_output_tokens": 1, "stream": {stream}, {field % value}}}'
+        response = served.http.post("/v1/responses", content=body)
+        statuses.add(response.status_code)
+        assert "failed" not in response.text
+    assert statuses == {200, 400}
+
+
 def test_a_response_of_a_job_is_the_same_each_time(demo_model, tmp_path):
     line = {"method": "POST", "url": "/v1/responses"}
     bad = {**line, "custom_id": "r", "body": {"input": [{"role": "user", "content": [IMAGE]}]}}

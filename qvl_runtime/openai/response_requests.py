@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,10 @@ STORED = {
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` names for log probabilities. Nothing else that it may name exists here."""
+
+
+SPARE = 200
+"""Levels that what a response repeats may be nested less deeply than a request: the stack of who writes it."""
 
 
 @dataclasses.dataclass
@@ -102,9 +107,16 @@ def _nested(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _echo(fields: Fields, options: Mapping[str, Any], most: int | None) -> dict[str, Any]:
-    """Return the fields that OpenAI's clients expect in every response."""
+    """Return the fields that OpenAI's clients expect in every response.
+
+    Raises
+    ------
+    ApiError
+        They cannot be written as JSON.
+    """
     parallel = fields.get("parallel_tool_calls")
-    return {
+    fields.object("metadata")
+    echo = {
         "background": False,
         "instructions": fields.get("instructions"),
         "max_output_tokens": most,
@@ -120,5 +132,15 @@ def _echo(fields: Fields, options: Mapping[str, Any], most: int | None) -> dict[
         "top_logprobs": fields.get("top_logprobs") or 0,
         "top_p": options["top_p"],
         "truncation": "disabled",
-        "user": fields.get("user"),
+        "user": fields.string("user"),
     }
+    deeper: Any = echo
+    for _ in range(SPARE):
+        deeper = [deeper]
+    try:
+        json.dumps(deeper, allow_nan=False)
+    except RecursionError:
+        raise refused("metadata, text, tools or tool_choice is nested too deeply") from None
+    except ValueError:
+        raise refused("metadata, text, tools or tool_choice holds a number that is too large") from None
+    return echo
