@@ -59,7 +59,6 @@ class ResponseReply:
         self._tokenizer, self._reader, self._number = tokenizer, reader, number
         self._items: list[dict[str, Any]] = []
         self._open: _Text | None = None
-        self._blank = ""
         self._entries: list[Logprob] = []
         self._events = 0
 
@@ -84,7 +83,7 @@ class ResponseReply:
     def complete(self, whole: Whole) -> list[Event]:
         events = [] if self._reader is None else self._said(self._reader.finish())
         if all(item["type"] == REASONING for item in self._items):
-            events += self._write(MESSAGE, self._blank, self._entries)  # a response without any text
+            events += self._write(MESSAGE, "", self._entries)  # a response without any text
         if self._open is not None and self._open.kind == MESSAGE:
             self._open.boxes = whole.boxes
         return events + self._close("incomplete" if whole.result.finish_reason == "length" else "completed")
@@ -108,13 +107,11 @@ class ResponseReply:
         for item in items:
             if isinstance(item, ToolCall):
                 events += self._close("completed") + self._call(item)
-                self._blank, self._entries = "", []
-                continue
-            # No item is opened for the line ends around calls.
-            self._blank += item
-            if self._blank.strip() or (self._open is not None and self._open.kind == MESSAGE):
-                events += self._write(MESSAGE, self._blank, self._entries)
-                self._blank, self._entries = "", []
+            elif item or (self._open is not None and self._open.kind == MESSAGE):
+                events += self._write(MESSAGE, item, self._entries)
+            else:
+                continue  # the log probabilities are given with the text that they become
+            self._entries = []
         return events
 
     def _write(self, kind: str, text: str, logprobs: Sequence[Logprob]) -> list[Event]:
