@@ -186,6 +186,9 @@ def test_the_status_of_an_answer_that_was_cut(demo_model):
     body = reply(demo_model).body([Whole(0, result("one two", "length"), [])])
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert body["output"][0]["status"] == "incomplete"
+    thinking = Whole(0, result("", "length", reasoning="Hm.", reasoning_tokens=3), [])
+    (item,) = reply(demo_model).body([thinking])["output"]
+    assert (item["type"], item["status"]) == ("reasoning", "incomplete")
     assert body["usage"] == {
         "input_tokens": 9, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 3,
         "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12,
@@ -196,8 +199,9 @@ def test_a_stream_that_fails(demo_model):
     made = reply(demo_model)
     made.begin()
     made.part(Part(0, Piece("one")))
-    (event,) = made.failed(refused("no memory"))
-    assert event["type"] == "response.failed" and event["response"]["status"] == "failed"
+    *_, item, event = made.failed(refused("no memory"))
+    assert event["response"]["output"] == [item["item"]] and item["item"]["status"] == "incomplete"
+    assert item["item"]["content"][0]["text"] == "one" and event["type"] == "response.failed" and event["response"]["status"] == "failed"
     assert event["response"]["error"] == {"code": "invalid_request_error", "message": "no memory"}
 
 

@@ -82,11 +82,12 @@ class ResponseReply:
 
     def complete(self, whole: Whole) -> list[Event]:
         events = [] if self._reader is None else self._said(self._reader.finish())
-        if all(item["type"] == REASONING for item in self._items):
-            events += self._write(MESSAGE, "", self._entries)  # a response without any text
+        cut = whole.result.finish_reason == "length"
+        if not self._items or (not cut and self._items[-1]["type"] == REASONING):
+            events += self._write(MESSAGE, "", self._entries)  # an answer without any text
         if self._open is not None and self._open.kind == MESSAGE:
             self._open.boxes = whole.boxes
-        return events + self._close("incomplete" if whole.result.finish_reason == "length" else "completed")
+        return events + self._close("incomplete" if cut else "completed")
 
     def end(self, answers: Sequence[Whole]) -> list[Event]:
         response = self._ended(answers[0].result)
@@ -95,7 +96,8 @@ class ResponseReply:
     def failed(self, problem: ApiError) -> list[Event]:
         error = problem.body()["error"]
         told = {"code": error["code"] or error["type"], "message": error["message"]}
-        return [self._event("response.failed", response=self._response("failed", error=told))]
+        events = self._close("incomplete")
+        return [*events, self._event("response.failed", response=self._response("failed", error=told))]
 
     def _read(self, text: str, logprobs: Sequence[Logprob]) -> list[Event]:
         """Write text of an answer, which may have calls."""
