@@ -201,7 +201,8 @@ def test_a_stream_that_fails(demo_model):
     made.part(Part(0, Piece("one")))
     *_, item, event = made.failed(refused("no memory"))
     assert event["response"]["output"] == [item["item"]] and item["item"]["status"] == "incomplete"
-    assert item["item"]["content"][0]["text"] == "one" and event["type"] == "response.failed" and event["response"]["status"] == "failed"
+    assert item["item"]["content"][0]["text"] == "one"
+    assert event["type"] == "response.failed" and event["response"]["status"] == "failed"
     assert event["response"]["error"] == {"code": "invalid_request_error", "message": "no memory"}
 
 
