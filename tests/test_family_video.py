@@ -285,4 +285,4 @@ def test_over_http(model, name):
             assert message in refused.json()["error"]["message"]
         messages = [{"role": "system", "content": asked(sent)[0]["content"]}, *asked(sent)]
         refused = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
-        assert "only a user's message" in refused.json()["error"]["message"]
+        assert "only messages of a user or tool" in refused.json()["error"]["message"]

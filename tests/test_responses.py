@@ -114,8 +114,9 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,eA=="}
      "input[0].content[0].image_url", "data:"),
     ([{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}], "input[0].content[0].file_id", "files"),
     ([{"role": "user", "content": [IMAGE] * 17}], "input[0].content[16].image_url", "more than 16 pictures"),
-    ([{"role": "assistant", "content": [IMAGE]}], "input[0].content[0]", "only a user's"),
-    ([{"type": "function_call_output", "output": [IMAGE]}], "input[0].output[0]", "only a user's"),
+    ([{"role": "assistant", "content": [IMAGE]}], "input[0].content[0]", "only messages of a user or tool"),
+    ([{"type": "function_call_output", "output": [{"type": "box", "pixels": [1, 2, 3, 4]}]}], "input[0].output[0]",
+     "only a user's"),
     ([{"type": "function_call_output"}], "input[0].output", "missing"),
     ([{"type": "function_call", "name": "f"}], "input[0].arguments", "missing"),
     ([{"type": "reasoning", "content": [{}]}], "input[0].content[0].text", "missing"),
@@ -358,6 +359,9 @@ def test_a_conversation_with_tools(calling):
 
     told = {"type": "function_call_output", "call_id": call.call_id, "output": "Noon."}
     last = client.responses.create(input=[*asked, call.model_dump(), told], **{**options, "temperature": 0})
+    seen = {**told, "output": [{"type": "input_image", "image_url": data_uri(png(picture()))}]}
+    shown = client.responses.create(input=[*asked, call.model_dump(), seen], **{**options, "temperature": 0})
+    assert shown.usage.input_tokens > last.usage.input_tokens
     function = {key: CLOCK[key] for key in ("name", "parameters")}
     messages = [*asked, chat["choices"][0]["message"], {"role": "tool", "tool_call_id": "x", "content": "Noon."}]
     body = {"messages": messages, "tools": [{"type": "function", "function": function}]}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from families import GOLDEN
-from serving import events, serving
+from serving import events, image_part, picture, png, serving
 
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
@@ -327,6 +327,24 @@ def test_a_conversation_with_the_openai_client(served, model):
     assert last.usage.prompt_tokens_details.cached_tokens > 0
 
 
+def test_a_tool_returns_pictures(served, model):
+    """As the published template has it: between the tags of the tool's response."""
+    image, calls = png(picture(4, 64)), [{"function": {"name": "clock", "arguments": "{}"}}]
+    parts = [{"type": "text", "text": "Crop:"}, image_part(image), {"type": "text", "text": "."}]
+    messages = [*ASKED, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": parts}]
+    ids = served.http.post("/v1/tokenize", json={"messages": messages}).json()["tokens"]
+    own = [*messages[:-1], {"role": "tool", "content": [{"text": "Crop:"}, {"image": image}, {"text": "."}]}]
+    assert ids == model.prompts.build(own, None, LOCAL).ids
+    text = model.tokenizer.decode(ids).replace("<|image_pad|>", "")
+    assert text.endswith(
+        "user\n<tool_response>\nCrop:<|vision_start|><|vision_end|>.\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    answer = served.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4, "temperature": 0})
+    expected = model.generate(own, max_new_tokens=4)
+    assert answer.json()["choices"][0]["message"]["content"] == expected.text
+
+
 def test_tools_that_must_not_be_called(served):
     fields = {"tools": [WEATHER], "temperature": 0}
     without = served.chat(temperature=0).json()
@@ -405,6 +423,8 @@ def test_a_row_of_a_job(model, tmp_path):
             "messages[0].reasoning_content",
         ),
         ({"messages": [{"role": "tool"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": [image_part(b"")]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "tool", "content": [{"type": "box", "pixels": [1] * 4}]}]}, "messages[0].content[0]"),
     ],
 )
 def test_wrong_requests(served, fields, param):

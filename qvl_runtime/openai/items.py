@@ -11,7 +11,7 @@ from typing import Any
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.messages import ROLES, Message, MessageReader, Messages, Part
+from qvl_runtime.openai.messages import ROLES, Message, MessageReader, Messages, Part, check_role
 
 KINDS = ("message", "reasoning", "function_call", "function_call_output")
 """Types of items; one without a type is a message."""
@@ -107,8 +107,7 @@ class _ItemReader:
         if kind in TEXTS:
             return self.messages.counted(part.get(TEXTS[kind]), f"{name}.{TEXTS[kind]}")
         if kind == "input_image":
-            if role != "user":
-                raise refused(f"{name}: only a user's message has pictures", name)
+            check_role(role, name)
             if part.get("image_url") is None and part.get("file_id") is not None:
                 raise refused(
                     f"{name}.file_id: this server keeps no files; give image_url a data: URI", f"{name}.file_id"

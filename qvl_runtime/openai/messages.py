@@ -164,8 +164,7 @@ class MessageReader:
             return self.counted(part.get("text"), f"{name}.text")
         if kind not in ("image_url", "box", "video"):
             raise refused(f"{name}.type is {kind[:40]!r}; it must be text, image_url, video or box", f"{name}.type")
-        if role != "user":
-            raise refused(f"{name}: only a user's message has pictures, videos and boxes", name)
+        check_role(role, name, box=kind == "box")
         if kind == "box":
             return _box(part, name)
         if kind == "video":
@@ -199,6 +198,13 @@ class MessageReader:
         if self._text > self._limits.text:
             raise refused(f"the texts of the request have more than {self._limits.text} characters", name)
         return found
+
+
+def check_role(role: str, name: str, *, box: bool = False) -> None:
+    """Refuse a picture, a video or a box in a message of another role than those that may have one."""
+    if role != "user" and (box or role != "tool"):
+        having = "a user's message has boxes" if box else "messages of a user or tool have pictures and videos"
+        raise refused(f"{name}: only {having}", name)
 
 
 def _box(part: Any, name: str) -> BoxPart:
