@@ -137,6 +137,7 @@ def _input(limits: Limits) -> Schema:
     texts = _object(type={"enum": ["input_text", "output_text"]}, text=_TEXT)
     image = _object(type={"const": "input_image"}, image_url=_TEXT)
     content = {"anyOf": [_TEXT, _list({"anyOf": [texts, image, *_own_parts(limits)]})]}
+    returned = {"anyOf": [_TEXT, _list({"anyOf": [texts, image]})]}
     items = [
         _object(role={"enum": [role for role in ROLES if role != "tool"]}, content=content),
         _object(type={"const": "reasoning"}, summary=_list(_object(text=_TEXT))),
