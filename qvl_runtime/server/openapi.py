@@ -142,11 +142,7 @@ def _input(limits: Limits) -> Schema:
         _object(role={"enum": [role for role in ROLES if role != "tool"]}, content=content),
         _object(type={"const": "reasoning"}, summary=_list(_object(text=_TEXT))),
         _object(type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
-        _object(
-            type={"const": "function_call_output"},
-            call_id=_TEXT,
-            output={"anyOf": [_TEXT, _list({"anyOf": [texts, image]})]},
-        ),
+        _object(type={"const": "function_call_output"}, call_id=_TEXT, output=returned),
     ]
     items[0]["properties"]["type"] = {"const": "message"}
     return {
