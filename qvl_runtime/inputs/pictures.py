@@ -15,6 +15,7 @@ from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array, Ops
 from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, read_image
 from qvl_runtime.inputs.picture_cache import PictureCache
+from qvl_runtime.inputs.resolution import Resized
 from qvl_runtime.inputs.video import FramePair
 from qvl_runtime.trace import Trace, no_trace
 
@@ -70,6 +71,10 @@ class Pixels:
     resized: tuple[int, int]
 
 
+Source = ImageSource | Resized | FramePair
+"""A picture, or two frames that are encoded as one."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
     """A picture of a prompt.
@@ -79,7 +84,7 @@ class Picture:
     key : bytes
         A hash of the pixels, the salt, and everything else that the features depend on. It does not depend on the
         file's name, and it changes with the file's content.
-    content : image source or FramePair
+    content : image source, Resized or FramePair
         The source for decoding the picture again.
     tokens, grid, size, resized
         As in `Pixels`.
@@ -88,7 +93,7 @@ class Picture:
     """
 
     key: bytes
-    content: ImageSource | FramePair
+    content: Source
     tokens: int
     grid: tuple[int, int]
     size: tuple[int, int]
@@ -97,8 +102,8 @@ class Picture:
 
 
 Preprocess = Callable[..., Pixels]
-"""A family's preprocessing of an RGB picture, ``preprocess(image)``, or of two frames of a video of `count` frames:
-``preprocess(first, second, count, size)``. Frames are resized to `size` unless it is None."""
+"""A family's preprocessing of an RGB picture, ``preprocess(image, resolution=None)``, or of two frames of a video of
+`count` frames: ``preprocess(first, second, count, size)``. Frames are resized to `size` unless it is None."""
 
 
 class Vision(Protocol):
@@ -140,14 +145,20 @@ class PictureReader:
         Identifies the weights, preprocessing and arithmetic that features depend on.
     upright : bool
         Apply the EXIF orientation.
+
+    Attributes
+    ----------
+    max_pixels : int or None
+        The largest size of a picture that asks for none; None if all have one size.
     """
 
     def __init__(self, preprocess: Preprocess, identity: str = "", *, upright: bool = False):
         self._preprocess, self._identity, self.upright = preprocess, identity, upright
+        self.max_pixels: int | None = getattr(preprocess, "max_pixels", None)
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = make_lock()
 
-    def read(self, source: ImageSource | FramePair | Picture, access: Access = LOCAL) -> Picture:
+    def read(self, source: Source | Picture, access: Access = LOCAL) -> Picture:
         """Read a picture or two frames; decode them unless the same bytes were decoded before.
 
         The result of an earlier call is returned as it is.
@@ -178,31 +189,37 @@ class PictureReader:
                     self._known.popitem(last=False)
         return Picture(key, content, **facts, pixels=pixels.values)
 
-    def decode(self, source: ImageSource | FramePair, access: Access = LOCAL) -> Pixels:
+    def decode(self, source: Source, access: Access = LOCAL) -> Pixels:
         """Decode and preprocess a picture or two frames."""
         return self._prepare(_content(source, access), source)
 
-    def _prepare(self, content: Content, source: ImageSource | FramePair) -> Pixels:
+    def _prepare(self, content: Content, source: Source) -> Pixels:
         """Preprocess the content of `source`; errors name the source."""
         if isinstance(content, FramePair) and isinstance(source, FramePair):
             names = map(image_label, (source.first, source.second))
             first, second = (decode_image(f, name, exif=self.upright) for f, name in zip(_frames(content), names))
             return self._preprocess(first, second, content.count, content.size)
         assert not isinstance(content, FramePair) and not isinstance(source, FramePair)
+        if isinstance(content, Resized) and isinstance(source, Resized):
+            decoded = decode_image(cast(Loaded, content.image), image_label(source.image), exif=self.upright)
+            return self._preprocess(decoded, resolution=content.resolution)
+        assert not isinstance(content, Resized) and not isinstance(source, Resized)
         return self._preprocess(decode_image(content, image_label(source), exif=self.upright))
 
 
 Loaded = bytes | Image.Image | np.ndarray
-Content = Loaded | FramePair
-"""Content that was read and can be decoded; for two frames, both are `Loaded`."""
+Content = Loaded | Resized | FramePair
+"""Content that was read and can be decoded; a `Resized` or the two frames have `Loaded`."""
 
 
-def _content(source: ImageSource | FramePair, access: Access) -> Content:
+def _content(source: Source, access: Access) -> Content:
     def read(image: ImageSource) -> Loaded:
         return read_image(image, allow_urls=access.urls, allow_paths=access.paths)
 
     if isinstance(source, FramePair):
         return dataclasses.replace(source, first=read(source.first), second=read(source.second))
+    if isinstance(source, Resized):
+        return dataclasses.replace(source, image=read(source.image))
     return read(source)
 
 
@@ -216,6 +233,9 @@ def _digest(content: Content, salted: bytes) -> bytes | None:
         first, second = (_digest(frame, salted) for frame in _frames(content))
         told = f"{content.count} {content.size}".encode()
         return None if first is None or second is None else hashlib.sha256(first + second + told).digest()
+    if isinstance(content, Resized):
+        digest = _digest(cast(Loaded, content.image), salted)
+        return None if digest is None else hashlib.sha256(digest + repr(content.resolution).encode()).digest()
     return hashlib.sha256(salted + content).digest() if isinstance(content, bytes) else None
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Picture
+from qvl_runtime.inputs.resolution import Resized, Resolution
 from qvl_runtime.inputs.video import Video
 
 log = logging.getLogger(__name__)
@@ -132,15 +133,31 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass
 class Place:
-    """A place for a picture in a text; `fill` sets missing sources."""
+    """A place for a picture in a text; `fill` sets missing sources.
+
+    Attributes
+    ----------
+    source : image source, Video or None
+    resolution : Resolution or None
+        The picture's own, if it has one.
+    """
 
     source: ImageSource | Video | None
+    resolution: Resolution | None = None
 
     @property
-    def filled(self) -> ImageSource | Video:
+    def filled(self) -> ImageSource | Resized | Video:
         """The source, after `fill`."""
         assert self.source is not None, "places are filled before they are encoded"
-        return self.source
+        if self.resolution is None or isinstance(self.source, Video):
+            return self.source
+        return Resized(self.source, self.resolution)
+
+    def to_part(self) -> dict[str, Any]:
+        """Return a part of a message, which becomes this place again."""
+        if isinstance(self.source, Video):
+            return self.source.to_part()
+        return {"type": "image", "image": self.source} | ({} if self.resolution is None else self.resolution.to_part())
 
 
 Parts = list[str | Place]
@@ -181,7 +198,12 @@ def is_image_part(part: Mapping[str, Any]) -> bool:
     return "image" in part or "image_url" in part or part.get("type") in ("image", "image_url")
 
 
-def part_source(part: Mapping[str, Any]) -> ImageSource | None:
+def picture_place(part: Mapping[str, Any]) -> Place:
+    """Return the place of a picture part."""
+    return Place(_source(part), Resolution.of_part(part))
+
+
+def _source(part: Mapping[str, Any]) -> ImageSource | None:
     """Return the source of a picture part; None if it takes the next of `images`."""
     source = next((part[key] for key in ("image", "image_url", "url") if part.get(key) is not None), None)
     if isinstance(source, Mapping):

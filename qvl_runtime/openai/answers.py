@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.inputs.resolution import Resized, Resolution
 from qvl_runtime.inputs.tools import CallReader
 from qvl_runtime.model import Model
 from qvl_runtime.openai.errors import refused
@@ -55,12 +56,28 @@ def with_pictures(
     if sum(picture.width * picture.height for picture in pictures) > most:
         raise refused(f"the pictures of the request have more than {most} pixels: shrink or omit some", "messages")
 
+    resolutions = prompt.resolutions
+    _check_resolutions(model, resolutions)
+
     def mark(corners: Sequence[float], number: int) -> str:
         assert model.pictures is not None, "a box lies on a picture"
-        read = model.pictures.reader.read(pictures[number].content, NOTHING)
+        content = pictures[number].content
+        source = Resized(content, resolutions[number]) if number in resolutions else content
+        read = model.pictures.reader.read(source, NOTHING)
         return model.blob.family.grounding.mark(corners, read)
 
     return prompt.for_model(pictures, mark), pictures
+
+
+def _check_resolutions(model: Model, resolutions: Mapping[int, Resolution]) -> None:
+    """Refuse pictures that ask for more pixels than others get."""
+    most = None if model.pictures is None else model.pictures.reader.max_pixels
+    for number, resolution in resolutions.items():
+        asked = max(resolution.largest or 0, resolution.min_pixels or 0)
+        if most is not None and asked > most:
+            raise refused(
+                f"picture {number} asks for {asked} pixels, but {most} are allowed (--max-pixels)", "messages"
+            )
 
 
 def call_reader(model: Model, asked: Asked) -> Callable[[], CallReader] | None:

@@ -112,7 +112,7 @@ class _ItemReader:
                 raise refused(
                     f"{name}.file_id: this server keeps no files; give image_url a data: URI", f"{name}.file_id"
                 )
-            return self.messages.picture(part.get("image_url"), f"{name}.image_url")
+            return self.messages.picture(part.get("image_url"), f"{name}.image_url", part, name)
         if kind in ("box", "video"):
             return self.messages.part(part, name, role)
         known = f"{', '.join(TEXTS)}, input_image, video or box"

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.resolution import Resolution
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
@@ -17,9 +19,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 class PicturePart(NamedTuple):
-    """A place for the picture with this number."""
+    """A place for the picture with this number, in the resolution that it asks for."""
 
     number: int
+    resolution: Resolution | None = None
 
 
 class BoxPart(NamedTuple):
@@ -65,6 +68,12 @@ class Messages:
     turns: list[Message]
     sources: list[str | bytes]
 
+    @property
+    def resolutions(self) -> dict[int, Resolution]:
+        """The resolutions that pictures ask for, by their numbers."""
+        parts = (part for turn in self.turns for part in turn.parts if isinstance(part, PicturePart))
+        return {part.number: part.resolution for part in parts if part.resolution is not None}
+
     def for_model(self, pictures: Sequence[Sent], mark: Callable[[Sequence[float], int], str]) -> list[dict]:
         """Convert for `Model.stream`; `mark` writes a box on the picture with a number in the model's notation."""
         return [
@@ -82,7 +91,8 @@ def _content(parts: Sequence[Part], pictures: Sequence[Sent], mark: Callable[...
     made = []
     for part in parts:
         if isinstance(part, PicturePart):
-            made.append({"type": "image", "image": pictures[part.number].content})
+            more = {} if part.resolution is None else part.resolution.to_part()
+            made.append({"type": "image", "image": pictures[part.number].content, **more})
         elif isinstance(part, VideoPart):
             made.append({"type": "video", "video": [pictures[i].content for i in part.numbers], **part.timing})
         elif isinstance(part, BoxPart):
@@ -171,15 +181,19 @@ class MessageReader:
             return self._video(part, name)
         # OpenAI's format is an object. A string could be taken for a path.
         image = mapping(part.get("image_url"), f"{name}.image_url")
-        return self.picture(image.get("url"), f"{name}.image_url.url")
+        return self.picture(image.get("url"), f"{name}.image_url.url", part, name)
 
-    def picture(self, url: Any, name: str) -> PicturePart:
-        """Read the URI of a picture."""
-        url = text(url, name)
+    def picture(self, url: Any, where: str, part: Mapping[str, Any], name: str) -> PicturePart:
+        """Read a picture: its URI in the field `where`, and the resolution in its part."""
+        url = text(url, where)
         if len(self.sources) - self._frames == self._limits.pictures:
             raise refused(f"the request has more than {self._limits.pictures} pictures", name)
-        self.sources.append(checked_url(url, name, self._allow_urls))
-        return PicturePart(len(self.sources) - 1)
+        self.sources.append(checked_url(url, where, self._allow_urls))
+        try:
+            resolution = Resolution.of_part(part)
+        except QvlError as error:
+            raise refused(f"{name}: {error}", name) from None
+        return PicturePart(len(self.sources) - 1, resolution)
 
     def _video(self, part: Any, name: str) -> VideoPart:
         frames, first = array(part.get("video"), f"{name}.video"), len(self.sources)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qvl_runtime.inputs.resolution import KEYS
 from qvl_runtime.inputs.tools import CHOICES, NAME
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import ROLES
@@ -88,6 +89,11 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _NUMBER: Schema = {"type": "number"}
 
 
+_DETAIL = {"detail": _or_null({"enum": ["auto", "low", "high"]})}
+_RESOLUTION = {key: _or_null({"type": "integer", "minimum": 1}) for key in KEYS}
+"""Fields of a picture's part."""
+
+
 def _number(name: str, low: float, high: float, kind: str = "number") -> Schema:
     return {name: _or_null({"type": kind, "minimum": low, "maximum": high})}
 
@@ -123,8 +129,10 @@ def _prompt() -> Schema:
 
 
 def _messages(limits: Limits) -> Schema:
-    uri = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
+    uri = _object(url=_TEXT)
+    uri["properties"] |= _DETAIL
     parts = [_object(type={"const": "text"}, text=_TEXT), _object(type={"const": "image_url"}, image_url=uri)]
+    parts[1]["properties"] |= _RESOLUTION
     content = {"anyOf": [_TEXT, _list({"anyOf": [*parts, *_own_parts(limits)]})]}
     said = _object(role={"enum": list(ROLES)}, content=content)
     call = _object(function=_object(name=_TEXT, arguments=_TEXT))
@@ -136,6 +144,7 @@ def _input(limits: Limits) -> Schema:
     """Return the fields of a response's input."""
     texts = _object(type={"enum": ["input_text", "output_text"]}, text=_TEXT)
     image = _object(type={"const": "input_image"}, image_url=_TEXT)
+    image["properties"] |= _DETAIL | _RESOLUTION
     content = {"anyOf": [_TEXT, _list({"anyOf": [texts, image, *_own_parts(limits)]})]}
     returned = {"anyOf": [_TEXT, _list({"anyOf": [texts, image]})]}
     items = [

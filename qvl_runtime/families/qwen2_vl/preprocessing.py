@@ -18,10 +18,14 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse, section
 from qvl_runtime.families.reading import LARGEST, check, take, three
 from qvl_runtime.inputs.pictures import Pixels
+from qvl_runtime.inputs.resolution import LOW_PIXELS, Resolution
 
 MAX_ASPECT_RATIO = 200
 MAX_TOKENS = 1280
 """Default limit of tokens per picture. `max_pixels` overrides it. The published limits are up to 16384."""
+
+LEAST_TOKENS, MOST_TOKENS = 4, 16384
+"""Limits of a picture whose size is given, as in `qwen_vl_utils`."""
 
 MOST_PIXELS = 1 << 40
 """Largest `max_pixels`, far beyond any memory; ratios of pixels stay in the range of a float."""
@@ -175,18 +179,41 @@ class Preprocessing:
             raise QvlError(f"min_pixels is {lowest}, expected 1 to max_pixels, {highest}")
         return dataclasses.replace(self, min_pixels=lowest, max_pixels=highest)
 
+    def wanted(self, resolution: Resolution | None, factor: int) -> Preprocessing:
+        """Return these settings with the limits of a picture's own resolution.
+
+        Raises
+        ------
+        QvlError
+            As for `limited`.
+        """
+        if resolution is None:
+            return self
+        lowest, highest = resolution.min_pixels, resolution.max_pixels
+        if resolution.low:
+            highest = min(LOW_PIXELS, self.max_pixels if highest is None else highest)
+        if lowest is None and highest is None:
+            return self
+        return self.limited(lowest, self.max_pixels if highest is None else highest, factor)
+
     def normalized(self, image: Image.Image) -> np.ndarray:
         """Return pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
         scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
-    def patches(self, image: Image.Image, patch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def patches(
+        self, image: Image.Image, patch_size: int, resolution: Resolution | None = None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
         """Resize a picture and cut it into patches.
 
         Parameters
         ----------
         image : PIL.Image.Image
             Mode RGB.
+        patch_size : int
+            Side of a patch in pixels.
+        resolution : Resolution, optional
+            The picture's own resolution.
 
         Returns
         -------
@@ -196,7 +223,11 @@ class Preprocessing:
             Width and height of the resized picture.
         """
         factor = patch_size * MERGE
-        height, width = smart_resize(image.height, image.width, factor, self.min_pixels, self.max_pixels)
+        limits, height, width = self.wanted(resolution, factor), image.height, image.width
+        if resolution is not None and resolution.resized_height and resolution.resized_width:
+            height, width = resolution.resized_height, resolution.resized_width
+            limits = dataclasses.replace(self, min_pixels=LEAST_TOKENS * factor**2, max_pixels=MOST_TOKENS * factor**2)
+        height, width = smart_resize(height, width, factor, limits.min_pixels, limits.max_pixels)
         return self.frame_patches([image] * FRAMES, patch_size, (width, height)), (width, height)
 
     def frame_patches(self, frames: Sequence[Image.Image], patch_size: int, size: tuple[int, int]) -> np.ndarray:
@@ -251,17 +282,24 @@ class Preparation:
     video: VideoLimits
     vision: VisionConfig
 
+    @property
+    def max_pixels(self) -> int:
+        """Limit of a resized picture without a resolution of its own."""
+        return self.settings.max_pixels
+
     def __call__(
         self,
         image: Image.Image,
         second: Image.Image | None = None,
         count: int = 0,
         size: tuple[int, int] | None = None,
+        *,
+        resolution: Resolution | None = None,
     ) -> Pixels:
         """Preprocess a picture, or two frames of a video of `count` frames."""
         factor = self.vision.factor
         if second is None:
-            values, size = self.settings.patches(image, self.vision.patch_size)
+            values, size = self.settings.patches(image, self.vision.patch_size, resolution)
         else:
             size = size or self.video.size(image, count, factor, self.settings.max_pixels)
             values = self.settings.frame_patches([image, second], self.vision.patch_size, size)

@@ -19,7 +19,7 @@ from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.template import Message, Piece, SpecialToken, Template
 from qvl_runtime.inputs.image_tags import cut_images
 from qvl_runtime.inputs.images import ImageSource
-from qvl_runtime.inputs.pictures import Access, Picture
+from qvl_runtime.inputs.pictures import Access, Picture, Source
 from qvl_runtime.inputs.prompt import (
     ChatPrompt,
     Parts,
@@ -35,14 +35,14 @@ from qvl_runtime.inputs.prompt import (
     is_ids,
     is_image_part,
     is_messages,
-    part_source,
     part_text,
+    picture_place,
     sources,
     user_message,
 )
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.inputs.tools import ToolCall
-from qvl_runtime.inputs.video import FramePair, Video, is_video_part, read_video
+from qvl_runtime.inputs.video import Video, is_video_part, read_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Prompts:
     tokenizer: Tokenizer
     config: ModelConfig
     template: Template
-    read: Callable[[ImageSource | FramePair, Access], Picture]
+    read: Callable[[Source, Access], Picture]
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
         """Build a prompt from any supported form.
@@ -205,7 +205,7 @@ class Prompts:
         read: Parts = []
         for part in checked_parts(content):
             if is_image_part(part):
-                read.append(Place(part_source(part)))
+                read.append(picture_place(part))
             elif is_video_part(part):
                 read.append(Place(read_video(part)))
             elif part.get("type") == "box" and "text" in part:
@@ -392,4 +392,4 @@ def _for_history(query: Any, parts: Parts) -> Any:
 def _part(part: str | Place) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "box" if isinstance(part, SpecialToken) else "text", "text": str(part)}
-    return part.source.to_part() if isinstance(part.source, Video) else {"type": "image", "image": part.source}
+    return part.to_part()

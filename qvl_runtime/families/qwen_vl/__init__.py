@@ -30,6 +30,7 @@ from qvl_runtime.families.specs import MatrixSpec, TensorSpec
 from qvl_runtime.families.weights import Weights
 from qvl_runtime.file.opening import read_regular
 from qvl_runtime.inputs.pictures import Picture, Pixels
+from qvl_runtime.inputs.resolution import Resolution
 from qvl_runtime.inputs.tokenizer import MAX_RANKS
 
 RANKS_FILE = "qwen.tiktoken"
@@ -84,7 +85,7 @@ class QwenVL:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> Callable[[Image.Image], Pixels]:
+    ) -> Callable[..., Pixels]:
         if min_pixels is not None or max_pixels is not None:
             raise QvlError("min_pixels and max_pixels are for models that take pictures of any size: leave them out")
         given = {"mean": MEAN.tolist(), "std": STD.tolist(), **preprocessing}
@@ -179,7 +180,16 @@ class QwenVL:
         return {"mean": MEAN.tolist(), "std": STD.tolist()} if config.sees else {}
 
 
-def _pixels(config: ModelConfig, mean: np.ndarray, std: np.ndarray, image: Image.Image) -> Pixels:
+def _pixels(
+    config: ModelConfig,
+    mean: np.ndarray,
+    std: np.ndarray,
+    image: Image.Image,
+    *,
+    resolution: Resolution | None = None,
+) -> Pixels:
+    if resolution is not None and resolution != Resolution(low=True):  # the only detail of this model is low
+        raise QvlError("min_pixels and the like are for models that take pictures of any size: leave them out")
     visual = config.vision
     side = visual.image_size
     return Pixels(

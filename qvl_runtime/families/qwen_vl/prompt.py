@@ -18,7 +18,7 @@ from qvl_runtime.families.qwen_vl.grounding import format_box, opened_box
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.inputs.image_tags import IMAGE_TAGS, split_images
 from qvl_runtime.inputs.images import ImageSource
-from qvl_runtime.inputs.pictures import LOCAL, Access, Picture
+from qvl_runtime.inputs.pictures import LOCAL, Access, Picture, Source
 from qvl_runtime.inputs.prompt import (
     ChatPrompt,
     Parts,
@@ -35,8 +35,8 @@ from qvl_runtime.inputs.prompt import (
     is_image_part,
     is_messages,
     message_content,
-    part_source,
     part_text,
+    picture_place,
     sources,
     user_message,
 )
@@ -52,7 +52,7 @@ class _Encoded(NamedTuple):
     """Token ids, and the pictures in them: start and source of each."""
 
     ids: list[int]
-    pictures: list[tuple[int, ImageSource]]
+    pictures: list[tuple[int, Source]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class QwenPrompts:
 
     tokenizer: QwenTokenizer
     is_chat: bool
-    read: Callable[[ImageSource, Access], Picture] | None
+    read: Callable[[Source, Access], Picture] | None
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None = None, access: Access = LOCAL) -> Prompt:
         """Build a prompt from any supported form.
@@ -201,7 +201,7 @@ class QwenPrompts:
 
     def _encode(self, parts: Parts, special: frozenset[str]) -> _Encoded:
         ids: list[int] = []
-        pictures: list[tuple[int, ImageSource]] = []
+        pictures: list[tuple[int, Source]] = []
         tokenizer = self.tokenizer
         text = ""
         for part in [*parts, None]:
@@ -301,7 +301,7 @@ def _from_parts(content: Any, pictures_before: int, split: Callable[[str], Parts
     for part in checked_parts(content):
         if is_image_part(part):
             number += 1
-            parts += [f"Picture {number}: ", Place(part_source(part)), "\n"]
+            parts += [f"Picture {number}: ", picture_place(part), "\n"]
         elif "text" in part:
             found = split(part_text(part))
             number += count_places([found])
@@ -355,7 +355,7 @@ def _for_history(query: Any, parts: Parts, access: Access) -> Any:
 
 def _join(parts: Sequence[_Encoded]) -> _Encoded:
     ids: list[int] = []
-    pictures: list[tuple[int, ImageSource]] = []
+    pictures: list[tuple[int, Source]] = []
     for part in parts:
         pictures += [(len(ids) + start, source) for start, source in part.pictures]
         ids += part.ids
