@@ -362,20 +362,22 @@ def test_tags_that_never_end_are_text():
         chat(made, "x", system=5)
 
 
-def test_a_later_message_of_the_system():
-    """The template of Qwen2-VL renders messages of any role; that of Qwen3-VL knows none but the first."""
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "b"},
-    ]
-    made = prompts("q2-tied")
-    assert text_of(made, build(made, messages)) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("q2-tied", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"), ("q3-tied", "")],
+)
+def test_a_later_message_of_the_system(name, first):
+    """The template of Qwen2-VL renders messages of any role. That of Qwen3-VL omits this one; Qwen3's renders it."""
+    said, brief = {"role": "user", "content": "a"}, {"role": "system", "content": "Be brief."}
+    made = prompts(name)
+    asked = f"{first}<|im_start|>user\na<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert text_of(made, build(made, [said, brief])) == f"{asked}<|im_start|>assistant\n"
+    assert text_of(made, build(made, [said, brief, said])) == (
+        f"{asked}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     )
-    with pytest.raises(QvlError, match="message 2 has the role 'system': only the first message may"):
-        build(prompts("q3-tied"), messages)
+    assert text_of(made, build(made, [brief, brief])) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n" * 2 + "<|im_start|>assistant\n"
+    )
 
 
 def test_opened_box():

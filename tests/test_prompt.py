@@ -243,6 +243,13 @@ def test_images_of_messages():
     )
 
 
+def test_a_later_message_of_the_system():
+    prompt = raw([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+    assert TINY.decode(prompt.ids).endswith(
+        "user\na<|im_end|>\n<|im_start|>system\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_two_messages_of_the_user_in_a_row():
     prompt = raw([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     assert "user\na<|im_end|>\n<|im_start|>user\nb" in TINY.decode(prompt.ids)
@@ -252,7 +259,6 @@ def test_two_messages_of_the_user_in_a_row():
     ("messages", "message"),
     [
         ([{"role": "tool", "content": "x"}], "'tool'"),
-        ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "only the first"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], "last message"),
         ([{"role": "user", "content": "x"}, {"content": "x"}], "None"),
         ([{"role": "user", "content": 7}], "int"),

@@ -76,7 +76,6 @@ WRONG = {
         "messages[0].content[0]",
     ),
     "assistant last": ({"messages": [*USER, {"role": "assistant", "content": "x"}]}, None),
-    "system in between": ({"messages": [*USER, {"role": "system", "content": "x"}]}, None),
     "box without corners": ({"messages": box(pixels=None)}, "messages[0].content[1].pixels"),
     "box of three": ({"messages": box(pixels=[1, 2, 3])}, "messages[0].content[1].pixels"),
     "box of words": ({"messages": box(pixels=[1, 2, 3, "4"])}, "messages[0].content[1].pixels"),

@@ -103,7 +103,8 @@ class Prompts:
             return self._encode([*before, *self._special_tokens(parts)], access, GROUNDING.opened(prompt))
         messages = prompt if is_messages(prompt) else [user_message(prompt)]
         read = [self._message(message, number, access) for number, message in enumerate(messages, 1)]
-        self._check_roles(read)
+        if read[-1].role == "assistant":
+            raise QvlError("the last message has the role 'assistant': it must be one that waits for an answer")
         if fill([message.content for message in read], images):
             raise QvlError("the messages have no places for these images: write a part {'type': 'image'} for each")
         return self._encode([*self._rendered(read), *self.template.answer_head()], access)
@@ -184,14 +185,6 @@ class Prompts:
         if role == "system" and count_places([read]):
             raise QvlError("the system's message takes no pictures: put them into the user's")
         return Message(role, read)
-
-    def _check_roles(self, messages: Sequence[Message]) -> None:
-        for number, message in enumerate(messages, 1):
-            if message.role == "system" and number > 1 and not self.template.SYSTEM_ANYWHERE:
-                raise QvlError(f"message {number} has the role 'system': only the first message may")
-        last = messages[-1].role
-        if last not in ("user", "tool"):
-            raise QvlError(f"the last message has the role {last!r}: it must be the user's, who waits for an answer")
 
     def _rendered(self, messages: Sequence[Message]) -> list[Piece]:
         has_system = messages[0].role == "system"

@@ -48,8 +48,6 @@ class Template:
 
     ROLES: ClassVar[tuple[str, ...]] = ("system", "user", "assistant")
     DEFAULT_SYSTEM: ClassVar[str | None] = "You are a helpful assistant."
-    SYSTEM_ANYWHERE: ClassVar[bool] = True
-    """Whether messages after the first may be the system's."""
     TIMESTAMPS: ClassVar[bool] = False
     """Whether each pair of video frames has its own vision tags, after its time as text."""
 

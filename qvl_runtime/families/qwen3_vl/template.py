@@ -49,7 +49,6 @@ class Qwen3Template(Template):
 
     ROLES = ("system", "user", "assistant", "tool")
     DEFAULT_SYSTEM = None
-    SYSTEM_ANYWHERE = False
     TIMESTAMPS = True
 
     def system(self, content: Parts | None) -> list[Piece]:
@@ -71,7 +70,7 @@ class Qwen3Template(Template):
                 pieces += [] if after == "tool" else [END, "\n"]
             elif message.role == "assistant":
                 pieces += self.turn(message.role, self._answer(message, reasons=i > asked))
-            else:
+            else:  # a later message of the system as Qwen3's own template has it; that of Qwen3-VL would omit it
                 pieces += self.turn(message.role, message.content)
         return pieces
 

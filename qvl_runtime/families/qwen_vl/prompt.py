@@ -82,7 +82,7 @@ class QwenPrompts:
             - the list format: parts ``{"image": source}``, ``{"text": str}``, ``{"ref": str, "box": box or boxes}``; a
               picture becomes ``Picture N: <img>…</img>`` and a line end. For a chat model it is the user's turn;
             - chat messages: ``{"role": "system" | "user" | "assistant", "content": text or parts}``; the last message
-              is the user's;
+              is not the assistant's;
             - token ids, with image slots.
         images : sequence of image sources, optional
             Images for the empty slots (``<img></img>``, or those in the ids), in order. If the prompt has no image,
@@ -235,12 +235,8 @@ class QwenPrompts:
         for number, role in enumerate(roles, 1):
             if role not in ROLES:
                 raise QvlError(f"message {number} has the role {role!r:.40}: it must be one of {', '.join(ROLES)}")
-            if role == "system" and number > 1:
-                raise QvlError(f"message {number} has the role 'system': only the first message may")
-        if roles[-1] != "user":
-            raise QvlError(
-                f"the last message has the role {roles[-1]!r}: it must be the user's, who waits for an answer"
-            )
+        if roles[-1] == "assistant":
+            raise QvlError("the last message has the role 'assistant': it must be one that waits for an answer")
         spoken: list[Parts] = [] if roles[0] == "system" else [[DEFAULT_SYSTEM]]
         pictures = 0
         for number, message in enumerate(messages, 1):
