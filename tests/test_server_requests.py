@@ -326,7 +326,9 @@ def test_offsets_of_tokens_count_characters_of_the_text(demo_model, parts):
 def test_a_prompt_longer_than_the_window_has_openais_code(served, demo_model):
     error = served.chat("word " * demo_model.window)
     assert error.status_code == 400 and error.json()["error"]["code"] == "context_length_exceeded"
-    assert f"the window is {demo_model.window}" in error.json()["error"]["message"]
+    message = error.json()["error"]["message"]
+    assert message.startswith("this model's maximum context length is exceeded: ")
+    assert f"the window is {demo_model.window}" in message
 
 
 def test_forms_hold_the_answer(served):

@@ -74,7 +74,8 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, MemoryError):
         return unavailable("there is not enough memory for this request now")
     if isinstance(error, PromptTooLongError):
-        return refused(str(error), code="context_length_exceeded")
+        # Clients that lose the code, like LiteLLM, know the error by OpenAI's words, and shorten the conversation.
+        return refused(f"this model's maximum context length is exceeded: {error}", code="context_length_exceeded")
     if isinstance(error, QvlError):
         said = str(error)
         if said.startswith("max_new_tokens "):  # which is max_tokens in a request
