@@ -176,6 +176,7 @@ def test_a_wrong_request_is_refused(served, case):
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and error["param"] == param
     assert error["message"] and "\n" not in error["message"] and len(error["message"]) <= 500
+    assert served.service.model.blob.path.name not in error["message"], "a path of the server's machine"
 
 
 @pytest.mark.parametrize(

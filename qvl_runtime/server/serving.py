@@ -229,6 +229,7 @@ def problem_of(error: Exception, service: Service) -> ApiError:
     if isinstance(error, TimeoutError):
         return ApiError(504, f"the request took more than {service.limits.seconds:g} seconds")
     problem = of_exception(error)
+    problem.message = problem.message.removeprefix(f"{service.model.blob.path}: ")  # only its owner's to know
     if problem.status == 500:
         log_error(error, service.log_content)
     return problem
