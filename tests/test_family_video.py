@@ -103,11 +103,12 @@ def test_features_of_frames(case, model):
     first, second, third = case["images"]
     for pair in ((first, second), (third, third)):
         picture = model.pictures.reader.read(FramePair(*pair, 3, tuple(case["resized"])))
-        features = model.pictures.vision.encode(picture.pixels, picture.grid)
+        pixels = picture.prepared.values
+        features = model.pictures.vision.encode(pixels, picture.grid)
         made.append(model.ops.download(features).reshape(-1, picture.tokens, features.shape[1]))
         # From the files' bytes again, as a conversation does.
         again = model.pictures.reader.decode(picture.content)
-        np.testing.assert_array_equal(again.values, picture.pixels)
+        np.testing.assert_array_equal(again.values, pixels)
     levels = ["final", *(name for name in expected.files if name.startswith("deepstack"))]
     assert len(levels) == len(made[0])
     for level, name in enumerate(levels):
@@ -254,7 +255,7 @@ def test_over_http(model, name):
     """The answer is that of Python; frames count as pictures where a box names one."""
     listed, made = frames(3), model(name)
     sent = [data_uri(png(frame)) for frame in listed]
-    with serving(made, limits=Limits(pixels=64 * 64)) as server:
+    with serving(made, limits=Limits(pixels=64 * 64, all_pixels=16 * 64 * 64)) as server:
         for about in ({}, {"fps": 1}, {"times": [0, 0.5, 3.0]}):
             body = {"messages": asked(sent, **about), "max_tokens": 6, "temperature": 0}
             whole = server.http.post("/v1/chat/completions", json=body).json()

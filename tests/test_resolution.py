@@ -111,7 +111,7 @@ def test_a_picture_is_as_if_the_model_had_its_limits(path, model):
     assert slots[0].picture.key != slots[1].picture.key
     assert [slot.picture.resized for slot in slots][1] == small.pictures.reader.read(png(first)).resized
     again = model.prompts.build(both, None, LOCAL).slots[1].picture
-    assert again.pixels is None, "the second time it is known"
+    assert again.prepared is None, "the second time it is known"
     np.testing.assert_array_equal(
         model.pictures.reader.decode(again.content).values, small.pictures.reader.decode(png(first)).values
     )

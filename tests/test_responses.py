@@ -113,7 +113,7 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,eA=="}
     ([{"role": "user", "content": [{"type": "input_image", "image_url": "/etc/passwd"}]}],
      "input[0].content[0].image_url", "data:"),
     ([{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}], "input[0].content[0].file_id", "files"),
-    ([{"role": "user", "content": [IMAGE] * 17}], "input[0].content[16]", "more than 16 pictures"),
+    ([{"role": "user", "content": [IMAGE] * 65}], "input[0].content[64]", "more than 64 pictures"),
     ([{"role": "assistant", "content": [IMAGE]}], "input[0].content[0]", "only messages of a user or tool"),
     ([{"type": "function_call_output", "output": [{"type": "box", "pixels": [1, 2, 3, 4]}]}], "input[0].output[0]",
      "only a user's"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -14,15 +15,17 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 
 import httpx
 import pytest
-from serving import Served, serving
+from serving import Served, image_part, picture, png, serving
 
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs.prepared import PreparedPictures
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.formats import ChatFormat
 from qvl_runtime.server import Limits, listening
@@ -399,6 +402,30 @@ def test_the_limit_of_open_files_is_raised_and_never_lowered(now, most, wanted, 
     assert limits == ([] if wanted is None else [(wanted, most)])
 
 
+def test_a_refused_request_leaves_no_pictures(demo_model, monkeypatch):
+    """Not even until Python's next collection."""
+    held = PreparedPictures.hold
+    seen: list = []
+
+    def hold(pictures, values):
+        made = held(pictures, values)
+        seen.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(PreparedPictures, "hold", hold)
+    with serving(demo_model) as served:
+        gc.disable()
+        try:
+            content = [image_part(png(picture(9))), {"type": "text", "text": "x " * demo_model.window}]
+            assert served.chat(content).status_code == 400
+            until = time.monotonic() + 10
+            while any(made() is not None for made in seen) and time.monotonic() < until:
+                time.sleep(0.01)
+            assert seen and not any(made() is not None for made in seen)
+        finally:
+            gc.enable()
+
+
 def test_freed_memory_is_returned_when_no_request_is_left(demo_model, monkeypatch):
     returned = threading.Event()
     monkeypatch.setattr(listening, "return_freed_memory", returned.set)
@@ -428,7 +455,23 @@ print(before - resident())
 """
 
 
+LARGE = """
+import numpy as np
+from qvl_runtime.server.listening import map_large_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+map_large_memory()
+np.ones(30 << 20, np.uint8)  # once one is freed, glibc would keep all that are as large
+blocks = [np.ones(30 << 20, np.uint8) for _ in range(4)]
+kept = np.ones(1 << 16, np.uint8)
+before = resident()
+del blocks
+print(before - resident())
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
-def test_freed_memory_goes_to_the_system():
-    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("code", ["FREED", "LARGE"])
+def test_freed_memory_goes_to_the_system(code):
+    ran = subprocess.run([sys.executable, "-c", globals()[code]], capture_output=True, text=True, check=True)
     assert int(ran.stdout) > 16 << 20

@@ -333,7 +333,7 @@ def _from(root: Path, source: ImageSource) -> ImageSource:
 
 def _without_pixels(prompt: Prompt, answer: Sequence[int] = (), *, asks: bool = False) -> Sample:
     """Create a sample. The pictures were read to find errors early; their pixels are computed when needed."""
-    slots = [slot._replace(picture=dataclasses.replace(slot.picture, pixels=None)) for slot in prompt.slots]
+    slots = [slot._replace(picture=dataclasses.replace(slot.picture, prepared=None)) for slot in prompt.slots]
     return Sample([*prompt.ids, *answer], slots, len(prompt.ids) if asks else 0)
 
 

@@ -15,6 +15,7 @@ from qvl_kernels.locks import make_lock
 from qvl_kernels.ops import Array, Ops
 from qvl_runtime.inputs.images import ImageSource, decode_image, image_label, read_image
 from qvl_runtime.inputs.picture_cache import PictureCache
+from qvl_runtime.inputs.prepared import Prepared, PreparedPictures
 from qvl_runtime.inputs.resolution import Resized
 from qvl_runtime.inputs.video import FramePair
 from qvl_runtime.trace import Trace, no_trace
@@ -88,8 +89,8 @@ class Picture:
         The source for decoding the picture again.
     tokens, grid, size, resized
         As in `Pixels`.
-    pixels : numpy.ndarray or None
-        `Pixels.values` if already computed.
+    prepared : Prepared or None
+        `Pixels.values`, if it was computed for this picture.
     """
 
     key: bytes
@@ -98,7 +99,7 @@ class Picture:
     grid: tuple[int, int]
     size: tuple[int, int]
     resized: tuple[int, int]
-    pixels: np.ndarray | None = None
+    prepared: Prepared | None = None
 
 
 Preprocess = Callable[..., Pixels]
@@ -156,6 +157,7 @@ class PictureReader:
         self._preprocess, self._identity, self.upright = preprocess, identity, upright
         self.max_pixels: int | None = getattr(preprocess, "max_pixels", None)
         self._known: OrderedDict[bytes, Picture] = OrderedDict()
+        self._prepared = PreparedPictures()
         self._lock = make_lock()
 
     def read(self, source: Source | Picture, access: Access = LOCAL) -> Picture:
@@ -187,7 +189,7 @@ class PictureReader:
                 self._known[digest] = Picture(key, b"", **facts)
                 while len(self._known) > KNOWN_FILES:
                     self._known.popitem(last=False)
-        return Picture(key, content, **facts, pixels=pixels.values)
+        return Picture(key, content, **facts, prepared=self._prepared.hold(pixels.values))
 
     def decode(self, source: Source, access: Access = LOCAL) -> Pixels:
         """Decode and preprocess a picture or two frames."""
@@ -267,7 +269,9 @@ class PictureEncoder:
         if known is not None:
             return self._target.upload(known), True
         # The content is in memory: permission was checked when it was read.
-        pixels = self.reader.decode(picture.content).values if picture.pixels is None else picture.pixels
+        pixels = None if picture.prepared is None else picture.prepared.take()
+        if pixels is None:
+            pixels = self.reader.decode(picture.content).values
         features = yield from self.vision.encode_slowly(pixels, picture.grid)
         values = self.vision.ops.download(features)
         self.cache.put(picture.key, values)

@@ -52,9 +52,9 @@ def with_pictures(
         raise refused("this model has no vision part: it takes no pictures", "messages")
     upright = model.pictures is not None and model.pictures.reader.upright
     pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
-    most = limits.pictures * limits.pixels
-    if sum(picture.width * picture.height for picture in pictures) > most:
-        raise refused(f"the pictures of the request have more than {most} pixels: shrink or omit some", "messages")
+    if sum(picture.width * picture.height for picture in pictures) > limits.all_pixels:
+        told = f"the pictures of the request have more than {limits.all_pixels} pixels: shrink or omit some"
+        raise refused(told, "messages")
 
     resolutions = prompt.resolutions
     _check_resolutions(model, resolutions)

@@ -28,13 +28,13 @@ class Limits:
     text : int
         Characters of all texts of a request, and again of its tools as JSON.
     pictures, frames : int
-        Pictures of a request, and frames of its videos. All together have at most `pictures` times `pixels`.
+        Pictures of a request, and frames of its videos.
     picture_bytes : int
         Bytes of a fetched picture.
     fetch_seconds : float
         For fetching all pictures of a request.
-    pixels : int
-        Pixels of a picture.
+    pixels, all_pixels : int
+        Pixels of a picture, and of all pictures and frames of a request.
     preparing : int
         Requests whose pictures are decoded concurrently.
     n : int
@@ -62,11 +62,12 @@ class Limits:
     held_bytes: int = 256 << 20
     values: int = 100_000
     text: int = 1 << 20
-    pictures: int = 16
+    pictures: int = 64
     frames: int = 128
     picture_bytes: int = 20 << 20
     fetch_seconds: float = 30.0
     pixels: int = 16_000_000
+    all_pixels: int = 256_000_000
     preparing: int = 2
     n: int = 8
     stops: int = 16

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -232,6 +233,8 @@ def problem_of(error: Exception, service: Service) -> ApiError:
     problem.message = problem.message.removeprefix(f"{service.model.blob.path}: ")  # only its owner's to know
     if problem.status == 500:
         log_error(error, service.log_content)
+    # The error and its frames refer to each other: what they hold, such as pictures, would wait for a collection.
+    traceback.clear_frames(error.__traceback__)
     return problem
 
 
