@@ -91,12 +91,12 @@ class Stream(Iterator[Piece]):
         """
         return self._finish(self._job.join())
 
-    def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` when the answer ends, in the engine's thread; at once if it has ended. It must not block.
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when the answer ends, in the engine's thread; at once if it has ended. It must not block.
 
         An exception from it is logged and changes no answer; if it is called at once, it is raised here.
         """
-        self._job.when_ended(tell)
+        self._job.when_ended(callback)
 
     def cancel(self) -> None:
         """Cancel the answer: there are no further pieces, and its memory is freed at the next slice.

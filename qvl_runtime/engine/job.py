@@ -28,9 +28,11 @@ class Cancelled(Exception):
 class Owner(Protocol):
     """The scheduler of a job."""
 
-    def attend(self, job: Job, ready: Callable[[], bool]) -> None: ...
+    def compute_here(self, job: Job, ready: Callable[[], bool]) -> None:
+        """Compute a job in the calling thread until `ready`, if there is no other job."""
 
-    def unattended(self, job: Job) -> None: ...
+    def compute_in_thread(self, job: Job) -> None:
+        """Compute a job in the engine's thread: no thread waits for its results."""
 
 
 class Job(Iterator[Any]):
@@ -55,21 +57,20 @@ class Job(Iterator[Any]):
         The slice that it waits for.
     session : Session or None
         The session that waits for a step. While the job runs, one of the two is set.
-    begun, cancelled : bool
+    cancelled : bool
     """
 
     def __init__(self, work: Work, length: int, nbytes: int, owner: Owner):
         self.nbytes, self.results, self.cancelled = nbytes, list[Any](), False
-        self.begun = False
         self.slice: Slice | None = Slice(False, length)
         self.session: Session | None = None
         self._work: Work | None = work
         self._owner: Owner | None = owner
         self._error: BaseException | None = None
         self._ready: SimpleQueue[Any] = SimpleQueue()
-        self._tell: list[Callable[[], object]] = []
-        self._telling, self._ended = threading.Lock(), threading.Lock()
-        self._ended.acquire()
+        self._callbacks: list[Callable[[], object]] = []
+        self._callbacks_lock, self._end_lock = threading.Lock(), threading.Lock()
+        self._end_lock.acquire()  # until the end: `join` waits for it
         self._pid = os.getpid()
 
     # for the thread that asked
@@ -78,7 +79,7 @@ class Job(Iterator[Any]):
         if self.cancelled:
             raise StopIteration
         try:
-            self._attend(self._told)
+            self._compute_until(self._has_item)
             item = self._ready.get()
         except BaseException:
             self.cancel()
@@ -100,8 +101,8 @@ class Job(Iterator[Any]):
         """
         self._check_process()
         try:
-            self._attend(self._over)
-            with self._ended:
+            self._compute_until(self._is_over)
+            with self._end_lock:
                 pass
         except BaseException:
             self.cancel()
@@ -112,34 +113,34 @@ class Job(Iterator[Any]):
             raise self._error
         return self.results
 
-    def when_ended(self, tell: Callable[[], object]) -> None:
-        """Call `tell` when the job ends, in the thread that computes it; at once if it has ended.
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when the job ends, in the thread that computes it; at once if it has ended.
 
         An exception from it is logged, unless it is called at once.
         """
-        with self._telling:
+        with self._callbacks_lock:
             waits = self._work is not None
             if waits:
-                self._tell.append(tell)
+                self._callbacks.append(callback)
         if not waits:
-            tell()
+            callback()
         elif (owner := self._owner) is not None:
-            owner.unattended(self)
+            owner.compute_in_thread(self)
 
     def cancel(self) -> None:
         """End the job at the next slice. Thread-safe."""
         if self._work is not None:
             self.cancelled = True
 
-    def _attend(self, ready: Callable[[], bool]) -> None:
+    def _compute_until(self, ready: Callable[[], bool]) -> None:
         if (owner := self._owner) is not None:
-            owner.attend(self, ready)
+            owner.compute_here(self, ready)
 
-    def _told(self) -> bool:
+    def _has_item(self) -> bool:
         return not self._ready.empty()
 
-    def _over(self) -> bool:
-        return not self._ended.locked()
+    def _is_over(self) -> bool:
+        return not self._end_lock.locked()
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -155,7 +156,6 @@ class Job(Iterator[Any]):
         """Run until the job waits again; return False if it ended. Results and the end are published."""
         work = self._work
         assert work is not None
-        self.begun = True
         try:
             item = work.send(leave)
             while not isinstance(item, WAITS):
@@ -180,7 +180,7 @@ class Job(Iterator[Any]):
             except BaseException as other:
                 error = other
             self._end(error)
-        elif not self._over():
+        elif not self._is_over():
             self._end(self._error)
 
     def check(self, *_: Any) -> None:
@@ -191,14 +191,14 @@ class Job(Iterator[Any]):
     def _end(self, error: BaseException | None) -> None:
         self.slice = self.session = None
         self._error = error
-        with self._telling:
+        with self._callbacks_lock:
             self._work = None
         self._ready.put(self)
-        if not self._over():
-            self._ended.release()
-        for tell in self._tell:
+        if not self._is_over():
+            self._end_lock.release()
+        for callback in self._callbacks:
             try:
-                tell()
+                callback()
             except Exception:  # which would end the engine's thread, and all answers would wait for ever
                 log.exception("what is called at the end of an answer failed")
         self._owner = None

@@ -118,7 +118,7 @@ class Scheduler:
     def _busy(self) -> bool:
         return bool(self._inbox or self._waiting or self._running)
 
-    def attend(self, job: Job, ready: Callable[[], bool]) -> None:
+    def compute_here(self, job: Job, ready: Callable[[], bool]) -> None:
         """Run an only job in the calling thread, until `ready` or until there is another job."""
         while self._alone is job and not ready() and not self._stopped:
             with self.gate:
@@ -127,7 +127,7 @@ class Scheduler:
                 if self._alone is job:
                     self._tick()
 
-    def unattended(self, job: Job) -> None:
+    def compute_in_thread(self, job: Job) -> None:
         """Run a job in the engine's thread: no thread waits for its results."""
         if self._alone is job:
             self._alone = None
