@@ -71,7 +71,7 @@ class Answering:
     ):
         self.window, self._largest = window, largest
         self._scheduler, self._pictures = scheduler, pictures
-        self._sessions, self._ops = scheduler.sessions, scheduler.sessions.decoder.ops
+        self._prefix_cache, self._ops = scheduler.prefix_cache, scheduler.prefix_cache.decoder.ops
         self._tokenizer, self._stop_ids, self._grounding = tokenizer, stop_ids, grounding
 
     def check_length(self, prompt: Prompt) -> None:
@@ -146,7 +146,7 @@ class Answering:
         salt: str | None,
     ) -> Work:
         length = len(prompt.ids)
-        session, kept = yield from self._sessions.begin(prompt, length + limit, salt)
+        session, kept = yield from self._prefix_cache.begin(prompt, length + limit, salt)
         try:
             started = time.perf_counter()
             features, encoded = yield from self.features(prompt, kept)
@@ -172,7 +172,7 @@ class Answering:
                 reasoning_end=prompt.reasoning_end,
             )
         finally:
-            self._sessions.give(session)
+            self._prefix_cache.give(session)
 
     def score(self, prompt: Prompt, continuations: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """Compute the log probability of every token of each continuation; see `Model.score`."""
@@ -196,7 +196,7 @@ class Answering:
 
     def _scores(self, prompt: Prompt, continuations: list[list[int]], capacity: int) -> Work:
         length = len(prompt.ids)
-        session, kept = yield from self._sessions.begin(prompt, capacity)
+        session, kept = yield from self._prefix_cache.begin(prompt, capacity)
         try:
             features, _ = yield from self.features(prompt, kept)
             yield from session.prefill(prompt, features, capacity)
@@ -210,7 +210,7 @@ class Answering:
                 session.truncate(length)
                 yield found
         finally:
-            self._sessions.give(session)
+            self._prefix_cache.give(session)
 
     def features(self, prompt: Prompt, kept: int) -> Generator[Slice, Leave | None, tuple[Seen, int]]:
         """Return the features of pictures that end after position `kept`, and how many of them had to be encoded."""

@@ -11,8 +11,8 @@ from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops, tune
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS
 from qvl_runtime.engine.kv_file import identity
+from qvl_runtime.engine.prefix_cache import PrefixCache
 from qvl_runtime.engine.scheduler import MAX_BATCH, Scheduler
-from qvl_runtime.engine.session import Sessions
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.layers import Decoder
 from qvl_runtime.families.weights import Weights
@@ -147,7 +147,7 @@ def load(
         blob,
         tokenizer,
         Scheduler(
-            Sessions(decoder, kv_cache, conversations),
+            PrefixCache(decoder, kv_cache, conversations),
             max_batch=max_batch,
             room=kv_cache_bytes,
             prompts_first=prompts_first,

@@ -45,8 +45,8 @@ class Model(Asking):
     ):
         self.blob, self.tokenizer, self.pictures, self.window = blob, tokenizer, pictures, window
         self.config, self.generation_config = blob.config, blob.generation_config
-        self._scheduler, self._sessions, self._identity = scheduler, scheduler.sessions, identity
-        self.decoder, self.ops = self._sessions.decoder, self._sessions.decoder.ops
+        self._scheduler, self._prefix_cache, self._identity = scheduler, scheduler.prefix_cache, identity
+        self.decoder, self.ops = self._prefix_cache.decoder, self._prefix_cache.decoder.ops
         self._answering = Answering(
             scheduler,
             pictures,
@@ -113,7 +113,7 @@ class Model(Asking):
 
     def forget(self) -> None:
         """Free the keys and values of earlier calls."""
-        self._sessions.clear()
+        self._prefix_cache.clear()
 
     def save_past(
         self, path: str | os.PathLike, history: Sequence[tuple[Any, str | None]], *, system: str | None = None
@@ -138,7 +138,7 @@ class Model(Asking):
         window = chat_window(self.window, own.max_window_size, own.max_new_tokens)
         made = self.prompts.chat("", history, None, system=system, window=window, access=Access())
         with self._scheduler.gate, self._scheduler.device:
-            return self._sessions.save(path, made.prompt.keys, self._identity)
+            return self._prefix_cache.save(path, made.prompt.keys, self._identity)
 
     def load_past(self, path: str | os.PathLike) -> int:
         """Load a file of `save_past` into the prefix cache; return the number of its tokens.
@@ -149,4 +149,4 @@ class Model(Asking):
             If the file is damaged, or was written with another model, device, cache type, or `activations`.
         """
         with self._scheduler.gate, self._scheduler.device:
-            return self._sessions.load(path, self._identity)
+            return self._prefix_cache.load(path, self._identity)

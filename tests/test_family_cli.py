@@ -104,7 +104,7 @@ def test_the_default_window_is_capped(tmp_path, qvl):
     model = qvl_runtime.load(file, device="cpu")
     assert model.window == 32768
     model.generate("Hello", max_new_tokens=2)
-    session = model._sessions.take([], 1)
+    session = model._prefix_cache.take([], 1)
     assert session.state.rotary.rope.shape[0] == session.state.store.capacity == 256
     assert qvl_runtime.load(file, device="cpu", context=100_000).window == 100_000
     message = r"takes \d+ tokens \(9 of them pictures\) and the window is 5; shorten .*context of up to 262144"

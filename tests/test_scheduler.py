@@ -224,7 +224,7 @@ def test_a_picture_goes_in_slices_and_ends_between_its_layers(watched, golden):
             pass
     assert model.generate("What?", max_new_tokens=2).token_ids
     assert done.count("picture") == 1
-    assert not model._scheduler.sessions._busy
+    assert not model._scheduler.prefix_cache._busy
 
 
 def test_answers_begin_in_order_while_there_is_room_for_them(blob, monkeypatch):
@@ -440,7 +440,7 @@ def test_an_error_of_who_is_called_at_the_end_is_logged_and_the_engine_goes_on(m
 def test_ctrl_c_in_the_midst_of_a_tick_leaves_nothing_behind(make, monkeypatch, where):
     model = make()
     engine, struck = model._scheduler, []
-    owner = engine.sessions if where == "give" else engine
+    owner = engine.prefix_cache if where == "give" else engine
     wanted = model.generate(IDS[:9], max_new_tokens=8).token_ids
     original = getattr(owner, where)
 
@@ -460,7 +460,7 @@ def test_ctrl_c_in_the_midst_of_a_tick_leaves_nothing_behind(make, monkeypatch, 
     while engine._busy:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert not engine.sessions._busy
+    assert not engine.prefix_cache._busy
 
 
 def test_no_answer_waits_for_one_that_ctrl_c_ended(make, monkeypatch):
@@ -478,7 +478,7 @@ def test_no_answer_waits_for_one_that_ctrl_c_ended(make, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model.decoder, "forward", interrupted)
-    monkeypatch.setattr(model._sessions, "give", interrupted_again)
+    monkeypatch.setattr(model._prefix_cache, "give", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
         model.generate(IDS[:60], max_new_tokens=4)
     ended = threading.Event()

@@ -15,7 +15,7 @@ from helpers import Failing, linked
 import qvl_runtime as qvl
 from qvl_convert.convert import convert
 from qvl_kernels.cpu.arrays import CpuCache
-from qvl_runtime.engine.session import Sessions
+from qvl_runtime.engine.prefix_cache import PrefixCache
 from qvl_runtime.inputs.prompt import Prompt, Window
 from qvl_runtime.results import collected
 
@@ -142,7 +142,7 @@ def test_only_computed_positions_of_a_running_answer_are_copied(pair):
 
     def begun(ids):
         with pytest.raises(StopIteration) as end:
-            next(model._sessions.begin(Prompt(ids, []), len(ids)))
+            next(model._prefix_cache.begin(Prompt(ids, []), len(ids)))
         return end.value.value
 
     running, cached = begun(ids[:100])
@@ -291,16 +291,16 @@ def test_a_saved_prompt_and_shorter_ones(coarse, tmp_path):
     model, fresh = coarse()
     prompts, path = _short_and_long(), tmp_path / "past"
     model.generate(prompts[4], max_new_tokens=20)
-    assert model._sessions.save(path, prompts[4], "") == len(prompts[4])
+    assert model._prefix_cache.save(path, prompts[4], "") == len(prompts[4])
     options = {"max_new_tokens": 3, "logprobs": 2}
     for count, known in ((9, prompts[4]), (40, prompts[1])):
         if count == 40:
             model.forget()
             model.generate(prompts[0], max_new_tokens=3)
-            assert model._sessions.save(path, known, "") == count
+            assert model._prefix_cache.save(path, known, "") == count
         for ids in prompts:
             model.forget()
-            assert model._sessions.load(path, "") == count
+            assert model._prefix_cache.load(path, "") == count
             _same(model.generate(ids, **options), fresh.generate(ids, **options))
 
 
@@ -377,10 +377,10 @@ def test_memory_is_bounded(pair):
     model, _ = pair(conversations=2)
     for i in range(6):
         model.generate([40 + i] * 30, max_new_tokens=2)
-    assert len(model._sessions._idle) == 2
+    assert len(model._prefix_cache._idle) == 2
     silent, _ = pair(conversations=0)
     silent.generate("x", max_new_tokens=2)
-    assert not silent._sessions._idle
+    assert not silent._prefix_cache._idle
     assert silent.generate("x", max_new_tokens=2).timings.cached_tokens == 0
 
 
@@ -392,7 +392,7 @@ def test_an_idle_session_waits_for_its_conversation(monkeypatch):
         def shared(self, keys):
             return next((i for i, (a, b) in enumerate(zip(self.keys, keys)) if a != b), min(len(self.keys), len(keys)))
 
-    sessions = Sessions(None, "fp16", 2)
+    sessions = PrefixCache(None, "fp16", 2)
     old, new = Idle([1, 2, 3, 4]), Idle([1, 7, 8, 9])
     sessions.give(old)
     sessions.give(new)
@@ -404,7 +404,7 @@ def test_an_idle_session_waits_for_its_conversation(monkeypatch):
     sessions.give(new)
     sessions._limit = 3
     made = Idle([])
-    monkeypatch.setattr("qvl_runtime.engine.session.Session", lambda *arguments: made)
+    monkeypatch.setattr("qvl_runtime.engine.prefix_cache.Session", lambda *arguments: made)
     assert sessions.take([1, 6, 6], 8) is made, "as long as there may be another, both wait"
 
 

@@ -25,8 +25,9 @@ from qvl_kernels.threads import start_thread
 from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
 from qvl_runtime.engine.job import Cancelled, Job, Work
 from qvl_runtime.engine.prefill import compute_slices, mixes
+from qvl_runtime.engine.prefix_cache import PrefixCache
 from qvl_runtime.engine.sequence import PAGE
-from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, Sessions, step
+from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, step
 
 MAX_BATCH = FEW_ROWS
 """Largest number of concurrent answers: each has at least one row of a step."""
@@ -51,7 +52,7 @@ class Scheduler:
 
     Parameters
     ----------
-    sessions : Sessions
+    prefix_cache : PrefixCache
     max_batch : int
         Largest number of concurrent answers, up to `MAX_BATCH`.
     room : int
@@ -70,11 +71,14 @@ class Scheduler:
         Numbers since the start.
     """
 
-    def __init__(self, sessions: Sessions, *, max_batch: int = MAX_BATCH, room: int, prompts_first: bool = False):
-        self.sessions, self.max_batch, self.room, self._prompts_first = sessions, max_batch, room, prompts_first
+    def __init__(
+        self, prefix_cache: PrefixCache, *, max_batch: int = MAX_BATCH, room: int, prompts_first: bool = False
+    ):
+        self.prefix_cache, self.room = prefix_cache, room
+        self.max_batch, self._prompts_first = max_batch, prompts_first
         self.gate, self.device = make_lock(), make_lock()
         self.ticks = self.steps = self.slices = 0
-        self._step, self._page_bytes = DecodeStep(sessions.decoder), sessions.page_bytes()
+        self._step, self._page_bytes = DecodeStep(prefix_cache.decoder), prefix_cache.page_bytes()
         self._lock = make_lock()
         self._reset()
         _all.add(self)
@@ -192,7 +196,7 @@ class Scheduler:
         if job is not None:
             self.slices += 1
             fewer = decoding and not self._prompts_first
-            self._compute_slice(job, self.sessions.decoder.ops.slice_rows if fewer else PREFILL_ROWS)
+            self._compute_slice(job, self.prefix_cache.decoder.ops.slice_rows if fewer else PREFILL_ROWS)
         self.ticks += 1
 
     def _drop_ended(self) -> None:
@@ -221,7 +225,7 @@ class Scheduler:
             if min(len(self._waiting), places) < self.max_batch // 4:
                 return
         if not self._running:
-            self.sessions.release()  # an interrupt may have prevented `give`
+            self.prefix_cache.release()  # an interrupt may have prevented `give`
         while self._waiting and len(self._running) < self.max_batch:
             taken = sum(job.nbytes for job in self._running)
             if self._running and taken + self._waiting[0].nbytes > self.room:
