@@ -15,7 +15,7 @@ from qvl_runtime.engine.generation import Timings, TokenSelector, generate_step,
 from qvl_runtime.engine.job import Job, Work
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.scheduler import Scheduler
-from qvl_runtime.engine.session import Leave, Slice
+from qvl_runtime.engine.session import Slice, Sliced
 from qvl_runtime.errors import NoRoomError, PromptTooLongError, QvlError
 from qvl_runtime.families.base import Grounding
 from qvl_runtime.inputs.pictures import PictureEncoder
@@ -30,7 +30,7 @@ Seen = list[tuple[Slot, Array]]
 """Pictures and their features."""
 
 
-def _in_slices(encoding: Generator[None, None, T], left: int) -> Generator[Slice, Leave | None, T]:
+def _in_slices(encoding: Generator[None, None, T], left: int) -> Sliced[T]:
     """Encode a picture in slices; the engine schedules each slice."""
     while True:
         try:
@@ -212,7 +212,7 @@ class Answering:
         finally:
             self._prefix_cache.give(session)
 
-    def features(self, prompt: Prompt, kept: int) -> Generator[Slice, Leave | None, tuple[Seen, int]]:
+    def features(self, prompt: Prompt, kept: int) -> Sliced[tuple[Seen, int]]:
         """Return the features of pictures that end after position `kept`, and how many of them had to be encoded."""
         found, encoded = [], 0
         for slot in prompt.slots:

@@ -6,7 +6,7 @@ import pytest
 import qvl_runtime as qvl
 from qvl_runtime.engine import scheduler
 from qvl_runtime.engine.prefill import Unread, compute_slices, mixes
-from qvl_runtime.engine.session import Leave, Session
+from qvl_runtime.engine.session import Session, SliceLimits
 from qvl_runtime.inputs.pictures import LOCAL
 from qvl_runtime.inputs.prompt import Prompt
 from qvl_runtime.slices import at_once
@@ -39,7 +39,7 @@ def test_a_picture_keeps_to_its_own_prompt(make):
     (first, begins), (second, continues) = map(begun, texts)
     next(begins)
     next(continues)
-    continues.send(Leave(64))
+    continues.send(SliceLimits(64))
     assert (first.length, second.length) == (0, 64)
     compute_slices([first, second], 512, no_trace)
     for session, work, logits in zip((first, second), (begins, continues), alone):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from qvl_runtime.engine.session import Leave, Session, Slice
+from qvl_runtime.engine.session import Session, Slice, SliceLimits
 from qvl_runtime.errors import QvlError
 
 log = logging.getLogger(__name__)
 
-Work = Generator[Any, Leave | None, None]
+Work = Generator[Any, SliceLimits | None, None]
 """A computation. It yields a `Slice` or a `Session` to be scheduled, and anything else as a result."""
 
 
@@ -152,12 +152,12 @@ class Job(Iterator[Any]):
         """Whether the computation is over."""
         return self._work is None
 
-    def advance(self, leave: Leave | None = None) -> bool:
+    def advance(self, limits: SliceLimits | None = None) -> bool:
         """Run until the job waits again; return False if it ended. Results and the end are published."""
         work = self._work
         assert work is not None
         try:
-            item = work.send(leave)
+            item = work.send(limits)
             while not isinstance(item, WAITS):
                 self.results.append(item)
                 self._ready.put(item)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 from qvl_kernels.locks import make_lock
 from qvl_runtime.engine import kv_file
 from qvl_runtime.engine.decoder import Decoder
 from qvl_runtime.engine.sequence import PAGE
-from qvl_runtime.engine.session import Leave, Session, Slice
+from qvl_runtime.engine.session import Session, Slice, Sliced
 from qvl_runtime.inputs.prompt import Key, Prompt
 
 WORTH_COPYING = 16
@@ -35,9 +35,7 @@ class PrefixCache:
         """Return the bytes of `PAGE` positions, the unit of allocation."""
         return self.decoder.sequence(self._dtype, PAGE).store.nbytes
 
-    def begin(
-        self, prompt: Prompt, capacity: int, salt: str | None = None
-    ) -> Generator[Slice, Leave | None, tuple[Session, int]]:
+    def begin(self, prompt: Prompt, capacity: int, salt: str | None = None) -> Sliced[tuple[Session, int]]:
         """Return a session for a prompt, and the number of cached positions.
 
         If the session of a running answer will share a much longer prefix than any idle one, wait for it and copy it.

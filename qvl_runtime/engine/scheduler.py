@@ -27,7 +27,7 @@ from qvl_runtime.engine.job import Cancelled, Job, Work
 from qvl_runtime.engine.prefill import compute_slices, mixes
 from qvl_runtime.engine.prefix_cache import PrefixCache
 from qvl_runtime.engine.sequence import PAGE
-from qvl_runtime.engine.session import PREFILL_ROWS, Leave, Session, step
+from qvl_runtime.engine.session import PREFILL_ROWS, Session, SliceLimits, step
 
 MAX_BATCH = FEW_ROWS
 """Largest number of concurrent answers: each has at least one row of a step."""
@@ -287,7 +287,7 @@ class Scheduler:
             if len(together) > 1:
                 self._compute_prompts(together, shared)
             else:
-                self._go_on(job, Leave(rows, job.check))
+                self._go_on(job, SliceLimits(rows, job.check))
 
     def _prompts_beside(self, job: Job, rows: int) -> list[Job]:
         """Return a job, and others whose prompts end with its own in a slice of `rows` tokens."""
@@ -315,8 +315,8 @@ class Scheduler:
         for job in jobs:
             self._go_on(job)
 
-    def _go_on(self, job: Job, leave: Leave | None = None) -> None:
-        if not job.advance(leave):
+    def _go_on(self, job: Job, limits: SliceLimits | None = None) -> None:
+        if not job.advance(limits):
             self._forget(job)
         elif job.slice is not None and job.slice.picture:
             self._encoding = self._encoding or job

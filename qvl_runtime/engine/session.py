@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ PREFILL_ROWS = 512
 """Largest slice of a prompt in tokens: enough for efficient products, few enough to bound memory."""
 
 
-class Leave(NamedTuple):
+class SliceLimits(NamedTuple):
     """The scheduler's limits for the next slice.
 
     Attributes
@@ -66,8 +66,10 @@ class Slice(NamedTuple):
         return self.picture or self.prompt is not None
 
 
-Turns = Generator[Slice, Leave | None, None]
-"""A computation in slices."""
+T = TypeVar("T")
+
+Sliced = Generator[Slice, SliceLimits | None, T]
+"""A computation in slices; `T` is its result."""
 
 
 class Session:
@@ -178,7 +180,7 @@ class Session:
             self.decoder.ops.copy(other._prompt_logits, self._prompt_logits)
             self._prompted = count
 
-    def prefill(self, prompt: Prompt, features: Sequence[tuple[Slot, Array]], capacity: int) -> Turns:
+    def prefill(self, prompt: Prompt, features: Sequence[tuple[Slot, Array]], capacity: int) -> Sliced[None]:
         """Compute the positions of a prompt that `keep` did not find; then row 0 of `logits` predicts the next token.
 
         Parameters
@@ -198,9 +200,9 @@ class Session:
         self.unread = Unread(ids, prompt.keys, features, capacity)
         try:
             while (first := self.length) < len(ids):
-                leave = (yield Slice(False, len(ids) - first, prompt=self)) or Leave()
+                limits = (yield Slice(False, len(ids) - first, prompt=self)) or SliceLimits()
                 if self.length == first:  # otherwise it was computed beside other prompts
-                    compute_slices([self], leave.rows, leave.check)
+                    compute_slices([self], limits.rows, limits.check)
         finally:
             self.unread = None
 

@@ -123,16 +123,16 @@ class Vision(Protocol):
         """Encode in slices of a few layers. Other pictures may be encoded wherever it yields. See `encode`."""
 
 
-class Turns:
+class ArrayClaims:
     """Tracks which picture the arrays of a vision part hold; there is one set of arrays."""
 
     def __init__(self) -> None:
         self._last = 0
 
-    def begin(self) -> Callable[[], bool]:
+    def claim(self) -> Callable[[], bool]:
         """Claim the arrays. The returned function tells whether the claim is still the latest."""
-        self._last = turn = self._last + 1
-        return lambda: self._last == turn
+        self._last = number = self._last + 1
+        return lambda: self._last == number
 
 
 class PictureReader:

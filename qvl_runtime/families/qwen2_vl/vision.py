@@ -15,7 +15,7 @@ from qvl_runtime.families.qwen2_vl.config import MERGE, VISION_EPS, ModelConfig,
 from qvl_runtime.families.qwen2_vl.positions import patch_rotary
 from qvl_runtime.families.qwen2_vl.tensors import PATCH_EMBEDDING, VISUAL
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.pictures import SLICE_LAYERS, Pixels, Turns
+from qvl_runtime.inputs.pictures import SLICE_LAYERS, ArrayClaims, Pixels
 from qvl_runtime.slices import at_once
 from qvl_runtime.trace import Trace, no_trace
 
@@ -153,7 +153,7 @@ class VisionTower(abc.ABC):
         self._grid: tuple[int, int] | None = None
         self._work: Workspace | None = None
         self._replays: dict[int, Callable[[], None]] = {}
-        self.turns = Turns()
+        self._claims = ArrayClaims()
 
     def load(self) -> Self:
         """Load all weights now."""
@@ -217,7 +217,7 @@ class VisionTower(abc.ABC):
         """
         if trace is no_trace:
             return at_once(self.encode_slowly(pixels, grid))
-        self.turns.begin()
+        self._claims.claim()
         work = self._begin(grid)
         self.ops.linear(self.ops.upload(pixels), self.patch_embedding[0], out=work.x)
         trace("patch_embed", work.x)
@@ -232,17 +232,17 @@ class VisionTower(abc.ABC):
         """Encode in slices; see `qvl_runtime.inputs.pictures.Vision`. Restarts if another picture used the arrays."""
         firsts = range(0, self.config.depth, SLICE_LAYERS)
         while True:
-            undisturbed = self.turns.begin()
+            is_latest = self._claims.claim()
             work = self._begin(grid)
             self._embed(pixels, grid, work)
             for first in firsts:
-                if not undisturbed():
+                if not is_latest():
                     break
                 if first not in self._replays:
                     self._replays[first] = self.ops.capture(functools.partial(self._run, first))
                 self._replays[first]()
                 yield
-            if undisturbed():
+            if is_latest():
                 return self._in_order(work.features, grid)
 
     def stage(self, kind: str, index: int) -> Callable[[np.ndarray, Pixels], Array]:

@@ -14,7 +14,7 @@ from qvl_runtime.families.qwen_vl.config import ModelConfig, VisionConfig
 from qvl_runtime.families.qwen_vl.positions import interpolate_grid
 from qvl_runtime.families.qwen_vl.preprocessing import patches
 from qvl_runtime.families.weights import Weights
-from qvl_runtime.inputs.pictures import SLICE_LAYERS, Pixels, Turns
+from qvl_runtime.inputs.pictures import SLICE_LAYERS, ArrayClaims, Pixels
 from qvl_runtime.slices import at_once
 from qvl_runtime.trace import Trace, no_trace
 
@@ -103,7 +103,7 @@ class VisionTower:
 
     def __init__(self, weights: Weights[ModelConfig]):
         self.ops, self.config = weights.ops, weights.config.vision
-        self.embed, self.turns = PatchEmbedding(weights), Turns()
+        self.embed, self._claims = PatchEmbedding(weights), ArrayClaims()
         self.blocks = [Block.load(weights, i) for i in range(self.config.layers)]
 
     def __call__(self, pixels: np.ndarray, trace: Trace = no_trace) -> Array:
@@ -121,7 +121,7 @@ class VisionTower:
         """
         if trace is no_trace:
             return at_once(self.slices(pixels))
-        self.turns.begin()
+        self._claims.claim()
         self.embed(pixels, self._work.x, trace)
         self._run(0, len(self.blocks), trace)
         return self._work.x
@@ -129,14 +129,14 @@ class VisionTower:
     def slices(self, pixels: np.ndarray) -> Generator[None, None, Array]:
         """Encode in slices of a few layers. Restarts if another picture used the arrays in between."""
         while True:
-            undisturbed = self.turns.begin()
+            is_latest = self._claims.claim()
             self.embed(pixels, self._work.x)
             for replay in self._replays:
-                if not undisturbed():
+                if not is_latest():
                     break
                 replay()
                 yield
-            if undisturbed():
+            if is_latest():
                 return self._work.x
 
     @functools.cached_property
