@@ -10,7 +10,7 @@ import numpy as np
 
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.families.layers import DecoderNames
-from qvl_runtime.families.qwen_vl import FAMILY as QWEN_VL
+from qvl_runtime.families.qwen_vl.family import FAMILY as QWEN_VL
 from qvl_runtime.families.reading import take
 from qvl_runtime.families.rope import TableRotary, cos_sin, inverse_frequencies
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec

@@ -18,8 +18,8 @@ from qvl_kernels.gpu.cache import CudaCache
 from qvl_kernels.packing import Matrix, packed_shapes
 from qvl_runtime.families.base import Family
 from qvl_runtime.families.layers import Decoder
-from qvl_runtime.families.qwen_vl import FAMILY
 from qvl_runtime.families.qwen_vl.config import ModelConfig
+from qvl_runtime.families.qwen_vl.family import FAMILY
 from qvl_runtime.families.specs import MatrixSpec
 from qvl_runtime.families.weights import Weights
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qvl_runtime.families.base import Family
 
 FAMILIES = {
-    "qwen": "qvl_runtime.families.qwen_vl",
+    "qwen": "qvl_runtime.families.qwen_vl.family",
     "qwen2_vl": "qvl_runtime.families.qwen2_vl.family",
     "qwen2_5_vl": "qvl_runtime.families.qwen2_5_vl.family",
     "qwen3_vl": "qvl_runtime.families.qwen3_vl.family",
