@@ -11,7 +11,7 @@ from qvl_runtime import drawing as module
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import format_box, opened_box, parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING, format_box
 
 LISTS = read("listformat.json")
 GREY = Image.new("RGB", (200, 100), "#808080")
@@ -19,7 +19,7 @@ GREY = Image.new("RGB", (200, 100), "#808080")
 
 @pytest.mark.parametrize("case", LISTS["boxes"], ids=lambda case: case["text"][:40])
 def test_golden(case):
-    found = [{"box": [b.x1, b.y1, b.x2, b.y2], "ref": b.ref} for b in parse_boxes(case["text"])]
+    found = [{"box": [b.x1, b.y1, b.x2, b.y2], "ref": b.ref} for b in GROUNDING.parse(case["text"])]
     # Where the original raises, the malformed box is skipped.
     expected = case["boxes"] if isinstance(case["boxes"], list) else []
     assert found == [{"box": b["box"], "ref": b.get("ref")} for b in expected]
@@ -45,7 +45,7 @@ def test_golden_pixels(case):
     ],
 )
 def test_parse(text, expected):
-    assert [(b.ref, b.x1) for b in parse_boxes(text)] == expected
+    assert [(b.ref, b.x1) for b in GROUNDING.parse(text)] == expected
 
 
 pieces = st.sampled_from(
@@ -55,7 +55,7 @@ pieces = st.sampled_from(
 
 @given(st.one_of(st.text(), st.lists(pieces | st.text(max_size=3)).map("".join)))
 def test_parse_never_raises(text):
-    for box in parse_boxes(text):
+    for box in GROUNDING.parse(text):
         assert all(0 <= v <= 1000 for v in (box.x1, box.y1, box.x2, box.y2))
 
 
@@ -65,11 +65,11 @@ refs = st.none() | st.text(st.characters(blacklist_characters="<>")).map(str.str
 
 @given(st.lists(st.builds(Box, refs, corner, corner, corner, corner)))
 def test_what_is_written_is_read(boxes):
-    assert parse_boxes(" and ".join(map(format_box, boxes))) == boxes
+    assert GROUNDING.parse(" and ".join(map(format_box, boxes))) == boxes
 
 
 def test_parsing_takes_linear_time():
-    assert parse_boxes("<ref><box><img><quad>" * 20_000 + "x" * 200_000) == []
+    assert GROUNDING.parse("<ref><box><img><quad>" * 20_000 + "x" * 200_000) == []
 
 
 def test_outline_in_the_right_pixels():
@@ -170,7 +170,7 @@ def test_saving(tmp_path):
 
 
 def test_a_prompt_may_open_the_box_its_answer_completes():
-    assert opened_box("<img>a.png</img><ref>the dog</ref><box>") == "<ref>the dog</ref><box>"
-    assert opened_box("find <box>(1,2),") == "<box>(1,2),"
-    assert opened_box("<ref>dog</ref><box>(1,2),(3,4)</box> what is it?") == ""
-    assert parse_boxes(opened_box("<ref>x</ref><box>") + "(1,2),(3,4)</box>") == [Box("x", 1, 2, 3, 4)]
+    assert GROUNDING.opened("<img>a.png</img><ref>the dog</ref><box>") == "<ref>the dog</ref><box>"
+    assert GROUNDING.opened("find <box>(1,2),") == "<box>(1,2),"
+    assert GROUNDING.opened("<ref>dog</ref><box>(1,2),(3,4)</box> what is it?") == ""
+    assert GROUNDING.parse(GROUNDING.opened("<ref>x</ref><box>") + "(1,2),(3,4)</box>") == [Box("x", 1, 2, 3, 4)]

@@ -17,7 +17,7 @@ from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex,
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.engine.schemas import has_end
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import GROUNDING, parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.families.tagged_boxes import box_can_become
 
@@ -89,16 +89,16 @@ def test_grounding_is_always_well_formed(limit):
         text = _answer(Grounding(), seed, limit)
         whole = re.fullmatch(r"(?:<ref>[^<]+</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>)+", text, re.DOTALL)
         assert whole, text
-        for box in parse_boxes(text):
+        for box in GROUNDING.parse(text):
             assert 0 <= box.x1 < box.x2 <= 999
             assert 0 <= box.y1 < box.y2 <= 999
-        assert len(parse_boxes(text)) == text.count("<box>")
+        assert len(GROUNDING.parse(text)) == text.count("<box>")
 
 
 def test_grounding_completes_the_box_a_prompt_opened():
     for seed in range(40):
         text = _answer(Grounding(), seed, 60, opened="<ref>the dog</ref><box>(12,")
-        first = parse_boxes("<ref>the dog</ref><box>(12," + text)[0]
+        first = GROUNDING.parse("<ref>the dog</ref><box>(12," + text)[0]
         assert (first.ref, first.x1) == ("the dog", 12)
         assert first.x2 > 12
 
@@ -415,4 +415,4 @@ def test_another_ref_begins_only_where_its_box_has_room():
             ids.append(token)
         text = TOKENIZER.decode(ids)
         assert len(ids) <= limit
-        assert len(parse_boxes(text)) == text.count("<ref>") == limit // needed, (limit, text)
+        assert len(GROUNDING.parse(text)) == text.count("<ref>") == limit // needed, (limit, text)

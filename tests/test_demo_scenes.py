@@ -8,7 +8,7 @@ import pytest
 from qvl_runtime.demo.conversations import LANGUAGES, SINGLE, ask, box_text, compare, indefinite, kind
 from qvl_runtime.demo.scenes import COLORS, SHAPES, Scene, Thing, draw, place_text, random_scene, random_text
 from qvl_runtime.demo.scenes import Text as Printed
-from qvl_runtime.families.qwen_vl.grounding import parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING
 
 CIRCLE = Thing("circle", "red", "small", (0.1, 0.1, 0.3, 0.3))
 STAR = Thing("star", "blue", "large", (0.5, 0.6, 0.9, 1.0))
@@ -124,7 +124,7 @@ def test_every_answer_with_a_box_parses():
     for scene in scenes(100):
         found = ask(rng, [scene])
         for _, answer in found.turns if found else ():
-            assert answer.count("<box>") == len(parse_boxes(answer))
+            assert answer.count("<box>") == len(GROUNDING.parse(answer))
 
 
 def test_names_are_distinct():

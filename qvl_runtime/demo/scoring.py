@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qvl_runtime.boxes import Box
-from qvl_runtime.families.qwen_vl.grounding import parse_boxes
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING
 
 MIN_IOU = 0.5
 
@@ -18,7 +18,7 @@ def iou(a: Box, b: Box) -> float:
 
 def overlaps(answer: str, truth: str) -> list[float]:
     """IoU of each true box with the answer's box of the same index; 0 if the names differ or there is none."""
-    wanted, found = parse_boxes(truth), parse_boxes(answer)
+    wanted, found = GROUNDING.parse(truth), GROUNDING.parse(answer)
     scores = [iou(box, true) if box.ref == true.ref else 0.0 for true, box in zip(wanted, found)]
     return [*scores, *[0.0] * (len(wanted) - len(scores))]
 
@@ -27,4 +27,4 @@ def is_right(answer: str, truth: str) -> bool:
     """Whether an answer is right: all boxes and no others, or the same text."""
     if "<box>" not in truth:
         return answer.strip() == truth
-    return len(parse_boxes(answer)) == len(parse_boxes(truth)) and min(overlaps(answer, truth)) >= MIN_IOU
+    return len(GROUNDING.parse(answer)) == len(GROUNDING.parse(truth)) and min(overlaps(answer, truth)) >= MIN_IOU

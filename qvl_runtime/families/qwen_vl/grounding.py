@@ -11,8 +11,6 @@ GROUNDING = TaggedGrounding(
     "<ref>", "</ref>", "<box>", "</box>", re.compile(r"<(ref|box|quad|img)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 )
 
-parse_boxes, opened_box = GROUNDING.parse, GROUNDING.opened
-
 
 def format_box(box: Box) -> str:
     """Format a box in the model's notation: ``<ref>dog</ref><box>(10,20),(300,400)</box>``."""

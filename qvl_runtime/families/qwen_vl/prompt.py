@@ -14,7 +14,7 @@ import numpy as np
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.qwen_vl.grounding import format_box, opened_box
+from qvl_runtime.families.qwen_vl.grounding import GROUNDING, format_box
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
 from qvl_runtime.inputs.image_tags import IMAGE_TAGS, split_images
 from qvl_runtime.inputs.images import ImageSource
@@ -104,7 +104,7 @@ class QwenPrompts:
         if self.is_chat and not isinstance(prompt, str):
             return self._prompt(self._from_messages([user_message(prompt)], images, access), access)
         parts = self._fill([self._read(prompt, access)], images)[-1]
-        opened = opened_box(prompt) if isinstance(prompt, str) else ""
+        opened = GROUNDING.opened(prompt) if isinstance(prompt, str) else ""
         return self._prompt(self._encode(parts, self._raw_forms(access)), access, opened)
 
     def chat(
