@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 from qvl_runtime.answering import Answering
 from qvl_runtime.batching import answer_all, one_each
@@ -19,7 +19,16 @@ from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.inputs.prompt import is_ids, is_messages
 from qvl_runtime.inputs.tools import Tools, calls_in
-from qvl_runtime.options import batch_size, chat_window, given, named_options, one_constraint, salt, whole_number
+from qvl_runtime.options import (
+    AnswerOptions,
+    batch_size,
+    chat_window,
+    given,
+    named_options,
+    one_constraint,
+    salt,
+    whole_number,
+)
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 
 
@@ -41,6 +50,21 @@ class Asking:
     def grounding(self) -> Grounding:
         """How the model writes boxes."""
         return self.blob.family.grounding
+
+    @overload
+    def generate(
+        self,
+        prompt: Any,
+        images: Sequence[ImageSource] | None = None,
+        *,
+        n: None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: Any, images: Sequence[ImageSource] | None = None, *, n: int, **options: Unpack[AnswerOptions]
+    ) -> list[Result]: ...
 
     @named_options
     def generate(
@@ -106,7 +130,7 @@ class Asking:
         allow_paths: bool = True,
         allow_urls: bool = False,
         cache_salt: str | None = None,
-    ) -> Stream:
+    ) -> Stream[Result]:
         """Answer a prompt as a stream of pieces; each piece holds whole characters.
 
         Parameters
@@ -156,7 +180,7 @@ class Asking:
         Returns
         -------
         Stream
-            An iterator of `Piece`; its `result` method returns the whole answer.
+            An iterator of `Piece`; its `result` method returns the whole answer, a `Result`.
 
         Raises
         ------
@@ -247,8 +271,8 @@ class Asking:
         allow_paths: bool = True,
         allow_urls: bool = False,
         cache_salt: str | None = None,
-    ) -> Stream:
-        """Answer one turn of a conversation as a stream; its result is a `ChatResult`.
+    ) -> Stream[ChatResult]:
+        """Answer one turn of a conversation as a stream.
 
         Parameters
         ----------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from qvl_runtime.engine.constraints import AtLeast, Form
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.inputs.prompt import Window
+from qvl_runtime.inputs.tools import Tools
 
 ANSWER_SHARE = 8
 """Reserve up to window / 8 tokens for the answer of a chat."""
@@ -39,6 +40,29 @@ OTHER_NAMES = {
     "response_format": "constraint",
 }
 """Names that other libraries use, and an older one."""
+
+
+class AnswerOptions(TypedDict, total=False):
+    """The options of `Model.generate` besides `n`, for the type checker: its result depends on `n`."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop: str | Sequence[str] | None
+    constraint: Form | None
+    tools: Tools | Sequence[Mapping[str, Any]] | None
+    logprobs: int | None
+    speculate: bool
+    allow_paths: bool
+    allow_urls: bool
+    cache_salt: str | None
 
 
 def named_options(function: Callable[P, R]) -> Callable[P, R]:

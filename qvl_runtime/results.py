@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Logprob, Piece, Timings
@@ -68,21 +68,24 @@ class ChatResult(Result):
     left_out: int = 0
 
 
-class Stream(Iterator[Piece]):
-    """The pieces of an answer as they are computed, and the whole answer at the end.
+R = TypeVar("R", bound=Result)
+
+
+class Stream(Iterator[Piece], Generic[R]):
+    """The pieces of an answer as they are computed, and the whole answer at the end, a `Result` or a `ChatResult`.
 
     The engine computes the answer whether or not the stream is read. A stream is thread-safe. Closing or deleting it
     cancels the answer.
     """
 
-    def __init__(self, job: Job, finish: Callable[[list[Piece]], Result]):
+    def __init__(self, job: Job, finish: Callable[[list[Piece]], R]):
         self._job, self._finish = job, finish
 
     def __next__(self) -> Piece:
         return next(self._job)
 
-    def result(self) -> Any:
-        """Wait for the end and return the whole answer: a `Result`, or a `ChatResult` for a chat.
+    def result(self) -> R:
+        """Wait for the end and return the whole answer.
 
         Raises
         ------

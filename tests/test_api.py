@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image, ImageOps
 
 import qvl_runtime as qvl
 from qvl_runtime.backends import backend
+from qvl_runtime.options import AnswerOptions
 
 IMAGE = "images/rgb_odd.png"
 QUESTION = "What is this? Answer:!"
@@ -34,6 +37,13 @@ def test_every_form_of_prompt_gives_the_same_answer(tiny):
     assert listed.token_ids == tiny.generate(message, max_new_tokens=6).token_ids, (
         "a list is a chat model's user's turn"
     )
+
+
+def test_the_type_checker_knows_the_options_of_generate():
+    others = ("self", "prompt", "images", "n")
+    names = [name for name in inspect.signature(qvl.Model.generate).parameters if name not in others]
+    hints = get_type_hints(qvl.Model.generate)
+    assert get_type_hints(AnswerOptions) == {name: hints[name] for name in names}
 
 
 def test_every_form_of_image_gives_the_same_features(tiny, golden):

@@ -42,3 +42,8 @@ def users(model: qvl.Model) -> None:
     model.stream("a", max_tokens=3)  # type: ignore[call-arg]  # the name is max_new_tokens
     model.stream("a", temperature="hot")  # type: ignore[arg-type]
     model.encode_image(3)  # type: ignore[arg-type]
+    model.generate("a", max_tokens=3)  # type: ignore[call-overload]  # the name is max_new_tokens
+    print(model.generate("a", n=2).text)  # type: ignore[attr-defined]  # a list of answers
+    print(model.generate("a", temperature=0.5).history)  # type: ignore[attr-defined]  # an answer of a chat alone has one
+    print(model.stream("a").result().history)  # type: ignore[attr-defined]
+    print(model.generate("a").text, model.generate("a", n=2)[0].text, model.stream_chat("a").result().history)
