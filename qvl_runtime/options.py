@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
@@ -25,21 +25,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 OTHER_NAMES = {
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "do_sample": "temperature (0 is greedy)",
-    "image": "images, a list",
-    "picture": "images, a list",
-    "stop_words": "stop",
-    "stop_strings": "stop",
-    "num_return_sequences": "n",
-    "form": "constraint",
-    "max_completion_tokens": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "messages": "prompt",
-    "response_format": "constraint",
+    "max_tokens": ("max_new_tokens", ""),
+    "max_length": ("max_new_tokens", ""),
+    "do_sample": ("temperature", " (0 is greedy)"),
+    "image": ("images", ", a list"),
+    "picture": ("images", ", a list"),
+    "stop_words": ("stop", ""),
+    "stop_strings": ("stop", ""),
+    "num_return_sequences": ("n", ""),
+    "form": ("constraint", ""),
+    "max_completion_tokens": ("max_new_tokens", ""),
+    "min_tokens": ("min_new_tokens", ""),
+    "messages": ("prompt", ""),
+    "response_format": ("constraint", ""),
 }
-"""Names that other libraries use, and an older one."""
+"""Names that other libraries use, and an older one: the option that is meant, and a note on it."""
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -73,21 +73,21 @@ def named_options(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **options: P.kwargs) -> R:
         for name in options:
             if name not in parameters:
-                import difflib
-
-                close = difflib.get_close_matches(name, parameters, 1)
-                right = (
-                    OTHER_NAMES.get(name)
-                    if OTHER_NAMES.get(name, "").split(",")[0].split(" ")[0] in parameters
-                    else None
-                )
-                hint = right or (close[0] if close else None)
-                raise QvlError(
-                    f"{function.__name__}() has no option {name!r}" + (f"; use {hint}" if hint else "; see its help")
-                )
+                raise QvlError(f"{function.__name__}() has no option {name!r}; {_meant(name, parameters)}")
         return function(*args, **options)
 
     return checked
+
+
+def _meant(name: str, parameters: Collection[str]) -> str:
+    """Return the remedy for an unknown option."""
+    import difflib  # only an error needs it
+
+    option, note = OTHER_NAMES.get(name, ("", ""))
+    if option in parameters:
+        return f"use {option}{note}"
+    close = difflib.get_close_matches(name, parameters, 1)
+    return f"use {close[0]}" if close else "see its help"
 
 
 def whole_number(name: str, value: Any, least: int = 0) -> int:
