@@ -142,7 +142,7 @@ def main() -> None:
     # Sessions are reused, like those of the bare steps: prompts share no prefix, but memory is allocated.
     model = qvl.load(options.model, device=options.device, conversations=most, kv_cache_bytes=1 << 40)
     told = {"device": options.device, "threads": getattr(model.ops, "threads", None)}
-    model._answering._stop_ids = frozenset()  # so that all answers have the same length
+    model._engine._stop_ids = frozenset()  # so that all answers have the same length
     if options.gap:
         found = gap(model, options.gap)
         harness.print_row(found)

@@ -11,7 +11,7 @@ from qvl_runtime.options import whole_number
 from qvl_runtime.results import Stream
 
 if TYPE_CHECKING:
-    from qvl_runtime.asking import Asking
+    from qvl_runtime.request_methods import RequestMethods
 
 SEEDS = 1 << 64
 """Number of seeds of OpenAI's API."""
@@ -21,12 +21,12 @@ ANSWERS = 128
 
 
 def answer_all(
-    model: Asking,
+    model: RequestMethods,
     requests: Iterable[Mapping[str, Any]],
     max_batch: int,
     on_result: Callable[[int, Any], None] | None,
 ) -> list[Any]:
-    """See `Asking.generate_batch`."""
+    """See `RequestMethods.generate_batch`."""
     results: dict[int, Any] = {}
     if not isinstance(requests, Iterable) or isinstance(requests, str | Mapping):
         raise QvlError(f"requests is {excerpt(repr(requests))}; expected dicts of options, one for each answer")
@@ -76,7 +76,7 @@ class Asked:
         Receives `index` for each stream that ends.
     """
 
-    def __init__(self, model: Asking, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
+    def __init__(self, model: RequestMethods, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
         if not isinstance(request, Mapping):
             raise QvlError(f"request {index} is {excerpt(repr(request))}; expected a dict of options")
         options = dict(request)

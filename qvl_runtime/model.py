@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from qvl_runtime.answering import Answering
-from qvl_runtime.asking import Asking
 from qvl_runtime.blob import Blob
 from qvl_runtime.engine.scheduler import Scheduler
 from qvl_runtime.engine.scoring import score
+from qvl_runtime.engine_client import EngineClient
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import Access, PictureEncoder
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.options import chat_window, named_options
+from qvl_runtime.request_methods import RequestMethods
 from qvl_runtime.trace import Trace, no_trace
 
 
-class Model(Asking):
+class Model(RequestMethods):
     """A loaded model. `qvl_runtime.loading.load` returns one.
 
     Attributes
@@ -47,7 +47,7 @@ class Model(Asking):
         self.config, self.generation_config = blob.config, blob.generation_config
         self._scheduler, self._prefix_cache, self._identity = scheduler, scheduler.prefix_cache, identity
         self.decoder, self.ops = self._prefix_cache.decoder, self._prefix_cache.decoder.ops
-        self._answering = Answering(
+        self._engine = EngineClient(
             scheduler,
             pictures,
             tokenizer=tokenizer,
@@ -88,9 +88,9 @@ class Model(Asking):
         `trace` is called with each stage of the decoder, for parity checks.
         """
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls))
-        self._answering.check_length(made)
+        self._engine.check_length(made)
         with self._scheduler.gate, self._scheduler.device:
-            return score(self.decoder, made, self._answering.features_at_once(made), trace)
+            return score(self.decoder, made, self._engine.features_at_once(made), trace)
 
     def score(
         self, prompt: Any, continuations: Sequence[str | Sequence[int]], images: Sequence[ImageSource] | None = None
@@ -99,7 +99,7 @@ class Model(Asking):
 
         The prompt is computed once. A text continuation is tokenized by itself, without special tokens.
         """
-        return self._answering.score(self.prompts.build(prompt, images, Access()), continuations)
+        return self._engine.score(self.prompts.build(prompt, images, Access()), continuations)
 
     @named_options
     def encode_image(

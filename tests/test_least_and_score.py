@@ -21,7 +21,7 @@ def stopping(tiny, monkeypatch):
     """A model that would end its answer with the fourth token, and its answer without that end."""
     free = tiny.generate(PROMPT, max_new_tokens=12).token_ids
     assert len(free) == 12 and free[3] not in free[:3], "the golden model's answer has changed: choose another prompt"
-    monkeypatch.setattr(tiny._answering, "_stop_ids", frozenset({free[3]}))
+    monkeypatch.setattr(tiny._engine, "_stop_ids", frozenset({free[3]}))
     return tiny, free
 
 

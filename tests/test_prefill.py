@@ -25,7 +25,7 @@ def test_a_picture_keeps_to_its_own_prompt(make):
 
     def begun(text):
         prompt = model.prompts.build(text, None, LOCAL)
-        features = model._answering.features_at_once(prompt)
+        features = model._engine.features_at_once(prompt)
         session = Session(model.decoder, "fp16", 512)
         session.keep(prompt)
         return session, session.prefill(prompt, features, 512)

@@ -1,4 +1,4 @@
-"""The request methods of a loaded model: generate, stream, chat and batches."""
+"""The methods of a loaded model that answer: generate, stream, chat and batches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Unpack, overload
 
-from qvl_runtime.answering import Answering
 from qvl_runtime.batching import answer_all, one_each
 from qvl_runtime.blob import Blob
 from qvl_runtime.engine.constraints import Form
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
+from qvl_runtime.engine_client import EngineClient
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.base import Calling, Grounding, Prompts
 from qvl_runtime.families.generation_config import GenerationConfig
@@ -32,14 +32,14 @@ from qvl_runtime.options import (
 from qvl_runtime.results import ChatResult, Result, Stream, collected
 
 
-class Asking:
-    """The request methods of `Model`."""
+class RequestMethods:
+    """The methods of `Model` that answer."""
 
     blob: Blob
     window: int
     generation_config: GenerationConfig
     prompts: Prompts
-    _answering: Answering
+    _engine: EngineClient
 
     @property
     def is_chat(self) -> bool:
@@ -198,9 +198,9 @@ class Asking:
             prompts, form = calling.prompts(prompts, tools), calling.form(tools, form)
             calls = functools.partial(calls_in, calling.reader)
         made = prompts.build(prompt, images, access)
-        job = self._answering.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
+        job = self._engine.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
         return Stream(
-            job, lambda seen: collected(seen, lambda text: self._answering.boxes(made.opened + text, made), calls)
+            job, lambda seen: collected(seen, lambda text: self._engine.boxes(made.opened + text, made), calls)
         )
 
     @named_options
@@ -316,12 +316,12 @@ class Asking:
         window = chat_window(self.window, own.max_window_size, wanted, max_window_size, block)
         access = Access(allow_paths, allow_urls, salt(cache_salt))
         made = self.prompts.chat(query, history, images, system=system, window=window, access=access)
-        job = self._answering.answer(
+        job = self._engine.answer(
             made.prompt, sampler, wanted, stop, one_constraint(constraint), logprobs, speculate, cache_salt
         )
 
         def finish(seen: list[Piece]) -> ChatResult:
-            result = collected(seen, lambda text: self._answering.boxes(text, made.prompt))
+            result = collected(seen, lambda text: self._engine.boxes(text, made.prompt))
             text = result.text.strip()
             turns = [*(history or []), (made.query, text)]
             return ChatResult(**vars(result) | {"text": text}, history=turns, left_out=made.left_out)

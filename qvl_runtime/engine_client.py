@@ -1,4 +1,4 @@
-"""Turn a checked prompt into a job for the engine."""
+"""Submits prompts to the engine: one job for each answer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _in_slices(encoding: Generator[None, None, T], left: int) -> Sliced[T]:
         yield Slice(True, left)
 
 
-class Answering:
-    """Creates the engine's jobs.
+class EngineClient:
+    """Checks the options of a prompt and submits its job to the engine.
 
     Parameters
     ----------
