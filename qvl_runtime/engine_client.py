@@ -94,6 +94,7 @@ class EngineClient:
         self,
         prompt: Prompt,
         sampler: Sampler,
+        *,
         max_new_tokens: int,
         stop: str | Sequence[str] | None,
         form: Form | None,
@@ -101,7 +102,30 @@ class EngineClient:
         speculate: bool,
         salt: str | None,
     ) -> Job:
-        """Check the options and submit the job of one answer. The job's results are `Piece` objects."""
+        """Check the options and submit the job of one answer.
+
+        Parameters
+        ----------
+        prompt : Prompt
+        sampler : Sampler
+            Of this answer alone.
+        max_new_tokens, stop, logprobs, speculate
+            As in `Model.stream`, not checked yet.
+        form : Form or None
+            The allowed answers.
+        salt : str or None
+            Partition of the prefix cache; that of the picture cache is in the pictures' keys.
+
+        Returns
+        -------
+        Job
+            Its results are `Piece` objects.
+
+        Raises
+        ------
+        QvlError
+            If the prompt is empty or too long, an option is out of range, or no answer of the form fits.
+        """
         self.check_length(prompt)
         asked = whole_number("max_new_tokens", max_new_tokens)
         limit = min(asked, self.window - len(prompt.ids))
@@ -181,7 +205,10 @@ class EngineClient:
             raise QvlError(f"continuations is {continuations!r:.60}; expected a list of texts or token ids")
         length, ids = len(prompt.ids), [self._continuation(continuation) for continuation in continuations]
         if (longest := max(map(len, ids), default=0)) > self.window - length:
-            raise QvlError(f"a continuation takes {longest} tokens after {length}; the window is {self.window}")
+            raise PromptTooLongError(
+                f"the prompt takes {length} tokens, a continuation {longest}, and the window is {self.window}; "
+                f"{self._remedy()}"
+            )
         work = self._scores(prompt, ids, length + longest)
         return self._scheduler.submit(work, length, length + longest).join()
 
@@ -227,5 +254,5 @@ class EngineClient:
         return at_once(self.features(prompt, 0))[0]
 
     def boxes(self, text: str, prompt: Prompt) -> list[Box]:
-        """Parse the boxes of an answer."""
-        return self._grounding.parse(text, prompt.pictures)
+        """Parse the boxes of an answer to a prompt, which may have opened the first of them."""
+        return self._grounding.parse(prompt.opened + text, prompt.pictures)

@@ -24,13 +24,29 @@ from qvl_runtime.trace import Trace, no_trace
 class Model(RequestMethods):
     """A loaded model. `qvl_runtime.loading.load` returns one.
 
-    Attributes
+    Parameters
     ----------
+    blob : Blob
     tokenizer : Tokenizer
-    config : Config
-    generation_config : GenerationConfig
+    scheduler : Scheduler
+        Its prefix cache has the decoder.
+    pictures : PictureEncoder or None
+        None for a model that takes no pictures.
     window : int
         Limit for prompt and answer together, in tokens.
+    identity : str
+        Identifies what keys and values depend on; see `kv_file.identity`.
+
+    Attributes
+    ----------
+    blob, tokenizer, pictures, window
+        The parameters of these names.
+    config : Config
+    generation_config : GenerationConfig
+    decoder : Decoder
+    ops : Ops
+        The decoder's backend.
+    prompts : Prompts
     """
 
     def __init__(

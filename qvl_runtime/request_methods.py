@@ -198,10 +198,17 @@ class RequestMethods:
             prompts, form = calling.prompts(prompts, tools), calling.form(tools, form)
             calls = functools.partial(calls_in, calling.reader)
         made = prompts.build(prompt, images, access)
-        job = self._engine.answer(made, sampler, max_new_tokens, stop, form, logprobs, speculate, cache_salt)
-        return Stream(
-            job, lambda seen: collected(seen, lambda text: self._engine.boxes(made.opened + text, made), calls)
+        job = self._engine.answer(
+            made,
+            sampler,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            form=form,
+            logprobs=logprobs,
+            speculate=speculate,
+            salt=cache_salt,
         )
+        return Stream(job, lambda pieces: collected(pieces, lambda text: self._engine.boxes(text, made), calls))
 
     @named_options
     def chat(
@@ -317,11 +324,18 @@ class RequestMethods:
         access = Access(allow_paths, allow_urls, salt(cache_salt))
         made = self.prompts.chat(query, history, images, system=system, window=window, access=access)
         job = self._engine.answer(
-            made.prompt, sampler, wanted, stop, one_constraint(constraint), logprobs, speculate, cache_salt
+            made.prompt,
+            sampler,
+            max_new_tokens=wanted,
+            stop=stop,
+            form=one_constraint(constraint),
+            logprobs=logprobs,
+            speculate=speculate,
+            salt=cache_salt,
         )
 
-        def finish(seen: list[Piece]) -> ChatResult:
-            result = collected(seen, lambda text: self._engine.boxes(text, made.prompt))
+        def finish(pieces: list[Piece]) -> ChatResult:
+            result = collected(pieces, lambda text: self._engine.boxes(text, made.prompt))
             text = result.text.strip()
             turns = [*(history or []), (made.query, text)]
             return ChatResult(**vars(result) | {"text": text}, history=turns, left_out=made.left_out)
