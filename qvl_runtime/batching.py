@@ -30,7 +30,7 @@ def answer_all(
     results: dict[int, Any] = {}
     if not isinstance(requests, Iterable) or isinstance(requests, str | Mapping):
         raise QvlError(f"requests is {excerpt(repr(requests))}; expected dicts of options, one for each answer")
-    running: dict[int, Asked] = {}
+    running: dict[int, Request] = {}
     ended: SimpleQueue[int] = SimpleQueue()
 
     def finish(index: int, result: Any) -> None:
@@ -39,25 +39,25 @@ def answer_all(
             on_result(index, result)
 
     try:
-        for index, request in enumerate(requests):
+        for index, options in enumerate(requests):
             while len(running) >= max_batch:
                 _collect(running, ended, finish)
             try:
-                running[index] = Asked(model, index, request, ended)
+                running[index] = Request(model, index, options, ended)
             except QvlError as error:
                 finish(index, error)
         while running:
             _collect(running, ended, finish)
     finally:
-        for asked in running.values():
-            asked.cancel()
+        for request in running.values():
+            request.cancel()
     return [results[index] for index in sorted(results)]
 
 
-def _collect(running: dict[int, Asked], ended: SimpleQueue[int], finish: Callable[[int, Any], None]) -> None:
+def _collect(running: dict[int, Request], ended: SimpleQueue[int], finish: Callable[[int, Any], None]) -> None:
     """Wait until a request ends, and report its result."""
     index = ended.get()
-    if not running[index].whole():
+    if not running[index].last_ended():
         return
     try:
         result = running[index].result()
@@ -67,19 +67,29 @@ def _collect(running: dict[int, Asked], ended: SimpleQueue[int], finish: Callabl
     finish(index, result)
 
 
-class Asked:
+class Request:
     """One request: its stream, or the streams of its `n` answers.
 
     Parameters
     ----------
+    model : RequestMethods
+    index : int
+        Number of the request, for errors and `ended`.
+    given : mapping
+        Options of `generate`, or of `stream_chat` if there is a "query".
     ended : queue
         Receives `index` for each stream that ends.
+
+    Raises
+    ------
+    QvlError
+        For an invalid option.
     """
 
-    def __init__(self, model: RequestMethods, index: int, request: Mapping[str, Any], ended: SimpleQueue[int]):
-        if not isinstance(request, Mapping):
-            raise QvlError(f"request {index} is {excerpt(repr(request))}; expected a dict of options")
-        options = dict(request)
+    def __init__(self, model: RequestMethods, index: int, given: Mapping[str, Any], ended: SimpleQueue[int]):
+        if not isinstance(given, Mapping):
+            raise QvlError(f"request {index} is {excerpt(repr(given))}; expected a dict of options")
+        options = dict(given)
         self._several = "query" not in options and options.get("n") is not None
         self.streams: list[Stream] = []
         try:
@@ -96,7 +106,7 @@ class Asked:
         for stream in self.streams:
             stream.when_ended(lambda: ended.put(index))
 
-    def whole(self) -> bool:
+    def last_ended(self) -> bool:
         """Count one ended stream; return whether it was the last."""
         self._left -= 1
         return self._left == 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -162,8 +162,7 @@ def _runner(
     if backend(device)[0] == "cpu":
         return partial(on_this_machine, spec, source, options, on_record)
 
-    def here(tasks: list[Task], on_computed: Callable[[Computed], None]) -> None:
+    def in_this_process(tasks: Sequence[Task], on_computed: Callable[[Computed], None]) -> None:
         Worker(spec, source, options)(tasks, on_computed, on_record)
 
-    runner: Any = here
-    return runner
+    return in_this_process

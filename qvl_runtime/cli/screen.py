@@ -34,9 +34,9 @@ class Screen:
         """Print an error in one line on standard error."""
         print(f"qvl: {one_line(text)}", file=sys.stderr)
 
-    def answering(self, waiting_for: str) -> Answering:
+    def answering(self, waiting_for: str) -> AnswerOutput:
         """Return the output of one answer, with a spinner until the first text."""
-        return Answering(self.console, waiting_for)
+        return AnswerOutput(self.console, waiting_for)
 
     def picture(self, path: Path) -> None:
         """Show a PNG in the terminal if it supports that."""
@@ -45,7 +45,7 @@ class Screen:
             sys.stdout.flush()
 
 
-class Answering:
+class AnswerOutput:
     """Writes an answer as it is generated: a pipe gets every character, a terminal the printable ones."""
 
     def __init__(self, console: Console, waiting_for: str):
@@ -53,7 +53,7 @@ class Answering:
         self._spinner = console.status(waiting_for, spinner="line") if self._is_terminal else None
         self._reasoned = False
 
-    def __enter__(self) -> Answering:
+    def __enter__(self) -> AnswerOutput:
         if self._spinner is not None and not self._console.is_dumb_terminal:
             self._spinner.start()
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qvl_runtime.evaluation.comparison import Row, compare
 from qvl_runtime.evaluation.export import touchstone
 from qvl_runtime.evaluation.metrics import cider
 from qvl_runtime.evaluation.prompts import Wording, wording
-from qvl_runtime.evaluation.runner import Asked, Questions, ask, made_with, questions
+from qvl_runtime.evaluation.runner import Answered, Questions, ask, made_with, questions
 from qvl_runtime.evaluation.scores import captions
 from qvl_runtime.evaluation.tasks import Task, find
 from qvl_runtime.file.opening import as_path
@@ -106,12 +107,12 @@ def evaluate(
     if max_pixels is not None:
         options["max_pixels"] = max_pixels
 
-    def answers(path: Path, label: str, words: Wording) -> tuple[Asked, str]:
+    def answers(path: Path, label: str, words: Wording) -> tuple[Answered, str]:
         model = load(path, device, **options)
         head = made_with(model, name, task, asked, words, options)
         with AnswerFile(folder / f"{label}.jsonl", head) as file:
-            told = lambda done, total: progress(label, done, total)  # noqa: E731
-            return ask(model, task, asked, words, file, max_batch=max_batch, progress=told), model.ops.name
+            answered = ask(model, task, asked, words, file, max_batch=max_batch, progress=partial(progress, label))
+            return answered, model.ops.name
 
     found = [answers(*one) for one in zip(models, labels, wordings)]
     rows, exported, note = _result(task, asked, labels, [one for one, _ in found], models, folder)
@@ -134,7 +135,7 @@ def evaluate(
 
 
 def _result(
-    task: Task, asked: Questions, labels: list[str], found: list[Asked], models: Sequence[Path], folder: Path
+    task: Task, asked: Questions, labels: list[str], found: list[Answered], models: Sequence[Path], folder: Path
 ) -> tuple[list[Row], list[Path], str]:
     if task.score is None:
         exported = [folder / f"{label}.tsv" for label in labels]

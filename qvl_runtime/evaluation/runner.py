@@ -48,8 +48,8 @@ class Questions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """The answers of a model.
+class Answered:
+    """The answers of a model to the questions.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ def ask(
     *,
     max_batch: int,
     progress: Progress,
-) -> Asked:
+) -> Answered:
     """Answer the questions without an answer in `file`.
 
     Raises
@@ -146,7 +146,7 @@ def ask(
         for sample in left:
             keep(sample, {"likelihoods": _likelihoods(model, task, words, sample)})
     answers: list[Answer] = [file.answers[sample.id] for sample in samples]
-    return Asked(answers, sum(answer["seconds"] for answer in answers), peak_since_reset())
+    return Answered(answers, sum(answer["seconds"] for answer in answers), peak_since_reset())
 
 
 def _is_answer_to(task: Task, sample: Sample, answer: Answer) -> bool:
