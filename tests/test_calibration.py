@@ -200,6 +200,7 @@ def test_nothing_left_after_cutting_is_a_bad_sample(folder, base):
         {"image": "a.png"},
         {"type": "image_url", "image_url": {"url": "a.png"}},
         {"type": "image_url", "image_url": "a.png"},
+        {"type": "image_url", "image": None, "image_url": {"url": "a.png"}, "text": None},
     ],
 )
 def test_messages_of_parts_as_others_write_them(folder, chat, part):
@@ -221,6 +222,7 @@ def test_parts_nobody_knows_are_bad_samples(folder, chat, caplog):
     (folder / "data.json").write_text(json.dumps([*entries, conversation()]))
     assert len(calibration.load(folder / "data.json", chat)) == 1
     assert caplog.text.count("skipped") == len(bad)
+    assert """a turn is 'user': "{'type': 'video', 'video': 'a.mp4'}"; expected""" in caplog.text
 
 
 def test_samples_are_shuffled_before_the_first_are_taken(folder, base, tokenizer):

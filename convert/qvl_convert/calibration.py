@@ -31,7 +31,7 @@ from qvl_runtime.file.opening import as_path, read_regular, shown
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Picture
-from qvl_runtime.inputs.prompt import Prompt, Slot
+from qvl_runtime.inputs.prompt import SOURCE_KEYS, Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.options import whole_number
 
@@ -210,20 +210,23 @@ def _entry(entry: Any) -> list[Turn] | str:
 
 
 def _said(said: Any) -> Any:
-    """Normalize a list of parts of any supported format to pictures and texts; other values are unchanged."""
+    """Normalize a list of parts of any supported format to pictures and texts.
+
+    Another value is returned as it is, and so is the first unknown part: `_sample` refuses it, and names it.
+    """
     if not isinstance(said, list):
         return said
     parts: list[dict[str, Any]] = []
     for part in said:
         part = part if isinstance(part, dict) else {}
-        source = next((part[key] for key in ("image", "image_url", "url") if key in part), None)
+        source = next((part[key] for key in SOURCE_KEYS if part.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if isinstance(source, str):
             parts.append({"image": source})
         elif isinstance(part.get("text"), str):
             parts.append({"text": part["text"]})
         else:
-            return None
+            return part
     return parts
 
 

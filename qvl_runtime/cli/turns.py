@@ -12,9 +12,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import as_path
 from qvl_runtime.inputs.image_tags import split_images
 from qvl_runtime.inputs.images import ImageSource, load_image
-
-SOURCE_KEYS = ("image", "image_url", "url")
-"""Keys of a piece that may hold a picture."""
+from qvl_runtime.inputs.prompt import SOURCE_KEYS
 
 
 def words(query: Any) -> str:

@@ -193,6 +193,10 @@ def fill(spoken: Sequence[Parts], images: Sequence[ImageSource]) -> list[ImageSo
     return extra
 
 
+SOURCE_KEYS = ("image", "image_url", "url")
+"""Keys of a part that may hold the source of a picture; some data sets write None for the others."""
+
+
 def is_image_part(part: Mapping[str, Any]) -> bool:
     """Whether a part of a message is a picture: ``{"image": …}``, or Hugging Face's or OpenAI's format."""
     return "image" in part or "image_url" in part or part.get("type") in ("image", "image_url")
@@ -205,7 +209,7 @@ def picture_place(part: Mapping[str, Any]) -> Place:
 
 def _source(part: Mapping[str, Any]) -> ImageSource | None:
     """Return the source of a picture part; None if it takes the next of `images`."""
-    source = next((part[key] for key in ("image", "image_url", "url") if part.get(key) is not None), None)
+    source = next((part[key] for key in SOURCE_KEYS if part.get(key) is not None), None)
     if isinstance(source, Mapping):
         source = source.get("url")
         if not isinstance(source, str) or not source:
