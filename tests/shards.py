@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qvl_convert.checkpoint import Checkpoint
-from qvl_runtime.file.tensorfile import DTYPES
-
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+from qvl_runtime.file.tensorfile import CODES
 
 
 def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:

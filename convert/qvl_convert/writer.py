@@ -21,7 +21,7 @@ from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import METADATA, metadata_hash
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.locking import lock
-from qvl_runtime.file.tensorfile import DTYPES
+from qvl_runtime.file.tensorfile import CODES
 
 DATA_ALIGNMENT = 4096
 PIECE = 16 << 20
@@ -31,7 +31,6 @@ OPEN_FILES_STAY = os.name == "nt"
 # Wide and even sizes first, so that every tensor is aligned without gaps, which safetensors forbids.
 SUFFIX_ORDER = ("qweight", "scales")
 DTYPE_ORDER = ("float32", "int32", "float16", "uint8")
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 

@@ -22,13 +22,12 @@ from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, shown
-from qvl_runtime.file.tensorfile import DTYPES, TensorFile
+from qvl_runtime.file.tensorfile import CODES, TensorFile
 from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
 DIGEST = "digest"
 MALFORMED = "the file is malformed: continue without it"
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def identity(*facts: object) -> str:
@@ -146,7 +145,7 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
 
 def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
     where = [offset, offset + array.nbytes]
-    return {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
+    return {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": where}
 
 
 def _runs(keys: Sequence[Key]) -> list[int | list]:

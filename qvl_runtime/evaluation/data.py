@@ -23,6 +23,9 @@ MAX_FILE = 4 << 30
 MAX_FIELD = (1 << 31) - 1
 """Largest field of a table in bytes: the csv module takes no larger limit on Windows."""
 
+LETTERS = "ABCDE"
+"""Letters of the options of a question, in their order."""
+
 REMEDY = "take the published file as it is"
 SHOWN = 3
 """Number of missing pictures named in an error."""

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.evaluation.data import REMEDY, Data, Line, Sample
+from qvl_runtime.evaluation.data import LETTERS, REMEDY, Data, Line, Sample
 from qvl_runtime.inputs.image_tags import split_images
 
-LETTERS = "ABCDE"
 CYCLE = 1_000_000
 """MMBench repeats a question with rotated options; each rotation adds this to the index."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qvl_runtime.evaluation.data import Sample
+from qvl_runtime.evaluation.data import LETTERS, Sample
 from qvl_runtime.evaluation.metrics.boxes import first_box, hit
 from qvl_runtime.evaluation.metrics.cider import cider
 from qvl_runtime.evaluation.metrics.text import anls, exact_match, relaxed_match, says, short_answer
@@ -136,7 +136,7 @@ def box(answer: Answer, truth: Any) -> float:
 
 def option(answer: Answer, truth: Any) -> float:
     """Whether the most likely option is correct; ties go to the first option."""
-    return float("ABCDE"[int(np.argmax(answer["likelihoods"]))] == truth)
+    return float(LETTERS[int(np.argmax(answer["likelihoods"]))] == truth)
 
 
 def every_turn(samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:

@@ -32,6 +32,8 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""The name of each dtype in a header."""
 
 
 @dataclasses.dataclass(frozen=True)
