@@ -14,6 +14,7 @@ from PIL import Image
 from qvl_kernels.atomic import replacing
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import as_path, shown
+from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.images import local_path
 
 
@@ -76,5 +77,4 @@ def save(image: Image.Image, path: str | Path) -> None:
         with replacing(path, private=False) as file:
             file.write(data.getbuffer())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QvlError(f"{shown(path)}: cannot be written ({reason}); name a .png file elsewhere") from None
+        raise unwritable(path, error, "name a .png file elsewhere") from None

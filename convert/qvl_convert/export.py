@@ -26,6 +26,7 @@ from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import MatrixSpec, VectorSpec
 from qvl_runtime.file.opening import as_path
+from qvl_runtime.file.writing import unwritable
 
 SHARD = 2 << 30
 """Bytes after which the next file begins."""
@@ -86,8 +87,7 @@ def export(blob: Blob, folder: str | os.PathLike, *, force: bool = False) -> Non
 
 
 def _unwritable(folder: Path, error: Exception) -> QvlError:
-    reason = getattr(error, "strerror", None) or error
-    return QvlError(f"{folder}: cannot be written ({reason}); make room, or name another folder")
+    return unwritable(folder, error, "make room, or name another folder")
 
 
 def _check_target(folder: Path, blob: Blob, texts: dict[str, Any], force: bool) -> None:

@@ -16,6 +16,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.locking import lock
 from qvl_runtime.file.opening import open_regular, read_regular
+from qvl_runtime.file.writing import unwritable
 
 FORMATS = ("jsonl", "parquet")
 MANIFEST = "job.json"
@@ -106,7 +107,7 @@ def _write(path: Path, content: bytes) -> None:
         with replacing(path, private=False, durable=True) as file:
             file.write(content)
     except OSError as error:
-        raise QvlError(f"{path}: cannot be written ({error.strerror}); make room, and run again to go on") from None
+        raise unwritable(path, error, "make room, and run again to go on") from None
 
 
 def _to_lines(records: Sequence[Record]) -> bytes:

@@ -23,6 +23,7 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image, local_path
 from qvl_runtime.inputs.pictures import Access
 from qvl_runtime.model import Model
@@ -244,7 +245,7 @@ class Conversation:
             with replacing(path) as file:
                 file.write(json.dumps(document, ensure_ascii=False, indent=1).encode(errors="backslashreplace"))
         except OSError as error:
-            raise QvlError(f"{path}: cannot be written ({error.strerror})") from None
+            raise unwritable(path, error, "name a file elsewhere") from None
         self.screen.say(f"saved {path}")
         if tokens := self.model.save_past(_past(path), self.history, system=self.system):
             nbytes = size(_past(path).stat().st_size)

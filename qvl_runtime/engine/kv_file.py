@@ -21,8 +21,9 @@ from qvl_kernels.atomic import remove_stale, replacing
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_json
-from qvl_runtime.file.opening import as_path, shown
+from qvl_runtime.file.opening import as_path
 from qvl_runtime.file.tensorfile import CODES, TensorFile
+from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
@@ -71,7 +72,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
                     put(array.data)
             file.write(digest.digest())
     except OSError as error:
-        raise QvlError(f"{shown(path)}: cannot be written ({error.strerror}); name another file") from None
+        raise unwritable(path, error, "name another file") from None
 
 
 @dataclasses.dataclass(frozen=True)

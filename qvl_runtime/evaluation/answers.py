@@ -14,6 +14,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.locking import lock
 from qvl_runtime.file.opening import open_regular, read_regular
+from qvl_runtime.file.writing import unwritable
 
 MAX_FILE = 4 << 30
 SYNC_EVERY = 2.0
@@ -91,8 +92,7 @@ class AnswerFile:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
-            remedy = "make room, and run again to go on"
-            raise QvlError(f"{self.path}: cannot be written ({error.strerror}); {remedy}") from None
+            raise unwritable(self.path, error, "make room, and run again to go on") from None
 
     def _take_up(self, made_with: dict[str, Any]) -> int:
         """Read the answers of whole lines; return the bytes of these."""

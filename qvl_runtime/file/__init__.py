@@ -1,1 +1,1 @@
-"""Reading files that may be hostile."""
+"""Reading files that may be hostile, and what goes wrong in writing others."""

@@ -46,7 +46,7 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
     except FileNotFoundError:
         raise QvlError(f"{shown(path)}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name, or an invalid name
-        raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
+        raise QvlError(f"{shown(path)}: cannot be read ({reason_of(error)}); {remedy}") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -62,7 +62,7 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None, remedy: s
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, OSError):  # such as /proc/self/mem, or a bad disk
-            raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
+            raise QvlError(f"{shown(path)}: cannot be read ({reason_of(error)}); {remedy}") from None
         raise
 
 
@@ -81,7 +81,7 @@ def read_regular(path: str | os.PathLike, *, limit: int, remedy: str = "check th
             while len(content) <= limit and (piece := file.read(min(PIECE, limit + 1 - len(content)))):
                 content += piece
         except OSError as error:
-            raise QvlError(f"{shown(path)}: cannot be read ({_reason(error)}); {remedy}") from None
+            raise QvlError(f"{shown(path)}: cannot be read ({reason_of(error)}); {remedy}") from None
     if len(content) > limit:
         raise _too_large(path, limit, remedy)
     return bytes(content)
@@ -121,7 +121,8 @@ def shown(path: str | os.PathLike) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why an operation on a file failed, without the file's name."""
     return getattr(error, "strerror", None) or str(error)
 
 

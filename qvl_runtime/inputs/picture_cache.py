@@ -17,7 +17,7 @@ from qvl_kernels.atomic import remove_stale, replacing
 from qvl_kernels.cache_folder import foreign
 from qvl_kernels.locks import make_lock
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.opening import as_path
+from qvl_runtime.file.opening import as_path, reason_of
 from qvl_runtime.file.tensorfile import TensorFile
 
 MEMORY_BYTES = 256 << 20
@@ -59,8 +59,9 @@ class PictureCache:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except (OSError, ValueError) as error:  # ValueError: no name of a file
-                reason = getattr(error, "strerror", None) or error
-                raise QvlError(f"cache_dir {str(folder)!r:.200} cannot be made ({reason}); name a folder") from None
+                raise QvlError(
+                    f"cache_dir {str(folder)!r:.200} cannot be made ({reason_of(error)}); name a folder"
+                ) from None
 
     @property
     def nbytes(self) -> int:
