@@ -115,7 +115,7 @@ def test_an_added_token_whose_id_is_no_number(key, tmp_path):
 @pytest.mark.parametrize("line", [b"!! 1", b"YQ== x", b"YQ=="])
 def test_broken_special_line(line):
     data = read_vocabulary(folder("q2-tied")).to_bytes()
-    with pytest.raises(QvlError, match="special form"):
+    with pytest.raises(QvlError, match="special token"):
         Vocabulary.from_bytes(data + line + b"\n")
 
 

@@ -83,7 +83,7 @@ def allocate(
     if smallest > target:
         raise QvlError(
             f"--target-size of {target / 1e6:,.2f} MB is too small: with {fewest} bits everywhere and groups of "
-            f"{group_size} the file has {smallest / 1e6:,.2f} MB"
+            f"{group_size} the file has {smallest / 1e6:,.2f} MB; name a larger one"
         )
     checkpoint = source.checkpoint
     units = stages(checkpoint.family, checkpoint.config)

@@ -233,7 +233,7 @@ def _said(said: Any) -> Any:
 def _read_folder(folder: Path) -> Iterator[Found]:
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
     if not paths:
-        raise QvlError(f"{folder}: holds no pictures ({', '.join(PICTURES)})")
+        raise QvlError(f"{folder}: holds no pictures ({', '.join(PICTURES)}); name the folder that does")
     for i, path in enumerate(paths):
         question = ("Describe the picture.", "描述这张图。")[i % 2]
         turns: list[Turn] = [("user", [{"image": path}, {"text": question}])]

@@ -115,7 +115,9 @@ class Checkpoint:
                 p.name for p in self.folder.glob("pytorch_model*.bin")
             )
         if not names:
-            raise QvlError(f"{self.folder}: holds no weights: neither *.safetensors nor pytorch_model*.bin")
+            raise QvlError(
+                f"{self.folder}: holds no weights: neither *.safetensors nor pytorch_model*.bin; finish the download"
+            )
         paths = [self.folder / name for name in names]
         return [open_weights(path) for path in paths]
 
@@ -126,7 +128,10 @@ class Checkpoint:
             raise QvlError(f"{path}: has no 'weight_map'; download it again")
         for shard in index.values():
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+", shard) or not shard.endswith(suffix):
-                raise QvlError(f"{path}: names the shard {str(shard)[:100]!r}, expected a {suffix} file beside it")
+                raise QvlError(
+                    f"{path}: names the shard {str(shard)[:100]!r}, expected a {suffix} file beside it; "
+                    "download it again"
+                )
         return index
 
     def _check_index(self) -> None:
@@ -136,7 +141,10 @@ class Checkpoint:
                 continue
             owner = self._owners.get(own)
             if owner is None or owner[0].path.name != shard:
-                raise QvlError(f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_name} says so")
+                raise QvlError(
+                    f"{self.folder / shard}: has no tensor {name!r:.100}, but {self._index_name} says so; "
+                    "download it again"
+                )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

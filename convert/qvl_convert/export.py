@@ -32,6 +32,7 @@ SHARD = 2 << 30
 """Bytes after which the next file begins."""
 
 INDEX, SETTINGS = "model.safetensors.index.json", "quantize_config.json"
+REMEDY = "export a file of 16 bits"
 WEIGHTS = re.compile(r"(model-\d+-of-)?\d{5,}\.safetensors")
 """Weights, also under the names they have until their number is known."""
 
@@ -129,7 +130,9 @@ def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
     """
     bits, group_size = matrix.bits, matrix.group_size
     if matrix.n % (32 // bits) or matrix.k % (32 // bits):
-        raise QvlError(f"{name}: is {matrix.n} x {matrix.k}, no multiples of {32 // bits}, as AutoGPTQ's layout asks")
+        raise QvlError(
+            f"{name}: is {matrix.n} x {matrix.k}, no multiples of {32 // bits}, as AutoGPTQ's layout asks; {REMEDY}"
+        )
     codes, g_idx = matrix.codes(), (np.arange(matrix.k) // group_size).astype(np.int32)
     if matrix.perm is not None:
         inverse = np.argsort(matrix.perm)
@@ -140,7 +143,7 @@ def autogptq_arrays(matrix: Matrix, name: str) -> dict[str, np.ndarray]:
     if matrix.zeros is not None:
         zeros = unpack_groups(matrix.zeros, matrix.n, matrix.k, group_size)
         if not zeros.all():
-            raise QvlError(f"{name}: has a zero point of 0, which AutoGPTQ's layout cannot represent")
+            raise QvlError(f"{name}: has a zero point of 0, which AutoGPTQ's layout cannot represent; {REMEDY}")
     arrays = {
         "qweight": _words(codes, bits).T,
         "qzeros": _words((zeros - 1).T, bits),

@@ -118,7 +118,7 @@ class Merged(Checkpoint):
             twice = name in self._saved or name in self._low_rank
             self._saved[name] = array
         else:
-            raise QvlError(f"{self._path}: {key!r:.100} is no part of a LoRA adapter that this program knows")
+            raise QvlError(f"{self._path}: {key!r:.100} is no part of a LoRA adapter that is known; save a plain one")
         if f"{name.rpartition('.')[0]}.qweight" in self:
             raise QvlError(f"{self.folder}: is quantized, so no adapter can be merged; take the unquantized base model")
         if name not in self:

@@ -206,7 +206,9 @@ def verify(
     config, family = model.config, model.blob.family
     if reference.config != config:
         different = [k for k, v in config.to_dict().items() if reference.config.to_dict().get(k) != v]
-        raise QvlError(f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ")
+        raise QvlError(
+            f"{model.blob.path}: is another model than the reference: {', '.join(different)} differ; name its original"
+        )
     judged = [judged_positions(sample, model.tokenizer) for sample in samples]
     if not any(map(len, judged)):  # for example pictures without captions: there are no answers
         judged = [text_positions(sample) for sample in samples]

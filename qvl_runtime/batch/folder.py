@@ -32,7 +32,9 @@ class PictureFolder:
             self._names += [(here / name).as_posix() for name in shown]
         self._names.sort()
         if not self._names:
-            raise QvlError(f"{path}: has no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet files")
+            raise QvlError(
+                f"{path}: has no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet files; name another"
+            )
 
     def __len__(self) -> int:
         return len(self._names)

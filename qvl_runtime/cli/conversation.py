@@ -25,7 +25,7 @@ from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image, local_path
-from qvl_runtime.inputs.pictures import Access
+from qvl_runtime.inputs.pictures import Access, PictureEncoder
 from qvl_runtime.model import Model
 from qvl_runtime.saving import check_no_input
 
@@ -113,8 +113,7 @@ class Conversation:
 
     def attach(self, source: str) -> None:
         """Add a picture, by its path or URL, to the next question."""
-        if self.model.pictures is None:
-            raise QvlError("this model takes no pictures")
+        self._encoder()
         if is_url(source):
             image = load_image(source, allow_urls=self.allow_urls)
             self._waiting.append(image)
@@ -159,9 +158,7 @@ class Conversation:
         except ValueError:
             raise QvlError("/box needs four numbers, x1 y1 x2 y2 (left, top, right, bottom), in pixels") from None
         picture = self._last_picture()
-        if self.model.pictures is None:
-            raise QvlError("this model takes no pictures")
-        read = self.model.pictures.reader.read(picture, Access(urls=self.allow_urls))
+        read = self._encoder().reader.read(picture, Access(urls=self.allow_urls))
         width, height = read.size
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # also refuses nan
             raise QvlError(
@@ -223,11 +220,11 @@ class Conversation:
         try:
             number = SETTINGS[name](value.strip())
         except ValueError:
-            raise QvlError(f"{name} is {value.strip()!r}, expected a number") from None
+            raise QvlError(f"{name} is {value.strip()!r}; expected a number") from None
         if name in SAMPLING:
             Sampler(**{name: number})
         elif number < 1:
-            raise QvlError(f"{name} is {number}, expected 1 or more")
+            raise QvlError(f"{name} is {number}; expected 1 or more")
         self.settings[name] = number
         self.screen.say(f"{name} {number}")
 
@@ -320,6 +317,11 @@ class Conversation:
             tell = self.screen.warn if full or not result.text else self.screen.say
             tell(f"the answer was cut after {len(result.token_ids)} tokens; {remedy}")
         self._left_out, self.history, self._boxes = result.left_out, result.history, result.boxes
+
+    def _encoder(self) -> PictureEncoder:
+        if self.model.pictures is None:
+            raise QvlError(f"{self.model.blob.path}: takes no pictures; use a vision-language model")
+        return self.model.pictures
 
     def _opened(self, source: ImageSource) -> Image.Image:
         """Decode a picture as the model does, with or without its EXIF orientation."""

@@ -15,6 +15,7 @@ from qvl_runtime.file.tensorfile import TensorFile
 from qvl_runtime.inputs.video import is_number
 
 FORMAT = "qvl conversation 1"
+REMEDY = "name a file that /save wrote"
 PIECES = ("text", "image", "ref", "box", "type", "url", "image_url", "video", "times", "fps")
 """Allowed keys of a query's pieces."""
 LISTS: dict[str, Callable[[Any], bool]] = {"video": lambda source: isinstance(source, str), "times": is_number}
@@ -43,18 +44,15 @@ def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], A
     QvlError
         If the file cannot be read or is not a saved conversation; names the first problem.
     """
-    content = read_regular(path, limit=MAX_JSON, remedy="name a file that /save wrote")
+    document = parse_object(read_regular(path, limit=MAX_JSON, remedy=REMEDY), f"{path}:", REMEDY)
     try:
-        document = parse_object(content, f"{path}:", "it was not written by /save")
         if document.get("format") != FORMAT:
-            raise QvlError(f"{path}: is no conversation saved with /save")
+            raise QvlError("is no conversation saved with /save")
         if not isinstance(document.get("system"), str | None):
-            raise QvlError(f"{path}: 'system' is no text")
-        saved = SavedChat(document.get("system"), _settings(document.get("settings"), settings), _history(document))
+            raise QvlError("'system' is no text")
+        return SavedChat(document.get("system"), _settings(document.get("settings"), settings), _history(document))
     except QvlError as error:
-        message = str(error)
-        raise QvlError(message if message.startswith(str(path)) else f"{path}: {message}") from None
-    return saved
+        raise QvlError(f"{path}: {error}; {REMEDY}") from None
 
 
 def is_saved(path: str | os.PathLike) -> bool:
@@ -80,7 +78,7 @@ def _settings(found: Any, known: Mapping[str, Callable[[str], Any]]) -> dict[str
     values = {}
     for name, value in found.items():
         if name not in known:
-            raise QvlError(f"{name!r:.40} is no setting; there are {', '.join(known)}")
+            raise QvlError(f"{name!r:.40} is no setting (there are {', '.join(known)})")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise QvlError(f"the setting {name} is {value!r:.40}, expected a number")
         try:

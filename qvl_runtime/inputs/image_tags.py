@@ -46,11 +46,11 @@ def split_images(text: str) -> list[str]:
     pieces = cut_images(text)
     for path in pieces[1::2]:
         if tag := _ANY_TAG.search(path):
-            raise QvlError(f"tags do not nest: {tag[0]} stands inside <img>{_shorten(path)}</img>")
+            raise QvlError(f"tags do not nest: {tag[0]} stands inside <img>{_shorten(path)}</img>; put it after")
     for piece in pieces[0::2]:
         _, found, rest = piece.partition("<img>")
         if found:
-            raise QvlError(f"unclosed image tag: <img>{_shorten(rest)} has no </img>")
+            raise QvlError(f"unclosed image tag: <img>{_shorten(rest)} has no </img>; close it, or leave it out")
     return pieces
 
 

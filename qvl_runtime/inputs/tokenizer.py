@@ -20,6 +20,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_BLANKS = 100_000
+REMEDY = "take the tokenizer from the model's own repository"
 MAX_RANKS = 16 << 20
 """Largest rank file in bytes: six times that of Qwen."""
 
@@ -41,15 +42,17 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     if not sound:
         raise _fault(data)
     if not ranks:
-        raise QvlError("tokenizer ranks: the file is empty; take qwen.tiktoken from the model's own repository")
+        raise QvlError(f"tokenizer ranks: the file is empty; {REMEDY}")
     for expected, found in enumerate(sorted(ranks.values())):
         if found != expected:
             raise QvlError(
                 f"tokenizer ranks: expected every rank from 0 to {len(ranks) - 1} once, "
-                f"but {expected} is missing or doubled"
+                f"but {expected} is missing or doubled; {REMEDY}"
             )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise QvlError(f"tokenizer ranks: no token for the single byte 0x{missing[0]:02x}: the file is cut short")
+        raise QvlError(
+            f"tokenizer ranks: no token for the single byte 0x{missing[0]:02x}, the file is cut short; {REMEDY}"
+        )
     return ranks
 
 
@@ -66,9 +69,11 @@ def _fault(data: bytes) -> QvlError:
             encoded, rank = line.split()
             token, _ = _unquote(encoded), int(rank)
         except ValueError:
-            return QvlError(f"tokenizer ranks, line {number}: expected a base64 token and a rank, found {line[:60]!r}")
+            return QvlError(
+                f"tokenizer ranks, line {number}: expected a base64 token and a rank, found {line[:60]!r}; {REMEDY}"
+            )
         if token in seen:
-            return QvlError(f"tokenizer ranks, line {number}: the token {token!r} appears twice")
+            return QvlError(f"tokenizer ranks, line {number}: the token {token!r} appears twice; {REMEDY}")
         seen.add(token)
     raise AssertionError("a rank file was refused for nothing")
 
@@ -119,9 +124,11 @@ class Tokenizer:
         owners: dict[int, bytes | str] = {rank: token for token, rank in ranks.items()}
         for form, token_id in special.items():
             if token_id < 0 or owners.setdefault(token_id, form) != form:
-                raise QvlError(f"the tokenizer gives the id {token_id} to {form!r} and to {owners[token_id]!r}")
+                raise QvlError(
+                    f"the tokenizer gives the id {token_id} to {form!r} and to {owners[token_id]!r}; {REMEDY}"
+                )
         if missing := [form for form in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if form not in special]:
-            raise QvlError(f"the tokenizer has no {missing[0]!r}; take it from the model's own repository")
+            raise QvlError(f"the tokenizer has no {missing[0]!r}; {REMEDY}")
         self.n_vocab = max(owners) + 1
         self.vocab_size = self.n_vocab if vocab_size is None else vocab_size
         if self.vocab_size < self.n_vocab:
@@ -138,9 +145,7 @@ class Tokenizer:
                 "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special
             )
         except ValueError:  # it makes one regular expression of the special tokens
-            raise QvlError(
-                "the special tokens are too long; take the tokenizer from the model's own repository"
-            ) from None
+            raise QvlError(f"the special tokens are too long; {REMEDY}") from None
         self._bytes = [b""] * self.vocab_size
         for token_id, token in owners.items():
             self._bytes[token_id] = token.encode() if isinstance(token, str) else token

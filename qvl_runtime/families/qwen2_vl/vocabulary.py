@@ -16,7 +16,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import refuse
 from qvl_runtime.families.reading import check, read_json, take
 from qvl_runtime.file.opening import read_regular
-from qvl_runtime.inputs.tokenizer import SPLIT_PATTERN, read_ranks
+from qvl_runtime.inputs.tokenizer import REMEDY, SPLIT_PATTERN, read_ranks
 
 MAX_MERGES = 64 << 20
 
@@ -52,7 +52,7 @@ class Vocabulary(NamedTuple):
             pairs = [line.split() for line in special.splitlines()]
             forms = {base64.b64decode(form, validate=True).decode(): int(token_id) for form, token_id in pairs}
         except ValueError:
-            raise QvlError("tokenizer: a line of a special form is malformed") from None
+            raise QvlError(f"tokenizer: a line of a special token is malformed; {REMEDY}") from None
         return cls(read_ranks(ranks), forms)
 
 
@@ -118,7 +118,7 @@ def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
     form = content if isinstance(content, str) else ""
     lone = any("\ud800" <= c <= "\udfff" for c in form)  # a surrogate, which UTF-8 cannot hold
     if form == "" or lone or type(token_id) is not int or token_id < 0 or form in added:
-        raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once")
+        raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once; {REMEDY}")
     refuse(token, where, dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
     added[form] = token_id
 
@@ -133,7 +133,7 @@ def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, i
         try:
             ranks[bytes(values[letter] for letter in token)] = rank
         except KeyError:
-            raise QvlError(f"{where}: the token {token!r:.60} is not written in GPT-2's letters") from None
+            raise QvlError(f"{where}: the token {token!r:.60} is not written in GPT-2's letters; {REMEDY}") from None
     taken = sorted(rank for rank in ranks.values() if type(rank) is int)
     check(taken == list(range(len(vocab) - sum(form in vocab for form in special))), where, "its ids have gaps")
     check(
@@ -144,7 +144,7 @@ def _ranks(vocab: Mapping[str, Any], merges: Sequence[Any], special: dict[str, i
     for rank, merge in enumerate(merges, 256):
         pair = isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
         if not pair or vocab.get("".join(merge)) != rank:
-            raise QvlError(f"{where}: merge {rank - 255}, {merge!r:.60}, does not make the token {rank}")
+            raise QvlError(f"{where}: merge {rank - 255}, {merge!r:.60}, does not make the token {rank}; {REMEDY}")
     return Vocabulary(dict(sorted(ranks.items(), key=lambda item: item[1])), special)
 
 
