@@ -91,20 +91,30 @@ def _json(schema: Mapping[str, Any], notation: Mapping[str, Any]) -> str:
 
 
 class Reader:
-    """`qvl_runtime.inputs.tools.CallReader`. A call that is not well-formed remains text."""
+    """`qvl_runtime.inputs.tools.CallReader`. A call that is not well-formed remains text.
+
+    Text is held from the first tag on that may begin a call. At each end tag what is held is parsed, from the first tag
+    to the end tag: it is a call; or it ends within a string, to which the end tag belongs, and another one is waited
+    for; or the same is tried from the next tag. If none begins a call, all of it is text.
+
+    Complete texts are parsed, not what has arrived: errors of `JSONDecoder.raw_decode` do not tell a wrong call from
+    one that goes on, and it would parse a long call again with every piece.
+    """
 
     def __init__(self) -> None:
-        self._held, self._called = "", False
-        self._read = 0  # up to which the tags of what is held belong to a string of a call
+        self._held = ""
+        self._called = False  # whether there was a call
+        self._in_string = 0  # end of the last end tag in what is held that belongs to a string of a call, or 0
 
     def push(self, text: str) -> list[str | ToolCall]:
         self._held += text
         found: list[str | ToolCall] = []
-        while (end := self._held.find(CALLED, self._read)) >= 0:
-            goes_on = self._read > 0 and not STRING_END.search(self._held, self._read, end)
+        while (end := self._held.find(CALLED, self._in_string)) >= 0:
+            # Parsed again for every tag in one string, a call would take time with their square.
+            goes_on = self._in_string > 0 and not STRING_END.search(self._held, self._in_string, end)
             begin, call = (0, None) if goes_on else self._find(end)
             if call is None and begin is not None:
-                self._read = end + len(CALLED)
+                self._in_string = end + len(CALLED)
                 found += self._release(begin)  # its tags begin no call; kept, they would be tried again at each end
             else:
                 found += self._take(begin, call, end + len(CALLED))
@@ -127,7 +137,7 @@ class Reader:
 
     def _take(self, begin: int | None, call: ToolCall | None, rest: int) -> list[str | ToolCall]:
         """Take what is held up to `rest`: the text before `begin` and the call there, or text alone without a call."""
-        held, self._held, self._read = self._held, self._held[rest:], 0
+        held, self._held, self._in_string = self._held, self._held[rest:], 0
         text = held[:rest] if call is None else held[:begin].rstrip("\n")
         self._called |= call is not None
         return [item for item in (text, call) if item]
@@ -135,7 +145,7 @@ class Reader:
     def _release(self, count: int) -> list[str | ToolCall]:
         """Return the first `count` characters of what is held, without the line ends that may precede a call."""
         text = self._held[:count].rstrip("\n")
-        self._held, self._read = self._held[len(text) :], max(0, self._read - len(text))
+        self._held, self._in_string = self._held[len(text) :], max(0, self._in_string - len(text))
         return [text] if text else []
 
 
