@@ -20,10 +20,10 @@ import numpy as np
 
 from qvl_convert import calibration
 from qvl_convert.checkpoint import Checkpoint
-from qvl_convert.plan import Recipe, Source
+from qvl_convert.plan import Published, Recipe, Source
 from qvl_convert.quantize_model import Calibrated
 from qvl_convert.sequential import Missing, products
-from qvl_convert.walk import Published, Walk, stages
+from qvl_convert.walk import Walk, stages
 from qvl_kernels.packing import Matrix
 from qvl_runtime.backends import make_ops
 from qvl_runtime.families.weights import Weights

@@ -20,10 +20,10 @@ from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.convert import convert
 from qvl_convert.gptq import gptq
 from qvl_convert.hessian import factorize
-from qvl_convert.plan import Recipe, Source
+from qvl_convert.plan import Published, Recipe, Source
 from qvl_convert.quantize_model import Calibrated, Watch, WatchedWeights
 from qvl_convert.rtn import quantize
-from qvl_convert.walk import Published, Walk, stages
+from qvl_convert.walk import Walk, stages
 from qvl_runtime.backends import make_ops
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from qvl_convert.calibration import Sample
-from qvl_convert.plan import BITS, MatrixPlan, Recipe, Source
-from qvl_convert.walk import Published, Stage, Walk, relative_error, stages
-from qvl_kernels.packing import Matrix, group_sizes
+from qvl_convert.plan import BITS, MatrixPlan, Published, Recipe, Source
+from qvl_convert.walk import Stage, Walk, relative_error, stages
+from qvl_kernels.packing import group_sizes
 from qvl_runtime.backends import make_ops
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.config import Config
@@ -128,12 +128,12 @@ def choose(losses: list[dict[int, float]], sizes: list[dict[int, int]], room: in
             for bits in [more for more in loss if more > chosen[i]]:
                 extra, gain = size[bits] - size[chosen[i]], loss[chosen[i]] - loss[bits]
                 if extra <= room and gain > 0:
-                    steps.append((gain / max(extra, 1), -i, bits, extra))
+                    steps.append((gain / max(extra, 1), i, bits))
         if not steps:
             return chosen
-        _, i, bits, extra = max(steps)
-        chosen[-i] = bits
-        room -= extra
+        _, i, bits = max(steps, key=lambda step: (step[0], -step[1], step[2]))
+        room -= sizes[i][bits] - sizes[i][chosen[i]]
+        chosen[i] = bits
 
 
 def measure(
@@ -146,31 +146,19 @@ def measure(
     """Measure the squared relative output error of each unit at fewer than 16 bits; at 16 it counts as 0."""
     checkpoint, ops = source.checkpoint, make_ops(device, "int16")
     walk = Walk(ops, checkpoint.family, checkpoint.config, samples, checkpoint.reader)
-    published = Published(source)
+    models = {bits: Published(source, plans[bits].values()) for bits in plans}
     losses = []
     for unit in units:
         before = [np.array(x) for x in walk.outputs(unit)]
         results = {}
-        for bits in plans:
+        for bits, model in models.items():
             for target, values in zip(walk.outputs(unit), before):
                 target[...] = values
-            model = published if bits == 16 else _Rounded(source, published, plans[bits])
             weights: Weights[Config] = Weights(model, ops)
             walk.run(unit, weights)
             results[bits] = _seen(walk, unit, weights)
         losses.append({bits: relative_error(results[bits], results[16]) ** 2 for bits in plans})
     return losses
-
-
-class _Rounded:
-    """A published model with matrices rounded to nearest."""
-
-    def __init__(self, source: Source, published: Published, plans: dict[str, MatrixPlan]):
-        self.config, self.vector = published.config, published.vector
-        self._source, self._plans = source, plans
-
-    def matrix(self, name: str) -> Matrix:
-        return self._source.matrix(self._plans[name])
 
 
 def _seen(walk: Walk, unit: Stage, weights: Weights) -> list[np.ndarray]:

@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qvl_convert.checkpoint import Checkpoint, open_weights, read_json, read_tensor
+from qvl_convert.checkpoint import Checkpoint, open_weights, read_tensor
 from qvl_runtime.errors import QvlError
-from qvl_runtime.families.reading import take
+from qvl_runtime.families.reading import read_json, take
 from qvl_runtime.file.opening import as_path, open_regular
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -214,6 +214,30 @@ class Source:
             half = to_half(weight, name)
             return Matrix(n=spec.n, k=spec.k, bits=16, group_size=BLOCK, weight=half, bias=bias)
         return rtn.quantize(weight, plan.bits, plan.group_size, bias=bias, name=name)
+
+
+class Published:
+    """A checkpoint with the interface of a blob: a matrix is converted whenever it is asked for.
+
+    Parameters
+    ----------
+    source : Source
+    plans : iterable of MatrixPlan, optional
+        The format of each matrix, none by "gptq"; by default 16 bits.
+    """
+
+    def __init__(self, source: Source, plans: Iterable[MatrixPlan] | None = None):
+        self.source, self.config = source, source.checkpoint.config
+        plans = source.plan(Recipe(bits=16, vision_bits=16, head_bits=16)) if plans is None else plans
+        self._plans = {plan.spec.name: plan for plan in plans}
+
+    def matrix(self, name: str) -> Matrix:
+        """Return a weight."""
+        return self.source.matrix(self._plans[name])
+
+    def vector(self, name: str) -> np.ndarray:
+        """Return a float32 tensor."""
+        return self.source.checkpoint.vector(name)
 
 
 def to_half(weight: np.ndarray, name: str, problem: str = NO_HALF) -> np.ndarray:

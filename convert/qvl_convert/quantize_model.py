@@ -20,10 +20,10 @@ from qvl_convert.calibration import Sample
 from qvl_convert.effort import Effort
 from qvl_convert.gptq import gptq
 from qvl_convert.hessian import Factor, Hessian, factorize
-from qvl_convert.plan import Finished, MatrixPlan, Source
+from qvl_convert.plan import Finished, MatrixPlan, Published, Source
 from qvl_convert.progress import Report
 from qvl_convert.sequential import SEQUENTIAL_STAGES, Missing, products
-from qvl_convert.walk import Published, Stage, Walk, stages
+from qvl_convert.walk import Stage, Walk, stages
 from qvl_kernels.ops import Array, Norm, Ops, Weight
 from qvl_kernels.packing import Matrix, pack
 from qvl_runtime.backends import make_ops

@@ -19,9 +19,9 @@ from qvl_convert.answers import Answers, compare_answers
 from qvl_convert.calibration import Sample
 from qvl_convert.checkpoint import Checkpoint
 from qvl_convert.lora import Merged
-from qvl_convert.plan import Source
+from qvl_convert.plan import Published, Source
 from qvl_convert.progress import Progress
-from qvl_convert.walk import Published, Walk, relative_error, stages
+from qvl_convert.walk import Walk, relative_error, stages
 from qvl_kernels.ops import Array, Ops, Weight
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError

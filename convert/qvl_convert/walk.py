@@ -13,10 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from qvl_convert.plan import Recipe, Source
 from qvl_convert.spilling import spilled
 from qvl_kernels.ops import Array, Ops, Weight
-from qvl_kernels.packing import Matrix
 from qvl_runtime.engine.decoder import Features, Span
 from qvl_runtime.engine.sequence import Rotary, SequenceState
 from qvl_runtime.families.base import Family
@@ -28,22 +26,6 @@ from qvl_runtime.inputs.pictures import PictureReader, Pixels
 from qvl_runtime.inputs.prompt import Slot
 
 PICTURE_STAGES = ("patches", "vision", "adapter")
-
-
-class Published:
-    """A published checkpoint with the interface of a blob of fp16 weights."""
-
-    def __init__(self, source: Source):
-        self.source, self.config = source, source.checkpoint.config
-        self._plans = {plan.spec.name: plan for plan in source.plan(Recipe(bits=16, vision_bits=16, head_bits=16))}
-
-    def matrix(self, name: str) -> Matrix:
-        """Return a weight."""
-        return self.source.matrix(self._plans[name])
-
-    def vector(self, name: str) -> np.ndarray:
-        """Return a float32 tensor."""
-        return self.source.checkpoint.vector(name)
 
 
 @dataclasses.dataclass(frozen=True)
