@@ -74,7 +74,7 @@ def test_golden_chats(case):
     messages = with_vision_ids(case["messages"]) if options.get("add_vision_id") else case["messages"]
     images = ["x"] * (str(messages).count("'image'}") + str(messages).count("'type': 'image', 'text'"))
     built = build(made, messages, images)
-    head = made._encode(made.template.answer_head(), Access()).ids
+    head = made._encoder.encode(made.template.answer_head(), Access()).ids
     ids = built.ids if options["add_generation_prompt"] else built.ids[: -len(head)]
     if "<|im_end|> mark" in case["text"]:  # the original takes a typed form for a special one
         end = made.tokenizer.im_end_id

@@ -1,20 +1,20 @@
 """Prompts of Qwen2-VL and its successors: raw text, chat messages and turns, token ids.
 
-Messages are rendered to text, special tokens and places for pictures. The text between two special tokens is tokenized
-as a whole, so a content that begins with a newline merges with the newline of its role. Special tokens typed in a
-message are plain text.
+Messages are rendered to text, special tokens and places for pictures, which `encoding` turns into token ids. Special
+tokens typed in a message are plain text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import ModelConfig
+from qvl_runtime.families.qwen2_vl.encoding import Encoder, joined
 from qvl_runtime.families.qwen2_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen2_vl.template import Message, Piece, SpecialToken, Template
 from qvl_runtime.inputs.image_tags import cut_images
@@ -25,7 +25,6 @@ from qvl_runtime.inputs.prompt import (
     Parts,
     Place,
     Prompt,
-    Slot,
     Window,
     checked_history,
     checked_images,
@@ -46,15 +45,6 @@ from qvl_runtime.inputs.video import Video, is_video_part, read_video
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pads:
-    """A picture that was read, and its placeholder token; `time` as in `Slot`."""
-
-    picture: Picture
-    token: int
-    time: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Prompts:
     """Builds prompts: `qvl_runtime.families.base.Prompts`.
 
@@ -71,6 +61,10 @@ class Prompts:
     config: ModelConfig
     template: Template
     read: Callable[[Source, Access], Picture]
+
+    @property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.config, self.read, self.template.TIMESTAMPS)
 
     def build(self, prompt: Any, images: Sequence[ImageSource] | None, access: Access) -> Prompt:
         """Build a prompt from any supported form.
@@ -96,18 +90,18 @@ class Prompts:
         """
         images = checked_images(images)
         if is_ids(prompt):
-            return self._from_ids([int(i) for i in prompt], images, access)
+            return self._encoder.from_ids([int(i) for i in prompt], images, access)
         if isinstance(prompt, str):
             parts = self._places(prompt, access, self._vision_form)
             before = [Place(image) for image in fill([parts], images)]
-            return self._encode([*before, *self._special_tokens(parts)], access, GROUNDING.opened(prompt))
+            return self._encoder.encode([*before, *self._special_tokens(parts)], access, GROUNDING.opened(prompt))
         messages = prompt if is_messages(prompt) else [user_message(prompt)]
         read = [self._message(message, number, access) for number, message in enumerate(messages, 1)]
         if read[-1].role == "assistant":
             raise QvlError("the last message has the role 'assistant': it must be one that waits for an answer")
         if fill([message.content for message in read], images):
             raise QvlError("the messages have no places for these images: write a part {'type': 'image'} for each")
-        return self._encode([*self._rendered(read), *self.template.answer_head()], access)
+        return self._encoder.encode([*self._rendered(read), *self.template.answer_head()], access)
 
     def chat(
         self,
@@ -148,15 +142,15 @@ class Prompts:
         said = []
         for question, (_, answer) in zip(asked, turns):
             answered = [] if answer is None else [Message("assistant", self._answer(answer))]
-            said.append(self._encode(self.template.turns([Message("user", question), *answered]), access))
-        begun, asked_now = self._encode(first, access), self._encode(last, access)
+            said.append(self._encoder.encode(self.template.turns([Message("user", question), *answered]), access))
+        begun, asked_now = self._encoder.encode(first, access), self._encoder.encode(last, access)
         left_out = window.left_out(len(begun.ids), [len(turn.ids) for turn in said], len(asked_now.ids))
-        prompt = _joined([begun, *said[left_out:], asked_now])
+        prompt = joined([begun, *said[left_out:], asked_now])
         return ChatPrompt(prompt, _for_history(query, asking), left_out)
 
     def answer(self, text: str) -> list[int]:
         """Encode an earlier answer, including the token that ended it."""
-        return [*self._encode(self._answer(text), Access(paths=False)).ids, self.tokenizer.im_end_id]
+        return [*self._encoder.encode(self._answer(text), Access(paths=False)).ids, self.tokenizer.im_end_id]
 
     # ------------------------------------------------------------------------------------------------ messages
     def _message(self, message: Any, number: int, access: Access) -> Message:
@@ -244,110 +238,6 @@ class Prompts:
             cut = self.tokenizer.split_special(part, self.tokenizer.special.keys() if special is None else special)
             pieces += [SpecialToken(piece) if i % 2 else piece for i, piece in enumerate(cut)]
         return pieces
-
-    def _encode(self, pieces: Sequence[Piece], access: Access, opened: str = "") -> Prompt:
-        """Encode to token ids and read the pictures, so that all input errors occur here."""
-        ids: list[int] = []
-        slots: list[Slot] = []
-        text = ""
-        seen = (part for piece in [*pieces, SpecialToken()] for part in self._seen(piece, access))
-        for piece in seen:
-            if isinstance(piece, str) and not isinstance(piece, SpecialToken):
-                text += piece
-                continue
-            ids += self.tokenizer.encode_ordinary(text)
-            text = ""
-            if isinstance(piece, _Pads):
-                slots.append(Slot(len(ids), piece.picture, piece.time))
-                ids += [piece.token] * piece.picture.tokens
-            elif piece:
-                if piece not in self.tokenizer.special:
-                    raise QvlError(f"this model's tokenizer has no {piece}, which the chat template needs here")
-                ids.append(self.tokenizer.special[piece])
-        self._check_slots(ids, slots)
-        return Prompt(ids, slots, opened, self._reasoning_end(ids))
-
-    def _seen(self, piece: Piece, access: Access) -> Iterator[str | _Pads]:
-        """Read the pictures of a piece; each is placed between vision tags."""
-        if not isinstance(piece, Place):
-            yield piece
-            return
-        config = self.config
-        tags = (config.vision_start_token_id, config.vision_end_token_id)
-        start, end = (SpecialToken(self.tokenizer.token_bytes(tag).decode()) for tag in tags)
-        source = piece.filled
-        if not isinstance(source, Video):
-            yield start
-            yield _Pads(self.read(source, access), config.image_token_id)
-            yield end
-            return
-        size: tuple[int, int] | None = None
-        pads: list[_Pads] = []
-        for number, pair in enumerate(source.pairs):
-            picture = self.read(dataclasses.replace(pair, size=size), access)
-            size = picture.resized
-            time = None if self.template.TIMESTAMPS else config.frame_position(number, source.pair_seconds)
-            pads.append(_Pads(picture, config.video_token_id, time))
-        if not self.template.TIMESTAMPS:
-            yield start
-            yield from pads
-            yield end
-            return
-        for seconds, pads_of_pair in zip(source.pair_times, pads):
-            yield f"<{seconds:.1f} seconds>"
-            yield start
-            yield pads_of_pair
-            yield end
-
-    def _reasoning_end(self, ids: Sequence[int]) -> int | None:
-        """Return the token that ends the reasoning if the prompt opens it: its last special token is <think>."""
-        special = self.tokenizer.special
-        forms = frozenset(special.values())
-        last = next((token for token in reversed(ids) if token in forms), None)
-        return special.get("</think>") if last is not None and last == special.get("<think>") else None
-
-    def _check_slots(self, ids: Sequence[int], slots: Sequence[Slot]) -> None:
-        """Refuse a placeholder outside of a picture's slot: the decoder would use its embedding."""
-        pads = [i for i, token in enumerate(ids) if token in (self.config.image_token_id, self.config.video_token_id)]
-        covered = [i for slot in slots for i in range(slot.start, slot.end)]
-        if pads != covered:
-            stray = min(set(pads) ^ set(covered))
-            raise QvlError(
-                f"token {stray} of the prompt is a placeholder outside of a picture's slot: a slot is vision_start, as "
-                "many image_pad as the picture has tokens, vision_end"
-            )
-
-    def _from_ids(self, ids: list[int], images: Sequence[ImageSource], access: Access) -> Prompt:
-        config = self.config
-        for i in ids:
-            self.tokenizer.token_bytes(i)  # raises for an id outside the vocabulary
-        pads = [i for i, token in enumerate(ids) if token == config.image_token_id]
-        starts = [i for i in pads if not i or ids[i - 1] != config.image_token_id]
-        if len(starts) != len(images):
-            raise QvlError(
-                f"the token ids have {len(starts)} image slots, but images has {len(images)}: give one for each"
-            )
-        slots = [Slot(start, self.read(image, access)) for start, image in zip(starts, images)]
-        for slot in slots:
-            wanted = [*[config.image_token_id] * slot.picture.tokens, config.vision_end_token_id]
-            before = ids[slot.start - 1] if slot.start else None
-            if before != config.vision_start_token_id or ids[slot.start : slot.end + 1] != wanted:
-                raise QvlError(
-                    f"the image slot at position {slot.start} must be vision_start, {slot.picture.tokens} image_pad "
-                    f"(for {slot.picture.grid[0]} x {slot.picture.grid[1]} tokens), vision_end"
-                )
-        self._check_slots(ids, slots)
-        return Prompt(ids, slots, reasoning_end=self._reasoning_end(ids))
-
-
-def _joined(parts: Sequence[Prompt]) -> Prompt:
-    """Join the parts of a conversation. Each begins with a special token, so it is tokenized as in the whole."""
-    ids: list[int] = []
-    slots: list[Slot] = []
-    for part in parts:
-        slots += [slot._replace(start=len(ids) + slot.start) for slot in part.slots]
-        ids += part.ids
-    return Prompt(ids, slots, reasoning_end=parts[-1].reasoning_end)
 
 
 def _only_text(part: Mapping[str, Any], role: str) -> str:
