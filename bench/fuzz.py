@@ -197,7 +197,7 @@ def make_past() -> bytes:
             alpha = 3
 
     with tempfile.TemporaryDirectory() as folder:
-        kv_file.write(Path(folder) / "past", State(), [1, 2, 2, b"p" * 32, b"p" * 32, 7], IDENTITY)
+        kv_file.write(Path(folder) / "past", State(), [1, 2, 2, b"p" * 32, b"p" * 32, 7], IDENTITY, 0)
         return (Path(folder) / "past").read_bytes()
 
 

@@ -36,8 +36,8 @@ def identity(*facts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()
 
 
-def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str, short: int = 0) -> None:
-    """Save the first ``len(keys)`` positions of `state`; `short` is that of `Session`.
+def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str, short_prompt: int) -> None:
+    """Save the first ``len(keys)`` positions of `state`; `short_prompt` is that of `Session`.
 
     What a process that was killed while saving has left in the folder is removed after an hour: it may be gigabytes.
 
@@ -53,7 +53,7 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
         offset += array.nbytes
     entries[DIGEST] = _entry(np.empty(32, np.uint8), offset)
     facts = {"format": FORMAT, "identity": identity, "alpha": str(state.rotary.alpha), "keys": json.dumps(_runs(keys))}
-    facts |= {"short": str(short)} if short else {}
+    facts |= {"short": str(short_prompt)} if short_prompt else {}
     header = json.dumps({"__metadata__": facts, **entries}).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
@@ -85,13 +85,13 @@ class SavedKV:
         The content of each position.
     alpha : int
         The NTK factor.
-    short : int
+    short_prompt : int
         As in `Session`.
     """
 
     keys: list[Key]
     alpha: int
-    short: int
+    short_prompt: int
     _file: TensorFile
 
     def restore(self, state: SequenceState) -> None:
@@ -141,7 +141,7 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
         raise QvlError(f"{path}: is damaged, its bytes are not those that were written: continue without it")
     keys, alpha = _read_keys(file), _read_alpha(file)
     _check_finite(file)
-    return SavedKV(keys, alpha, _read_short(file), file)
+    return SavedKV(keys, alpha, _read_short_prompt(file), file)
 
 
 def _entry(array: np.ndarray, offset: int) -> dict[str, object]:
@@ -197,7 +197,7 @@ def _read_alpha(file: TensorFile) -> int:
     return alpha
 
 
-def _read_short(file: TensorFile) -> int:
+def _read_short_prompt(file: TensorFile) -> int:
     text = file.metadata.get("short", "0")
     if not re.fullmatch("[0-9]{1,4}", text):
         raise QvlError(f"{file.path}: says {text[:40]!r} of its first prompt's length; {MALFORMED}")

@@ -85,7 +85,7 @@ class Session:
         Partition of the prefix cache.
     busy : bool
         Whether an answer uses it.
-    short : int
+    short_prompt : int
         If the decoder is `coarse`: length of the prompt of at most `FEW_ROWS` tokens that the session began with, whose
         positions have other arithmetic than those of a longer one; 0 if it began with a longer one.
     pending : tuple of int
@@ -101,12 +101,12 @@ class Session:
     def __init__(self, decoder: Decoder, dtype: str, capacity: int, salt: str | None = None):
         self.decoder, self.salt = decoder, salt
         self.state: SequenceState = decoder.sequence(dtype, capacity)
-        self.busy, self.short = False, 0
+        self.busy, self.short_prompt = False, 0
         self.pending, self.spare, self.beside = tuple[int, ...](), FEW_ROWS - 1, 0
         self.unread: Unread | None = None
         self._keys: list[Key] = []  # keys from `length` on are invalid
         self._prompt: Sequence[Key] = ()
-        self._fine = 0  # positions before this one have the arithmetic of few rows, if the session began so
+        self._few_rows_end = 0  # positions before this one have the arithmetic of few rows, if `short_prompt`
         # Length of the last prompt, and the logits after it, for another answer to the same prompt.
         self._prompted: int | None = None
         self._prompt_logits = decoder.ops.empty((1, decoder.vocab_size))
@@ -129,16 +129,16 @@ class Session:
 
     def will_share(self, keys: Sequence[Key], alpha: int) -> int:
         """Return the length of the common prefix once this session's own prompt is computed."""
-        fits = self.state.rotary.alpha == alpha and self._few(self._prompt) == self._few(keys)
+        fits = self.state.rotary.alpha == alpha and self._is_short(self._prompt) == self._is_short(keys)
         return self._usable(_common_prefix(self._prompt, keys), keys) if fits else 0
 
     def _usable(self, count: int, keys: Sequence[Key]) -> int:
         """Return how many of the first `count` positions, which are those of a prompt, it may use."""
-        if self._few(keys):
-            return min(count, self._fine)
-        return count if count > self.short else 0
+        if self._is_short(keys):
+            return min(count, self._few_rows_end)
+        return count if count > self.short_prompt else 0
 
-    def _few(self, keys: Sequence[Key]) -> bool:
+    def _is_short(self, keys: Sequence[Key]) -> bool:
         """Whether a prompt is computed with the arithmetic of few rows, and longer ones are not."""
         return self.decoder.coarse and len(keys) <= FEW_ROWS
 
@@ -158,15 +158,15 @@ class Session:
             self._prompted = None
         if kept == len(keys) and self._prompted != kept:
             kept -= 1
-        few = self._few(keys)
-        if self.decoder.coarse and not few and kept < len(keys):
+        is_short = self._is_short(keys)
+        if self.decoder.coarse and not is_short and kept < len(keys):
             kept = self._usable(max(0, min(kept, len(keys) - FEW_ROWS - 1)), keys)
         self.truncate(kept)
         # not before: after an interrupt the old positions would count as the prompt's
-        if few:
-            self.short, self._fine = len(keys), sys.maxsize
+        if is_short:
+            self.short_prompt, self._few_rows_end = len(keys), sys.maxsize
         else:
-            self.short, self._fine = self.short if kept else 0, min(self._fine, kept)
+            self.short_prompt, self._few_rows_end = self.short_prompt if kept else 0, min(self._few_rows_end, kept)
         return kept
 
     def copy(self, other: Session, count: int, capacity: int) -> None:
@@ -174,7 +174,7 @@ class Session:
         self.truncate(0)
         self._prompted = None
         self._keys = other._keys[:count]
-        self.short, self._fine = other.short, other._fine
+        self.short_prompt, self._few_rows_end = other.short_prompt, other._few_rows_end
         self.state.take_over(other.state, count, capacity)
         if other._prompted == count:
             self.decoder.ops.copy(other._prompt_logits, self._prompt_logits)
@@ -236,12 +236,12 @@ class Session:
 
     def save(self, path: str | os.PathLike, length: int, identity: str) -> None:
         """Write the first `length` positions to a file; see `kv_file.write`."""
-        kv_file.write(path, self.state, self._keys[:length], identity, self.short)
+        kv_file.write(path, self.state, self._keys[:length], identity, self.short_prompt)
 
     def resume(self, found: kv_file.SavedKV) -> None:
         """Continue a saved session; see `kv_file.SavedKV.restore`."""
         found.restore(self.state)
-        self.short, self._fine = found.short, 0
+        self.short_prompt, self._few_rows_end = found.short_prompt, 0
         self._keys, self._prompted = list(found.keys), None
 
     def fed(self, outcome: Outcome, row: int) -> None:
