@@ -99,9 +99,24 @@ class Model(RequestMethods):
         allow_urls: bool = False,
         trace: Trace = no_trace,
     ) -> np.ndarray:
-        """Compute the logits after every token of a prompt, float32 ``[T, vocab]``, with the most precise cache.
+        """Compute the logits after every token of a prompt, with the most precise cache.
 
-        `trace` is called with each stage of the decoder, for parity checks.
+        Parameters
+        ----------
+        prompt, images, allow_paths, allow_urls
+            As in `stream`.
+        trace : callable
+            Called with the name and the values of each stage of the decoder, for parity checks.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``[T, vocab]``.
+
+        Raises
+        ------
+        QvlError
+            For an invalid prompt or image, or a prompt longer than the window.
         """
         made = self.prompts.build(prompt, images, Access(allow_paths, allow_urls))
         self._engine.check_length(made)
@@ -111,9 +126,24 @@ class Model(RequestMethods):
     def score(
         self, prompt: Any, continuations: Sequence[str | Sequence[int]], images: Sequence[ImageSource] | None = None
     ) -> list[list[float]]:
-        """Compute the log probabilities (natural logarithm, one a token) of each continuation of a prompt.
+        """Compute the log probabilities of continuations of a prompt, which is computed once.
 
-        The prompt is computed once. A text continuation is tokenized by itself, without special tokens.
+        Parameters
+        ----------
+        prompt, images
+            As in `stream`.
+        continuations : sequence of str or of sequences of int
+            A text is tokenized by itself, without special tokens.
+
+        Returns
+        -------
+        list of list of float
+            The natural logarithm of each token's probability, for each continuation.
+
+        Raises
+        ------
+        QvlError
+            For an invalid prompt, image or token, or if prompt and continuation are longer than the window.
         """
         return self._engine.score(self.prompts.build(prompt, images, Access()), continuations)
 
@@ -121,7 +151,25 @@ class Model(RequestMethods):
     def encode_image(
         self, image: ImageSource, *, allow_paths: bool = True, allow_urls: bool = False, trace: Trace = no_trace
     ) -> np.ndarray:
-        """Compute the features of a picture for the decoder, float32 ``[tokens, hidden]``; `trace` as in `logits`."""
+        """Compute the features of a picture: the embeddings of its positions in a prompt.
+
+        Parameters
+        ----------
+        image, allow_paths, allow_urls
+            As for `stream`.
+        trace : callable
+            As for `logits`, with the stages of the vision part.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``[tokens, hidden]``.
+
+        Raises
+        ------
+        QvlError
+            If the model takes no pictures, or this one cannot be read or is not allowed.
+        """
         if self.pictures is None:
             raise QvlError(f"{self.blob.path}: has no vision part and takes no pictures; use a vision-language model")
         with self._scheduler.gate, self._scheduler.device:

@@ -82,7 +82,13 @@ class Grounding:
 
 @dataclasses.dataclass(frozen=True)
 class Regex:
-    """Text that fully matches a regular expression (Rust's `regex` syntax, without look-around)."""
+    """Text that fully matches a regular expression.
+
+    Parameters
+    ----------
+    pattern : str
+        In the syntax of Rust's `regex`, without look-around. One that cannot be used is an error of the request.
+    """
 
     pattern: str
 
@@ -92,9 +98,14 @@ class Regex:
 
 @dataclasses.dataclass(frozen=True)
 class JsonSchema:
-    """A JSON document that matches a JSON schema, given as a dict or as text.
+    """A JSON document that matches a JSON schema.
 
     If the schema allows unbounded values, `max_new_tokens` may truncate the document; `finish_reason` is then "length".
+
+    Parameters
+    ----------
+    schema : mapping or str
+        The schema, or its text. One that cannot be used is an error of the request.
     """
 
     schema: Mapping[str, Any] | str

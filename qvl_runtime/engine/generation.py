@@ -85,8 +85,19 @@ class Choice(NamedTuple):
 class Piece:
     """An item of a stream: some text and its tokens.
 
-    The last piece also has the finish reason ("stop" or "length") and the timings. `logprobs` has an entry a token if
-    requested. `reasoning` marks text before the answer.
+    Attributes
+    ----------
+    text : str
+        Whole characters.
+    token_ids : tuple of int
+    finish_reason : str or None
+        "stop" or "length" in the last piece.
+    timings : Timings or None
+        Those of the whole answer, in the last piece.
+    logprobs : tuple of Logprob
+        One for each of `token_ids` if requested, else empty.
+    reasoning : bool
+        Whether the text is reasoning, which comes before the answer.
     """
 
     text: str

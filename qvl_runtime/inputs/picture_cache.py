@@ -39,10 +39,9 @@ class PictureCache:
         Width of the features.
     limit : int
         Bytes of features in memory; the least recently used are evicted. 0 disables the cache.
-    folder : Path, optional
+    folder : path, optional
         Folder for ``KEY.safetensors`` files, which only this user may read. Damaged or unrelated files, and those that
-        others may have written, are ignored.
-        Beyond `FOLDER_BYTES` the least recently used files are removed.
+        others may have written, are ignored. Beyond `FOLDER_BYTES` the least recently used files are removed.
 
     Raises
     ------
