@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
+from qvl_kernels.ops import Ops
 from qvl_runtime.backends import backend, check_fit, free_bytes, make_ops, tune
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS
@@ -123,24 +124,13 @@ def load(
     family, config = blob.family, blob.config
     window = min(config.max_position_embeddings, DEFAULT_WINDOW) if context is None else context
     decoder = Decoder(Weights(blob, ops), family.decoder_names(config), family.rotary, window)
-    pictures = None
     with _naming(blob):
         tokenizer = family.tokenizer(blob.ranks, config)
+    pictures = None
     if config.sees:
-        preprocessing = blob.metadata["preprocessing"]
-        facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), preprocessing]
-        with _naming(blob):
-            preprocess = family.preprocess(config, preprocessing, min_pixels=min_pixels, max_pixels=max_pixels)
-        pictures = PictureEncoder(
-            PictureReader(
-                preprocess,
-                json.dumps([*facts, vision_ops.name, activations], sort_keys=True),
-                upright=family.upright if exif is None else exif,
-            ),
-            family.vision(Weights(blob, vision_ops)),
-            ops,
-            PictureCache(config.hidden_size, image_cache_bytes, cache_dir),
-        )
+        reader = _picture_reader(blob, vision_ops, activations, min_pixels, max_pixels, exif)
+        cache = PictureCache(config.hidden_size, image_cache_bytes, cache_dir)
+        pictures = PictureEncoder(reader, family.vision(Weights(blob, vision_ops)), ops, cache)
     if kv_cache_bytes is None:
         kv_cache_bytes = free_bytes(ops, blob) // 2
     return Model(
@@ -156,6 +146,19 @@ def load(
         window=window,
         identity=identity(blob.hashes(), config.to_dict(), ops.name, activations, kv_cache),
     )
+
+
+def _picture_reader(
+    blob: Blob, ops: Ops, activations: str, min_pixels: int | None, max_pixels: int | None, exif: bool | None
+) -> PictureReader:
+    """Return the reader of pictures; the options are those of `load`, and `ops` is the backend of the vision part."""
+    family, config, preprocessing = blob.family, blob.config, blob.metadata["preprocessing"]
+    with _naming(blob):
+        preprocess = family.preprocess(config, preprocessing, min_pixels=min_pixels, max_pixels=max_pixels)
+    facts = [FEATURES_VERSION, blob.hashes(*VISION_PARTS), config.to_dict(), preprocessing]
+    facts += [ops.name, activations]
+    upright = family.upright if exif is None else exif
+    return PictureReader(preprocess, json.dumps(facts, sort_keys=True), upright=upright)
 
 
 @contextlib.contextmanager
