@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvl_runtime.batch import processes
+from qvl_runtime.batch import drawn, processes
 from qvl_runtime.batch.answers import Answerer, is_failed
 from qvl_runtime.batch.job import Computed, Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
@@ -434,6 +434,29 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, spec, tmp_pat
     assert drawn == [f"000001-{'图' * 66}.png", f"000002-{'𠀀' * 49}_.png"]
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("row 0 is not drawn: ")
     assert f"{tmp_path}/0.png: no such file" in caplog.messages[0]
+
+
+def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
+    """Also after a call without content, and on the last frame of a video."""
+
+    def shown(side: int) -> str:
+        Image.new("RGB", (side, side)).save(tmp_path / "shown.png")
+        return f"data:image/png;base64,{base64.b64encode((tmp_path / 'shown.png').read_bytes()).decode()}"
+
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    picture = {"type": "image_url", "image_url": {"url": shown(20)}}
+    video = {"type": "video", "video": [shown(30), shown(40)]}
+    asked = [[picture], [video], [picture, video], [video, picture]]
+    rows = [
+        Row(i, f"r{i}", url="/v1/chat/completions", body={"messages": [call, {"role": "user", "content": parts}]})
+        for i, parts in enumerate(asked)
+    ]
+    box = {"ref": "x", "numbers": [1, 1, 9, 9], "pixels": [1, 1, 9, 9], "image": 0}
+    record = {"response": {"status_code": 200, "body": {"choices": [{"message": {"boxes": [box]}}]}}}
+    (tmp_path / "drawn").mkdir()
+    drawn.draw(rows, [record] * 4, tmp_path, tmp_path / "drawn", options(), exif=False)
+    sides = [Image.open(path).width for path in sorted((tmp_path / "drawn").iterdir())]
+    assert sides == [20, 40, 40, 20]
 
 
 def test_the_command(demo_model, folder, tmp_path, capsys):

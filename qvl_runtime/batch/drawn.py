@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.batch.answers import Record, located
+from qvl_runtime.batch.answers import LIMITS, Record, located
 from qvl_runtime.batch.options import Options
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import load_image
+from qvl_runtime.openai.errors import ApiError
+from qvl_runtime.openai.messages import read_messages
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,10 @@ def draw(
         path = folder / f"{row.number:06d}-{_safe(row.id or '')}.png"
         if (boxes := _boxes(record)) and (again or not path.exists()):
             try:
-                source = located(_last_picture(row), root)
+                source = located(_last_picture(row, options), root)
                 picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
                 draw_boxes(picture, [_on_picture(box, picture.size) for box in boxes], path)
-            except QvlError as error:
+            except (QvlError, ApiError) as error:
                 log.warning("row %d is not drawn: %s", row.number, error)
 
 
@@ -61,17 +63,11 @@ def _boxes(record: Record) -> list[Mapping[str, Any]]:
     return [box for box in boxes or () if box["pixels"] is not None]
 
 
-def _last_picture(row: Row) -> str | bytes:
+def _last_picture(row: Row, options: Options) -> str | bytes:
+    """Return the picture that the boxes of a row's answer lie on; it may be a frame of a video."""
     if row.body is None:
         return row.pictures[-1]
-    urls = [
-        part["image_url"]["url"]
-        for message in row.body["messages"]
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image_url"
-    ]
-    return urls[-1]
+    return read_messages(row.body["messages"], LIMITS, options.allow_urls).sources[-1]
 
 
 def _safe(row_id: str) -> str:
