@@ -233,6 +233,7 @@ def test_what_a_turn_holds_in_either_form():
     picture = Image.new("RGB", (20, 10))
     pieces = [{"image": "a.png"}, {"image_url": {"url": "http://x/b.png"}}, {"image": picture}, {"text": "What?"}]
     assert pictures(pieces) == ["a.png", "http://x/b.png", picture]
+    assert pictures([{"type": "video", "video": ["a.png", "b.png"]}, {"image": "c.png"}]) == ["a.png", "b.png", "c.png"]
     assert words(pieces) == words("<img>a.png</img>What?") == "What?"
     saved = portable(pieces)
     assert saved[0] == {"image": "a.png"} and saved[1] == pieces[1] and saved[2]["image"].startswith("data:image/png")

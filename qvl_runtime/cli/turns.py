@@ -23,10 +23,14 @@ def words(query: Any) -> str:
 
 
 def pictures(query: Any) -> list[ImageSource]:
-    """Return the pictures of a turn, in order."""
+    """Return the pictures of a turn and the frames of its videos, in order."""
     if isinstance(query, str):
         return [path for path in _split(query)[1::2] if path]
-    return [source for piece in query for key in SOURCE_KEYS if (source := _source(piece.get(key)))]
+    found: list[ImageSource] = []
+    for piece in query:
+        found += [source for key in SOURCE_KEYS if (source := _source(piece.get(key)))]
+        found += piece.get("video") or ()
+    return found
 
 
 def _split(text: str) -> list[str]:
