@@ -13,10 +13,8 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.answers import AnswerFile
 from qvl_runtime.evaluation.comparison import Row, compare
 from qvl_runtime.evaluation.export import touchstone
-from qvl_runtime.evaluation.metrics import cider
 from qvl_runtime.evaluation.prompts import Wording, wording
 from qvl_runtime.evaluation.runner import Answered, Questions, ask, made_with, questions
-from qvl_runtime.evaluation.scores import captions
 from qvl_runtime.evaluation.tasks import Task, find
 from qvl_runtime.file.opening import as_path
 from qvl_runtime.loading import load
@@ -94,8 +92,7 @@ def evaluate(
         model that the task does not support, or a missing package of its metric.
     """
     task, labels = find(name), _labels(models)
-    if task.score is captions:
-        cider.check()
+    task.check()
     asked = questions(task, data, limit=limit, seed=seed)
     wordings = [wording(Blob(path), task.prompt, prompts) for path in models]
     folder = Path("qvl-eval") / name if out is None else as_path(out)

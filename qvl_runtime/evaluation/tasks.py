@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation import readers, scores
+from qvl_runtime.evaluation.metrics import cider
 from qvl_runtime.evaluation.readers import Read
 from qvl_runtime.evaluation.scores import Score
 
@@ -37,6 +39,8 @@ class Task:
         Scores of the originals, by model.
     split : str
         The part of the data of the published scores, if different.
+    check : callable
+        Raises a QvlError if the metric cannot be computed here; called before hours of work.
     """
 
     title: str
@@ -48,6 +52,7 @@ class Task:
     shortest: int = 0
     published: dict[str, float] = dataclasses.field(default_factory=dict)
     split: str = ""
+    check: Callable[[], None] = lambda: None
 
 
 def _both(base: float, chat: float) -> dict[str, float]:
@@ -55,7 +60,8 @@ def _both(base: float, chat: float) -> dict[str, float]:
 
 
 def _caption(title: str, name: str, base: float, chat: float) -> Task:
-    return Task(title, "CIDEr", readers.captions(name), "caption", scores.captions, 30, 8, _both(base, chat))
+    read, published = readers.captions(name), _both(base, chat)
+    return Task(title, "CIDEr", read, "caption", scores.captions, 30, 8, published, check=cider.check)
 
 
 def _people(title: str, name: str, questions: str, published: dict[str, float], split: str = "") -> Task:

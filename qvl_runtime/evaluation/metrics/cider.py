@@ -12,7 +12,7 @@ from qvl_runtime.evaluation.metrics.tokens import java_tokens, own_tokens
 
 
 def check() -> None:
-    """Check that CIDEr can be computed, before hours of work.
+    """Check that CIDEr can be computed.
 
     Raises
     ------
