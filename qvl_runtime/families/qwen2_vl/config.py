@@ -93,6 +93,11 @@ class VisionConfig:
         return 3 * FRAMES * self.patch_size**2
 
     @property
+    def levels(self) -> int:
+        """Number of feature rows per token of a picture; see `qvl_runtime.inputs.pictures.Vision.encode`."""
+        return 1
+
+    @property
     def factor(self) -> int:
         """Side of a token's cell in pixels."""
         return self.patch_size * MERGE

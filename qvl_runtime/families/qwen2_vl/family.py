@@ -106,12 +106,12 @@ class QwenFamily(Generic[C]):
 
     def vision_values(self, config: C) -> tuple[int, int]:
         v, patches = config.visual, MAX_TOKENS * MERGE**2
-        kept = patches * (6 * v.width + v.mlp_width + v.head_dim) + self.levels(config) * MAX_TOKENS * v.output_width
-        return kept, patches * 2 * v.patch_dim + self.levels(config) * MAX_TOKENS * v.output_width
+        features = v.levels * MAX_TOKENS * v.output_width
+        kept = patches * (6 * v.width + v.mlp_width + v.head_dim) + features
+        return kept, patches * 2 * v.patch_dim + features
 
     def levels(self, config: C) -> int:
-        """Number of feature rows per token of a picture."""
-        return 1
+        return config.visual.levels
 
     def describe_vision(self, config: C) -> str:
         v = config.visual

@@ -159,7 +159,7 @@ class VisionTower(abc.ABC):
         """Load all weights now."""
         for i in range(self.config.depth):
             self.blocks[i]
-        for level in range(self.levels):
+        for level in range(self.config.levels):
             self.mergers[level]
         self.patch_embedding[0]
         return self
@@ -195,11 +195,6 @@ class VisionTower(abc.ABC):
         return None
 
     # computing
-    @property
-    def levels(self) -> int:
-        """Rows of features for each token of a picture."""
-        return 1
-
     def encode(self, pixels: np.ndarray, grid: tuple[int, int], trace: Trace = no_trace) -> Array:
         """Encode one picture.
 
@@ -337,7 +332,7 @@ class VisionTower(abc.ABC):
             hidden=ops.empty((patches, v.mlp_width), ops.activation_dtype),
             normed=ops.empty((patches, v.width), ops.activation_dtype),
             cell=ops.empty((cells, merged), ops.activation_dtype),
-            features=ops.empty((self.levels * cells, v.output_width)),
+            features=ops.empty((v.levels * cells, v.output_width)),
             rotary=ops.upload(_ordered(rotary, order)),
             segments=starts.tolist(),
         )

@@ -39,9 +39,6 @@ class Qwen3VL(QwenFamily[Qwen3Config]):
         level = deepstack_level(spec.name)
         return super().stage_of(spec) if level is None else ("adapter", level)
 
-    def levels(self, config: Qwen3Config) -> int:
-        return config.visual.levels
-
     def template(self, generation: GenerationConfig) -> Qwen3Template:
         return Qwen3Template(generation.thinking)
 

@@ -39,10 +39,6 @@ class Qwen3Vision(VisionTower):
     def _positions(self, rows: int, columns: int) -> np.ndarray:
         return interpolate(self.table, rows, columns)
 
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
     def _level_behind(self, index: int) -> int | None:
         blocks = self.config.deepstack_visual_indexes
         return 1 + blocks.index(index) if index in blocks else None
