@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from qvl_kernels.ops import FEW_ROWS
 from qvl_kernels.sizes import Sizes
 from qvl_runtime.blob import Blob
-from qvl_runtime.engine.decoder import FEW_ROWS
 from qvl_runtime.engine.session import PREFILL_ROWS
 from qvl_runtime.families.base import Family
 from qvl_runtime.families.config import Config

@@ -9,7 +9,7 @@ import pytest
 
 from qvl_kernels.cpu import batched, choices, features
 from qvl_kernels.cpu.ops import CpuOps
-from qvl_kernels.ops import Norm
+from qvl_kernels.ops import FEW_ROWS, Norm
 from qvl_kernels.packing import Matrix, pack
 from qvl_kernels.reference import ReferenceOps
 from qvl_kernels.reference.functions import ACTIVATIONS
@@ -261,7 +261,7 @@ def test_choices_do_not_change_a_result(rng, monkeypatch, bits, group):
         for rows in (1, 7, 16, 70):
             x, results = normal(rng, rows, k), []
             # 1000 parts: more than there are tiles
-            for chosen in choices.AHEAD if rows <= batched.FEW else (1, 2, 5, 1000):
+            for chosen in choices.AHEAD if rows <= FEW_ROWS else (1, 2, 5, 1000):
                 ops.choices, out = choices.Choices(chosen), poisoned(rows, n)
                 monkeypatch.setattr(batched, "row_parts", lambda *_, chosen=chosen: chosen)
                 ops.linear(x, ops.weight(w), out=out)

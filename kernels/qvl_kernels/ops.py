@@ -55,6 +55,11 @@ PRECISIONS = ("auto", "int16", "int8")
 """What the CPU's products of many rows may do with activations; see `qvl_kernels.cpu.CpuOps`."""
 
 
+FEW_ROWS = 16
+"""Number of rows, such as those of a decode step, up to which a row's result does not depend on the other rows, nor on
+how many there are: an answer is the same alone and in a batch. See `Ops.coarse` for more rows."""
+
+
 class DeviceError(RuntimeError):
     """A device is missing, unsupported or too small. The one-line message has a remedy."""
 
@@ -218,10 +223,13 @@ class Ops(Protocol):
         """Prepare a matrix for products."""
 
     def coarse(self, weight: Weight) -> bool:
-        """Whether a row of a product of more than 16 rows differs from the same one among up to 16: in bits or sums."""
+        """Whether a row of a product of more than `FEW_ROWS` rows may differ from the same one among fewer.
+
+        Its activations have fewer bits then, or its sums another order.
+        """
 
     def coarse_attention(self, width: int) -> bool:
-        """Whether `cached_attention` of more than 16 rows sums in another order than of up to 16.
+        """Whether `cached_attention` of more than `FEW_ROWS` rows sums in another order than of fewer.
 
         `width`: columns of its `out`.
         """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qvl_kernels.ops import Array, Move, Ops
+from qvl_kernels.ops import FEW_ROWS, Array, Move, Ops
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.trace import Trace, no_trace
 
@@ -82,11 +82,6 @@ class Decoder(Protocol):
         """``out [T, vocab] = head(norm(x [T, hidden]))``."""
 
 
-FEW_ROWS = 16
-"""Largest number of rows of a decode step. A row's result does not depend on the other rows, nor does it among more of
-them: an answer is the same alone and in a batch."""
-
-
 MOST_CAPTURED = 64
 """Captured steps kept of several sequences: drafts of several answers make many sets of rows."""
 
@@ -140,7 +135,7 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 class DecodeStep:
-    """Runs a few tokens of one or several sequences; each combination is captured once and replayed.
+    """Runs up to `FEW_ROWS` tokens of one or several sequences; each combination is captured once and replayed.
 
     Parameters
     ----------

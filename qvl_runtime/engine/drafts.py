@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-MAX_DRAFT = 15
-"""Largest draft. With the token before it, it makes a batch of 16 rows: on the CPU the largest in which a row's result
-does not depend on the others."""
+from qvl_kernels.ops import FEW_ROWS
+
+MAX_DRAFT = FEW_ROWS - 1
+"""Largest draft: with the token before it, the rows of a step."""
 
 MATCHED = 3
 """Number of last tokens that must have occurred before."""

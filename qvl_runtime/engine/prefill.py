@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvl_kernels.ops import Array
-from qvl_runtime.engine.decoder import FEW_ROWS, Features, Span
+from qvl_kernels.ops import FEW_ROWS, Array
+from qvl_runtime.engine.decoder import Features, Span
 from qvl_runtime.inputs.prompt import Key, Slot
 from qvl_runtime.trace import Trace
 

@@ -21,8 +21,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from qvl_kernels.locks import make_lock
+from qvl_kernels.ops import FEW_ROWS
 from qvl_kernels.threads import start_thread
-from qvl_runtime.engine.decoder import FEW_ROWS, DecodeStep
+from qvl_runtime.engine.decoder import DecodeStep
 from qvl_runtime.engine.job import Cancelled, Job, Work
 from qvl_runtime.engine.prefill import compute_slices, mixes
 from qvl_runtime.engine.prefix_cache import PrefixCache

@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from qvl_kernels.ops import Array
+from qvl_kernels.ops import FEW_ROWS, Array
 from qvl_runtime.engine import kv_file
-from qvl_runtime.engine.decoder import FEW_ROWS, Decoder, DecodeStep, Outcome
+from qvl_runtime.engine.decoder import Decoder, DecodeStep, Outcome
 from qvl_runtime.engine.prefill import Unread, compute_slices
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.inputs.prompt import Key, Prompt, Slot

@@ -12,11 +12,9 @@ import numpy as np
 from qvl_kernels.cpu import cache_sizes, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address
 from qvl_kernels.cpu.runner import Program
-from qvl_kernels.ops import Activation
+from qvl_kernels.ops import FEW_ROWS, Activation
 from qvl_kernels.packing import BLOCK, SYMMETRIC_ZERO, round_up
 
-FEW = 16
-"""Up to this number of rows a product is limited by reading the weights, and 16-bit activations cost no time."""
 SMALL = 1 << 20
 """Number of weights, or of values of keys, below which the exact product is cheap."""
 SMALL_WIDTH = 591
@@ -56,8 +54,11 @@ class Packed:
 
 
 def takes_int8(w: CpuWeight, rows: int, activations: str) -> bool:
-    """Whether products of `w` with `rows` rows use 8-bit activations (the kernels here) or 16-bit ones (`gemv`)."""
-    if rows <= FEW or w.bits == 16:
+    """Whether products of `w` with `rows` rows use 8-bit activations (the kernels here) or 16-bit ones (`gemv`).
+
+    Up to `FEW_ROWS` they are limited by reading the weights, and 16-bit activations cost no time.
+    """
+    if rows <= FEW_ROWS or w.bits == 16:
         return False
     return activations == "int8" or (activations == "auto" and w.n * w.k >= SMALL)
 
@@ -70,7 +71,7 @@ def attends_alone(width: int, rows: int, activations: str) -> bool:
     With exact products `cached_attention` is always used, so that a row's result does not depend on other rows.
     """
     exact = activations == "int16" or (activations == "auto" and width < SMALL_WIDTH)
-    return rows <= FEW and not exact
+    return rows <= FEW_ROWS and not exact
 
 
 def activation_code(activation: Activation | None) -> int:

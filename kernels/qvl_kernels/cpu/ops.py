@@ -12,7 +12,7 @@ import numpy as np
 from qvl_kernels.cpu import arrays, batched, cache, choices, features, tiles
 from qvl_kernels.cpu.arrays import CpuCache, CpuWeight, address, check
 from qvl_kernels.cpu.runner import Pool, Program, Replay, aligned, default_threads, float_word
-from qvl_kernels.ops import PRECISIONS, Norm, attend_in_turn, check_segments, query_heads
+from qvl_kernels.ops import FEW_ROWS, PRECISIONS, Norm, attend_in_turn, check_segments, query_heads
 from qvl_kernels.packing import Matrix
 
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -157,10 +157,10 @@ class CpuOps:
         return weight
 
     def coarse(self, weight):
-        return batched.takes_int8(weight, batched.FEW + 1, self.activations)
+        return batched.takes_int8(weight, FEW_ROWS + 1, self.activations)
 
     def coarse_attention(self, width):
-        return batched.attends_alone(width, batched.FEW, self.activations)
+        return batched.attends_alone(width, FEW_ROWS, self.activations)
 
     def kv_cache(self, layers, kv_heads, head_dim, capacity, dtype):
         return CpuCache(layers, kv_heads, head_dim, capacity, dtype)
