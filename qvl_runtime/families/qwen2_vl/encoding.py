@@ -13,10 +13,10 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import ModelConfig
 from qvl_runtime.families.qwen2_vl.template import Piece, SpecialToken
 from qvl_runtime.inputs.images import ImageSource
-from qvl_runtime.inputs.pictures import Access, Picture
+from qvl_runtime.inputs.pictures import Access, Picture, Source
 from qvl_runtime.inputs.prompt import Place, Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
-from qvl_runtime.inputs.video import FramePair, Video
+from qvl_runtime.inputs.video import Video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Encoder:
 
     tokenizer: Tokenizer
     config: ModelConfig
-    read: Callable[[ImageSource | FramePair, Access], Picture]
+    read: Callable[[Source, Access], Picture]
     timestamps: bool
 
     def encode(self, pieces: Sequence[Piece], access: Access, opened: str = "") -> Prompt:

@@ -41,7 +41,7 @@ from qvl_runtime.inputs.prompt import (
 )
 from qvl_runtime.inputs.tokenizer import Tokenizer
 from qvl_runtime.inputs.tools import ToolCall
-from qvl_runtime.inputs.video import Video, is_video_part, read_video
+from qvl_runtime.inputs.video import is_video_part, read_video
 
 
 @dataclasses.dataclass(frozen=True)
