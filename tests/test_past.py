@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from shards import safetensors_bytes
 
 import qvl_runtime as qvl
-from qvl_runtime.engine.kv_file import _runs, _unrolled
+from qvl_runtime.engine import kv_file
+from qvl_runtime.engine.kv_file import _runs, _unrolled, identity
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.tensorfile import TensorFile
 
@@ -94,6 +95,25 @@ def test_a_past_of_something_else_is_refused(load, in_golden, tmp_path):
         model.load_past(model.blob.path)
     with pytest.raises(QvlError, match="no such file"):
         model.load_past(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(lambda facts: facts.update(made_by="qvl 0.1.0"), "'qvl 0.1.0'"), (lambda facts: facts.pop("made_by"), "earlier")],
+)
+def test_a_past_of_another_version_is_refused(saved, tmp_path, change, named):
+    """Another version may compute other numbers; those of the first ones were not named."""
+    model, file = saved
+    forged(file, tmp_path / "old", lambda arrays, metadata: change(metadata))
+    with pytest.raises(QvlError, match=rf"old: .* computed by .*{named}.*: continue without it"):
+        model.load_past(tmp_path / "old")
+
+
+def test_an_earlier_version_refuses_a_past_of_this_one(monkeypatch):
+    """It compares the identity alone."""
+    mine = identity("model")
+    monkeypatch.setattr(kv_file, "PROGRAM", "qvl 0.1.0")
+    assert identity("model") != mine
 
 
 def test_every_byte_is_guarded(load, in_golden, tmp_path):

@@ -1,8 +1,8 @@
 """Keys and values of a sequence on disk, to continue a conversation without a prefill.
 
 Tensors ``LAYER.PART`` are the arrays of `KVCache.saved`, in the backend's layout. The metadata has the tokens and
-pictures, the NTK factor, and the `identity` of the model and settings. The last tensor is the SHA-256 of everything
-before it. The file is as large as the cache: 0.5 MB a token in Qwen-VL (0.25 MB as int8).
+pictures, the NTK factor, the program that made it, and the `identity` of the model and settings. The last tensor is the
+SHA-256 of everything before it. The file is as large as the cache: 0.5 MB a token in Qwen-VL (0.25 MB as int8).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvl_kernels.atomic import remove_stale, replacing
+from qvl_runtime import __version__
 from qvl_runtime.engine.sequence import SequenceState
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_json
@@ -27,13 +28,14 @@ from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.prompt import Key
 
 FORMAT = "qvl past 1"
+PROGRAM = f"qvl {__version__}"
 DIGEST = "digest"
 MALFORMED = "the file is malformed: continue without it"
 
 
 def identity(*facts: object) -> str:
-    """Hash the facts (JSON types) that keys and values depend on besides the prompt."""
-    return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()
+    """Hash the facts (JSON types) that keys and values depend on besides the prompt and this program."""
+    return hashlib.sha256(json.dumps([FORMAT, PROGRAM, *facts], sort_keys=True).encode()).hexdigest()
 
 
 def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], identity: str, short_prompt: int) -> None:
@@ -52,7 +54,8 @@ def write(path: str | os.PathLike, state: SequenceState, keys: Sequence[Key], id
         entries[f"{layer}.{part}"] = _entry(array, offset)
         offset += array.nbytes
     entries[DIGEST] = _entry(np.empty(32, np.uint8), offset)
-    facts = {"format": FORMAT, "identity": identity, "alpha": str(state.rotary.alpha), "keys": json.dumps(_runs(keys))}
+    facts = {"format": FORMAT, "made_by": PROGRAM, "identity": identity}
+    facts |= {"alpha": str(state.rotary.alpha), "keys": json.dumps(_runs(keys))}
     facts |= {"short": str(short_prompt)} if short_prompt else {}
     header = json.dumps({"__metadata__": facts, **entries}).encode()
     header += b" " * (-len(header) % 8)
@@ -126,12 +129,18 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
     Raises
     ------
     QvlError
-        If it is another kind of file, damaged, or has another `identity`.
+        If it is another kind of file, damaged, of another version of this program, or has another `identity`.
     """
     file = TensorFile(path)
     facts = file.metadata
     if facts.get("format") != FORMAT or DIGEST not in file:
         raise QvlError(f"{path}: holds no keys and values of a conversation saved by this version: continue without it")
+    if (made_by := facts.get("made_by")) != PROGRAM:
+        other = "an earlier version" if made_by is None else f"{made_by!r:.40}"
+        raise QvlError(
+            f"{path}: its keys and values were computed by {other}, and {PROGRAM} may compute others: continue "
+            "without it"
+        )
     if facts.get("identity") != identity:
         raise QvlError(
             f"{path}: its keys and values are of another model, device, cache type, or `activations`: continue "
