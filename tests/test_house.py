@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -82,6 +84,15 @@ def test_imports_go_down_only():
 def test_every_module_has_a_layer():
     top = {"qvl_runtime", "qvl_runtime.__main__"}
     assert [name for name in modules() if layer(name) is None and name not in top] == []
+
+
+def test_the_version_is_stated_alike_and_is_none_that_was_released():
+    """What was begun by a released version is told apart by it."""
+    import qvl_runtime as qvl
+
+    headings = re.findall("^## (.+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == qvl.__version__
+    assert headings[0] == qvl.__version__ or (headings[0] == "Unreleased" and qvl.__version__ not in headings)
 
 
 @pytest.mark.parametrize("above", ["qvl_runtime.engine", "qvl_runtime.inputs", "qvl_runtime.file", "qvl_convert"])
