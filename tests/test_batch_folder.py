@@ -7,6 +7,7 @@ import os
 import pytest
 from PIL import Image
 
+from qvl_runtime.batch import job as job_module
 from qvl_runtime.batch.job import Computed, Job
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.sources import open_source
@@ -54,6 +55,16 @@ def test_a_job_that_cannot_begin_binds_no_folder(job, tmp_path):
     assert job(seed=2).run(answer).rows == ROWS
     with pytest.raises(QvlError, match=r"another job \(it differs in seed\)"):
         job(seed=1)
+
+
+def test_a_job_of_another_version_is_not_mixed_with_this_one(job, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(job_module, "__version__", "0.1.0")
+        job().run(answer)
+    (tmp_path / "out" / "part-000001.jsonl").unlink()
+    with pytest.raises(QvlError, match=r"out: was begun by qvl '0\.1\.0', and qvl .*; finish it with that version, or"):
+        job(seed=1)
+    assert "part-000001.jsonl" not in names(tmp_path / "out")
 
 
 def test_a_job_killed_while_its_manifest_is_written_goes_on(job, tmp_path):

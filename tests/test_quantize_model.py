@@ -224,6 +224,23 @@ def test_other_calibration_data_are_not_mixed_into_an_unfinished_file(tmp_path):
         convert(VL, tmp_path / "out.qvl", **ALL_INT4, calibration_samples=4, resume=True)
 
 
+def test_an_unfinished_file_of_another_version_is_not_taken_up(tmp_path, monkeypatch):
+    """Its matrices were quantized by another GPTQ."""
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as earlier, pytest.raises(Killed):
+        earlier.setattr(convert_module, "__version__", "0.1.0")
+        convert(VL, tmp_path / "out.qvl", progress=die)
+    before = (tmp_path / "out.qvl.partial").read_bytes()
+    with pytest.raises(
+        QvlError, match=r"begun by 'qvl 0\.1\.0', and qvl .* may round otherwise; finish it with that, or"
+    ):
+        convert(VL, tmp_path / "out.qvl", resume=True)
+    assert (tmp_path / "out.qvl.partial").read_bytes() == before
+
+
 def test_a_finished_walk_is_not_repeated(source, samples, monkeypatch):
     """No layer is run if no matrix needs calibration."""
     monkeypatch.setattr(Walk, "run", lambda *a, **k: pytest.fail("ran a layer"))

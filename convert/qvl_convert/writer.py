@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +21,9 @@ import numpy as np
 from qvl_kernels.packing import Matrix
 from qvl_runtime.blob import METADATA, metadata_hash
 from qvl_runtime.errors import QvlError
+from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.locking import lock
-from qvl_runtime.file.tensorfile import CODES
+from qvl_runtime.file.tensorfile import CODES, TensorFile
 
 DATA_ALIGNMENT = 4096
 PIECE = 16 << 20
@@ -159,7 +161,7 @@ class BlobWriter:
         text = json.dumps(header).encode()
         text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
         self._header = len(text).to_bytes(8, "little") + text
-        self._layout = layout
+        self._layout, self._metadata = layout, metadata
         self._spans = {name: (len(self._header) + a, len(self._header) + b) for name, (a, b) in spans.items()}
         self.size = len(self._header) + end
         # The hashes are JSON inside a JSON string, so their quotes are escaped.
@@ -189,11 +191,18 @@ class BlobWriter:
             header[at : at + 64] = NO_HASH.encode()
         if bytes(header) != self._header or os.fstat(self._file.fileno()).st_size != self.size:
             self._file.close()
-            raise QvlError(
-                f"{self.partial}: was begun with other settings or from another model; "
-                "convert with --force instead of --resume to begin anew"
-            )
+            raise QvlError(f"{self._why_not()}convert with --force instead of --resume to begin anew")
         self._done = {name for name, value in found.items() if value != NO_HASH and self._hash(name) == value}
+
+    def _why_not(self) -> str:
+        """Say why an unfinished file is not taken up."""
+        found = {}
+        with contextlib.suppress(QvlError):  # no such file at all
+            found = TensorFile(self.partial).metadata
+        other, mine = (_program(metadata) for metadata in (found, self._metadata))
+        if other in (None, mine):
+            return f"{self.partial}: was begun with other settings or from another model; "
+        return f"{self.partial}: was begun by {other!r:.40}, and {mine} may round otherwise; finish it with that, or "
 
     def _hash(self, name: str) -> str:
         start, stop = self._spans[name]
@@ -270,6 +279,14 @@ class BlobWriter:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = error.filename or self.path  # a file of a calibration is on another disk
             raise QvlError(f"{full}: the disk is full; make room and continue with --resume") from None
+
+
+def _program(metadata: Mapping[str, str]) -> object:
+    """Return the program that made a file, as its metadata says."""
+    try:
+        return parse_object(metadata.get("source", ""), "", "").get("made_by")
+    except QvlError:
+        return None
 
 
 def matrix_arrays(matrix: Matrix) -> dict[str, np.ndarray]:

@@ -139,6 +139,11 @@ def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     path, names = folder / MANIFEST, os.listdir(folder) if folder.exists() else []
     if MANIFEST in names:
         written = parse_object(read_regular(path, limit=MAX_JSON), str(path), "take another folder")
+        if (begun := written.get("qvl")) != facts["qvl"]:
+            raise QvlError(
+                f"{folder}: was begun by qvl {begun!r:.40}, and qvl {facts['qvl']} may answer otherwise; finish it "
+                "with that version, or take another folder"
+            )
         if differing := _differing(json.loads(_to_manifest(facts)), written):
             raise QvlError(
                 f"{folder}: holds the output of another job (it differs in {', '.join(differing)}); take another "
