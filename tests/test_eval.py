@@ -241,9 +241,10 @@ def one_answer(blob, tmp_path_factory) -> Path:
         ("kv_cache", "options: kv_cache"),
         ("model", "model"),
         ("pictures", "data: samples"),
+        ("version", r"version of qvl"),
     ],
 )
-def test_answers_of_another_run_are_not_taken_up(changed, named, one_answer, base, blob, tmp_path):
+def test_answers_of_another_run_are_not_taken_up(changed, named, one_answer, base, blob, tmp_path, monkeypatch):
     shutil.copytree(one_answer, tmp_path, dirs_exist_ok=True)
     gqa, model, options = tmp_path / "data", base, {"limit": 1}
     if changed == "data":
@@ -257,6 +258,8 @@ def test_answers_of_another_run_are_not_taken_up(changed, named, one_answer, bas
         options["prompts"] = {"question": "<img></img>{question}"}
     elif changed == "kv_cache":
         options["kv_cache"] = "int8"
+    elif changed == "version":
+        monkeypatch.setattr(runner, "__version__", "9.9")
     else:
         model = tmp_path / base.name
         model.write_bytes(blob("tiny-vl", "base", bits=8).read_bytes())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qvl_runtime import __version__
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.answers import AnswerFile
 from qvl_runtime.evaluation.data import Data, Sample, check_pictures, unique
@@ -95,6 +96,7 @@ def made_with(
     facts = [blob.hashes(), blob.config.to_dict(), blob.generation_config.to_dict(), blob.metadata["preprocessing"]]
     return {
         "task": name,
+        "version of qvl": __version__,
         "model": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "device": model.ops.name,
         "options": {**load_options, "longest": task.longest, "shortest": task.shortest, "version": PROMPTS_VERSION},
