@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -367,6 +369,37 @@ def test_a_damaged_file_of_numba_is_compiled_again(folder, suffix):
         (file,) = (folder / "numba").rglob(f"*.{suffix}")
         assert file.stat().st_size
         file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", ["source", "processor"])
+def test_numba_compiles_again_what_calls_another_function_than_before(folder, tmp_path, monkeypatch, what):
+    """As after a `git pull` that changed the file of the called function alone, and after a change of QVL_CPU."""
+    from qvl_convert import jit
+
+    cache_folder._find.cache_clear()
+    called, calling = tmp_path / "called.py", tmp_path / "calling.py"
+    calling.write_text("from called import f\nfrom qvl_convert.jit import jit\n@jit()\ndef g(x):\n    return f(x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(jit, "SOURCES", (called, calling))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for number in (1, 2):
+        called.write_text(f"import numba\n@numba.njit\ndef f(x):\n    return x + {number}\n")
+        for name in ("called", "calling"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        jit._key.cache_clear()
+        if what == "processor":
+            monkeypatch.setattr(jit, "SOURCES", ())
+            monkeypatch.setattr(features, "selected", lambda name=str(number): SimpleNamespace(name=name))
+        assert importlib.import_module("calling").g(np.arange(2)).tolist() == [number, number + 1]
+    jit._key.cache_clear()
+
+
+def test_every_module_that_numba_compiles_is_in_the_key_of_its_cache():
+    from qvl_convert import jit
+
+    compiled = {p for p in jit.SOURCES[0].parent.glob("*.py") if "import numba" in p.read_text(encoding="utf-8")}
+    assert compiled - {Path(jit.__file__)} == set(jit.SOURCES)
 
 
 def test_a_full_disk_keeps_nothing_of_numba_and_ends_nothing(folder, caplog, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import numba
 from numba.core.caching import FunctionCache
 
 from qvl_kernels import cache_folder
+from qvl_kernels.cpu import bundle, features
 
 FOLDER = "numba"
 """Numba runs what it finds there, whoever wrote it; so it is a folder that only this user may enter."""
+
+SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in ("gptq_kernels", "gptq_rounding", "gram"))
+"""The modules of the functions."""
 
 
 def jit(**options: Any) -> Callable[[Callable], Callable]:
@@ -28,7 +33,7 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
         if folder := _folder(cache_folder.find().path):
             before = numba.config.CACHE_DIR
             try:
-                numba.config.CACHE_DIR = str(folder)
+                numba.config.CACHE_DIR = str(folder / _key())
                 with contextlib.suppress(RuntimeError):  # its source is no file, such as in a zip
                     made._cache = _Cache(function, folder)
             finally:
@@ -58,6 +63,16 @@ class _Cache(FunctionCache):
             super().save_overload(*args)
         except OSError as error:
             _warn(self._folder, error.strerror)
+
+
+@functools.cache
+def _key() -> str:
+    """Return a hash of what compiled functions depend on beside what Numba compares.
+
+    Numba looks at the file of a function, not at those of the functions that it calls; nor does it know ``QVL_CPU``.
+    """
+    known = (bundle.source_hash(), features.selected().name, [path.read_bytes() for path in SOURCES if path.is_file()])
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:20]
 
 
 @functools.cache
