@@ -135,6 +135,7 @@ WRONG = {
             "allowed_token_ids": [5],
             "bad_words": ["x"],
             "use_beam_search": True,
+            "mm_processor_kwargs": {"max_pixels": 9},
             "continue_final_message": True,
         }.items()
     },

@@ -22,7 +22,7 @@ COMPLETION_TOKENS = 16
 
 UNKNOWN = (
     "echo", "suffix", "logit_bias", "min_tokens", "ignore_eos", "stop_token_ids", "allowed_token_ids", "bad_words",
-    "use_beam_search", "continue_final_message",
+    "use_beam_search", "continue_final_message", "mm_processor_kwargs",
 )  # fmt: skip
 """Fields of OpenAI and vLLM without which an answer would be another one; null, 0, false and empty do not change it."""
 
@@ -110,7 +110,8 @@ def read_common(fields: Fields, limits: Limits, options: dict[str, Any], logprob
     """Read what all requests have; return the attributes of `Asked` but its prompt."""
     for name in UNKNOWN:
         if fields.get(name):
-            raise refused(f"this server knows no {name}", name)
+            hint = "; set max_pixels in the part of a picture" if name == "mm_processor_kwargs" else ""
+            raise refused(f"this server knows no {name}{hint}", name)
     n, best = fields.integer("n", 1, limits.n) or 1, fields.integer("best_of", 1, limits.n)
     if best not in (None, n):
         raise refused("best_of must be as large as n: this server gives all the answers it makes", "best_of")
