@@ -292,7 +292,7 @@ def test_wrong_requests(served, fields, param):
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 @pytest.mark.parametrize("field", [
-    '"metadata": %s', '"text": {"x": %s}', '"include": [], "reasoning": %s',
+    '"metadata": %s', '"text": {"x": %s}',
     '"tools": [{"type": "function", "name": "f", "x": %s}], "tool_choice": "none"',
     '"tool_choice": {"type": "allowed_tools", "tools": [], "x": %s}',
 ])  # fmt: skip
