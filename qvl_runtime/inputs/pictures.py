@@ -183,7 +183,9 @@ class PictureReader:
         pixels = self._prepare(content, source)
         facts = {f.name: getattr(pixels, f.name) for f in dataclasses.fields(pixels) if f.name != "values"}
         told = salted + self._identity.encode() + str(pixels.grid).encode()
-        key = hashlib.sha256(told + pixels.values.tobytes()).digest()
+        hashed = hashlib.sha256(told)
+        hashed.update(np.ascontiguousarray(pixels.values).data)  # without a copy
+        key = hashed.digest()
         if digest is not None:
             with self._lock:
                 self._known[digest] = Picture(key, b"", **facts)

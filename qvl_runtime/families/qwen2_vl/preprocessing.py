@@ -197,9 +197,17 @@ class Preprocessing:
         return self.limited(lowest, self.max_pixels if highest is None else highest, factor)
 
     def normalized(self, image: Image.Image) -> np.ndarray:
-        """Return pixels float32 ``[height, width, 3]``, rounded in each step as in the published code."""
-        scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
-        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        """Return pixels float32 ``[height, width, 3]``, rounded in each step as in the published code.
+
+        A value depends only on the channel and its grey level, of which there are 256.
+        """
+        scaled = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
+        pixels = np.asarray(image)
+        normal = np.empty(pixels.shape, np.float32)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
+            levels = (scaled - np.float32(mean)) / np.float32(std)
+            normal[..., channel] = levels[pixels[..., channel]]
+        return normal
 
     def patches(
         self, image: Image.Image, patch_size: int, resolution: Resolution | None = None
