@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from qvl_kernels import cache_folder
-from qvl_kernels.cpu import CpuOps, build, bundle, cache, features
+from qvl_kernels.cpu import CpuOps, build, bundle, cache, choices, features
 
 POSIX = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes as on POSIX")
 
@@ -100,6 +100,27 @@ def test_folder_of_another_user_is_not_used(folder, compiled, capfd, monkeypatch
         another_user(patch)
         assert compiled() == 1
     assert f"because {folder} belongs to another user" in capfd.readouterr().err
+
+
+def read_only(folder, monkeypatch) -> None:
+    """Like a file system that is mounted so, which also root cannot write to."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+
+
+def test_kernels_in_a_folder_that_is_read_only_are_used(folder, compiled, capfd, monkeypatch):
+    assert compiled() == 1
+    capfd.readouterr()
+    read_only(folder, monkeypatch)
+    assert compiled() == 0 and not capfd.readouterr().err
+    assert cache_folder.subfolder("numba") is None and not choices.can_keep()
+
+
+def test_nothing_is_stored_in_a_folder_that_is_read_only(folder, compiled, capfd, monkeypatch):
+    folder.mkdir(0o700, parents=True)
+    read_only(folder, monkeypatch)
+    assert compiled() == 1 and not list(folder.iterdir())
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"at every start, because {folder} cannot be written to; set QVL_CACHE_DIR" in line
 
 
 @POSIX

@@ -34,9 +34,9 @@ class CacheFolder:
     Attributes
     ----------
     path : Path or None
-        An existing private folder, or None if kernels cannot be stored.
+        An existing private folder, whose files may be used; or None.
     problem : str
-        The reason if `path` is None.
+        Why nothing can be stored in it, or "". A read-only image of a container may bring a folder with kernels along.
     """
 
     path: Path | None
@@ -45,7 +45,7 @@ class CacheFolder:
     @property
     def notice(self) -> str:
         """How often the kernels are compiled and where they are stored, for the log message."""
-        if self.path:
+        if not self.problem:
             return f"once; they are kept in {self.path}"
         return f"at every start, because {self.problem}; set QVL_CACHE_DIR to a folder of your own"
 
@@ -65,10 +65,8 @@ def _find(named: str) -> CacheFolder:
             problem = f"{path} is not a folder"
         else:
             problem = foreign(path, found)
-        if not problem and not os.access(path, os.W_OK):
-            problem = f"{path} cannot be written to"
         if not problem:
-            return CacheFolder(path)
+            return CacheFolder(path, "" if os.access(path, os.W_OK) else f"{path} cannot be written to")
     except (OSError, ValueError, RuntimeError) as error:
         # RuntimeError: no home folder; ValueError: a NUL byte in the name.
         problem = f"{named or 'the cache folder'} cannot be used ({getattr(error, 'strerror', None) or error})"
@@ -78,12 +76,12 @@ def _find(named: str) -> CacheFolder:
 def subfolder(name: str) -> Path | None:
     """Return a folder below that of `find` which only this user may enter, created if need be.
 
-    None if there is no cache folder, or, with a warning, if another user could change this one.
+    None if nothing can be stored, or, with a warning, if another user could change this folder.
     """
-    folder = find().path
-    if folder is None:
+    folder = find()
+    if folder.path is None or folder.problem:
         return None
-    path = folder / name
+    path = folder.path / name
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         problem = foreign(path, os.lstat(path))

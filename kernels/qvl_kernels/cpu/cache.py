@@ -99,7 +99,7 @@ def _compiled(part: str, folder: cache_folder.CacheFolder, path: Path | None = N
     engine = _load(code, part)
     if engine is None:
         raise DeviceError(f"the CPU kernels could not be compiled (there are none in the result); {bundle.REMEDY}")
-    if path:
+    if path and not folder.problem:
         cache_folder.store(path, _digest(path, code) + code)
     return engine
 

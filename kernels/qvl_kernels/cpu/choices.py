@@ -95,7 +95,7 @@ def keep(choices: Choices) -> None:
 
 def can_keep() -> bool:
     """Whether there is a folder for `keep`."""
-    return _path() is not None
+    return not cache_folder.find().problem
 
 
 def _path() -> Path | None:

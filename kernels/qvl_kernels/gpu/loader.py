@@ -64,7 +64,7 @@ def find(capability: tuple[int, int]) -> Bundle:
         # Read into memory: the cache folder may be missing or full.
         code = build.build(Path(scratch) / "kernels.zip", [architecture], _log_progress).read_bytes()
     made = _made(folder.path, architecture)
-    if made:
+    if made and not folder.problem:
         cache_folder.store(made, code)
     return Bundle(made or Path("GPU kernels"), architecture, kind, io.BytesIO(code))
 
