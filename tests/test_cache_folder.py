@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -279,6 +280,19 @@ def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
         [sys.executable, "-c", script, str(root)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == f"{root / 'qvl_kernels' / '__init__.py'}\n", done.stderr
+
+
+def test_without_shared_memory_kernels_are_compiled_one_by_one(monkeypatch):
+    """Some containers have no /dev/shm, which the locks of a pool need."""
+
+    def pool(self, workers):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pool", pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(build, "prepare", lambda: ["execute", "work"])
+    monkeypatch.setattr(build, "compile_kernel", str.encode)
+    assert cache._objects(build.compile_kernels()) == [b"execute", b"work"]
 
 
 def test_failed_compilation_is_one_line(monkeypatch):

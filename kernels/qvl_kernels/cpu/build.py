@@ -10,6 +10,7 @@ the bundle along. Without one, as in a checkout, each machine compiles what it n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -121,16 +122,20 @@ def compile_kernels(part: str = "") -> bytes:
 
     The format is that of `cache`: a uint32 count, the uint32 sizes, and the object files.
     """
-    names = [name for name in prepare() if part in ("", bundle.part_of(name))]
+    objects = _objects([name for name in prepare() if part in ("", bundle.part_of(name))])
+    sizes = [len(data) for data in objects]
+    return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
+
+
+def _objects(names: Sequence[str]) -> list[bytes]:
+    """Compile kernels, side by side where it can be done."""
     # Forked children share the parent's imports. Other systems than Linux restrict libraries after a fork.
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
     if workers > 1:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            objects = pool.map(compile_kernel, names, chunksize=1)
-    else:
-        objects = [compile_kernel(name) for name in names]
-    sizes = [len(data) for data in objects]
-    return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(objects)
+        # A pool needs /dev/shm for its locks, and further processes.
+        with contextlib.suppress(ImportError, OSError), multiprocessing.get_context("fork").Pool(workers) as pool:
+            return pool.map(compile_kernel, names, chunksize=1)
+    return [compile_kernel(name) for name in names]
 
 
 def emit(level: str = "", part: str = "") -> None:
