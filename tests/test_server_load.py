@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
+import io
 import json
 import os
 import platform
@@ -13,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -23,6 +26,7 @@ import httpx
 import pytest
 from serving import Served, image_part, picture, png, serving
 
+from qvl_runtime.cli.main import main
 from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.prepared import PreparedPictures
@@ -316,6 +320,33 @@ def test_an_upload_does_not_hold_up_the_end_of_the_server(demo_model, monkeypatc
         wait_for(lambda: server.service.admission.inside == 1)
     with channel:
         assert channel.recv(65536).startswith(b"HTTP/1.1 503")
+
+
+def test_a_server_needs_no_temporary_folder_and_no_reader_of_its_address(demo_model, monkeypatch, capsys):
+    """A read-only container, and a service manager that has closed the pipe."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def no_folder(**options: str) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    def serve(app, bound: socket.socket, listening: Callable[[], None]) -> None:
+        with contextlib.closing(bound), monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Closed())
+            listening()
+        served.append(app.state.service.name)
+
+    served: list[str] = []
+    monkeypatch.setattr(listening, "serve", serve)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", no_folder)
+    with pytest.raises(SystemExit) as left:
+        main(["serve", str(demo_model.blob.path), "--port", "0", "--device", "cpu"])
+    assert (left.value.code, served) == (0, ["demo"]), capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "--demo", "--port", "0", "--device", "cpu"])
+    assert left.value.code == 1 and capsys.readouterr().err == "qvl: No usable temporary directory found\n"
 
 
 def test_terminating_the_server_finishes_running_answers(demo_model, tmp_path):

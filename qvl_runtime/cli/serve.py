@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -87,8 +88,8 @@ def serve(
     bind(host, port).close()  # an error before the model is loaded; nobody is kept waiting meanwhile
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("qvl_runtime.server").setLevel(logging.INFO)
-    with tempfile.TemporaryDirectory(prefix="qvl-demo-") as folder:
-        path = _demo(Path(folder)) if model is None else model
+    with tempfile.TemporaryDirectory(prefix="qvl-demo-") if model is None else nullcontext(model) as place:
+        path = _demo(Path(place)) if model is None else model
         loaded = load_shown(
             path,
             device,
@@ -112,7 +113,13 @@ def serve(
         bound = bind(host, port)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound.getsockname()[1]}"
-        serve(app, bound, lambda: print(f"qvl: serving {app.state.service.name} at {address}", flush=True))
+        serve(app, bound, lambda: _tell(f"qvl: serving {app.state.service.name} at {address}"))
+
+
+def _tell(line: str) -> None:
+    """Print a line. If nobody reads it, as with a service manager that closed the pipe, requests are still answered."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _demo(folder: Path) -> Path:
