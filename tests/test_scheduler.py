@@ -528,6 +528,30 @@ while scheduler() is not None:
 """
 
 
+LATE = """
+import atexit, sys
+@atexit.register  # called after what is registered later, by the engine
+def late():
+    for ask in (lambda: stream.result(), lambda: list(stream), lambda: model.generate([5, 6, 7])):
+        try:
+            print(ask())
+        except qvl.QvlError as error:
+            print(error)
+import qvl_runtime as qvl
+model = qvl.load(sys.argv[1], device="cpu")
+stream = model.stream([5, 6, 7], max_new_tokens=30)
+next(stream)
+"""
+
+
+def test_no_call_at_the_end_of_a_program_waits_for_the_engine(blob):
+    command = [sys.executable, "-c", LATE, str(blob("tiny-vl", bits=16))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    unfinished, rest, refused = result.stdout.splitlines()
+    assert unfinished == refused and refused.startswith("this process is ending") and rest == "[]"
+    assert not result.stderr
+
+
 def test_a_program_ends_after_its_thread_has_released_a_model(blob):
     """The thread may be in a call of a GPU's driver, which would abort."""
     command = [sys.executable, "-c", LEAVE, str(blob("tiny-vl", bits=16))]

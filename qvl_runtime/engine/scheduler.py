@@ -29,6 +29,7 @@ from qvl_runtime.engine.prefill import compute_slices, mixes
 from qvl_runtime.engine.prefix_cache import PrefixCache
 from qvl_runtime.engine.sequence import PAGE
 from qvl_runtime.engine.session import PREFILL_ROWS, Session, SliceLimits, step
+from qvl_runtime.errors import QvlError
 
 MAX_BATCH = FEW_ROWS
 """Largest number of concurrent answers: each has at least one row of a step."""
@@ -102,11 +103,20 @@ class Scheduler:
         return len(self._running), len(self._waiting) + len(self._inbox)
 
     def submit(self, work: Work, length: int, capacity: int) -> Job:
-        """Submit a computation with a prompt of `length` tokens that needs a session of `capacity` positions."""
+        """Submit a computation with a prompt of `length` tokens that needs a session of `capacity` positions.
+
+        Raises
+        ------
+        QvlError
+            If the interpreter is ending.
+        DeviceError
+            If no thread can be started.
+        """
         job = Job(work, length, -(-capacity // PAGE) * self._page_bytes, self)
         with self._lock:
             if self._pid != os.getpid():
                 self._reset()
+            self._refuse_at_exit()
             if self._thread is None:
                 self._thread = start_thread(_serve, (weakref.ref(self), self._bell), "qvl-engine")
                 _threads.add(self._thread)
@@ -131,6 +141,13 @@ class Scheduler:
             with self.device:
                 if self._alone is job:
                     self._tick()
+        if not ready():
+            self._refuse_at_exit()
+
+    def _refuse_at_exit(self) -> None:
+        """Let exit handlers and finalizers not wait for ever. Other threads may: the interpreter ends without them."""
+        if self._stopped and threading.current_thread() is threading.main_thread():
+            raise QvlError("this process is ending and computes no more answers; ask before its end")
 
     def compute_in_thread(self, job: Job) -> None:
         """Run a job in the engine's thread: no thread waits for its results."""
