@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from qvl_convert.rtn import quantize
+from qvl_kernels.ops import DeviceError
 from qvl_kernels.packing import Matrix, packed_shapes, unpack_groups
 from qvl_runtime.errors import QvlError
 
@@ -92,6 +95,15 @@ def test_weights_that_cannot_be_stored_are_refused_by_name(rng, value, place):
     weight[place] = value
     with pytest.raises(QvlError, match=r"^lm_head holds a weight that is not finite or too large"):
         quantize(weight, 4, 128, name="lm_head")
+
+
+def test_no_thread_to_be_had_is_said_in_one_line(rng, monkeypatch):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(DeviceError, match=r"^no thread can be started \(can't start .*\): raise the limits"):
+        quantize(rng.normal(size=(16, 128)), 4, 128)
 
 
 def test_values_too_small_for_a_scale_become_zero():

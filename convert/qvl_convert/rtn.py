@@ -12,6 +12,7 @@ import numpy as np
 
 from qvl_kernels.cpu.runner import default_threads
 from qvl_kernels.packing import ROWS, SYMMETRIC_ZERO, Matrix, pack_codes, pack_groups, packed_shapes, round_up
+from qvl_kernels.threads import no_thread
 from qvl_runtime.errors import QvlError
 
 CHUNK_VALUES = 1 << 20
@@ -43,6 +44,8 @@ def quantize(
     ------
     QvlError
         If a weight is not finite, or too large for an fp16 scale.
+    DeviceError
+        If the system grants no thread.
     """
     n, k = weight.shape
     shapes, middle = packed_shapes(n, k, bits, group_size), SYMMETRIC_ZERO[bits]
@@ -61,9 +64,13 @@ def quantize(
         arrays["qweight"][blocks] = pack_codes(codes[:, :k], bits)
         return True
 
-    with ThreadPoolExecutor(default_threads()) as pool:
-        if not all(pool.map(round_rows, range(0, n, rows))):
-            raise unfit(name)
+    try:
+        with ThreadPoolExecutor(default_threads()) as pool:
+            fit = all(pool.map(round_rows, range(0, n, rows)))
+    except RuntimeError as error:
+        raise no_thread(error) from None
+    if not fit:
+        raise unfit(name)
     return Matrix(
         n=n,
         k=k,

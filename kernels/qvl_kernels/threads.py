@@ -1,4 +1,4 @@
-"""Starting the threads that compute."""
+"""Starting the threads that compute, on the CPU or in a conversion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ def start_thread(target: Callable[..., Any], args: tuple[Any, ...], name: str) -
     try:
         thread.start()
     except RuntimeError as e:
-        raise DeviceError(
-            f"no thread can be started ({e}): raise the limits of memory and of processes (ulimit -v, ulimit -u)"
-        ) from None
+        raise no_thread(e) from None
     return thread
+
+
+def no_thread(error: RuntimeError) -> DeviceError:
+    """Return the error for a thread that the system does not grant."""
+    return DeviceError(
+        f"no thread can be started ({error}): raise the limits of memory and of processes (ulimit -v, ulimit -u)"
+    )
