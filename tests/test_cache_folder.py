@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import signal
@@ -282,17 +282,30 @@ def test_compiling_finds_its_own_package(install, tmp_path, monkeypatch):
     assert done.stdout == f"{root / 'qvl_kernels' / '__init__.py'}\n", done.stderr
 
 
-def test_without_shared_memory_kernels_are_compiled_one_by_one(monkeypatch):
-    """Some containers have no /dev/shm, which the locks of a pool need."""
+@pytest.mark.skipif(sys.platform != "linux", reason="compiles in one process")
+@pytest.mark.parametrize("children", ["work", "are refused", "are killed"])
+def test_kernels_are_compiled_in_children_as_far_as_the_system_grants_them(children, monkeypatch):
+    def no_lock(*arguments) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))  # without /dev/shm
 
-    def pool(self, workers):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    def no_process(self) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pool", pool)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(build, "prepare", lambda: ["execute", "work"])
-    monkeypatch.setattr(build, "compile_kernel", str.encode)
-    assert cache._objects(build.compile_kernels()) == [b"execute", b"work"]
+    def compile_kernel(name: str) -> bytes:
+        compiled.append(name)
+        if os.getpid() != me and children == "are killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name.encode()
+
+    me, compiled, names = os.getpid(), [], [f"kernel{i}" for i in range(5)]
+    monkeypatch.setattr(multiprocessing.synchronize, "SemLock", no_lock)
+    if children == "are refused":
+        monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", no_process)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(build, "prepare", lambda: names)
+    monkeypatch.setattr(build, "compile_kernel", compile_kernel)
+    assert cache._objects(build.compile_kernels()) == [name.encode() for name in names]
+    assert sorted(compiled) == ([] if children == "work" else names) and not multiprocessing.active_children()
 
 
 def test_failed_compilation_is_one_line(monkeypatch):

@@ -19,6 +19,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -128,14 +129,56 @@ def compile_kernels(part: str = "") -> bytes:
 
 
 def _objects(names: Sequence[str]) -> list[bytes]:
-    """Compile kernels, side by side where it can be done."""
+    """Compile kernels in children, one for each processor; those that no child can compile, in this process.
+
+    Pipes need neither the shared memory nor the threads of `multiprocessing.Pool`, which a container may not grant.
+    """
     # Forked children share the parent's imports. Other systems than Linux restrict libraries after a fork.
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
-    if workers > 1:
-        # A pool needs /dev/shm for its locks, and further processes.
-        with contextlib.suppress(ImportError, OSError), multiprocessing.get_context("fork").Pool(workers) as pool:
-            return pool.map(compile_kernel, names, chunksize=1)
-    return [compile_kernel(name) for name in names]
+    done: dict[str, bytes] = {}
+    waiting, busy = list(reversed(names)), dict[Connection, str]()
+
+    def ask(child: Connection) -> None:
+        if waiting:
+            with contextlib.suppress(OSError):  # it has been killed
+                child.send(waiting[-1])
+                busy[child] = waiting.pop()
+
+    with contextlib.ExitStack() as children:
+        with contextlib.suppress(OSError):  # no further process
+            for _ in range(workers if workers > 1 else 0):
+                ask(_start_child(children))
+        while busy:
+            for child in wait(list(busy)):
+                assert isinstance(child, Connection)
+                name = busy.pop(child)
+                try:
+                    done[name] = child.recv_bytes()
+                except (EOFError, OSError):  # here its error is the last line, or it was killed
+                    done[name] = compile_kernel(name)
+                else:
+                    ask(child)
+        done |= {name: compile_kernel(name) for name in waiting}
+    return [done[name] for name in names]
+
+
+def _start_child(children: contextlib.ExitStack) -> Connection:
+    """Fork a child that compiles the kernels it is sent the names of, until the stack is left."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    children.enter_context(ours)
+    with theirs:
+        child = context.Process(target=_compile_asked, args=(theirs,), daemon=True)
+        child.start()
+    children.callback(child.join)
+    children.callback(child.kill)
+    return ours
+
+
+def _compile_asked(asked: Connection) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            asked.send_bytes(compile_kernel(asked.recv()))
 
 
 def emit(level: str = "", part: str = "") -> None:
