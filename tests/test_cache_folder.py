@@ -312,6 +312,9 @@ def test_failed_compilation_is_one_line(monkeypatch):
     monkeypatch.setattr(bundle, "BUILD", "raise ValueError('two\\nlines')")
     with pytest.raises(bundle.DeviceError, match=r"could not be compiled \(lines\); try QVL_CPU=plain"):
         bundle.compile_kernels()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # as in a program that embeds Python
+    with pytest.raises(bundle.DeviceError, match=r"could not be compiled \(/nowhere/python: No such file .*\); try"):
+        bundle.compile_kernels()
 
 
 # ------------------------------------------------------------------------------------------------ code that ships

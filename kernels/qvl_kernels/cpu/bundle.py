@@ -105,12 +105,16 @@ def compile_kernels(level: str = "", part: str = "") -> bytes:
     Raises
     ------
     DeviceError
-        The compiler failed.
+        The compiler failed, or cannot be started.
     """
     root = str(Path(__file__).parents[2])
     folders = dict.fromkeys([root, *(str(Path(str(module.__file__)).parents[1]) for module in (llvmlite, np))])
     command = [sys.executable, "-I", "-c", BUILD, root, level, part, *folders]
-    done = subprocess.run(command, cwd=root, capture_output=True)
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True)
+    except OSError as error:  # no further process, or no such program where Python is embedded
+        reason = error.strerror or error
+        raise DeviceError(f"the CPU kernels could not be compiled ({command[0]}: {reason}); {REMEDY}") from None
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise DeviceError(f"the CPU kernels could not be compiled ({last}); {REMEDY}")
