@@ -90,7 +90,8 @@ def content(rng: random.Random) -> Any:
         if kind == "text":
             part["text"] = "what is it?"
         elif kind == "image_url":
-            part["image_url"] = {"url": picture_uri(rng.randrange(3), 64), "detail": "low"}
+            part["image_url"] = {"url": picture_uri(rng.randrange(3), 64), "detail": rng.choice(["low", "auto"])}
+            part |= rng.choice([{}, {"max_pixels": 4096}, {"resized_width": 64, "resized_height": 32}])
         else:
             part |= {"image": rng.randrange(2), "pixels": [1, 2, 30, 40]}
         parts.append(part)
@@ -123,7 +124,7 @@ def items(rng: random.Random) -> Any:
 
 def _input_part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "image_url":
-        return {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "low"}
+        return part | {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "low"}
     return part | {"type": "input_text"} if part["type"] == "text" else part
 
 
