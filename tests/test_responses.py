@@ -135,7 +135,7 @@ def test_wrong_items(items, param, message):
 # ------------------------------------------------------------------------------------------------------ replies
 def reply(demo_model, *, tools=False, logprobs=None):
     asked = ResponseAsked("", {}, None, 1, True, False, logprobs, {"instructions": "Be brief."})
-    return ResponseReply(asked, demo_model.tokenizer, "m", CALLING.reader() if tools else None, "n", 5)
+    return ResponseReply(asked, demo_model.tokenizer, "m", CALLING.reader if tools else None, "n", 5)
 
 
 def result(text, finish="stop", **more):

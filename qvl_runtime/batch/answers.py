@@ -175,8 +175,7 @@ class Answerer:
         return Question(arguments, answered)
 
     def _response(self, row: Row, asked: ResponseAsked) -> ToBody:
-        create = call_reader(self._model, asked)
-        reader, model = None if create is None else create(), self._model.blob.path.stem
+        reader, model = call_reader(self._model, asked), self._model.blob.path.stem
         reply = ResponseReply(asked, self._model.tokenizer, model, reader, _name(row), created=0)
 
         def to_body(answers: Sequence[Whole]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from qvl_runtime.inputs.images import ImageSource
 
 LOW_PIXELS = 512 * 512
 """Largest number of pixels of a picture whose `detail` is "low", as in OpenAI's API."""
-LARGEST = 1 << 40
-"""Largest number in a part: far beyond any memory."""
+MOST_PIXELS = 1 << 40
+"""Largest number of pixels that may be asked for, far beyond any memory; their ratios stay in the range of a float."""
 KEYS = ("min_pixels", "max_pixels", "resized_width", "resized_height")
 """The keys of a part, as in the model cards and `qwen_vl_utils`."""
 
@@ -48,7 +48,7 @@ class Resolution:
         """
         found = {key: part[key] for key in KEYS if part.get(key) is not None}
         for key, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_PIXELS:
                 raise QvlError(f"the {key!r} of a picture is {value!r:.40}; expected a number of pixels")
         if ("resized_width" in found) != ("resized_height" in found):
             raise QvlError("a picture has one of 'resized_width' and 'resized_height': give both")

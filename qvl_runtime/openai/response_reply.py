@@ -6,7 +6,7 @@ A response is a list of items, one behind the other: the reasoning, texts, and c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvl_runtime.engine.generation import Logprob
@@ -35,8 +35,8 @@ class ResponseReply:
     tokenizer : Tokenizer
     model : str
         Name of the model for clients.
-    reader : CallReader or None
-        None if the request has no tools.
+    reader : callable, optional
+        Creates the reader of the answer's calls, if the request has tools.
     number : str
         Part of all ids.
     created : int
@@ -50,13 +50,14 @@ class ResponseReply:
         asked: ResponseAsked,
         tokenizer: Tokenizer,
         model: str,
-        reader: CallReader | None,
+        reader: Callable[[], CallReader] | None,
         number: str,
         created: int,
     ):
         self._fields = {"id": f"resp_{number}", "object": "response", "created_at": created, "model": model}
         self._echo, self._logprobs = asked.echo, asked.logprobs is not None
-        self._tokenizer, self._reader, self._number = tokenizer, reader, number
+        self._tokenizer, self._number = tokenizer, number
+        self._reader = None if reader is None else reader()
         self._items: list[dict[str, Any]] = []
         self._open: _Text | None = None
         self._entries: list[Logprob] = []

@@ -126,8 +126,7 @@ def _routes(service: Service) -> list[Route]:
         return Choices(form, asked, service.name, kind="text_completion", chunk="text_completion", prefix="cmpl")
 
     def response_reply(asked: ResponseAsked) -> Reply:
-        create = call_reader(service.model, asked)
-        reader, number = None if create is None else create(), secrets.token_hex(12)
+        reader, number = call_reader(service.model, asked), secrets.token_hex(12)
         return ResponseReply(asked, tokenizer, service.name, reader, number, int(time.time()))
 
     chat = AnswerRoute(service, lambda data: read_chat(data, limits, own, service.allow_urls), chat_reply)

@@ -18,7 +18,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_vl.config import FRAMES, MERGE, VisionConfig, refuse, section
 from qvl_runtime.families.reading import LARGEST, check, take, three
 from qvl_runtime.inputs.pictures import Pixels
-from qvl_runtime.inputs.resolution import LOW_PIXELS, Resolution
+from qvl_runtime.inputs.resolution import LOW_PIXELS, MOST_PIXELS, Resolution
 
 MAX_ASPECT_RATIO = 200
 MAX_TOKENS = 1280
@@ -26,9 +26,6 @@ MAX_TOKENS = 1280
 
 LEAST_TOKENS, MOST_TOKENS = 4, 16384
 """Limits of a picture whose size is given, as in `qwen_vl_utils`."""
-
-MOST_PIXELS = 1 << 40
-"""Largest `max_pixels`, far beyond any memory; ratios of pixels stay in the range of a float."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
