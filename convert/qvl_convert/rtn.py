@@ -64,13 +64,13 @@ def quantize(
         arrays["qweight"][blocks] = pack_codes(codes[:, :k], bits)
         return True
 
-    try:
-        with ThreadPoolExecutor(default_threads()) as pool:
-            fit = all(pool.map(round_rows, range(0, n, rows)))
-    except RuntimeError as error:
-        raise no_thread(error) from None
-    if not fit:
-        raise unfit(name)
+    with ThreadPoolExecutor(default_threads()) as pool:
+        try:
+            rounded = pool.map(round_rows, range(0, n, rows))  # this starts the threads
+        except RuntimeError as error:
+            raise no_thread(error) from None
+        if not all(rounded):
+            raise unfit(name)
     return Matrix(
         n=n,
         k=k,
