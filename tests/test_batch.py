@@ -437,7 +437,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, spec, tmp_pat
 
 
 def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
-    """Also after a call without content, and on the last frame of a video."""
+    """Also after a call without content, on the last frame of a video, and for a response."""
 
     def shown(side: int) -> str:
         Image.new("RGB", (side, side)).save(tmp_path / "shown.png")
@@ -452,11 +452,16 @@ def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
         for i, parts in enumerate(asked)
     ]
     box = {"ref": "x", "numbers": [1, 1, 9, 9], "pixels": [1, 1, 9, 9], "image": 0}
-    record = {"response": {"status_code": 200, "body": {"choices": [{"message": {"boxes": [box]}}]}}}
+    chats = [{"choices": [{"message": {"boxes": [box]}}]}] * 4
+    items = [{"role": "user", "content": [{"type": "input_image", "image_url": shown(50)}]}]
+    rows.append(Row(4, "r4", url="/v1/responses", body={"input": items}))
+    call = {"type": "function_call", "name": "f", "arguments": "{}"}
+    response = {"output": [{"type": "message", "content": [{"type": "output_text", "boxes": [box]}]}, call]}
+    found = [{"response": {"status_code": 200, "body": body}} for body in (*chats, response)]
     (tmp_path / "drawn").mkdir()
-    drawn.draw(rows, [record] * 4, tmp_path, tmp_path / "drawn", options(), exif=False)
+    drawn.draw(rows, found, tmp_path, tmp_path / "drawn", options(), exif=False)
     sides = [Image.open(path).width for path in sorted((tmp_path / "drawn").iterdir())]
-    assert sides == [20, 40, 40, 20]
+    assert sides == [20, 40, 40, 20, 50]
 
 
 def test_the_command(demo_model, folder, tmp_path, capsys):

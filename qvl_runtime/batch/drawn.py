@@ -16,6 +16,7 @@ from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.images import load_image
 from qvl_runtime.openai.errors import ApiError
+from qvl_runtime.openai.items import read_items
 from qvl_runtime.openai.messages import read_messages
 
 log = logging.getLogger(__name__)
@@ -55,18 +56,25 @@ def _on_picture(box: Mapping[str, Any], size: tuple[int, int]) -> Box:
 
 
 def _boxes(record: Record) -> list[Mapping[str, Any]]:
-    if record.get("response") is not None:
-        choices = record["response"]["body"].get("choices") or [{}]
-        boxes = choices[0].get("message", {}).get("boxes")
+    boxes: list[Mapping[str, Any]] = []
+    if record.get("response") is None:
+        boxes = record["boxes"] or []
     else:
-        boxes = record["boxes"]
-    return [box for box in boxes or () if box["pixels"] is not None]
+        body = record["response"]["body"]
+        for choice in body.get("choices", ())[:1]:
+            boxes += choice.get("message", {}).get("boxes") or []
+        for item in body.get("output", ()):
+            for part in item.get("content", ()):
+                boxes += part.get("boxes") or []
+    return [box for box in boxes if box["pixels"] is not None]
 
 
 def _last_picture(row: Row, options: Options) -> str | bytes:
     """Return the picture that the boxes of a row's answer lie on; it may be a frame of a video."""
     if row.body is None:
         return row.pictures[-1]
+    if row.url == "/v1/responses":
+        return read_items(row.body["input"], None, LIMITS, options.allow_urls).sources[-1]
     return read_messages(row.body["messages"], LIMITS, options.allow_urls).sources[-1]
 
 
