@@ -381,6 +381,15 @@ def test_a_value_that_answers_never_have_is_refused(text):
     assert _fits({"properties": {"a\n\0": {}}}, r'{"a\n\u0000":1}')
 
 
+def test_a_value_within_many_others_is_read_once(monkeypatch):
+    """Read again for each of them, a schema of 64 KB took seconds."""
+    read = []
+    monkeypatch.setattr(schemas, "_is_exact", lambda number: bool(read.append(number)) or True)
+    schema = functools.reduce(lambda inner, _: {"const": [inner, 5]}, range(20), {"minimum": 7})
+    schemas.check_schema(json.dumps(schema))
+    assert sorted(read)[:20] == [5] * 20 and len(read) < 25
+
+
 @pytest.mark.parametrize(
     ("schema", "inside", "outside"),
     [

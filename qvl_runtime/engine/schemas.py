@@ -12,6 +12,8 @@ from urllib.parse import unquote
 
 from qvl_runtime.errors import QvlError
 
+ALLOWED = ("const", "enum")
+"""Keys of allowed values."""
 APPLICATORS = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 COMBINED = 16
@@ -51,8 +53,7 @@ def check_schema(schema: str) -> None:
     """
     parsed = _parsed(schema)
     nodes = list(_nodes(parsed))
-    for node in nodes:
-        _check_values(node)
+    _check_values(parsed)
     if combined := any(map(_combines, nodes)):
         _check_bounds(nodes)
     else:
@@ -101,8 +102,8 @@ def _combines(node: Mapping[str, Any]) -> bool:
     return not node.keys().isdisjoint(APPLICATORS) and len(node.keys() - NOTES) > 1
 
 
-def _check_values(node: Mapping[str, Any]) -> None:
-    for key, value in _values(node):
+def _check_values(schema: Any) -> None:
+    for key, value in _values(schema):
         if isinstance(value, str) and CONTROL.search(value):
             raise _refused(f"its {key} {value!a:.40} has a control character that no answer has; leave it out")
         if isinstance(value, Decimal) and not _is_exact(value):
@@ -199,16 +200,18 @@ def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
             waiting += node.values()
 
 
-def _values(node: Mapping[str, Any]) -> Iterator[tuple[str, Decimal | str]]:
-    """Yield the bounds of a schema, and the numbers and texts in its allowed values."""
-    yield from ((key, node[key]) for key in BOUNDS if isinstance(node.get(key), Decimal))
-    waiting = [(key, node[key]) for key in ("const", "enum") if key in node]
+def _values(schema: Any) -> Iterator[tuple[str, Decimal | str]]:
+    """Yield all bounds, and the numbers and texts in allowed values, each once, with the key that they belong to."""
+    waiting = [("", schema)]  # with the key of the allowed values that it lies in
     while waiting:
         key, value = waiting.pop()
-        if isinstance(value, Decimal | str):
+        if isinstance(value, dict):
+            yield from ((name, item) for name, item in value.items() if name in BOUNDS and isinstance(item, Decimal))
+            waiting += [(key or (name if name in ALLOWED else ""), item) for name, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, item) for item in value]
+        elif key and isinstance(value, Decimal | str):
             yield key, value
-        elif isinstance(value, list | dict):
-            waiting += [(key, item) for item in (value.values() if isinstance(value, dict) else value)]
 
 
 def _factor(number: Decimal) -> str:
