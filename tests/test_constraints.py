@@ -149,7 +149,7 @@ CIRCLE["items"] = CIRCLE
     ],
 )
 def test_a_bad_grammar_is_one_clear_line(form):
-    with pytest.raises(QvlError, match="cannot be used") as error:
+    with pytest.raises(QvlError, match=r"cannot be used: .*; correct it$") as error:
         form.start(_asked(50, ""))
     assert "\n" not in str(error.value)
 
@@ -158,7 +158,7 @@ def test_a_bad_grammar_is_one_clear_line(form):
     "form", [Regex(r"[^\s\S]"), Regex(r"a[^\s\S]"), JsonSchema({"$ref": "#"}), JsonSchema({"enum": []})]
 )
 def test_a_form_that_nothing_matches_is_refused_before_an_answer(form):
-    with pytest.raises(QvlError, match=r"no text matches it|Unsatisfiable") as error:
+    with pytest.raises(QvlError, match=r"(no text matches it|Unsatisfiable).*; (allow|require|correct) ") as error:
         form.start(_asked(50, ""))
     assert "\n" not in str(error.value)
 

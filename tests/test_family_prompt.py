@@ -342,7 +342,7 @@ def test_a_tokenizer_without_tags():
     bare = dataclasses.replace(made, tokenizer=Tokenizer(ranks, known, made.config.vocab_size))
     with pytest.raises(QvlError, match="has no <tool_response>"):
         build(bare, [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}])
-    with pytest.raises(QvlError, match="takes no tools: its tokenizer has no <tool_call>"):
+    with pytest.raises(QvlError, match="takes no tools: its tokenizer has no <tool_call>; use a published"):
         CALLING.prompts(bare, Tools(TOOLS))
 
 

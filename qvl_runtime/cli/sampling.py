@@ -37,7 +37,7 @@ class FileSchema(JsonSchema):
         try:
             return super().start(answer)
         except QvlError as error:
-            raise QvlError(f"{self.path}: {error}; correct it") from None
+            raise QvlError(f"{self.path}: {error}") from None
 
 
 def read_schema(path: Path | None) -> FileSchema | None:

@@ -121,7 +121,7 @@ class JsonSchema:
         try:
             schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
         except (TypeError, ValueError, RecursionError) as error:  # no JSON, or one that contains itself, or is too deep
-            raise QvlError(f"the json_schema cannot be used: {excerpt(error)}") from None
+            raise QvlError(f"the json_schema cannot be used: {excerpt(error)}; correct it") from None
         check_schema(schema)  # before llguidance, which some schemas crash
         return {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)  # llguidance takes objects alone
 
@@ -139,7 +139,8 @@ def schema_grammar(text: str) -> str:
     """
     built = _built("json_schema", text)
     if not has_end(json.loads(text)):
-        raise QvlError("the json_schema cannot be used: no text matches it, its required parts have no end")
+        reason = "no text matches it, its required parts have no end"
+        raise QvlError(f"the json_schema cannot be used: {reason}; require less")
     return built
 
 
@@ -227,7 +228,7 @@ class _GrammarConstraint:
         if self._matcher.is_error():
             if not self._matcher.get_error().startswith("NoExtension"):
                 raise self._too_large()
-            raise QvlError(f"the {kind} cannot be used: no text matches it")
+            raise QvlError(f"the {kind} cannot be used: no text matches it; allow at least one")
 
     def _mask(self) -> np.ndarray:
         """Return the tokens that the grammar allows next: bool ``[vocab_size]``; none if it has stopped."""
@@ -275,9 +276,9 @@ def _built(kind: str, grammar: str) -> str:
     except BaseException as error:  # a panic of llguidance is no Exception
         if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "PanicException":
             raise
-        raise QvlError(f"the {kind} cannot be used: {excerpt(error)}") from None
+        raise QvlError(f"the {kind} cannot be used: {excerpt(error)}; correct it") from None
     if problem:
-        raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}")
+        raise QvlError(f"the {kind} cannot be used: {excerpt(problem)}; correct it")
     return built
 
 

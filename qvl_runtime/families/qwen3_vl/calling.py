@@ -33,7 +33,7 @@ class Calling:
     def prompts(self, prompts: Prompts, tools: Tools) -> Prompts:
         assert isinstance(prompts.template, Qwen3Template)
         if missing := [tag for tag in (CALL, CALLED) if tag not in prompts.tokenizer.special]:
-            raise QvlError(f"this model takes no tools: its tokenizer has no {missing[0]}")
+            raise QvlError(f"this model takes no tools: its tokenizer has no {missing[0]}; use a published Qwen3-VL")
         template = dataclasses.replace(prompts.template, tools=tools.given)
         return dataclasses.replace(prompts, template=template)
 
