@@ -33,6 +33,7 @@ from qvl_runtime.inputs.prepared import PreparedPictures
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.formats import ChatFormat
 from qvl_runtime.server import Limits, listening
+from qvl_runtime.server import serving as serving_module
 from qvl_runtime.server.admission import Admission
 from qvl_runtime.server.metrics import Watch
 
@@ -163,6 +164,25 @@ def test_a_slow_reader_holds_nobody_up(small):
         received += chunk
     slow.close()
     assert received.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in received
+
+
+def test_whole_answers_are_written_beside_the_event_loop(small, monkeypatch):
+    """With the log probabilities of many tokens that takes seconds, in which nobody else would be served."""
+    on_loop: list[bool] = []
+
+    def recorded(write):
+        def record(*given):
+            on_loop.append(asyncio._get_running_loop() is not None)
+            return write(*given)
+
+        return record
+
+    monkeypatch.setattr(ChatFormat, "whole", recorded(ChatFormat.whole))
+    assert small.chat(logprobs=True).status_code == 200 and on_loop == [False]
+    monkeypatch.setattr(serving_module, "to_json_events", recorded(serving_module.to_json_events))
+    body = {"input": "hello", "max_output_tokens": 4, "stream": True}
+    assert "response.output_item.done" in small.http.post("/v1/responses", json=body).text
+    assert on_loop[-3:] == [True, False, False]  # a piece, the end of the answer, the end of the response
 
 
 def test_a_stream_says_that_it_is_alive(small, monkeypatch):

@@ -92,7 +92,9 @@ class AnswerRoute(Generic[A]):
         ended = [event async for event in _until_end(events) if isinstance(event, Whole)]
         answers = sorted(ended, key=lambda answer: answer.index)
         self._log(answers)
-        await json_response(reply.body(answers))(scope, receive, send)
+        # In a thread: log probabilities of thousands of tokens take seconds.
+        response = await asyncio.to_thread(lambda: json_response(reply.body(answers)))
+        await response(scope, receive, send)
 
     async def _stream(self, reply: Reply, events: asyncio.Queue, stream: EventStream) -> None:
         answers: list[Whole] = []
@@ -101,11 +103,12 @@ class AnswerRoute(Generic[A]):
         async for event in _until_end(events, stream, self._service.limits.ping_seconds):
             if isinstance(event, Whole):
                 answers.append(event)
-            told = reply.complete(event) if isinstance(event, Whole) else reply.part(event)
-            await stream.send(to_json_events(told))
+                await stream.send(await asyncio.to_thread(to_json_events, reply.complete(event)))
+            else:
+                await stream.send(to_json_events(reply.part(event)))
         answers.sort(key=lambda answer: answer.index)
         self._log(answers)
-        await stream.send(to_json_events(reply.end(answers)) + reply.tail)
+        await stream.send(await asyncio.to_thread(to_json_events, reply.end(answers)) + reply.tail)
         await stream.end()
 
     def _log(self, answers: list[Whole]) -> None:
