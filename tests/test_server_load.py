@@ -139,6 +139,20 @@ def test_one_of_several_answers_that_fails_ends_the_others(small, monkeypatch):
     assert len(sampled) < 1000
 
 
+def test_a_thread_that_cannot_be_started_keeps_no_place(demo_model, monkeypatch):
+    left, start = [1], threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if thread.name.startswith("qvl-answer") and left and left.pop():
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    with serving(demo_model, limits=Limits(running=1, seconds=2.0)) as server:
+        assert server.chat().status_code == 500
+        assert server.chat().status_code == 200
+
+
 def test_who_goes_while_waiting_leaves_the_line(small):
     blocked = Blocked(small)
     waiting = [small.connect() for _ in range(3)]

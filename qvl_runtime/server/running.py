@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from qvl_kernels.threads import start_thread
 from qvl_runtime.openai.errors import unavailable
-from qvl_runtime.openai.limits import Limits
 from qvl_runtime.results import Stream
 from qvl_runtime.server.admission import STOPPING, Admission
 
@@ -53,17 +52,16 @@ Job = Callable[[Emit, Switch], None]
 
 
 class Runner:
-    """Runs jobs in threads, with a limit on concurrent jobs.
+    """Runs each job in a thread when it is its turn.
 
     Parameters
     ----------
     admission : Admission
-    limits : Limits
     """
 
-    def __init__(self, admission: Admission, limits: Limits):
+    def __init__(self, admission: Admission):
         self._admission = admission
-        self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="qvl-answer")
+        self._threads: set[threading.Thread] = set()
         self._switches: set[Switch] = set()
 
     @contextlib.asynccontextmanager
@@ -71,12 +69,18 @@ class Runner:
         """Wait for the turn, run a job, and return the queue of its events. Leaving the context cancels the job.
 
         The turn ends with the thread, not with the reader, who may be slow.
+
+        Raises
+        ------
+        ApiError
+            If the server is stopping.
+        DeviceError
+            If no thread can be started.
         """
         loop = asyncio.get_running_loop()
         began = await self._admission.turn()
         events: asyncio.Queue = asyncio.Queue()
         switch = Switch()
-        self._switches.add(switch)
 
         def tell(call: Callable[..., None], *arguments: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -95,7 +99,13 @@ class Runner:
             finally:
                 tell(self._admission.done, began)
 
-        self._threads.submit(work)
+        try:
+            thread = start_thread(work, (), "qvl-answer")
+        except BaseException:
+            self._admission.done(None)
+            raise
+        self._threads = {thread, *filter(threading.Thread.is_alive, self._threads)}
+        self._switches.add(switch)
         try:
             yield events
         finally:
@@ -106,4 +116,5 @@ class Runner:
         """End all jobs and their threads."""
         for switch in list(self._switches):
             switch.cancel()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.join()

@@ -44,7 +44,7 @@ class Service:
         self.allow_urls, self.log_content = allow_urls, log_content
         self.admission = Admission(limits)
         self.metrics = Metrics(self.admission)
-        self.runner = Runner(self.admission, limits)
+        self.runner = Runner(self.admission)
         self.answerer = Answerer(model, limits, self.metrics, threading.Semaphore(limits.preparing))
         self.hurried = False
         self._parsing = asyncio.Semaphore(limits.preparing)
