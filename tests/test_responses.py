@@ -267,6 +267,8 @@ def test_a_form_of_the_answer(served):
     ({"background": True}, "background"),
     ({"n": 2}, "n"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"grounding": True, "max_output_tokens": 5}, "max_output_tokens"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input"),
     ({"temperature": "hot"}, "temperature"),
     ({"instructions": 3}, "instructions"),
     ({"include": "x"}, "include"),
@@ -310,18 +312,20 @@ def test_what_a_response_repeats_can_be_written(served, field, stream):
 def test_a_response_of_a_job_is_the_same_each_time(demo_model, tmp_path):
     line = {"method": "POST", "url": "/v1/responses"}
     bad = {**line, "custom_id": "r", "body": {"input": [{"role": "user", "content": [IMAGE]}]}}
+    short = {**line, "custom_id": "t", "body": {"input": "hello", "grounding": True, "max_output_tokens": 5}}
     good = {**line, "custom_id": "s", "body": {"input": "hello", "max_output_tokens": 3}}
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n{json.dumps(short)}\n")
     source = JsonLines(tmp_path / "rows.jsonl", tmp_path)
-    rows = list(source.rows(0, 2))
-    assert [row.picture_count for row in rows] == [1, 0]
+    rows = list(source.rows(0, 3))
+    assert [row.picture_count for row in rows] == [1, 0, 0]
     records: list = []
     for _ in range(2):
         answerer = Answerer(demo_model, tmp_path, Options(None, {}, 0, 2, allow_urls=False))
         answerer([rows], lambda number, found: records.append(found))
     assert records[0] == records[1]
-    failed, answered = (record["response"] for record in records[0])
+    failed, answered, cut = (record["response"] for record in records[0])
     assert failed["status_code"] == 400 and answered["status_code"] == 200
+    assert cut["body"]["error"]["param"] == "max_output_tokens"
     alone = demo_model.generate([{"role": "user", "content": "hello"}], max_new_tokens=3)
     assert answered["body"]["output"][0]["content"][0]["text"] == alone.text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvl_runtime.batch.options import Options
-from qvl_runtime.batch.rows import Row
+from qvl_runtime.batch.rows import COMPLETIONS, RESPONSES, Row
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url, local_path
@@ -153,10 +153,10 @@ class Answerer:
     def _openai(self, row: Row, row_id: str) -> Question:
         own, body, urls = self._model.generation_config, row.body or {}, self._options.allow_urls
         asked: Asked
-        if row.url == "/v1/responses":
+        if row.url == RESPONSES:
             asked = response = read_response(body, LIMITS, own, urls)
             to_body = self._response(row, response)
-        elif row.url == "/v1/completions":
+        elif row.url == COMPLETIONS:
             asked = read_completion(body, LIMITS, own)
             to_body = self._choices(row, TextFormat(self._model.tokenizer, asked.logprobs is not None))
         else:
@@ -234,7 +234,8 @@ def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
 def failed(row: Row, error: QvlError | ApiError) -> Record:
     """Create the record of a failed row."""
     if row.body is not None:
-        api = of_exception(error)
+        kind = ResponseAsked if row.url == RESPONSES else Asked
+        api = of_exception(error, kind.limit_field)
         return _response(row, api.status, api.body())
     empty = dict.fromkeys(("text", "reasoning", "boxes", "finish_reason", "usage"))
     return {"id": row.id, "row": row.number, **empty, "error": str(error)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from qvl_runtime.batch.answers import LIMITS, Record, located
 from qvl_runtime.batch.options import Options
-from qvl_runtime.batch.rows import Row
+from qvl_runtime.batch.rows import RESPONSES, Row
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
@@ -73,7 +73,7 @@ def _last_picture(row: Row, options: Options) -> str | bytes:
     """Return the picture that the boxes of a row's answer lie on; it may be a frame of a video."""
     if row.body is None:
         return row.pictures[-1]
-    if row.url == "/v1/responses":
+    if row.url == RESPONSES:
         return read_items(row.body["input"], None, LIMITS, options.allow_urls).sources[-1]
     return read_messages(row.body["messages"], LIMITS, options.allow_urls).sources[-1]
 

@@ -9,16 +9,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qvl_runtime.batch.rows import Ids, Row, row_of_fields
+from qvl_runtime.batch.rows import URLS, Ids, Row, row_of_fields
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.opening import open_regular
 
 MAX_LINE = 64 << 20
 """Largest line in bytes. An embedded picture takes four thirds of its file's size."""
-
-URLS = ("/v1/chat/completions", "/v1/responses", "/v1/completions")
-"""What lines of OpenAI's batch format may ask."""
 
 INDEX_EVERY = 64
 """Number of lines per entry of the index."""

@@ -11,6 +11,10 @@ from typing import Any, Protocol
 
 from qvl_runtime.errors import QvlError
 
+RESPONSES, COMPLETIONS = "/v1/responses", "/v1/completions"
+URLS = ("/v1/chat/completions", RESPONSES, COMPLETIONS)
+"""What lines of OpenAI's batch format may ask."""
+
 MISNAMED = ("image_path", "image_file", "image_url", "img", "picture", "pictures", "photo")
 """Names that other tools give to "image"."""
 

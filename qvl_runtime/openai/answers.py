@@ -47,17 +47,17 @@ def with_pictures(
     if not isinstance(prompt, Messages):
         return prompt, []
     if model.blob.family.calling is None and any(turn.calls for turn in prompt.turns):
-        raise refused("this model's chat template has no tools, so no message may have tool_calls", "messages")
+        raise refused("this model's chat template has no tools, so no message may have tool_calls", prompt.field)
     if contents and model.pictures is None:
-        raise refused("this model has no vision part: it takes no pictures", "messages")
+        raise refused("this model has no vision part: it takes no pictures", prompt.field)
     upright = model.pictures is not None and model.pictures.reader.upright
     pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
     if sum(picture.width * picture.height for picture in pictures) > limits.all_pixels:
         told = f"the pictures of the request have more than {limits.all_pixels} pixels: shrink or omit some"
-        raise refused(told, "messages")
+        raise refused(told, prompt.field)
 
     resolutions = prompt.resolutions
-    _check_resolutions(model, resolutions)
+    _check_resolutions(model, resolutions, prompt.field)
 
     def mark(corners: Sequence[float], number: int) -> str:
         assert model.pictures is not None, "a box lies on a picture"
@@ -69,15 +69,13 @@ def with_pictures(
     return prompt.for_model(pictures, mark), pictures
 
 
-def _check_resolutions(model: Model, resolutions: Mapping[int, Resolution]) -> None:
+def _check_resolutions(model: Model, resolutions: Mapping[int, Resolution], field: str) -> None:
     """Refuse pictures that ask for more pixels than others get."""
     most = None if model.pictures is None else model.pictures.reader.max_pixels
     for number, resolution in resolutions.items():
         asked = max(resolution.largest or 0, resolution.min_pixels or 0)
         if most is not None and asked > most:
-            raise refused(
-                f"picture {number} asks for {asked} pixels, but {most} are allowed (--max-pixels)", "messages"
-            )
+            raise refused(f"picture {number} asks for {asked} pixels, but {most} are allowed (--max-pixels)", field)
 
 
 def call_reader(model: Model, asked: Asked) -> Callable[[], CallReader] | None:

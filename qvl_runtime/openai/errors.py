@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qvl_runtime.errors import PromptTooLongError, QvlError
+from qvl_runtime.errors import NoRoomError, PromptTooLongError, QvlError
 
 TYPES = {
     401: "authentication_error",
@@ -67,8 +67,11 @@ def unavailable(reason: str, retry_after: int = 5) -> ApiError:
     return ApiError(503, reason, retry_after=retry_after)
 
 
-def of_exception(error: BaseException) -> ApiError:
-    """Convert an exception to an error for the client. A `QvlError` means an invalid request."""
+def of_exception(error: BaseException, limit_field: str = "max_tokens") -> ApiError:
+    """Convert an exception to an error for the client. A `QvlError` means an invalid request.
+
+    `limit_field` is the request's name of `max_new_tokens`.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryError):
@@ -76,9 +79,8 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, PromptTooLongError):
         # Clients that lose the code, like LiteLLM, know the error by OpenAI's words, and shorten the conversation.
         return refused(f"this model's maximum context length is exceeded: {error}", code="context_length_exceeded")
+    if isinstance(error, NoRoomError):
+        return refused(str(error).replace("max_new_tokens", limit_field, 1), limit_field)
     if isinstance(error, QvlError):
-        said = str(error)
-        if said.startswith("max_new_tokens "):  # which is max_tokens in a request
-            return refused(said.replace("max_new_tokens", "max_tokens", 1), "max_tokens")
-        return refused(said)
+        return refused(str(error))
     return ApiError(500, "internal server error; see the server's log")

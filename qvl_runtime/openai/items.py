@@ -46,7 +46,7 @@ def read_items(value: Any, instructions: Any, limits: Limits, allow_urls: bool) 
         raise refused("input is empty: it needs a user's message", "input")
     for i, item in enumerate(value):
         reader.item(mapping(item, f"input[{i}]"), f"input[{i}]")
-    return Messages(reader.turns, reader.messages.sources)
+    return Messages(reader.turns, reader.messages.sources, "input")
 
 
 class _ItemReader:

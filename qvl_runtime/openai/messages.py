@@ -63,10 +63,13 @@ class Messages:
     turns : list of Message
     sources : list of bytes or str
         The pictures, also those of videos, in order: image files, or allowed URLs.
+    field : str
+        The request's name of the messages, for errors.
     """
 
     turns: list[Message]
     sources: list[str | bytes]
+    field: str = "messages"
 
     @property
     def resolutions(self) -> dict[int, Resolution]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qvl_runtime.batching import SEEDS
 from qvl_runtime.engine.constraints import Form, Grounding, JsonSchema
@@ -44,8 +44,11 @@ class Asked:
         Whether to stream the answer, and whether the stream ends with the usage.
     logprobs : int or None
         Alternatives of each token, if log probabilities are requested.
+    limit_field : str
+        The request's name of `max_new_tokens`.
     """
 
+    limit_field: ClassVar[str] = "max_tokens"
     prompt: Messages | str | list[int]
     options: dict[str, Any]
     seed: int | None

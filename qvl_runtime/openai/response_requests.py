@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.tools import Tools
@@ -42,6 +42,7 @@ class ResponseAsked(Asked):
         The request's fields that the response repeats.
     """
 
+    limit_field: ClassVar[str] = "max_output_tokens"
     echo: dict[str, Any]
 
 

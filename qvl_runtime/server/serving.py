@@ -79,7 +79,7 @@ class AnswerRoute(Generic[A]):
                     else:
                         await self._whole(reply, events, scope, receive, send)
         except Exception as error:
-            problem = problem_of(error, service)
+            problem = problem_of(error, service, asked.limit_field)
             if not stream.started:
                 raise problem from None
             # A client that reads nothing does not read this either.
@@ -228,11 +228,11 @@ async def _until_end(
             yield event
 
 
-def problem_of(error: Exception, service: Service) -> ApiError:
-    """Convert an exception to an error for the client; log internal errors."""
+def problem_of(error: Exception, service: Service, limit_field: str = Asked.limit_field) -> ApiError:
+    """Convert an exception to an error for the client, see `of_exception`; log internal errors."""
     if isinstance(error, TimeoutError):
         return ApiError(504, f"the request took more than {service.limits.seconds:g} seconds")
-    problem = of_exception(error)
+    problem = of_exception(error, limit_field)
     problem.message = problem.message.removeprefix(f"{service.model.blob.path}: ")  # only its owner's to know
     if problem.status == 500:
         log_error(error, service.log_content)
