@@ -8,17 +8,19 @@ import os
 import signal
 import sys
 from multiprocessing.connection import wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from qvl_runtime.batch import drawn, processes
-from qvl_runtime.batch.answers import Answerer, is_failed
+from qvl_runtime.batch.answers import Answerer
 from qvl_runtime.batch.job import Computed, Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import in_processes, memory_nodes
+from qvl_runtime.batch.records import is_failed
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.main import main
@@ -285,12 +287,25 @@ def test_a_folder_of_another_kind_is_refused(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"{}", b'{"response": 5}', b'{"response": {}}', b'{"error": null}', b"[]", b"\xff"]
+    "line",
+    [
+        b"",
+        b"{}",
+        b'{"response": 5}',
+        b'{"response": {}}',
+        b'{"response": {"status_code": 200}}',
+        b'{"response": {"status_code": 200, "body": {"choices": [5]}}}',
+        b'{"error": null}',
+        b'{"error": null, "boxes": [5]}',
+        b'{"error": null, "boxes": [{"ref": null, "pixels": ["a", 1, 2, 3]}]}',
+        b"[]",
+        b"\xff",
+    ],
 )
 def test_a_block_of_something_else_is_refused(job, undisturbed, tmp_path, line):
     for name, content in undisturbed.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "part-000001.jsonl").write_bytes(line + b"\n")
+    (tmp_path / "part-000001.jsonl").write_bytes((line + b"\n") * BLOCK)
     with pytest.raises(QvlError, match=r"part-000001.*; delete the file"):
         job(tmp_path).run(lambda tasks, on_computed: None)
 
@@ -422,7 +437,8 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, spec, tmp_pat
         (tmp_path / f"{i}.png").write_bytes((folder / "a.png").read_bytes())
     source = open_source(tmp_path / "rows.jsonl")
     box = {"ref": "x", "numbers": [1, 1, 9, 9], "pixels": [1, 1, 9, 9]}
-    found = [{"id": str(i), "boxes": [box], "usage": None, "error": None} for i in range(3)]
+    ids = [name.replace("\ud800", "?") for name in names]
+    found = [{"id": row_id, "boxes": [box], "usage": None, "error": None} for row_id in ids]
 
     def answered(tasks, on_computed):
         on_computed(Computed(tasks[0], found, 3))
@@ -457,9 +473,10 @@ def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
     rows.append(Row(4, "r4", url="/v1/responses", body={"input": items}))
     call = {"type": "function_call", "name": "f", "arguments": "{}"}
     response = {"output": [{"type": "message", "content": [{"type": "output_text", "boxes": [box]}]}, call]}
-    found = [{"response": {"status_code": 200, "body": body}} for body in (*chats, response)]
+    found = [{"custom_id": "r", "response": {"status_code": 200, "body": body}} for body in (*chats, response)]
     (tmp_path / "drawn").mkdir()
-    drawn.draw(rows, found, tmp_path, tmp_path / "drawn", options(), exif=False)
+    source = SimpleNamespace(root=tmp_path, rows=lambda first, end: rows[first:end])
+    drawn.draw(source, range(5), found, tmp_path / "drawn", options(), exif=False)
     sides = [Image.open(path).width for path in sorted((tmp_path / "drawn").iterdir())]
     assert sides == [20, 40, 40, 20, 50]
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from qvl_runtime.batch import job as job_module
 from qvl_runtime.batch.job import Computed, Job
+from qvl_runtime.batch.jsonl import JsonLines
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli import batch as command
@@ -163,7 +164,7 @@ def boxed(tasks, on_computed):
         on_computed(Computed(task, records, 0))
 
 
-def test_finished_blocks_are_drawn_from_their_answers(job, tmp_path):
+def test_finished_blocks_are_drawn_from_their_answers(job, tmp_path, monkeypatch):
     for row in range(ROWS):
         Image.new("RGB", (20, 20), (row, 0, 0)).save(tmp_path / f"{row}.png")
     whole, later = tmp_path / "whole", tmp_path / "later"
@@ -177,6 +178,9 @@ def test_finished_blocks_are_drawn_from_their_answers(job, tmp_path):
     (later / pictures[1]).write_bytes(b"as it is")
     job("b", later).run(boxed)
     assert (later / pictures[0]).exists() and (later / pictures[1]).read_bytes() == b"as it is"
+    again = job("b", later)
+    monkeypatch.setattr(JsonLines, "rows", None)  # rows of which nothing is missing are not read
+    assert again.run(boxed).rows == ROWS
 
 
 def test_a_folder_of_drawings_belongs_to_one_job(job, tmp_path):

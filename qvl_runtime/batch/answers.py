@@ -1,4 +1,4 @@
-"""Converts rows to requests, and answers to output records."""
+"""Answers rows: converts them to requests, and the answers to records."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvl_runtime.batch.options import Options
+from qvl_runtime.batch.records import Record, answered, failed, name_of, response
 from qvl_runtime.batch.rows import COMPLETIONS, RESPONSES, Row
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url, local_path
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
-from qvl_runtime.openai.answers import Whole, box_fields, call_reader, described, sources_of, with_pictures
-from qvl_runtime.openai.errors import ApiError, of_exception
+from qvl_runtime.openai.answers import Whole, call_reader, described, sources_of, with_pictures
+from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.formats import ChatFormat, ChoiceFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import fetched
@@ -23,9 +24,6 @@ from qvl_runtime.openai.requests import Asked, read_chat, read_completion
 from qvl_runtime.openai.response_reply import ResponseReply
 from qvl_runtime.openai.response_requests import ResponseAsked, read_response
 from qvl_runtime.results import Result
-
-Record = dict[str, Any]
-"""An output record, as JSON types."""
 
 ToBody = Callable[[Sequence[Whole]], dict[str, Any]]
 """Makes the body of a response of the answers to a row in OpenAI's format."""
@@ -136,7 +134,7 @@ class Answerer:
         }
         last = pictures[-1] if pictures else None
         size = last.size if isinstance(last, Picture) else None
-        return Question(arguments, lambda results: record(row, results[0], size))
+        return Question(arguments, lambda results: answered(row, results[0], size))
 
     def _pictures(self, sources: tuple[str | bytes, ...]) -> list[Picture | ImageSource]:
         """Return the pictures of a row, those of the last row if its sources are the same."""
@@ -154,29 +152,29 @@ class Answerer:
         own, body, urls = self._model.generation_config, row.body or {}, self._options.allow_urls
         asked: Asked
         if row.url == RESPONSES:
-            asked = response = read_response(body, LIMITS, own, urls)
-            to_body = self._response(row, response)
+            asked = read_response(body, LIMITS, own, urls)
+            to_body = self._response(row, asked)
         elif row.url == COMPLETIONS:
             asked = read_completion(body, LIMITS, own)
             to_body = self._choices(row, TextFormat(self._model.tokenizer, asked.logprobs is not None))
         else:
             asked = read_chat(body, LIMITS, own, urls)
             reader, logprobs = call_reader(self._model, asked), asked.logprobs is not None
-            to_body = self._choices(row, ChatFormat(self._model.tokenizer, logprobs, reader, f"call_{_name(row)}"))
+            to_body = self._choices(row, ChatFormat(self._model.tokenizer, logprobs, reader, f"call_{name_of(row)}"))
         contents = fetched(sources_of(asked.prompt), LIMITS)
         prompt, pictures = with_pictures(self._model, asked.prompt, contents, LIMITS)
         seed = self._options.seed_of(row_id) if asked.seed is None else asked.seed
         arguments = {"prompt": prompt, "n": asked.n, "seed": seed, "allow_paths": False, **asked.options}
 
-        def answered(results: Sequence[Result]) -> Record:
+        def record(results: Sequence[Result]) -> Record:
             answers = [Whole(i, result, described(result.boxes, pictures)) for i, result in enumerate(results)]
-            return _response(row, 200, to_body(answers))
+            return response(row, 200, to_body(answers))
 
-        return Question(arguments, answered)
+        return Question(arguments, record)
 
     def _response(self, row: Row, asked: ResponseAsked) -> ToBody:
         reader, model = call_reader(self._model, asked), self._model.blob.path.stem
-        reply = ResponseReply(asked, self._model.tokenizer, model, reader, _name(row), created=0)
+        reply = ResponseReply(asked, self._model.tokenizer, model, reader, name_of(row), created=0)
 
         def to_body(answers: Sequence[Whole]) -> dict[str, Any]:
             body = reply.body(answers)
@@ -190,7 +188,7 @@ class Answerer:
             prompt = answers[0].result.prompt_tokens
             new = sum(answer.result.timings.new_tokens for answer in answers)
             return {
-                "id": f"{_name(row)}-body",
+                "id": f"{name_of(row)}-body",
                 "object": "chat.completion" if isinstance(form, ChatFormat) else "text_completion",
                 "created": 0,
                 "model": self._model.blob.path.stem,
@@ -215,67 +213,6 @@ def located(source: str | bytes, root: Path) -> ImageSource:
     if path is None:
         raise QvlError(f"picture {source[:200]!r} is not below {root}; --images names the folder that has the pictures")
     return path
-
-
-def record(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
-    """Create the record of an answered row; `size` is that of its last picture in pixels."""
-    return {
-        "id": row.id,
-        "row": row.number,
-        "text": result.text,
-        "reasoning": result.reasoning or None,
-        "boxes": [box_fields(box, size) for box in result.boxes],
-        "finish_reason": result.finish_reason,
-        "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.timings.new_tokens},
-        "error": None,
-    }
-
-
-def failed(row: Row, error: QvlError | ApiError) -> Record:
-    """Create the record of a failed row."""
-    if row.body is not None:
-        kind = ResponseAsked if row.url == RESPONSES else Asked
-        api = of_exception(error, kind.limit_field)
-        return _response(row, api.status, api.body())
-    empty = dict.fromkeys(("text", "reasoning", "boxes", "finish_reason", "usage"))
-    return {"id": row.id, "row": row.number, **empty, "error": str(error)}
-
-
-def is_record(record: Record) -> bool:
-    """Whether JSON values from a file are a record, as far as `is_failed` reads it."""
-    response = record.get("response")
-    return "error" in record if response is None else isinstance(response, dict) and "status_code" in response
-
-
-def is_failed(record: Record) -> bool:
-    """Whether a record is that of a failed row."""
-    if record.get("response") is not None:
-        return bool(record["response"]["status_code"] != 200)
-    return record["error"] is not None
-
-
-def why(record: Record) -> str:
-    """Return the error of a failed row's record."""
-    if record.get("response") is not None:
-        return str(record["response"]["body"]["error"]["message"])
-    return str(record["error"])
-
-
-def tokens(record: Record) -> int:
-    """Return the number of generated tokens of a record."""
-    usage = (record["response"]["body"] if record.get("response") is not None else record).get("usage")
-    return usage.get("completion_tokens", usage.get("output_tokens")) if usage else 0
-
-
-def _response(row: Row, status: int, body: dict[str, Any]) -> Record:
-    """Create a response in OpenAI's format. Ids and dates are deterministic: the same job gives the same bytes."""
-    response = {"status_code": status, "request_id": _name(row), "body": body}
-    return {"id": _name(row), "custom_id": row.id, "response": response, "error": None}
-
-
-def _name(row: Row) -> str:
-    digest = hashlib.blake2b((row.id or "").encode("utf-8", "surrogatepass"), digest_size=12)
-    return f"batch_req_{digest.hexdigest()}"
 
 
 def _sorted_by(row: Row) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from qvl_runtime.batch.answers import LIMITS, Record, located
+from qvl_runtime.batch.answers import LIMITS, located
 from qvl_runtime.batch.options import Options
-from qvl_runtime.batch.rows import RESPONSES, Row
+from qvl_runtime.batch.records import Record, boxes_of
+from qvl_runtime.batch.rows import RESPONSES, Row, Source, rows_at
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.errors import QvlError
@@ -26,9 +26,9 @@ LONGEST_NAME = 200
 
 
 def draw(
-    rows: Sequence[Row],
+    source: Source,
+    numbers: Sequence[int],
     records: Sequence[Record],
-    root: Path,
     folder: Path,
     options: Options,
     *,
@@ -37,36 +37,23 @@ def draw(
 ) -> None:
     """Save the last picture of each row with boxes as ``NUMBER-ID.png``; log a picture that cannot be drawn.
 
-    Without `again` only missing ones are drawn.
+    Without `again` only missing ones are drawn. Other rows are not read, which may hold gigabytes of pictures.
     """
-    for row, record in zip(rows, records):
-        path = folder / f"{row.number:06d}-{_safe(row.id or '')}.png"
-        if (boxes := _boxes(record)) and (again or not path.exists()):
-            try:
-                source = located(_last_picture(row, options), root)
-                picture = load_image(source, allow_urls=options.allow_urls, exif=exif)
-                draw_boxes(picture, [_on_picture(box, picture.size) for box in boxes], path)
-            except (QvlError, ApiError) as error:
-                log.warning("row %d is not drawn: %s", row.number, error)
-
-
-def _on_picture(box: Mapping[str, Any], size: tuple[int, int]) -> Box:
-    x1, y1, x2, y2 = box["pixels"]
-    return Box(box["ref"], x1, y1, x2, y2, scale=size)
-
-
-def _boxes(record: Record) -> list[Mapping[str, Any]]:
-    boxes: list[Mapping[str, Any]] = []
-    if record.get("response") is None:
-        boxes = record["boxes"] or []
-    else:
-        body = record["response"]["body"]
-        for choice in body.get("choices", ())[:1]:
-            boxes += choice.get("message", {}).get("boxes") or []
-        for item in body.get("output", ()):
-            for part in item.get("content", ()):
-                boxes += part.get("boxes") or []
-    return [box for box in boxes if box["pixels"] is not None]
+    left = {}
+    for number, record in zip(numbers, records):
+        path = folder / f"{number:06d}-{_safe(str(record.get('custom_id') or record.get('id')))}.png"
+        if (boxes := boxes_of(record)) and (again or not path.exists()):
+            left[number] = path, boxes
+    if not left:
+        return
+    for row in rows_at(source, list(left)):
+        path, boxes = left[row.number]
+        try:
+            place = located(_last_picture(row, options), source.root)
+            picture = load_image(place, allow_urls=options.allow_urls, exif=exif)
+            draw_boxes(picture, [Box(label, *pixels, scale=picture.size) for label, pixels in boxes], path)
+        except (QvlError, ApiError) as error:
+            log.warning("row %d is not drawn: %s", row.number, error)
 
 
 def _last_picture(row: Row, options: Options) -> str | bytes:

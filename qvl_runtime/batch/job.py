@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvl_runtime import __version__
-from qvl_runtime.batch.answers import Answerer, Record, is_failed, tokens, why
+from qvl_runtime.batch.answers import Answerer
 from qvl_runtime.batch.drawn import draw
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.parts import Parts, check_manifest, write_manifest
-from qvl_runtime.batch.rows import Row, Source
+from qvl_runtime.batch.records import Record, is_failed, tokens, why
+from qvl_runtime.batch.rows import Row, Source, rows_at
 from qvl_runtime.blob import Blob
 from qvl_runtime.errors import QvlError
 from qvl_runtime.loading import load
@@ -114,7 +115,7 @@ class Worker:
 
         def blocks() -> Iterator[list[Row]]:
             for index, task in enumerate(tasks):
-                rows = rows_of(self._source, task)
+                rows = rows_at(self._source, task.rows)
                 begun[index] = task, sum(row.picture_count for row in rows)
                 yield rows
 
@@ -132,13 +133,6 @@ def _some(first: Task, left: Iterator[Task]) -> Iterator[Task]:
     while rows < ROWS_AT_ONCE and (task := next(left, None)) is not None:
         rows += len(task.rows)
         yield task
-
-
-def rows_of(source: Source, task: Task) -> list[Row]:
-    """Return the rows of a task, which has at least one."""
-    first = task.rows[0]
-    found = source.rows(first, task.rows[-1] + 1)
-    return [found[number - first] for number in task.rows]
 
 
 Runner = Callable[[Sequence[Task], Callable[[Computed], None]], None]
@@ -264,8 +258,7 @@ class Job:
     def _draw(self, task: Task, records: Sequence[Record], *, again: bool) -> None:
         if self._drawings is not None:
             write_manifest(self._drawings, self._facts)
-            rows, root = rows_of(self._source, task), self._source.root
-            draw(rows, records, root, self._drawings, self._options, exif=self._upright, again=again)
+            draw(self._source, task.rows, records, self._drawings, self._options, exif=self._upright, again=again)
 
     def _check_failures(self, progress: Progress, example: Record | None) -> None:
         if progress.failed > self._max_failures * progress.total:

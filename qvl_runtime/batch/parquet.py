@@ -114,7 +114,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Encode records of `answers.record` as a Parquet file."""
+    """Encode records of `records.answered` as a Parquet file."""
     pa = pyarrow()
     box = pa.struct([("ref", pa.string()), ("numbers", pa.list_(pa.float64())), ("pixels", pa.list_(pa.int64()))])
     usage = pa.struct([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64())])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qvl_kernels.atomic import SUFFIX, replacing
-from qvl_runtime.batch.answers import Record, is_record
 from qvl_runtime.batch.parquet import from_parquet, pyarrow, to_parquet
+from qvl_runtime.batch.records import Record, is_record
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.locking import lock

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from qvl_kernels.control_group import processor_limit
 from qvl_kernels.cpu.processors import parse_list
-from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.job import Computed, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
+from qvl_runtime.batch.records import Record
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.errors import QvlError
 

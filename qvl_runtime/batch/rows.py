@@ -82,6 +82,13 @@ class Source(Protocol):
         """Return JSON values that change with the rows."""
 
 
+def rows_at(source: Source, numbers: Sequence[int]) -> list[Row]:
+    """Return the rows with these numbers, of which there is at least one, in ascending order."""
+    first = numbers[0]
+    found = source.rows(first, numbers[-1] + 1)
+    return [found[number - first] for number in numbers]
+
+
 class Ids:
     """The ids of an input, which must be unique, and a hash of its ids and prompts."""
 

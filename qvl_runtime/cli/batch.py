@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from qvl_runtime.backends import backend
-from qvl_runtime.batch.answers import Record
 from qvl_runtime.batch.folder import PictureFolder
 from qvl_runtime.batch.job import Computed, Job, Progress, Runner, Task, Worker
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import on_this_machine
+from qvl_runtime.batch.records import Record
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels, ModelFile
