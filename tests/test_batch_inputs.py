@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -451,3 +452,11 @@ def test_a_model_sent_to_a_worker_is_read_from_a_private_file_only(tmp_path, mon
     path.parent.chmod(0o777)
     with pytest.raises(QvlError, match="others may write to"):
         on_ray._unpacked(b"model")
+
+
+def test_a_cluster_without_processors_is_refused(monkeypatch):
+    head = {"Alive": True, "Resources": {"memory": 1.0}}
+    cluster = SimpleNamespace(init=lambda **options: None, nodes=lambda: [head])
+    monkeypatch.setattr(on_ray, "ray_package", lambda: cluster)
+    with pytest.raises(QvlError, match="--ray auto: no machine of the cluster has a processor"):
+        on_ray.on_ray("auto", False, None, None, None, [], print)

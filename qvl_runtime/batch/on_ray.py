@@ -60,7 +60,7 @@ def on_ray(
     Raises
     ------
     QvlError
-        If Ray is not installed, there is no cluster at the address, or all workers fail.
+        If Ray is not installed, there is no cluster at the address or no processor in it, or all workers fail.
     """
     ray = ray_package()
     try:
@@ -73,6 +73,8 @@ def on_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QvlError(f"--ray {address}: no cluster answers ({str(error)[:200]}); name its head, or local") from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:  # such as a cluster of which only the head runs
+        raise QvlError(f"--ray {address}: no machine of the cluster has a processor to use; start its workers first")
     shipped = ray.put(model.path.read_bytes()) if ship_model else None
     ray.data.DataContext.get_current().enable_progress_bars = False
     blocks = ray.data.from_items(
