@@ -31,8 +31,9 @@ def apply_repetition_penalty(logits: np.ndarray, token_ids: Sequence[int], penal
     penalty : float
         1 has no effect.
     """
-    out = logits.copy()
-    seen = np.unique(np.asarray(token_ids, np.int64))
+    occurs = np.zeros(logits.size, bool)  # sorting a long prompt would take longer than a step
+    occurs[np.asarray(token_ids, np.int64)] = True
+    out, seen = logits.copy(), np.flatnonzero(occurs)
     out[seen] = np.where(out[seen] < 0, out[seen] * np.float32(penalty), out[seen] / np.float32(penalty))
     return out
 
