@@ -200,7 +200,7 @@ def test_a_run_that_was_stopped_goes_on(gqa, base, tmp_path, monkeypatch):
     )
     assert asked == [0, 1, 2, 3, 3, 4, 5, 6], "nothing is asked twice"
     assert answers(kept) == answers(tmp_path / "whole" / f"{base.stem}.jsonl") and len(answers(kept)) == 6
-    monkeypatch.setattr(qvl.Model, "generate", None)
+    monkeypatch.setattr(qvl.Model, "stream", None)  # nothing is asked
     again = evaluate([base], "gqa", gqa, out=tmp_path / "parts", device="cpu")
     assert again.rows[0].score == found.rows[0].score and again.rows[0].seconds == pytest.approx(found.rows[0].seconds)
 
@@ -415,6 +415,12 @@ def test_touchstone_exports_what_its_judge_takes(folder, demo, tmp_path):
     assert list(rows[0]) == [*head.split("\t")[:-1], "response"] and rows[0]["human_annotation"] == "a\tb"
     assert rows[0]["response"] == answers(tmp_path / "demo.jsonl")[0]["text"] != ""
     assert json.loads(ran.output.splitlines()[-1])["exported"] == [str(tmp_path / "demo.tsv")]
+    modes = {(tmp_path / name).stat().st_mode for name in ("demo.tsv", "demo.jsonl")}
+    assert len(modes) == 1, "whoever may read the answers may read what the judge takes"
+    (tmp_path / "demo.tsv").unlink()
+    (tmp_path / "demo.tsv").mkdir()
+    ran = qvl_eval(demo, "touchstone", "--data", folder, "--out", tmp_path, "--device", "cpu")
+    assert ran.exit_code == 1 and "demo.tsv: cannot be written (Is a directory); make room" in ran.output
 
 
 def test_wrong_usage(gqa, base, tmp_path, monkeypatch):
