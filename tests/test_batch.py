@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qvl_runtime import __version__
 from qvl_runtime.batch import drawn, processes
 from qvl_runtime.batch.answers import Answerer
 from qvl_runtime.batch.job import Computed, Job, Worker
@@ -278,7 +279,8 @@ def test_a_folder_of_another_kind_is_refused(job, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises((QvlError, OSError)):
         job(tmp_path / "file")
-    for content in (b"", b"[]", b"{}", b"\xff", b'{"qvl": 1}'):
+    another = json.dumps({"qvl": __version__, "options": 5}).encode()
+    for content in (b"", b"[]", b"{}", b"\xff", b'{"qvl": 1}', another):
         out = tmp_path / f"out{content.hex()}"
         out.mkdir()
         (out / "job.json").write_bytes(content)

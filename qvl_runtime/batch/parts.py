@@ -13,7 +13,7 @@ from qvl_kernels.atomic import SUFFIX, replacing
 from qvl_runtime.batch.parquet import from_parquet, pyarrow, to_parquet
 from qvl_runtime.batch.records import Record, is_record
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.json_text import MAX_JSON, parse_object
+from qvl_runtime.file.json_text import MAX_JSON, differences, parse_object
 from qvl_runtime.file.locking import lock
 from qvl_runtime.file.opening import open_regular, read_regular
 from qvl_runtime.file.writing import unwritable
@@ -114,18 +114,6 @@ def _to_lines(records: Sequence[Record]) -> bytes:
     return b"".join(json.dumps(r, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for r in records)
 
 
-def _differing(facts: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
-    """Name the facts that differ; of a group of options those inside it."""
-    names: list[str] = []
-    for name in sorted({*facts, *written}):
-        mine, other = facts.get(name), written.get(name)
-        if name in ("options", "load") and isinstance(mine, dict) and isinstance(other, dict):
-            names += _differing(mine, other)
-        elif mine != other:
-            names.append(name)
-    return names
-
-
 def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Compare the facts that a job's output depends on with the manifest of a folder; write nothing.
 
@@ -144,9 +132,11 @@ def check_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
                 f"{folder}: was begun by qvl {begun!r:.40}, and qvl {facts['qvl']} may answer otherwise; finish it "
                 "with that version, or take another folder"
             )
-        if differing := _differing(json.loads(_to_manifest(facts)), written):
+        differing = differences(json.loads(_to_manifest(facts)), written)
+        # options by their own names, as the user gave them
+        if unlike := dict.fromkeys(keys[:2][-1] if keys[0] in ("options", "load") else keys[0] for keys in differing):
             raise QvlError(
-                f"{folder}: holds the output of another job (it differs in {', '.join(differing)}); take another "
+                f"{folder}: holds the output of another job (it differs in {', '.join(unlike)}); take another "
                 "folder, or the arguments that it was begun with"
             )
     elif any(name != LOCK and not _is_partial(name) for name in names):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qvl_runtime.errors import QvlError
-from qvl_runtime.file.json_text import parse_object
+from qvl_runtime.file.json_text import differences, parse_object
 from qvl_runtime.file.locking import lock
 from qvl_runtime.file.opening import open_regular, read_regular
 from qvl_runtime.file.writing import unwritable
@@ -104,8 +104,8 @@ class AnswerFile:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             record = parse_object(line, f"{self.path} line {number}", remedy)
             if number == 1:
-                if (differing := _differing(record, made_with)) is not None:
-                    raise QvlError(f"{self.path}: its answers were made with different {differing}; {remedy}")
+                if keys := next(differences(record, made_with), None):
+                    raise QvlError(f"{self.path}: its answers were made with different {': '.join(keys)}; {remedy}")
             elif not _is_answer(record):
                 raise QvlError(f"{self.path} line {number}: is no answer; {remedy}")
             else:
@@ -124,13 +124,3 @@ def _is_answer(record: Mapping[str, Any]) -> bool:
 def _are_numbers(values: Any) -> bool:
     listed = isinstance(values, list)
     return listed and all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values)
-
-
-def _differing(record: Mapping[str, Any], made_with: Mapping[str, Any]) -> str | None:
-    """Return the name of the first setting that differs, such as "data: samples"; None if none does."""
-    for key in {**record, **made_with}:
-        one, other = record.get(key), made_with.get(key)
-        if one != other:
-            part = _differing(one, other) if isinstance(one, Mapping) and isinstance(other, Mapping) else None
-            return key if part is None else f"{key}: {part}"
-    return None

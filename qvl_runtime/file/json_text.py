@@ -1,8 +1,9 @@
-"""Parsing untrusted JSON."""
+"""Parsing untrusted JSON, and comparing it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qvl_runtime.errors import QvlError
@@ -52,3 +53,13 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise DuplicateKeyError("a key appears twice")
     return result
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the keys that lead to each value in which two objects differ; null counts as absent."""
+    for key in {**one, **other}:
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from ((key, *keys) for keys in differences(mine, theirs))
+        elif mine != theirs:
+            yield (key,)
