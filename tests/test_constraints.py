@@ -12,10 +12,10 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl_runtime.engine import schemas
+from qvl_runtime.engine import schema_references, schemas
 from qvl_runtime.engine.constraints import Answer, Grounding, JsonSchema, Regex, mask
 from qvl_runtime.engine.sampling import Sampler
-from qvl_runtime.engine.schemas import has_end
+from qvl_runtime.engine.schema_references import has_end
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen_vl.grounding import GROUNDING
 from qvl_runtime.families.qwen_vl.tokenizer import QwenTokenizer
@@ -196,8 +196,8 @@ def test_a_document_without_end_fits_nothing(schema, ends):
 def test_a_chain_of_references_is_followed_once(monkeypatch):
     """With 64 KB of them a request computed for seconds."""
     count, asked = 200, []
-    whole = schemas._ends
-    monkeypatch.setattr(schemas, "_ends", lambda *given: asked.append(given) or whole(*given))
+    whole = schema_references._ends
+    monkeypatch.setattr(schema_references, "_ends", lambda *given: asked.append(given) or whole(*given))
     for names in (range(count), reversed(range(count))):
         chain = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in names}
         assert has_end({"$defs": {**chain, str(count): {}}, "$ref": "#/$defs/0"})

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qvl_runtime.engine.schemas import check_schema, has_end
+from qvl_runtime.engine.schema_references import has_end
+from qvl_runtime.engine.schemas import check_schema
 from qvl_runtime.errors import QvlError, excerpt
 from qvl_runtime.inputs.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Check that a JSON schema allows a finite document, and that llguidance takes it as it is, in time."""
+"""Check that llguidance takes a JSON schema as it is, and in time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
 
+from qvl_runtime.engine.schema_references import references, target
 from qvl_runtime.errors import QvlError
 
 ALLOWED = ("const", "enum")
@@ -20,7 +20,6 @@ COMBINED = 16
 """Largest number of patterns of a schema that combines some: the time grows as a power of it."""
 CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON would have to write with a numeric escape; see `constraints.NOTATION`."""
-INDEX = re.compile("0|[1-9][0-9]{0,8}")
 LARGEST = 1 << 53
 """llguidance computes with float64. Larger numbers are rounded, and some of about 1 << 63 crash the process."""
 LEVELS = 800
@@ -168,7 +167,7 @@ def _check_sizes(schema: Any, nodes: list[Mapping[str, Any]], combined: bool) ->
     if combined and sum("pattern" in node for node in nodes) > COMBINED:
         raise _refused(f"it has more than {COMBINED} patterns and combines schemas by allOf or the like; use fewer")
     levels = _levels(schema)
-    depths = (levels.get(id(_target(schema, name)), levels.get(id(schema), 0)) for name in set(_references(schema)))
+    depths = (levels.get(id(target(schema, name)), levels.get(id(schema), 0)) for name in set(references(schema)))
     if sum(depths) > LEVELS:
         raise _refused(f"the schemas it refers to have more than {LEVELS} levels together; use fewer, or flatter ones")
 
@@ -228,76 +227,3 @@ def _is_exact(number: Decimal) -> bool:
 
 def _refused(reason: str) -> QvlError:
     return QvlError(f"the json_schema cannot be used: {reason}")
-
-
-def has_end(schema: Any) -> bool:
-    """Whether a finite document can match a schema, as far as its references decide.
-
-    A schema whose required parts refer back to itself only matches infinite documents. Its grammar would still allow a
-    next token at every position.
-
-    Parameters
-    ----------
-    schema : dict or bool
-        A valid JSON schema. References to other documents count as satisfied.
-    """
-    targets = {name: _target(schema, name) for name in _references(schema)}
-    users: dict[str, set[str]] = {name: set() for name in targets}
-    for name, target in targets.items():
-        for other in _references(target):
-            users[other].add(name)
-    # References that are finite by themselves, then those that need only finite ones.
-    known, waiting = set[str](), list(targets)
-    while waiting:
-        name = waiting.pop()
-        if name not in known and _ends(targets[name], known):
-            known.add(name)
-            waiting += users[name]
-    return _ends(schema, known)
-
-
-def _references(schema: Any) -> Iterator[str]:
-    waiting = [schema]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            if isinstance(node.get("$ref"), str):
-                yield node["$ref"]
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node
-
-
-def _target(schema: Any, reference: str) -> Any:
-    """Resolve a reference; True (the schema that everything matches) if it is none by place in this document."""
-    if reference != "#" and not reference.startswith("#/"):
-        return True
-    for step in unquote(reference[1:]).split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(schema, dict) and step in schema:
-            schema = schema[step]
-        elif isinstance(schema, list) and INDEX.fullmatch(step) and int(step) < len(schema):
-            schema = schema[int(step)]
-        else:
-            return True
-    return schema
-
-
-def _ends(schema: Any, known: set[str]) -> bool:
-    """Whether a schema is finite, given the references that are."""
-    if not isinstance(schema, dict):
-        return schema is not False
-    if "$ref" in schema and schema["$ref"] not in known:
-        return False
-    if not all(_ends(part, known) for part in schema.get("allOf", ())):
-        return False
-    if any(not any(_ends(part, known) for part in schema[key]) for key in ("anyOf", "oneOf") if key in schema):
-        return False
-    parts: list[Any] = []
-    if schema.get("type") == "object":
-        properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
-        parts = [properties.get(name, rest) for name in schema.get("required", ())]
-    elif schema.get("type") == "array":
-        listed, least = schema.get("prefixItems", []), schema.get("minItems", 0)
-        parts = [*listed[:least], *([schema.get("items", True)] if least > len(listed) else [])]
-    return all(_ends(part, known) for part in parts)
