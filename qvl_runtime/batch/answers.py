@@ -15,11 +15,12 @@ from qvl_runtime.file.opening import below
 from qvl_runtime.inputs.images import ImageSource, is_url, local_path
 from qvl_runtime.inputs.pictures import Access, Picture
 from qvl_runtime.model import Model
-from qvl_runtime.openai.answers import Whole, call_reader, described, sources_of, with_pictures
+from qvl_runtime.openai.answers import Whole, call_reader, described
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.formats import ChatFormat, ChoiceFormat, TextFormat
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.pictures import fetched
+from qvl_runtime.openai.prompts import sources_of, with_pictures
 from qvl_runtime.openai.requests import Asked, read_chat, read_completion
 from qvl_runtime.openai.response_reply import ResponseReply
 from qvl_runtime.openai.response_requests import ResponseAsked, read_response

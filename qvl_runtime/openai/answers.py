@@ -1,26 +1,18 @@
-"""The parts and boxes of an answer, and the pictures of a request as a prompt."""
+"""The parts of an answer, and its boxes and calls, in the client's format."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvl_runtime.boxes import Box
 from qvl_runtime.engine.generation import Piece
-from qvl_runtime.inputs.pictures import Access
-from qvl_runtime.inputs.resolution import Resized, Resolution
 from qvl_runtime.inputs.tools import CallReader
 from qvl_runtime.model import Model
-from qvl_runtime.openai.errors import refused
-from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.messages import Messages
-from qvl_runtime.openai.pictures import Sent, measured
+from qvl_runtime.openai.pictures import Sent
 from qvl_runtime.openai.requests import Asked
 from qvl_runtime.results import Result
-
-NOTHING = Access(paths=False)
-"""Access of a request: neither files nor URLs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,53 +32,10 @@ class Whole:
     boxes: list[dict[str, Any]]
 
 
-def with_pictures(
-    model: Model, prompt: Messages | str | list[int], contents: Sequence[bytes], limits: Limits
-) -> tuple[Any, list[Sent]]:
-    """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
-    if not isinstance(prompt, Messages):
-        return prompt, []
-    if model.blob.family.calling is None and any(turn.calls for turn in prompt.turns):
-        raise refused("this model's chat template has no tools, so no message may have tool_calls", prompt.field)
-    if contents and model.pictures is None:
-        raise refused("this model has no vision part: it takes no pictures", prompt.field)
-    upright = model.pictures is not None and model.pictures.reader.upright
-    pictures = [measured(content, i, limits, upright=upright) for i, content in enumerate(contents)]
-    if sum(picture.width * picture.height for picture in pictures) > limits.all_pixels:
-        told = f"the pictures of the request have more than {limits.all_pixels} pixels: shrink or omit some"
-        raise refused(told, prompt.field)
-
-    resolutions = prompt.resolutions
-    _check_resolutions(model, resolutions, prompt.field)
-
-    def mark(corners: Sequence[float], number: int) -> str:
-        assert model.pictures is not None, "a box lies on a picture"
-        content = pictures[number].content
-        source = Resized(content, resolutions[number]) if number in resolutions else content
-        read = model.pictures.reader.read(source, NOTHING)
-        return model.blob.family.grounding.mark(corners, read)
-
-    return prompt.for_model(pictures, mark), pictures
-
-
-def _check_resolutions(model: Model, resolutions: Mapping[int, Resolution], field: str) -> None:
-    """Refuse pictures that ask for more pixels than others get."""
-    most = None if model.pictures is None else model.pictures.reader.max_pixels
-    for number, resolution in resolutions.items():
-        asked = max(resolution.largest or 0, resolution.min_pixels or 0)
-        if most is not None and asked > most:
-            raise refused(f"picture {number} asks for {asked} pixels, but {most} are allowed (--max-pixels)", field)
-
-
 def call_reader(model: Model, asked: Asked) -> Callable[[], CallReader] | None:
     """Return what creates the reader of an answer's calls, if the request has tools and the model takes them."""
     calling = model.blob.family.calling
     return None if calling is None or asked.options["tools"] is None else calling.reader
-
-
-def sources_of(prompt: Messages | str | list[int]) -> list[str | bytes]:
-    """Return the pictures of a prompt, for `fetched`."""
-    return prompt.sources if isinstance(prompt, Messages) else []
 
 
 def described(boxes: Sequence[Box], pictures: Sequence[Sent]) -> list[dict[str, Any]]:

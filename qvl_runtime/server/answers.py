@@ -13,11 +13,12 @@ from qvl_runtime.batching import one_each
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.model import Model
-from qvl_runtime.openai.answers import NOTHING, Part, Whole, described, sources_of, with_pictures
+from qvl_runtime.openai.answers import Part, Whole, described
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.pictures import Sent, fetched
+from qvl_runtime.openai.prompts import NOTHING, sources_of, with_pictures
 from qvl_runtime.openai.requests import Asked
 from qvl_runtime.results import Stream
 from qvl_runtime.server.metrics import Metrics, Watch
