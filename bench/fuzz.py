@@ -37,7 +37,6 @@ from qvl_convert.lora import Merged
 from qvl_convert.unpickle import PickleFile
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.blob import Blob
-from qvl_runtime.cli.conversation import SETTINGS
 from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.engine import kv_file
 from qvl_runtime.errors import QvlError
@@ -265,7 +264,7 @@ def make_targets(wanted: list[str], scratch: Path) -> dict[str, Target]:
         "blob": lambda: Target([make_blob()], "x.qvl", read_blob, with_length),
         "pickle": lambda: Target([p.read_bytes() for p in (ckpt / "tiny-vl-bin").glob("*.bin")], "x.bin", read_pickle),
         "past": lambda: Target([make_past()], "x.past", lambda path: kv_file.read(path, IDENTITY), with_digest),
-        "chat": lambda: Target([json.dumps(chat).encode()], "x.json", lambda path: read_saved(path, SETTINGS)),
+        "chat": lambda: Target([json.dumps(chat).encode()], "x.json", lambda path: read_saved(path)),
         "picture": lambda: Target(
             [p.read_bytes() for p in (GOLDEN / "images").iterdir()], "x.png", lambda path: load_image(path, exif=True)
         ),

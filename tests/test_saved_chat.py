@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from qvl_runtime.cli.conversation import SETTINGS
 from qvl_runtime.cli.saved_chat import FORMAT, read_saved
 from qvl_runtime.errors import QvlError
 
@@ -23,7 +22,7 @@ def test_what_was_saved_is_read(tmp_path):
     path = tmp_path / "x.json"
     good = GOOD | {"history": [*GOOD["history"], [[VIDEO, {"video": ["a.png"], "fps": 2}], "a cat"]]}
     path.write_text(json.dumps(good))
-    saved = read_saved(path, SETTINGS)
+    saved = read_saved(path)
     assert saved.settings == GOOD["settings"] and saved.system == GOOD["system"]
     assert [list(turn) for turn in saved.history] == good["history"]
 
@@ -39,13 +38,14 @@ def test_what_was_saved_is_read(tmp_path):
         ({"settings": {"temperature": float("nan")}}, "temperature is nan"),
         ({"settings": {"temperature": -1}}, "temperature is -1"),
         ({"settings": {"temperature": 10**400}}, "temperature"),
-        ({"settings": {"top_k": 2.5}}, "top_k is 2.5, expected a whole number"),
+        ({"settings": {"top_k": 2.5}}, "top_k is 2.5; expected a whole number"),
         ({"settings": {"top_k": float("inf")}}, "top_k is inf"),
         ({"settings": {"seed": -1}}, "seed is -1"),
         ({"settings": {"seed": "1"}}, "seed is '1'"),
         ({"settings": {"seed": True}}, "seed is True"),
         ({"settings": {"max_new_tokens": -1}}, "max_new_tokens is -1"),
-        ({"settings": {"on_piece": 1}}, "'on_piece' is no setting"),
+        ({"settings": {"max_new_tokens": 0}}, "max_new_tokens is 0; expected 1 or more"),
+        ({"settings": {"on_piece": 1}}, "on_piece is no setting"),
         ({"settings": {"max_new_tokens": None}}, "max_new_tokens is None"),
         ({"history": None}, "'history'"),
         ({"history": {"a": "b"}}, "'history'"),
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(GOOD | change))
     with pytest.raises(QvlError) as caught:
-        read_saved(path, SETTINGS)
+        read_saved(path)
     assert message in str(caught.value) and str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -78,4 +78,4 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
 def test_what_is_no_json_object(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(QvlError, match=r"x\.json"):
-        read_saved(tmp_path / "x.json", SETTINGS)
+        read_saved(tmp_path / "x.json")

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,17 @@ from qvl_kernels.atomic import replacing
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.saved_chat import FORMAT, is_past, is_saved, read_saved
 from qvl_runtime.cli.screen import Screen
+from qvl_runtime.cli.settings import SETTINGS, check_name, read_setting
 from qvl_runtime.cli.text import FAILURES, message, size
 from qvl_runtime.cli.turns import is_file, pictures, portable, user_path, words
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
-from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.writing import unwritable
 from qvl_runtime.inputs.images import ImageSource, is_url, load_image, local_path
 from qvl_runtime.inputs.pictures import Access, PictureEncoder
 from qvl_runtime.model import Model
 from qvl_runtime.saving import check_no_input
-
-SAMPLING: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-}
-SETTINGS: dict[str, Callable[[str], Any]] = {**SAMPLING, "max_new_tokens": int}
 
 COMMANDS = {
     "/box X1 Y1 X2 Y2 [QUESTION]": "ask about a rectangle of the last picture, in its pixels",
@@ -211,22 +198,13 @@ class Conversation:
             own |= {} if config.do_sample else {"temperature": 0}
             self.screen.say(", ".join(f"{k} {v}" for k, v in (own | self.settings).items()))
             return
-        if name not in SETTINGS:
-            raise QvlError(f"{name} is no setting; there are {', '.join(SETTINGS)}")
-        if not value.strip():
+        check_name(name)
+        if value := value.strip():
+            self.settings[name] = read_setting(name, value)
+            self.screen.say(f"{name} {self.settings[name]}")
+        else:
             self.settings.pop(name, None)
             self.screen.say(f"{name}: the model's own")
-            return
-        try:
-            number = SETTINGS[name](value.strip())
-        except ValueError:
-            raise QvlError(f"{name} is {value.strip()!r}; expected a number") from None
-        if name in SAMPLING:
-            Sampler(**{name: number})
-        elif number < 1:
-            raise QvlError(f"{name} is {number}; expected 1 or more")
-        self.settings[name] = number
-        self.screen.say(f"{name} {number}")
 
     def _do_save(self, rest: str) -> None:
         if not rest:
@@ -252,7 +230,7 @@ class Conversation:
         if not rest:
             raise QvlError("/load needs the name of a file that /save made")
         path = user_path(_unquoted(rest))
-        self.system, self.settings, self.history = read_saved(path, SETTINGS)
+        self.system, self.settings, self.history = read_saved(path)
         self._boxes, self._waiting, self._left_out = [], [], 0
         self._tell_loaded(path)
         if _past(path).exists():

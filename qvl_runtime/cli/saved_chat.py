@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from qvl_runtime.cli.settings import check_name, read_setting
 from qvl_runtime.engine import kv_file
-from qvl_runtime.engine.sampling import Sampler
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import MAX_JSON, parse_object
 from qvl_runtime.file.opening import read_regular
@@ -30,14 +30,8 @@ class SavedChat(NamedTuple):
     history: list[tuple[Any, str | None]]
 
 
-def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], Any]]) -> SavedChat:
+def read_saved(path: str | os.PathLike) -> SavedChat:
     """Read a saved conversation.
-
-    Parameters
-    ----------
-    path : path
-    settings : mapping
-        The known settings with their parsers.
 
     Raises
     ------
@@ -50,7 +44,7 @@ def read_saved(path: str | os.PathLike, settings: Mapping[str, Callable[[str], A
             raise QvlError("is no conversation saved with /save")
         if not isinstance(document.get("system"), str | None):
             raise QvlError("'system' is no text")
-        return SavedChat(document.get("system"), _settings(document.get("settings"), settings), _history(document))
+        return SavedChat(document.get("system"), _settings(document.get("settings")), _history(document))
     except QvlError as error:
         raise QvlError(f"{path}: {error}; {REMEDY}") from None
 
@@ -72,23 +66,14 @@ def is_past(path: str | os.PathLike) -> bool:
         return False
 
 
-def _settings(found: Any, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+def _settings(found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise QvlError("'settings' is no object")
-    values = {}
     for name, value in found.items():
-        if name not in known:
-            raise QvlError(f"{name!r:.40} is no setting (there are {', '.join(known)})")
+        check_name(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise QvlError(f"the setting {name} is {value!r:.40}, expected a number")
-        try:
-            values[name] = known[name](str(value))
-        except (ValueError, OverflowError):
-            raise QvlError(f"the setting {name} is {value!r:.40}, expected a whole number") from None
-    if values.get("max_new_tokens", 0) < 0:
-        raise QvlError(f"max_new_tokens is {values['max_new_tokens']!r:.40}; expected 0 or more")
-    Sampler(**{name: value for name, value in values.items() if name != "max_new_tokens"})
-    return values
+    return {name: read_setting(name, str(value)) for name, value in found.items()}
 
 
 def _history(document: Mapping[str, Any]) -> list[tuple[Any, str | None]]:
