@@ -1,4 +1,4 @@
-"""A bounding box in a picture."""
+"""Bounding boxes in a picture, and their overlap."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ class Box:
             int(self.x2 / across * width),
             int(self.y2 / down * height),
         )
+
+
+def iou(a: Box, b: Box) -> float:
+    """Compute the intersection over union of two boxes, for any order of corners; 1 for equal boxes."""
+    if (a.x1, a.y1, a.x2, a.y2) == (b.x1, b.y1, b.x2, b.y2):
+        return 1.0
+    (ax1, ax2), (ay1, ay2) = sorted((a.x1, a.x2)), sorted((a.y1, a.y2))
+    (bx1, bx2), (by1, by2) = sorted((b.x1, b.x2)), sorted((b.y1, b.y2))
+    shared = max(0, min(ax2, bx2) - max(ax1, bx1)) * max(0, min(ay2, by2) - max(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
+    return shared / union if union else 0.0

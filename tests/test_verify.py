@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from qvl_convert import answers as answers_module
 from qvl_convert import calibration, verify_plot
-from qvl_convert.answers import compare_answers, iou
+from qvl_convert.answers import compare_answers
 from qvl_convert.verify import Bf16Ops, judged_positions, mismatch, open_reference, verify
 from qvl_convert.verify_plot import plot
 from qvl_convert.walk import Walk, stages
 from qvl_runtime.backends import make_ops
 from qvl_runtime.blob import Blob
-from qvl_runtime.boxes import Box
+from qvl_runtime.boxes import Box, iou
 from qvl_runtime.cli.main import _app
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.metrics.text import edit_distance

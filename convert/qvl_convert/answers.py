@@ -15,7 +15,7 @@ import numpy as np
 from qvl_convert.calibration import Sample
 from qvl_convert.progress import Progress
 from qvl_convert.walk import PICTURE_STAGES, Walk, stages
-from qvl_runtime.boxes import Box
+from qvl_runtime.boxes import iou
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.metrics.text import edit_distance
 from qvl_runtime.families.weights import Weights
@@ -191,14 +191,3 @@ def _summary(answers: list[_Answer], count: int, model: Model) -> Answers:
 
 def _without_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in stops else ids
-
-
-def iou(a: Box, b: Box) -> float:
-    """Compute the intersection over union of two boxes, for any order of corners; 1 for equal boxes."""
-    if (a.x1, a.y1, a.x2, a.y2) == (b.x1, b.y1, b.x2, b.y2):
-        return 1.0
-    (ax1, ax2), (ay1, ay2) = sorted((a.x1, a.x2)), sorted((a.y1, a.y2))
-    (bx1, bx2), (by1, by2) = sorted((b.x1, b.x2)), sorted((b.y1, b.y2))
-    shared = max(0, min(ax2, bx2) - max(ax1, bx1)) * max(0, min(ay2, by2) - max(ay1, by1))
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
-    return shared / union if union else 0.0
