@@ -26,6 +26,12 @@ UNKNOWN = (
 )  # fmt: skip
 """Fields of OpenAI and vLLM without which an answer would be another one; null, 0, false and empty do not change it."""
 
+FOREIGN = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")
+"""Other servers' fields that restrict an answer. Without them it would be another one."""
+
+OBJECT = '{"type":"object"}'
+"""Schema of ``json_object`` without a schema."""
+
 
 @dataclasses.dataclass
 class Asked:
@@ -170,14 +176,6 @@ def _stops(fields: Fields, limits: Limits) -> list[str]:
     if any(len(stop) > limits.stop_text for stop in checked):
         raise refused(f"a stop string has more than {limits.stop_text} characters", "stop")
     return [stop for stop in checked if stop]
-
-
-FOREIGN = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")
-"""Other servers' fields that restrict an answer. Without them it would be another one."""
-
-
-OBJECT = '{"type":"object"}'
-"""Schema of ``json_object`` without a schema."""
 
 
 def read_forms(fields: Fields, form: JsonSchema | None, tools: Tools | None) -> dict[str, Any]:

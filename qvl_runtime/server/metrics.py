@@ -20,6 +20,11 @@ class Metrics:
     Parameters
     ----------
     admission : Admission
+
+    Attributes
+    ----------
+    first_token, between_tokens, end_to_end : Histogram
+        See `Watch`.
     """
 
     def __init__(self, admission: Admission):
@@ -46,9 +51,9 @@ class Metrics:
         self._picture = counter("picture_seconds", "Seconds spent on encoding pictures.")
         self._prefill = counter("prefill_seconds", "Seconds spent on prompts.")
         self._decode = counter("decode_seconds", "Seconds spent on answers.")
-        self._first = histogram("time_to_first_token_seconds", "From a request to its first token.", SECONDS)
-        self._between = histogram("inter_token_latency_seconds", "Between two pieces of an answer.", BETWEEN)
-        self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of its answers.", SECONDS)
+        self.first_token = histogram("time_to_first_token_seconds", "From a request to its first token.", SECONDS)
+        self.between_tokens = histogram("inter_token_latency_seconds", "Between two pieces of an answer.", BETWEEN)
+        self.end_to_end = histogram("e2e_request_latency_seconds", "From a request to the end of its answers.", SECONDS)
 
     def response(self, route: str, status: int) -> None:
         """Count a response."""
@@ -94,11 +99,11 @@ class Watch:
         with self._lock:
             now = time.monotonic()
             if index in self._last:
-                self._metrics._between.observe(now - self._last[index])
+                self._metrics.between_tokens.observe(now - self._last[index])
             elif not self._last:
-                self._metrics._first.observe(now - self._arrived)
+                self._metrics.first_token.observe(now - self._arrived)
             self._last[index] = now
 
     def end(self) -> None:
         """Count the end of the last answer."""
-        self._metrics._whole.observe(time.monotonic() - self._arrived)
+        self._metrics.end_to_end.observe(time.monotonic() - self._arrived)
