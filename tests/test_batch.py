@@ -483,6 +483,17 @@ def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
     assert sides == [20, 40, 40, 20, 50]
 
 
+def test_a_box_is_drawn_in_the_pixels_of_its_record(tmp_path):
+    """15 / 22 * 22 is less than 15."""
+    Image.new("RGB", (22, 22)).save(tmp_path / "a.png")
+    source = SimpleNamespace(root=tmp_path, rows=lambda first, end: [Row(0, "a", "x", ("a.png",))])
+    found = [{"id": "a", "error": None, "boxes": [{"ref": None, "numbers": [], "pixels": [2, 2, 15, 15]}]}]
+    (tmp_path / "drawn").mkdir()
+    drawn.draw(source, [0], found, tmp_path / "drawn", options(), exif=False)
+    pixels = np.asarray(Image.open(tmp_path / "drawn" / "000000-a.png")).any(2)
+    assert np.flatnonzero(pixels.any(0)).tolist() == np.flatnonzero(pixels.any(1)).tolist() == list(range(2, 16))
+
+
 def test_the_command(demo_model, folder, tmp_path, capsys):
     pa = pytest.importorskip("pyarrow")
 

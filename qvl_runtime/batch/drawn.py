@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qvl_runtime.batch.answers import LIMITS, located
 from qvl_runtime.batch.options import Options
-from qvl_runtime.batch.records import Record, boxes_of
+from qvl_runtime.batch.records import Corners, Record, boxes_of
 from qvl_runtime.batch.rows import RESPONSES, Row, Source, rows_at
 from qvl_runtime.boxes import Box
 from qvl_runtime.drawing import draw_boxes
@@ -51,9 +51,15 @@ def draw(
         try:
             place = located(_last_picture(row, options), source.root)
             picture = load_image(place, allow_urls=options.allow_urls, exif=exif)
-            draw_boxes(picture, [Box(label, *pixels, scale=picture.size) for label, pixels in boxes], path)
+            draw_boxes(picture, [_on_picture(label, pixels, picture.size) for label, pixels in boxes], path)
         except (QvlError, ApiError) as error:
             log.warning("row %d is not drawn: %s", row.number, error)
+
+
+def _on_picture(label: str | None, pixels: Corners, size: tuple[int, int]) -> Box:
+    # `Box.to_pixels` truncates, and 15 / 22 * 22 is less than 15: with half a pixel more it gives these pixels.
+    left, top, right, bottom = (pixel + 0.5 for pixel in pixels)
+    return Box(label, left, top, right, bottom, scale=size)
 
 
 def _last_picture(row: Row, options: Options) -> str | bytes:
