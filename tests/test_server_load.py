@@ -306,6 +306,17 @@ def test_a_connection_is_stuck_when_nothing_is_sent_or_read():
         assert connection.is_stuck(5001 + second) == (second > listening.SLOW_SECONDS)
 
 
+def test_a_connection_with_short_requests_is_not_silent():
+    """Each look finds it between two requests."""
+    connection = object.__new__(listening.Connection)
+    connection.transport = _Transport()
+    for second in range(100):
+        connection.cycle = type("Cycle", (), {"response_complete": True})()
+        assert not connection.is_stuck(second)
+    assert not connection.is_stuck(99 + listening.HEAD_SECONDS)
+    assert connection.is_stuck(100 + listening.HEAD_SECONDS)
+
+
 def test_a_piece_does_not_wait_for_the_one_before(served):
     """With Nagle's algorithm every answer, and most pieces of a stream, came 40 ms late."""
     assert served.http.get("/health").status_code == 200

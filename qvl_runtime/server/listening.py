@@ -13,7 +13,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from qvl_runtime.errors import QvlError
 from qvl_runtime.server.service import Service
@@ -38,6 +38,7 @@ class Connection(H11Protocol):
     """A connection that detects that its client is stuck."""
 
     _idle_since: float | None = None
+    _last_cycle: RequestResponseCycle | None = None
     _unread: tuple[int, float] | None = None
     _behind_since: float | None = None
 
@@ -52,8 +53,9 @@ class Connection(H11Protocol):
         served = self.cycle is not None and not self.cycle.response_complete
         if served or unread:
             self._idle_since = None
-        elif self._idle_since is None:
+        elif self._idle_since is None or self.cycle is not self._last_cycle:  # another request came and went meanwhile
             self._idle_since = now
+        self._last_cycle = self.cycle
         silent = self._idle_since is not None and now - self._idle_since > HEAD_SECONDS
         slow = self._behind_since is not None and now - self._behind_since > SLOW_SECONDS
         return silent or slow or (self._unread is not None and now - self._unread[1] > WRITE_SECONDS)
