@@ -309,6 +309,19 @@ def test_what_a_response_repeats_can_be_written(served, field, stream):
     assert statuses == {200, 400}
 
 
+@pytest.mark.parametrize("fields", [
+    {"metadata": {"a": "%s"}}, {"user": "%s"}, {"text": {"x": "%s"}},
+    {"tool_choice": {"type": "allowed_tools", "tools": [], "x": "%s"}},
+    {"tools": [{"type": "function", "name": "f", "x": "%s"}], "tool_choice": "none"},
+])  # fmt: skip
+def test_what_a_response_repeats_is_bounded(served, fields):
+    """A stream writes it three times, and whoever else is answered waited for seconds."""
+    body = json.dumps({"input": "hi", "max_output_tokens": 1, "instructions": "Be brief.", **fields})
+    few, many = (served.http.post("/v1/responses", content=body.replace("%s", "x" * n)) for n in (1000, 1 << 20))
+    assert few.status_code == 200 and many.status_code == 400
+    assert "have more than 1048576 characters together" in many.json()["error"]["message"]
+
+
 def test_a_response_of_a_job_is_the_same_each_time(demo_model, tmp_path):
     line = {"method": "POST", "url": "/v1/responses"}
     bad = {**line, "custom_id": "r", "body": {"input": [{"role": "user", "content": [IMAGE]}]}}

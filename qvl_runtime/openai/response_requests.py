@@ -67,7 +67,7 @@ def read_response(data: Mapping[str, Any], limits: Limits, own: GenerationConfig
     asked = read_common(fields, limits, options, _logprobs(fields, limits))
     if asked["n"] != 1:
         raise refused("n: a response has one answer", "n")
-    return ResponseAsked(prompt=messages, **asked, echo=_echo(fields, options, most))
+    return ResponseAsked(prompt=messages, **asked, echo=_echo(fields, limits, options, most))
 
 
 def _logprobs(fields: Fields, limits: Limits) -> int | None:
@@ -107,13 +107,13 @@ def _nested(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"type": kind, "function": {key: tool[key] for key in known if tool.get(key) is not None}}
 
 
-def _echo(fields: Fields, options: Mapping[str, Any], most: int | None) -> dict[str, Any]:
+def _echo(fields: Fields, limits: Limits, options: Mapping[str, Any], most: int | None) -> dict[str, Any]:
     """Return the fields that OpenAI's clients expect in every response.
 
     Raises
     ------
     ApiError
-        They cannot be written as JSON.
+        They cannot be written as JSON, or are too long: a stream repeats them three times.
     """
     parallel = fields.get("parallel_tool_calls")
     fields.object("metadata")
@@ -135,13 +135,16 @@ def _echo(fields: Fields, options: Mapping[str, Any], most: int | None) -> dict[
         "truncation": "disabled",
         "user": fields.string("user"),
     }
-    deeper: Any = echo
+    deeper: Any = {name: value for name, value in echo.items() if name != "instructions"}  # they are counted as texts
     for _ in range(SPARE):
         deeper = [deeper]
     try:
-        json.dumps(deeper, allow_nan=False)
+        written = json.dumps(deeper, allow_nan=False)
     except RecursionError:
         raise refused("metadata, text, tools or tool_choice is nested too deeply") from None
     except ValueError:
         raise refused("metadata, text, tools or tool_choice holds a number that is too large") from None
+    if len(written) > limits.text:
+        told = "metadata, text, tools, tool_choice and user, which a response repeats, have more than"
+        raise refused(f"{told} {limits.text} characters together: shorten them")
     return echo
