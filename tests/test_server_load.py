@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -32,8 +33,7 @@ from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs.prepared import PreparedPictures
 from qvl_runtime.openai.errors import ApiError
 from qvl_runtime.openai.formats import ChatFormat
-from qvl_runtime.server import Limits, listening
-from qvl_runtime.server import serving as serving_module
+from qvl_runtime.server import Limits, json_text, listening
 from qvl_runtime.server.admission import Admission
 from qvl_runtime.server.metrics import Watch
 
@@ -45,6 +45,7 @@ LONG = {
     "max_tokens": 4000,
 }
 """Fields of a request whose answer does not end before its limit."""
+USER = {"role": "user", "content": "Hi"}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -52,6 +53,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def loop_thread_of(served: Served) -> threading.Thread:
+    found: list[threading.Thread] = []
+    served.loop.call_soon_threadsafe(lambda: found.append(threading.current_thread()))
+    wait_for(lambda: bool(found))
+    return found[0]
 
 
 def request(content: str = "hi", **fields) -> bytes:
@@ -180,25 +188,6 @@ def test_a_slow_reader_holds_nobody_up(small):
     assert received.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in received
 
 
-def test_whole_answers_are_written_beside_the_event_loop(small, monkeypatch):
-    """With the log probabilities of many tokens that takes seconds, in which nobody else would be served."""
-    on_loop: list[bool] = []
-
-    def recorded(write):
-        def record(*given):
-            on_loop.append(asyncio._get_running_loop() is not None)
-            return write(*given)
-
-        return record
-
-    monkeypatch.setattr(ChatFormat, "whole", recorded(ChatFormat.whole))
-    assert small.chat(logprobs=True).status_code == 200 and on_loop == [False]
-    monkeypatch.setattr(serving_module, "to_json_events", recorded(serving_module.to_json_events))
-    body = {"input": "hello", "max_output_tokens": 4, "stream": True}
-    assert "response.output_item.done" in small.http.post("/v1/responses", json=body).text
-    assert on_loop[-3:] == [True, False, False]  # a piece, the end of the answer, the end of the response
-
-
 def test_a_stream_says_that_it_is_alive(small, monkeypatch):
     piece = Watch.piece
     monkeypatch.setattr(Watch, "piece", lambda *args: time.sleep(0.1) or piece(*args))
@@ -285,6 +274,39 @@ class _Transport:
 
     def get_write_buffer_size(self) -> int:
         return self.unread
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [("/v1/chat/completions", {}), ("/v1/responses", {}), ("/v1/responses", {"stream": True}), ("/v1/tokenize", {})],
+)
+def test_a_long_answer_is_written_beside_the_event_loop(served, monkeypatch, route, fields):
+    """The log probabilities of 8,000 tokens kept it from all other clients for six seconds."""
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+
+    def longest(value) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return max([len(value) if isinstance(value, list) else 0, *map(longest, inner)])
+
+    def dumps(value, **options) -> str:
+        lengths[threading.current_thread() is loop_thread].append(longest(value))
+        return json.dumps(value, **options)
+
+    loop_thread = loop_thread_of(served)
+    monkeypatch.setattr(json_text, "json", SimpleNamespace(**{**vars(json), "dumps": dumps}))
+    asked = {**LONG, "logprobs": True, "include": ["message.output_text.logprobs"], **fields}
+    asked |= {"max_tokens": 100, "max_output_tokens": 100}
+    asked["text"] = {"format": {**asked["response_format"]["json_schema"], "type": "json_schema"}}
+    asked |= {"prompt": "word " * 100} if route == "/v1/tokenize" else {"messages": [USER], "input": "Hi"}
+    response = served.http.post(route, json=asked)
+    assert response.status_code == 200, response.text
+    assert max(lengths[True], default=0) < 10 and max(lengths[False]) == json_text.PIECE
+
+
+def test_json_in_pieces_is_json():
+    for value in (5, "ä\ud800", [], {}, [[]], {"": {}}, [{"a": list(range(n))} for n in (63, 64, 65, 128, 129)] * 40,
+                  {"a": {"b": [{"c": [[[[[[["d"] * 70]]]]]]}] * 65, "e": None}}):  # fmt: skip
+        assert json_text.to_json_in_pieces(value) == json_text.to_json(value)
 
 
 def test_a_connection_is_stuck_when_nothing_is_sent_or_read():

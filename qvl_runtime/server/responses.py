@@ -13,7 +13,12 @@ from qvl_runtime.server.json_text import to_json
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Create a JSON response."""
-    return Response(to_json(value), status, headers, media_type="application/json")
+    return written_response(to_json(value), status, headers)
+
+
+def written_response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Create a response of what is JSON already."""
+    return Response(body, status, headers, media_type="application/json")
 
 
 def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

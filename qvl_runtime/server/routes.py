@@ -20,7 +20,8 @@ from qvl_runtime.openai.requests import check_model, read_prompt
 from qvl_runtime.openai.tools import read_tools
 from qvl_runtime.server.admission import STOPPING
 from qvl_runtime.server.body import with_body
-from qvl_runtime.server.responses import json_response
+from qvl_runtime.server.json_text import to_json_in_pieces
+from qvl_runtime.server.responses import json_response, written_response
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.serving import next_event, problem_of, until_gone
 
@@ -76,7 +77,7 @@ class TokenizeRoute:
             except Exception as error:
                 raise problem_of(error, service) from None
             found = {"count": len(ids), "max_model_len": service.model.window, "tokens": ids}
-            await json_response(found)(scope, receive, send)
+            await written_response(await asyncio.to_thread(to_json_in_pieces, found))(scope, receive, send)
 
         async def handle(body: bytearray) -> None:
             await until_gone(receive, respond(*await service.checked(body, self._prompt)))

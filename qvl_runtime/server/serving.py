@@ -20,8 +20,8 @@ from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.requests import Asked
 from qvl_runtime.server.answers import Begun, End, Preparing
 from qvl_runtime.server.body import with_body
-from qvl_runtime.server.json_text import to_json
-from qvl_runtime.server.responses import json_response
+from qvl_runtime.server.json_text import to_json, to_json_in_pieces
+from qvl_runtime.server.responses import written_response
 from qvl_runtime.server.security import SALT
 from qvl_runtime.server.service import Service
 
@@ -92,9 +92,8 @@ class AnswerRoute(Generic[A]):
         ended = [event async for event in _until_end(events) if isinstance(event, Whole)]
         answers = sorted(ended, key=lambda answer: answer.index)
         self._log(answers)
-        # In a thread: log probabilities of thousands of tokens take seconds.
-        response = await asyncio.to_thread(lambda: json_response(reply.body(answers)))
-        await response(scope, receive, send)
+        body = await asyncio.to_thread(lambda: to_json_in_pieces(reply.body(answers)))
+        await written_response(body)(scope, receive, send)
 
     async def _stream(self, reply: Reply, events: asyncio.Queue, stream: EventStream) -> None:
         answers: list[Whole] = []
@@ -103,12 +102,13 @@ class AnswerRoute(Generic[A]):
         async for event in _until_end(events, stream, self._service.limits.ping_seconds):
             if isinstance(event, Whole):
                 answers.append(event)
-                await stream.send(await asyncio.to_thread(to_json_events, reply.complete(event)))
+                await _send_large(await asyncio.to_thread(reply.complete, event), stream)
             else:
                 await stream.send(to_json_events(reply.part(event)))
         answers.sort(key=lambda answer: answer.index)
         self._log(answers)
-        await stream.send(await asyncio.to_thread(to_json_events, reply.end(answers)) + reply.tail)
+        await _send_large(await asyncio.to_thread(reply.end, answers), stream)
+        await stream.send(reply.tail)
         await stream.end()
 
     def _log(self, answers: list[Whole]) -> None:
@@ -153,12 +153,18 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def to_json_events(values: Sequence[dict[str, Any]]) -> bytes:
+def to_json_events(values: Sequence[dict[str, Any]], encode: Callable[[dict[str, Any]], bytes] = to_json) -> bytes:
     """Encode objects as server-sent events, with their types as names if they have any."""
     return b"".join(
-        (b"event: %s\n" % value["type"].encode() if "type" in value else b"") + b"data: " + to_json(value) + b"\n\n"
+        (b"event: %s\n" % value["type"].encode() if "type" in value else b"") + b"data: " + encode(value) + b"\n\n"
         for value in values
     )
+
+
+async def _send_large(values: Sequence[dict[str, Any]], stream: EventStream) -> None:
+    """Send events that may hold a whole answer with its log probabilities, one after the other."""
+    for value in values:
+        await stream.send(await asyncio.to_thread(to_json_events, [value], to_json_in_pieces))
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
