@@ -263,7 +263,7 @@ def make_targets(wanted: list[str], scratch: Path) -> dict[str, Target]:
         "tensors": lambda: Target(shards, "x.safetensors", read_tensors, with_length),
         "blob": lambda: Target([make_blob()], "x.qvl", read_blob, with_length),
         "pickle": lambda: Target([p.read_bytes() for p in (ckpt / "tiny-vl-bin").glob("*.bin")], "x.bin", read_pickle),
-        "past": lambda: Target([make_past()], "x.past", lambda path: kv_file.read(path, IDENTITY), with_digest),
+        "past": lambda: Target([make_past()], "x.past", lambda path: kv_file.read(path, IDENTITY, 8192), with_digest),
         "chat": lambda: Target([json.dumps(chat).encode()], "x.json", lambda path: read_saved(path)),
         "picture": lambda: Target(
             [p.read_bytes() for p in (GOLDEN / "images").iterdir()], "x.png", lambda path: load_image(path, exif=True)

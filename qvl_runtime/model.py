@@ -210,8 +210,8 @@ class Model(RequestMethods):
         Raises
         ------
         QvlError
-            If the file is damaged, or was written by another version, or with another model, device, cache type, or
-            `activations`.
+            If the file is damaged, has more tokens than the window, or was written by another version, or with another
+            model, device, cache type, or `activations`.
         """
         with self._scheduler.gate, self._scheduler.device:
-            return self._prefix_cache.load(path, self._identity)
+            return self._prefix_cache.load(path, self._identity, self.window)

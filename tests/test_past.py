@@ -201,6 +201,16 @@ def _runs_are(*runs):
     return _set(keys=json.dumps(runs))
 
 
+def _larger(*runs):
+    """The file is so large that it may hold them, as a sparse file is without taking any room."""
+
+    def apply(arrays, metadata):
+        arrays["x"] = np.zeros(1 << 20, np.uint8)
+        metadata["keys"] = json.dumps(runs)
+
+    return apply
+
+
 def _first(change):
     def apply(arrays, metadata):
         arrays["0.0"] = change(arrays["0.0"])
@@ -233,6 +243,7 @@ def _not_a_number(array):
         (_runs_are(10**400), "tokens and pictures"),
         (_runs_are(["ab" * 32, -5]), "tokens and pictures"),
         (_runs_are(["ab" * 32, 10**9]), "claims 1000000000 positions"),
+        (_larger(["ab" * 32, 10**6]), "claims 1000000 positions, more than the window of "),
         (_runs_are(["ab" * 32, 1e9]), "tokens and pictures"),
         (_runs_are(["ab" * 31, 5]), "tokens and pictures"),
         (_runs_are(["xy" * 32, 5]), "tokens and pictures"),

@@ -300,7 +300,7 @@ def test_a_saved_prompt_and_shorter_ones(coarse, tmp_path):
             assert model._prefix_cache.save(path, known, "") == count
         for ids in prompts:
             model.forget()
-            assert model._prefix_cache.load(path, "") == count
+            assert model._prefix_cache.load(path, "", model.window) == count
             _same(model.generate(ids, **options), fresh.generate(ids, **options))
 
 

@@ -30,6 +30,8 @@ from qvl_runtime.inputs.prompt import Key
 FORMAT = "qvl past 1"
 PROGRAM = f"qvl {__version__}"
 DIGEST = "digest"
+PIECE = 64 << 20
+"""Bytes that are hashed at once."""
 MALFORMED = "the file is malformed: continue without it"
 
 
@@ -123,13 +125,14 @@ class SavedKV:
         state.truncate(len(self.keys))
 
 
-def read(path: str | os.PathLike, identity: str) -> SavedKV:
+def read(path: str | os.PathLike, identity: str, window: int) -> SavedKV:
     """Open a file of `write` and check it completely.
 
     Raises
     ------
     QvlError
-        If it is another kind of file, damaged, of another version of this program, or has another `identity`.
+        If it is another kind of file, damaged, of another version of this program, has another `identity`, or more
+        positions than `window`.
     """
     file = TensorFile(path)
     facts = file.metadata
@@ -146,9 +149,9 @@ def read(path: str | os.PathLike, identity: str) -> SavedKV:
             f"{path}: its keys and values are of another model, device, cache type, or `activations`: continue "
             "without it"
         )
-    if hashlib.sha256(file.before(DIGEST)).digest() != bytes(file.bytes(DIGEST)):
+    if _digest(file.before(DIGEST)) != bytes(file.bytes(DIGEST)):
         raise QvlError(f"{path}: is damaged, its bytes are not those that were written: continue without it")
-    keys, alpha = _read_keys(file), _read_alpha(file)
+    keys, alpha = _read_keys(file, window), _read_alpha(file)
     _check_finite(file)
     return SavedKV(keys, alpha, _read_short_prompt(file), file)
 
@@ -177,14 +180,24 @@ def _unrolled(runs: list[int | list]) -> list[Key]:
 # The digest detects damage, not forgery: every field is checked as untrusted input.
 
 
-def _read_keys(file: TensorFile) -> list[Key]:
+def _digest(data: memoryview) -> bytes:
+    """Hash in pieces, between which Ctrl-C ends it: a sparse file is as large as it likes."""
+    digest = hashlib.sha256()
+    for first in range(0, len(data), PIECE):
+        digest.update(data[first : first + PIECE])
+    return digest.digest()
+
+
+def _read_keys(file: TensorFile, window: int) -> list[Key]:
     runs = parse_json(file.metadata.get("keys", ""), f"{file.path}: its list of keys", MALFORMED)
     if not isinstance(runs, list) or not all(_is_token(run) or _is_picture(run) for run in runs):
         raise QvlError(f"{file.path}: its list of keys holds something other than tokens and pictures; {MALFORMED}")
     count = sum(1 if isinstance(run, int) else run[1] for run in runs)
-    # A position takes at least one byte a layer: larger counts are refused before a list is allocated.
-    if not 0 < count <= max(entry.stop for entry in file.entries.values()):
-        raise QvlError(f"{file.path}: claims {count} positions, which it does not hold; {MALFORMED}")
+    # Checked before a list is allocated. The size of the file is no limit: it may be sparse.
+    if not count:
+        raise QvlError(f"{file.path}: claims 0 positions; {MALFORMED}")
+    if count > window:
+        raise QvlError(f"{file.path}: claims {count} positions, more than the window of {window}: continue without it")
     return _unrolled(runs)
 
 

@@ -114,9 +114,9 @@ class PrefixCache:
             self.give(session)
         return length
 
-    def load(self, path: str | os.PathLike, identity: str) -> int:
+    def load(self, path: str | os.PathLike, identity: str, window: int) -> int:
         """Add a session from a file of `save`; return its number of positions, 0 if the prefix cache is disabled."""
-        found = kv_file.read(path, identity)
+        found = kv_file.read(path, identity, window)
         if not self._limit:
             return 0
         session = Session(self.decoder, self._dtype, len(found.keys))
