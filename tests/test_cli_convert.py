@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_info_json(qvl, blob):
     assert facts["config"]["visual"]["width"] == 104
     assert "check" not in facts
     assert json.loads(qvl("info", path, "--json", "--check")[1])["check"] == "passed"
+
+
+def test_names_write_no_lines_and_no_commands_of_a_terminal(qvl, tmp_path):
+    """A file's `source` is what its maker wrote."""
+    out, folder = tmp_path / "x\x1b]0;x\x07\ny.qvl", tmp_path / "a\x1b[2J\n  every hash is right"
+    shutil.copytree(BIN, folder)
+    status, text, _ = qvl("convert", folder, out)
+    assert status == 0 and text.count("\n") == 1 and "\x1b" not in text
+    status, text, _ = qvl("info", out)
+    assert status == 0 and "\x1b" not in text and "  every hash is right" not in text.splitlines()
+    status, text, err = qvl("verify", out, "--reference", out, "--samples", 1, "--max-new-tokens", 0)
+    assert status == 0 and "\x1b" not in text + err and err.startswith("qvl: warning: ") and err.count("\n") == 1
 
 
 def test_info_names_a_text_model(qvl, blob):

@@ -550,3 +550,12 @@ def test_a_narrow_terminal_shows_every_figure(width):
     assert "…" not in text
     for figure in ("63.84", "62.95", "-0.89", "120.25", "97.50", "61.5s", "881MB", "5.42MB", "78.80"):
         assert figure in text, (figure, console.file.getvalue())
+
+
+def test_the_names_of_files_are_shown_as_they_are():
+    """A terminal takes the characters of some for commands, and Rich those in brackets for styles."""
+    row = Row("m[q4]\x1b]0;x\x07\n", 63.84, (61.12, 66.23), None, None, {}, 61.5, None, 20_100_000)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(Evaluation(TASKS["vqav2"], [row], [], 500, "", {})))
+    text = console.file.getvalue()
+    assert "m[q4]\ufffd]0;x" in text and "\x1b" not in text and "\x07" not in text

@@ -26,7 +26,7 @@ from qvl_convert.progress import Progress as Tensors
 from qvl_convert.progress import Report
 from qvl_convert.writer import partial_path
 from qvl_runtime.backends import backend
-from qvl_runtime.cli.text import size
+from qvl_runtime.cli.text import one_line, size
 
 SECONDS = 60
 """How often a long conversion says how far it is if standard error is no terminal."""
@@ -104,9 +104,9 @@ def convert(
             )
     except KeyboardInterrupt:
         if (partial := partial_path(out)).exists():
-            print(f"qvl: interrupted; {partial} is unfinished: --resume continues it", file=sys.stderr)
+            print(one_line(f"qvl: interrupted; {partial} is unfinished: --resume continues it"), file=sys.stderr)
         raise
-    print(f"{out}: {size(out.stat().st_size)}")
+    print(one_line(f"{out}: {size(out.stat().st_size)}"))
     if verify:
         from qvl_runtime.cli.verify import verify as compare
 

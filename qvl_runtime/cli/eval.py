@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
-from qvl_runtime.cli.text import duration, size
+from qvl_runtime.cli.text import duration, one_line, size
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 from qvl_runtime.evaluation.evaluate import Evaluation, evaluate
@@ -64,7 +64,7 @@ def eval(
             raise QvlError(f"--plot: {name} has no score that a plot could show; leave out --plot")
     own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("reading", total=None)
         found = evaluate(
@@ -80,10 +80,12 @@ def eval(
             kv_cache=kv_cache,
             activations=activations,
             max_pixels=max_pixels,
-            progress=lambda name, done, total: bar.update(shown, description=name, completed=done, total=total),
+            progress=lambda name, done, total: bar.update(
+                shown, description=one_line(name), completed=done, total=total
+            ),
         )
     for path in found.exported:
-        print(f"{path}: {found.questions} answers for the task's own judge")
+        print(one_line(f"{path}: {found.questions} answers for the task's own judge"))
     if found.rows:
         Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
     if plot is not None:
@@ -97,7 +99,7 @@ def table(found: Evaluation) -> Group:
     task, made = found.task, Table()
     made.add_column("", overflow="fold")
     for row in found.rows:
-        made.add_column(row.name, justify="right", overflow="fold")
+        made.add_column(Text(one_line(row.name)), justify="right", overflow="fold")  # brackets are no style
     made.add_row("score", *(f"{row.score:.2f}" for row in found.rows))
     made.add_row("95%", *("{:.2f} to {:.2f}".format(*row.interval) for row in found.rows))
     if len(found.rows) > 1:

@@ -10,7 +10,7 @@ import typer
 from qvl_convert.export import export as run
 from qvl_runtime.blob import Blob
 from qvl_runtime.cli.loading import ModelFile
-from qvl_runtime.cli.text import size
+from qvl_runtime.cli.text import one_line, size
 
 
 def export(
@@ -28,4 +28,4 @@ def export(
       qvl export qwen-vl-chat.qvl Qwen-VL-Chat-Int4
     """
     run(Blob(model), folder, force=force)
-    print(f"{folder}: {size(sum(path.stat().st_size for path in folder.iterdir()))}")
+    print(one_line(f"{folder}: {size(sum(path.stat().st_size for path in folder.iterdir()))}"))

@@ -34,7 +34,7 @@ from qvl_runtime.cli.sampling import (
     TopP,
     read_schema,
 )
-from qvl_runtime.cli.text import printable, standard_input
+from qvl_runtime.cli.text import one_line, printable, standard_input
 from qvl_runtime.drawing import draw_boxes
 from qvl_runtime.engine.generation import Piece
 from qvl_runtime.errors import QvlError
@@ -134,7 +134,7 @@ def generate(
         if numbers := draw_boxes(seen, result.boxes, draw).note:
             print(f"qvl: {numbers}", file=sys.stderr)
         if not result.boxes:
-            print(f"qvl: the answer has no boxes: {draw} is the picture alone", file=sys.stderr)
+            print(one_line(f"qvl: the answer has no boxes: {draw} is the picture alone"), file=sys.stderr)
     if note := _note(loaded, result, max_new_tokens, chat):
         print(f"qvl: {note}", file=sys.stderr)
 

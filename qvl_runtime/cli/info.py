@@ -184,7 +184,8 @@ def _text(facts: dict[str, Any]) -> str:
         lines += _fit_text(facts["memory"])
     if "check" in facts:
         lines.append("  every hash is right")
-    return printable("\n".join(lines))
+    # A name in the file may have line ends, which would make lines of their own.
+    return "\n".join(printable(line.replace("\n", " ")) for line in lines)
 
 
 def _check(blob: Blob) -> None:

@@ -26,6 +26,7 @@ from qvl_runtime.cli.loading import (
     VisionDevice,
     load_shown,
 )
+from qvl_runtime.cli.text import one_line
 from qvl_runtime.demo import checkpoint_folder
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
@@ -113,7 +114,7 @@ def serve(
         bound = bind(host, port)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound.getsockname()[1]}"
-        serve(app, bound, lambda: _tell(f"qvl: serving {app.state.service.name} at {address}"))
+        serve(app, bound, lambda: _tell(one_line(f"qvl: serving {app.state.service.name} at {address}")))
 
 
 def _tell(line: str) -> None:

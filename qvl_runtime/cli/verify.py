@@ -17,6 +17,7 @@ from qvl_convert.verify import Report, mismatch, open_reference
 from qvl_convert.verify import verify as run
 from qvl_convert.verify_plot import plot as draw
 from qvl_runtime.cli.loading import Device, ModelFile
+from qvl_runtime.cli.text import one_line
 from qvl_runtime.errors import QvlError
 from qvl_runtime.saving import check_path
 
@@ -49,7 +50,7 @@ def verify(
     loaded = qvl.load(model, device=device)
     original = open_reference(reference, lora)
     if (reason := mismatch(loaded.blob, original)) is not None:
-        print(f"qvl: warning: {model} {reason}", file=sys.stderr)
+        print(one_line(f"qvl: warning: {model} {reason}"), file=sys.stderr)
     found = calibration.load(data, loaded, count=samples, seed=1)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
