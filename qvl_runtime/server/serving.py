@@ -82,10 +82,11 @@ class AnswerRoute(Generic[A]):
             problem = problem_of(error, service, asked.limit_field)
             if not stream.started:
                 raise problem from None
+            last = await asyncio.to_thread(to_json_events, reply.failed(problem), to_json_in_pieces)
             # A client that reads nothing does not read this either.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_SECONDS):
-                    await stream.send(to_json_events(reply.failed(problem)) + reply.tail)
+                    await stream.send(last + reply.tail)
                     await stream.end()
 
     async def _whole(self, reply: Reply, events: asyncio.Queue, scope: Scope, receive: Receive, send: Send) -> None:
