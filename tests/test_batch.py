@@ -21,7 +21,7 @@ from qvl_runtime.batch.job import Computed, Job, Worker
 from qvl_runtime.batch.on_ray import on_ray
 from qvl_runtime.batch.options import ModelSpec, Options
 from qvl_runtime.batch.processes import in_processes, memory_nodes
-from qvl_runtime.batch.records import is_failed
+from qvl_runtime.batch.records import is_failed, is_record
 from qvl_runtime.batch.rows import Row
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.main import main
@@ -481,6 +481,21 @@ def test_boxes_are_drawn_on_the_last_picture_of_openais_messages(tmp_path):
     drawn.draw(source, range(5), found, tmp_path / "drawn", options(), exif=False)
     sides = [Image.open(path).width for path in sorted((tmp_path / "drawn").iterdir())]
     assert sides == [20, 40, 40, 20, 50]
+
+
+def test_what_no_job_wrote_is_no_record_and_is_not_drawn(tmp_path, caplog):
+    box = {"ref": "x", "pixels": [1, 1, 9, 9]}
+    corners = ([1, 2, 3], ["a"] * 4, [10**400] * 4, [1e308] * 4, [float("inf")] * 4, 5)
+    boxes = [5, {"a": 1}, [5], [{"ref": 1}], [{"pixels": [1, 1, 9, 9]}], [{**box, "ref": [1]}]]
+    boxes += [[{**box, "pixels": wrong}] for wrong in corners]
+    bodies = [5, None, {"choices": 5}, {"choices": [5]}, {"output": 5}, {"output": [{"content": [5]}]}]
+    found = [{}, *({"error": None, "boxes": wrong} for wrong in boxes)]
+    found += [{"response": {"status_code": 200, "body": body}} for body in bodies]
+    assert not any(map(is_record, found)) and is_record({"error": None, "boxes": [box]})
+    rows = [Row(0, "a", "x"), Row(1, "b", url="/v1/responses", body={}), Row(2, "c", body={"messages": []})]
+    source = SimpleNamespace(root=tmp_path, rows=lambda first, end: rows[first:end])
+    drawn.draw(source, [0, 1, 2], [{"id": "a", "error": None, "boxes": [box]}] * 3, tmp_path, options(), exif=False)
+    assert [message.startswith("row ") for message in caplog.messages] == [True] * 3 and not list(tmp_path.iterdir())
 
 
 def test_a_box_is_drawn_in_the_pixels_of_its_record(tmp_path):

@@ -64,11 +64,14 @@ def _on_picture(label: str | None, pixels: Corners, size: tuple[int, int]) -> Bo
 
 def _last_picture(row: Row, options: Options) -> str | bytes:
     """Return the picture that the boxes of a row's answer lie on; it may be a frame of a video."""
-    if row.body is None:
-        return row.pictures[-1]
-    if row.url == RESPONSES:
-        return read_items(row.body["input"], None, LIMITS, options.allow_urls).sources[-1]
-    return read_messages(row.body["messages"], LIMITS, options.allow_urls).sources[-1]
+    sources: Sequence[str | bytes] = row.pictures
+    if row.url == RESPONSES and row.body is not None:
+        sources = read_items(row.body.get("input"), None, LIMITS, options.allow_urls).sources
+    elif row.body is not None:
+        sources = read_messages(row.body.get("messages"), LIMITS, options.allow_urls).sources
+    if not sources:
+        raise QvlError("it has no picture")
+    return sources[-1]
 
 
 def _safe(row_id: str) -> str:

@@ -18,6 +18,8 @@ Record = dict[str, Any]
 
 Corners = tuple[int, int, int, int]
 """Left, top, right and bottom of a box in pixels of its picture."""
+FARTHEST = 1 << 31
+"""Pixels from a picture's corner that no box reaches."""
 
 
 def answered(row: Row, result: Result, size: tuple[int, int] | None) -> Record:
@@ -66,7 +68,7 @@ def is_record(record: Record) -> bool:
     try:
         is_failed(record)
         boxes_of(record)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return False
     return True
 
@@ -83,7 +85,7 @@ def boxes_of(record: Record) -> list[tuple[str | None, Corners]]:
 
     Raises
     ------
-    AttributeError, KeyError, TypeError, ValueError
+    AttributeError, KeyError, OverflowError, TypeError, ValueError
         If it is no record; see `is_record`.
     """
     if record.get("response") is None:
@@ -97,6 +99,8 @@ def boxes_of(record: Record) -> list[tuple[str | None, Corners]]:
     for box in boxes:
         if box["pixels"] is not None:
             left, top, right, bottom = map(int, box["pixels"])
+            if not isinstance(box["ref"], str | None) or max(map(abs, (left, top, right, bottom))) >= FARTHEST:
+                raise ValueError("no box of a picture")
             found.append((box["ref"], (left, top, right, bottom)))
     return found
 
