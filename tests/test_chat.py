@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -491,10 +492,11 @@ def test_a_pipe_gets_every_character():
 def test_a_pipe_gets_answers_alone(blob, in_golden):
     command = [sys.executable, "-m", "qvl_runtime", "chat", str(blob("tiny-vl", bits=16)), "--device", "cpu"]
     lines = "/set temperature 0\n/set max_new_tokens 4\nHello\n/image nowhere.png\n/quit\n/nonsense\n"
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "FORCE_COLOR": "1"}  # as notebooks set it, for their pipes too
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "nowhere.png" in done.stderr
-    assert "\x1b" not in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
     assert done.stdout.endswith("\n")
     assert "help" not in done.stdout
 

@@ -394,7 +394,9 @@ def test_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path):
     command = [sys.executable, "-m", "qvl_runtime", "convert", str(BIN)]
     shown = on_terminal([*command, str(tmp_path / "a.qvl")])
     assert "962.8" in shown
-    piped = subprocess.run([*command, str(tmp_path / "b.qvl")], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "FORCE_COLOR": "1"}
+    command.append(str(tmp_path / "b.qvl"))
+    piped = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert piped.stderr == ""
     assert piped.stdout == f"{tmp_path / 'b.qvl'}: {size(Path(tmp_path / 'b.qvl').stat().st_size)}\n"
 

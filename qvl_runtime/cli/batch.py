@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -35,6 +34,7 @@ from qvl_runtime.cli.sampling import (
     TopP,
     read_schema,
 )
+from qvl_runtime.cli.screen import console
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 
@@ -119,9 +119,9 @@ def batch(
             "max_pixels": max_pixels,
         },
     )
-    console = Console(stderr=True)
+    output = console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    bar = Bar(*columns, console=console, disable=not console.is_terminal)
+    bar = Bar(*columns, console=output, disable=not output.is_terminal)
     shown = bar.add_task("loading", total=len(source))
 
     def on_record(record: Record) -> None:

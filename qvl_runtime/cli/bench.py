@@ -6,12 +6,12 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qvl_runtime.benchmark import Speeds, measure, to_json
 from qvl_runtime.cli.loading import Activations, Device, KVCache, ModelFile, load_shown
+from qvl_runtime.cli.screen import console
 from qvl_runtime.cli.text import duration, one_line, size
 from qvl_runtime.errors import QvlError
 
@@ -52,7 +52,7 @@ def bench(
         "new_tokens": new_tokens,
         "rounds": rounds,
     }
-    Console().print(_table(speeds, conditions))
+    console().print(_table(speeds, conditions))
     print(json.dumps(to_json(speeds, **conditions)))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
+from qvl_runtime.cli.screen import console
 from qvl_runtime.cli.text import duration, one_line, size
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
@@ -63,9 +63,9 @@ def eval(
         if find(name).score is None:
             raise QvlError(f"--plot: {name} has no score that a plot could show; leave out --plot")
     own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
-    console = Console(stderr=True)
+    output = console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=output, transient=True, disable=not output.is_terminal) as bar:
         shown = bar.add_task("reading", total=None)
         found = evaluate(
             [Path(model) for model in models],
@@ -87,7 +87,7 @@ def eval(
     for path in found.exported:
         print(one_line(f"{path}: {found.questions} answers for the task's own judge"))
     if found.rows:
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(table(found))
+        console(width=WIDTH).print(table(found))
     if plot is not None:
         title = f"{found.task.title}: {found.task.metric}"
         draw(found.rows, plot, title=title, published=found.task.published)

@@ -14,11 +14,22 @@ from rich.text import Text
 from qvl_runtime.cli.text import one_line, printable
 
 
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Return standard output or standard error, as a terminal only if it is one.
+
+    Rich believes the variables FORCE_COLOR and TTY_COMPATIBLE, which notebooks and build servers set for their pipes,
+    too: an answer in a pipe would have a spinner's control sequences before it. `width` counts where there is none.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()
+    return Console(stderr=stderr, force_terminal=is_terminal, width=None if is_terminal else width)
+
+
 class Screen:
     """Standard output: answers, and on a terminal also messages."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = Console() if console is None else console
+    def __init__(self, output: Console | None = None):
+        self.console = console() if output is None else output
 
     def say(self, text: str) -> None:
         """Print a message of the program, on a terminal only."""
