@@ -106,7 +106,7 @@ class MadeUp:
     def prompts(self, tokenizer, config, generation, read):
         return Prompts(tokenizer)
 
-    def describe_vision(self, config):
+    def describe_vision(self, config, preprocessing):
         return ""
 
     def stage_of(self, spec):

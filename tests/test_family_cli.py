@@ -15,6 +15,7 @@ from rich.console import Console
 
 import qvl_runtime
 from qvl_convert.convert import convert
+from qvl_runtime.blob import Blob
 from qvl_runtime.boxes import Box
 from qvl_runtime.cli.conversation import Conversation
 from qvl_runtime.cli.main import main
@@ -57,10 +58,19 @@ def test_info(name, title, files, qvl):
     for line in text.splitlines():
         lines.setdefault(line[2:14].strip(), line)
     assert f": {title}, " in text.splitlines()[0]
-    assert "pictures of any size" in lines["vision"] and "1280 at most" in lines["vision"]
+    most = int(re.search(r"pictures of any size, a token for .* pixels and (\d+) at most", lines["vision"])[1])
+    model = qvl_runtime.load(files[name], device="reference")
+    assert len(model.encode_image(Image.new("RGB", (900, 900)))) <= most < 64  # the checkpoints' own limit
     assert lines["decoder"].endswith("window 4096")
     assert ("output head" in lines) == ("untied" in name)
     assert "with 1024 tokens" in text
+
+
+@pytest.mark.parametrize(("pixels", "tokens"), [(12_845_056, 1280), (50_176, 64)])
+def test_a_description_names_the_limit_of_pictures(pixels, tokens, files):
+    blob = Blob(files["q2-tied"])
+    said = blob.family.describe_vision(blob.config, blob.metadata["preprocessing"] | {"max_pixels": pixels})
+    assert f"pixels and {tokens} at most (--max-pixels: more)" in said
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -84,7 +84,7 @@ def describe(blob: Blob) -> dict[str, Any]:
             "window": config.max_position_embeddings,
             "default_window": min(config.max_position_embeddings, DEFAULT_WINDOW),
         },
-        "vision": blob.family.describe_vision(config) if config.sees else None,
+        "vision": _vision(blob) if config.sees else None,
         "parts": {
             part: {"label": PARTS[part], "bytes": size, **made(part)} for part, size in blob.part_sizes().items()
         },
@@ -92,6 +92,13 @@ def describe(blob: Blob) -> dict[str, Any]:
         "config": config.to_dict(),
         "generation_config": blob.generation_config.to_dict(),
     }
+
+
+def _vision(blob: Blob) -> str:
+    try:
+        return blob.family.describe_vision(blob.config, blob.metadata["preprocessing"])
+    except QvlError as error:
+        raise QvlError(f"{blob.path}: {error}") from None
 
 
 def fit(blob: Blob, context: int, device: str, kv_cache: str) -> dict[str, Any]:

@@ -179,8 +179,8 @@ class Family(Protocol[C, T]):
     def vision_values(self, config: C) -> tuple[int, int]:
         """Count the float32 values for encoding the largest picture: permanent ones, and those of one step."""
 
-    def describe_vision(self, config: C) -> str:
-        """Describe the vision part in one line."""
+    def describe_vision(self, config: C, preprocessing: Mapping[str, Any]) -> str:
+        """Describe the vision part in one line; `preprocessing` is that of the blob's metadata."""
 
     def prompts(
         self, tokenizer: T, config: C, generation: GenerationConfig, read: Callable[..., Picture] | None

@@ -113,11 +113,12 @@ class QwenFamily(Generic[C]):
     def levels(self, config: C) -> int:
         return config.visual.levels
 
-    def describe_vision(self, config: C) -> str:
+    def describe_vision(self, config: C, preprocessing: Mapping[str, Any]) -> str:
         v = config.visual
+        most = self.preprocess(config, preprocessing).max_pixels // v.factor**2
         return (
             f"layers {v.depth}, width {v.width}, heads {v.num_heads}, pictures of any size, a token for "
-            f"{v.factor} x {v.factor} pixels and {MAX_TOKENS} at most (--max-pixels: more)"
+            f"{v.factor} x {v.factor} pixels and {most} at most (--max-pixels: more)"
         )
 
     def template(self, generation: GenerationConfig) -> Template:

@@ -100,7 +100,7 @@ class QwenVL:
         tower = v.patches * (6 * v.width + v.mlp_width + v.patch_dim)
         return tower, 6 * v.patches * v.output_dim + 4 * v.n_queries * v.output_dim
 
-    def describe_vision(self, config: ModelConfig) -> str:
+    def describe_vision(self, config: ModelConfig, preprocessing: Mapping[str, Any]) -> str:
         v = config.vision
         return (
             f"layers {v.layers}, width {v.width}, heads {v.heads}, pictures {v.image_size} x {v.image_size}, "
