@@ -124,6 +124,18 @@ def test_pictures_of_a_folder(tmp_path):
     assert open_source(tmp_path).fingerprint() != before
 
 
+def test_pictures_that_cannot_be_read_are_not_left_out(tmp_path):
+    """As rows they have an error: of a phone's photos half would be missing, or answered without the picture."""
+    for name in ("a.HEIC", "b.avif", "c.jfif", "c.txt", "d.JPG", "e.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [row.id for row in open_source(tmp_path).rows(0, 9)] == ["a.HEIC", "b.avif", "c.jfif", "d.JPG"]
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "1.heic", b"photo")
+        add(tar, "1.txt", b"What is this?")
+    (row,) = open_source(tmp_path / "in.tar").rows(0, 1)
+    assert (row.prompt, row.pictures) == ("What is this?", (b"photo",))
+
+
 def test_a_link_to_nothing_is_a_row(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "b.png").symlink_to("nothing")

@@ -111,6 +111,13 @@ def test_a_model_without_eyes_gets_text_alone(golden):
     assert len(samples) == 4 and not any(s.images for s in samples)
 
 
+def test_a_folder_gives_pictures_of_all_formats_and_names_others(folder, caplog, chat):
+    Image.new("L", (9, 9)).save(folder / "c.tiff")
+    (folder / "d.heic").write_bytes(b"x")
+    assert len(calibration.load(folder, chat)) == 3
+    assert "d.heic: skipped: " in caplog.text and "no image in a known format" in caplog.text
+
+
 def test_bad_samples_are_named_and_skipped_up_to_a_limit(folder, caplog, chat):
     good, lost = conversation(), conversation("Picture 1: <img>gone.png</img>\n?")
     strange = {"id": "odd", "conversations": [{"from": "cat", "value": "meow"}]}

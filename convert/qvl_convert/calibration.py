@@ -29,7 +29,7 @@ from qvl_runtime.families.config import Config
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, read_regular, shown
 from qvl_runtime.inputs.image_tags import split_images
-from qvl_runtime.inputs.images import ImageSource
+from qvl_runtime.inputs.images import SUFFIXES, UNREAD_SUFFIXES, ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Picture
 from qvl_runtime.inputs.prompt import SOURCE_KEYS, Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
@@ -41,7 +41,6 @@ BUILTIN = "builtin"
 FORM = "see Qwen-VL's fine-tuning format"
 MAX_BAD = 10
 MAX_DATA, MAX_CAPTION = 256 << 20, 1 << 20
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 SIDE = 448
 """Pixels along each side of a drawn picture."""
@@ -231,9 +230,9 @@ def _said(said: Any) -> Any:
 
 
 def _read_folder(folder: Path) -> Iterator[Found]:
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES))
     if not paths:
-        raise QvlError(f"{folder}: holds no pictures ({', '.join(PICTURES)}); name the folder that does")
+        raise QvlError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)}); name the folder that does")
     for i, path in enumerate(paths):
         question = ("Describe the picture.", "描述这张图。")[i % 2]
         turns: list[Turn] = [("user", [{"image": path}, {"text": question}])]

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from qvl_runtime.batch.rows import Ids, Row
 from qvl_runtime.errors import QvlError
+from qvl_runtime.inputs import images
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({*images.SUFFIXES, *images.UNREAD_SUFFIXES})
+"""Endings of pictures, which are rows: those that cannot be read are rows with an error."""
 
 
 class PictureFolder:
@@ -33,7 +35,7 @@ class PictureFolder:
         self._names.sort()
         if not self._names:
             raise QvlError(
-                f"{path}: has no pictures ({', '.join(sorted(SUFFIXES))}), no .tar and no .parquet files; name another"
+                f"{path}: has no pictures ({', '.join(images.SUFFIXES)}), no .tar and no .parquet files; name another"
             )
 
     def __len__(self) -> int:

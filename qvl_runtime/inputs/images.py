@@ -34,6 +34,13 @@ MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 MAX_FILE_BYTES = 257 << 20
 # Formats that Pillow decodes by itself. For EPS it would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (
+    *(".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".tif"),
+    *(".tiff", ".webp"),
+)
+"""Endings of the names of pictures in these formats."""
+UNREAD_SUFFIXES = (".avif", ".heic", ".heif", ".jxl")
+"""Endings of pictures in other formats, as cameras and web sites give them: to be refused, not left out."""
 ORIENTATION = 0x0112
 """The EXIF tag of the orientation."""
 UPRIGHT: dict[int | None, Image.Transpose] = {
