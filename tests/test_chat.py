@@ -17,7 +17,7 @@ from rich.console import Console
 import qvl_runtime as qvl
 from qvl_kernels.ops import DeviceError
 from qvl_runtime.cli.chat import _talk
-from qvl_runtime.cli.conversation import Conversation, dropped_file
+from qvl_runtime.cli.conversation import Conversation, dropped_files
 from qvl_runtime.cli.main import main
 from qvl_runtime.cli.screen import Screen
 from qvl_runtime.cli.turns import pictures, portable, words
@@ -67,12 +67,23 @@ def test_a_pasted_path_attaches(talk, tmp_path):
     path = tmp_path / "my cat.png"
     Image.new("RGB", (20, 10)).save(path)
     for line in (str(path), f"'{path}'", str(path).replace(" ", "\\ "), path.as_uri(), f" {path} "):
-        assert dropped_file(line.strip()) == path
+        assert dropped_files(line.strip()) == [path]
         talk.take(line)
     assert len(talk._waiting) == 5
-    assert dropped_file("what is in my cat.png?") is None
+    assert dropped_files("what is in my cat.png?") == []
     for line in ("x" * 500 + ".png", "file://[::1", "file://[::1/a.png", "~nosuchuser/a.png", "a\0b.png"):
-        assert dropped_file(line) is None
+        assert dropped_files(line) == []
+
+
+def test_several_files_that_are_dropped_at_once(talk, tmp_path):
+    paths = [tmp_path / "my cat.png", tmp_path / "dog.png"]
+    for path in paths:
+        Image.new("RGB", (20, 10)).save(path)
+    for line in (f"'{paths[0]}' {paths[1]}", f"{paths[0].as_uri()} {paths[1].as_uri()}"):
+        talk.take(line)
+    assert talk._waiting == [str(path) for path in paths * 2] and not talk.history
+    for line in (f"{paths[1]} What is it?", f"{paths[1]} {tmp_path / 'gone.png'}", f"{paths[1]} 'x"):
+        assert dropped_files(line) == []
 
 
 def test_a_file_uri_attaches(talk, tmp_path):

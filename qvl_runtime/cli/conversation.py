@@ -86,8 +86,9 @@ class Conversation:
         if not line:
             return
         try:
-            if path := dropped_file(line):
-                self.attach(str(path))
+            if paths := dropped_files(line):
+                for path in paths:
+                    self.attach(str(path))
             elif line.startswith("/"):
                 self._command(line)
             else:
@@ -131,7 +132,7 @@ class Conversation:
         width = max(24, self.screen.console.width)  # a narrower terminal wraps the lines itself
         for usage, text in COMMANDS.items():
             self.screen.say(f"{usage}\n{textwrap.indent(textwrap.fill(text, width - 4), '    ')}")
-        self.screen.say("A line that is the path of a picture attaches it. Ctrl-C stops an answer, Ctrl-D leaves.")
+        self.screen.say("A line of paths of pictures attaches them. Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _do_image(self, rest: str) -> None:
         if not rest:
@@ -329,10 +330,21 @@ def _past(path: Path) -> Path:
     return path.with_name(f"{path.name}.past")
 
 
-def dropped_file(line: str) -> Path | None:
-    """Return the path if a line is only that of a picture, as terminals paste it: quoted, escaped, or a file URL."""
+def dropped_files(line: str) -> list[Path]:
+    """Return the paths if a line has only those of pictures, as terminals paste them: quoted, escaped, or file URLs."""
+    if (whole := _dropped(line)) is not None:
+        return [whole]
     try:
-        text = str(local_path(_unquoted(line)))
+        paths = [_dropped(word) for word in shlex.split(line)]
+    except ValueError:  # a quote that is not closed
+        return []
+    found = [path for path in paths if path is not None]
+    return found if len(found) == len(paths) else []
+
+
+def _dropped(text: str) -> Path | None:
+    try:
+        text = str(local_path(_unquoted(text)))
     except QvlError:  # such as file://[::1
         return None
     return user_path(text) if Path(text).suffix and _exists(text) else None
