@@ -65,7 +65,7 @@ def test_rows_of_lines(tmp_path):
     assert rows[3].id is None and "no id" in rows[3].error
     assert rows[4].id == "b" and "no picture" in rows[4].error
     assert rows[5].url == "/v1/completions" and rows[5].body == {"prompt": "x"} and rows[5].error is None
-    assert rows[6].id == "d" and "only POST" in rows[6].error
+    assert rows[6].id == "d" and rows[6].error.startswith("method 'GET' and url '/v1/models': only POST to /v1/chat")
     assert "has image_path, but no image" in rows[7].error and rows[8].pictures == ("x.png",)
     assert rows[9].error == "the row has video, which is not read; give its frames in a line of OpenAI's format"
     assert source.root == tmp_path
@@ -336,7 +336,7 @@ def test_rows_of_parquet_files(tmp_path):
     with pytest.raises(QvlError, match="has a column img, but no image"):
         open_source(tmp_path / "2.parquet")
     pyarrow.parquet.write_table(pa.table({"name": ["a"]}), tmp_path / "2.parquet")
-    with pytest.raises(QvlError, match="has no column id"):
+    with pytest.raises(QvlError, match=r"2\.parquet: has no column id; it has name; add one"):
         open_source(tmp_path)
 
 

@@ -93,8 +93,10 @@ def _openai(count: int, fields: Mapping[str, Any]) -> Row:
     row_id, body, url = fields.get("custom_id"), fields.get("body"), fields.get("url")
     if not isinstance(row_id, str) or not row_id:
         return Row(count, None, body={}, error="custom_id must be a text")
-    if fields.get("method", "POST") != "POST" or url not in URLS:
-        return Row(count, row_id, body={}, error=f"only POST to {', '.join(URLS)} is known")
+    method = fields.get("method", "POST")
+    if method != "POST" or url not in URLS:
+        asked = f"method {method!r:.40} and url {url!r:.80}"
+        return Row(count, row_id, body={}, error=f"{asked}: only POST to {', '.join(URLS)} is known")
     if not isinstance(body, Mapping):
         return Row(count, row_id, body={}, error="body must be an object")
     return Row(count, row_id, url=url, body=body)

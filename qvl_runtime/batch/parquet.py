@@ -50,9 +50,11 @@ class ParquetFiles:
         ids = Ids()
         for index, path in enumerate(paths):
             with _opened(path) as file:
-                if "id" not in file.schema_arrow.names:
-                    raise QvlError(f"{path}: has no column id; it has {', '.join(file.schema_arrow.names)[:200]}")
-                if found := misnamed(file.schema_arrow.names):
+                names = file.schema_arrow.names
+                if "id" not in names:
+                    there = ", ".join(names)[:200]
+                    raise QvlError(f"{path}: has no column id; it has {there}; add one with another value in each row")
+                if found := misnamed(names):
                     raise QvlError(f"{path}: has a column {found}")
                 for group in range(file.num_row_groups):
                     self._groups.append((index, group))

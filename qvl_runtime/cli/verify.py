@@ -93,7 +93,7 @@ def text(report: Report) -> str:
     if answers is not None:
         lines.append(
             f"answers: {answers.same} of {answers.count} the same, edit distance {answers.edit_distance:.2%}"
-            + (f", {answers.unfinished} left out" if answers.unfinished else "")
+            + (f", not compared for too many differences: {answers.unfinished}" if answers.unfinished else "")
         )
         if answers.first_difference:
             equal = ", ".join(map(str, answers.first_difference))
