@@ -38,7 +38,7 @@ from qvl_runtime.options import whole_number
 log = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
-FORM = "see Qwen-VL's fine-tuning format"
+FORM = "docs/models.md names the formats"
 MAX_BAD = 10
 MAX_DATA, MAX_CAPTION = 256 << 20, 1 << 20
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
