@@ -49,6 +49,9 @@ def test_broken_json_answers():
         ('{"bbox_2d": [1, 2, 3, 4]}', [Box(None, 1, 2, 3, 4)]),
         ('{"bbox_2d": [1.5, 2, 3, 4], "label": 3}', [Box(None, 1.5, 2, 3, 4)]),
         (f'{{"objects": [{one}]}}', [Box("a", 1, 2, 3, 4)]),
+        (f'{{"objects": [{one}, {{"bbox_2d": [1 2]}}]}}', [Box("a", 1, 2, 3, 4)]),
+        (f'[{one[:-1]}, "attributes": {{"color": "red"}}}}, {one}]', [Box("a", 1, 2, 3, 4)] * 2),
+        (f'{{"all": [{one[:-1]}, "more": {{}}}}, {one}]}}', [Box("a", 1, 2, 3, 4)] * 2),
         ('{"point_2d": [1, 2], "label": "a"}', []),
         ('{"bbox_2d": [1, 2, 3], "label": "a"}', []),
         ('{"bbox_2d": [1, 2, 3, 1001], "label": "a"}', []),
@@ -60,6 +63,7 @@ def test_broken_json_answers():
         ('{"bbox_2d": "1, 2, 3, 4"}', []),
         ("{" * 100_000, []),
         ('{"a": ' * 20_000, []),
+        ("{{},{}" * 20_000, []),
         ("[" * 100_000 + one, [Box("a", 1, 2, 3, 4)]),
     ]:
         assert kind.parse(text, []) == boxes, text[:80]

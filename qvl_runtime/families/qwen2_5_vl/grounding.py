@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qvl_runtime.boxes import Box
@@ -13,8 +13,11 @@ from qvl_runtime.errors import NoRoomError
 from qvl_runtime.inputs.pictures import Picture
 from qvl_runtime.inputs.tokenizer import Tokenizer
 
-# An object without nested objects. The enclosing list and fence may be truncated.
-_OBJECT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*+")*+\}', re.DOTALL)
+_PLAIN = r'[^{}"]|"(?:[^"\\]|\\.)*+"'
+_FLAT = rf"\{{(?:{_PLAIN})*+\}}"
+# An object, and the objects in its values. The enclosing list and fence may be truncated.
+_OBJECT = re.compile(rf"\{{(?:{_PLAIN}|{_FLAT})*+\}}", re.DOTALL)
+_INNER = re.compile(_FLAT, re.DOTALL)
 
 LABEL = 20
 """Largest number of characters of a label in a constrained answer; each takes up to three bytes."""
@@ -37,8 +40,7 @@ class JsonGrounding:
         scale = self.scale(pictures)
         if scale is None:
             return []
-        found = (_loaded(match[0]) for match in _OBJECT.finditer(text))
-        return [box for data in found if (box := self._box(data, scale)) is not None]
+        return [box for data in _objects(text) if (box := self._box(data, scale)) is not None]
 
     def _box(self, data: Any, scale: tuple[int, int]) -> Box | None:
         corners, label = data.get("bbox_2d"), data.get("label")
@@ -82,6 +84,14 @@ class JsonGrounding:
         more = (limit - needed) // longest
         pattern = rf"{re.escape(HEAD)}{item}(,\n\t{item}){{0,{more}}}{re.escape(TAIL)}"
         return Regex(pattern).start(Answer(tokenizer, stop_ids, limit, "", self.constraint))
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of an answer, each followed by those in its values, even if it is malformed itself."""
+    for match in _OBJECT.finditer(text):
+        yield _loaded(match[0])
+        for inner in _INNER.finditer(match[0], 1):
+            yield _loaded(inner[0])
 
 
 def _loaded(text: str) -> dict[str, Any]:
