@@ -64,6 +64,19 @@ def test_special_forms_end_normalization():
     assert tokenizer.encode("<|im_end|>\u0338x") == [tokenizer.im_end_id, *tail]
 
 
+def test_tokens_that_a_fine_tune_added(tmp_path):
+    """transformers' `add_tokens` makes them with ``normalized: true``."""
+    data = copy.deepcopy(read("ckpt/q2-tied/tokenizer.json"))
+    plain = data["added_tokens"][0] | {"special": False, "normalized": True}
+    first = max(token["id"] for token in data["added_tokens"]) + 1
+    for i, form in enumerate(("<loc1>", "<loc12>")):
+        data["added_tokens"].append(plain | {"id": first + i, "content": form})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer(*read_vocabulary(tmp_path))
+    one, two = tokenizer.encode_ordinary("a"), tokenizer.encode_ordinary("\u00e9")
+    assert tokenizer.encode("a<loc12>e\u0301<loc1>") == [*one, first + 1, *two, first]
+
+
 CHANGES = [
     (lambda d: d["model"].update(type="Unigram"), "'type' is 'Unigram'"),
     (lambda d: d["model"].update(merges=None), "'merges' is missing"),
@@ -82,6 +95,7 @@ CHANGES = [
     (lambda d: d["added_tokens"][0].update(content="\ud800"), "an added token is"),
     (lambda d: d["added_tokens"].append(d["added_tokens"][0]), "each once"),
     (lambda d: d["added_tokens"][0].update(lstrip=True), "'lstrip' is True"),
+    (lambda d: d["added_tokens"][0].update(content="<\u00e9>", normalized=True), "'normalized' is True"),
     (lambda d: d.pop("added_tokens"), "'added_tokens' is missing"),
 ]
 

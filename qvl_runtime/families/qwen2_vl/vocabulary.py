@@ -119,7 +119,10 @@ def _add(added: dict[str, int], token: Any, token_id: Any, where: str) -> None:
     lone = any("\ud800" <= c <= "\udfff" for c in form)  # a surrogate, which UTF-8 cannot hold
     if form == "" or lone or type(token_id) is not int or token_id < 0 or form in added:
         raise QvlError(f"{where}: an added token is {token!r:.80}, expected 'content' and an id, each once; {REMEDY}")
-    refuse(token, where, dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
+    known = ["single_word", "lstrip", "rstrip"]
+    # Of a token that add_tokens made: it is searched in the text's NFC, which leaves ASCII as it is.
+    known += [] if form.isascii() else ["normalized"]
+    refuse(token, where, dict.fromkeys(known, False))
     added[form] = token_id
 
 
