@@ -43,7 +43,7 @@ _HOMES = {
     "load": "qvl_runtime.loading",
 }
 __all__ = list(_HOMES)
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0.dev1"
 
 
 if not TYPE_CHECKING:  # else any name would be one to a type checker

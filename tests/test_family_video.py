@@ -180,6 +180,17 @@ def test_sizes():
     assert whole.size(Image.new("RGB", (8, 8)), 2, 32, 10**9) == (64, 64)
 
 
+def test_sizes_of_an_odd_number_of_frames_and_of_small_ones():
+    """What the published code computes: 5 frames count as 4 when it looks whether they fit; a side is 32 at least."""
+    limits, picture = VideoLimits(4096, 23040, whole=True), Image.new("RGB", (64, 80))
+    assert limits.size(picture, 5, 16, 10**9) == (64, 80)
+    assert limits.size(picture, 6, 16, 10**9) == (48, 64)
+    assert limits.size(picture, 5, 16, 64 * 80 - 1) == (48, 64)
+    published = VideoLimits(4096, 25165824, whole=True)
+    assert published.size(Image.new("RGB", (23, 67)), 5, 32, 10**9) == (32, 96)
+    assert published.size(Image.new("RGB", (15, 297)), 8, 28, 10**9) == (28, 560)
+
+
 def test_the_limits_of_a_checkpoint_are_read(tmp_path):
     folder = tmp_path / "q3"
     shutil.copytree(GOLDEN / "ckpt/q3-tied", folder)

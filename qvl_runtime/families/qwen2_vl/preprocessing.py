@@ -28,7 +28,9 @@ LEAST_TOKENS, MOST_TOKENS = 4, 16384
 """Limits of a picture whose size is given, as in `qwen_vl_utils`."""
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: float, max_pixels: float, frames: int = 1
+) -> tuple[int, int]:
     """Compute the size to resize a picture to: multiples of `factor`, close to its size and aspect ratio.
 
     Parameters
@@ -39,6 +41,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
         Side of a token's cell in pixels.
     min_pixels, max_pixels : float
         Limits of the result. It can be slightly larger if a side would become 0.
+    frames : int
+        Number of frames that have the limits together.
 
     Returns
     -------
@@ -55,12 +59,14 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
             f"a picture of {width} x {height} pixels has one side more than {MAX_ASPECT_RATIO} times the other; crop it"
         )
     rows, columns = round(height / factor), round(width / factor)
-    pixels = rows * columns * factor**2
+    # An odd number of frames is rounded here, half to even, but not below: so it is in the published code.
+    counted = 1 if frames == 1 else round(frames / FRAMES) * FRAMES
+    pixels = counted * rows * columns * factor**2
     if pixels > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+        shrink = math.sqrt(frames * height * width / max_pixels)
         rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
     elif pixels < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+        grow = math.sqrt(min_pixels / (frames * height * width))
         rows, columns = (math.ceil(side * grow / factor) for side in (height, width))
     return rows * factor, columns * factor
 
@@ -273,9 +279,13 @@ class VideoLimits:
     def size(self, image: Image.Image, count: int, factor: int, highest: int) -> tuple[int, int]:
         """Return width and height for `count` frames like `image`; no frame has more than `highest` pixels."""
         frames = max(FRAMES, count) if self.whole else 1
-        most = min(self.max_pixels / frames, highest)
-        least = min(self.min_pixels / frames, most)
-        height, width = smart_resize(image.height, image.width, factor, least, most)
+        height, width = image.height, image.width
+        if self.whole and min(height, width) < factor:  # first enlarged, as in the published code
+            height, width = (int(side * (factor / min(height, width))) for side in (height, width))
+        size = smart_resize(height, width, factor, self.min_pixels, self.max_pixels, frames)
+        if size[0] * size[1] > highest:
+            size = smart_resize(height, width, factor, min(self.min_pixels / frames, highest), highest)
+        height, width = size
         return width, height
 
 
