@@ -9,6 +9,7 @@ from families import CHECKPOINTS, GOLDEN, config, config_class
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.qwen2_5_vl.tensors import tensors as qwen25_tensors
 from qvl_runtime.families.qwen2_vl.config import ModelConfig
+from qvl_runtime.families.qwen2_vl.family import FAMILY
 from qvl_runtime.families.qwen2_vl.tensors import canonical
 from qvl_runtime.families.qwen2_vl.tensors import tensors as qwen2_tensors
 from qvl_runtime.families.qwen3_vl.config import Qwen3Config
@@ -191,6 +192,13 @@ REFUSED = [
     ("q3-8b", "vision_config.deepstack_visual_indexes", [8, 16, 27], "'deepstack_visual_indexes'"),
     ("q3-8b", "vision_config.deepstack_visual_indexes", [8, 8], "'deepstack_visual_indexes'"),
 ]
+
+
+def test_top_k_of_a_generation_config_without_it(tmp_path):
+    """transformers takes 50 then, and leaves out this value where it saves; 0, and null in version 4, are off."""
+    for given, top_k in (({}, 50), ({"top_k": 0}, 0), ({"top_k": None}, 0), ({"top_k": 20}, 20)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **given}))
+        assert FAMILY.read_generation(tmp_path).top_k == top_k
 
 
 @pytest.mark.parametrize(("name", "key", "value", "message"), REFUSED, ids=[f"{n}.{k}={v}" for n, k, v, _ in REFUSED])

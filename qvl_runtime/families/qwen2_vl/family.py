@@ -43,6 +43,9 @@ NO_LIMIT = 1 << 24
 REASONING_TOKENS = 8192
 """Default limit of an answer with reasoning, in tokens."""
 
+TOP_K = 50
+"""What transformers takes without `top_k`, and therefore leaves out of the files it saves."""
+
 
 C = TypeVar("C", bound=ModelConfig)
 
@@ -185,7 +188,7 @@ class QwenFamily(Generic[C]):
         data = read_json(path) if os.path.lexists(path) else {}
         thinking = data.get("thinking") is True or _thinks(folder)
         own = {"chat_format": "chatml", "max_window_size": NO_LIMIT, "thinking": thinking}
-        default = {"max_new_tokens": REASONING_TOKENS} if thinking else {}
+        default = {"top_k": TOP_K} | ({"max_new_tokens": REASONING_TOKENS} if thinking else {})
         return GenerationConfig.from_dict({**default, **data, **own}, str(path))
 
 
