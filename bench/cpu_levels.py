@@ -1,11 +1,11 @@
 """Run the tests of the CPU kernels as other processors would get them, with their instructions emulated.
 
-    python bench/cpu_levels.py [--levels avx512 avxvnni neon]
+    python bench/cpu_levels.py [--levels avx512 avxvnni i8mm neon]
 
 The kernels have the lanes, blocking and byte products of the level but are compiled for x86-64-v3 (AVX2): `vpdpbusd`,
-`vpdpwssd` and `sdot` are written out in shifts and multiplications. That finds mistakes in the kernels of a level, but
-none of what the compiler or a processor makes of its own instructions, and says nothing about speed. Takes two minutes
-a level on two cores. Prints a line a level, then one JSON document; exit status 1 if a test failed.
+`vpdpwssd`, `sdot` and `smmla` are written out in shifts and multiplications. That finds mistakes in the kernels of a
+level, but none of what the compiler or a processor makes of its own instructions, and says nothing about speed. Takes
+two minutes a level on two cores. Prints a line a level, then one JSON document; exit status 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ features.target.cache_clear()
 """
 """Selects the level before the rest of the package is imported, which asks for it."""
 EMULATE = """
-from qvl_kernels.cpu.simd import bytes as products, pairs
-from qvl_kernels.cpu.simd.emit import constant
+from llvmlite import ir
+from qvl_kernels.cpu.simd import blocks, bytes as products, pairs
+from qvl_kernels.cpu.simd.emit import I32, constant
 
 def signed(b, acc, u, s):
     u, s = b.bitcast(u, acc.type), b.bitcast(s, acc.type)
@@ -46,6 +47,14 @@ def signed(b, acc, u, s):
         acc = b.add(acc, b.mul(x, y))
     return acc
 
+def matrix(b, total, u, s):
+    u, s = (b.sext(v, ir.VectorType(I32, 16)) for v in (u, s))
+    for k in range(8):
+        x, y = blocks._pick(b, u, u, [k, k, k + 8, k + 8]), blocks._pick(b, s, s, [k, k + 8, k, k + 8])
+        total = b.add(total, b.mul(x, y))
+    return total
+
+blocks._multiply = matrix
 products.PRODUCTS.update(vnni=products._plain_dot, sdot=signed)
 pairs.LEVEL = dataclasses.replace(real, product="shifts")
 """
@@ -72,7 +81,7 @@ def passes(level: str) -> bool:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--levels", nargs="+", default=["avx512", "avxvnni", "neon"])
+    options.add_argument("--levels", nargs="+", default=["avx512", "avxvnni", "i8mm", "neon"])
     results: dict[str, bool] = {}
     for level in options.parse_args().levels:
         results[level] = passes(level)

@@ -73,7 +73,7 @@ def test_two_first_starts_and_a_second_one(first_starts):
     assert all(path.name.startswith("cpu-kernels-") and path.stat().st_mode & 0o777 == 0o600 for path in kept)
 
 
-@pytest.mark.parametrize("level", [level for level in features.LEVELS if level != "neon"])
+@pytest.mark.parametrize("level", [level for level in features.LEVELS if level not in ("i8mm", "neon")])
 def test_every_operation_on_a_forced_level(level, request):
     """The table of operations, and products and attention of many rows, each kind and shape once."""
     if not has(level) or features.selected().name == level:
@@ -109,12 +109,13 @@ def test_every_kernel_is_in_the_part_that_it_is_known_by():
     assert {part: bundle.part_of(name) for part, name in bundle.KNOWN.items()} == {part: part for part in bundle.PARTS}
 
 
-NEON = """
+ARM = """
 import re
+import sys
 import llvmlite.binding as llvm
 from qvl_kernels.cpu import build, features
-level = features.LEVELS["neon"]
-features.compile_for("neon")
+level = features.LEVELS[sys.argv[1]]
+features.compile_for(sys.argv[1])
 features.target = lambda: ("", "")
 build.prepare()
 from qvl_kernels.cpu.registry import KERNELS
@@ -122,12 +123,12 @@ llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
 machine = target.create_target_machine(cpu=level.cpu, features=level.features, opt=3)
-for name in ("gemv4_128", "gemv8_128", "gemm4", "attention_int8_128"):
+for name in ("gemv4_128", "gemv8_128", "gemm4", "gemm8", "attention_int8_128"):
     _, text = build._library(KERNELS[name])
     text = re.sub(r'target (triple|datalayout) = ".*"', "", text)
     module = llvm.parse_assembly(text)
     module.triple = "aarch64-unknown-linux-gnu"
-    print(name, len(re.findall(r"\\bsdot\\b", machine.emit_assembly(module))))
+    print(name, *(len(re.findall(rf"\\b{product}\\b", machine.emit_assembly(module))) for product in sys.argv[2:]))
 """
 
 
@@ -137,9 +138,10 @@ from qvl_kernels.cpu import build, features
 features.compile_for(sys.argv[1])
 build.prepare()
 level = features.LEVELS[sys.argv[1]]
-modules = [sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm", "gemm_pack", "gemm_tile", "gemv", "gemv_planes")]
+modules = [sys.modules[f"qvl_kernels.cpu.{name}"] for name in ("gemm_pack", "gemm_tile", "gemv", "gemv_planes")]
 value_bytes = sys.modules["qvl_kernels.cpu.tiles"].value_bytes
-print({module.WORDS for module in modules} == {level.words} == {value_bytes(8) == 2})
+unpacks = sys.modules["qvl_kernels.cpu.gemm"].UNPACKS
+print({module.WORDS for module in modules} == {level.words} == {value_bytes(8) == 2}, unpacks == level.unpacks)
 """
 
 
@@ -148,22 +150,28 @@ def test_kernels_for_another_level_do_not_take_after_this_one(level):
     """What ships is compiled on one machine for all: here at least one of the two is another one's."""
     command = [sys.executable, "-c", OTHER, level]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True True\n"
 
 
-def test_neon_assembly_has_the_dot_product():
+@pytest.mark.parametrize("level", ["neon", "i8mm"])
+def test_arm_assembly_has_the_products_of_bytes(level):
     done = subprocess.run(
-        [sys.executable, "-c", NEON],
+        [sys.executable, "-c", ARM, level, "sdot", "smmla"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert {name: int(count) >= 8 for name, count in map(str.split, done.stdout.splitlines())} == {
-        "gemv4_128": True,
-        "gemv8_128": True,
-        "gemm4": True,
-        "attention_int8_128": True,
+    found = {
+        name: tuple(int(count) >= 8 for count in counts) for name, *counts in map(str.split, done.stdout.splitlines())
+    }
+    many = (False, True) if level == "i8mm" else (True, False)
+    assert found == {
+        "gemv4_128": (True, False),
+        "gemv8_128": (True, False),
+        "gemm4": many,
+        "gemm8": many,
+        "attention_int8_128": (True, False),
     }
 
 

@@ -57,10 +57,23 @@ class Level:
         """Whether activations are words of 16 bits in products of int8 weights, and of others by several vectors.
 
         It is twice as fast where a product of 32 arbitrary bytes takes four multiplications, two for each half of their
-        range. Products of many rows then also unpack all weights before they multiply them (`unpacking`), and inner
-        loops are in assembler (`simd.assembly`).
+        range. Inner loops are in assembler then (`simd.assembly`).
         """
         return self.product == "maddubs"
+
+    @property
+    def matrix(self) -> bool:
+        """Whether one instruction multiplies eight columns of two rows of bytes by those of two vectors (`smmla`).
+
+        It has twice the products of `sdot`. Products of many rows use it; their weights are unpacked before, as where
+        `words`, since a row's columns lie in groups of four in the file.
+        """
+        return "i8mm" in self.needs
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether products of many rows unpack weights before they multiply them (`unpacking`)."""
+        return self.words or self.matrix
 
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -76,6 +89,7 @@ LEVELS = {
         # The blocking and byte products of `avxvnni` in AVX-512 encoding.
         Level("vnni256", "vnni", 8, (*V4, *VNNI), "x86-64-v3", "+" + ",+".join(VNNI), ()),
         Level("avx2", "maddubs", 8, V3, "x86-64-v3", "", ("x86_64",)),
+        Level("i8mm", "sdot", 4, ("neon", "dotprod", "i8mm"), "generic", "+neon,+dotprod,+i8mm", ("aarch64",)),
         Level("neon", "sdot", 4, ("neon", "dotprod"), "generic", "+neon,+dotprod", ("aarch64",)),
         Level("plain", "shifts", 4, (), "generic", "", ("x86_64", "aarch64")),
     )
@@ -83,15 +97,22 @@ LEVELS = {
 """Levels in order of preference."""
 
 
-AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20
-"""Linux on AArch64: index of the feature word in the auxiliary vector, and its bit for the dot product."""
+ARM_BITS = {"dotprod": (16, 1 << 20), "i8mm": (26, 1 << 13)}
+"""Linux on AArch64: index of a word in the auxiliary vector (AT_HWCAP, AT_HWCAP2), and a feature's bit in it."""
 
 
-def _has_arm_dot_product() -> bool:
-    """Whether the dot product is supported. LLVM's list omits it on macOS and, in older releases, on Linux."""
+def _arm_features() -> set[str]:
+    """Return the features of `ARM_BITS`. LLVM's list omits them on macOS and, in older releases, on Linux."""
+    library = ctypes.CDLL(None)
     if platform.system() == "Linux":
-        return bool(ctypes.CDLL(None).getauxval(ctypes.c_ulong(AT_HWCAP)) & HWCAP_ASIMDDP)
-    return platform.system() == "Darwin"
+        library.getauxval.restype = ctypes.c_ulong
+        words = {name: library.getauxval(ctypes.c_ulong(index)) & bit for name, (index, bit) in ARM_BITS.items()}
+        return {name for name, word in words.items() if word}
+    if platform.system() == "Darwin":
+        value, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        library.sysctlbyname(b"hw.optional.arm.FEAT_I8MM", ctypes.byref(value), ctypes.byref(size), None, 0)
+        return {"dotprod", "i8mm"} if value.value else {"dotprod"}
+    return set()
 
 
 @functools.cache
@@ -101,8 +122,8 @@ def host_features() -> frozenset[str]:
         found = {name for name, present in llvm.get_host_cpu_features().items() if present}
     except RuntimeError:
         found = set()
-    if platform.machine() in ("aarch64", "arm64") and _has_arm_dot_product():
-        found |= {"neon", "dotprod"}
+    if platform.machine() in ("aarch64", "arm64"):
+        found |= {"neon"} | _arm_features()
     return frozenset(found)
 
 

@@ -11,9 +11,14 @@ from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import WORDS, prefetch_write
+from qvl_kernels.cpu.simd import MATRIX, UNPACKS, prefetch_write
 from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, value_bytes
-from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles, widen_blocks
+from qvl_kernels.cpu.unpacking import widen_blocks
+
+if MATRIX:
+    from qvl_kernels.cpu.unpacking_blocks import unpack_bytes, unpack_nibbles
+else:
+    from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles
 
 
 @routine
@@ -33,13 +38,13 @@ def _make(bits: int):
         """Return the address of a piece of weights as the tiles take it."""
         blocks = columns // 128
         if from_int3:
-            target = area + 32 * PIECE if WORDS else area
+            target = area + 32 * PIECE if UNPACKS else area
             widen_blocks(weights, target, blocks)
             weights = target
-        if WORDS and bits == 4:
+        if UNPACKS and bits == 4:
             unpack_nibbles(weights, area, blocks)
             weights = area
-        if WORDS and bits == 8:
+        if UNPACKS and bits == 8:
             unpack_bytes(weights, area, blocks)
             weights = area
         return weights
@@ -79,7 +84,7 @@ def _make(bits: int):
                         for i in range(0, 32, WIDTH):
                             # unpacked, the rows of a tile are adjacent
                             tile_kernel(
-                                bw + i * (count * value if WORDS else 4), bs + 2 * i, bz + i if bz != 0 else 0,
+                                bw + i * (count * value if UNPACKS else 4), bs + 2 * i, bz + i if bz != 0 else 0,
                                 x + tile * tile_bytes + column * TOKENS * value,
                                 xs + tile * tile_scales + 4 * (column // span) * TOKENS,
                                 sums + tile * tile_sums + 4 * (column // group) * TOKENS,

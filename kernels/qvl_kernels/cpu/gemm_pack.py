@@ -5,7 +5,7 @@ with q in -127..127, or -32767..32767::
 
     packed  int8 [tiles, spans, span / 4, TOKENS, 4]
             or, for int8 weights where `WORDS`, int16 [tiles, spans, span / 4, 2, TOKENS, 2]: columns
-            0 and 2 of each four, then 1 and 3
+            0 and 2 of each four, then 1 and 3; or, where `MATRIX`, int8 [tiles, spans, span / 8, TOKENS, 8]
     scales  float32 [tiles, spans, TOKENS]
     sums    float32 [tiles, K / group, TOKENS]     minus the sum of a group's x, times `center`
 
@@ -27,6 +27,7 @@ from qvl_kernels.cpu.quantize import normal, row_statistics
 from qvl_kernels.cpu.registry import as_f32, kernel, routine, share, unpack
 from qvl_kernels.cpu.simd import (
     HIGH_SHIFT,
+    MATRIX,
     WORDS,
     absolute,
     choose_gt,
@@ -43,7 +44,7 @@ from qvl_kernels.cpu.simd import (
     to_f32,
     zeros,
 )
-from qvl_kernels.cpu.simd.emit import I8, I16, I32, join, pointer, take
+from qvl_kernels.cpu.simd.emit import I8, I16, I32, I64, join, pointer, take
 from qvl_kernels.cpu.tiles import TOKENS
 
 zero, none, no_sums = zeros("f32", 16), zeros("i32", 16, TOKENS), zeros("f32", TOKENS)
@@ -53,20 +54,23 @@ WORD_LIMIT = float32(32767)
 HIGH_SCALE = float32(1 / (1 << HIGH_SHIFT))
 
 
-def _store_steps(element: ir.Type, columns: tuple[int, ...]):
-    """An intrinsic that writes integers (16 as i32) of each row of a tile, every four in the order of `columns`."""
+def _store_steps(element: ir.Type, columns: tuple[int, ...], unit: ir.Type):
+    """An intrinsic that writes integers (16 as i32) of each row of a tile, every four in the order of `columns`.
+
+    The rows take turns after each `unit`.
+    """
 
     @intrinsic
     def f(typing, addr, v):
         def codegen(context, b, sig, args):
             order = [4 * at + column for at in range(4) for column in columns]
-            within, count = ir.Constant(ir.VectorType(I32, 16), order), element.width // 2
+            within, count = ir.Constant(ir.VectorType(I32, 16), order), 16 * element.width // unit.width
             steps = []
             for m in range(v.m):
                 x = take(b, args[1], m)
                 x = b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), within)
                 x = b.trunc(x, ir.VectorType(element, 16))
-                steps.append(b.bitcast(x, ir.VectorType(I32, count)))
+                steps.append(b.bitcast(x, ir.VectorType(unit, count)))
             whole = join(b, steps)
             order = [count * m + at for at in range(count) for m in range(v.m)]
             lanes = ir.Constant(ir.VectorType(I32, len(order)), order)
@@ -79,7 +83,8 @@ def _store_steps(element: ir.Type, columns: tuple[int, ...]):
     return f
 
 
-store_bytes, store_words = _store_steps(I8, (0, 1, 2, 3)), _store_steps(I16, (0, 2, 1, 3))
+store_bytes = _store_steps(I8, (0, 1, 2, 3), I64 if MATRIX else I32)
+store_words = _store_steps(I16, (0, 2, 1, 3), I32)
 
 
 @routine

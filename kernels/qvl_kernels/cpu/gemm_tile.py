@@ -1,9 +1,10 @@
 """The inner kernels of matrix-matrix products: a tile of `TOKENS` rows times two vectors of weights.
 
 Each is one description for all processors: `WIDTH` is the vector width, and `simd.dot` emits the processor's
-instructions. Where `WORDS`, the loop over the columns is assembler (`simd.assembly`). The sums of a span of columns are
-integers. They are scaled by the activations' scale, summed in float32 over a group of the weights, scaled by the
-weights' scale and added to the tile.
+instructions. Where `WORDS`, the loop over the columns is assembler (`simd.assembly`); where `MATRIX`, blocks of two
+rows of weights and of activations are multiplied at once (`simd.blocks`). The sums of a span of columns are integers.
+They are scaled by the activations' scale, summed in float32 over a group of the weights, scaled by the weights' scale
+and added to the tile.
 
 Loop counts are arguments even if they are always 8 or 32: otherwise LLVM unrolls the loops, keeps the weights of
 several steps in registers, and spills.
@@ -19,6 +20,7 @@ from qvl_kernels.cpu.registry import inlined, routine
 from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     LEVEL,
+    MATRIX,
     UNSHIFTED,
     WORDS,
     bytes_,
@@ -37,7 +39,8 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.assembly import STEP, add_nibble_spans, add_pair_spans
-from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS
+from qvl_kernels.cpu.simd.blocks import add_rows, dot_blocks, scales_of_sums
+from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS, value_bytes
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 """Rows of weights per vector: all accumulators of two vectors by `TOKENS` rows fit the registers."""
@@ -45,6 +48,8 @@ WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
+row_pairs, token_pairs = loads("i8", 16, WIDTH // 2), loads("i8", 16, TOKENS // 2)
+no_blocks, no_block_floats = zeros("i32", 4, WIDTH * TOKENS // 4), zeros("f32", 4, WIDTH * TOKENS // 4)
 no_sums, no_floats = zeros("i32", LANES, TOKENS), zeros("f32", LANES, TOKENS)
 spread, tile_rows = spreads("f32", LANES, TOKENS), rows("f32", LANES, TOKENS)
 float_spread, float_rows = spreads("f32", LANES, FLOAT_TOKENS), rows("f32", LANES, FLOAT_TOKENS)
@@ -130,10 +135,30 @@ def _make_add_unpacked(bits: int):
     return add_spans
 
 
+@inlined
+def add_block_spans(p, q, w, first, x, xs, spans, steps):
+    """Do the same with weights that `unpacking` wrote in steps of eight columns."""
+    w += first * steps * 2 * STEP
+    total = no_block_floats()
+    for _ in range(spans):
+        sums = no_blocks()
+        for _ in range(steps):
+            sums = dot_blocks(sums, row_pairs(w), token_pairs(x))
+            w += 2 * STEP
+            x += 2 * TOKEN_BYTES
+        total = fma(to_f32(sums), scales_of_sums(sums, xs), total)
+        xs += TOKEN_BYTES
+    return add_rows(p, total, 0), add_rows(q, total, 8)
+
+
 def _make_tile(bits: int):
-    bias = 0 if bits == 4 else BYTE_BIAS
-    add_spans = _make_add_unpacked(bits) if WORDS else _make_add_spans(bits)
-    columns_a_step = 2 if WORDS and bits == 8 else 4
+    bias, x_column = 0 if bits == 4 else BYTE_BIAS, TOKENS * value_bytes(bits)
+    if MATRIX:
+        add_spans, columns_a_step = add_block_spans, 8
+    elif WORDS:
+        add_spans, columns_a_step = _make_add_unpacked(bits), 2 if bits == 8 else 4
+    else:
+        add_spans, columns_a_step = _make_add_spans(bits), 4
 
     @routine
     def tile(w, scales, zero_points, x, xs, sums, groups, spans, columns, y, fresh, ahead):
@@ -158,7 +183,7 @@ def _make_tile(bits: int):
                 zero_points += 32
             p, q = add_spans(p, q, w, span, x, xs, spans, steps)
             span += spans
-            x += spans * steps * TOKEN_BYTES
+            x += spans * columns * x_column
             xs += spans * TOKEN_BYTES
             sums += TOKEN_BYTES
             f, h = fma(p, half(scales), f), fma(q, half(scales + 2 * LANES), h)

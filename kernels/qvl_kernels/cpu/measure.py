@@ -37,6 +37,7 @@ def products_per_second(ops: CpuOps, bits: int, rounds: int = 2_000_000) -> floa
     operands[:] = 1
     program.keep(operands, result)
     program.add("multiply_nibbles" if bits < 8 else "multiply_bytes", address(operands), rounds, address(result))
-    a_lane = 4 // tiles.value_bytes(bits)
-    products = rounds * 12 * features.selected().lanes * a_lane * ops.threads
+    level = features.selected()
+    a_lane = 8 if level.matrix else 4 // tiles.value_bytes(bits)
+    products = rounds * 12 * level.lanes * a_lane * ops.threads
     return 2 * products / min(_seconds(ops, program) for _ in range(3))

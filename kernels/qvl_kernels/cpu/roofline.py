@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from qvl_kernels.cpu.registry import kernel, share, unpack
-from qvl_kernels.cpu.simd import LANES, SUM_EL, SUM_PER_LANE, WORDS, dot, dot_bytes, loads, store, zeros
+from qvl_kernels.cpu.simd import LANES, MATRIX, SUM_EL, SUM_PER_LANE, WORDS, dot, dot_bytes, loads, store, zeros
+from qvl_kernels.cpu.simd.blocks import dot_blocks
 from qvl_kernels.cpu.simd.pairs import dot_pairs_narrow
 
 line, block, none = loads("i32", 16, 8), loads("i8", 4 * LANES), zeros("i32", 16, 8)
 words = loads("i32", LANES)
+three, four = loads("i8", 16, 3), loads("i8", 16, 4)
 sums, any_sums = zeros(SUM_EL, LANES * SUM_PER_LANE, 12), zeros("i32", LANES, 12)
 
 
@@ -24,12 +26,15 @@ def read_memory(args, thread, threads):
 
 @kernel
 def multiply_nibbles(args, thread, threads):
-    """`rounds` times 12 independent products of a register of nibbles with a broadcast word of `x`."""
+    """`rounds` times 12 independent products of a register of nibbles with a broadcast word, or a block, of `x`."""
     x, rounds, result = unpack(args, 3)
     total = sums()
     for i in range(rounds):
         # Other operands every time: the same ones would be multiplied, or spread, before the loop.
-        total = dot(total, block(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
+        if MATRIX:
+            total = dot_blocks(total, three(x + 64 * (i & 7)), four(x + 512 + 64 * (i & 7)))
+        else:
+            total = dot(total, block(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
     store(result + 4096 * thread, total)
 
 
@@ -39,7 +44,9 @@ def multiply_bytes(args, thread, threads):
     x, rounds, result = unpack(args, 3)
     total = any_sums()
     for i in range(rounds):
-        if WORDS:
+        if MATRIX:
+            total = dot_blocks(total, three(x + 64 * (i & 7)), four(x + 512 + 64 * (i & 7)))
+        elif WORDS:
             total = dot_pairs_narrow(total, words(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)
         else:
             total = dot_bytes(total, block(x + 64 * (i & 7)), x + 512 + 64 * (i & 7), 4)

@@ -43,7 +43,7 @@ def value_bytes(bits: int) -> int:
 def unpacked_bytes(bits: int) -> int:
     """Return the scratch bytes per thread in which a piece of weights of `bits` is unpacked."""
     widened = INT4_BYTES if bits == 3 else 0
-    return widened + (32 * value_bytes(bits) * PIECE if features.selected().words else 0)
+    return widened + (32 * value_bytes(bits) * PIECE if features.selected().unpacks else 0)
 
 
 def int8_bytes(rows: int, k: int, bits: int, group: int, span: int) -> tuple[int, int, int]:

@@ -39,7 +39,7 @@ HIGH_SHIFT = 4 if UNSHIFTED else 0
 """`highs` returns the nibble times 2**HIGH_SHIFT."""
 BYTE_BIAS = LEVEL.byte_bias
 """`dot_bytes` multiplies ``byte - BYTE_BIAS``."""
-WORDS = LEVEL.words
+WORDS, MATRIX, UNPACKS = LEVEL.words, LEVEL.matrix, LEVEL.unpacks
 SUM_EL = "i16" if LEVEL.product == "maddubs" else "i32"
 """Element type of a `dot` accumulator; ``widen`` converts it to i32."""
 SUM_PER_LANE = 2 if SUM_EL == "i16" else 1
