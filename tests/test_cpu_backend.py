@@ -175,6 +175,22 @@ def test_arm_assembly_has_the_products_of_bytes(level):
     }
 
 
+@pytest.mark.parametrize("words, level", [({}, "plain"), ({16: 1 << 20}, "neon"), ({16: 1 << 20, 26: 1 << 13}, "i8mm")])
+def test_levels_of_arm_processors(monkeypatch, words, level):
+    class Library:
+        @staticmethod
+        def getauxval(index):
+            return words.get(index.value, 0) | 1
+
+    monkeypatch.delenv("QVL_CPU", raising=False)
+    monkeypatch.setattr(features.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(features.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(features.ctypes, "CDLL", lambda name: Library)
+    monkeypatch.setattr(features.llvm, "get_host_cpu_features", dict)
+    monkeypatch.setattr(features, "host_features", features.host_features.__wrapped__)
+    assert features.selected.__wrapped__().name == level
+
+
 def test_key_depends_on_processor_and_parts(monkeypatch):
     before = cache.key()
     assert before == cache.key()

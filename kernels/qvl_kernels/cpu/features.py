@@ -65,15 +65,17 @@ class Level:
     def matrix(self) -> bool:
         """Whether one instruction multiplies eight columns of two rows of bytes by those of two vectors (`smmla`).
 
-        It has twice the products of `sdot`. Products of many rows use it; their weights are unpacked before, as where
-        `words`, since a row's columns lie in groups of four in the file.
+        It has twice the products of `sdot`. Products of many rows use it.
         """
         return "i8mm" in self.needs
 
     @property
     def unpacks(self) -> bool:
-        """Whether products of many rows unpack weights before they multiply them (`unpacking`)."""
-        return self.words or self.matrix
+        """Whether products of many rows unpack weights before they multiply them (`unpacking`).
+
+        It pays where unpacking and spreading activations take the pipes of the multiplications.
+        """
+        return self.words or self.product == "sdot"
 
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -103,15 +105,16 @@ ARM_BITS = {"dotprod": (16, 1 << 20), "i8mm": (26, 1 << 13)}
 
 def _arm_features() -> set[str]:
     """Return the features of `ARM_BITS`. LLVM's list omits them on macOS and, in older releases, on Linux."""
-    library = ctypes.CDLL(None)
     if platform.system() == "Linux":
+        library = ctypes.CDLL(None)
         library.getauxval.restype = ctypes.c_ulong
         words = {name: library.getauxval(ctypes.c_ulong(index)) & bit for name, (index, bit) in ARM_BITS.items()}
         return {name for name, word in words.items() if word}
     if platform.system() == "Darwin":
-        value, size = ctypes.c_int(0), ctypes.c_size_t(4)
-        library.sysctlbyname(b"hw.optional.arm.FEAT_I8MM", ctypes.byref(value), ctypes.byref(size), None, 0)
-        return {"dotprod", "i8mm"} if value.value else {"dotprod"}
+        found, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        ask = ctypes.CDLL(None).sysctlbyname
+        ask(b"hw.optional.arm.FEAT_I8MM", ctypes.byref(found), ctypes.byref(size), None, ctypes.c_size_t(0))
+        return {"dotprod", "i8mm"} if found.value else {"dotprod"}
     return set()
 
 

@@ -7,18 +7,13 @@ them. The next piece is prefetched meanwhile. Some weights are first unpacked in
 
 from __future__ import annotations
 
+from qvl_kernels.cpu import unpacking, unpacking_blocks
 from qvl_kernels.cpu.atomics import claim
 from qvl_kernels.cpu.epilogue import ROW, finish
 from qvl_kernels.cpu.gemm_tile import WIDTH, tile4, tile8
 from qvl_kernels.cpu.registry import kernel, routine, unpack
-from qvl_kernels.cpu.simd import MATRIX, UNPACKS, prefetch_write
+from qvl_kernels.cpu.simd import MATRIX, UNPACKS, WORDS, prefetch_write
 from qvl_kernels.cpu.tiles import HELD_TILES, PIECE, TOKENS, value_bytes
-from qvl_kernels.cpu.unpacking import widen_blocks
-
-if MATRIX:
-    from qvl_kernels.cpu.unpacking_blocks import unpack_bytes, unpack_nibbles
-else:
-    from qvl_kernels.cpu.unpacking import unpack_bytes, unpack_nibbles
 
 
 @routine
@@ -31,7 +26,13 @@ def prefetch_rows(rows, row, count, block, n):
 
 
 def _make(bits: int):
-    tile_kernel, value = tile4 if bits == 4 else tile8, value_bytes(bits)
+    tile_kernel, value, widen_blocks = tile4 if bits == 4 else tile8, value_bytes(bits), unpacking.widen_blocks
+    if MATRIX:
+        unpack_piece = unpacking_blocks.unpack_nibbles if bits == 4 else unpacking_blocks.unpack_bytes
+    elif bits == 4:
+        unpack_piece = unpacking.unpack_nibbles
+    else:
+        unpack_piece = unpacking.unpack_bytes if WORDS else unpacking.sign_bytes
 
     @routine
     def unpacked(weights, area, columns, from_int3):
@@ -41,11 +42,8 @@ def _make(bits: int):
             target = area + 32 * PIECE if UNPACKS else area
             widen_blocks(weights, target, blocks)
             weights = target
-        if UNPACKS and bits == 4:
-            unpack_nibbles(weights, area, blocks)
-            weights = area
-        if UNPACKS and bits == 8:
-            unpack_bytes(weights, area, blocks)
+        if UNPACKS:
+            unpack_piece(weights, area, blocks)
             weights = area
         return weights
 

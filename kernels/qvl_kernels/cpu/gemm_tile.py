@@ -21,6 +21,7 @@ from qvl_kernels.cpu.simd import (
     BYTE_BIAS,
     LEVEL,
     MATRIX,
+    UNPACKS,
     UNSHIFTED,
     WORDS,
     bytes_,
@@ -39,7 +40,7 @@ from qvl_kernels.cpu.simd import (
     zeros,
 )
 from qvl_kernels.cpu.simd.assembly import STEP, add_nibble_spans, add_pair_spans
-from qvl_kernels.cpu.simd.blocks import add_rows, dot_blocks, scales_of_sums
+from qvl_kernels.cpu.simd.blocks import add_rows, dot_blocks, dot_lanes, scales_of_sums
 from qvl_kernels.cpu.tiles import FLOAT_TOKENS, TOKENS, value_bytes
 
 LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
@@ -47,6 +48,7 @@ LANES = {"avx512": 16, "plain": 4}.get(LEVEL.name, 8)
 WIDTH = 2 * LANES
 TOKEN_BYTES = 4 * TOKENS
 
+four_columns = loads("i8", 4 * TOKENS)
 weights, half, byte = loads("i8", 4 * LANES, 2), halves(LANES), bytes_(LANES, False)
 row_pairs, token_pairs = loads("i8", 16, WIDTH // 2), loads("i8", 16, TOKENS // 2)
 no_blocks, no_block_floats = zeros("i32", 4, WIDTH * TOKENS // 4), zeros("f32", 4, WIDTH * TOKENS // 4)
@@ -136,6 +138,23 @@ def _make_add_unpacked(bits: int):
 
 
 @inlined
+def add_byte_spans(p, q, w, first, x, xs, spans, steps):
+    """Do the same with weights that `unpacking` wrote as signed bytes."""
+    w += first * steps * STEP
+    for _ in range(spans):
+        a, b = no_sums(), no_sums()
+        for _ in range(steps):
+            u, columns = weights(w), four_columns(x)
+            a, b = dot_lanes(a, piece(u, 0), columns), dot_lanes(b, piece(u, 1), columns)
+            w += STEP
+            x += TOKEN_BYTES
+        scale = spread(xs, 4)
+        p, q = fma(to_f32(a), scale, p), fma(to_f32(b), scale, q)
+        xs += TOKEN_BYTES
+    return p, q
+
+
+@inlined
 def add_block_spans(p, q, w, first, x, xs, spans, steps):
     """Do the same with weights that `unpacking` wrote in steps of eight columns."""
     w += first * steps * 2 * STEP
@@ -157,6 +176,8 @@ def _make_tile(bits: int):
         add_spans, columns_a_step = add_block_spans, 8
     elif WORDS:
         add_spans, columns_a_step = _make_add_unpacked(bits), 2 if bits == 8 else 4
+    elif UNPACKS:
+        add_spans, columns_a_step = add_byte_spans, 4
     else:
         add_spans, columns_a_step = _make_add_spans(bits), 4
 

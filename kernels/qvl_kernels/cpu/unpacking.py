@@ -1,8 +1,8 @@
 """Weights unpacked in scratch memory, for products of many rows, which share the work.
 
-int3 becomes int4. Where a processor has no product of four bytes, unpacking in the inner loop would take a fifth of its
-instructions: there int4 becomes a byte a code, and int8 words of 16 bits; for 16-bit activations int3 and int4 become
-words, too. The first 16 rows come before the other 16, so that a step of 16 rows is 64 adjacent bytes
+int3 becomes int4. Where `UNPACKS`, unpacking in the inner loop would take a fifth of its instructions or more: there
+int4 becomes a byte a code, and int8 signed bytes or, where `WORDS`, words of 16 bits; for 16-bit activations int3 and
+int4 become words, too. The first 16 rows come before the other 16, so that a step of 16 rows is 64 adjacent bytes
 (`simd.assembly`).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import LANES, highs, loads, masks, steps_of_int3, store
+from qvl_kernels.cpu.simd import BYTE_BIAS, LANES, highs, loads, masks, steps_of_int3, store
 from qvl_kernels.cpu.simd.assembly import STEP
 from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, nibbles_of_pairs
 
@@ -50,6 +50,16 @@ def unpack_nibbles(source, target, blocks):
                 store(to + 24 * STEP, high_nibbles(second))
         source += 2048
         target += 32 * STEP
+
+
+@routine
+def sign_bytes(source, target, blocks):
+    """Write such blocks of int8 minus `BYTE_BIAS`."""
+    other_rows = 32 * STEP * blocks
+    for step in range(32 * blocks):
+        for i in range(0, 128, BYTES):
+            v = load(source + 128 * step + i) - BYTE_BIAS
+            store(target + i // STEP * other_rows + STEP * step + i % STEP, v)
 
 
 @routine

@@ -1,6 +1,8 @@
-"""Products of blocks of bytes, where `MATRIX`: eight columns of two rows of weights by those of two vectors.
+"""Products of signed bytes on ARM, for products of many rows.
 
-A sum is a vector of four i32: the first row times both vectors, then the second row.
+`dot_lanes` multiplies four columns of rows of weights by those of vectors. Where `MATRIX`, `dot_blocks` multiplies
+eight columns of two rows by those of two vectors; its sums are vectors of four i32: the first row times both vectors,
+then the second row.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from qvl_kernels.cpu.simd.emit import F32, I32, call, gather, join, pointer, take
+from qvl_kernels.cpu.simd.bytes import PRODUCTS
+from qvl_kernels.cpu.simd.emit import F32, I32, call, cut, gather, join, pointer, take
 
 
 def _multiply(b, total, u, s):
@@ -19,6 +22,23 @@ def _multiply(b, total, u, s):
 def _pick(b, x, y, lanes):
     """Return these lanes of two vectors, which are counted on from the first to the second."""
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+@intrinsic
+def dot_lanes(typing, sums, u, s):
+    """Add the products of the rows of u with each i32 of s, four columns of a vector, to `sums`."""
+
+    def codegen(context, b, sig, args):
+        found = []
+        for m in range(sums.m):
+            four, lane = take(b, args[2], m // 4), m % 4
+            # the same lane of whole registers: the instruction takes it from there
+            four = _pick(b, four, four, [4 * lane + i % 4 for i in range(16)])
+            parts = [(cut(b, take(b, args[0], m), i, 4), cut(b, args[1], 4 * i, 16)) for i in range(0, sums.n, 4)]
+            found.append(join(b, [PRODUCTS["sdot"](b, total, rows, four) for total, rows in parts]))
+        return gather(b, found)
+
+    return (sums(sums, u, s), codegen) if sums.m == 4 * s.m else None
 
 
 @intrinsic
