@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from serving import data_uri, image_part, picture, png, serving
 
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.cli.main import main
 from qvl_runtime.errors import QvlError
 from qvl_runtime.inputs import fetch, images
@@ -398,6 +399,16 @@ def test_no_route_and_no_log_shows_a_prompt(served, caplog):
     own = [record for record in caplog.records if record.name.startswith(("qvl", "uvicorn", "starlette"))]
     assert any("/v1/chat/completions 200" in record.getMessage() for record in own)
     assert not any(secret in record.getMessage() for record in own)
+
+
+def test_the_log_tells_what_is_wrong_with_the_device(served, demo_model, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise DeviceError("the GPU is full; close other programs")
+
+    monkeypatch.setattr(demo_model, "stream", fail)
+    response = served.chat("hi")
+    assert response.status_code == 500 and "GPU" not in response.text
+    assert any("the GPU is full; close other programs" in message for message in caplog.messages)
 
 
 def test_a_log_has_content_when_asked(demo_model, caplog):

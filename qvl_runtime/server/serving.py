@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
+from qvl_kernels.ops import DeviceError
 from qvl_runtime.openai.answers import Part, Whole
 from qvl_runtime.openai.errors import ApiError, of_exception, refused
 from qvl_runtime.openai.formats import Reply
@@ -249,11 +250,12 @@ def problem_of(error: Exception, service: Service, limit_field: str = Asked.limi
 
 
 def log_error(error: BaseException, content: bool) -> None:
-    """Log the origin of an exception. Its message may contain a prompt and is only logged with `content`."""
+    """Log the origin of an exception. Its message may contain a prompt and is only logged with `content`, but one of
+    the device, which tells the machine's owner what to do."""
     places = []
     trace = error.__traceback__
     while trace is not None:
         places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
         trace = trace.tb_next
-    said = f": {error}" if content else ""
+    said = f": {error}" if content or isinstance(error, DeviceError) else ""
     log.error("%s%s at %s", type(error).__name__, said, " < ".join(reversed(places)))
