@@ -23,7 +23,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from typing import Any
 import harness
 import numpy as np
 import published_vl
-from family_openvino import CLASSES, GROUP, THREADS, Ours, complete, picture_row, text_row
+from family_openvino import CLASSES, GROUP, THREADS, Ours, add_run, complete, conclude
 
 
 # ------------------------------------------------------------------------------------------------ MNN's files
@@ -76,7 +75,7 @@ class Theirs:
         import MNN.expr
         import MNN.llm
 
-        self._expr = MNN.expr
+        self._expr, self.version = MNN.expr, importlib.metadata.version("MNN")
         # Threads of the vision part are read from the file only.
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump({**json.loads((folder / "config.json").read_text()), **settings}, file)
@@ -119,15 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     vision = {"backend_type": "cpu", "precision": "normal", "memory": "low", "thread_num": THREADS}
     where = {"base_dir": f"{arguments.folder.resolve()}/", "mllm": vision}
     theirs, ours = Theirs(arguments.folder, {**settings, **where}), Ours(arguments.model)
-    row: dict[str, Any] = {"threads": THREADS, "rounds": arguments.rounds}
-    if "text" in arguments.only:
-        row |= text_row(ours, theirs, arguments.rounds, arguments.realtime)
-    if "picture" in arguments.only:
-        row |= picture_row(ours, theirs, arguments.rounds, arguments.realtime)
-    harness.print_row(row)
-    version = importlib.metadata.version("MNN")
-    what = {"model": os.path.basename(arguments.model), "folder": arguments.folder.name}
-    harness.print_document(MNN=version, **what, settings=settings, results=[row])
+    conclude(arguments, ours, theirs, "MNN", settings)
 
 
 def main() -> None:
@@ -138,13 +129,7 @@ def main() -> None:
     writer.add_argument("folder", type=Path)
     writer.add_argument("--symmetric", action="store_true", help="weights without zero points")
     writer.set_defaults(run=lambda a: write(a.name, a.folder, a.symmetric))
-    runner = verbs.add_parser("run")
-    runner.add_argument("model")
-    runner.add_argument("folder", type=Path)
-    runner.add_argument("--only", nargs="+", choices=["text", "picture"], default=["text", "picture"])
-    runner.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of MNN's decoder")
-    harness.add_timing(runner, rounds=3)
-    runner.set_defaults(run=run)
+    add_run(verbs, run, "settings of MNN's decoder")
     arguments = parser.parse_args()
     arguments.run(arguments)
 

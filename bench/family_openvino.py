@@ -224,10 +224,8 @@ def picture_row(ours: Ours, theirs: Theirs, rounds: int, realtime: bool) -> dict
     return row
 
 
-def run(arguments: argparse.Namespace) -> None:
-    settings = {"INFERENCE_NUM_THREADS": str(THREADS), "PERFORMANCE_HINT": "LATENCY"}
-    settings |= dict(setting.split("=", 1) for setting in arguments.set)
-    theirs, ours = Theirs(arguments.folder, settings), Ours(arguments.model)
+def conclude(arguments: argparse.Namespace, ours: Ours, theirs: Any, program: str, settings: dict[str, Any]) -> None:
+    """Measure what `add_run`'s options say, and print it. `theirs` has `ask` and a `version`, as `Theirs` has."""
     row: dict[str, Any] = {"threads": THREADS, "rounds": arguments.rounds}
     if "text" in arguments.only:
         row |= text_row(ours, theirs, arguments.rounds, arguments.realtime)
@@ -235,7 +233,25 @@ def run(arguments: argparse.Namespace) -> None:
         row |= picture_row(ours, theirs, arguments.rounds, arguments.realtime)
     harness.print_row(row)
     what = {"model": os.path.basename(arguments.model), "folder": arguments.folder.name}
-    harness.print_document(**{"OpenVINO GenAI": theirs.version}, **what, settings=settings, results=[row])
+    harness.print_document(**{program: theirs.version}, **what, settings=settings, results=[row])
+
+
+def add_run(verbs: Any, run: Callable[[argparse.Namespace], None], settings: str) -> None:
+    """Add the verb `run` and its options."""
+    runner = verbs.add_parser("run")
+    runner.add_argument("model")
+    runner.add_argument("folder", type=Path)
+    runner.add_argument("--only", nargs="+", choices=["text", "picture"], default=["text", "picture"])
+    runner.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=settings)
+    harness.add_timing(runner, rounds=3)
+    runner.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = {"INFERENCE_NUM_THREADS": str(THREADS), "PERFORMANCE_HINT": "LATENCY"}
+    settings |= dict(setting.split("=", 1) for setting in arguments.set)
+    theirs, ours = Theirs(arguments.folder, settings), Ours(arguments.model)
+    conclude(arguments, ours, theirs, "OpenVINO GenAI", settings)
 
 
 def main() -> None:
@@ -246,13 +262,7 @@ def main() -> None:
     writer.add_argument("folder", type=Path)
     writer.add_argument("--symmetric", action="store_true", help="int4 without zero points")
     writer.set_defaults(run=lambda a: write(a.checkpoint, a.folder, a.symmetric))
-    runner = verbs.add_parser("run")
-    runner.add_argument("model")
-    runner.add_argument("folder", type=Path)
-    runner.add_argument("--only", nargs="+", choices=["text", "picture"], default=["text", "picture"])
-    runner.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of OpenVINO")
-    harness.add_timing(runner, rounds=3)
-    runner.set_defaults(run=run)
+    add_run(verbs, run, "settings of OpenVINO")
     arguments = parser.parse_args()
     arguments.run(arguments)
 
