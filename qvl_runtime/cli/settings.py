@@ -30,14 +30,13 @@ def check_name(name: str) -> None:
 
 
 def read_setting(name: str, text: str) -> Any:
-    """Read the value of a setting, an int or a float.
+    """Read the value of one of `SETTINGS`, an int or a float.
 
     Raises
     ------
     QvlError
-        If there is no such setting, or the value is no number or out of range.
+        If the value is no number or out of range.
     """
-    check_name(name)
     try:
         value = SETTINGS[name](text)
     except ValueError:
