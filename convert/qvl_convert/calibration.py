@@ -29,7 +29,7 @@ from qvl_runtime.families.config import Config
 from qvl_runtime.file.json_text import parse_json
 from qvl_runtime.file.opening import as_path, read_regular, shown
 from qvl_runtime.inputs.image_tags import split_images
-from qvl_runtime.inputs.images import SUFFIXES, UNREAD_SUFFIXES, ImageSource
+from qvl_runtime.inputs.images import PICTURE_SUFFIXES, SUFFIXES, ImageSource
 from qvl_runtime.inputs.pictures import LOCAL, Picture
 from qvl_runtime.inputs.prompt import SOURCE_KEYS, Prompt, Slot
 from qvl_runtime.inputs.tokenizer import Tokenizer
@@ -230,7 +230,7 @@ def _said(said: Any) -> Any:
 
 
 def _read_folder(folder: Path) -> Iterator[Found]:
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES))
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
         raise QvlError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)}); name the folder that does")
     for i, path in enumerate(paths):

@@ -9,10 +9,7 @@ from typing import Any, NoReturn
 
 from qvl_runtime.batch.rows import Ids, Row
 from qvl_runtime.errors import QvlError
-from qvl_runtime.inputs import images
-
-SUFFIXES = frozenset({*images.SUFFIXES, *images.UNREAD_SUFFIXES})
-"""Endings of pictures, which are rows: those that cannot be read are rows with an error."""
+from qvl_runtime.inputs.images import PICTURE_SUFFIXES, SUFFIXES
 
 
 class PictureFolder:
@@ -29,12 +26,14 @@ class PictureFolder:
         for folder, folders, files in os.walk(path, onerror=_unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             here = Path(folder).relative_to(path)
-            shown = (name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
+            shown = (
+                name for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
+            )
             self._names += [(here / name).as_posix() for name in shown]
         self._names.sort()
         if not self._names:
             raise QvlError(
-                f"{path}: has no pictures ({', '.join(images.SUFFIXES)}), no .tar and no .parquet files; name another"
+                f"{path}: has no pictures ({', '.join(SUFFIXES)}), no .tar and no .parquet files; name another"
             )
 
     def __len__(self) -> int:

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from qvl_runtime.batch.folder import SUFFIXES
 from qvl_runtime.batch.rows import Ids, Row, row_of_fields
 from qvl_runtime.errors import QvlError
 from qvl_runtime.file.json_text import parse_object
 from qvl_runtime.file.opening import open_regular
-from qvl_runtime.inputs.images import MAX_FILE_BYTES
+from qvl_runtime.inputs.images import MAX_FILE_BYTES, PICTURE_SUFFIXES
 
 MAX_TEXT = 1 << 20
 """Largest prompt in bytes."""
@@ -75,14 +74,14 @@ class TarShards:
             for member in sample.members:
                 if member.error is not None:
                     return Row(number, sample.key, error=member.error)
-                limit = MAX_FILE_BYTES if member.suffix in SUFFIXES else MAX_TEXT
+                limit = MAX_FILE_BYTES if member.suffix in PICTURE_SUFFIXES else MAX_TEXT
                 if member.size > limit:
                     return Row(number, sample.key, error=f"a file {member.suffix} has more than {limit >> 20} MiB")
-                if member.suffix in SUFFIXES and not pictures:
+                if member.suffix in PICTURE_SUFFIXES and not pictures:
                     continue
                 file.seek(member.offset)
                 content = file.read(member.size)
-                if member.suffix in SUFFIXES:
+                if member.suffix in PICTURE_SUFFIXES:
                     fields["images"].append(content)
                 elif member.suffix == ".txt":
                     try:

@@ -41,6 +41,8 @@ SUFFIXES = (
 """Endings of the names of pictures in these formats."""
 UNREAD_SUFFIXES = (".avif", ".heic", ".heif", ".jxl")
 """Endings of pictures in other formats, as cameras and web sites give them: to be refused, not left out."""
+PICTURE_SUFFIXES = frozenset((*SUFFIXES, *UNREAD_SUFFIXES))
+"""Endings of all pictures of a folder or an archive."""
 ORIENTATION = 0x0112
 """The EXIF tag of the orientation."""
 UPRIGHT: dict[int | None, Image.Transpose] = {
