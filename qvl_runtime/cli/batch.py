@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from qvl_runtime.backends import backend
 from qvl_runtime.batch.folder import PictureFolder
@@ -22,6 +21,7 @@ from qvl_runtime.batch.records import Record
 from qvl_runtime.batch.rows import Source
 from qvl_runtime.batch.sources import open_source
 from qvl_runtime.cli.loading import Activations, AllowUrls, ContextTokens, Device, KVCache, MaxPixels, ModelFile
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.cli.sampling import (
     FrequencyPenalty,
     MinP,
@@ -34,7 +34,6 @@ from qvl_runtime.cli.sampling import (
     TopP,
     read_schema,
 )
-from qvl_runtime.cli.screen import console
 from qvl_runtime.engine.scheduler import MAX_BATCH
 from qvl_runtime.errors import QvlError
 
@@ -119,9 +118,8 @@ def batch(
             "max_pixels": max_pixels,
         },
     )
-    output = console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    bar = Bar(*columns, console=output, disable=not output.is_terminal)
+    bar = progress_bar(*columns)
     shown = bar.add_task("loading", total=len(source))
 
     def on_record(record: Record) -> None:

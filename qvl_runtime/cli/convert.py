@@ -13,7 +13,6 @@ import typer
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     ProgressColumn,
     TaskProgressColumn,
     TextColumn,
@@ -25,7 +24,7 @@ from qvl_convert.progress import Progress as Tensors
 from qvl_convert.progress import Report
 from qvl_convert.writer import partial_path
 from qvl_runtime.backends import backend
-from qvl_runtime.cli.screen import console
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.cli.text import one_line, size
 
 SECONDS = 60
@@ -119,13 +118,11 @@ def _bar(*, by_effort: bool) -> Iterator[tuple[Tensors, Report]]:
 
     A calibration's bar and the time that remains go by its work, not by the bytes that are written.
     """
-    output, name = console(stderr=True), TextColumn("{task.description}")
+    name = TextColumn("{task.description}")
     amount: ProgressColumn = TaskProgressColumn() if by_effort else DownloadColumn()
     columns = (name, BarColumn(), amount, TimeRemainingColumn())
     # the speed is that since the beginning: steps differ, and take minutes
-    with Progress(
-        *columns, console=output, transient=True, disable=not output.is_terminal, speed_estimate_period=1e9
-    ) as bar:
+    with progress_bar(*columns, transient=True, speed_estimate_period=1e9) as bar:
         task, said = bar.add_task("reading", total=None), time.monotonic()
 
         def say() -> None:

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from qvl_runtime.cli.loading import Activations, Device, KVCache, MaxPixels
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.cli.screen import console
 from qvl_runtime.cli.text import duration, one_line, size
 from qvl_runtime.engine.scheduler import MAX_BATCH
@@ -63,9 +64,8 @@ def eval(
         if find(name).score is None:
             raise QvlError(f"--plot: {name} has no score that a plot could show; leave out --plot")
     own = None if prompts is None else parse_object(read_regular(prompts, limit=MAX_JSON), str(prompts), "correct it")
-    output = console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output, transient=True, disable=not output.is_terminal) as bar:
+    with progress_bar(*columns, transient=True) as bar:
         shown = bar.add_task("reading", total=None)
         found = evaluate(
             [Path(model) for model in models],

@@ -6,13 +6,13 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress
+from rich.progress import BarColumn, DownloadColumn
 
 from qvl_runtime.backends import check_device, device_memory, gpu_facts
 from qvl_runtime.blob import Blob
 from qvl_runtime.budget import DEFAULT_WINDOW, KV_CACHES, VISION_PARTS, budget, remedies
 from qvl_runtime.cli.loading import ModelFile
-from qvl_runtime.cli.screen import console
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.cli.text import printable, size
 from qvl_runtime.errors import QvlError
 from qvl_runtime.families.specs import PARTS
@@ -196,7 +196,6 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _check(blob: Blob) -> None:
-    output = console(stderr=True)
-    with Progress("checking", BarColumn(), DownloadColumn(), console=output, disable=not output.is_terminal) as bar:
+    with progress_bar("checking", BarColumn(), DownloadColumn()) as bar:
         task = bar.add_task("", total=blob.path.stat().st_size)
         blob.check(lambda done: bar.advance(task, done))

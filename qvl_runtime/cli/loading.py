@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
-from qvl_runtime.cli.screen import console
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.loading import load
 from qvl_runtime.model import Model
 
@@ -27,8 +27,7 @@ AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Allow pictures fr
 
 def load_shown(path: Path, *arguments: Any, **options: Any) -> Model:
     """Load a model; on a terminal show the progress of the upload to a GPU."""
-    output = console(stderr=True)
     columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=output, transient=True, disable=not output.is_terminal) as bar:
+    with progress_bar(*columns, transient=True) as bar:
         task = bar.add_task("", total=path.stat().st_size if path.is_file() else None, visible=False)
         return load(path, *arguments, progress=lambda nbytes: bar.update(task, advance=nbytes, visible=True), **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 import qvl_runtime as qvl
 from qvl_convert import calibration
@@ -16,7 +16,7 @@ from qvl_convert.verify import Report, mismatch, open_reference
 from qvl_convert.verify import verify as run
 from qvl_convert.verify_plot import plot as draw
 from qvl_runtime.cli.loading import Device, ModelFile
-from qvl_runtime.cli.screen import console
+from qvl_runtime.cli.progress import progress_bar
 from qvl_runtime.cli.text import one_line
 from qvl_runtime.errors import QvlError
 from qvl_runtime.saving import check_path
@@ -52,9 +52,8 @@ def verify(
     if (reason := mismatch(loaded.blob, original)) is not None:
         print(one_line(f"qvl: warning: {model} {reason}"), file=sys.stderr)
     found = calibration.load(data, loaded, count=samples, seed=1)
-    output = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output, transient=True, disable=not output.is_terminal) as bar:
+    with progress_bar(*columns, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         report = run(
             loaded,
