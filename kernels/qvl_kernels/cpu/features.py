@@ -57,7 +57,7 @@ class Level:
         """Whether activations are words of 16 bits in products of int8 weights, and of others by several vectors.
 
         It is twice as fast where a product of 32 arbitrary bytes takes four multiplications, two for each half of their
-        range. Inner loops are in assembler then (`simd.assembly`).
+        range. Inner loops are in assembler then (`simd.assembly`, `simd.assembly_few`).
         """
         return self.product == "maddubs"
 

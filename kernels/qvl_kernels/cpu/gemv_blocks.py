@@ -1,7 +1,7 @@
-"""What the products of a few vectors share, whatever the form of the activations: the walk through a block of 32 rows.
+"""What the products of a few vectors in planes of bytes share: the walk through a block of 32 rows.
 
-Integer sums are exact, and the scaled sums of the groups are added from left to right, so a vector's result does not
-depend on the number of vectors, nor on the form.
+Integer sums are exact, and the scaled sums of the groups are added in a fixed order, so a vector's result does not
+depend on the number of vectors. It is that of `gemv_words`.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def make_fetch(bits: int, width: int) -> Callable:
     return fetch
 
 
-def make_run(step: Callable, bits: int, width: int, value: int) -> Callable:
+def make_run(step: Callable, bits: int, width: int) -> Callable:
     """Create a routine for `count` steps of int3 (a multiple of four) or int4.
 
     ``step(so_far, v, x, low, stride)`` returns its sums `so_far` with those of the nibbles v of `width` rows.
-    `value`: bytes of an activation at `x`. The count is an argument: LLVM would unroll a loop of few calls.
+    The count is an argument: LLVM would unroll a loop of few calls.
     """
-    fetch, prefetch, ahead = make_fetch(bits, width), make_prefetch(width), 4 * value
+    fetch, prefetch = make_fetch(bits, width), make_prefetch(width)
 
     if bits == 3:
 
@@ -75,12 +75,12 @@ def make_run(step: Callable, bits: int, width: int, value: int) -> Callable:
                 prefetch(w)
                 so_far = step(so_far, fetch(w, 0), x, low, stride)
                 prefetch(w + 128)
-                so_far = step(so_far, fetch(w, 1), x + ahead, low + 4, stride)
+                so_far = step(so_far, fetch(w, 1), x + 4, low + 4, stride)
                 prefetch(w + 256)
-                so_far = step(so_far, fetch(w, 2), x + 2 * ahead, low + 8, stride)
-                so_far = step(so_far, fetch(w, 3), x + 3 * ahead, low + 12, stride)
+                so_far = step(so_far, fetch(w, 2), x + 8, low + 8, stride)
+                so_far = step(so_far, fetch(w, 3), x + 12, low + 12, stride)
                 w += 384
-                x += 4 * ahead
+                x += 16
                 low += 16
             return so_far
 
@@ -92,7 +92,7 @@ def make_run(step: Callable, bits: int, width: int, value: int) -> Callable:
                 prefetch(w)
                 so_far = step(so_far, fetch(w, 0), x, low, stride)
                 w += 128
-                x += ahead
+                x += 4
                 low += 4
             return so_far
 
@@ -118,11 +118,11 @@ def make_scaled(bits: int, width: int, tokens: int) -> Callable:
     return scaled
 
 
-def make_tile(add_block: Callable, bits: int, group: int, width: int, tokens: int, value: int) -> Callable:
+def make_tile(add_block: Callable, bits: int, group: int, width: int, tokens: int) -> Callable:
     """Create a routine for a block of 32 rows by `tokens` vectors: y float32 ``[tokens, 32]``.
 
     The rows are one tile if its accumulators fit the registers. Else two tiles of `width` rows take turns, 2 or 4 KB of
-    weights each: one by itself would read every other cache line. `value`: bytes of an activation at `x`.
+    weights each: one by itself would read every other cache line.
     """
     none, groups, block_bytes = zeros("f32", width, tokens), 128 // group, 512 * bits
 
@@ -135,7 +135,7 @@ def make_tile(add_block: Callable, bits: int, group: int, width: int, tokens: in
                 z = zeros_ + 16 if zeros_ != 0 else 0
                 second = add_block(w + 64, scales + 32, z, x, low, xs, sums, blocks, second)
             w += block_bytes
-            x += 128 * value
+            x += 128
             low += 128
             xs += 4
             scales += 64 * groups

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qvl_kernels.cpu.epilogue import ROW
 from qvl_kernels.cpu.gemv_blocks import get_ahead, make_prefetch, make_run, make_scaled, make_tile
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import (
@@ -27,7 +28,7 @@ from qvl_kernels.cpu.simd import (
     widen,
     zeros,
 )
-from qvl_kernels.cpu.simd.assembly import make_plane_sums
+from qvl_kernels.cpu.simd.assembly_few import make_plane_sums
 
 TOKENS = 2 if LANES == 16 else 1
 """Vectors per tile: all accumulators fit the registers. Reading the rows of a block in memory order matters more than
@@ -49,10 +50,31 @@ def _make_assembled(bits: int) -> Callable:
     def add_block(w, scales, zeros_, xh, xl, xs, sums, blocks, acc):
         return scaled(plane_sums(w, xh, xl, get_ahead()), acc, scales, zeros_, xs, 0, sums, 0)
 
-    return make_tile(add_block, bits, 128, 32, 1, 1)
+    return make_tile(add_block, bits, 128, 32, 1)
 
 
-def make_planes(bits: int, group: int, tokens: int) -> Callable:
+def make_planes(bits: int, group: int) -> Callable:
+    """Create a routine for a block of 32 rows by any number of vectors: y float32 ``[rows, 32]``."""
+    one, many, groups = _make_tile(bits, group, 1), _make_tile(bits, group, TOKENS), 128 // group
+
+    @routine
+    def planes(w, scales, zeros_, xh, xl, xs, sums, blocks, rows, y):
+        row = 0
+        while row < rows:
+            o = row * blocks
+            high, low, of_rows, of_groups = xh + 128 * o, xl + 128 * o, xs + 4 * o, sums + 4 * groups * o
+            to = y + ROW * row
+            if TOKENS > 1 and rows - row >= TOKENS:
+                many(w, scales, zeros_, high, low, of_rows, of_groups, blocks, to)
+                row += TOKENS
+            else:
+                one(w, scales, zeros_, high, low, of_rows, of_groups, blocks, to)
+                row += 1
+
+    return planes
+
+
+def _make_tile(bits: int, group: int, tokens: int) -> Callable:
     """Create a routine for a block of 32 rows by `tokens` vectors; see `gemv_blocks.make_tile`."""
     if WORDS and bits < 8 and group == 128:
         assert tokens == 1
@@ -77,7 +99,7 @@ def make_planes(bits: int, group: int, tokens: int) -> Callable:
         step_end()
         return lh, ll, hh, hl
 
-    run = make_run(step, bits, WIDTH, 1)
+    run = make_run(step, bits, WIDTH)
 
     @routine
     def nibble_sums(w, xh, xl, stride):
@@ -135,4 +157,4 @@ def make_planes(bits: int, group: int, tokens: int) -> Callable:
                 acc = scaled(total, acc, scales + part * 64, z, xs, blocks * 4, sums + part * 4, stride * 4 // group)
             return acc
 
-    return make_tile(add_block, bits, group, WIDTH, tokens, 1)
+    return make_tile(add_block, bits, group, WIDTH, tokens)

@@ -1,98 +1,113 @@
 """Packed matrix times vectors of 16-bit words, where `simd.WORDS`: int8 weights, and others by several vectors.
 
 An activation is one word instead of two planes of bytes. It takes as many multiplications, but only one accumulator, so
-that vectors can share the unpacked weights.
+that vectors can share the unpacked weights: the first four leave a block of 32 rows and 128 columns in the L1 cache, as
+words, for the next ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from qvl_kernels.cpu.gemv_blocks import make_prefetch, make_run, make_scaled, make_tile
+from qvl_kernels.cpu.epilogue import ROW
+from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
+from qvl_kernels.cpu.gemv_blocks import get_ahead
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import loads, step_end, zeros
-from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, dot_pairs_narrow, nibbles_of_pairs
+from qvl_kernels.cpu.simd import BYTE_BIAS, bytes_, halves, store, zeros
+from qvl_kernels.cpu.simd.assembly import STEP
+from qvl_kernels.cpu.simd.assembly_few import make_add_packed, make_add_words
+from qvl_kernels.cpu.tiles import FACTORS, TOKENS
+from qvl_kernels.packing import SYMMETRIC_ZERO
+
+half, byte, no_floats, no_integers = halves(LANES), bytes_(LANES, False), zeros("f32", LANES), zeros("i32", LANES)
+OF_ROWS = 8 * WIDTH
+"""Bytes of the factors of `WIDTH` rows in a group."""
+WORDS_OF_ROWS = 64 * STEP
+"""Bytes of `WIDTH` rows of a block as words."""
 
 
-def make_bytes(group: int) -> Callable:
-    """Create a routine for a block of 32 rows of int8 weights by a vector; see `gemv_blocks.make_tile`."""
-    weights, none, prefetch, scaled = loads("i8", 128), zeros("i32", 32), make_prefetch(32), make_scaled(8, 32, 1)
-    groups, steps = 128 // group, group // 4
-
-    @routine
-    def byte_sums(w, x):
-        """Return sums over `steps` steps: 128 products of 255 and 32512 fit an accumulator."""
-        total = none()
-        for _ in range(steps):
-            prefetch(w)
-            v = weights(w)
-            total = dot_pairs_narrow(total, bytes_of_pairs(v, 0), x, 0)
-            total = dot_pairs_narrow(total, bytes_of_pairs(v, 1), x + 4, 0)
-            w += 128
-            x += 8
-        return total
+def _make_packed(bits: int, fields: dict[int, int], steps: int) -> Callable:
+    """Create a routine for a group of packed weights by 1, 2 or `TOKENS` vectors; see `assembly_few`."""
+    one, two, many = (make_add_packed(bits, fields, steps, count) for count in (1, 2, TOKENS))
 
     @routine
-    def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
-        for part in range(groups):
-            z = zeros_ + part * 32 if zeros_ != 0 else 0
-            total = byte_sums(w + part * steps * 128, x + part * steps * 8)
-            acc = scaled(total, acc, scales + part * 64, z, xs, 0, sums + part * 4, 0)
-        return acc
+    def packed(count, w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead):
+        if count == TOKENS:
+            many(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+            w, factors, y, area = w + STEP, factors + OF_ROWS, y + STEP, area + WORDS_OF_ROWS
+            many(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+        elif count == 2:
+            two(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+        else:
+            one(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
 
-    return make_tile(add_block, 8, group, 32, 1, 2)
+    return packed
 
 
-def make_nibbles(bits: int, group: int, tokens: int) -> Callable:
-    """Create a routine for a block of 32 rows of int3 or int4 by `tokens` vectors; see `gemv_blocks.make_tile`."""
-    width = 32 if tokens <= 2 else 16
-    none, scaled = zeros("i32", width, tokens), make_scaled(bits, width, tokens)
-    nibbles, groups, steps = nibbles_of_pairs(bits), 128 // group, min(group, 64) // 4
+def make_words(bits: int, group: int) -> Callable:
+    """Create a routine for a block of 32 rows; see `gemv_planes.make_planes`."""
+    groups, block_bytes, bias = 128 // group, 512 * bits, BYTE_BIAS if bits == 8 else 0
+    symmetric, unpacked, spans = SYMMETRIC_ZERO[bits] - bias, make_add_words(group // 2), groups
+    if bits == 8:
+        low = high = _make_packed(bits, {0: 0, 8: 1}, group // 4)
+    elif group == 128:
+        low = high = _make_packed(bits, {0: 0, 4: 32, 8: 1, 12: 33}, 16)
+    else:  # low nibbles belong to other groups than high ones
+        low, high = _make_packed(bits, {0: 0, 8: 1}, group // 4), _make_packed(bits, {4: 0, 12: 1}, group // 4)
+        spans = groups // 2
 
-    def make_sums(low: bool, high: bool) -> Callable:
-        """Create a routine that returns sums of these nibbles over `steps` steps."""
+    @routine
+    def group_of(turn):
+        """Return the group that is added next: in the order of `gemv_planes`, because the sums are rounded."""
+        return turn if spans == groups else turn // 2 + turn % 2 * spans
 
-        @routine
-        def step(total, v, x, unused, stride):
-            if low:
-                total = dot_pairs_narrow(total, nibbles(v, 0), x, stride)
-                total = dot_pairs_narrow(total, nibbles(v, 2), x + 4, stride)
-            if high:  # 64 columns behind
-                total = dot_pairs_narrow(total, nibbles(v, 1), x + 128, stride)
-                total = dot_pairs_narrow(total, nibbles(v, 3), x + 132, stride)
-            step_end()
-            return total
+    @routine
+    def convert(scales, zeros_, to):
+        """Write float32 scales and int32 zero points in the order of the turns: of `WIDTH` rows, then of the others."""
+        for turn in range(groups):
+            for first in range(0, 32, WIDTH):
+                for i in range(first, first + WIDTH, LANES):
+                    at = 32 * group_of(turn) + i
+                    zero = no_integers() + symmetric
+                    if zeros_ != 0:
+                        zero = byte(zeros_ + at) - bias
+                    store(to + 4 * (i - first), half(scales + 2 * at))
+                    store(to + 4 * (i - first + WIDTH), zero)
+                to += OF_ROWS
 
-        run = make_run(step, bits, width, 2)
+    @routine
+    def words(w, scales, zeros_, x, unused, xs, sums, blocks, rows, y):
+        factors = y + ROW * rows
+        area, row_bytes, sums_row = factors + FACTORS, 256 * blocks, 4 * groups * blocks
+        # Measured for one vector; while several are multiplied, all of the next block arrives.
+        ahead = get_ahead() if rows == 1 else block_bytes
+        for i in range(0, ROW * rows, 4 * LANES):
+            store(y + i, no_floats())
+        for _ in range(blocks):
+            convert(scales, zeros_, factors)
+            row = 0
+            while row < rows:
+                count = TOKENS if rows - row >= TOKENS else min(rows - row, 2)
+                of_row, scale, to = x + row * row_bytes, xs + 4 * row * blocks, y + ROW * row
+                for turn in range(groups):
+                    g = group_of(turn)
+                    v, t, factor = of_row + 2 * g * group, sums + row * sums_row + 4 * g, factors + turn * 2 * OF_ROWS
+                    packed, u = w + g % spans * (block_bytes // spans), area + g * group // 2 * STEP
+                    if count == TOKENS and row > 0:
+                        unpacked(u, v, row_bytes, scale, 4 * blocks, t, sums_row, factor, to, 0, 0)
+                        u, factor = u + WORDS_OF_ROWS, factor + OF_ROWS
+                        unpacked(u, v, row_bytes, scale, 4 * blocks, t, sums_row, factor, to + STEP, 0, 0)
+                    elif g < spans:
+                        low(count, packed, v, row_bytes, scale, 4 * blocks, t, sums_row, factor, to, u, ahead)
+                    else:
+                        high(count, packed, v, row_bytes, scale, 4 * blocks, t, sums_row, factor, to, u, ahead)
+                row += count
+            w += block_bytes
+            scales += 64 * groups
+            if zeros_ != 0:
+                zeros_ += 32 * groups
+            x += 256
+            xs += 4
+            sums += 4 * groups
 
-        @routine
-        def sums_of_steps(w, x, stride):
-            return run(none(), w, x, 0, stride, steps)
-
-        return sums_of_steps
-
-    if group == 128:
-        all_sums = make_sums(True, True)
-
-        @routine
-        def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
-            total = all_sums(w, x, blocks * 256)
-            return scaled(total, acc, scales, zeros_, xs, blocks * 4, sums, blocks * 4)
-
-    else:
-        low_sums, high_sums = make_sums(True, False), make_sums(False, True)
-
-        @routine
-        def add_block(w, scales, zeros_, x, unused, xs, sums, blocks, acc):
-            # groups of low and of high nibbles in turns, as in `gemv_planes`: the results are the same
-            for span in range(groups // 2):
-                offset, z = span * steps, zeros_ + span * 32 if zeros_ != 0 else 0
-                s, t = scales + span * 64, sums + span * 4
-                total = low_sums(w + offset * 32 * bits, x + offset * 8, blocks * 256)
-                acc = scaled(total, acc, s, z, xs, blocks * 4, t, blocks * groups * 4)
-                z = z + 16 * groups if z != 0 else 0
-                total = high_sums(w + offset * 32 * bits, x + offset * 8, blocks * 256)
-                acc = scaled(total, acc, s + 32 * groups, z, xs, blocks * 4, t + 2 * groups, blocks * groups * 4)
-            return acc
-
-    return make_tile(add_block, bits, group, width, tokens, 2)
+    return words

@@ -1,8 +1,8 @@
 """Activations as 16-bit integers in two int8 planes: ``x = scale * (256 high + low)``, one scale per 128 columns.
 
-Planes int8 ``[M, K]`` with K rounded up to 128; for `gemv_words` and `gemv_shared`, instead of both, int16 ``[M, K]``,
-columns 0, 2, 1, 3 of every four. Scales float32 ``[M, K/128]``, and the sums of the integers over each
-of the weight's groups, int32 ``[M, K/group]``, for the zero points. The normalization before a product is applied, too.
+Planes int8 ``[M, K]`` with K rounded up to 128; for `gemv_words`, instead of both, int16 ``[M, K]``, columns 0, 2, 1, 3
+of every four. Scales float32 ``[M, K/128]``, and the sums of the integers over each of the weight's groups, int32
+``[M, K/group]``, for the zero points. The normalization before a product is applied, too.
 """
 
 from __future__ import annotations

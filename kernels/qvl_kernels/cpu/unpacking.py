@@ -1,23 +1,18 @@
 """Weights unpacked in scratch memory, for products of many rows, which share the work.
 
 int3 becomes int4. Where `UNPACKS`, unpacking in the inner loop would take a fifth of its instructions or more: there
-int4 becomes a byte a code, and int8 signed bytes or, where `WORDS`, words of 16 bits; for 16-bit activations int3 and
-int4 become words, too. The first 16 rows come before the other 16, so that a step of 16 rows is 64 adjacent bytes
-(`simd.assembly`).
+int4 becomes a byte a code, and int8 signed bytes or, where `WORDS`, words of 16 bits. The first 16 rows come before the
+other 16, so that a step of 16 rows is 64 adjacent bytes (`simd.assembly`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from qvl_kernels.cpu.registry import routine
 from qvl_kernels.cpu.simd import BYTE_BIAS, LANES, highs, loads, masks, steps_of_int3, store
 from qvl_kernels.cpu.simd.assembly import STEP
-from qvl_kernels.cpu.simd.pairs import bytes_of_pairs, nibbles_of_pairs
+from qvl_kernels.cpu.simd.pairs import bytes_of_pairs
 
 BYTES = 4 * LANES
-WORDS_OF_ROWS = 64 * STEP
-"""Bytes of 16 rows of a block as words."""
 step_of_int3, code_bits = steps_of_int3(BYTES), masks(0x77)
 load, lows, high_nibbles = loads("i8", BYTES), masks(0x0F), highs(4)
 
@@ -63,52 +58,11 @@ def sign_bytes(source, target, blocks):
 
 
 @routine
-def word_address(target, blocks, step, i):
-    """Return where byte `i` of a step of 32 rows and four columns is unpacked to, as words."""
-    return target + i // STEP * (WORDS_OF_ROWS * blocks) + 2 * STEP * step + i % STEP
-
-
-@routine
 def unpack_bytes(source, target, blocks):
     """Write such blocks of int8 as words: steps of two columns, of every four the first and third first."""
+    other_rows = 64 * STEP * blocks
     for step in range(32 * blocks):
         for i in range(0, 128, BYTES):
-            v, to = load(source + 128 * step + i), word_address(target, blocks, step, i)
+            v, to = load(source + 128 * step + i), target + i // STEP * other_rows + 2 * STEP * step + i % STEP
             store(to, bytes_of_pairs(v, 0))
             store(to + STEP, bytes_of_pairs(v, 1))
-
-
-def make_unpack_words(bits: int) -> Callable:
-    """Create a routine that does the same with one block of int8, or of int3 or int4: low nibbles, then high ones."""
-    if bits == 8:
-
-        @routine
-        def unpack_block(source, target):
-            unpack_bytes(source, target, 1)
-
-        return unpack_block
-
-    nibbles = nibbles_of_pairs(bits)
-
-    @routine
-    def unpack_step(v, to):
-        store(to, nibbles(v, 0))
-        store(to + STEP, nibbles(v, 2))
-        store(to + 32 * STEP, nibbles(v, 1))
-        store(to + 33 * STEP, nibbles(v, 3))
-
-    @routine
-    def unpack(source, target):
-        for at in range(0, 16, 4):
-            for i in range(0, 128, BYTES):
-                if bits == 3:
-                    unpack_step(step_of_int3(source + i, 0), word_address(target, 1, at, i))
-                    unpack_step(step_of_int3(source + i, 1), word_address(target, 1, at + 1, i))
-                    unpack_step(step_of_int3(source + i, 2), word_address(target, 1, at + 2, i))
-                    unpack_step(step_of_int3(source + i, 3), word_address(target, 1, at + 3, i))
-                else:
-                    for j in range(4):
-                        unpack_step(load(source + 128 * j + i), word_address(target, 1, at + j, i))
-            source += 128 * bits
-
-    return unpack

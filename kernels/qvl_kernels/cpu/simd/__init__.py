@@ -4,7 +4,8 @@ One description serves every processor. A `Vec` holds `m` vectors of `n` element
 registers, so elementwise code always uses 16 lanes. The product of four bytes (`dot`, `dot_bytes`) depends on the
 processor and is emitted for the selected `features.Level`. Operations loop over the `m` vectors while the code is
 emitted, which unrolls register-blocked kernels without generated source text: hold `m` accumulators in one variable,
-and LLVM puts each in a register. For AVX2 without VNNI the inner loops of products are in `assembly`.
+and LLVM puts each in a register. For AVX2 without VNNI the inner loops of products are in `assembly` and
+`assembly_few`.
 
 Everything works on raw addresses (int64). ``+ - * /`` work on vectors of one shape, on an ``m = 1`` vector against an
 ``m > 1`` one, and against a scalar. Names follow the element types "i8", "i16", "i32", "f32".

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -89,30 +87,6 @@ def bytes_of_pairs(typing, v, second):
         return each(b, v.m, choose, args[0])
 
     return result(v, second), codegen
-
-
-@functools.cache
-def nibbles_of_pairs(bits):
-    """``f(v, i)``: `bits`, 3 or 4, of nibble i of each pair of i8, from the lowest, as int16 in i32 vectors."""
-
-    @intrinsic(prefer_literal=True)
-    def f(typing, v, i):
-        if not isinstance(i, types.IntegerLiteral):
-            return None
-        result, shift = v.of("i32", v.n // 4), 4 * i.literal_value
-
-        def codegen(context, b, sig, args):
-            wide = ir.VectorType(I16, v.n // 2)
-
-            def choose(x):
-                x = b.lshr(b.bitcast(x, wide), constant(wide, shift))
-                return b.bitcast(b.and_(x, constant(wide, (1 << bits) - 1)), result.vector)
-
-            return each(b, v.m, choose, args[0])
-
-        return result(v, i), codegen
-
-    return f
 
 
 @intrinsic
