@@ -1,12 +1,13 @@
-"""Time products of many rows, a prompt and a picture on the CPU, and measure the errors of their activations.
+"""Time products of several rows, a prompt and a picture on the CPU, and measure the errors of their activations.
 
-    python bench/cpu_gemm.py [products] [prompt] [image] [errors] [--threads 2] [--rounds 5]
+    python bench/cpu_gemm.py [products] [few] [prompt] [image] [errors] [--threads 2] [--rounds 5]
 
 The machine's int8 peak (products from registers) is measured in turns with everything else; shares are ratios of
-medians. A prompt is 512 tokens through 32 decoder layers of the true size, with norms, rotation and attention but
-without the head; an image is 1024 patches through the 48 layers of the vision transformer. 4 layers are timed, with one
-set of weights that is larger than the caches. With one thread the CPU time counts, so that other programs matter only
-by the caches they use. A table, then one JSON document as the last line.
+medians. Products of 1 to 16 rows are those of a step of so many answers, by weights that are larger than the caches. A
+prompt is 512 tokens through 32 decoder layers of the true size, with norms, rotation and attention but without the
+head; an image is 1024 patches through the 48 layers of the vision transformer. 4 layers are timed, with one set of
+weights that is larger than the caches. With one thread the CPU time counts, so that other programs matter only by the
+caches they use. A table, then one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ PRODUCTS = (
 )
 
 
+FEW, FEW_SHAPES = (1, 2, 4, 8, 16), (("int4", 4, 9728, 2560), ("int4", 4, 2560, 9728), ("int8", 8, 30000, 2560))
 TIMED_LAYERS = 4
 
 
@@ -71,6 +73,24 @@ def bench_products(threads: int, rounds: int, rows: list[dict]) -> None:
             "k": k, "GOP/s": rate, "peak GOP/s": 1e3 / seconds["peak"], "share": rate * seconds["peak"] / 1e3,
             "others": seconds["others"],
         })  # fmt: skip
+
+
+def bench_few(threads: int, rounds: int, rows: list[dict]) -> None:
+    ops, rng = CpuOps(threads=threads), np.random.default_rng(0)
+    for label, bits, n, k in FEW_SHAPES:
+        weights, calls = Weights(160 << 20), {}
+        matrices = [ops.weight(weights.matrix(n, k, bits)) for _ in range((150 << 20) // (n * k * bits // 8))]
+        for m in FEW:
+            x, out = rng.standard_normal((m, k)).astype(np.float32), ops.empty((m, n))
+            calls[str(m)] = ops.capture(lambda ws=matrices, x=x, out=out: [ops.linear(x, w, out=out) for w in ws])
+        seconds = interleave(calls, rounds)
+        for m in FEW:
+            a_product = seconds[str(m)] / len(matrices)
+            report(rows, {
+                "bench": "few", "threads": threads, "weights": label, "m": m, "n": n, "k": k, "ms": 1e3 * a_product,
+                "GOP/s": 2e-9 * m * n * k / a_product, "times one row": seconds[str(m)] / seconds["1"],
+                "others": seconds["others"],
+            })  # fmt: skip
 
 
 def bench_prompt(threads: int, rounds: int, rows: list[dict], tokens: int = 512) -> None:
@@ -185,7 +205,13 @@ def bench_errors(threads: int, rounds: int, rows: list[dict]) -> None:
     report(rows, {"bench": "error", "vision attention": float(np.linalg.norm(out - want) / np.linalg.norm(want))})
 
 
-BENCHES = {"products": bench_products, "prompt": bench_prompt, "image": bench_image, "errors": bench_errors}
+BENCHES = {
+    "products": bench_products,
+    "few": bench_few,
+    "prompt": bench_prompt,
+    "image": bench_image,
+    "errors": bench_errors,
+}
 
 
 def main() -> None:
