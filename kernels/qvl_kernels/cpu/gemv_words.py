@@ -27,15 +27,19 @@ WORDS_OF_ROWS = 64 * STEP
 
 
 def _make_packed(bits: int, fields: dict[int, int], steps: int) -> Callable:
-    """Create a routine for a group of packed weights by 1, 2 or `TOKENS` vectors; see `assembly_few`."""
-    one, two, many = (make_add_packed(bits, fields, steps, count) for count in (1, 2, TOKENS))
+    """Create a routine for a group of packed weights by 1 to `TOKENS` vectors; see `assembly_few`."""
+    one, two, three, four = (make_add_packed(bits, fields, steps, count) for count in (1, 2, 3, TOKENS))
 
     @routine
     def packed(count, w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead):
         if count == TOKENS:
-            many(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+            four(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
             w, factors, y, area = w + STEP, factors + OF_ROWS, y + STEP, area + WORDS_OF_ROWS
-            many(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+            four(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+        elif count == 3:
+            three(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
+            w, factors, y = w + STEP, factors + OF_ROWS, y + STEP
+            three(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
         elif count == 2:
             two(w, x, row, xs, xs_row, sums, sums_row, factors, y, area, ahead)
         else:
@@ -87,7 +91,7 @@ def make_words(bits: int, group: int) -> Callable:
             convert(scales, zeros_, factors)
             row = 0
             while row < rows:
-                count = TOKENS if rows - row >= TOKENS else min(rows - row, 2)
+                count = min(rows - row, TOKENS)
                 of_row, scale, to = x + row * row_bytes, xs + 4 * row * blocks, y + ROW * row
                 for turn in range(groups):
                     g = group_of(turn)

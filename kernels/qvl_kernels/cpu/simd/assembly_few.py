@@ -145,10 +145,10 @@ def make_add_packed(bits: int, fields: dict[int, int], steps: int, rows: int):
     """Create the same function of packed weights, in so many steps (a multiple of four of int3).
 
     It is for 1 or 2 rows and four vectors of weights, with the factors of the last two behind those of the first; or
-    for four rows and two vectors, whose words are left in `area`. `fields`: which step of words each shift of a packed
-    step yields. Every line of weights is prefetched `ahead` bytes before it is read.
+    for 3 or 4 rows and two vectors. Four rows leave the words in `area`. `fields`: which step of words each shift of a
+    packed step yields. Every line of weights is prefetched `ahead` bytes before it is read.
     """
-    unit, parts = 4 if bits == 3 else 1, 4 // max(2, rows)
+    unit, parts = 4 if bits == 3 else 1, 2 if rows <= 2 else 1
     lines = ["vpcmpeqw %mask, %mask, %mask", f"vpsrlw ${16 - bits}, %mask, %mask", *clear(SUMS[: 2 * rows * parts])]
     lines += [".p2align 6", "1:"]
     for step, part in itertools.product(range(unit), range(parts)):
