@@ -36,6 +36,8 @@ class Result:
         How many of `token_ids`, from the first on, are the reasoning's.
     tool_calls : list of ToolCall
         All well-formed calls of the text, if the request has tools.
+    stop_string : str or None
+        The string of `stop` that ended the answer.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Result:
     reasoning: str = ""
     reasoning_tokens: int = 0
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    stop_string: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,4 +135,5 @@ def collected(
         reasoning="".join(piece.text for piece in pieces if piece.reasoning).strip(),
         reasoning_tokens=sum(len(piece.token_ids) for piece in pieces if piece.reasoning),
         tool_calls=[] if calls is None else calls(text),
+        stop_string=last.stop_string,
     )

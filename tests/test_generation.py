@@ -41,23 +41,23 @@ def test_stop_strings_do_not_depend_on_how_text_arrives(pieces, stops):
             break
     out += watch.flush()
     text = "".join(pieces)
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert watch.found == bool(ends)
+    ends = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
+    assert watch.found == (min(ends)[2] if ends else None)
     assert out == (text[: min(ends)[1]] if ends else text)
 
 
 def test_stop_string_across_tokens_ends_the_answer():
     tokens = TOKENIZER.encode("one two END three")
-    result = _collected(_stream(tokens, stop=["END"]))
+    result = _collected(_stream(tokens, stop=["three", "END"]))
     assert result.text == "one two "
-    assert result.finish_reason == "stop"
+    assert (result.finish_reason, result.stop_string) == ("stop", "END")
     assert result.timings.new_tokens < len(tokens)
 
 
 def test_stop_token_is_not_part_of_the_answer():
     tokens = [*TOKENIZER.encode("hello"), TOKENIZER.im_end_id, *TOKENIZER.encode("more")]
     result = _collected(_stream(tokens, stop_ids=[TOKENIZER.im_end_id]))
-    assert (result.text, result.finish_reason) == ("hello", "stop")
+    assert (result.text, result.finish_reason, result.stop_string) == ("hello", "stop", None)
     assert result.token_ids == TOKENIZER.encode("hello")
 
 

@@ -98,6 +98,8 @@ class Piece:
         One for each of `token_ids` if requested, else empty.
     reasoning : bool
         Whether the text is reasoning, which comes before the answer.
+    stop_string : str or None
+        The stop string that ended the answer, in the last piece.
     """
 
     text: str
@@ -106,6 +108,7 @@ class Piece:
     timings: Timings | None = None
     logprobs: tuple[Logprob, ...] = ()
     reasoning: bool = False
+    stop_string: str | None = None
 
 
 @dataclasses.dataclass
@@ -238,7 +241,7 @@ def stream_generate(
             text = text.lstrip("\n")
             leading = not text
         text = watch.push(text)
-        if watch.found:
+        if watch.found is not None:
             reason = "stop"
             yield _piece(text, pending)
             pending = []
@@ -247,8 +250,9 @@ def stream_generate(
             yield _piece(text, pending)
             pending = []
     timings.decode = time.perf_counter() - started
-    rest = "" if watch.found else watch.push(decoder.finish()) + watch.flush()
-    yield dataclasses.replace(_piece(rest, pending, reasoning), finish_reason=reason, timings=timings)
+    rest = "" if watch.found is not None else watch.push(decoder.finish()) + watch.flush()
+    last = _piece(rest, pending, reasoning)
+    yield dataclasses.replace(last, finish_reason=reason, timings=timings, stop_string=watch.found)
 
 
 def _piece(text: str, choices: Sequence[Choice], reasoning: bool = False) -> Piece:
@@ -262,11 +266,18 @@ def overlap(text: str, form: str) -> int:
 
 
 class StopStrings:
-    """Ends a stream of text before the first stop string, which may arrive in parts."""
+    """Ends a stream of text before the first stop string, which may arrive in parts.
+
+    Attributes
+    ----------
+    found : str or None
+        The stop string that ended the text.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self.stops = [stop for stop in stops if stop]
-        self.held, self.found = "", False
+        self.held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Return the text that cannot be part of a stop string."""
@@ -274,10 +285,10 @@ class StopStrings:
             return text
         self.held += text
         # The string that is complete first ends the text, so the result does not depend on the parts.
-        spans = [(i + len(stop), i) for stop in self.stops if (i := self.held.find(stop)) >= 0]
+        spans = [(i + len(stop), i, stop) for stop in self.stops if (i := self.held.find(stop)) >= 0]
         if spans:
-            self.found = True
-            return self._release(min(spans)[1])
+            _, begin, self.found = min(spans)
+            return self._release(begin)
         return self._release(len(self.held) - max((overlap(self.held, stop) for stop in self.stops), default=0))
 
     def _release(self, count: int) -> str:
@@ -286,4 +297,4 @@ class StopStrings:
 
     def flush(self) -> str:
         """Return the held text at the end of the stream."""
-        return "" if self.found else self._release(len(self.held))
+        return "" if self.found is not None else self._release(len(self.held))
