@@ -30,6 +30,9 @@ HEADERS = {
 }
 """Default headers of responses."""
 
+KEY_HEADER = "x-api-key"
+"""Anthropic's header for the key that others send as ``Authorization: Bearer KEY``."""
+
 ALLOWED = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Max-Age": "600",
@@ -144,15 +147,19 @@ class Security:
             raise ApiError(403, "pages of other sites may not ask; allow one with --allow-origin", code="wrong_origin")
         if scope["method"] == "OPTIONS" or not self._digests:
             return None
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))
-        # Every key is compared, in constant time.
-        known = [hmac.compare_digest(digest, own) for own in self._digests]
-        if kind.lower() == "bearer" and any(known):
-            return digest.hex()
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer] if kind.lower() == "bearer" else []
+        given += [headers[KEY_HEADER]] if KEY_HEADER in headers else []
+        for key in given:
+            digest = _digest(key.strip().encode("latin-1"))
+            # Every key is compared, in constant time.
+            known = [hmac.compare_digest(digest, own) for own in self._digests]
+            if any(known):
+                return digest.hex()
         if scope["path"] in self._open:
             return None
-        raise ApiError(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key")
+        needed = f"this server needs a key: Authorization: Bearer KEY, or {KEY_HEADER}: KEY"
+        raise ApiError(401, needed, code="invalid_api_key")
 
     def _is_own_host(self, host: str) -> bool:
         try:
