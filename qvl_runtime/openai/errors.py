@@ -21,6 +21,9 @@ TYPES = {
 LONGEST = 500
 """Largest number of characters of a message."""
 
+TOO_LONG = "context_length_exceeded"
+"""Code of the error of a prompt that does not fit the window."""
+
 
 class ApiError(Exception):
     """An error response.
@@ -50,11 +53,15 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
+    @property
+    def shortened(self) -> str:
+        """The message, of `LONGEST` characters at most."""
+        return self.message if len(self.message) <= LONGEST else self.message[: LONGEST - 3] + "..."
+
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
-        message = self.message if len(self.message) <= LONGEST else self.message[: LONGEST - 3] + "..."
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.shortened, "type": kind, "param": self.param, "code": self.code}}
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -78,7 +85,7 @@ def of_exception(error: BaseException, limit_field: str = "max_tokens") -> ApiEr
         return unavailable("there is not enough memory for this request now")
     if isinstance(error, PromptTooLongError):
         # Clients that lose the code, like LiteLLM, know the error by OpenAI's words, and shorten the conversation.
-        return refused(f"this model's maximum context length is exceeded: {error}", code="context_length_exceeded")
+        return refused(f"this model's maximum context length is exceeded: {error}", code=TOO_LONG)
     if isinstance(error, NoRoomError):
         return refused(str(error).replace("max_new_tokens", limit_field, 1), limit_field)
     if isinstance(error, QvlError):

@@ -11,7 +11,7 @@ from qvl_runtime.inputs.resolution import Resolution
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.pictures import Sent, checked_url
+from qvl_runtime.openai.pictures import Sent, checked_url, decoded
 from qvl_runtime.openai.tools import read_calls
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -188,10 +188,16 @@ class MessageReader:
 
     def picture(self, url: Any, where: str, part: Mapping[str, Any], name: str) -> PicturePart:
         """Read a picture: its URI in the field `where`, and the resolution in its part."""
-        url = text(url, where)
+        return self._picture(checked_url(text(url, where), where, self._allow_urls), part, name)
+
+    def encoded(self, data: Any, where: str, part: Mapping[str, Any], name: str) -> PicturePart:
+        """Read a picture: its file in base64 in the field `where`, and the resolution in its part."""
+        return self._picture(decoded(text(data, where), where), part, name)
+
+    def _picture(self, source: str | bytes, part: Mapping[str, Any], name: str) -> PicturePart:
         if len(self.sources) - self._frames == self._limits.pictures:
             raise refused(f"the request has more than {self._limits.pictures} pictures", name)
-        self.sources.append(checked_url(url, where, self._allow_urls))
+        self.sources.append(source)
         try:
             resolution = Resolution.of_part(part)
         except QvlError as error:

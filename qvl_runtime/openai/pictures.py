@@ -42,15 +42,20 @@ def checked_url(url: str, name: str, allow_urls: bool) -> str | bytes:
     """Return the bytes of a ``data:`` URI, or an allowed http(s) URL."""
     # Match only the beginning: a pattern could take very long on megabytes.
     if head := _HEAD.match(url[:HEAD_LENGTH]):
-        try:
-            return base64.b64decode(url[head.end() :], validate=True)
-        except (ValueError, binascii.Error):
-            raise refused(f"{name}: the base64 of the picture is broken", name) from None
+        return decoded(url[head.end() :], name)
     if is_url(url):
         if not allow_urls:
             raise refused(f"{name}: this server fetches no pictures; send a data: URI", name)
         return url
     raise refused(f"{name}: a picture must be a URI like data:image/png;base64,...", name)
+
+
+def decoded(data: str, name: str) -> bytes:
+    """Return the bytes of a picture in base64."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except (ValueError, binascii.Error):
+        raise refused(f"{name}: the base64 of the picture is broken", name) from None
 
 
 def fetched(sources: Sequence[str | bytes], limits: Limits, check: Callable[[], None] = lambda: None) -> list[bytes]:

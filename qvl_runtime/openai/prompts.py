@@ -29,7 +29,7 @@ def with_pictures(
     if not isinstance(prompt, Messages):
         return prompt, []
     if model.blob.family.calling is None and any(turn.calls for turn in prompt.turns):
-        raise refused("this model's chat template has no tools, so no message may have tool_calls", prompt.field)
+        raise refused("this model's chat template has no tools, so no message may have calls", prompt.field)
     if contents and model.pictures is None:
         raise refused("this model has no vision part: it takes no pictures", prompt.field)
     upright = model.pictures is not None and model.pictures.reader.upright

@@ -140,8 +140,8 @@ def _most(fields: Fields) -> int | None:
     return fields.integer("max_completion_tokens", 1, 1 << 31) or fields.integer("max_tokens", 1, 1 << 31)
 
 
-def read_sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict[str, Any]:
-    """Read the sampling options; defaults are those of the model."""
+def read_sampling(fields: Fields, limits: Limits, own: GenerationConfig, stop: str = "stop") -> dict[str, Any]:
+    """Read the sampling options; defaults are those of the model. `stop` is the name of the field of stop strings."""
     given = {
         "temperature": fields.number("temperature", 0, 100),
         "top_k": _top_k(fields),
@@ -158,7 +158,7 @@ def read_sampling(fields: Fields, limits: Limits, own: GenerationConfig) -> dict
         "repetition_penalty": own.repetition_penalty,
     }
     sent = {name: value for name, value in given.items() if value is not None}
-    return defaults | sent | {"stop": _stops(fields, limits)}
+    return defaults | sent | {"stop": _stops(fields, limits, stop)}
 
 
 def _top_k(fields: Fields) -> int | None:
@@ -167,14 +167,14 @@ def _top_k(fields: Fields) -> int | None:
     return None if top_k is None else max(0, top_k)
 
 
-def _stops(fields: Fields, limits: Limits) -> list[str]:
-    value = fields.get("stop")
-    stops = [] if value is None else [value] if isinstance(value, str) else array(value, "stop")
+def _stops(fields: Fields, limits: Limits, name: str) -> list[str]:
+    value = fields.get(name)
+    stops = [] if value is None else [value] if isinstance(value, str) else array(value, name)
     if len(stops) > limits.stops:
-        raise refused(f"stop has more than {limits.stops} strings", "stop")
-    checked = [text(stop, "stop") for stop in stops]
+        raise refused(f"{name} has more than {limits.stops} strings", name)
+    checked = [text(stop, name) for stop in stops]
     if any(len(stop) > limits.stop_text for stop in checked):
-        raise refused(f"a stop string has more than {limits.stop_text} characters", "stop")
+        raise refused(f"a string of {name} has more than {limits.stop_text} characters", name)
     return [stop for stop in checked if stop]
 
 
@@ -182,7 +182,7 @@ def read_forms(fields: Fields, form: JsonSchema | None, tools: Tools | None) -> 
     """Return the options "constraint" and "tools" of `Model.stream`; `form` is the one that the request names."""
     for name in FOREIGN:
         if fields.get(name):
-            raise refused(f"this server knows no {name}; use response_format (text.format) with a json_schema", name)
+            raise refused(f"this server knows no {name}; use a json_schema as the format of the answer", name)
     grounding = fields.flag("grounding")
     if grounding and (form is not None or tools is not None):
         raise refused("grounding excludes tools and another form of the answer", "grounding")
