@@ -29,6 +29,7 @@ LAYERS = (
     ("qvl_runtime.model", "qvl_runtime.loading"),
     ("qvl_runtime.benchmark", "qvl_runtime.demo"),
     ("qvl_runtime.openai",),
+    ("qvl_runtime.anthropic",),
     ("qvl_runtime.batch",),
     ("qvl_runtime.server",),
     ("qvl_runtime.evaluation",),

@@ -21,6 +21,14 @@ KNOWN = {
         "max_output_tokens": 5,
         "include": ["message.output_text.logprobs"],
     },
+    "/v1/messages": {
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "one two"}]}],
+        "max_tokens": 60,
+        "stop_sequences": ["end"],
+        "grounding": True,
+    },
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "one two"}]},
     "/v1/completions": {"prompt": "one two", "max_tokens": 3, "logprobs": 2},
     "/v1/tokenize": {"prompt": "one two"},
 }
@@ -54,7 +62,7 @@ def test_the_numbers_of_a_box_may_be_fractions(served):
 
 def test_answers_are_as_described(served, described):
     for path, body in KNOWN.items():
-        for stream in [False] if path.endswith("tokenize") else [False, True]:
+        for stream in [False] if "token" in path else [False, True]:
             response = served.http.post(path, json={**body, "stream": stream})
             assert response.status_code == 200
             described[path]["POST"].validate_response(response)
@@ -95,4 +103,4 @@ def test_random_requests_get_what_the_description_says(described):
             case.validate_response(response, checks=conforms)
 
         ask()
-    assert len(reached) == 8
+    assert len(reached) == 10

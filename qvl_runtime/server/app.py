@@ -16,6 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qvl_runtime.anthropic.reply import MessageReply
+from qvl_runtime.anthropic.requests import read_message
 from qvl_runtime.errors import QvlError
 from qvl_runtime.model import Model
 from qvl_runtime.openai.answers import call_reader
@@ -27,8 +29,8 @@ from qvl_runtime.openai.response_reply import ResponseReply
 from qvl_runtime.openai.response_requests import ResponseAsked, read_response
 from qvl_runtime.server.openapi import openapi_route
 from qvl_runtime.server.page_files import page_routes
-from qvl_runtime.server.responses import error_response
-from qvl_runtime.server.routes import HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
+from qvl_runtime.server.responses import MESSAGES, error_response
+from qvl_runtime.server.routes import CountTokensRoute, HealthRoute, MetricsRoute, ModelsRoute, TokenizeRoute
 from qvl_runtime.server.security import Security, check_names
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.serving import AnswerRoute, log_error
@@ -129,13 +131,19 @@ def _routes(service: Service) -> list[Route]:
         reader, number = call_reader(service.model, asked), secrets.token_hex(12)
         return ResponseReply(asked, tokenizer, service.name, reader, number, int(time.time()))
 
+    def message_reply(asked: Asked) -> Reply:
+        return MessageReply(service.name, call_reader(service.model, asked), secrets.token_hex(12))
+
     chat = AnswerRoute(service, lambda data: read_chat(data, limits, own, service.allow_urls), chat_reply)
     completion = AnswerRoute(service, lambda data: read_completion(data, limits, own), completion_reply)
     response = AnswerRoute(service, lambda data: read_response(data, limits, own, service.allow_urls), response_reply)
+    message = AnswerRoute(service, lambda data: read_message(data, limits, own, service.allow_urls), message_reply)
     models = ModelsRoute(service)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/responses", response, methods=["POST"]),
+        Route(MESSAGES, message, methods=["POST"]),
+        Route(f"{MESSAGES}/count_tokens", CountTokensRoute(service), methods=["POST"]),
         Route("/v1/completions", completion, methods=["POST"]),
         Route("/v1/tokenize", TokenizeRoute(service), methods=["POST"]),
         Route("/v1/models", models.all, methods=["GET"]),
@@ -169,7 +177,7 @@ class _Record:
             # Not propagated: outer layers would log the message, which may contain a prompt.
             log_error(error, self._service.log_content)
             if not status:
-                await error_response(of_exception(error))(scope, receive, sending)
+                await error_response(of_exception(error), scope["path"])(scope, receive, sending)
         finally:
             route = scope["path"] if scope["path"] in self._paths else "other"
             self._service.metrics.response(route, status)
@@ -177,7 +185,7 @@ class _Record:
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    return error_response(of_exception(error))
+    return error_response(of_exception(error), request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -187,4 +195,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         said = "there is no such route; GET /openapi.json lists them"
     elif error.status_code == 405:
         said = f"this route takes no {request.method}; use {(error.headers or {}).get('Allow')}"
-    return error_response(ApiError(error.status_code, said), error.headers)
+    return error_response(ApiError(error.status_code, said), request.scope["path"], error.headers)

@@ -55,7 +55,7 @@ async def refuse_unread(error: ApiError, scope: Scope, receive: Receive, send: S
     async def sending(message: Any) -> None:
         await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
-    await error_response(error)(scope, receive, sending)
+    await error_response(error, scope["path"])(scope, receive, sending)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DROP_SECONDS):
             more = True

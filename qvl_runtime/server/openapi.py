@@ -8,11 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qvl_runtime.anthropic.messages import ROLES as ANTHROPIC_ROLES
+from qvl_runtime.anthropic.requests import CHOICES as ANTHROPIC_CHOICES
 from qvl_runtime.inputs.resolution import KEYS
 from qvl_runtime.inputs.tools import CHOICES, NAME
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import ROLES
-from qvl_runtime.server.responses import json_response
+from qvl_runtime.server.responses import MESSAGES, json_response
+from qvl_runtime.server.security import KEY_HEADER
 
 Schema = dict[str, Any]
 
@@ -44,6 +47,11 @@ def description(limits: Limits) -> Schema:
         | {"include": _or_null(_list(_TEXT)), **_tools(limits, flat=True)},
         ["input"],
     )
+    asked = {**_common(limits), **_blocks(limits), **_custom_tools(limits)}
+    asked |= {"stop_sequences": asked.pop("stop"), "max_tokens": {"type": "integer", "minimum": 1, "maximum": 1 << 31}}
+    asked |= {"output_config": _or_null({"type": "object", "properties": {"format": _or_null(_form(flat=True))}})}
+    counted = _body({key: asked[key] for key in ("model", "system", "messages", *_custom_tools(limits))}, ["messages"])
+    message = _body(asked, ["messages", "max_tokens"])
     either = {"prompt": _or_null(_prompt()), "messages": _or_null(_messages(limits)["messages"])}
     tokenize = {"type": "object", "properties": {"model": _or_null(_TEXT), **either, **_tools(limits)}}
     one = _answer("the model", _ref("Model"))
@@ -51,6 +59,10 @@ def description(limits: Limits) -> Schema:
     paths = {
         "/v1/chat/completions": {"post": _asking("Answer messages", chat, _ref("Chat"), streams=True)},
         "/v1/responses": {"post": _asking("Answer items", response, _ref("Response"), streams=True)},
+        MESSAGES: {"post": _asking("Answer messages", message, _ref("Message"), streams=True, error="MessageError")},
+        f"{MESSAGES}/count_tokens": {
+            "post": _asking("Count tokens", counted, _object(input_tokens=_COUNT), error="MessageError")
+        },
         "/v1/completions": {"post": _asking("Continue a text", completion, _ref("Completion"), streams=True)},
         "/v1/tokenize": {"post": _asking("Count tokens", tokenize, _ref("Tokens"))},
         "/v1/models": {"get": _operation("List the model", _answer("a list of one", _ref("Models")))},
@@ -62,8 +74,14 @@ def description(limits: Limits) -> Schema:
         "openapi": "3.1.0",
         "info": {"title": "qvl", "version": "1", "description": "Null counts as an absent field."},
         "paths": paths,
-        "components": {"schemas": _RESULTS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"key": []}],
+        "components": {
+            "schemas": _RESULTS,
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": KEY_HEADER},
+            },
+        },
+        "security": [{}, {"key": []}, {"header": []}],
     }
 
 
@@ -106,17 +124,17 @@ def _answer(about: str, schema: Schema) -> Schema:
     return _content(about, "application/json", schema)
 
 
-def _operation(summary: str, answer: Schema) -> Schema:
-    return {"summary": summary, "responses": {"200": answer, "default": _answer("an error", _ref("Error"))}}
+def _operation(summary: str, answer: Schema, error: str = "Error") -> Schema:
+    return {"summary": summary, "responses": {"200": answer, "default": _answer("an error", _ref(error))}}
 
 
-def _asking(summary: str, body: Schema, result: Schema, streams: bool = False) -> Schema:
+def _asking(summary: str, body: Schema, result: Schema, streams: bool = False, error: str = "Error") -> Schema:
     """Describe a route with a body; `streams` if it sends server-sent events when ``stream`` is true."""
     answer = _answer("the result", result)
     if streams:
         answer["content"]["text/event-stream"] = {}
     asked = {"required": True, "content": {"application/json": {"schema": body}}}
-    return _operation(summary, answer) | {"requestBody": asked}
+    return _operation(summary, answer, error) | {"requestBody": asked}
 
 
 def _body(properties: Schema, required: list[str]) -> Schema:
@@ -158,6 +176,42 @@ def _input(limits: Limits) -> Schema:
         "input": {"anyOf": [_TEXT, {**_list({"anyOf": items}), "minItems": 1}]},
         "instructions": _or_null(_TEXT),
     }
+
+
+def _blocks(limits: Limits) -> Schema:
+    """Return the fields of Anthropic's messages."""
+    said = _object(type={"const": "text"}, text=_TEXT)
+    base64 = _object(type={"const": "base64"}, media_type=_TEXT, data=_TEXT)
+    image = _object(type={"const": "image"}, source={"anyOf": [base64, _object(type={"const": "url"}, url=_TEXT)]})
+    image["properties"] |= _RESOLUTION
+    returned = _object(type={"const": "tool_result"}, tool_use_id=_TEXT)
+    returned["properties"]["content"] = {"anyOf": [_TEXT, _list({"anyOf": [said, image]})]}
+    thought = _object(type={"const": "thinking"}, thinking=_TEXT)
+    call = _object(type={"const": "tool_use"}, id=_TEXT, name=_TEXT, input={"type": "object"})
+    blocks = [said, image, returned, thought, call, *_own_parts(limits)]
+    content = {"anyOf": [_TEXT, _list({"anyOf": blocks})]}
+    message = _object(role={"enum": list(ANTHROPIC_ROLES)}, content=content)
+    return {
+        "messages": {**_list(message), "minItems": 1},
+        "system": {"anyOf": [_TEXT, _list(said), {"type": "null"}]},
+    }
+
+
+def _custom_tools(limits: Limits) -> Schema:
+    """Return the fields of the functions of Anthropic's messages."""
+    tool = _body(
+        {
+            "type": {"const": "custom"},
+            "name": {**_TEXT, "pattern": f"^{NAME.pattern}$"},
+            "description": _TEXT,
+            "input_schema": {"type": "object"},
+            "strict": {"type": "boolean"},
+        },
+        ["name"],
+    )
+    chosen = _object(type={"enum": [*ANTHROPIC_CHOICES, "tool"]})
+    chosen["properties"] |= {"name": _TEXT, "disable_parallel_tool_use": {"type": "boolean"}}
+    return {"tools": _or_null({**_list(tool), "maxItems": limits.tools}), "tool_choice": _or_null(chosen)}
 
 
 def _own_parts(limits: Limits) -> list[Schema]:
@@ -255,6 +309,11 @@ _ITEMS = [
     _object(**_ITEM, type={"const": "reasoning"}, summary=_list({}), content=_list(_THOUGHT)),
     _object(**_ITEM, type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
 ]
+_WRITTEN = [
+    _object(type={"const": "thinking"}, thinking=_TEXT, signature=_TEXT),
+    _object(type={"const": "text"}, text=_TEXT),
+    _object(type={"const": "tool_use"}, id=_TEXT, name=_TEXT, input={"type": "object"}),
+]
 _MODEL = _object(
     id=_TEXT,
     object={"const": "model"},
@@ -280,6 +339,23 @@ _RESULTS = {
         output=_list({"anyOf": _ITEMS}),
         usage=_object(input_tokens=_COUNT, output_tokens=_COUNT, total_tokens=_COUNT),
     ),
+    "Message": _object(
+        id=_TEXT,
+        type={"const": "message"},
+        role={"const": "assistant"},
+        model=_TEXT,
+        content=_list({"anyOf": _WRITTEN}),
+        stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+        stop_sequence=_or_null(_TEXT),
+        boxes=_list(_BOX),
+        usage=_object(
+            input_tokens=_COUNT,
+            cache_creation_input_tokens=_COUNT,
+            cache_read_input_tokens=_COUNT,
+            output_tokens=_COUNT,
+        ),
+    ),
+    "MessageError": _object(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT)),
     "Completion": _object(
         **_ENVELOPE,
         object={"const": "text_completion"},

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qvl_runtime.anthropic.requests import read_count
 from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.openai.errors import refused, unavailable
 from qvl_runtime.openai.fields import Fields
@@ -76,13 +77,16 @@ class TokenizeRoute:
                         ids = await next_event(events)
             except Exception as error:
                 raise problem_of(error, service) from None
-            found = {"count": len(ids), "max_model_len": service.model.window, "tokens": ids}
-            await written_response(await asyncio.to_thread(to_json_in_pieces, found))(scope, receive, send)
+            written = await asyncio.to_thread(to_json_in_pieces, self._found(ids))
+            await written_response(written)(scope, receive, send)
 
         async def handle(body: bytearray) -> None:
             await until_gone(receive, respond(*await service.checked(body, self._prompt)))
 
         await with_body(service.admission, service.limits, scope, receive, send, handle)
+
+    def _found(self, ids: list[int]) -> dict[str, Any]:
+        return {"count": len(ids), "max_model_len": self._service.model.window, "tokens": ids}
 
     def _prompt(self, data: dict[str, Any]) -> tuple[Messages | str | list[int], Tools | None]:
         limits = self._service.limits
@@ -92,6 +96,16 @@ class TokenizeRoute:
             messages = read_messages(data["messages"], limits, self._service.allow_urls)
             return messages, read_tools(Fields(data), limits)
         return read_prompt(data["prompt"], limits), None
+
+
+class CountTokensRoute(TokenizeRoute):
+    """``/v1/messages/count_tokens``: the number of tokens of a request for ``/v1/messages``."""
+
+    def _found(self, ids: list[int]) -> dict[str, Any]:
+        return {"input_tokens": len(ids)}
+
+    def _prompt(self, data: dict[str, Any]) -> tuple[Messages, Tools | None]:
+        return read_count(data, self._service.limits, self._service.allow_urls)
 
 
 class HealthRoute:

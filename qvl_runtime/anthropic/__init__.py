@@ -1,0 +1,1 @@
+"""Anthropic's format of requests and answers, for the server: what differs from OpenAI's."""
