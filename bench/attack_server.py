@@ -50,12 +50,22 @@ ROUTES: dict[str, dict[str, list[Any]]] = {
         ],
         "parallel_tool_calls": [True, False], "store": [True], "previous_response_id": [None],
     },
+    "/v1/messages": {
+        **SAMPLING, "n": [1], "system": ["Be brief.", [{"type": "text", "text": "x"}]], "stop_sequences": [["a"], []],
+        "thinking": [{"type": "enabled", "budget_tokens": 1024}], "grounding": [True, False],
+        "tools": [[], [{"name": "f", "input_schema": {"type": "object"}, "strict": True}]],
+        "tool_choice": [{"type": "auto", "disable_parallel_tool_use": True}, {"type": "tool", "name": "f"}],
+        "output_config": [{"format": {"type": "json_schema", "schema": {"type": "object"}}}],
+    },
     "/v1/completions": {**SAMPLING, "logprobs": [0, 2], "prompt": ["hello", [1, 2, 3]], "echo": [False]},
     "/v1/tokenize": {"prompt": ["hello"], "model": ["demo"]},
 }  # fmt: skip
 """The fields of every route, with valid values."""
 
-ENDS = [b"data: [DONE]", *(b"event: response." + end for end in (b"completed", b"incomplete", b"failed"))]
+ENDS = [
+    b"data: [DONE]", b"event: message_stop", b"event: error",
+    *(b"event: response." + end for end in (b"completed", b"incomplete", b"failed")),
+]  # fmt: skip
 """The ends of streams."""
 
 SCHEMAS: list[Any] = [
@@ -128,6 +138,30 @@ def _input_part(part: dict[str, Any]) -> dict[str, Any]:
     return part | {"type": "input_text"} if part["type"] == "text" else part
 
 
+def turns(rng: random.Random) -> list[dict[str, Any]]:
+    """The messages of Anthropic's format."""
+    made: list[dict[str, Any]] = []
+    for message in messages(rng):
+        parts = message["content"]
+        if isinstance(parts, list):
+            parts = [_block(part) for part in parts]
+        role = message["role"] if message["role"] in ("system", "assistant") else "user"
+        made.append({"role": role, "content": parts})
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "x"}]}
+    called = [{"role": "assistant", "content": [thought, call]}, {"role": "user", "content": [result]}]
+    return [*made, *(called if rng.random() < 0.2 else [])]
+
+
+def _block(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image_url":
+        return part
+    url = part["image_url"]["url"]
+    source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+    return part | {"type": "image", "source": source if len(url) % 2 else {"type": "url", "url": url}}
+
+
 def mutated(rng: random.Random, value: Any, share: float) -> Any:
     """A value in which some places have another one."""
     if rng.random() < share:
@@ -157,12 +191,14 @@ def damaged(rng: random.Random, body: bytes) -> bytes:
 
 def request(rng: random.Random) -> tuple[bool, bytes, bytes]:
     """A request: whether its length is as it says, head and body."""
-    route = rng.choice([*ROUTES, "/v1/chat/completions", "/v1/responses"])
+    route = rng.choice([*ROUTES, "/v1/chat/completions", "/v1/responses", "/v1/messages"])
     fields = ROUTES[route]
     chosen = rng.sample(list(fields), rng.randrange(min(6, len(fields)) + 1))
     body = {name: rng.choice(fields[name]) for name in chosen} | {"max_tokens": 2}
     if route == "/v1/responses":
         body["input"] = items(rng)
+    elif route == "/v1/messages":
+        body["messages"] = turns(rng)
     elif route != "/v1/completions" and (route != "/v1/tokenize" or rng.random() < 0.5):
         body["messages"] = messages(rng)
     elif route == "/v1/completions":
