@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qvl_runtime.errors import QvlError
 
-NAME = re.compile(r"[\w.:/-]{1,64}")
+NAME = re.compile(r"[\w.:/-]{1,128}")
 """A function's name: templates write it between quotes, without escapes."""
 
 CHOICES = ("auto", "none", "required")
