@@ -240,7 +240,7 @@ def test_strict_calls_cannot_be_typed_as_text(model):
         ([{}], "auto", r"tools\[0\] has the name None"),
         ([{"name": 'a"b'}], "auto", "has the name"),
         ([{"name": "a\n"}], "auto", "has the name"),
-        ([{"name": "x" * 129}], "auto", "has the name"),
+        ([{"name": "x" * 129}], "auto", "has the name 'x+; use 1 to 128 letters"),
         ([{"name": "auto"}], "auto", r"tools\[0\] has the name 'auto', which is a choice"),
         ([CLOCK, {"name": "required"}], "required", r"tools\[1\] has the name 'required', which is a choice"),
         ([CLOCK, WEATHER, CLOCK], "auto", "two functions named 'clock'"),

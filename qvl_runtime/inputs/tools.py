@@ -96,7 +96,7 @@ def _function(tool: Any, index: int) -> Function:
         raise QvlError(f"{where} is {tool!r:.60}; expected {{'type': 'function', 'function': {{'name': …}}}}")
     name, schema, strict = function.get("name"), function.get("parameters"), function.get("strict")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise QvlError(f"{where} has the name {name!r:.80}; use 1 to 64 letters, digits, and . : / _ -")
+        raise QvlError(f"{where} has the name {name!r:.80}; use 1 to 128 letters, digits, and . : / _ -")
     if name in CHOICES:
         raise QvlError(f"{where} has the name {name!r}, which is a choice of tools; rename the function")
     if schema is None:
