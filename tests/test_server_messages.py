@@ -718,8 +718,9 @@ def test_a_model_without_tools_says_so(served):
         {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
         *USER,
     ]
-    response = served.http.post(MESSAGES, json={"messages": calls, "max_tokens": 2})
-    assert response.status_code == 400 and "tools" in response.json()["error"]["message"]
+    for messages in (calls, says({"type": "tool_result", "content": "x"})):
+        response = served.http.post(MESSAGES, json={"messages": messages, "max_tokens": 2})
+        assert response.status_code == 400 and "no tools" in response.json()["error"]["message"]
 
 
 def test_reasoning_is_a_block_before_the_answer(thinking):

@@ -122,7 +122,7 @@ WRONG = {
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, *USER]},
         "messages",
     ),
-    "result of a model without": ({"messages": [*USER, {"role": "tool", "content": "x"}]}, None),
+    "result of a model without": ({"messages": [*USER, {"role": "tool", "content": "x"}]}, "messages"),
     "best_of": ({"best_of": 2}, "best_of"),
     **{
         name: ({name: value}, name)

@@ -28,8 +28,9 @@ def with_pictures(
     """Return the prompt for `Model.stream` and its pictures; `contents` are the bytes of the pictures."""
     if not isinstance(prompt, Messages):
         return prompt, []
-    if model.blob.family.calling is None and any(turn.calls for turn in prompt.turns):
-        raise refused("this model's chat template has no tools, so no message may have calls", prompt.field)
+    if model.blob.family.calling is None and any(turn.calls or turn.role == "tool" for turn in prompt.turns):
+        told = "this model's chat template has no tools, so no message may have calls or their results"
+        raise refused(told, prompt.field)
     if contents and model.pictures is None:
         raise refused("this model has no vision part: it takes no pictures", prompt.field)
     upright = model.pictures is not None and model.pictures.reader.upright
