@@ -87,9 +87,9 @@ def test_a_turn_with_calls_is_one_message_and_each_result_another():
         ]},
         {"role": "user", "content": [
             {"type": "text", "text": "Here."},
+            image(PNG),
             {"type": "tool_result", "tool_use_id": "1", "content": "12:00", "cache_control": {"type": "ephemeral"}},
             {"type": "tool_result", "tool_use_id": "2", "content": [{"type": "text", "text": "Rain."}, image(PNG)]},
-            image(PNG),
         ]},
         {"role": "assistant", "content": "Ok."},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "3", "is_error": True}]},
@@ -254,6 +254,7 @@ def test_a_wrong_request_is_refused_by_name(case, demo_model):
     assert caught.value.status == 400 and caught.value.param == param
     shown = error_body(caught.value)["error"]
     assert shown["type"] == "invalid_request_error" and param in shown["message"] and "\n" not in shown["message"]
+    assert not shown["message"].startswith(f"{param}: {param}") and ("details" in shown) == (param == "thread")
 
 
 FULL = {
@@ -437,8 +438,8 @@ def test_a_stream_that_fails_ends_with_the_error():
 
 @pytest.mark.parametrize(("status", "kind"), [
     (400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"), (404, "not_found_error"),
-    (405, "invalid_request_error"), (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
-    (503, "overloaded_error"), (504, "timeout_error"),
+    (405, "invalid_request_error"), (408, "timeout_error"), (413, "request_too_large"), (429, "rate_limit_error"),
+    (500, "api_error"), (503, "overloaded_error"), (504, "timeout_error"),
 ])  # fmt: skip
 def test_types_of_errors(status, kind):
     said = {"type": kind, "message": "x" * 497 + "..."}

@@ -63,7 +63,8 @@ class _BlockReader:
             return
         before, parts, calls, thoughts = len(self.turns), [], [], []
         blocks = [(mapping(block, f"{name}[{i}]"), f"{name}[{i}]") for i, block in enumerate(value)]
-        # The calls are followed by their results, not by what the user says to these.
+        # The calls are followed by their results, not by what the user says to these. So are the pictures numbered, of
+        # which the last one is that of the answer's boxes.
         for block, where in sorted(blocks, key=lambda entry: entry[0].get("type") != "tool_result"):
             kind = text(block.get("type"), f"{where}.type")
             if OWNERS.get(kind, role) != role:
