@@ -13,7 +13,7 @@ from qvl_kernels.cpu.epilogue import ROW
 from qvl_kernels.cpu.gemm_tile import LANES, WIDTH
 from qvl_kernels.cpu.gemv_blocks import get_ahead
 from qvl_kernels.cpu.registry import routine
-from qvl_kernels.cpu.simd import BYTE_BIAS, bytes_, halves, store, zeros
+from qvl_kernels.cpu.simd import bytes_, halves, store, zeros
 from qvl_kernels.cpu.simd.assembly import STEP
 from qvl_kernels.cpu.simd.assembly_few import make_add_packed, make_add_words
 from qvl_kernels.cpu.tiles import FACTORS, TOKENS
@@ -50,8 +50,8 @@ def _make_packed(bits: int, fields: dict[int, int], steps: int) -> Callable:
 
 def make_words(bits: int, group: int) -> Callable:
     """Create a routine for a block of 32 rows; see `gemv_planes.make_planes`."""
-    groups, block_bytes, bias = 128 // group, 512 * bits, BYTE_BIAS if bits == 8 else 0
-    symmetric, unpacked, spans = SYMMETRIC_ZERO[bits] - bias, make_add_words(group // 2), groups
+    groups, block_bytes, symmetric = 128 // group, 512 * bits, SYMMETRIC_ZERO[bits]
+    unpacked, spans = make_add_words(group // 2), groups
     if bits == 8:
         low = high = _make_packed(bits, {0: 0, 8: 1}, group // 4)
     elif group == 128:
@@ -74,7 +74,7 @@ def make_words(bits: int, group: int) -> Callable:
                     at = 32 * group_of(turn) + i
                     zero = no_integers() + symmetric
                     if zeros_ != 0:
-                        zero = byte(zeros_ + at) - bias
+                        zero = byte(zeros_ + at)
                     store(to + 4 * (i - first), half(scales + 2 * at))
                     store(to + 4 * (i - first + WIDTH), zero)
                 to += OF_ROWS
