@@ -87,6 +87,12 @@ def test_every_module_has_a_layer():
     assert [name for name in modules() if layer(name) is None and name not in top] == []
 
 
+def test_the_modules_that_the_type_checker_treats_otherwise_exist():
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    named = [name.removesuffix(".*") for entry in overrides for name in entry["module"]]
+    assert [name for name in named if name.startswith("qvl_") and name not in modules()] == []
+
+
 def test_the_version_is_stated_alike_and_is_none_that_was_released():
     """What was begun by a released version is told apart by it."""
     import qvl_runtime as qvl
