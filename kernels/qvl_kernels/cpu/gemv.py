@@ -1,7 +1,7 @@
 """Packed matrix times a few vectors: int3 to int8 weights, 16-bit activations in two planes or words (`quantize`).
 
-One pass over the weights serves all vectors: 32 rows (about 70 KB) stay in the cache while the vectors are processed a
-few at a time.
+One pass over the weights serves all vectors: 32 rows (about 70 KB) stay in the cache while vectors in planes are
+processed a few at a time, and 128 columns of them while all vectors in words are.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ INT4_BYTES = 16 * PIECE
 HELD_TILES = 128
 """Largest number of these tiles."""
 FEW_BYTES = 1024
-"""Scratch bytes per thread of the products of a few vectors."""
+"""Scratch bytes per thread of the products of a few vectors with fp16 weights."""
 FACTORS = 1024
 """Most bytes of the scales and zero points of a block of 32 rows and 128 columns, as float32 and int32."""
 FLOAT_TOKENS = 6
