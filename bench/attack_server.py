@@ -264,7 +264,7 @@ def fault(received: bytes, framed: bool) -> str | None:
     if not received.startswith(b"HTTP/1.1 ") or status >= "500":
         return f"status {status}"
     if status >= "400" and b'"error"' not in received and b"Invalid HTTP request" not in received:
-        return f"status {status} without an error in OpenAI's form"
+        return f"status {status} without an error in JSON"
     if b"Traceback" in received or b"/etc/passwd:" in received or b"root:" in received:
         return "shows the server's insides"
     if b"text/event-stream" in received and status == "200" and not any(end in received for end in ENDS):
