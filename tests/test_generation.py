@@ -54,6 +54,13 @@ def test_stop_string_across_tokens_ends_the_answer():
     assert result.timings.new_tokens < len(tokens)
 
 
+def test_a_stop_string_in_what_a_cut_character_leaves_ends_the_answer():
+    cut = TOKENIZER.encode("a \U0001f642")[:-1]
+    assert TOKENIZER.decode(cut).endswith("\ufffd")
+    result = _collected(_stream(cut, stop=["\ufffd"]))
+    assert (result.text, result.finish_reason, result.stop_string) == ("a ", "stop", "\ufffd")
+
+
 def test_stop_token_is_not_part_of_the_answer():
     tokens = [*TOKENIZER.encode("hello"), TOKENIZER.im_end_id, *TOKENIZER.encode("more")]
     result = _collected(_stream(tokens, stop_ids=[TOKENIZER.im_end_id]))

@@ -242,7 +242,6 @@ def stream_generate(
             leading = not text
         text = watch.push(text)
         if watch.found is not None:
-            reason = "stop"
             yield _piece(text, pending)
             pending = []
             break
@@ -251,6 +250,8 @@ def stream_generate(
             pending = []
     timings.decode = time.perf_counter() - started
     rest = "" if watch.found is not None else watch.push(decoder.finish()) + watch.flush()
+    if watch.found is not None:  # it may be in what is left of a character
+        reason = "stop"
     last = _piece(rest, pending, reasoning)
     yield dataclasses.replace(last, finish_reason=reason, timings=timings, stop_string=watch.found)
 
