@@ -115,6 +115,25 @@ def test_calls_are_separated_from_text(text, said, calls):
     assert [call.name for call in calls_in(CALLING.reader, text)] == calls
 
 
+def test_a_call_too_deep_for_an_answer_is_text():
+    """What JSON of this depth can just be read cannot be written with more around it."""
+
+    def nested(levels):
+        return "[" * levels + "]" * levels
+
+    readable, too_deep = 1, 1 << 20
+    while too_deep - readable > 1:
+        middle = (readable + too_deep) // 2
+        try:
+            json.loads(nested(middle))
+            readable = middle
+        except RecursionError:
+            too_deep = middle
+    for levels, count in ((readable - 20, 0), (readable // 2, 1)):
+        text = '<tool_call>\n{"name": "clock", "arguments": {"a": ' + nested(levels) + "}}\n</tool_call>"
+        assert len(calls_in(CALLING.reader, text)) == count
+
+
 def test_text_is_not_held_longer_than_needed():
     reader = Reader()
     assert reader.push("a\n") == ["a"]

@@ -25,6 +25,8 @@ BEGIN = re.compile(rf"{CALL}\s*(?:\{{|\Z)")
 """Where a call may begin; a tag before anything else is text, which need not be held."""
 STRING_END = re.compile(r'["\x00-\x1f]')
 """What may end a string of JSON: its quote, or a control character, which is an error."""
+SPARE = 100
+"""Levels that a call may be nested less deeply than JSON that can be read: an answer's JSON holds its arguments."""
 
 
 class Calling:
@@ -156,7 +158,8 @@ def _call(text: str) -> tuple[ToolCall | None, bool]:
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # half a character
+        within = functools.reduce(lambda inner, _: [inner], range(SPARE), value)
+        json.dumps(within, ensure_ascii=False).encode()  # half a character
     except json.JSONDecodeError as error:
         return None, error.msg.startswith("Unterminated string")
     except (ValueError, RecursionError):
