@@ -31,13 +31,12 @@ def _load_step(bits: int, step: int, half: int) -> list[str]:
     return [*lines, "vpxor %m, %u, %u", "vpxor %n, %v, %v"]
 
 
-def _add_plane(plane: str, at: int, weights: tuple[str, str], fresh: bool) -> list[str]:
-    """Add the products of two vectors of nibbles with a word of a plane to the plane's sums, or write them there."""
-    sums, lines = (f"%{plane}0", f"%{plane}1"), [f"vpbroadcastd {at}(%{plane}), %word"]
-    if fresh:
-        return lines + [f"vpmaddubsw %word, %{w}, {s}" for w, s in zip(weights, sums)]
-    lines += [f"vpmaddubsw %word, %{w}, %{p}" for w, p in zip(weights, "pq")]
-    return lines + [f"vpaddw %{p}, {s}, {s}" for p, s in zip("pq", sums)]
+def _add_planes(at: int, weights: str, fresh: bool) -> list[str]:
+    """Add the products of two registers of nibbles with a word of each plane to the planes' sums, or write them."""
+    lines = []
+    for plane in ("upper", "lower"):
+        lines += add_step("vpmaddubsw", "vpaddw", weights, [f"{at}(%{plane})"], (f"{plane}0", f"{plane}1"), fresh)
+    return lines
 
 
 def _join_planes(totals: tuple[str, ...]) -> list[str]:
@@ -65,11 +64,9 @@ def make_plane_sums(bits: int):
     for half in range(2):
         for step in range(4):
             lines += [*_load_step(bits, step, half), "vpand %mask, %u, %m", "vpand %mask, %v, %n"]
-            for plane in ("upper", "lower"):
-                lines += _add_plane(plane, 4 * step, ("m", "n"), fresh=step == 0)
+            lines += _add_planes(4 * step, "mn", fresh=step == 0)
             lines += ["vpsrlw $4, %u, %u", "vpsrlw $4, %v, %v", "vpand %mask, %u, %u", "vpand %mask, %v, %v"]
-            for plane in ("upper", "lower"):
-                lines += _add_plane(plane, 4 * step + 64, ("u", "v"), fresh=False)
+            lines += _add_planes(4 * step + 64, "uv", fresh=False)
         lines += _join_planes(TOTALS[2 * half : 2 * half + 2])
     lines += [f"addq ${128 * bits}, %w", "addq $16, %upper", "addq $16, %lower", "decq %left", "jnz 1b"]
 
