@@ -11,7 +11,7 @@ from qvl_runtime.engine.constraints import JsonSchema
 from qvl_runtime.families.generation_config import GenerationConfig
 from qvl_runtime.inputs.tools import Tools
 from qvl_runtime.openai.errors import refused
-from qvl_runtime.openai.fields import Fields, array, mapping, text, wrong
+from qvl_runtime.openai.fields import Fields, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
 from qvl_runtime.openai.messages import Messages
 from qvl_runtime.openai.requests import Asked, read_common, read_form, read_forms, read_sampling
@@ -84,8 +84,7 @@ def _form(fields: Fields, limits: Limits) -> JsonSchema | None:
 
 def _tools(fields: Fields, limits: Limits) -> Tools | None:
     """Read the tools, which are functions as in chat completions."""
-    given = [] if fields.get("tools") is None else array(fields.get("tools"), "tools")
-    tools = [_function(mapping(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(given)]
+    tools = [_function(mapping(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(fields.array("tools"))]
     chosen = fields.object("tool_choice")
     choice: Any = None
     if fields.get("tool_choice") is not None:

@@ -98,6 +98,11 @@ class Fields:
         value = self._data.get(name)
         return None if value is None else text(value, self.name(name))
 
+    def array(self, name: str) -> list[Any]:
+        """Return an array; empty if absent."""
+        value = self._data.get(name)
+        return [] if value is None else array(value, self.name(name))
+
     def object(self, name: str) -> Fields:
         """Return the fields of an object; empty if absent."""
         value = self._data.get(name)

@@ -73,15 +73,13 @@ def read_response(data: Mapping[str, Any], limits: Limits, own: GenerationConfig
 def _logprobs(fields: Fields, limits: Limits) -> int | None:
     """Return the number of alternatives, if log probabilities are requested."""
     top = fields.integer("top_logprobs", 0, limits.top_logprobs)
-    listed = [] if fields.get("include") is None else array(fields.get("include"), "include")
-    included = LOGPROBS in [text(name, "include") for name in listed]
+    included = LOGPROBS in [text(name, "include") for name in fields.array("include")]
     return (top or 0) if included or top else None
 
 
 def _tools(fields: Fields, limits: Limits) -> Tools | None:
     """Read the tools, which have the form of chat completions but for one level."""
-    given = [] if fields.get("tools") is None else array(fields.get("tools"), "tools")
-    tools = [_nested(mapping(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(given)]
+    tools = [_nested(mapping(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(fields.array("tools"))]
     choice: Any = fields.get("tool_choice")
     if isinstance(choice, dict):
         chosen = fields.object("tool_choice")

@@ -27,7 +27,7 @@ def read_tools(fields: Fields, limits: Limits) -> Tools | None:
             raise refused(f"this server knows no {name}; use tools and tool_choice", name)
     choice = _choice(fields)
     parallel = fields.get("parallel_tool_calls") is None or fields.flag("parallel_tool_calls")
-    given = [] if fields.get("tools") is None else array(fields.get("tools"), "tools")
+    given = fields.array("tools")
     if not given:
         if choice not in ("auto", "none"):
             raise refused("tool_choice demands a call, but the request has no tools", "tool_choice")
