@@ -12,7 +12,7 @@ from typing import Any
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import Fields, array, mapping, text
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.messages import Message, MessageReader, Messages, Part, check_role
+from qvl_runtime.openai.messages import Message, MessageReader, Messages, Part, check_role, read_role
 
 ROLES = ("user", "assistant", "system")
 
@@ -54,9 +54,7 @@ class _BlockReader:
         self.turns.append(Message("system", self.messages.content(value, name, "system", self._part), [], None))
 
     def message(self, data: Mapping[str, Any], name: str) -> None:
-        role = text(data.get("role"), f"{name}.role")
-        if role not in ROLES:
-            raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(ROLES)}", f"{name}.role")
+        role = read_role(data, name, ROLES)
         value, name = data.get("content"), f"{name}.content"
         if not isinstance(value, list):
             self.turns.append(Message(role, self.messages.content(value, name, role, self._part), [], None))

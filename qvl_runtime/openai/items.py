@@ -11,7 +11,7 @@ from typing import Any
 from qvl_runtime.openai.errors import refused
 from qvl_runtime.openai.fields import array, mapping, text, wrong
 from qvl_runtime.openai.limits import Limits
-from qvl_runtime.openai.messages import ROLES, Message, MessageReader, Messages, Part, check_role
+from qvl_runtime.openai.messages import ROLES, Message, MessageReader, Messages, Part, check_role, read_role
 
 KINDS = ("message", "reasoning", "function_call", "function_call_output")
 """Types of items; one without a type is a message."""
@@ -72,10 +72,7 @@ class _ItemReader:
             raise refused(f"{name}.type is {kind[:40]!r}; it must be one of {', '.join(KINDS)}", f"{name}.type")
 
     def _message(self, item: Mapping[str, Any], name: str) -> None:
-        role = text(item.get("role"), f"{name}.role")
-        if role not in ROLES or role == "tool":
-            known = ", ".join(known for known in ROLES if known != "tool")
-            raise refused(f"{name}.role is {role[:40]!r}; it must be one of {known}", f"{name}.role")
+        role = read_role(item, name, [role for role in ROLES if role != "tool"])
         parts = self.messages.content(item.get("content"), f"{name}.content", role, self._part)
         last = self.turns[-1] if self.turns else None
         if ROLES[role] == "system" and last is not None and len(self.turns) == 1 and last.role == "system":

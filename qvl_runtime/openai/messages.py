@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qvl_runtime.errors import QvlError
@@ -146,9 +146,7 @@ class MessageReader:
 
     def message(self, data: Mapping[str, Any], name: str) -> Message:
         """Read the message in the field `name`."""
-        role = text(data.get("role"), f"{name}.role")
-        if role not in ROLES:
-            raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(ROLES)}", f"{name}.role")
+        role = read_role(data, name, ROLES)
         content, where = data.get("content"), f"{name}.content"
         calls = read_calls(data.get("tool_calls"), f"{name}.tool_calls")
         if calls and role != "assistant":
@@ -221,6 +219,14 @@ class MessageReader:
         if self._text > self._limits.text:
             raise refused(f"the texts of the request have more than {self._limits.text} characters", name)
         return found
+
+
+def read_role(data: Mapping[str, Any], name: str, known: Collection[str]) -> str:
+    """Read the role of the message in the field `name`, one of those that are `known`."""
+    role = text(data.get("role"), f"{name}.role")
+    if role not in known:
+        raise refused(f"{name}.role is {role[:40]!r}; it must be one of {', '.join(known)}", f"{name}.role")
+    return role
 
 
 def check_role(role: str, name: str, *, box: bool = False) -> None:
